@@ -1,0 +1,82 @@
+"""Projected gradient ascent: the one loop behind every attack of training and evaluation.
+
+FGSM is `steps=1` with `step_size=epsilon`; threat model I and II differ only in the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from advml.attacks.threat import ThreatModel
+
+Objective = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> values (N,), to be made large
+
+
+def default_step_size(epsilon: float, steps: int) -> float:
+    """2.5 * epsilon / steps: enough to reach and travel the boundary from any start (Madry et al. 2018, app. B)."""
+    return epsilon if steps == 1 else 2.5 * epsilon / steps
+
+
+def pgd(
+    objective: Objective,
+    images: Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    step_size: float | None = None,
+    start: Tensor | None = None,
+    keep: Literal["last", "best"] = "last",
+) -> Tensor:
+    """Maximise `objective` inside `threat_model`: x <- project(x + step_size * steepest(grad objective(x))).
+
+    Takes exactly `steps` gradients with respect to the images alone; `keep="best"` costs one more
+    forward pass, for the value of the last iterate. Parameter gradients are neither computed nor touched.
+
+    Args:
+        objective: maps images (N, C, H, W) in [0, 1] to values (N,). Values may couple the batch (contrastive).
+        images: (N, C, H, W) in [0, 1].
+        threat_model: ball and box that bound the perturbation.
+        steps: number of gradient steps, at least 1.
+        step_size: length of a step in the norm; None: 2.5 * epsilon / steps.
+        start: first iterate, e.g. `threat_model.random_start(...)`; None: the images themselves.
+        keep: "last" iterate, or per image the "best" one seen, the start included.
+    Returns:
+        Adversarial images (N, C, H, W), detached, inside the threat model.
+    """
+    step_size = default_step_size(threat_model.epsilon, steps) if step_size is None else step_size
+    adversarial = (images if start is None else start).detach()
+    best = Best() if keep == "best" else None
+    for _ in range(steps):
+        adversarial.requires_grad_()
+        with torch.enable_grad():
+            values = objective(adversarial)
+            (gradient,) = torch.autograd.grad(values.sum(), adversarial)
+        adversarial = adversarial.detach()
+        if best:
+            best.update(adversarial, values.detach())
+        adversarial = threat_model.ascend(adversarial, gradient, images, step_size=step_size)
+    if best:
+        with torch.no_grad():
+            best.update(adversarial, objective(adversarial))
+        return best.images
+    return adversarial
+
+
+class Best:
+    """Per image, the iterate with the largest value seen so far."""
+
+    images: Tensor
+    values: Tensor | None = None
+
+    def update(self, images: Tensor, values: Tensor) -> None:
+        """Take over the images (N, C, H, W) whose values (N,) exceed the record."""
+        if self.values is None:
+            self.images, self.values = images, values
+            return
+        better = values > self.values
+        self.values = torch.where(better, values, self.values)
+        self.images = torch.where(better.view(-1, *[1] * (images.ndim - 1)), images, self.images)

@@ -1,0 +1,145 @@
+"""Atomic save and exact resume: a kill at any moment costs at most the current epoch.
+
+The state of an unfinished stage lies in `.scratch/<stage>/state.safetensors`, outside of DVC: tensors, with
+everything else as JSON in the file's header. A fingerprint of all inputs (parameters, data, pretrained
+weights, source) ties it to one computation: after any change the stage starts afresh. The state of a finished
+stage stays until a later stage, by starting, proves that the outputs were committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Progress:
+    """A training run between two epochs."""
+
+    epoch: int = 0  # epochs finished
+    network: State = field(default_factory=dict)
+    best: State = field(default_factory=dict)  # weights of the selected epoch
+    best_score: float | None = None
+    best_epoch: int | None = None
+    optimizer: dict[int, State] = field(default_factory=dict)  # parameter index -> its state
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Checkpoint:
+    """The scratch folder of one stage.
+
+    Args:
+        folder: `.scratch/<stage>`.
+        fingerprint: of everything that determines the result; another one discards the old state.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        self.orphan: str | None = None  # MLflow run of a discarded computation
+        if self.notes.get("fingerprint") != fingerprint:
+            self.orphan = self.notes.get("run_id")
+            discard(folder)
+            self.note(fingerprint=fingerprint)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "state.safetensors"
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Small facts beside the state, e.g. the id of the MLflow run to continue."""
+        try:
+            return json.loads((self.folder / "notes.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def note(self, **facts: Any) -> None:
+        """Add to `notes`, atomically."""
+        write_atomically(self.folder / "notes.json", json.dumps({**self.notes, **facts}).encode())
+
+    def save(self, progress: Progress) -> None:
+        """Write the state beside the old one, then swap: a kill leaves one of the two, whole."""
+        tensors = {f"network/{key}": value for key, value in progress.network.items()}
+        tensors |= {f"best/{key}": value for key, value in progress.best.items()}
+        tensors |= {f"optimizer/{i}/{key}": value for i, state in progress.optimizer.items() for key, value in state.items()}
+        header = {key: getattr(progress, key) for key in ("epoch", "best_score", "best_epoch", "history")}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(f".{os.getpid()}.part")
+        try:
+            # clone: tensors of one storage (views, tied weights) are refused by safetensors
+            save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, temporary, {"progress": json.dumps(header)})
+            os.replace(temporary, self._file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self) -> Progress | None:
+        """The last saved state, or None; a damaged file counts as none."""
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                progress = Progress(**json.loads(file.metadata()["progress"]))
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    kind, _, name = key.partition("/")
+                    if kind == "optimizer":
+                        index, _, name = name.partition("/")
+                        progress.optimizer.setdefault(int(index), {})[name] = file.get_tensor(key)
+                    else:
+                        getattr(progress, kind)[name] = file.get_tensor(key)
+        except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError, TypeError):
+            return None
+        return progress
+
+
+def discard(folder: Path) -> None:
+    """Delete a scratch folder; a missing one is fine."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader or a kill sees the old content or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, State]:
+    """The optimiser's tensors by parameter index; hyperparameters follow from the configuration."""
+    return {
+        index: {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
+        for index, state in optimizer.state_dict()["state"].items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, State]) -> None:
+    """Inverse of `optimizer_state`."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder or the new one, whole."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    discard(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        discard(folder)
+        os.replace(temporary, folder)
+    finally:
+        discard(temporary)

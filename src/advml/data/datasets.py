@@ -1,0 +1,130 @@
+"""Datasets as uint8 tensors in three fixed splits.
+
+    >>> dataset = prepare(config.data)
+    >>> dataset.train.images.shape, dataset.classes[:3]
+    (torch.Size([1258, 1, 8, 8]), ('0', '1', '2'))
+    >>> save(dataset, "data/prepared")
+
+A new dataset is a function from the `data` section to a `Source`, and a row of DATASETS (and its name in `config.Data`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advml.config import Data
+from advml.data.cifar import CIFAR10, CIFAR100, cifar
+from advml.data.folder import folder
+from advml.data.images import fit_arrays
+from advml.data.splits import Source, divide
+from advml.data.storage import Dataset, Split, digest, load, save
+from advml.errors import UserError
+from advml.paths import Workspace
+
+__all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepare", "save"]
+
+
+def digits(data: Data) -> Source:
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8, grey values 0 .. 16 scaled to 0 .. 255.
+
+    (Alpaydin and Kaynak 1998, the test part of UCI's optical recognition of handwritten digits.)
+    """
+    from sklearn.datasets import load_digits  # costs seconds, and only `prepare` needs it
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+
+    def read(chosen: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+        return fit_arrays(images[chosen], size=data.image_size, channels=data.channels), {}
+
+    return Source("scikit-learn load_digits", tuple(str(name) for name in bunch.target_names), bunch.target.astype(np.int64), read)
+
+
+DATASETS: dict[str, Callable[[Data], Source]] = {
+    "digits": digits,
+    "cifar10": partial(cifar, archive=CIFAR10),
+    "cifar100": partial(cifar, archive=CIFAR100),
+    "folder": folder,
+}
+
+
+def prepare(data: Data) -> Dataset:
+    """Read the dataset that the `data` section names and divide it.
+
+    It is divided before pixels are read: `max_train` saves the time and memory of the rest, and an unreadable image
+    that is skipped changes no other image's split.
+
+    Raises:
+        UserError: if the data are missing, cannot be divided, or hold unreadable images and `data.skip_corrupt` is false.
+    """
+    source = DATASETS[data.name](data)
+    parts = divide(source, data)
+    chosen = np.concatenate(list(parts.values()))
+    images, unreadable = source.read(chosen)
+    if unreadable and not data.skip_corrupt:
+        raise UserError(_list_unreadable(data, sorted(unreadable.values())))
+    splits, start = {}, 0
+    for name, indices in parts.items():
+        kept = np.array([position for position in range(start, start + len(indices)) if position not in unreadable], dtype=np.int64)
+        whole = len(kept) == len(indices)
+        pixels = images[start : start + len(indices)] if whole else images[kept]  # a slice copies nothing
+        splits[name] = Split(torch.from_numpy(pixels), torch.from_numpy(source.labels[chosen[kept]]))
+        start += len(indices)
+    _check_classes(splits, source.classes)
+    mean, std = channel_statistics(splits["train"].images)
+    return Dataset(
+        **splits,
+        classes=source.classes,
+        source=source.name,
+        digest=digest(splits, source.classes),
+        mean=mean,
+        std=std,
+        skipped=tuple(sorted(unreadable.values())),
+        ignored=source.ignored,
+        parameters=data.model_dump(mode="json"),
+    )
+
+
+def channel_statistics(images: Tensor, *, batch: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel of uint8 images (N, C, H, W), in [0, 1] units.
+
+    From histograms, so exact and the same on every machine, and without a float copy. A constant channel gets one
+    grey level, 1/255, instead of 0, so that a model may divide by it.
+    """
+    histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in images.split(batch):
+        for channel in range(images.shape[1]):
+            histogram[channel] += torch.bincount(part[:, channel].flatten(), minlength=256)
+    level = torch.arange(256)
+    count, total, squares = (values.tolist() for values in (histogram.sum(1), (histogram * level).sum(1), (histogram * level**2).sum(1)))
+    moments = list(zip(count, total, squares, strict=True))
+    mean = tuple(t / n / 255 for n, t, _ in moments)
+    std = tuple(max((n * s - t * t) ** 0.5 / n, 1.0) / 255 for n, t, s in moments)  # Python's whole numbers do not overflow
+    return mean, std
+
+
+def _check_classes(splits: dict[str, Split], classes: tuple[str, ...]) -> None:
+    """Every class may have been there before unreadable images were left out."""
+    for name, split in splits.items():
+        empty = torch.nonzero(torch.bincount(split.labels, minlength=len(classes)) == 0).flatten().tolist()
+        if empty:
+            raise UserError(f"class '{classes[empty[0]]}' has no readable image left in {name}; mend its images or remove the class")
+
+
+def _list_unreadable(data: Data, unreadable: list[str], *, shown: int = 3) -> str:
+    """One line for the screen; a long list goes to a file."""
+    paths = [str(Path(data.path or "") / line) for line in unreadable]
+    listed = "; ".join(paths[:shown])
+    if len(paths) > shown:
+        report = Workspace().scratch("prepare") / "unreadable.txt"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text("\n".join(paths) + "\n", encoding="utf-8", errors="backslashreplace")
+        listed += f"; and {len(paths) - shown} more, listed in {report}"
+    plural = "image cannot" if len(paths) == 1 else "images cannot"
+    return f"{len(paths)} {plural} be read: {listed}. Mend or remove, or leave out with -S data.skip_corrupt=true"

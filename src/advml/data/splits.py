@@ -1,0 +1,113 @@
+"""Seeded, stratified, disjoint splits.
+
+The order of images comes from the raw bits of PCG64, a stream that NumPy guarantees (unlike its shuffles and
+permutations, which may change between releases): a seed gives the same splits on every machine, for good. Each
+class is dealt out in that order: first to test, then to validation, the rest to train. So a smaller `max_train`
+keeps a subset of what a larger one keeps, and moves nothing in validation and test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from advml.config import Data
+from advml.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images before they are divided: labels are known, pixels are read when it is clear which are needed.
+
+    Attributes:
+        name: where they come from, for people.
+        labels: int64, (N,): indices into `classes`.
+        read: indices (n,) -> images (uint8, n x C x H x W) and `{position: 'path: reason'}` of the unreadable ones.
+        given: the splits the data come with, as indices; without `train`, all images are divided.
+        ignored: number of files that are no images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    read: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
+    ignored: int = 0
+
+
+def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
+    """Indices of the images of train, validation and test.
+
+    A split the source comes with is taken as it is (cut to `max_test`); `data.validation` and `data.test` are
+    shares of the images that are left to divide: all of them, or those of the source's training split. Class
+    proportions are kept as nearly as whole images allow; every split gets at least one image of every class.
+    Each split is stored in the seeded order: a batch of one class would change what a contrastive attack sees.
+
+    Raises:
+        UserError: if a class has too few images, or `max_train`, `max_test` are below the number of classes.
+    """
+    order = np.argsort(np.random.PCG64(data.seed % 2**64).random_raw(len(source.labels)), kind="stable")
+
+    def by_class(indices: np.ndarray) -> list[np.ndarray]:
+        dealt = order[np.isin(order, indices)]
+        return [dealt[source.labels[dealt] == label] for label in range(len(source.classes))]
+
+    rest = by_class(source.given.get("train", order))
+    counts = _sizes(rest)
+    wanted = {name: share for name, share in (("test", data.test), ("validation", data.validation)) if name not in source.given}
+    _check_enough(counts, source.classes, ["train", *reversed(wanted)])
+    parts = {name: by_class(indices) for name, indices in source.given.items() if name != "train"}
+    for reserved, (name, share) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
+        limits = _sizes(rest) - reserved
+        total = int(np.clip(np.floor(share * counts.sum() + 0.5), len(counts), limits.sum()))
+        sizes = _allocate(counts, total, limits)
+        parts[name] = _first(rest, sizes)
+        rest = [members[size:] for members, size in zip(rest, sizes, strict=True)]
+    parts["train"] = _at_most(data.max_train, rest, "data.max_train")
+    parts["test"] = _at_most(data.max_test, parts["test"], "data.max_test")
+    rank = np.argsort(order)
+    return {name: order[np.sort(rank[np.concatenate(parts[name])])] for name in ("train", "validation", "test")}
+
+
+def _sizes(groups: list[np.ndarray]) -> np.ndarray:
+    return np.array([len(members) for members in groups])
+
+
+def _first(groups: list[np.ndarray], sizes: np.ndarray) -> list[np.ndarray]:
+    return [members[:size] for members, size in zip(groups, sizes, strict=True)]
+
+
+def _at_most(maximum: int | None, groups: list[np.ndarray], key: str) -> list[np.ndarray]:
+    counts = _sizes(groups)
+    if maximum is None or maximum >= counts.sum():
+        return groups
+    if maximum < len(groups):
+        raise UserError(f"{key} = {maximum} leaves classes without an image; it must be at least the number of classes, {len(groups)}")
+    return _first(groups, _allocate(counts, maximum, counts))
+
+
+def _allocate(counts: np.ndarray, total: int, limits: np.ndarray) -> np.ndarray:
+    """Whole numbers that add up to `total`, as near to the proportions of `counts` as `1 <= size <= limits` allows.
+
+    Largest remainders: round down, then step the class that is furthest from its quota; ties go to the first class.
+    """
+    quotas = counts * (total / counts.sum())
+    sizes = np.clip(np.floor(quotas).astype(np.int64), 1, limits)
+    while missing := total - int(sizes.sum()):
+        step = 1 if missing > 0 else -1
+        movable = sizes < limits if step > 0 else sizes > 1
+        sizes[np.argmax(np.where(movable, step * (quotas - sizes), -np.inf))] += step
+    return sizes
+
+
+def _check_enough(counts: np.ndarray, classes: tuple[str, ...], names: list[str]) -> None:
+    scarce = np.flatnonzero(counts < len(names))
+    if len(scarce):
+        first = scarce[0]
+        more = f" ({len(scarce)} classes are that small)" if len(scarce) > 1 else ""
+        raise UserError(
+            f"class '{classes[first]}' has {counts[first]} image{'s' * (counts[first] != 1)}{more}; "
+            f"{', '.join(names)} need one each: add images or remove the class"
+        )

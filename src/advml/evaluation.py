@@ -1,0 +1,142 @@
+"""Clean and robust accuracy with intervals, and a record of how each figure was made.
+
+`accuracy/threat_model_1`: PGD on the contrastive objective of encoder and projection head, then classify.
+`accuracy/threat_model_2`: PGD end to end on the classifier's cross-entropy.
+Each at the training epsilon and, under the suffix `_half`, at half of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advml import config
+from advml.attacks.adversary import Adversary, evaluation_adversary
+from advml.attacks.pgd import Objective
+from advml.data.datasets import Split
+from advml.models import Network
+from advml.runtime import Machine, generator_for
+from advml.schemes import Scheme
+from advml.tasks import classification_objective, contrastive_objective
+from advml.training import batches
+
+# (network, images, labels) -> objective; built anew for every batch of images.
+MakeObjective = Callable[[Network, Tensor, Tensor], Objective]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One accuracy to measure: its metric name and its attack. `adversary=None` is clean accuracy."""
+
+    name: str
+    adversary: Adversary | None = None
+    objective: MakeObjective | None = None
+    coupled: bool = False  # the objective couples the batch: images must not leave it
+    note: str = ""
+
+
+def figures(configuration: config.Config, scheme: Scheme, *, note: str = "") -> list[Figure]:
+    """What `evaluate` measures for a model of `scheme`; SL has no projection head, so no threat model I."""
+    listed = [Figure("accuracy/clean")]
+    for suffix, share in (("", 1.0), ("_half", 0.5)):
+        adversary = evaluation_adversary(configuration, epsilon=share * configuration.threat_model.epsilon)
+        if scheme.groups:
+            make = _contrastive(scheme.groups, configuration.temperature)
+            listed.append(Figure(f"accuracy/threat_model_1{suffix}", adversary, make, coupled=True, note=note))
+        listed.append(Figure(f"accuracy/threat_model_2{suffix}", adversary, _classification))
+    return listed
+
+
+def _classification(network: Network, images: Tensor, labels: Tensor) -> Objective:
+    return classification_objective(network, labels)
+
+
+def _contrastive(groups: Callable[[Tensor], Tensor], temperature: float) -> MakeObjective:
+    return lambda network, images, labels: contrastive_objective(network, images, groups(labels), temperature=temperature)
+
+
+def wilson(successes: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n)))
+
+
+def correct(
+    network: Network,
+    split: Split,
+    figure: Figure,
+    *,
+    batch_size: int,
+    restarts: int,
+    seed: int,
+    machine: Machine,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Tensor:
+    """Which images are classified right, clean or after the figure's attack: bool (N,).
+
+    With restarts an image counts as right only if it survives every one. Images that an earlier restart
+    broke leave the batch, but only where the objective is per sample: a contrastive one couples the batch.
+    """
+    network.eval()
+    results = []
+    for number, (images, labels) in enumerate(batches(split, machine, size=batch_size)):
+        right = _predict_right(network, images, labels, machine)
+        if figure.adversary:
+            for restart in range(restarts):
+                rows = torch.arange(len(labels), device=labels.device) if figure.coupled else right.nonzero().squeeze(1)
+                if not len(rows):
+                    break
+                generator = generator_for(figure.name, seed, number, restart)
+                adversarial = _attack(network, figure, images[rows], labels[rows], generator, machine)
+                right[rows] &= _predict_right(network, adversarial, labels[rows], machine)
+        results.append(right.cpu())
+        on_batch(len(labels))
+    return torch.cat(results)
+
+
+def _attack(network: Network, figure: Figure, images: Tensor, labels: Tensor, generator: torch.Generator, machine: Machine) -> Tensor:
+    with machine.autocast():
+        return figure.adversary.attack(network, lambda: figure.objective(network, images, labels), images, generator=generator)
+
+
+@torch.no_grad()
+def _predict_right(network: Network, images: Tensor, labels: Tensor, machine: Machine) -> Tensor:
+    with machine.autocast():
+        return network(images).argmax(1) == labels
+
+
+def metrics(results: dict[str, Tensor]) -> dict[str, float]:
+    """Flat metrics under the contract's names: share right, and the ends of its 95 % interval."""
+    flat = {}
+    for name, right in results.items():
+        low, high = wilson(int(right.sum()), len(right))
+        flat |= {name: float(right.double().mean()), f"{name}/low": low, f"{name}/high": high}
+    return flat
+
+
+def describe(figure: Figure, right: Tensor, configuration: config.Config) -> dict[str, Any]:
+    """The record of one figure: everything needed to measure it again."""
+    spec = configuration.evaluate
+    record: dict[str, Any] = {"n": len(right), "correct": int(right.sum()), "interval": list(wilson(int(right.sum()), len(right)))}
+    if figure.adversary is None:
+        return record
+    attack = asdict(figure.adversary)
+    threat_model = attack.pop("threat_model")
+    return record | {
+        "attack": "pgd",
+        "objective": "contrastive" if figure.coupled else "cross-entropy",
+        **threat_model,
+        "box": [0, 1],
+        **attack,
+        "restarts": spec.restarts,
+        "seed": spec.seed,
+        "batch_size": spec.batch_size,
+        **({"note": figure.note} if figure.note else {}),
+    }

@@ -1,0 +1,196 @@
+"""Networks: Normalize -> timm encoder -> heads. Images live in [0, 1]; normalisation is the first layer.
+
+So epsilon means the same thing in every file, and an exported model attacks correctly in anyone's tool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from advml.backbones import create_encoder
+from advml.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything needed to rebuild a network before its weights are loaded; stored in model.json."""
+
+    backbone: str
+    stem: str
+    options: dict[str, Any]
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int | None  # outputs of the classifier; None: no classifier
+    projection_size: int | None  # outputs of the projection head; None: no projection head
+    normalize_logits: bool
+    dual_batch_norm: bool
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel. The constants are buffers: they travel with the weights."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class DualBatchNorm(nn.Module):
+    """Two sets of statistics: one for clean batches, one for adversarial batches and for inference (Xie et al. 2020)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.adversarial = layer
+        self.clean = copy.deepcopy(layer)
+        self.use_clean = False
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (self.clean if self.use_clean else self.adversarial)(features)
+
+
+class Network(nn.Module):
+    """Encoder with a classifier, a projection head, or both.
+
+    `network(images)` gives logits (N, K), `network.embed(images)` unit-length projections (N, P); images are
+    float (N, C, H, W) in [0, 1].
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = self.architecture = architecture
+        self.normalize = Normalize(a.mean, a.std)
+        encoder, width = create_encoder(a.backbone, stem=a.stem, channels=a.channels, image_size=a.image_size, options=a.options)
+        self.encoder = _dual(encoder) if a.dual_batch_norm else encoder
+        self.width = width
+        self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
+        self.projection_head = None
+        if a.projection_size is not None:
+            self.projection_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, a.projection_size))
+
+    def attach_classifier(self, classes: int, *, seed: int) -> None:
+        """Put a fresh linear classifier on the encoder; its weights depend on `seed` alone."""
+        self.architecture = replace(self.architecture, classes=classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.classifier = nn.Linear(self.width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encoder output (N, D)."""
+        return self.encoder(self.normalize(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""
+        logits = self.classifier(features)
+        return F.normalize(logits.float(), dim=1) if self.architecture.normalize_logits else logits
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-length projections (N, P)."""
+        return F.normalize(self.projection_head(self.features(images)).float(), dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
+
+
+def build(architecture: Architecture, *, seed: int) -> Network:
+    """A network with random weights that depend on `seed` alone; the global RNG is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Network(architecture)
+
+
+def _dual(module: nn.Module) -> nn.Module:
+    """Replace every batch norm below `module`, in place."""
+    for name, child in module.named_children():
+        setattr(module, name, DualBatchNorm(child) if isinstance(child, _BatchNorm) else _dual(child))
+    return module
+
+
+@contextlib.contextmanager
+def clean_statistics(network: nn.Module) -> Iterator[None]:
+    """Within: dual batch norms use (and update) the clean statistics. Nothing to do for single ones."""
+    duals = [module for module in network.modules() if isinstance(module, DualBatchNorm)]
+    for module in duals:
+        module.use_clean = True
+    try:
+        yield
+    finally:
+        for module in duals:
+            module.use_clean = False
+
+
+@contextlib.contextmanager
+def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
+    """Within: the whole network is in `mode`, its parameters take no gradient. After: everything is as it was.
+
+    In mode "eval" batch-norm statistics cannot move and dropout is off. Mode "train" is the paper's protocol.
+    """
+    modes = {module: module.training for module in network.modules()}
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    network.train(mode == "train")
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
+    """Write model.safetensors and model.json into `folder`; return the sha256 of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    record = {**record, "architecture": asdict(network.architecture), "digest": digest}
+    (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return digest
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """model.json of a model's folder, or a UserError that says how to get the model."""
+    folder = Path(folder)
+    try:
+        return json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / 'model.json'} cannot be read: {error}") from None
+
+
+def load(folder: str | Path) -> Network:
+    """Rebuild a network from model.json and model.safetensors; every tensor must match.
+
+    Raises:
+        UserError: the folder holds no model, or its files are damaged or do not fit together.
+    """
+    folder = Path(folder)
+    architecture = read_record(folder).get("architecture")
+    try:
+        network = build(Architecture(**architecture), seed=0)
+        network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except (TypeError, FileNotFoundError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} holds no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro") from None
+    return network

@@ -1,0 +1,80 @@
+"""Per-example losses. Everything returns one value per example; only the trainer takes the mean.
+
+The contrastive objective serves CL and SCL alike: SimCLR is SupCon whose labels are the instance ids.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """-log softmax(logits)[label], in nats.
+
+    Args:
+        logits: (N, K), any float type; computed in float32.
+        labels: (N,) int64.
+        label_smoothing: mass s spread evenly over all classes (Szegedy et al. 2016, sec. 7).
+    Returns:
+        Losses (N,).
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{k != y} logits[k] - logits[y]; positive exactly where the classifier errs (Carlini & Wagner 2017, f6).
+
+    Args:
+        logits: (N, K) with K >= 2.
+        labels: (N,) int64.
+    Returns:
+        Margins (N,), in logits.
+    """
+    logits = logits.float()
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+    return others - own
+
+
+def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """SupCon's L_out per anchor (Khosla et al. 2020, eq. 2); SimCLR's NT-Xent when groups are instance ids.
+
+        l_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p/t) / sum_{a != i} exp(z_i.z_a/t) )
+
+    where P(i) are the other embeddings of i's group. An anchor without positives contributes 0.
+
+    Deviation: the public SupCon code multiplies by t / 0.07; we leave the factor out, as the paper's
+    equation does.
+
+    Args:
+        embeddings: (M, D), unit length; the logits are computed in float32 under any autocast.
+        groups: (M,) integers; equal numbers are positives of each other.
+        temperature: t > 0.
+    Returns:
+        Losses (M,), in nats.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        z = embeddings.float()
+        similarity = z @ z.T / temperature  # (M, M)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_denominator = similarity.masked_fill(itself, float("-inf")).logsumexp(1)  # (M,)
+    positives = (groups[:, None] == groups[None, :]) & ~itself
+    count = positives.sum(1)
+    attraction = (similarity * positives).sum(1) / count.clamp(min=1)
+    return (log_denominator - attraction) * (count > 0)
+
+
+def contrastive_pair(first: Tensor, second: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """The contrastive objective of N images seen twice: the mean of an image's two anchors.
+
+    Args:
+        first, second: embeddings (N, D) of two views (or of the clean and the adversarial images).
+        groups: (N,) integers, one per image.
+        temperature: t > 0.
+    Returns:
+        Losses (N,), one per image; their mean is the objective of the 2N views.
+    """
+    anchors = contrastive(torch.cat([first, second]), torch.cat([groups, groups]), temperature=temperature)
+    return (anchors[: len(first)] + anchors[len(first) :]) / 2

@@ -1,0 +1,48 @@
+"""Where everything lies. Names are the contract: the same in paths, stages, MLflow runs and tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def pretraining_name(scheme: str, phase: str, seed: int) -> str:
+    """`CL-at-s0`: the contrastive scheme, adversarially pretrained, seed 0."""
+    return f"{scheme}-{phase}-s{seed}"
+
+
+def model_name(scheme: str, regime: str, seed: int) -> str:
+    """`CL-Full-AT-s0`."""
+    return f"{scheme}-{regime}-s{seed}"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder tree of one study; `root` is where params.yaml and dvc.yaml lie."""
+
+    root: Path = Path()
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "data" / "prepared"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models" / "finetune"
+
+    def pretrained(self, name: str) -> Path:
+        return self.root / "models" / "pretrain" / name
+
+    def model(self, name: str) -> Path:
+        return self.models / name
+
+    def report(self, name: str) -> Path:
+        return self.reports / name
+
+    def scratch(self, stage: str) -> Path:
+        """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
+        return self.root / ".scratch" / stage

@@ -1,0 +1,75 @@
+"""What every stage starts from: configuration, folders, machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from advml.config import Config, digest
+from advml.data import datasets
+from advml.models import Architecture
+from advml.paths import Workspace
+from advml.provenance import git_commit, source_digest
+from advml.runtime import Machine, machine
+
+
+@dataclass(frozen=True)
+class Context:
+    """Handed to every stage by the command line."""
+
+    config: Config
+    workspace: Workspace
+
+    @cached_property
+    def machine(self) -> Machine:
+        return machine(self.config.runtime)
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        return datasets.load(self.workspace.prepared)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a model was made from, for model.json."""
+        data = self.dataset
+        counts = {name: len(getattr(data, name).labels) for name in ("train", "validation", "test")}
+        return {
+            "git_commit": git_commit(self.workspace.root),
+            "data": {"digest": data.digest, "source": data.source, "counts": counts},
+            "classes": list(data.classes),
+            "input": list(data.train.images.shape[1:]),
+        }
+
+    def architecture(self, *, head: str, attacked: bool) -> Architecture:
+        """The network of a pretraining; `dual` batch norm only where there are adversarial batches."""
+        model, data = self.config.model, self.dataset
+        channels, size, _ = data.train.images.shape[1:]
+        return Architecture(
+            backbone=model.backbone,
+            stem=model.stem,
+            options=model.options,
+            channels=channels,
+            image_size=size,
+            mean=data.mean,
+            std=data.std,
+            classes=len(data.classes) if head == "classifier" else None,
+            projection_size=model.projection_size if head == "projection" else None,
+            normalize_logits=model.normalize_logits,
+            dual_batch_norm=attacked and model.batch_norm == "dual",
+        )
+
+    def parameters(self, *sections: str) -> dict[str, Any]:
+        """The named sections (`pretrain.CL` reaches into one) of the resolved configuration, nested as in params.yaml."""
+        everything, chosen = self.config.model_dump(mode="json"), {}
+        for section in sections:
+            head, _, tail = section.partition(".")
+            if tail:
+                chosen.setdefault(head, {})[tail] = everything[head][tail]
+            else:
+                chosen[head] = everything[head]
+        return chosen
+
+    def fingerprint(self, *parts: Any) -> str:
+        """Of everything that determines a stage's result: parts (parameters, upstream digests), machine settings, sources."""
+        return digest(self.parameters("runtime"), source_digest(), *parts)

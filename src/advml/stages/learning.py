@@ -1,0 +1,75 @@
+"""One training phase from start to files, shared by `pretrain` and `finetune`: resume, train, track, write."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advml import models, tracking
+from advml.attacks.adversary import Adversary
+from advml.checkpoint import Checkpoint, replace_folder, write_atomically
+from advml.config import Phase
+from advml.progress import Progress
+from advml.stages.context import Context
+from advml.tasks import Task
+from advml.training import Record, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """One phase of one model. `task=None`: there is nothing to learn, the network is taken as it is."""
+
+    stage: str  # "pretrain" or "finetune"
+    name: str
+    folder: Path
+    network: models.Network
+    phase: Phase
+    task: Task | None
+    adversary: Adversary | None
+    seed: int
+    identity: dict[str, Any]  # kind, scheme, phase or regime, seed, pretraining
+    parameters: dict[str, Any]  # the sections of params.yaml that have a say
+
+
+def learn(context: Context, job: Job) -> dict[str, Any]:
+    """Train `job`, continuing an interrupted process; write its folder and history; log its run. Returns model.json."""
+    inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
+    record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
+    checkpoint = Checkpoint(context.workspace.scratch(f"{job.stage}-{job.name}"), inputs)
+    tracking.kill_run(context.config, root=context.workspace.root, run_id=checkpoint.orphan)
+    with tracking.open_run(context.config, root=context.workspace.root, record=record, run_id=checkpoint.notes.get("run_id")) as run:
+        checkpoint.note(run_id=run.id)
+        history = _train(context, job, checkpoint, run) if job.task else []
+        selected = checkpoint.load().best_epoch if history else None
+        with replace_folder(job.folder) as folder:
+            digest = models.save(job.network, folder, {**record, "epoch": selected})
+        write_atomically(context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+        run.log_checkpoint(job.folder, digest=digest)
+    return models.read_record(job.folder)
+
+
+def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run) -> list[Record]:
+    batches, epochs = max(1, len(context.dataset.train.labels) // job.phase.batch_size), job.phase.epochs
+    history: list[Record] = []
+    with Progress(f"{job.stage} {job.name}", total=batches * epochs) as bar:
+        for record in train(
+            job.task,
+            context.dataset,
+            job.phase,
+            adversary=job.adversary,
+            seed=job.seed,
+            machine=context.machine,
+            checkpoint=checkpoint,
+            on_batch=lambda epoch, done, loss: bar.reach((epoch - 1) * batches + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}"),
+        ):
+            history.append(record)
+            run.log_epochs(history)
+    return history
+
+
+def _scores(history: list[Record]) -> str:
+    """The last validation scores, for the progress bar."""
+    last = history[-1] if history else {}
+    return "".join(f"  {key.removeprefix('validation/')} {value:.3f}" for key, value in last.items() if key.startswith("validation/"))

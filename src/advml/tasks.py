@@ -1,0 +1,180 @@
+"""What a network is trained for: the losses of one phase, the objective of its adversary, its validation score.
+
+A task gets images x (N, C, H, W) in [0, 1] and labels (N,) and returns one loss per image:
+
+| task           | clean loss    | adversarial loss | the adversary ascends            |
+|----------------|---------------|------------------|----------------------------------|
+| Contrastive    | L(t1(x), t2(x)) | L(x, x + d)    | L(x, x + d)                      |
+| Classification | CE(t(x))      | CE(x + d)        | CE(x + d), end to end            |
+| HeadOnly       | CE(x)         | CE(x + d)        | CE(x + d); the encoder is fixed  |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from advml import config
+from advml.attacks.pgd import Objective
+from advml.data.datasets import Split
+from advml.data.views import view
+from advml.models import Network, clean_statistics
+from advml.objectives import contrastive_pair, cross_entropy
+from advml.regimes import Regime
+from advml.runtime import Machine
+from advml.schemes import Scheme
+
+
+class Task(Protocol):
+    """What the training loop needs to know."""
+
+    network: Network
+    metric: str  # name of the validation score, e.g. "accuracy"
+    larger_is_better: bool
+
+    def learners(self) -> list[nn.Parameter]: ...
+    def train_mode(self) -> None: ...
+    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor: ...
+    def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
+    def objective(self, images: Tensor, labels: Tensor) -> Objective: ...
+    def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor: ...
+    def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
+
+
+class Classification:
+    """Cross-entropy, end to end: SL's pretraining (with views) and Full-AT fine-tuning (without)."""
+
+    metric, larger_is_better = "accuracy", True
+
+    def __init__(self, network: Network, *, spec: config.View | None = None, label_smoothing: float = 0.0) -> None:
+        self.network, self.spec, self.label_smoothing = network, spec, label_smoothing
+
+    def learners(self) -> list[nn.Parameter]:
+        """The encoder and the classifier; a projection head kept for threat model I rests."""
+        return [*self.network.encoder.parameters(), *self.network.classifier.parameters()]
+
+    def train_mode(self) -> None:
+        self.network.train()
+
+    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+        """CE(t(x)), or CE(x) without a view spec."""
+        images = images if self.spec is None else view(images, self.spec, generator=generator)
+        with clean_statistics(self.network):
+            return cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
+
+    def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """CE(x + d)."""
+        return cross_entropy(self.network(adversarial), labels, label_smoothing=self.label_smoothing)
+
+    def objective(self, images: Tensor, labels: Tensor) -> Objective:
+        """Threat model II: cross-entropy of the whole classifier."""
+        return classification_objective(self.network, labels)
+
+    def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
+        """1 where the prediction is right (N,)."""
+        return (self.network(images).argmax(1) == labels).float()
+
+    def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """1 where the prediction survives the attack (N,)."""
+        return (self.network(adversarial).argmax(1) == labels).float()
+
+
+class HeadOnly(Classification):
+    """Cross-entropy of a linear head on a fixed encoder, which stays in eval mode, untouched.
+
+    The clean features of all training images are computed once and serve every epoch.
+    """
+
+    def __init__(self, network: Network, *, features: Tensor, label_smoothing: float = 0.0) -> None:
+        super().__init__(network, label_smoothing=label_smoothing)
+        self.clean_features = features  # (number of training images, D)
+
+    def learners(self) -> list[nn.Parameter]:
+        return list(self.network.classifier.parameters())
+
+    def train_mode(self) -> None:
+        self.network.eval()
+        self.network.encoder.requires_grad_(False)
+
+    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+        """CE(x) from the stored features."""
+        logits = self.network.classify(self.clean_features[index])
+        return cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+class Contrastive:
+    """The contrastive objective of CL and SCL on two views, or on an image and its adversarial example."""
+
+    metric, larger_is_better = "loss", False
+
+    def __init__(self, network: Network, *, spec: config.View, temperature: float, groups: Callable[[Tensor], Tensor]) -> None:
+        self.network, self.spec, self.temperature, self.groups = network, spec, temperature, groups
+
+    def learners(self) -> list[nn.Parameter]:
+        return [*self.network.encoder.parameters(), *self.network.projection_head.parameters()]
+
+    def train_mode(self) -> None:
+        self.network.train()
+
+    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+        """L(t1(x), t2(x)); both views pass the network as one batch."""
+        first, second = (view(images, self.spec, generator=generator) for _ in range(2))
+        with clean_statistics(self.network):
+            return self._pair(first, second, labels)
+
+    def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """L(x, x + d)."""
+        return self._pair(images, adversarial, labels)
+
+    def objective(self, images: Tensor, labels: Tensor) -> Objective:
+        """Threat model I: pull the adversarial image's embedding away from its positives."""
+        return contrastive_objective(self.network, images, self.groups(labels), temperature=self.temperature)
+
+    def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Contrastive loss of two fresh views (N,)."""
+        return self.clean_loss(images, labels, torch.empty(0), generator=generator)
+
+    def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """Contrastive loss between image and adversarial image (N,)."""
+        return self._pair(images, adversarial, labels)
+
+    def _pair(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        first, second = self.network.embed(torch.cat([first, second])).chunk(2)
+        return contrastive_pair(first, second, self.groups(labels), temperature=self.temperature)
+
+
+def classification_objective(network: Network, labels: Tensor) -> Objective:
+    """x_adv -> cross-entropy of the classifier (N,): threat model II."""
+    return lambda adversarial: cross_entropy(network(adversarial), labels)
+
+
+def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float) -> Objective:
+    """x_adv -> contrastive loss between the images and x_adv (N,): threat model I.
+
+    The clean embedding is computed once, here; that is exact because an attacked network has no dropout
+    and its batch statistics do not depend on the other half of the pair.
+    """
+    with torch.no_grad():
+        clean = network.embed(images)
+    return lambda adversarial: contrastive_pair(clean, network.embed(adversarial), groups, temperature=temperature)
+
+
+def pretraining_task(network: Network, scheme: Scheme, configuration: config.Config) -> Task:
+    """The task of a scheme's pretraining, by the head it learns."""
+    spec = getattr(configuration.views, scheme.view)
+    if scheme.groups:
+        return Contrastive(network, spec=spec, temperature=configuration.temperature, groups=scheme.groups)
+    return Classification(network, spec=spec, label_smoothing=configuration.pretrain[scheme.name].label_smoothing)
+
+
+def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train: Split, machine: Machine) -> Task:
+    """The task of a regime's fine-tuning: end to end, or a head on stored features of the training images."""
+    if regime.encoder_learns:
+        return Classification(network, label_smoothing=phase.label_smoothing)
+    network.to(device=machine.device, memory_format=torch.channels_last).eval()
+    with torch.no_grad(), machine.autocast():
+        features = torch.cat([network.features(machine.images(images)).float() for images in train.images.split(512)])
+    return HeadOnly(network, features=features, label_smoothing=phase.label_smoothing)

@@ -1,0 +1,176 @@
+"""One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
+
+    for record in train(task, dataset, phase, adversary=adversary, seed=0, checkpoint=checkpoint, ...):
+        print(record)      # {"epoch": 3, "train/loss": ..., "validation/accuracy": ..., ...}
+
+When the generator ends, the task's network holds the selected weights. Every random number of an epoch
+follows from (seed, epoch) alone, so a resumed run needs no RNG state to end where an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from advml import config
+from advml.attacks.adversary import Adversary
+from advml.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
+from advml.data.datasets import Dataset, Split
+from advml.errors import Failure
+from advml.runtime import Machine, derived_seed, generator_for
+from advml.schedules import learning_rate
+from advml.tasks import Task
+
+Record = dict[str, float]
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": lambda parameters, **kwargs: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **kwargs),
+}
+
+
+def train(
+    task: Task,
+    dataset: Dataset,
+    phase: config.Phase,
+    *,
+    adversary: Adversary | None,
+    seed: int,
+    machine: Machine,
+    checkpoint: Checkpoint,
+    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+) -> Iterator[Record]:
+    """Train, yielding one record per epoch (those of earlier, interrupted processes first).
+
+    Per batch: mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter under an adversary.
+
+    Args:
+        task: losses, objective and score of what is trained.
+        dataset: learns from `train`, selects on `validation`; `test` is never read.
+        phase: epochs, optimiser, schedule, selection.
+        adversary: attacks every batch; None in standard phases.
+        seed: of batches, views and random starts.
+        machine: device and precision.
+        checkpoint: written after every epoch; an unfinished run in it is continued.
+        on_batch: told (epoch, batches done, loss) for progress bars.
+    Raises:
+        Failure: the loss is not finite.
+    """
+    trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
+    progress = checkpoint.load() or Progress()
+    if progress.epoch:
+        trainer.restore(progress)
+    yield from progress.history
+    for epoch in range(progress.epoch + 1, phase.epochs + 1):
+        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch), **trainer.validate()}
+        trainer.select(progress, record)
+        progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
+        progress.optimizer = optimizer_state(trainer.optimizer)
+        progress.history.append(record)
+        checkpoint.save(progress)
+        yield record
+    task.network.load_state_dict(progress.best)
+
+
+class _Trainer:
+    """The moving parts of `train`."""
+
+    def __init__(
+        self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine
+    ) -> None:
+        self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
+        self.train_split, self.validation = dataset.train, dataset.validation
+        task.network.to(device=machine.device, memory_format=torch.channels_last)
+        task.train_mode()
+        self.optimizer = OPTIMIZERS[phase.optimizer](task.learners(), lr=phase.learning_rate, weight_decay=phase.weight_decay)
+        self.batches = max(1, len(dataset.train.labels) // phase.batch_size)
+
+    def restore(self, progress: Progress) -> None:
+        self.task.network.load_state_dict(progress.network)
+        restore_optimizer(self.optimizer, progress.optimizer)
+
+    def epoch(self, epoch: int, on_batch: Callable[[int, int, float], None]) -> Record:
+        """One pass over the shuffled training images; a short last batch is left for other epochs to reach."""
+        generator = generator_for("train", self.seed, epoch)
+        order = torch.randperm(len(self.train_split.labels), generator=generator)
+        totals = torch.zeros(2, dtype=torch.float64)  # clean, adversarial
+        self.task.train_mode()
+        with torch.random.fork_rng(devices=_cuda(self.machine)):
+            torch.manual_seed(derived_seed("dropout", self.seed, epoch))  # layers with dropout draw from the global RNG
+            for batch, index in enumerate(order.split(self.phase.batch_size)[: self.batches]):
+                losses = self._step(index, generator, step=(epoch - 1) * self.batches + batch)
+                totals += losses
+                on_batch(epoch, batch + 1, float(losses.sum()))
+        totals /= self.batches
+        if not torch.isfinite(totals).all():
+            raise Failure(
+                f"the loss is not finite in epoch {epoch}; lower the learning rate (now {self.phase.learning_rate:g}) "
+                "or set gradient_clip in this phase's section of params.yaml"
+            )
+        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": float(totals[0])}
+        return record | ({"train/adversarial_loss": float(totals[1])} if self.adversary else {})
+
+    def _step(self, index: Tensor, generator: torch.Generator, *, step: int) -> Tensor:
+        """One optimiser step on the images `index`; returns the clean and the adversarial loss."""
+        images = self.machine.images(self.train_split.images[index])
+        labels = self.train_split.labels[index].to(self.machine.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.phase, step=step, steps=self.batches * self.phase.epochs)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.machine.autocast():
+            clean = self.task.clean_loss(images, labels, index.to(self.machine.device), generator=generator).mean()
+        clean.backward()  # each term frees its graph before the next one builds its own
+        adversarial = torch.zeros(())
+        if self.adversary:
+            with self.machine.autocast():
+                attacked = self._attack(images, labels, generator)
+                adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
+            (self.phase.adversarial_weight * adversarial).backward()
+        if self.phase.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
+        self.optimizer.step()
+        return torch.stack([clean.detach().cpu(), adversarial.detach().cpu()]).double()
+
+    def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        return self.adversary.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
+
+    def validate(self) -> Record:
+        """Mean scores on validation; the same views and random starts in every epoch, so that epochs compare."""
+        generator = generator_for("validation", self.seed)
+        network, totals = self.task.network, [0.0, 0.0]
+        network.eval()
+        for images, labels in batches(self.validation, self.machine, size=self.phase.batch_size):
+            with self.machine.autocast():
+                attacked = self._attack(images, labels, generator) if self.adversary else None
+                with torch.no_grad():
+                    totals[0] += float(self.task.clean_score(images, labels, generator=generator).sum())
+                    if attacked is not None:
+                        totals[1] += float(self.task.adversarial_score(images, attacked, labels).sum())
+        count, metric = len(self.validation.labels), self.task.metric
+        record = {f"validation/{metric}": totals[0] / count}
+        return record | ({f"validation/adversarial_{metric}": totals[1] / count} if self.adversary else {})
+
+    def select(self, progress: Progress, record: Record) -> None:
+        """Keep these weights if they are the best on validation so far (adversarial score first, then clean; ties: the later epoch)."""
+        metric, sign = self.task.metric, 1.0 if self.task.larger_is_better else -1.0
+        score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
+        if self.phase.keep == "last" or progress.best_score is None or (math.isfinite(score) and score >= progress.best_score):
+            progress.best_score, progress.best_epoch = score, int(record["epoch"])
+            progress.best = _copy(self.task.network.state_dict())
+
+
+def batches(split: Split, machine: Machine, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images (n, C, H, W) in [0, 1] and labels (n,) of a split, in order, on the device."""
+    for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
+        yield machine.images(images), labels.to(machine.device)
+
+
+def _copy(state: State) -> State:
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def _cuda(machine: Machine) -> list[torch.device]:
+    return [machine.device] if machine.device.type == "cuda" else []
