@@ -1,8 +1,8 @@
 """advml: how robust are supervised and contrastive networks, and what does adversarial training do to them?
 
-    >>> import advml
-    >>> model = advml.load_model("models/finetune/CL-Full-AT-s0")   # a torch.nn.Module in eval mode
-    >>> logits = model(images)                                     # images: float (N, C, H, W) in [0, 1]
+>>> import advml
+>>> model = advml.load_model("models/finetune/CL-Full-AT-s0")   # a torch.nn.Module in eval mode
+>>> logits = model(images)                                     # images: float (N, C, H, W) in [0, 1]
 """
 
 from __future__ import annotations

@@ -37,6 +37,9 @@ def _resnet(model: nn.Module, channels: int) -> None:
 
 def _convnext(model: nn.Module, channels: int) -> None:
     model.stem[0] = _conv3x3(channels, model.stem[0].out_channels)
+    for layer in model.stem[1:]:
+        if isinstance(layer, nn.Conv2d):  # an overlapping stem (`_ols`) has a second strided convolution
+            layer.stride = (1, 1)
 
 
 def _mobile(model: nn.Module, channels: int) -> None:

@@ -80,7 +80,9 @@ class Checkpoint:
         temporary = self._file.with_suffix(f".{os.getpid()}.part")
         try:
             # clone: tensors of one storage (views, tied weights) are refused by safetensors
-            save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, temporary, {"progress": json.dumps(header)})
+            save_file(
+                {key: value.detach().clone().contiguous() for key, value in tensors.items()}, temporary, {"progress": json.dumps(header)}
+            )
             os.replace(temporary, self._file)
         finally:
             temporary.unlink(missing_ok=True)

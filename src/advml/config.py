@@ -18,45 +18,73 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from advml.errors import UserError
+from advml.explain import explain
 
 SchemeName = Literal["SL", "CL", "SCL"]
 RegimeName = Literal["ST", "AT", "Partial-AT", "Full-AT"]
 PhaseName = Literal["st", "at"]
 
 
+def _no_switch(value: Any) -> Any:
+    """True is 1 in Python; in params.yaml it is a slip."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("switch", "must be a number")
+    return value
+
+
 def _number(value: Any) -> Any:
-    """`8/255` and `1e-3` arrive from YAML as strings; anything that is no number is left to pydantic."""
+    """`8/255` and `'1e-3'` are strings in YAML; anything that is no number is left to pydantic."""
     if not isinstance(value, str):
         return value
-    try:
-        return float(Fraction(value.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        return value
+    for read in (float, Fraction):
+        try:
+            return float(read(value.replace(" ", "")))
+        except (ValueError, ArithmeticError):
+            continue
+    return value
 
 
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise PydanticCustomError("rising", "must run from low to high")
+    return ends
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Twice the same name would be twice the same stage, written to the same place."""
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("distinct", "must not name anything twice")
+    return values
+
+
+Number = Annotated[float, BeforeValidator(_number), BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Range = tuple[NonNegative, NonNegative]
-Count = Annotated[int, Field(ge=1)]
+PositiveShare = Annotated[Number, Field(gt=0, le=1)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_rising)]
+ShareRange = Annotated[tuple[PositiveShare, PositiveShare], AfterValidator(_rising)]
+Whole = Annotated[int, BeforeValidator(_no_switch)]
+Count = Annotated[Whole, Field(ge=1)]
+Distinct = AfterValidator(_distinct)
 
 
 class Section(BaseModel):
     """A section of params.yaml. Unknown keys are errors; values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # built on first use: `--help` needs no schema
 
 
 class Grid(Section):
     """Which models the study trains. AT, Partial-AT and Full-AT share one adversarial pretraining."""
 
-    schemes: tuple[SchemeName, ...] = Field(min_length=1)
-    standard_regimes: tuple[Literal["ST"], ...]
-    adversarial_regimes: tuple[Literal["AT", "Partial-AT", "Full-AT"], ...]
+    schemes: Annotated[tuple[SchemeName, ...], Field(min_length=1), Distinct]
+    standard_regimes: Annotated[tuple[Literal["ST"], ...], Distinct]
+    adversarial_regimes: Annotated[tuple[Literal["AT", "Partial-AT", "Full-AT"], ...], Distinct]
 
     @property
     def regimes(self) -> tuple[RegimeName, ...]:
@@ -68,14 +96,14 @@ class Data(Section):
 
     name: Literal["digits", "cifar10", "cifar100", "folder"]
     path: str | None = None
-    image_size: Annotated[int, Field(ge=4)] | None = None
+    image_size: Annotated[Whole, Field(ge=4)] | None = None
     channels: Literal[1, 3] | None = None
     validation: Annotated[Number, Field(gt=0, lt=1)]
     test: Annotated[Number, Field(gt=0, lt=1)]
     max_train: Count | None = None
     max_test: Count | None = None
     skip_corrupt: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     @model_validator(mode="after")
     def _combinations(self) -> Data:
@@ -84,7 +112,8 @@ class Data(Section):
         if self.name == "folder" and self.image_size is None:
             raise ValueError("data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64")
         if self.validation + self.test >= 1:
-            raise ValueError(f"data.validation + data.test = {self.validation + self.test:g} leaves nothing to train on; keep the sum below 1")
+            total = self.validation + self.test
+            raise ValueError(f"data.validation + data.test = {total:g} leaves nothing to train on; keep the sum below 1")
         return self
 
 
@@ -93,7 +122,7 @@ class Model(Section):
 
     backbone: str
     stem: Literal["small", "native"]
-    options: dict[str, bool | int | Number | str] = {}
+    options: dict[str, Any] = {}  # timm is the judge of them
     projection_size: Count
     normalize_logits: bool
     batch_norm: Literal["single", "dual"]
@@ -108,8 +137,8 @@ class View(Section):
     rotation: NonNegative = 0.0  # degrees, uniform in [-rotation, rotation]
     scale: Range = (1.0, 1.0)  # zoom factor, uniform
     shift: NonNegative = 0.0  # share of the image's side, uniform in [-shift, shift], both axes
-    pad: Annotated[int, Field(ge=0)] = 0  # pixels: zero-pad, then crop back at a random place
-    resized_crop: tuple[Share, Share] | None = None  # share of the area; aspect ratio 3/4 to 4/3
+    pad: Annotated[Whole, Field(ge=0)] = 0  # pixels: zero-pad, then crop back at a random place
+    resized_crop: ShareRange | None = None  # share of the area; aspect ratio 3/4 to 4/3
     flip: Share = 0.0  # probability of a horizontal flip
     brightness: NonNegative = 0.0  # factor uniform in [max(0, 1 - b), 1 + b]
     contrast: NonNegative = 0.0
@@ -130,7 +159,7 @@ class Phase(Section):
     """One training phase: how long, with which optimiser, and what is kept."""
 
     epochs: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Whole, Field(ge=2)]
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Positive
     weight_decay: NonNegative = 0.0
@@ -167,7 +196,7 @@ class EvaluationAttack(Section):
     restarts: Count
     random_start: bool
     keep: Literal["best", "last"]
-    seed: int = 0
+    seed: Whole = 0
 
 
 class Tracking(Section):
@@ -181,14 +210,14 @@ class Runtime(Section):
     """The machine. `threads: 0` takes all cores; a fixed number makes results the same everywhere."""
 
     device: str = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[Whole, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class Config(Section):
     """All of params.yaml."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1), Distinct]
     grid: Grid
     data: Data
     model: Model
@@ -238,7 +267,6 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
     raw = _parse_yaml(text, source=str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no mapping of sections; print a complete one with: advml preset digits")
-    raw = json.loads(json.dumps(raw))  # YAML aliases share one object: an override would reach them all
     for override in overrides:
         _apply(raw, override)
     return validate(raw, source=str(path))
@@ -249,15 +277,15 @@ def validate(raw: dict[str, Any], *, source: str = "params.yaml") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error.errors()[0], raw)}") from None
+        raise UserError(f"{source}: {explain(error.errors()[0], Config)}") from None
 
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, in the order of params.yaml."""
     from ruamel.yaml import YAML
 
-    yaml = YAML()
-    yaml.default_flow_style = None
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
     stream = io.StringIO()
     yaml.dump(config.model_dump(mode="json"), stream)
     return stream.getvalue()
@@ -281,9 +309,13 @@ def _parse_yaml(text: str, *, source: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise UserError(f"{source} is no valid YAML: {' '.join(str(error).split())}") from None
+        # Through JSON: aliases share one object, so that an override would reach them all; dates become text.
+        return json.loads(json.dumps(YAML(typ="safe", pure=True).load(text), default=str))
+    except (YAMLError, TypeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark and "\n" in text else ""
+        reason = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+        raise UserError(f"{source} is no valid YAML: {place}{reason}") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -294,40 +326,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *parents, leaf = key.strip().split(".")
     for done, name in enumerate(parents):
         if name not in node:
-            raise UserError(f"-S {key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {_names(node)}")
+            raise UserError(f"-S {key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
         if not isinstance(node[name], dict):
             raise UserError(f"-S {key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
         node = node[name]
     node[leaf] = _parse_yaml(value, source=f"-S {override}")
-
-
-def _names(mapping: Any) -> str:
-    return ", ".join(str(key) for key in mapping)
-
-
-def _section(location: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model class that a validation error's location ends in, so that its fields can be offered."""
-    current: Any = Config
-    for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
-            current = current.model_fields[part].annotation
-        if getattr(current, "__origin__", None) is dict:
-            current = get_args(current)[1] if part in get_args(get_args(current)[0]) else current
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
-
-
-def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
-    """One line naming key, value and choices."""
-    location = tuple(part for part in error["loc"] if part != "[key]")
-    key = ".".join(str(part) for part in location)
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "extra_forbidden":
-        section = _section(location[:-1])
-        return f"unknown key '{key}'; choose from {_names(section.model_fields if section else raw)}"
-    if kind == "missing":
-        return f"{key} is missing"
-    expected = context.get("expected")
-    remedy = f"choose from {expected.replace(' or ', ', ')}" if expected else error["msg"][0].lower() + error["msg"][1:]
-    return f"{key} = {error['input']!r}; {remedy}"

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -89,8 +90,7 @@ class Network(nn.Module):
     def attach_classifier(self, classes: int, *, seed: int) -> None:
         """Put a fresh linear classifier on the encoder; its weights depend on `seed` alone."""
         self.architecture = replace(self.architecture, classes=classes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _seeded(seed):
             self.classifier = nn.Linear(self.width, classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -112,9 +112,16 @@ class Network(nn.Module):
 
 def build(architecture: Architecture, *, seed: int) -> Network:
     """A network with random weights that depend on `seed` alone; the global RNG is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         return Network(architecture)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within: the CPU's global RNG follows from `seed`. `torch.manual_seed` would reseed every GPU as well."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _dual(module: nn.Module) -> nn.Module:
@@ -139,13 +146,15 @@ def clean_statistics(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
-    """Within: the whole network is in `mode`, its parameters take no gradient. After: everything is as it was.
+    """Within: the network's parameters take no gradient. After: everything is as it was.
 
-    In mode "eval" batch-norm statistics cannot move and dropout is off. Mode "train" is the paper's protocol.
+    In mode "eval" batch-norm statistics cannot move and dropout is off. Mode "train", the paper's protocol, leaves
+    every module as it is: one that learns moves its statistics, a frozen encoder or a network in validation does not.
     """
     modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    network.train(mode == "train")
+    if mode == "eval":
+        network.eval()
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
@@ -172,11 +181,14 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """model.json of a model's folder, or a UserError that says how to get the model."""
     folder = Path(folder)
     try:
-        return json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
         raise UserError(f"{folder / 'model.json'} cannot be read: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{folder / 'model.json'} is no model's record; restore it with: dvc checkout, or train it again with: dvc repro")
+    return record
 
 
 def load(folder: str | Path) -> Network:
@@ -186,11 +198,17 @@ def load(folder: str | Path) -> Network:
         UserError: the folder holds no model, or its files are damaged or do not fit together.
     """
     folder = Path(folder)
-    architecture = read_record(folder).get("architecture")
+    record = read_record(folder)
     try:
-        network = build(Architecture(**architecture), seed=0)
-        network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    except (TypeError, FileNotFoundError, SafetensorError, RuntimeError) as error:
+        weights = (folder / "model.safetensors").read_bytes()
+        if hashlib.sha256(weights).hexdigest() != record.get("digest"):
+            raise ValueError("model.safetensors is not the file that model.json describes")
+        stored = record["architecture"]
+        network = build(Architecture(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])}), seed=0)
+        network.load_state_dict(safetensors.torch.load(weights), strict=True)
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} holds no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro") from None
+        raise UserError(
+            f"{folder} holds no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro"
+        ) from None
     return network

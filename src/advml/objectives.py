@@ -59,7 +59,8 @@ def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Te
         z = embeddings.float()
         similarity = z @ z.T / temperature  # (M, M)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_denominator = similarity.masked_fill(itself, float("-inf")).logsumexp(1)  # (M,)
+    # The smallest float, not -inf: a lone embedding has an empty sum, and 0 * -inf would be NaN.
+    log_denominator = similarity.masked_fill(itself, torch.finfo(similarity.dtype).min).logsumexp(1)  # (M,)
     positives = (groups[:, None] == groups[None, :]) & ~itself
     count = positives.sum(1)
     attraction = (similarity * positives).sum(1) / count.clamp(min=1)

@@ -43,6 +43,10 @@ class Workspace:
     def report(self, name: str) -> Path:
         return self.reports / name
 
+    def record(self, stage: str, name: str) -> Path:
+        """How a stage made its figures: settings, counts, seeds. The report depends on this folder."""
+        return self.root / "records" / stage / f"{name}.json"
+
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
         return self.root / ".scratch" / stage

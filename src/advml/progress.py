@@ -1,14 +1,34 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, or a bar on `advml repro`'s board."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from types import TracebackType
+from typing import Any
+
+BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
 
 
-class Progress:
-    """`with Progress("pretrain CL-at-s0", total=400) as bar: bar.advance(1, "loss 1.23")`.
+def _bars() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+class Bar:
+    """`with Bar("pretrain CL-at-s0", total=400) as bar: bar.reach(1, "loss 1.23")`.
 
     Args:
         title: what is being done, e.g. stage and model.
@@ -16,35 +36,26 @@ class Progress:
     """
 
     LINE_EVERY = 15.0  # seconds between lines where no terminal shows a bar
+    DRAW_EVERY = 0.2
 
     def __init__(self, title: str, *, total: int) -> None:
         self.title, self.total, self.done, self.note = title, total, 0, ""
         self.started = self.last_line = time.monotonic()
+        self.last_drawn = 0.0
         self.already: int | None = None
-        self.bar = None
+        self.board = os.environ.get(BOARD)
+        self.bars = None
 
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.bar = Bar(*columns, console=Console(stderr=True))
-            self.bar.start()
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
+    def __enter__(self) -> Bar:
+        if not self.board and sys.stderr.isatty():
+            self.bars = _bars()
+            self.bars.start()
+            self.task = self.bars.add_task(self.title, total=self.total, note="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.bar:
-            self.bar.stop()
+        if self.bars:
+            self.bars.stop()
         elif kind is None:
             print(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}".rstrip(), file=sys.stderr, flush=True)
 
@@ -52,15 +63,64 @@ class Progress:
         """Say that `done` units are finished and show `note` (e.g. the running loss) behind the bar."""
         if self.already is None:
             self.already = done  # what an interrupted process had finished says nothing about this one's speed
-        self.done, self.note = done, self.note if note is None else note
-        if self.bar:
-            self.bar.update(self.task, completed=self.done, note=self.note)
-        elif time.monotonic() - self.last_line > self.LINE_EVERY:
-            self.last_line = time.monotonic()
-            rate = (self.done - self.already) / (self.last_line - self.started)
-            left = f", about {(self.total - self.done) / rate:.0f} s left" if rate else ""
-            print(f"{self.title}: {100 * self.done / self.total:.0f} %{left}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+        self.done, self.note, now = done, self.note if note is None else note, time.monotonic()
+        if self.bars:
+            self.bars.update(self.task, completed=self.done, note=self.note)
+        elif self.board and now - self.last_drawn > self.DRAW_EVERY:
+            self.last_drawn = now
+            with open(self.board, "w", encoding="utf-8") as file:  # a torn read shows nothing for one frame
+                json.dump({"title": self.title, "done": self.done, "total": self.total, "note": self.note}, file)
+        elif now - self.last_line > self.LINE_EVERY:
+            self._line(now)
 
     def advance(self, units: int = 1, note: str | None = None) -> None:
         """Count `units` more as finished."""
         self.reach(self.done + units, note)
+
+    def _line(self, now: float) -> None:
+        self.last_line, rate = now, (self.done - self.already) / (now - self.started)
+        left = f", about {(self.total - self.done) / rate:.0f} s left" if rate else ""
+        print(f"{self.title}: {100 * self.done / self.total:.0f} %{left}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+
+
+class Board:
+    """The board of `advml repro`: a bar for the whole pipeline and one for every stage at work.
+
+    Without a terminal it prints a line per finished stage.
+    """
+
+    def __init__(self, *, total: int) -> None:
+        self.total, self.finished, self.started = total, 0, time.monotonic()
+        self.bars = _bars() if sys.stderr.isatty() else None
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Board:
+        if self.bars:
+            self.bars.start()
+            self.overall = self.bars.add_task("[bold]all stages", total=self.total, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def show(self, name: str, state: dict[str, Any]) -> None:
+        """Draw what a running stage has reported."""
+        if not self.bars:
+            return
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=None, note="starting")
+        if state:
+            fields = {"description": state["title"], "total": state["total"], "completed": state["done"], "note": state["note"]}
+            self.bars.update(self.tasks[name], **fields)
+
+    def finish(self, name: str, *, ok: bool, seconds: float) -> None:
+        """Take a stage off the board and leave a line behind."""
+        self.finished += 1
+        line = f"[{self.finished}/{self.total}] {name}: {'done' if ok else 'FAILED'} in {seconds:.0f} s"
+        if self.bars:
+            self.bars.remove_task(self.tasks.pop(name))
+            self.bars.update(self.overall, completed=self.finished)
+            self.bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)

@@ -46,7 +46,9 @@ def machine(runtime: config.Runtime) -> Machine:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps") from None
+        raise UserError(
+            f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
+        ) from None
     return Machine(device, runtime.precision)
 
 

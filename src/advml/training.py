@@ -78,9 +78,7 @@ def train(
 class _Trainer:
     """The moving parts of `train`."""
 
-    def __init__(
-        self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine
-    ) -> None:
+    def __init__(self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.train_split, self.validation = dataset.train, dataset.validation
         task.network.to(device=machine.device, memory_format=torch.channels_last)

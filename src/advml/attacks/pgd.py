@@ -54,6 +54,7 @@ def pgd(
         adversarial.requires_grad_()
         with torch.enable_grad():
             values = objective(adversarial)
+        with torch.autocast(images.device.type, enabled=False):  # autocast is for forward passes: a backward one would round float32 parts
             (gradient,) = torch.autograd.grad(values.sum(), adversarial)
         adversarial = adversarial.detach()
         if best:

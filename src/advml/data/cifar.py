@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 
@@ -122,28 +123,28 @@ def _fetch(root: Path, archive: Archive) -> None:
     """Download unless an archive with the right checksum lies in `root`, and extract it."""
     from torchvision.datasets.utils import download_and_extract_archive  # costs seconds, needed once
 
-    problem = (
-        f"{root / archive.name} is incomplete or damaged, and" if (root / archive.name).exists() else f"{archive.name} is missing, and"
-    )
+    found = "is incomplete or damaged" if (root / archive.name).exists() else "is missing"
     try:
         with _network_timeout():
             download_and_extract_archive(f"{BASE_URL}/{archive.name}", str(root), md5=archive.md5)
     except (OSError, RuntimeError, HTTPException, EOFError, tarfile.TarError) as error:
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EEXIST,
-            errno.ENOTDIR,
-        ):
+        if _is_of_the_disk(error):
             raise Failure(
-                f"{root} cannot be written ({error.strerror}); make room there or set data.path, and run advml prepare again"
+                f"{root} cannot be written ({error.strerror}); make room there or set data.path, then advml prepare again"
             ) from None
         reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise UserError(f"{problem} the download failed ({reason}); put {archive.name} into {root} and run advml prepare again") from None
+        raise UserError(
+            f"{archive.name} {found} and the download failed ({reason}); put {archive.name} into {root} and run advml prepare again"
+        ) from None
     if not _complete(root / archive.folder, archive):
         raise UserError(f"{root / archive.folder} is incomplete; delete it and run advml prepare again")
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """A full disk or a folder without the right to write, rather than the network (whose errors are OSErrors as well)."""
+    if not isinstance(error, OSError) or isinstance(error, URLError):
+        return False
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,10 @@ from advml.errors import Failure
 
 # A file with one of these names is meant to be a picture: if it cannot be read (HEIC among them), that is said.
 SUFFIXES = frozenset(
-    (".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx")
-    + (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
+    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 # Pillow goes by content, not by name. EPS and the like stay out: they would start an interpreter.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "TGA", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 CHUNK = 64  # pictures per task: enough to make its overhead vanish
 SMALL = 2.5e-4  # seconds per picture below which threads only wait for each other (measured: 32 x 32 JPEGs, 30 % slower with two)
@@ -41,7 +40,7 @@ def decode(path: Path, *, size: int, channels: int) -> np.ndarray:
     """The picture at `path` as uint8 (size, size, channels); raises whatever Pillow raises if it is broken."""
     if path.stat().st_size == 0:
         raise ValueError("empty file")
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path, formats=_formats()) as image:
         image.draft(None, (2 * size, 2 * size))  # JPEG only: decodes large photographs at 1/2, 1/4 or 1/8
         image.load()
         _turn_upright(image)
@@ -117,23 +116,24 @@ def read_all(read: Callable[[int], np.ndarray], count: int, *, size: int, channe
     return images, dict(sorted(unreadable.items()))
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with; it stumbles over others."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _turn_upright(image: Image.Image) -> None:
     with suppress(Exception):  # pixels can be sound while their EXIF block is not: then taken as upright, as viewers do
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey by 255/65535, float in [0, 1] by 255; by the type's range, not by what one picture happens to use."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels of unknown range")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):  # also if NaN
-            raise ValueError("floating-point pixels outside [0, 1]")
-        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    """16-bit grey by 255/65535: by the range of the type, not by what one picture happens to use of it."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16-bit PGM comes as 32 bits
+        return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels of unknown range; save it with 8 or 16 bits")
     return image
 
 

@@ -108,6 +108,6 @@ def _check_enough(counts: np.ndarray, classes: tuple[str, ...], names: list[str]
         first = scarce[0]
         more = f" ({len(scarce)} classes are that small)" if len(scarce) > 1 else ""
         raise UserError(
-            f"class '{classes[first]}' has {counts[first]} image{'s' * (counts[first] != 1)}{more}; "
+            f"class '{classes[first]}' has {counts[first]} {'image' if counts[first] == 1 else 'images'}{more}; "
             f"{', '.join(names)} need one each: add images or remove the class"
         )

@@ -33,18 +33,18 @@ class Context:
     def provenance(self) -> dict[str, Any]:
         """What a model was made from, for model.json."""
         data = self.dataset
-        counts = {name: len(getattr(data, name).labels) for name in ("train", "validation", "test")}
+        counts = {name: len(split) for name, split in data.splits.items()}
         return {
             "git_commit": git_commit(self.workspace.root),
             "data": {"digest": data.digest, "source": data.source, "counts": counts},
             "classes": list(data.classes),
-            "input": list(data.train.images.shape[1:]),
+            "input": list(data.shape),
         }
 
     def architecture(self, *, head: str, attacked: bool) -> Architecture:
         """The network of a pretraining; `dual` batch norm only where there are adversarial batches."""
         model, data = self.config.model, self.dataset
-        channels, size, _ = data.train.images.shape[1:]
+        channels, size, _ = data.shape
         return Architecture(
             backbone=model.backbone,
             stem=model.stem,

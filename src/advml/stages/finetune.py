@@ -16,7 +16,7 @@ from advml.stages.learning import Job, learn
 from advml.tasks import finetuning_task
 
 
-def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, Any]:
+def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:
     """Write `models/finetune/<MODEL>/`; returns its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
     source = pretraining_name(scheme, plan.pretraining, seed)
@@ -34,7 +34,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, A
         folder=context.workspace.model(model_name(scheme, regime, seed)),
         network=network,
         phase=phase,
-        task=finetuning_task(network, plan, phase, context.dataset.train, context.machine) if learns else None,
+        task=(lambda: finetuning_task(network, plan, phase, context.dataset.train, context.machine)) if learns else None,
         adversary=training_adversary(context.config) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
         identity={
@@ -46,4 +46,4 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, A
         },
         parameters=context.parameters(*sections),
     )
-    return learn(context, job)
+    return learn(context, job, reuse=reuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from advml import models, tracking
 from advml.attacks.adversary import Adversary
 from advml.checkpoint import Checkpoint, replace_folder, write_atomically
 from advml.config import Phase
-from advml.progress import Progress
+from advml.progress import Bar
 from advml.stages.context import Context
 from advml.tasks import Task
 from advml.training import Record, train
@@ -26,20 +27,24 @@ class Job:
     folder: Path
     network: models.Network
     phase: Phase
-    task: Task | None
+    task: Callable[[], Task] | None  # built only if there is something left to do
     adversary: Adversary | None
     seed: int
     identity: dict[str, Any]  # kind, scheme, phase or regime, seed, pretraining
     parameters: dict[str, Any]  # the sections of params.yaml that have a say
 
 
-def learn(context: Context, job: Job) -> dict[str, Any]:
-    """Train `job`, continuing an interrupted process; write its folder and history; log its run. Returns model.json."""
+def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
+    """Train `job`, continuing an interrupted process; write its folder and history; log its run. Returns model.json.
+
+    With `reuse`, a folder that the very same inputs have made is taken as it is.
+    """
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
+    if reuse and (job.folder / "model.json").exists() and models.read_record(job.folder)["inputs"] == inputs:
+        return models.read_record(job.folder)
     checkpoint = Checkpoint(context.workspace.scratch(f"{job.stage}-{job.name}"), inputs)
-    tracking.kill_run(context.config, root=context.workspace.root, run_id=checkpoint.orphan)
-    with tracking.open_run(context.config, root=context.workspace.root, record=record, run_id=checkpoint.notes.get("run_id")) as run:
+    with _open_run(context, job, checkpoint) as run:
         checkpoint.note(run_id=run.id)
         history = _train(context, job, checkpoint, run) if job.task else []
         selected = checkpoint.load().best_epoch if history else None
@@ -50,19 +55,42 @@ def learn(context: Context, job: Job) -> dict[str, Any]:
     return models.read_record(job.folder)
 
 
+def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Run:
+    """A new MLflow run, or the one that an interrupted process had begun; a run of discarded inputs is ended."""
+    root, data = context.workspace.root, context.provenance["data"]
+    if checkpoint.orphan:
+        tracking.kill_run(context.config, root=root, run_id=checkpoint.orphan)
+    tags = {key: job.identity[key] for key in ("scheme", "phase", "regime", "seed") if key in job.identity}
+    run = tracking.open_run(
+        context.config,
+        root=root,
+        name=job.name,
+        kind=job.identity["kind"],
+        tags=tags,
+        params=job.parameters,
+        data=tracking.DataInfo(**data),
+        run_id=checkpoint.notes.get("run_id"),
+    )
+    if source := job.identity.get("pretraining"):
+        run.link(tracking.find_run(context.config, root=root, kind="pretrain", **source))
+    return run
+
+
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run) -> list[Record]:
     batches, epochs = max(1, len(context.dataset.train.labels) // job.phase.batch_size), job.phase.epochs
     history: list[Record] = []
-    with Progress(f"{job.stage} {job.name}", total=batches * epochs) as bar:
+    with Bar(f"{job.stage} {job.name}", total=batches * epochs) as bar:
         for record in train(
-            job.task,
+            job.task(),
             context.dataset,
             job.phase,
             adversary=job.adversary,
             seed=job.seed,
             machine=context.machine,
             checkpoint=checkpoint,
-            on_batch=lambda epoch, done, loss: bar.reach((epoch - 1) * batches + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}"),
+            on_batch=lambda epoch, done, loss: bar.reach(
+                (epoch - 1) * batches + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}"
+            ),
         ):
             history.append(record)
             run.log_epochs(history)

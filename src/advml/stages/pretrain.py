@@ -14,10 +14,17 @@ from advml.stages.learning import Job, learn
 from advml.tasks import pretraining_task
 
 
-def run(context: Context, *, scheme: str, phase: str, seed: int) -> dict[str, Any]:
+def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:
     """Write `models/pretrain/<SCHEME>-<PHASE>-s<seed>/`; returns its model.json."""
     row, attacked = SCHEMES[scheme], phase == "at"
-    sections = ["data", "model", "temperature", f"views.{row.view}", f"pretrain.{scheme}", *(["threat_model", "attack"] if attacked else [])]
+    sections = [
+        "data",
+        "model",
+        "temperature",
+        f"views.{row.view}",
+        f"pretrain.{scheme}",
+        *(["threat_model", "attack"] if attacked else []),
+    ]
     network = models.build(context.architecture(head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     job = Job(
         stage="pretrain",
@@ -25,10 +32,10 @@ def run(context: Context, *, scheme: str, phase: str, seed: int) -> dict[str, An
         folder=context.workspace.pretrained(pretraining_name(scheme, phase, seed)),
         network=network,
         phase=context.config.pretrain[scheme],
-        task=pretraining_task(network, row, context.config),
+        task=lambda: pretraining_task(network, row, context.config),
         adversary=training_adversary(context.config) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
         identity={"kind": "pretrain", "scheme": scheme, "phase": phase, "seed": seed},
         parameters=context.parameters(*sections),
     )
-    return learn(context, job)
+    return learn(context, job, reuse=reuse)

@@ -1,0 +1,44 @@
+# `make` lists the targets. Every target first builds .venv from requirements.lock, once.
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PORT ?= 5000
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help repro test ui bench lint lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/.stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("advml needs Python 3.11 or newer; say: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode -r requirements.lock
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
+	@touch $@
+
+repro: .venv/.stamp ## run the study: JOBS stages at a time, only what has changed
+	@advml repro --jobs $(JOBS)
+
+test: .venv/.stamp ## run the tests
+	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -m "not gpu"
+
+ui: .venv/.stamp ## open the MLflow UI on this repository's runs
+	@advml link --port $(PORT)
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port $(PORT)
+
+bench: .venv/.stamp ## compare speed with other libraries, side by side
+	@for file in benchmarks/[a-z]*.py; do case $$file in */timing.py) ;; *) python $$file || exit 1 ;; esac; done
+
+lint: .venv/.stamp ## check style
+	@ruff check . && ruff format --check .
+
+lock: .venv/.stamp ## resolve requirements.lock anew
+	@uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
+
+clean: ## remove scratch files and caches; results and runs stay
+	rm -rf .scratch .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

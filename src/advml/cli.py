@@ -1,0 +1,315 @@
+"""The command line: one command per DVC stage, and what people do beside the pipeline.
+
+Nothing heavy is imported up here: `advml --help` must answer at once. Commands import what they need.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from advml import __version__
+from advml.config import PhaseName, RegimeName, SchemeName, dump, load
+from advml.errors import Failure, UserError
+from advml.paths import Workspace, model_name, pretraining_name
+
+if TYPE_CHECKING:
+    from advml.config import Config
+    from advml.stages.context import Context
+
+app = typer.Typer(
+    help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a parameter, e.g. -S threat_model.epsilon=8/255.")
+]
+Params = Annotated[Path, typer.Option("--params", help="The configuration file.")]
+Scheme = Annotated[
+    SchemeName, typer.Argument(help="SL supervised, CL contrastive (SimCLR), SCL supervised contrastive (SupCon).", show_default=False)
+]
+Regime = Annotated[
+    RegimeName, typer.Argument(help="Standard or adversarial training; Partial-AT and Full-AT fine-tune under attack.", show_default=False)
+]
+Phase = Annotated[PhaseName, typer.Argument(help="st: standard, at: adversarial.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights, batches, views and random starts.")]
+PARAMS = Path("params.yaml")
+
+
+def _context(params: Path, overrides: list[str] | None) -> Context:
+    configuration = load(params, overrides or [])
+    print(f"# resolved configuration\n{dump(configuration)}", file=sys.stderr, flush=True)
+    from advml.stages.context import Context
+
+    return Context(configuration, Workspace(params.parent))
+
+
+def _say(outputs: str, next_command: str) -> None:
+    print(f"wrote {outputs}\nnext: {next_command}", flush=True)
+
+
+def _percent(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name.removeprefix('accuracy/')} {100 * value:.1f} %" for name, value in metrics.items() if name.count("/") == 1)
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Turn images of any source into tensors with fixed splits.
+
+    Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
+    """
+    context = _context(params, overrides)
+    from advml.stages import prepare as stage
+
+    dataset = stage.run(context)
+    counts = ", ".join(f"{len(getattr(dataset, split).labels)} {split}" for split in ("train", "validation", "test"))
+    skipped = f"; {len(dataset.skipped)} unreadable images left out" if dataset.skipped else ""
+    print(f"{dataset.source}: {counts} images of {len(dataset.classes)} classes{skipped}")
+    _say(str(context.workspace.prepared), "advml pretrain SL st")
+
+
+@app.command(rich_help_panel=STAGES)
+def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Train an encoder with its scheme's own head, with or without an adversary.
+
+    Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and its curves in reports/. Next: advml finetune SCHEME REGIME
+    """
+    context = _context(params, overrides)
+    from advml.regimes import REGIMES
+    from advml.stages import pretrain as stage
+
+    stage.run(context, scheme=scheme, phase=phase, seed=seed)
+    regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]
+    _say(str(context.workspace.pretrained(pretraining_name(scheme, phase, seed))), f"advml finetune {scheme} {regimes[-1]} --seed {seed}")
+
+
+@app.command(rich_help_panel=STAGES)
+def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Make a classifier from a pretrained encoder.
+
+    Writes models/finetune/<SCHEME>-<REGIME>-s<SEED>/ and its curves in reports/. Next: advml evaluate SCHEME REGIME
+    """
+    context = _context(params, overrides)
+    from advml.stages import finetune as stage
+
+    stage.run(context, scheme=scheme, regime=regime, seed=seed)
+    _say(str(context.workspace.model(model_name(scheme, regime, seed))), f"advml evaluate {scheme} {regime} --seed {seed}")
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Measure clean and robust accuracy on the test split.
+
+    Writes reports/<MODEL>/metrics.json and records/evaluate/<MODEL>.json. Next: advml show MODEL
+    """
+    context = _context(params, overrides)
+    from advml.stages import evaluate as stage
+
+    metrics = stage.run(context, scheme=scheme, regime=regime, seed=seed)
+    name = model_name(scheme, regime, seed)
+    print(f"{name}: {_percent(metrics)}")
+    _say(str(context.workspace.report(name)), f"advml show {name}")
+
+
+@app.command(rich_help_panel=STAGES)
+def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Gather all evaluated models into one table and one picture.
+
+    Writes reports/summary.csv, summary.md and summary.png. Next: make ui
+    """
+    context = _context(params, overrides)
+    from advml.stages import report as stage
+
+    table = stage.run(context)
+    _show_table(context.config, context.workspace)
+    _say(
+        f"{context.workspace.reports}/summary.csv, summary.md, summary.png",
+        "make ui   (compare the runs in MLflow), or: advml show " + table[-1]["model"],
+    )
+
+
+def _show_table(configuration: Config, workspace: Workspace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from advml.report import COLUMNS, cell, grid_rows
+
+    threat = configuration.threat_model
+    shown = Table(title=f"Accuracy in %, 95 % intervals; PGD under threat models I and II, {threat.norm} epsilon {threat.epsilon:.4g}")
+    for header in ("model", *COLUMNS):
+        shown.add_column(header, justify="left" if header == "model" else "right")
+    for row in grid_rows(configuration, workspace):
+        shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
+    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Do for one model what prepare, pretrain, finetune and evaluate do; what is up to date is not done again.
+
+    Writes what those stages write. Next: advml show MODEL
+    """
+    context = _context(params, overrides)
+    from advml.stages import train as everything
+
+    metrics = everything.run(context, scheme=scheme, regime=regime, seed=seed)
+    name = model_name(scheme, regime, seed)
+    print(f"{name}: {_percent(metrics)}")
+    _say(f"{context.workspace.model(name)}, {context.workspace.report(name)}", f"advml show {name}")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def show(model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)]) -> None:
+    """Print a model's record: what it was made from, how, and how well it does.
+
+    Writes nothing. Next: advml attack IMAGE --model MODEL
+    """
+    from advml.show import record_of
+
+    print(record_of(Workspace(), model))
+    print(f"next: advml attack IMAGE --model {model}")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def attack(
+    image: Annotated[Path, typer.Argument(help="Any image file.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attack.png"),
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Attack one image and draw what happened: original, perturbation, adversarial image, predictions.
+
+    Writes attack.png. Next: the same image against a model of another regime
+    """
+    context = _context(params, overrides)
+    from advml.picture import attack_picture
+
+    told = attack_picture(context, image, model=model, out=out)
+    print(told)
+    _say(str(out), f"advml show {model}")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def preset(
+    name: Annotated[str, typer.Argument(help="digits, cifar10, cifar100 or folder.", show_default=False)],
+    protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
+) -> None:
+    """Print a complete params.yaml.
+
+    Writes to standard output. Next: advml preset cifar10 > params.yaml && dvc repro
+    """
+    from advml.presets import preset as text
+
+    print(text(name, protocol=protocol), end="")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Rebuild MLflow runs that are missing, from files: after dvc pull, a run-cache hit, or a server's outage.
+
+    Writes to the MLflow store only. Next: make ui
+    """
+    configuration = load(params, overrides or [])
+    from advml import tracking
+
+    made = tracking.sync(configuration, root=params.parent)
+    print(f"{len(made)} runs rebuilt{': ' if made else ''}{', '.join(made)}\nnext: make ui")
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def link(
+    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
+    """Print the address of this study's runs in the MLflow UI.
+
+    Writes nothing. Next: make ui
+    """
+    configuration = load(params, overrides or [])
+    from advml import tracking
+
+    print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def repro(jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2, params: Params = PARAMS) -> None:
+    """Run what has changed, as dvc repro does, several stages at a time; end with the table.
+
+    Writes what the stages write. Next: make ui
+    """
+    from advml.repro import repro as run
+
+    started = time.monotonic()
+    ran = run(params.parent, jobs=jobs)
+    print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
+    _show_table(load(params), Workspace(params.parent))
+    print(
+        "next: make ui            compare the runs in MLflow\n      advml show CL-Full-AT-s0\n      advml attack IMAGE --model CL-Full-AT-s0"
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"advml {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    guarded(app)
+
+
+def guarded(command: Callable[[], Any]) -> None:
+    """Run `command`, turning what people can understand into one line on stderr."""
+    try:
+        command()
+    except UserError as error:
+        _fail(str(error), code=2)
+    except Failure as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command continues from the last finished epoch", code=130)
+    except MemoryError:
+        _fail("out of memory; lower batch_size in params.yaml", code=1)
+    except Exception as error:
+        if (line := _known(error)) is None:
+            raise
+        _fail(line, code=1)
+
+
+def _known(error: Exception) -> str | None:
+    """A line for errors of the machine that surface under several types."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
+    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in text:
+        return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
+    if isinstance(error, PermissionError):
+        return f"no permission: {error}"
+    return None
+
+
+def _fail(line: str, *, code: int) -> NoReturn:
+    print(f"advml: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

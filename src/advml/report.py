@@ -1,0 +1,59 @@
+"""The result table: one row per model, from `reports/<MODEL>/metrics.json`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from typing import Any
+
+from advml.config import Config
+from advml.paths import Workspace, model_name
+
+Row = dict[str, Any]
+
+# Column of the printed table -> metric.
+COLUMNS: dict[str, str] = {
+    "clean": "accuracy/clean",
+    "I, half epsilon": "accuracy/threat_model_1_half",
+    "I": "accuracy/threat_model_1",
+    "II, half epsilon": "accuracy/threat_model_2_half",
+    "II": "accuracy/threat_model_2",
+}
+
+
+def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
+    """A row per evaluated model of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat."""
+    found = []
+    for seed, scheme, regime in itertools.product(configuration.seeds, configuration.grid.schemes, configuration.grid.regimes):
+        name = model_name(scheme, regime, seed)
+        path = workspace.report(name) / "metrics.json"
+        if path.exists():
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
+    return found
+
+
+def to_csv(table: list[Row]) -> str:
+    """The full table; a figure that a model does not have (threat model I of SL) is an empty cell."""
+    names = list(dict.fromkeys(key for row in table for key in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return stream.getvalue()
+
+
+def cell(row: Row, metric: str) -> str:
+    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash."""
+    if metric not in row:
+        return "-"
+    return f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
+
+
+def to_markdown(table: list[Row]) -> str:
+    """The table for a README: accuracies in percent with 95 % Wilson intervals."""
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in table]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,127 @@
+"""`advml repro`: what `dvc repro` does, several stages at a time, with one board of progress bars.
+
+DVC runs one stage after another; small networks leave most cores idle. Here every stage whose inputs are
+ready runs as its own `dvc repro --single-item`, so DVC alone decides what is up to date and records results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from advml.errors import Failure, UserError
+from advml.progress import BOARD, Board
+
+
+@dataclass
+class Running:
+    """A stage at work; its output goes to `log`, its progress to `progress`."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    progress: Path
+    started: float
+
+
+def repro(root: Path, *, jobs: int) -> list[str]:
+    """Bring the pipeline in `root` up to date; returns the stages that ran.
+
+    Raises:
+        UserError: there is no pipeline here, or dvc.yaml is wrong.
+        Failure: a stage failed; those already running are finished first, so that their work is kept.
+    """
+    upstream = _graph(root)
+    waiting = _outdated(root, upstream)
+    running: dict[str, Running] = {}
+    ran: list[str] = []
+    failed: list[tuple[str, Path]] = []
+    with Board(total=len(waiting)) as board:
+        try:
+            while running or (waiting and not failed):
+                ready = [name for name in waiting if not upstream[name] & (set(waiting) | set(running))]
+                for name in [] if failed else ready[: jobs - len(running)]:
+                    waiting.remove(name)
+                    running[name] = _start(root, name)
+                time.sleep(0.1)
+                for name, job in list(running.items()):
+                    board.show(name, _read(job.progress))
+                    if job.process.poll() is not None:
+                        del running[name]
+                        ran.append(name)
+                        board.finish(name, ok=job.process.returncode == 0, seconds=time.monotonic() - job.started)
+                        job.progress.unlink(missing_ok=True)
+                        failed += [(name, job.log)] if job.process.returncode else []
+        finally:
+            for job in running.values():
+                job.process.terminate()
+                job.process.wait()
+    if failed:
+        name, log = failed[0]
+        raise Failure(f"stage {name} failed: {_reason(log)} (whole output: {log}); after mending, the same command goes on")
+    return ran
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"dvc {arguments[0]}: {_last_line(done.stderr)}")
+    return done.stdout
+
+
+def _graph(root: Path) -> dict[str, set[str]]:
+    """Stage -> the stages it needs, directly or not."""
+    names = [name for name in _dvc(root, "stage", "list", "--name-only").split() if name]
+    direct: dict[str, set[str]] = {name: set() for name in names}
+    for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', _dvc(root, "dag", "--dot")):
+        direct.setdefault(after, set()).add(before)
+
+    def all_before(name: str) -> set[str]:
+        return direct[name].union(*(all_before(before) for before in direct[name]))
+
+    return {name: all_before(name) for name in names}
+
+
+def _outdated(root: Path, upstream: dict[str, set[str]]) -> list[str]:
+    """Stages that DVC finds changed and everything behind them, in pipeline order."""
+    changed = set(json.loads(_dvc(root, "status", "--json")))
+    return [name for name, before in upstream.items() if name in changed or before & changed]
+
+
+def _start(root: Path, name: str) -> Running:
+    folder = root / ".scratch" / "repro"
+    folder.mkdir(parents=True, exist_ok=True)
+    log, progress = folder / f"{name}.log", (folder / f"{name}.progress").resolve()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, BOARD: str(progress)},
+        )
+    return Running(process, log, progress, time.monotonic())
+
+
+def _read(progress: Path) -> dict[str, object]:
+    try:
+        return json.loads(progress.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _reason(log: Path) -> str:
+    """The one line that advml printed, or DVC's last word."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = [line.removeprefix("advml: ") for line in lines if line.startswith("advml: ")]
+    return said[-1] if said else _last_line("\n".join(lines))
+
+
+def _last_line(text: str) -> str:
+    return next((line.removeprefix("ERROR: ") for line in reversed(text.strip().splitlines()) if line.strip()), "no output")

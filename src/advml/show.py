@@ -1,0 +1,76 @@
+"""`advml show MODEL`: a model's record, for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from advml.config import flatten
+from advml.errors import UserError
+from advml.paths import Workspace
+
+
+def find(workspace: Workspace, model: str) -> Path:
+    """The folder of a model, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
+
+    Raises:
+        UserError: naming the models that exist.
+    """
+    for folder in (Path(model), workspace.model(model), workspace.pretrained(model)):
+        if (folder / "model.json").is_file():
+            return folder
+    names = sorted(path.parent.name for path in workspace.models.glob("*/model.json"))
+    choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
+    raise UserError(f"there is no model {model!r}; {choices}")
+
+
+def record_of(workspace: Workspace, model: str) -> str:
+    """What the model was made from, how, and how well it does, as text."""
+    folder = find(workspace, model)
+    record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    lines = [f"{record['name']}   ({folder})", ""]
+    lines += _block("made from", _origin(record))
+    lines += _block("architecture", record["architecture"])
+    lines += _block("parameters", flatten(record["parameters"]))
+    lines += _figures(workspace, record)
+    return "\n".join(lines)
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    data = record["data"]
+    shown: dict[str, Any] = {
+        "data": f"{data['source']}, {', '.join(f'{count} {split}' for split, count in data['counts'].items())}",
+        "data digest": data["digest"][:16],
+        "git commit": record["git_commit"],
+        "weights": record["digest"][:16],
+    }
+    if "pretraining" in record:
+        shown["pretraining"] = f"{record['pretraining']['name']} ({record['pretraining']['digest'][:16]})"
+    if record.get("epoch"):
+        shown["selected epoch"] = f"{record['epoch']} (on validation)"
+    return shown
+
+
+def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
+    made = workspace.record("evaluate", record["name"])
+    if not made.is_file():
+        return ["accuracy: not measured yet"] if record["kind"] == "model" else []
+    evaluation = json.loads(made.read_text(encoding="utf-8"))
+    if evaluation["digest"] != record["digest"]:
+        return [f"accuracy: {made} belongs to other weights; measure again with: advml evaluate {record['scheme']} {record['regime']}"]
+    lines = ["accuracy on test (95 % intervals)"]
+    for name, figure in evaluation["figures"].items():
+        low, high = figure["interval"]
+        attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
+        how = f"   {figure['norm']} {attack}, {figure['steps']} steps, {figure['restarts']} restarts" if "norm" in figure else ""
+        share = figure["correct"] / figure["n"]
+        lines.append(
+            f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
+        )
+    return lines
+
+
+def _block(title: str, values: dict[str, Any]) -> list[str]:
+    width = max(len(key) for key in values)
+    return [title, *(f"  {key:{width}}  {value}" for key, value in values.items()), ""]

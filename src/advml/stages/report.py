@@ -1,0 +1,26 @@
+"""`report`: the table and the picture of all evaluated models of the grid, in `reports/`."""
+
+from __future__ import annotations
+
+from advml import plots, report, tracking
+from advml.checkpoint import write_atomically
+from advml.errors import UserError
+from advml.stages.context import Context
+
+
+def run(context: Context) -> list[report.Row]:
+    """Write `reports/summary.csv`, `summary.md` and `summary.png`; returns the rows."""
+    config, reports = context.config, context.workspace.reports
+    table = report.grid_rows(config, context.workspace)
+    if not table:
+        raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
+    write_atomically(reports / "summary.csv", report.to_csv(table).encode())
+    write_atomically(reports / "summary.md", report.to_markdown(table).encode())
+    write_atomically(reports / "summary.png", plots.to_png(plots.accuracy_chart(table)))
+    with tracking.open_run(
+        config, root=context.workspace.root, name="study", kind="study", tags={}, params=config.model_dump(mode="json")
+    ) as run:
+        run.log_table(table, "summary.json")
+        for name in ("summary.md", "summary.csv", "summary.png"):
+            run.log_file(reports / name)
+    return table

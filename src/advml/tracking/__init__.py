@@ -1,0 +1,26 @@
+"""MLflow as history: written to while training, never read to compute a result.
+
+    >>> exit_on_sigterm()                                   # a polite kill ends the run as KILLED
+    >>> with open_run(config, root=root, name="CL-AT-s0", kind="model", tags=tags, params=params, data=data) as run:
+    ...     for history in training:                        # a list of {'epoch': 3, 'train/loss': ...}
+    ...         run.log_epochs(history)                     # logs what the store lacks, in one call
+    ...     run.log_checkpoint(folder, digest=digest)
+    >>> with attach_run(config, root=root, folder=folder) as run:      # later, in another stage
+    ...     run.log_metrics({"accuracy/clean": 0.99})
+
+A store that is down or broken costs one warning line on stderr and a few seconds, once per process: from
+then on every call does nothing. The results are in the files, from which `sync` rebuilds what is missing.
+
+The store is config.tracking.uri, else MLFLOW_TRACKING_URI, else sqlite in `mlflow.db` with artifacts in
+`mlruns/<experiment>/`, both in the project's root: DVC_ROOT in a DVC stage (a queue worker's own folder is
+temporary), the workspace elsewhere. Nothing here imports mlflow (2 s) before a store is opened.
+"""
+
+from __future__ import annotations
+
+from advml.tracking.run import Run
+from advml.tracking.runs import exit_on_sigterm, find_run, kill_run, open_run, ui_link
+from advml.tracking.start import DataInfo
+from advml.tracking.sync import attach_run, sync
+
+__all__ = ["DataInfo", "Run", "attach_run", "exit_on_sigterm", "find_run", "kill_run", "open_run", "sync", "ui_link"]

@@ -1,0 +1,127 @@
+"""One MLflow run: its curves, its final metrics, its weights, its end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.tracking import lineage
+from advml.tracking import store as stores
+from advml.tracking.writer import Writer, guarded
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as Record
+
+EPOCH = "epoch"
+
+
+class Run(Writer):
+    """A handle on one run; `open_run` and `attach_run` make it.
+
+    As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (see
+    `exit_on_sigterm`). `id` is None where there is no store. Of an `attached` run the status stays as it is;
+    a `strict` one raises.
+    """
+
+    def __init__(
+        self,
+        place: stores.Place,
+        store: stores.Store | None,
+        record: Record | None,
+        *,
+        root: Path,
+        attached: bool = False,
+        strict: bool = False,
+    ) -> None:
+        super().__init__(place, store, record, strict=strict)
+        self._root, self._ended = root, attached
+        self._metrics: dict[str, float] = dict(record.data.metrics) if record else {}
+        self._epochs: dict[str, set[int]] = {}  # key -> the epochs that the store has
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.finish("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    @guarded
+    def finish(self, status: str = "FINISHED", *, end_time: int | None = None) -> None:
+        """Set the final status (FINISHED, FAILED or KILLED); only the first call counts."""
+        if not self._ended:
+            self._store.client.set_terminated(self.id, status, end_time)
+            self._ended = True
+
+    @guarded
+    def log_epochs(self, records: Sequence[Mapping[str, Any]], *, times: Sequence[int] | None = None) -> None:
+        """Log the curves' points that the store lacks, in one call.
+
+        Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed.
+
+        Args:
+            records: {'epoch': 3, 'train/loss': 0.1, ...}; values that are no numbers are left out.
+            times: milliseconds since 1970, one per record; now, if None.
+        """
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key, value, times[index] if times else now, record[EPOCH])
+            for index, record in enumerate(records)
+            for key, value in _numbers(record).items()
+            if key != EPOCH and record[EPOCH] not in self._epochs_of(key)
+        ]
+        self._store.client.log_batch(self.id, metrics=points, synchronous=True)
+        for point in points:
+            self._epochs[point.key].add(point.step)
+
+    @guarded
+    def log_metrics(self, metrics: Mapping[str, Any]) -> bool:
+        """Log the final metrics that are new or have changed, on the run and on its model; True if there were any."""
+        from mlflow.entities import Metric
+
+        now, model = int(time.time() * 1000), self._tags.get("advml.model_id")
+        changed = {key: value for key, value in _numbers(metrics).items() if not _same(value, self._metrics.get(key))}
+        entities = [Metric(key, value, now, 0, model_id=model) for key, value in changed.items()]
+        self._store.client.log_batch(self.id, metrics=entities, synchronous=True)
+        self._metrics |= changed
+        return bool(changed)
+
+    @guarded
+    def log_checkpoint(self, folder: Path, *, digest: str) -> None:
+        """Record the checkpoint as an external model: where the weights lie and their sha256, not the weights.
+
+        The tag `advml.digest`, which `find_run` and `sync` go by, is written last: it says that the run is complete.
+        """
+        folder = Path(folder).resolve()
+        path = folder.relative_to(self._root).as_posix() if folder.is_relative_to(self._root) else str(folder)
+        if self._tags.get("advml.digest") != digest:  # else a stage that was killed just after is repeating itself
+            model = lineage.add_model(self._store, self.id, self._tags, folder=folder, path=path, digest=digest)
+            self._tag({"advml.model_id": model, "advml.path": path})
+        self._tag({"mlflow.note.content": lineage.describe(self._store, self._tags)})
+        self._tag({"advml.digest": digest})
+
+    @guarded
+    def link(self, pretraining: str | None) -> None:
+        """Link the run whose weights this one started from (its id; None if the store has no such run)."""
+        if pretraining is not None:
+            self._tag(lineage.add_parent(self._store, self.id, pretraining))
+            self._tag({"mlflow.note.content": lineage.describe(self._store, self._tags)})
+
+    def _epochs_of(self, key: str) -> set[int]:
+        """The epochs of one curve that the store has; asked once per key, and only if the run had it when opened."""
+        if key not in self._epochs:
+            history = self._store.client.get_metric_history(self.id, key) if key in self._metrics else []
+            self._epochs[key] = {point.step for point in history}
+        return self._epochs[key]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items() if isinstance(value, Real)}
+
+
+def _same(value: float, known: float | None) -> bool:
+    return known is not None and (value == known or (math.isnan(value) and math.isnan(known)))

@@ -1,0 +1,103 @@
+"""Opening, finding and ending runs."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from advml.tracking import sqlite
+from advml.tracking import store as stores
+from advml.tracking.run import Run
+from advml.tracking.start import DataInfo, Facts, get, start
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as Record
+
+    from advml.config import Config
+
+Kind = Literal["pretrain", "model", "study"]
+
+
+def open_run(
+    config: Config,
+    *,
+    root: Path,
+    name: str,
+    kind: Kind,
+    tags: Mapping[str, Any],
+    params: Mapping[str, Any],
+    data: DataInfo | None = None,
+    run_id: str | None = None,
+) -> Run:
+    """Start a run, or go on with one that was killed. Never raises: without a store the run does nothing.
+
+    Args:
+        config: its section `tracking` names the experiment and the store.
+        root: the workspace, where params.yaml lies.
+        name: the run's name, e.g. `CL-AT-s0`.
+        kind: what the run is of.
+        tags: scheme, phase or regime, seed; stored as `advml.<key>`.
+        params: every parameter used, nested or flat.
+        data: the data set trained on.
+        run_id: the run to resume; where the store does not have it, a new one starts.
+    """
+    place, root, facts = stores.locate(config, root=root), Path(root).resolve(), Facts(name, kind, tags, params, data)
+    run = stores.attempt(place, lambda store: Run(place, store, start(store, facts, root=root, run_id=run_id), root=root))
+    if run is None:
+        run = Run(place, None, None, root=root)
+        run.id = run_id  # kept in the caller's state, so that a later resume finds its run again
+    return run
+
+
+def find_run(config: Config, *, root: Path, name: str | None = None, digest: str | None = None, kind: Kind | None = None) -> str | None:
+    """The id of the newest run with this name, weights (sha256 of model.safetensors) and kind; None if there is none."""
+    record = stores.attempt(stores.locate(config, root=root), lambda store: search(store, name=name, digest=digest, kind=kind))
+    return record.info.run_id if record else None
+
+
+def kill_run(config: Config, *, root: Path, run_id: str) -> None:
+    """End a run that was left RUNNING by a process that is gone; runs that ended otherwise stay as they are."""
+
+    def kill(store: stores.Store) -> None:
+        record = get(store.client, run_id)
+        if record is not None and record.info.status == "RUNNING":
+            store.client.set_terminated(run_id, "KILLED")
+
+    stores.attempt(stores.locate(config, root=root), kill)
+
+
+def ui_link(config: Config, *, root: Path, port: int = 5000) -> str:
+    """The address of the experiment's table of runs in the UI: a local one on `port`, or the tracking server's."""
+    place = stores.locate(config, root=root)
+    base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://127.0.0.1:{port}"
+    experiment = _known_experiment(place) or stores.attempt(place, lambda store: store.experiment)
+    # Without the parameter the UI opens in its mode for language models.
+    return f"{base}/#/experiments/{experiment}/runs?workflowType=machine_learning" if experiment else base
+
+
+def search(store: stores.Store, **tags: str | None) -> Record | None:
+    """The newest run that carries all of these `advml.` tags."""
+    wanted = " and ".join(f"tags.`advml.{key}` = '{value}'" for key, value in tags.items() if value is not None)
+    found = store.client.search_runs([store.experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
+    return found[0] if found else None
+
+
+def _known_experiment(place: stores.Place) -> str | None:
+    """The experiment's id straight from the file, in no time: opening the store takes 2 s."""
+    if place.database is None or not place.database.exists():
+        return None
+    try:
+        return sqlite.mend(place.database, experiment=place.experiment, artifacts=place.artifacts)
+    except sqlite3.Error:  # opening the store will say what is wrong
+        return None
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM raise SystemExit(143) in the main thread, so that runs end as KILLED and files are closed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,0 +1,139 @@
+"""Where the history lies, and how it is opened: safely by many processes, and never at training's cost."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote
+
+from advml.tracking import sqlite
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from advml.config import Config
+
+T = TypeVar("T")
+# A dead server must cost seconds: MLflow's own settings make it 120 s per attempt and 7 retries.
+# The user's own settings win. The last three keep MLflow off stdout, stderr and the internet.
+DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+LOCK_TIMEOUT = 60  # seconds; creating the tables takes 2, and other processes may wait in line
+_broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment's history lies. `database`: sqlite only; `artifacts`: None where a server decides."""
+
+    uri: str
+    experiment: str
+    database: Path | None
+    artifacts: Path | None
+
+    @property
+    def is_server(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store: the client and the id of the experiment."""
+
+    client: MlflowClient
+    experiment: str
+
+
+def locate(config: Config, *, root: Path) -> Place:
+    """The place that params.yaml, the environment or the default names; relative paths start at the root."""
+    base = Path(os.environ.get("DVC_ROOT") or root).resolve()
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    experiment = config.tracking.experiment
+    folder = Path("mlruns", re.sub(r"[^\w.-]+", "_", experiment))
+    if not uri.startswith("sqlite:///"):
+        return Place(uri, experiment, None, base / folder if "sql" in uri.partition(":")[0] else None)
+    database = base / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    return Place(sqlite.uri(database), experiment, database, database.parent / folder)
+
+
+def connect(place: Place) -> Store:
+    """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's models use what SQLAlchemy deprecates
+        if place.database is None:
+            return _open(place)
+        from filelock import FileLock
+        from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  (2 s that processes need not wait for in line)
+
+        place.database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{place.database}.lock", timeout=LOCK_TIMEOUT):
+            if not place.database.exists() or place.database.stat().st_size == 0:
+                sqlite.create(place.database, artifacts=place.artifacts)
+            sqlite.mend(place.database, experiment=place.experiment, artifacts=place.artifacts)
+            return _open(place)
+
+
+def attempt(place: Place, action: Callable[[Store], T]) -> T | None:
+    """`action(store)`; None, and one warning line, where the store does not work."""
+    if place.uri in _broken:
+        return None
+    try:
+        return action(connect(place))
+    except Exception as error:
+        give_up(place, error)
+        return None
+
+
+def give_up(place: Place, error: Exception) -> None:
+    """One warning line for this store, the first time only."""
+    if place.uri not in _broken:
+        _broken.add(place.uri)
+        print(f"warning: no tracking, {explain(place, error)}; training goes on, `advml sync` adds the run later", file=sys.stderr)
+
+
+def explain(place: Place, error: Exception) -> str:
+    """The store and what is wrong with it, in one line without passwords."""
+    reason = " ".join((str(error).strip() or type(error).__name__).split())
+    if len(reason) > 200:
+        reason = reason[:200] + "..."
+    return without_password(f"{place.uri}: {reason}")
+
+
+def without_password(text: str) -> str:
+    """https://user:password@host -> https://host, wherever it stands in the text."""
+    return re.sub(r"//[^@/\s]*@", "//", text)
+
+
+def _open(place: Place) -> Store:
+    from mlflow import MlflowClient
+
+    if not place.is_server:
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = 1  # else a database that is down costs 102 s of retries
+    client = MlflowClient(tracking_uri=place.uri)
+    found = client.get_experiment_by_name(place.experiment)
+    if found is None:
+        location = place.artifacts.as_uri() if place.artifacts else None
+        try:
+            return Store(client, client.create_experiment(place.experiment, artifact_location=location))
+        except Exception:  # another process was faster, on a server that we cannot lock
+            found = client.get_experiment_by_name(place.experiment)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
+        client.restore_experiment(found.experiment_id)
+    return Store(client, found.experiment_id)

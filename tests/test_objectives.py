@@ -1,0 +1,182 @@
+"""Objectives against slow transcriptions of their equations, a well-kept library, and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+from torch import Tensor
+
+from advml.objectives import contrastive, contrastive_pair, cross_entropy, margin
+
+TEMPERATURE = 0.2
+GROUPS = {
+    "classes": [0, 0, 1, 2, 1, 0, 2, 2],
+    "pairs": [0, 1, 2, 3, 0, 1, 2, 3],
+    "one class": [5] * 8,
+    "with loners": [0, 0, 7, 8, 9, 1, 1, -3],
+}
+
+
+def embeddings(count: int = 8, size: int = 5, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def supcon_equation_2(z: Tensor, groups: list[int], t: float) -> list[float]:
+    """Khosla et al. 2020, eq. 2, term by term in double precision; 0 where P(i) is empty."""
+    z = z.double()
+    losses = []
+    for i in range(len(z)):
+        denominator = sum(math.exp(float(z[i] @ z[a]) / t) for a in range(len(z)) if a != i)
+        positives = [p for p in range(len(z)) if p != i and groups[p] == groups[i]]
+        terms = [math.log(math.exp(float(z[i] @ z[p]) / t) / denominator) for p in positives]
+        losses.append(-sum(terms) / len(positives) if positives else 0.0)
+    return losses
+
+
+# The contrastive objective
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+def test_contrastive_equals_a_literal_transcription_of_supcon_equation_2(groups, temperature):
+    losses = contrastive(embeddings(), torch.tensor(groups), temperature=temperature)
+    expected = torch.tensor(supcon_equation_2(embeddings(), groups, temperature))
+    torch.testing.assert_close(losses, expected, atol=2e-6, rtol=2e-6)
+
+
+def test_contrastive_equals_pytorch_metric_learnings_supcon_loss():
+    z, labels = embeddings(), torch.tensor(GROUPS["classes"])
+    ours = contrastive(z, labels, temperature=TEMPERATURE).mean()
+    torch.testing.assert_close(ours, SupConLoss(temperature=TEMPERATURE)(z, labels))
+
+
+def test_contrastive_of_instance_ids_equals_pytorch_metric_learnings_ntxent_loss():
+    z, ids = embeddings(), torch.tensor(GROUPS["pairs"])
+    ours = contrastive(z, ids, temperature=TEMPERATURE).mean()
+    torch.testing.assert_close(ours, NTXentLoss(temperature=TEMPERATURE)(z, ids))
+
+
+def test_the_gradient_equals_pytorch_metric_learnings():
+    labels = torch.tensor(GROUPS["classes"])
+    ours, theirs = embeddings().requires_grad_(), embeddings().requires_grad_()  # the library normalises by itself
+    contrastive(F.normalize(ours, dim=1), labels, temperature=TEMPERATURE).mean().backward()
+    SupConLoss(temperature=TEMPERATURE)(theirs, labels).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_anchors_without_positives_contribute_0_and_no_nan_gradient():
+    z = embeddings().requires_grad_()
+    losses = contrastive(z, torch.tensor(GROUPS["with loners"]), temperature=TEMPERATURE)
+    assert losses[[2, 3, 4, 7]].tolist() == [0, 0, 0, 0]
+    assert (losses[[0, 1, 5, 6]] > 0).all()
+    losses.sum().backward()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+
+
+def test_a_batch_of_loners_has_no_loss_and_no_gradient():
+    z = embeddings().requires_grad_()
+    losses = contrastive(z, torch.arange(8), temperature=TEMPERATURE)
+    losses.sum().backward()
+    assert losses.tolist() == [0] * 8 and z.grad.abs().max() == 0
+
+
+def test_a_single_embedding_has_no_loss_and_no_nan():
+    z = embeddings(1).requires_grad_()
+    losses = contrastive(z, torch.tensor([3]), temperature=TEMPERATURE)
+    losses.sum().backward()
+    assert losses.tolist() == [0] and z.grad.abs().max() == 0
+
+
+def test_a_lone_pair_has_no_negatives_and_so_no_loss():
+    losses = contrastive(embeddings(2), torch.tensor([4, 4]), temperature=TEMPERATURE)
+    torch.testing.assert_close(losses, torch.zeros(2))
+
+
+def test_contrastive_does_not_overflow_at_a_tiny_temperature():
+    z, groups = F.normalize(torch.eye(4).repeat(2, 1), dim=1), torch.arange(4).repeat(2)
+    assert contrastive(z, groups, temperature=1e-3).abs().max() < 1e-6  # exp(1 / t) alone is infinite
+    wrong = contrastive(z, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), temperature=1e-3)
+    torch.testing.assert_close(wrong, torch.full((8,), 1e3))
+
+
+def test_contrastive_is_right_under_bf16_autocast():
+    z, groups = embeddings(64, 16).requires_grad_(), torch.arange(32).repeat(2)
+    expected = contrastive(z, groups, temperature=0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = contrastive(z, groups, temperature=0.07)
+    (gradient,) = torch.autograd.grad(under_autocast.mean(), z)
+    assert under_autocast.dtype == torch.float32
+    assert torch.equal(under_autocast, expected)  # a bf16 product would be off by about 0.05
+    assert torch.equal(gradient, torch.autograd.grad(expected.mean(), z)[0])
+
+
+def test_contrastive_of_half_precision_embeddings_is_computed_in_float32():
+    z, groups = embeddings().bfloat16(), torch.tensor(GROUPS["pairs"])
+    expected = contrastive(z.float(), groups, temperature=TEMPERATURE)
+    assert torch.equal(contrastive(z, groups, temperature=TEMPERATURE), expected)
+
+
+def test_contrastive_follows_a_permutation_of_the_batch():
+    z, groups = embeddings(), torch.tensor(GROUPS["classes"])
+    order = torch.tensor([3, 1, 4, 0, 5, 7, 2, 6])
+    permuted = contrastive(z[order], groups[order], temperature=TEMPERATURE)
+    torch.testing.assert_close(permuted, contrastive(z, groups, temperature=TEMPERATURE)[order])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 0, 1, 0]], ids=["instances", "classes"])
+def test_the_pair_objective_is_the_mean_of_an_images_two_anchors(labels):
+    first, second = embeddings(4, seed=1), embeddings(4, seed=2)
+    losses = contrastive_pair(first, second, torch.tensor(labels), temperature=TEMPERATURE)
+    anchors = torch.tensor(supcon_equation_2(torch.cat([first, second]), labels * 2, TEMPERATURE))
+    torch.testing.assert_close(losses, (anchors[:4] + anchors[4:]) / 2)
+    torch.testing.assert_close(losses.mean(), anchors.mean())
+
+
+# Classification
+
+
+def test_cross_entropy_of_equal_logits_is_the_logarithm_of_the_number_of_classes():
+    losses = cross_entropy(torch.zeros(3, 10), torch.tensor([0, 4, 9]))
+    torch.testing.assert_close(losses, torch.full((3,), math.log(10)))
+
+
+def test_cross_entropy_of_two_classes_is_the_softplus_of_the_margin():
+    gaps = torch.tensor([-30.0, -1.0, 0.0, 2.0, 50.0])
+    losses = cross_entropy(torch.stack([torch.zeros(5), gaps], dim=1), torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(losses, F.softplus(gaps))
+
+
+def test_label_smoothing_spreads_its_mass_evenly_over_all_classes():
+    logits, labels, mass = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1]), 0.3
+    target = (1 - mass) * F.one_hot(labels, 4) + mass / 4
+    torch.testing.assert_close(cross_entropy(logits, labels, label_smoothing=mass), -(target * logits.log_softmax(1)).sum(1))
+
+
+def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
+    logits, labels = torch.tensor([[8.0, 0.0, -3.0]]).bfloat16(), torch.tensor([0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cross_entropy(logits, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, -logits.double().log_softmax(1)[:, 0].float())
+
+
+def test_margin_is_positive_exactly_where_the_classifier_errs():
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 5
+    assert torch.equal(margin(logits, labels) > 0, logits.argmax(1) != labels)
+
+
+def test_margin_is_the_best_other_logit_minus_the_own():
+    logits = torch.tensor([[3.0, 1.0, -2.0], [3.0, 1.0, -2.0], [-5.0, -6.0, -9.0]])
+    assert margin(logits, torch.tensor([0, 1, 2])).tolist() == [-2.0, 2.0, 4.0]
+
+
+def test_margin_and_its_gradient_stay_finite_with_two_classes():
+    logits = torch.tensor([[1.0, 4.0]], requires_grad=True)
+    values = margin(logits, torch.tensor([0]))
+    values.sum().backward()
+    assert values.tolist() == [3.0] and logits.grad.tolist() == [[-1.0, 1.0]]

@@ -1,0 +1,622 @@
+"""Tracking against real stores: sqlite files in tmp_path, dead and hanging servers on loopback, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from advml import config as configuration
+from advml import tracking
+from advml.errors import Failure
+from advml.tracking import store as stores
+
+DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={"train": 1257, "validation": 180, "test": 360})
+TAGS = {"scheme": "CL", "regime": "AT", "seed": 0}
+HISTORY = [{"epoch": epoch, "train/loss": 1.0 / epoch, "validation/accuracy": 0.1 * epoch} for epoch in range(1, 6)]
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """An empty store; making one runs all of MLflow's migrations, so the tests copy it."""
+    root = tmp_path_factory.mktemp("template")
+    stores.connect(stores.locate(configuration.load(PARAMS), root=root))
+    return root / "mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    """No setting of the machine, and no store given up in an earlier test, reaches the test."""
+    for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", *stores.DEFAULTS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(stores, "_broken", set())
+
+
+@pytest.fixture
+def config():
+    return configuration.load(PARAMS)
+
+
+@pytest.fixture
+def root(tmp_path, template):
+    shutil.copy(template, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def open_run(config, root, **changes):
+    arguments = {"name": "CL-AT-s0", "kind": "model", "tags": TAGS, "params": {"attack": {"steps": 5, "step_size": None}}, "data": DATA}
+    return tracking.open_run(config, root=root, **(arguments | changes))
+
+
+def store_of(config, root):
+    return stores.connect(stores.locate(config, root=root))
+
+
+def record_of(config, root, run_id):
+    return store_of(config, root).client.get_run(run_id)
+
+
+def all_runs(config, root):
+    store = store_of(config, root)
+    return list(store.client.search_runs([store.experiment]))
+
+
+def steps_of(config, root, run_id, key):
+    return [point.step for point in store_of(config, root).client.get_metric_history(run_id, key)]
+
+
+def python(code, *arguments, **environment):
+    """A real process that runs `code` with config and root at hand."""
+    setup = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom advml import config as configuration, tracking\n"
+        f"config, root = configuration.load({str(PARAMS)!r}), Path(sys.argv[1])\n"
+        "def open_run(**more):\n"
+        "    return tracking.open_run(config, root=root, name='CL-AT-s0', kind='model', tags={}, params={}, **more)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", setup + code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def finished(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def write_model(root, name, kind, *, digest, pretraining=None, metrics=None):
+    """The files that a training stage leaves behind."""
+    scheme, *middle, seed = name.split("-")
+    folder = root / "models" / ("pretrain" if kind == "pretrain" else "finetune") / name
+    folder.mkdir(parents=True)
+    facts = {
+        "name": name,
+        "kind": kind,
+        "scheme": scheme,
+        "phase" if kind == "pretrain" else "regime": "-".join(middle),
+        "seed": int(seed[1:]),
+        "parameters": {"attack": {"steps": 5}},
+        "git_commit": "c" * 40,
+        "data": {"digest": DATA.digest, "source": DATA.source, "counts": dict(DATA.counts)},
+        "digest": digest,
+        "seconds": 100.0,
+        "pretraining": pretraining,
+    }
+    (folder / "model.json").write_text(json.dumps(facts))
+    (folder / "history.json").write_text(json.dumps(HISTORY))
+    (folder / "model.safetensors").write_bytes(b"")
+    os.utime(folder / "model.json", (1_000_000_100, 1_000_000_100))
+    if metrics:
+        write_report(root, name, metrics)
+    return folder
+
+
+def write_report(root, name, metrics):
+    report = root / "reports" / name
+    report.mkdir(parents=True, exist_ok=True)
+    (report / "metrics.json").write_text(json.dumps(metrics))
+    (report / "evaluation.json").write_text(json.dumps({"attacks": []}))
+
+
+# --- where the store lies
+
+
+def test_the_store_lies_in_the_workspace_and_in_a_queue_worker_in_the_real_root(config, tmp_path, monkeypatch):
+    place = stores.locate(config, root=tmp_path)
+    assert (place.database, place.artifacts) == (tmp_path / "mlflow.db", tmp_path / "mlruns" / "advml")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "real"))
+    assert stores.locate(config, root=tmp_path).database == tmp_path / "real" / "mlflow.db"
+
+
+def test_params_yaml_names_the_store_before_the_environment_does(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert stores.locate(config, root=tmp_path).uri == "http://127.0.0.1:5000"
+    named = configuration.load(PARAMS, ["tracking.uri=sqlite:///elsewhere/history.db"])
+    place = stores.locate(named, root=tmp_path)
+    assert (place.database, place.artifacts) == (tmp_path / "elsewhere" / "history.db", tmp_path / "elsewhere" / "mlruns" / "advml")
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "a%20b", "a?b", "grün"])
+def test_a_folder_with_an_awkward_name_holds_its_store_and_its_artifacts(config, tmp_path, template, name):
+    root = tmp_path / name
+    root.mkdir()
+    shutil.copy(template, root / "mlflow.db")
+    with open_run(config, root) as run:
+        run.log_text("text", "note.txt")
+    assert record_of(config, root, run.id).info.status == "FINISHED"
+    assert len(list((root / "mlruns" / "advml").rglob("note.txt"))) == 1
+
+
+def test_nothing_is_logged_to_the_default_experiment(config, root):
+    with open_run(config, root) as run:
+        pass
+    experiment = store_of(config, root).client.get_experiment(record_of(config, root, run.id).info.experiment_id)
+    assert (experiment.name, experiment.artifact_location) == ("advml", (root / "mlruns" / "advml").as_uri())
+
+
+def test_an_experiment_deleted_in_the_ui_comes_back_with_the_next_run(config, root, capfd):
+    store = store_of(config, root)
+    store.client.delete_experiment(store.experiment)
+    with open_run(config, root) as run:
+        pass
+    assert record_of(config, root, run.id).info.status == "FINISHED"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+def test_a_moved_or_copied_project_reads_its_artifacts_and_writes_beside_them(config, root, tmp_path_factory, move):
+    with open_run(config, root) as run:
+        run.log_text("old", "old.txt")
+        run.log_checkpoint(root / "models", digest="w" * 64)
+    new = tmp_path_factory.mktemp("new") / "project"
+    move(root, new)
+    tracking.ui_link(config, root=new)
+    client = store_of(config, new).client
+    assert [entry.path for entry in client.list_artifacts(run.id)] == ["old.txt"]
+    assert record_of(config, new, run.id).info.artifact_uri.startswith(new.as_uri())
+    assert client.get_logged_model(record_of(config, new, run.id).data.tags["advml.model_id"]).artifact_location.startswith(new.as_uri())
+    with open_run(config, new) as later:
+        later.log_text("new", "new.txt")
+    assert len(list(new.rglob("new.txt"))) == 1
+    assert not list(root.rglob("new.txt"))
+
+
+def test_an_artifact_store_that_the_user_chose_stays(config, root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere").as_uri()
+    store = store_of(config, root)
+    store.client.create_experiment("mine", artifact_location=elsewhere)
+    mine = configuration.load(PARAMS, ["tracking.experiment=mine"])
+    assert store.client.get_experiment(store_of(mine, root).experiment).artifact_location == elsewhere
+
+
+def test_four_processes_open_a_fresh_store_at_once(config, tmp_path):
+    code = "with open_run() as run:\n    for epoch in range(20):\n        run.log_epochs([{'epoch': epoch, 'loss': 0.5}])\nprint(run.id)"
+    processes = [python(code, tmp_path) for _ in range(4)]
+    ids = [finished(process).strip() for process in processes]
+    assert len(set(ids)) == 4
+    for run_id in ids:
+        assert record_of(config, tmp_path, run_id).info.status == "FINISHED"
+        assert steps_of(config, tmp_path, run_id, "loss") == list(range(20))
+
+
+def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(config, tmp_path, capfd):
+    (tmp_path / "mlflow.db.new").write_bytes(b"half a schema")
+    (tmp_path / "mlflow.db").touch()
+    with open_run(config, tmp_path) as run:
+        pass
+    assert record_of(config, tmp_path, run.id).info.status == "FINISHED"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_importing_tracking_imports_neither_mlflow_nor_torch_and_sync_needs_no_torch(root):
+    write_model(root, "CL-at-s0", "pretrain", digest="a" * 64)
+    code = "assert not {'mlflow', 'torch'} & set(sys.modules)\nprint(tracking.sync(config, root=root))\nassert 'torch' not in sys.modules"
+    assert finished(python(code, root)).strip() == "['CL-at-s0']"
+
+
+# --- what a run holds
+
+
+def test_a_run_carries_name_tags_parameters_data_and_commit(config, root, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=root, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "start"], cwd=root, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setenv("DVC_STAGE", "finetune@CL-AT-s0")
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
+    with open_run(config, root) as run:
+        pass
+    record = record_of(config, root, run.id)
+    assert record.info.run_name == "CL-AT-s0"
+    assert record.data.params == {"attack.steps": "5", "attack.step_size": "null"}
+    expected = {
+        "advml.name": "CL-AT-s0",
+        "advml.kind": "model",
+        "advml.scheme": "CL",
+        "advml.regime": "AT",
+        "advml.seed": "0",
+        "advml.data_digest": DATA.digest,
+        "advml.dvc_stage": "finetune@CL-AT-s0",
+        "advml.dvc_experiment": "brave-name",
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.name": "dvc repro finetune@CL-AT-s0",
+    }
+    assert expected.items() <= record.data.tags.items()
+    assert record.data.tags["mlflow.user"]
+    (used,) = record.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == (DATA.source, DATA.digest[:36])
+    assert json.loads(used.dataset.profile) == DATA.counts
+
+
+def test_parameters_beyond_mlflows_limits_are_logged_in_batches_and_cut(config, root, capfd):
+    params = {f"key{number}": number for number in range(250)} | {"long": "x" * 9000}
+    with open_run(config, root, params=params) as run:
+        pass
+    logged = record_of(config, root, run.id).data.params
+    assert len(logged) == 251
+    assert logged["long"] == "x" * 6000
+    assert capfd.readouterr() == ("", "")
+
+
+def counted(calls, name, method):
+    def call(*args, **kwargs):
+        calls.append(name)
+        return method(*args, **kwargs)
+
+    return call
+
+
+def test_an_epoch_costs_one_call_and_no_read(config, root, monkeypatch):
+    from mlflow import MlflowClient
+
+    calls = []
+    with open_run(config, root) as run:
+        for name in ("log_batch", "get_metric_history", "get_run", "log_metric"):
+            original = getattr(MlflowClient, name)
+            monkeypatch.setattr(
+                MlflowClient, name, lambda *a, _name=name, _original=original, **k: calls.append(_name) or _original(*a, **k)
+            )
+        for epoch in range(1, 4):
+            run.log_epochs(HISTORY[:epoch])
+        assert calls == ["log_batch"] * 3
+
+
+def test_values_that_are_no_numbers_are_left_out_of_curves_and_metrics(config, root):
+    import numpy
+
+    with open_run(config, root) as run:
+        run.log_epochs([{"epoch": 1, "train/loss": numpy.float32(0.5), "note": "text", "absent": None}])
+        run.log_metrics({"accuracy/clean": 0.5, "accuracy/threat_model_1": None})
+    assert record_of(config, root, run.id).data.metrics == {"train/loss": 0.5, "accuracy/clean": 0.5}
+
+
+def test_artifacts_of_every_kind_are_stored(config, root):
+    import numpy
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(root / "picture.png")
+    with open_run(config, root, kind="study", name="study", data=None) as run:
+        run.log_text("seeds: [0]", "params.yaml")
+        run.log_dict({"a": 1}, "evaluation.json")
+        run.log_file(root / "picture.png", "figures")
+        run.log_figure(Figure(), "figures/empty.png")
+        run.log_image(root / "picture.png", key="picture")
+        run.log_image(numpy.zeros((8, 8, 3), dtype=numpy.uint8), key="picture", step=1)
+        for _ in range(2):
+            run.log_table([{"model": "CL-AT-s0", "clean": 0.9}, {"model": "SL-AT-s0", "robust": 0.7}], "summary.json")
+    client = store_of(config, root).client
+    names = {entry.path for folder in (None, "figures") for entry in client.list_artifacts(run.id, folder)}
+    assert {"params.yaml", "evaluation.json", "summary.json", "figures/picture.png", "figures/empty.png"} <= names
+    assert len(client.list_artifacts(run.id, "images")) == 4
+    (file,) = (root / "mlruns").rglob("summary.json")
+    table = json.loads(file.read_text())
+    assert table == {"columns": ["model", "clean", "robust"], "data": [["CL-AT-s0", 0.9, None], ["SL-AT-s0", None, 0.7]]}
+    assert json.loads(record_of(config, root, run.id).data.tags["mlflow.loggedArtifacts"]) == [{"path": "summary.json", "type": "table"}]
+
+
+def test_a_checkpoint_is_an_external_model_with_path_digest_and_final_metrics(config, root):
+    folder = write_model(root, "CL-AT-s0", "model", digest="w" * 64)
+    with open_run(config, root) as run:
+        run.log_checkpoint(folder, digest="w" * 64)
+        run.log_checkpoint(folder, digest="w" * 64)
+        run.log_metrics({"accuracy/clean": 0.9, "accuracy/clean/low": 0.8})
+    store = store_of(config, root)
+    (model,) = store.client.search_logged_models([store.experiment])
+    assert (model.name, model.source_run_id, str(model.status)) == ("CL-AT-s0", run.id, "READY")
+    assert model.params == {"path": "models/finetune/CL-AT-s0", "sha256": "w" * 64}
+    assert model.tags["mlflow.model.isExternal"] == "true"
+    assert {metric.key: metric.value for metric in model.metrics} == {"accuracy/clean": 0.9, "accuracy/clean/low": 0.8}
+    assert [entry.path for entry in store.client.list_logged_model_artifacts(model.model_id)] == ["model.json"]
+    record = record_of(config, root, run.id)
+    assert [output.model_id for output in record.outputs.model_outputs] == [model.model_id]
+    assert 'advml.load_model("models/finetune/CL-AT-s0")' in record.data.tags["mlflow.note.content"]
+
+
+def test_a_model_links_to_the_run_that_pretrained_it(config, root):
+    folder = write_model(root, "CL-at-s0", "pretrain", digest="p" * 64)
+    with open_run(config, root, name="CL-at-s0", kind="pretrain") as pretraining:
+        pretraining.log_checkpoint(folder, digest="p" * 64)
+    with open_run(config, root) as run:
+        run.link(tracking.find_run(config, root=root, digest="p" * 64, kind="pretrain"))
+        run.link(None)
+    record = record_of(config, root, run.id)
+    assert record.data.tags["advml.pretraining_run"] == pretraining.id
+    assert f"[CL-at-s0](#/experiments/{record.info.experiment_id}/runs/{pretraining.id})" in record.data.tags["mlflow.note.content"]
+    (used,) = record.inputs.model_inputs
+    assert used.model_id == record_of(config, root, pretraining.id).data.tags["advml.model_id"]
+
+
+def test_find_run_takes_the_newest_that_matches_everything(config, root):
+    ids = []
+    for digest in ("a" * 64, "a" * 64, "b" * 64):
+        with open_run(config, root) as run:
+            run.log_checkpoint(root, digest=digest)
+        ids.append(run.id)
+        time.sleep(0.002)  # runs are ordered by milliseconds
+    assert tracking.find_run(config, root=root, name="CL-AT-s0") == ids[2]
+    assert tracking.find_run(config, root=root, digest="a" * 64) == ids[1]
+    assert tracking.find_run(config, root=root, digest="a" * 64, kind="pretrain") is None
+    assert tracking.find_run(config, root=root, digest="c" * 64) is None
+
+
+def test_the_ui_link_opens_the_experiments_table_of_runs(config, tmp_path, root):
+    experiment = store_of(config, root).experiment
+    assert tracking.ui_link(config, root=root) == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    assert tracking.ui_link(config, root=root, port=5077).startswith("http://127.0.0.1:5077/#/")
+    unseen = configuration.load(PARAMS, ["tracking.experiment=unseen"])
+    assert f"/experiments/{int(experiment) + 1}/" in tracking.ui_link(unseen, root=root)
+
+
+# --- ends and resumptions
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (Failure, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_a_run_that_ends_badly_says_how(config, root, error, status):
+    with pytest.raises(error), open_run(config, root) as run:
+        raise error
+    assert record_of(config, root, run.id).info.status == status
+
+
+def test_sigterm_ends_the_run_as_killed_with_exit_code_143(config, root):
+    code = "tracking.exit_on_sigterm()\nwith open_run() as run:\n    print(run.id, flush=True)\n    signal.pause()"
+    with python(code, root) as process:
+        run_id = process.stdout.readline().strip()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+    assert record_of(config, root, run_id).info.status == "KILLED"
+
+
+def test_a_run_killed_outright_resumes_without_double_points_and_without_gaps(config, root):
+    code = (
+        "import json\nhistory = json.loads(sys.argv[2])\nrun = open_run()\n"
+        "run.log_epochs(history[:1])\nrun.log_epochs(history[2:3])\nprint(run.id, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    process = python(code, root, json.dumps(HISTORY))
+    run_id = process.communicate(timeout=60)[0].strip()
+    assert process.returncode == -signal.SIGKILL
+    assert record_of(config, root, run_id).info.status == "RUNNING"
+    with open_run(config, root, run_id=run_id) as run:
+        assert run.id == run_id
+        assert record_of(config, root, run_id).info.status == "RUNNING"
+        for epoch in (3, 4, 5):
+            run.log_epochs([record | {"new": 1.0} for record in HISTORY[:epoch]])
+    assert record_of(config, root, run_id).info.status == "FINISHED"
+    for key in ("train/loss", "validation/accuracy", "new"):
+        assert sorted(steps_of(config, root, run_id, key)) == [1, 2, 3, 4, 5]
+    assert len(all_runs(config, root)) == 1
+
+
+def test_resuming_a_killed_run_sets_it_running_again(config, root):
+    with pytest.raises(KeyboardInterrupt), open_run(config, root) as run:
+        raise KeyboardInterrupt
+    resumed = open_run(config, root, run_id=run.id, params={"attack": {"steps": 5}, "late": 1})
+    record = record_of(config, root, run.id)
+    assert (resumed.id, record.info.status, record.data.params["late"]) == (run.id, "RUNNING", "1")
+    assert len(record.inputs.dataset_inputs) == 1
+
+
+@pytest.mark.parametrize("lost", ["f" * 32, "not an id", "deleted"])
+def test_resuming_a_run_that_the_store_lost_starts_a_new_one(config, root, lost, capfd):
+    if lost == "deleted":
+        with open_run(config, root) as run:
+            lost = run.id
+        store_of(config, root).client.delete_run(lost)
+    with open_run(config, root, run_id=lost) as run:
+        run.log_epochs(HISTORY)
+    assert run.id not in (lost, None)
+    assert steps_of(config, root, run.id, "train/loss") == [1, 2, 3, 4, 5]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_kill_run_ends_an_orphan_and_nothing_else(config, root, capfd):
+    orphan, done = open_run(config, root), open_run(config, root)
+    done.finish()
+    for run_id in (orphan.id, done.id, "f" * 32):
+        tracking.kill_run(config, root=root, run_id=run_id)
+    assert record_of(config, root, orphan.id).info.status == "KILLED"
+    assert record_of(config, root, done.id).info.status == "FINISHED"
+    assert capfd.readouterr() == ("", "")
+
+
+# --- stores that fail
+
+
+def use_everything(config, root):
+    """Every call a stage makes, on a store that does not work; returns the seconds it took."""
+    start = time.perf_counter()
+    with open_run(config, root, run_id="a" * 32) as run:
+        run.log_epochs(HISTORY)
+        run.link(tracking.find_run(config, root=root, name="CL-at-s0"))
+        run.log_checkpoint(root, digest="w" * 64)
+        run.log_metrics({"accuracy/clean": 0.9})
+        run.log_text("text", "text.txt")
+    assert run.id == "a" * 32
+    tracking.kill_run(config, root=root, run_id="a" * 32)
+    assert tracking.ui_link(config, root=root).startswith("http://127.0.0.1:")
+    with tracking.attach_run(config, root=root, folder=root / "nowhere") as run:
+        run.log_metrics({"accuracy/clean": 0.9})
+    return time.perf_counter() - start
+
+
+def assert_one_warning(capfd):
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("warning: no tracking, ")
+    assert err.endswith("; training goes on, `advml sync` adds the run later\n")
+    return err
+
+
+def test_a_dead_server_costs_one_warning_and_little_time(tmp_path, capfd):
+    config = configuration.load(PARAMS, ["tracking.uri=http://user:secret@127.0.0.1:9"])
+    assert use_everything(config, tmp_path) < 10
+    assert "secret" not in assert_one_warning(capfd)
+
+
+def test_a_server_that_never_answers_costs_its_timeout_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # the user's own setting wins over the 4 s of DEFAULTS
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        config = configuration.load(PARAMS, [f"tracking.uri=http://127.0.0.1:{server.getsockname()[1]}"])
+        assert use_everything(config, tmp_path) < 10
+    assert_one_warning(capfd)
+
+
+def test_a_server_gets_short_timeouts_unless_the_user_set_them(tmp_path, monkeypatch):
+    config = configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"])
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    open_run(config, tmp_path)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) <= 5
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "sqlite:////dev/null/mlflow.db", "nonsense://x"])
+def test_a_broken_store_costs_one_warning_and_no_training(tmp_path, capfd, uri):
+    (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 1000)
+    assert use_everything(configuration.load(PARAMS, [f"tracking.uri={uri}"]), tmp_path) < 10
+    assert_one_warning(capfd)
+
+
+def test_a_store_that_breaks_during_training_silences_the_run(config, root, capfd):
+    with open_run(config, root) as run:
+        run.log_epochs(HISTORY[:1])
+        (root / "mlflow.db").write_bytes(b"no database at all" * 1000)
+        for epoch in (2, 3):
+            run.log_epochs(HISTORY[:epoch])
+        run.log_checkpoint(root, digest="w" * 64)
+    assert_one_warning(capfd)
+
+
+# --- sync
+
+
+@pytest.fixture
+def study(root):
+    write_model(root, "CL-at-s0", "pretrain", digest="a" * 64)
+    parent = {"name": "CL-at-s0", "digest": "a" * 64, "path": "models/pretrain/CL-at-s0"}
+    write_model(root, "CL-AT-s0", "model", digest="b" * 64, pretraining=parent, metrics={"accuracy/clean": 0.9})
+    write_model(root, "CL-Full-AT-s0", "model", digest="c" * 64, pretraining=parent)
+    return root
+
+
+def test_sync_rebuilds_everything_from_files_once(config, study):
+    assert tracking.sync(config, root=study) == ["CL-at-s0", "CL-AT-s0", "CL-Full-AT-s0"]
+    assert tracking.sync(config, root=study) == []
+    runs = {record.info.run_name: record for record in all_runs(config, study)}
+    assert set(runs) == {"CL-at-s0", "CL-AT-s0", "CL-Full-AT-s0"}
+    record = runs["CL-AT-s0"]
+    assert record.info.status == "FINISHED"
+    assert (record.info.start_time, record.info.end_time) == (1_000_000_000_000, 1_000_000_100_000)
+    assert record.data.params == {"attack.steps": "5"}
+    assert record.data.metrics == {"accuracy/clean": 0.9, "train/loss": 0.2, "validation/accuracy": 0.5}
+    assert steps_of(config, study, record.info.run_id, "train/loss") == [1, 2, 3, 4, 5]
+    expected = {
+        "kind": "model",
+        "regime": "AT",
+        "scheme": "CL",
+        "seed": "0",
+        "digest": "b" * 64,
+        "synced": "true",
+        "path": "models/finetune/CL-AT-s0",
+    }
+    assert {f"advml.{key}": value for key, value in expected.items()}.items() <= record.data.tags.items()
+    assert record.data.tags["advml.pretraining_run"] == runs["CL-at-s0"].info.run_id
+    assert record.data.tags["mlflow.source.git.commit"] == "c" * 40
+    assert record.inputs.dataset_inputs[0].dataset.name == DATA.source
+    client = store_of(config, study).client
+    assert [entry.path for entry in client.list_artifacts(record.info.run_id)] == ["evaluation.json"]
+    assert client.get_logged_model(record.data.tags["advml.model_id"]).metrics[0].key == "accuracy/clean"
+
+
+def test_sync_leaves_a_run_that_training_made_and_adds_metrics_that_came_later(config, study):
+    with open_run(config, study, name="CL-Full-AT-s0") as run:
+        run.log_checkpoint(study / "models" / "finetune" / "CL-Full-AT-s0", digest="c" * 64)
+    assert tracking.sync(config, root=study) == ["CL-at-s0", "CL-AT-s0"]
+    write_report(study, "CL-Full-AT-s0", {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4})
+    before = record_of(config, study, run.id)
+    for _ in range(2):
+        assert tracking.sync(config, root=study) == []
+    after = record_of(config, study, run.id)
+    assert after.data.metrics == {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4}
+    assert steps_of(config, study, run.id, "accuracy/clean") == [0]
+    assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time)
+
+
+def test_sync_makes_a_new_run_for_weights_that_were_trained_anew(config, study):
+    tracking.sync(config, root=study)
+    shutil.rmtree(study / "models" / "finetune" / "CL-AT-s0")
+    write_model(study, "CL-AT-s0", "model", digest="e" * 64)
+    assert tracking.sync(config, root=study) == ["CL-AT-s0"]
+
+
+def test_sync_ends_runs_whose_process_is_gone(config, study):
+    orphan, done, alive, distant = (open_run(config, study) for _ in range(4))
+    done.log_checkpoint(study, digest="f" * 64)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    client = store_of(config, study).client
+    for run, node in ((orphan, platform.node()), (done, platform.node()), (distant, "elsewhere")):
+        client.set_tag(run.id, "advml.process", f"{node}:{process.pid}")
+    tracking.sync(config, root=study)
+    ends = [record_of(config, study, run.id).info.status for run in (orphan, done, alive, distant)]
+    assert ends == ["KILLED", "FINISHED", "RUNNING", "RUNNING"]
+
+
+def test_attach_run_adds_to_the_run_of_a_folder_and_rebuilds_a_missing_one(config, study):
+    folder = study / "models" / "finetune" / "CL-AT-s0"
+    for value in (0.5, 0.5, 0.6):
+        with tracking.attach_run(config, root=study, folder=folder) as run:
+            run.log_metrics({"accuracy/clean": value})
+    (record,) = all_runs(config, study)
+    assert (record.info.run_id, record.info.status, record.data.metrics["accuracy/clean"]) == (run.id, "FINISHED", 0.6)
+    assert len(steps_of(config, study, run.id, "accuracy/clean")) == 2
+    with pytest.raises(ValueError, match="x"), tracking.attach_run(config, root=study, folder=folder):
+        raise ValueError("x")
+    assert record_of(config, study, run.id).info.status == "FINISHED"
+
+
+def test_sync_says_in_one_line_why_it_cannot(config, study):
+    dead = configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"])
+    with pytest.raises(Failure, match=r"^http://127.0.0.1:9: .*tracking\.uri=\.\.\.$"):
+        tracking.sync(dead, root=study)
+    path = study / "models" / "finetune" / "CL-AT-s0" / "model.json"
+    for text in ("{", '{"name": "CL-AT-s0"}'):
+        path.write_text(text)
+        with pytest.raises(Failure, match=rf"^{path} cannot be read: .*dvc checkout {path.parent}$"):
+            tracking.sync(config, root=study)
