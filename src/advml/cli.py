@@ -254,9 +254,9 @@ def repro(jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages 
     ran = run(params.parent, jobs=jobs)
     print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
     _show_table(load(params), Workspace(params.parent))
-    print(
-        "next: make ui            compare the runs in MLflow\n      advml show CL-Full-AT-s0\n      advml attack IMAGE --model CL-Full-AT-s0"
-    )
+    print("next: make ui                      compare the runs in MLflow")
+    print("      advml show CL-Full-AT-s0     what a model was made from, and how well it does")
+    print("      dvc plots show               training curves and the result chart as a page")
 
 
 def _version(wanted: bool) -> None:
