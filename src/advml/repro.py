@@ -12,11 +12,13 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from advml.errors import Failure, UserError
 from advml.progress import BOARD, Board
+from advml.warm import server
 
 
 @dataclass
@@ -41,13 +43,13 @@ def repro(root: Path, *, jobs: int) -> list[str]:
     running: dict[str, Running] = {}
     ran: list[str] = []
     failed: list[tuple[str, Path]] = []
-    with Board(total=len(waiting)) as board:
+    with server(root) if waiting else nullcontext({}) as warm, Board(total=len(waiting)) as board:
         try:
             while running or (waiting and not failed):
                 ready = [name for name in waiting if not upstream[name] & (set(waiting) | set(running))]
                 for name in [] if failed else ready[: jobs - len(running)]:
                     waiting.remove(name)
-                    running[name] = _start(root, name)
+                    running[name] = _start(root, name, warm)
                 time.sleep(0.1)
                 for name, job in list(running.items()):
                     board.show(name, _read(job.progress))
@@ -93,7 +95,7 @@ def _outdated(root: Path, upstream: dict[str, set[str]]) -> list[str]:
     return [name for name, before in upstream.items() if name in changed or before & changed]
 
 
-def _start(root: Path, name: str) -> Running:
+def _start(root: Path, name: str, environment: dict[str, str]) -> Running:
     folder = root / ".scratch" / "repro"
     folder.mkdir(parents=True, exist_ok=True)
     log, progress = folder / f"{name}.log", (folder / f"{name}.progress").resolve()
@@ -104,7 +106,7 @@ def _start(root: Path, name: str) -> Running:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, BOARD: str(progress)},
+            env={**os.environ, **environment, BOARD: str(progress)},
         )
     return Running(process, log, progress, time.monotonic())
 

@@ -100,4 +100,4 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
 def _scores(history: list[Record]) -> str:
     """The last validation scores, for the progress bar."""
     last = history[-1] if history else {}
-    return "".join(f"  {key.removeprefix('validation/')} {value:.3f}" for key, value in last.items() if key.startswith("validation/"))
+    return "".join(f"  {key} {value:.3f}" for key, value in last.items() if key.startswith("validation/"))
