@@ -91,7 +91,7 @@ def _graph(root: Path) -> dict[str, set[str]]:
 
 def _outdated(root: Path, upstream: dict[str, set[str]]) -> list[str]:
     """Stages that DVC finds changed and everything behind them, in pipeline order."""
-    changed = set(json.loads(_dvc(root, "status", "--json")))
+    changed = set(json.loads(_dvc(root, "status", "--json", "dvc.yaml")))
     return [name for name, before in upstream.items() if name in changed or before & changed]
 
 
