@@ -117,7 +117,9 @@ def write_model(root, name, kind, *, digest, pretraining=None, metrics=None):
         "pretraining": pretraining,
     }
     (folder / "model.json").write_text(json.dumps(facts))
-    (folder / "history.json").write_text(json.dumps(HISTORY))
+    curves = root / "reports" / name / "history.json"
+    curves.parent.mkdir(parents=True, exist_ok=True)
+    curves.write_text(json.dumps(HISTORY))
     (folder / "model.safetensors").write_bytes(b"")
     os.utime(folder / "model.json", (1_000_000_100, 1_000_000_100))
     if metrics:
@@ -129,7 +131,9 @@ def write_report(root, name, metrics):
     report = root / "reports" / name
     report.mkdir(parents=True, exist_ok=True)
     (report / "metrics.json").write_text(json.dumps(metrics))
-    (report / "evaluation.json").write_text(json.dumps({"attacks": []}))
+    made = root / "records" / "evaluate" / f"{name}.json"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text(json.dumps({"attacks": []}))
 
 
 # --- where the store lies
@@ -214,8 +218,12 @@ def test_four_processes_open_a_fresh_store_at_once(config, tmp_path):
 
 
 def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(config, tmp_path, capfd):
-    (tmp_path / "mlflow.db.new").write_bytes(b"half a schema")
-    (tmp_path / "mlflow.db").touch()
+    with python("open_run()", tmp_path) as process:
+        while not any(path.stat().st_size for path in tmp_path.glob("mlflow.db.new")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
     with open_run(config, tmp_path) as run:
         pass
     assert record_of(config, tmp_path, run.id).info.status == "FINISHED"
@@ -258,7 +266,7 @@ def test_a_run_carries_name_tags_parameters_data_and_commit(config, root, monkey
     assert expected.items() <= record.data.tags.items()
     assert record.data.tags["mlflow.user"]
     (used,) = record.inputs.dataset_inputs
-    assert (used.dataset.name, used.dataset.digest) == (DATA.source, DATA.digest[:36])
+    assert (used.dataset.name, used.dataset.digest) == (DATA.source, DATA.digest[:12])
     assert json.loads(used.dataset.profile) == DATA.counts
 
 
@@ -341,10 +349,22 @@ def test_a_checkpoint_is_an_external_model_with_path_digest_and_final_metrics(co
     assert model.params == {"path": "models/finetune/CL-AT-s0", "sha256": "w" * 64}
     assert model.tags["mlflow.model.isExternal"] == "true"
     assert {metric.key: metric.value for metric in model.metrics} == {"accuracy/clean": 0.9, "accuracy/clean/low": 0.8}
+    assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {(DATA.source, DATA.digest[:12])}
     assert [entry.path for entry in store.client.list_logged_model_artifacts(model.model_id)] == ["model.json"]
     record = record_of(config, root, run.id)
     assert [output.model_id for output in record.outputs.model_outputs] == [model.model_id]
     assert 'advml.load_model("models/finetune/CL-AT-s0")' in record.data.tags["mlflow.note.content"]
+
+
+def test_a_run_is_complete_only_once_its_model_is_recorded(config, root, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("advml.tracking.lineage.add_model", fail)
+    with open_run(config, root) as run:
+        run.log_checkpoint(root, digest="w" * 64)
+    assert "disk full" in assert_one_warning(capfd)
+    assert "advml.digest" not in record_of(config, root, run.id).data.tags
 
 
 def test_a_model_links_to_the_run_that_pretrained_it(config, root):
@@ -356,7 +376,8 @@ def test_a_model_links_to_the_run_that_pretrained_it(config, root):
         run.link(None)
     record = record_of(config, root, run.id)
     assert record.data.tags["advml.pretraining_run"] == pretraining.id
-    assert f"[CL-at-s0](#/experiments/{record.info.experiment_id}/runs/{pretraining.id})" in record.data.tags["mlflow.note.content"]
+    link = f"#/experiments/{record.info.experiment_id}/runs/{pretraining.id}?workflowType=machine_learning"
+    assert record.data.tags["mlflow.note.content"] == f"Pretraining: [CL-at-s0]({link})"
     (used,) = record.inputs.model_inputs
     assert used.model_id == record_of(config, root, pretraining.id).data.tags["advml.model_id"]
 
@@ -374,12 +395,21 @@ def test_find_run_takes_the_newest_that_matches_everything(config, root):
     assert tracking.find_run(config, root=root, digest="c" * 64) is None
 
 
-def test_the_ui_link_opens_the_experiments_table_of_runs(config, tmp_path, root):
+def test_the_ui_link_opens_the_experiments_table_of_results(config, root):
     experiment = store_of(config, root).experiment
-    assert tracking.ui_link(config, root=root) == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    link = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?viewStateShareKey=results&workflowType=machine_learning"
+    assert tracking.ui_link(config, root=root) == link
+    view = json.loads(store_of(config, root).client.get_experiment(experiment).tags["mlflow.sharedViewState.results"])
+    assert "metrics.`accuracy/clean`" in json.loads(view["state"])["selectedColumns"]
     assert tracking.ui_link(config, root=root, port=5077).startswith("http://127.0.0.1:5077/#/")
     unseen = configuration.load(PARAMS, ["tracking.experiment=unseen"])
     assert f"/experiments/{int(experiment) + 1}/" in tracking.ui_link(unseen, root=root)
+
+
+def test_a_view_that_the_user_changed_stays(config, root):
+    store = store_of(config, root)
+    store.client.set_experiment_tag(store.experiment, "mlflow.sharedViewState.results", "mine")
+    assert store_of(config, root).client.get_experiment(store.experiment).tags["mlflow.sharedViewState.results"] == "mine"
 
 
 # --- ends and resumptions
@@ -426,9 +456,10 @@ def test_a_run_killed_outright_resumes_without_double_points_and_without_gaps(co
 def test_resuming_a_killed_run_sets_it_running_again(config, root):
     with pytest.raises(KeyboardInterrupt), open_run(config, root) as run:
         raise KeyboardInterrupt
-    resumed = open_run(config, root, run_id=run.id, params={"attack": {"steps": 5}, "late": 1})
+    resumed = open_run(config, root, run_id=run.id, params={"attack": {"steps": 6}, "late": 1})
     record = record_of(config, root, run.id)
-    assert (resumed.id, record.info.status, record.data.params["late"]) == (run.id, "RUNNING", "1")
+    assert (resumed.id, record.info.status) == (run.id, "RUNNING")
+    assert record.data.params == {"attack.steps": "5", "attack.step_size": "null", "late": "1"}  # MLflow refuses to change one
     assert len(record.inputs.dataset_inputs) == 1
 
 
@@ -484,10 +515,11 @@ def assert_one_warning(capfd):
     return err
 
 
-def test_a_dead_server_costs_one_warning_and_little_time(tmp_path, capfd):
+def test_a_dead_server_costs_one_warning_and_little_time(tmp_path, capfd, caplog):
     config = configuration.load(PARAMS, ["tracking.uri=http://user:secret@127.0.0.1:9"])
     assert use_everything(config, tmp_path) < 10
     assert "secret" not in assert_one_warning(capfd)
+    assert caplog.text == ""
 
 
 def test_a_server_that_never_answers_costs_its_timeout_once(tmp_path, capfd, monkeypatch):
@@ -506,7 +538,9 @@ def test_a_server_gets_short_timeouts_unless_the_user_set_them(tmp_path, monkeyp
     assert int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) <= 5
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "sqlite:////dev/null/mlflow.db", "nonsense://x"])
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///mlflow.db", "mlruns", "sqlite:////dev/null/mlflow.db", "sqlite+pysqlite:////dev/null/x.db", "nonsense://x"]
+)
 def test_a_broken_store_costs_one_warning_and_no_training(tmp_path, capfd, uri):
     (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 1000)
     assert use_everything(configuration.load(PARAMS, [f"tracking.uri={uri}"]), tmp_path) < 10
@@ -560,7 +594,7 @@ def test_sync_rebuilds_everything_from_files_once(config, study):
     assert record.data.tags["mlflow.source.git.commit"] == "c" * 40
     assert record.inputs.dataset_inputs[0].dataset.name == DATA.source
     client = store_of(config, study).client
-    assert [entry.path for entry in client.list_artifacts(record.info.run_id)] == ["evaluation.json"]
+    assert [entry.path for entry in client.list_artifacts(record.info.run_id)] == ["CL-AT-s0.json"]
     assert client.get_logged_model(record.data.tags["advml.model_id"]).metrics[0].key == "accuracy/clean"
 
 

@@ -61,10 +61,7 @@ class Checkpoint:
     @property
     def notes(self) -> dict[str, Any]:
         """Small facts beside the state, e.g. the id of the MLflow run to continue."""
-        try:
-            return json.loads((self.folder / "notes.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
+        return _read_notes(self.folder)
 
     def note(self, **facts: Any) -> None:
         """Add to `notes`, atomically."""
@@ -99,9 +96,23 @@ class Checkpoint:
                         progress.optimizer.setdefault(int(index), {})[name] = file.get_tensor(key)
                     else:
                         getattr(progress, kind)[name] = file.get_tensor(key)
-        except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError, TypeError):
+        except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
             return None
         return progress
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    try:
+        notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # ValueError: neither UTF-8 nor JSON
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def is_unfinished(folder: Path, fingerprint: str) -> bool:
+    """Whether a process that had begun this very computation was killed before it had done everything."""
+    notes = _read_notes(folder)
+    return notes.get("fingerprint") == fingerprint and not notes.get("finished")
 
 
 def discard(folder: Path) -> None:
@@ -135,13 +146,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, State])
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder or the new one, whole."""
-    temporary = folder.with_name(f".{folder.name}.part")
+    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder, none or the new one, never half of one."""
+    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
     discard(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        discard(folder)
+        discard(old)
+        if folder.is_dir():
+            os.replace(folder, old)  # aside: deleting file by file would leave half of it for a moment
         os.replace(temporary, folder)
     finally:
         discard(temporary)
+        discard(old)

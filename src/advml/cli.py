@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -273,25 +272,31 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    guarded(app)
+    guarded(lambda: app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
 
 
 def guarded(command: Callable[[], Any]) -> None:
     """Run `command`, turning what people can understand into one line on stderr."""
+    interrupted = "interrupted; the same command continues from the last finished epoch"
     try:
-        command()
+        code = command()
+    except typer.TyperException as error:  # a wrong argument or option
+        _fail(" ".join(error.format_message().split()), code=error.exit_code)
     except UserError as error:
         _fail(str(error), code=2)
     except Failure as error:
         _fail(str(error), code=1)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command continues from the last finished epoch", code=130)
+        _fail(interrupted, code=130)
     except MemoryError:
         _fail("out of memory; lower batch_size in params.yaml", code=1)
     except Exception as error:
         if (line := _known(error)) is None:
             raise
         _fail(line, code=1)
+    if code == 130:  # typer turns Ctrl-C into this exit code
+        _fail(interrupted, code=130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _known(error: Exception) -> str | None:

@@ -103,7 +103,7 @@ class Data(Section):
     max_train: Count | None = None
     max_test: Count | None = None
     skip_corrupt: bool = False
-    seed: Whole = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _combinations(self) -> Data:
@@ -196,7 +196,13 @@ class EvaluationAttack(Section):
     restarts: Count
     random_start: bool
     keep: Literal["best", "last"]
-    seed: Whole = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _restarts(self) -> EvaluationAttack:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"evaluate.restarts = {self.restarts} repeats the same attack without evaluate.random_start; set one of the two")
+        return self
 
 
 class Tracking(Section):

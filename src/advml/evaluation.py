@@ -36,6 +36,7 @@ class Figure:
     name: str
     adversary: Adversary | None = None
     objective: MakeObjective | None = None
+    loss: str = ""  # the objective's name, for the record
     coupled: bool = False  # the objective couples the batch: images must not leave it
     note: str = ""
 
@@ -47,8 +48,8 @@ def figures(configuration: config.Config, scheme: Scheme, *, note: str = "") -> 
         adversary = evaluation_adversary(configuration, epsilon=share * configuration.threat_model.epsilon)
         if scheme.groups:
             make = _contrastive(scheme.groups, configuration.temperature)
-            listed.append(Figure(f"accuracy/threat_model_1{suffix}", adversary, make, coupled=True, note=note))
-        listed.append(Figure(f"accuracy/threat_model_2{suffix}", adversary, _classification))
+            listed.append(Figure(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", coupled=True, note=note))
+        listed.append(Figure(f"accuracy/threat_model_2{suffix}", adversary, _classification, loss="cross-entropy"))
     return listed
 
 
@@ -131,7 +132,7 @@ def describe(figure: Figure, right: Tensor, configuration: config.Config) -> dic
     threat_model = attack.pop("threat_model")
     return record | {
         "attack": "pgd",
-        "objective": "contrastive" if figure.coupled else "cross-entropy",
+        "objective": figure.loss,
         **threat_model,
         "box": [0, 1],
         **attack,

@@ -8,19 +8,13 @@ template with some values and comments replaced. To add one, add a row to PRESET
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import CommentMark
-from ruamel.yaml.tokens import CommentToken
-
 from advml.errors import UserError
+from advml.rewrite import rewrite
 
-COMMENT_COLUMN = 32
 HEADS = ("regimes.ST", "regimes.AT", "regimes.Partial-AT")
 PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *HEADS, "regimes.Full-AT")
 
@@ -170,41 +164,4 @@ def preset(name: str, *, protocol: str = "corrected") -> str:
         raise UserError(f"preset = {name!r} has no protocol {protocol!r}; choose the preset from {able}")
     template = Path(__file__).with_name("digits.yaml").read_text(encoding="utf-8")
     chosen = PRESETS[name][protocol]
-    return _apply(template, chosen) if chosen.values else template
-
-
-def _apply(template: str, chosen: Preset) -> str:
-    """Put a preset's header, values and remarks into the template; all other text stays as it is."""
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
-    document = yaml.load(template)
-    for key, value in chosen.values.items():
-        _set(*_parent(document, key), value)
-    for key, remark in chosen.remarks.items():
-        _remark(*_parent(document, key), remark)
-    stream = io.StringIO()
-    yaml.dump(document, stream)
-    return chosen.header + stream.getvalue()
-
-
-def _parent(document: CommentedMap, key: str) -> tuple[CommentedMap, str]:
-    *parents, leaf = key.split(".")
-    for name in parents:
-        document = document[name]
-    return document, leaf
-
-
-def _set(section: CommentedMap, key: str, value: Any) -> None:
-    if isinstance(section[key], CommentedMap):  # filled in place: its style and the comments around it stay
-        section[key].clear()
-        section[key].update(value)
-    else:
-        section[key] = value
-
-
-def _remark(section: CommentedMap, key: str, remark: str) -> None:
-    """Replace a line's comment, keeping the blank lines that ruamel counts as part of it."""
-    tokens = section.ca.items.setdefault(key, [None, None, None, None])
-    blank_lines = "\n" * (tokens[2].value.count("\n") - 1) if tokens[2] else ""
-    tokens[2] = CommentToken(f"# {remark}\n{blank_lines}", CommentMark(COMMENT_COLUMN))
+    return chosen.header + rewrite(template, chosen.values, chosen.remarks) if chosen.values else template

@@ -27,7 +27,7 @@ class Regime:
 
     def finetunes(self, scheme: Scheme) -> bool:
         """Whether there is anything left to learn: a scheme that pretrains its classifier is done under ST and AT."""
-        return scheme.head != "classifier" or self.attacked
+        return scheme.head != "classifier" or self.attacked or self.encoder_learns
 
     def keeps_head(self, scheme: Scheme) -> bool:
         """Whether fine-tuning continues with the pretrained classifier (SL, Full-AT) or fits a new one."""

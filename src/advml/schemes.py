@@ -21,10 +21,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a scheme needs: how many views of an image, which head, and who counts as a positive."""
+    """What a scheme needs: which head, which views, and who counts as a positive."""
 
     name: str
-    views: Literal[1, 2]
     head: Literal["classifier", "projection"]
     view: Literal["supervised", "contrastive"]  # which section of params.yaml: views
     groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no contrastive objective
@@ -41,7 +40,7 @@ def classes(labels: Tensor) -> Tensor:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "SL": Scheme("SL", views=1, head="classifier", view="supervised"),
-    "CL": Scheme("CL", views=2, head="projection", view="contrastive", groups=instances),
-    "SCL": Scheme("SCL", views=2, head="projection", view="contrastive", groups=classes),
+    "SL": Scheme("SL", head="classifier", view="supervised"),
+    "CL": Scheme("CL", head="projection", view="contrastive", groups=instances),
+    "SCL": Scheme("SCL", head="projection", view="contrastive", groups=classes),
 }

@@ -155,7 +155,8 @@ class _Trainer:
         """Keep these weights if they are the best on validation so far (adversarial score first, then clean; ties: the later epoch)."""
         metric, sign = self.task.metric, 1.0 if self.task.larger_is_better else -1.0
         score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
-        if self.phase.keep == "last" or progress.best_score is None or (math.isfinite(score) and score >= progress.best_score):
+        # "not <": the first finite score also beats a NaN that came before it
+        if self.phase.keep == "last" or progress.best_score is None or (math.isfinite(score) and not score < progress.best_score):
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
             progress.best = _copy(self.task.network.state_dict())
 

@@ -36,7 +36,8 @@ def server(root: Path) -> Iterator[dict[str, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="advml-") as folder:
         address = os.path.join(folder, "socket")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, ["src", os.environ.get("PYTHONPATH")]))}
+        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         process = subprocess.Popen([sys.executable, "-m", "advml.warm", address], cwd=root, env=environment, stdin=subprocess.PIPE)
         try:
             yield {ADDRESS: address}

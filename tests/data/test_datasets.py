@@ -148,6 +148,11 @@ def test_a_rare_class_is_in_every_split(tmp_path):
     assert len(dataset.train) == 10
 
 
+def test_large_shares_still_leave_every_class_to_every_split(tmp_path):
+    dataset = prepare(photos(write_tree(tmp_path / "p", {"a": 4, "b": 3}), test=0.6, validation=0.39))
+    assert [per_class(split) for split in (dataset.train, dataset.validation, dataset.test)] == [[1, 1], [1, 1], [2, 1]]
+
+
 @pytest.mark.parametrize("key", ["max_train", "max_test"])
 def test_a_maximum_below_the_number_of_classes_is_an_error(key):
     with pytest.raises(UserError, match=rf"data\.{key} = 9 .*10"):
@@ -286,12 +291,12 @@ def test_the_shorter_side_is_scaled_with_antialias_and_the_centre_kept(tmp_path)
 
 
 def test_a_large_jpeg_decoded_small_equals_the_same_decoded_whole(tmp_path):
-    image = ImageOps.autocontrast(noise(1, width=16, height=12).resize((640, 480), Image.Resampling.BICUBIC))
+    image = noise(1, width=64, height=64).resize((256, 256), Image.Resampling.BICUBIC)
     image.save(tmp_path / "large.jpg", quality=95)
     with Image.open(tmp_path / "large.jpg") as whole:
         expected = np.asarray(ImageOps.fit(whole.convert("RGB"), (32, 32), method=Image.Resampling.BILINEAR))
     difference = np.abs(decode(tmp_path / "large.jpg", size=32, channels=3).astype(int) - expected)
-    assert difference.mean() < 1 and difference.max() <= 6
+    assert difference.mean() < 2 and difference.max() <= 10
 
 
 def test_pictures_smaller_than_image_size_are_enlarged(tmp_path):
@@ -304,6 +309,14 @@ def test_arrays_are_turned_grey_by_luma_and_left_alone_if_they_fit():
     assert fit_arrays(colours, size=None, channels=None) is colours
     assert fit_arrays(colours, size=None, channels=1)[:, 0, 0, 0].tolist() == [76, 150, 29, 9]
     assert fit_arrays(colours, size=8, channels=3)[:, :, 7, 7].tolist() == colours[:, :, 0, 0].tolist()
+
+
+def test_all_chunks_are_read_in_order_by_several_threads(monkeypatch):
+    monkeypatch.setattr("advml.data.images.SMALL", 0)  # as if each picture took long
+    images, unreadable = read_all(lambda index: np.full((2, 2, 1), 100 // (index - 150), np.int16) % 256, 200, size=2, channels=1)
+    assert list(unreadable.items()) == [(150, "integer division or modulo by zero")]
+    expected = [100 // (index - 150) % 256 for index in range(200) if index != 150]
+    assert np.delete(images[:, 0, 1, 1], 150).tolist() == expected
 
 
 def test_a_dataset_that_does_not_fit_into_memory_is_one_line(monkeypatch):
@@ -364,6 +377,20 @@ def test_the_digest_depends_on_pixels_and_names_but_not_on_the_path(tmp_path):
     assert one.digest == same.digest != other.digest
     renamed = prepare(photos(write_tree(tmp_path / "w", {"a": 9, "c": 9})))
     assert renamed.digest != one.digest
+
+
+def test_the_order_in_which_the_file_system_lists_files_does_not_matter(tmp_path, monkeypatch):
+    root = write_tree(tmp_path / "p", {"a/x": 6, "a/y": 6, "b": 12})
+    expected = prepare(photos(root)).digest
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for parent, folders, files in walk(*arguments, **options):
+            folders.sort(reverse=True)
+            yield parent, folders, sorted(files, reverse=True)
+
+    monkeypatch.setattr(folder_module.os, "walk", backwards)
+    assert prepare(photos(root)).digest == expected
 
 
 def test_nested_linked_hidden_and_foreign_files_are_handled(tmp_path):
@@ -565,20 +592,21 @@ def no_network(monkeypatch):
 
 def test_an_archive_put_in_place_is_verified_and_extracted_without_network(tmp_path, no_network):
     small = pack(tmp_path, small_cifar(tmp_path, CIFAR10))
-    (tmp_path / small.folder / small.test).write_bytes(b"an extraction that was killed")
-    assert len(cifar(settings_for("cifar10", path=str(tmp_path)), small).labels) == 106
+    for _ in range(2):
+        assert len(cifar(settings_for("cifar10", path=str(tmp_path)), small).labels) == 106
+        os.truncate(tmp_path / small.folder / small.test, 5000)  # an extraction that was killed
 
 
 def test_without_network_the_line_names_the_file_and_where_to_put_it(tmp_path, monkeypatch, no_network):
     monkeypatch.chdir(tmp_path)
-    before = socket.getdefaulttimeout()
+    monkeypatch.setattr(socket, "setdefaulttimeout", (timeouts := []).append)
     for name, archive in (("cifar10", "cifar-10-binary.tar.gz"), ("cifar100", "cifar-100-binary.tar.gz")):
         with pytest.raises(
             UserError, match=rf"Name or service not known\); put {archive} into data/raw and run advml prepare again"
         ) as error:
             prepare(settings_for(name))
         assert "://" not in str(error.value) and "\n" not in str(error.value)
-    assert socket.getdefaulttimeout() == before
+    assert timeouts == [cifar_module.TIMEOUT, None] * 2
 
 
 def test_a_damaged_archive_is_not_extracted(tmp_path, no_network):

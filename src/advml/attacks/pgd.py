@@ -48,14 +48,15 @@ def pgd(
         Adversarial images (N, C, H, W), detached, inside the threat model.
     """
     step_size = default_step_size(threat_model.epsilon, steps) if step_size is None else step_size
-    adversarial = (images if start is None else start).detach()
+    images = images.detach()
+    adversarial = (images if start is None else start).detach()  # a tensor of its own, to be switched to requires_grad
     best = Best() if keep == "best" else None
     for _ in range(steps):
         adversarial.requires_grad_()
         with torch.enable_grad():
             values = objective(adversarial)
-        with torch.autocast(images.device.type, enabled=False):  # autocast is for forward passes: a backward one would round float32 parts
-            (gradient,) = torch.autograd.grad(values.sum(), adversarial)
+            with torch.autocast(images.device.type, enabled=False):  # it would round the float32 parts of a backward pass too
+                (gradient,) = torch.autograd.grad(values.sum(), adversarial)
         adversarial = adversarial.detach()
         if best:
             best.update(adversarial, values.detach())

@@ -10,7 +10,7 @@ from typing import Any
 
 from advml import models, tracking
 from advml.attacks.adversary import Adversary
-from advml.checkpoint import Checkpoint, replace_folder, write_atomically
+from advml.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
 from advml.config import Phase
 from advml.progress import Bar
 from advml.stages.context import Context
@@ -41,9 +41,12 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     """
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
-    if reuse and (job.folder / "model.json").exists() and models.read_record(job.folder)["inputs"] == inputs:
-        return models.read_record(job.folder)
-    checkpoint = Checkpoint(context.workspace.scratch(f"{job.stage}-{job.name}"), inputs)
+    scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
+    if reuse and (job.folder / "model.json").exists() and not is_unfinished(scratch, inputs):
+        made = models.read_record(job.folder)
+        if made.get("inputs") == inputs:
+            return made
+    checkpoint = Checkpoint(scratch, inputs)
     with _open_run(context, job, checkpoint) as run:
         checkpoint.note(run_id=run.id)
         history = _train(context, job, checkpoint, run) if job.task else []
@@ -52,6 +55,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
             digest = models.save(job.network, folder, {**record, "epoch": selected})
         write_atomically(context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1) + "\n").encode())
         run.log_checkpoint(job.folder, digest=digest)
+    checkpoint.note(finished=True)
     return models.read_record(job.folder)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from advml.tracking import ui
+
 if TYPE_CHECKING:
     from advml.tracking.store import Store
 
 
-def add_model(store: Store, run_id: str, tags: Mapping[str, str], *, folder: Path, path: str, digest: str) -> str:
+def add_model(store: Store, run_id: str, tags: Mapping[str, str], *, folder: Path, digest: str) -> str:
     """Create the external model of a run and return its id.
 
     The same calls as `mlflow.create_external_model`, which works on MLflow's global state only. In place of its
@@ -24,8 +26,8 @@ def add_model(store: Store, run_id: str, tags: Mapping[str, str], *, folder: Pat
         store.experiment,
         name=tags["advml.name"],
         source_run_id=run_id,
-        tags={**ours, "mlflow.model.isExternal": "true", "advml.path": path, "advml.digest": digest},
-        params={"path": path, "sha256": digest},
+        tags={**ours, "mlflow.model.isExternal": "true", "advml.digest": digest, "mlflow.note.content": describe(store, tags)},
+        params={"path": tags["advml.path"], "sha256": digest},
         model_type=tags["advml.kind"],
     )
     if (folder / "model.json").exists():
@@ -46,12 +48,11 @@ def add_parent(store: Store, run_id: str, parent_id: str) -> dict[str, str]:
 
 
 def describe(store: Store, tags: Mapping[str, str]) -> str:
-    """The run's description in the UI (Markdown): how to load the model, and a link to its pretraining."""
+    """The run's description in the UI (Markdown): its pretraining, and how to load the model."""
     lines = []
-    if path := tags.get("advml.path"):
-        lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them).")
-        if tags["advml.kind"] == "model":
-            lines.append(f'```python\nimport advml\nmodel = advml.load_model("{path}")\n```')
     if parent := tags.get("advml.pretraining_run"):
-        lines.append(f"Pretraining: [{tags['advml.pretraining_name']}](#/experiments/{store.experiment}/runs/{parent})")
+        lines.append(f"Pretraining: [{tags['advml.pretraining_name']}]({ui.run_link(store.experiment, parent)})")
+    if path := tags.get("advml.path"):
+        load = f'; load it with `advml.load_model("{path}")`' if tags["advml.kind"] == "model" else ""
+        lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}")
     return "\n\n".join(lines)

@@ -40,6 +40,8 @@ class Run(Writer):
         super().__init__(place, store, record, strict=strict)
         self._root, self._ended = root, attached
         self._metrics: dict[str, float] = dict(record.data.metrics) if record else {}
+        data = record.inputs.dataset_inputs[:1] if record and record.inputs else []
+        self._data = {"dataset_name": data[0].dataset.name, "dataset_digest": data[0].dataset.digest} if data else {}
         self._epochs: dict[str, set[int]] = {}  # key -> the epochs that the store has
 
     def __enter__(self) -> Run:
@@ -85,7 +87,7 @@ class Run(Writer):
 
         now, model = int(time.time() * 1000), self._tags.get("advml.model_id")
         changed = {key: value for key, value in _numbers(metrics).items() if not _same(value, self._metrics.get(key))}
-        entities = [Metric(key, value, now, 0, model_id=model) for key, value in changed.items()]
+        entities = [Metric(key, value, now, 0, model_id=model, **self._data) for key, value in changed.items()]
         self._store.client.log_batch(self.id, metrics=entities, synchronous=True)
         self._metrics |= changed
         return bool(changed)
@@ -99,8 +101,8 @@ class Run(Writer):
         folder = Path(folder).resolve()
         path = folder.relative_to(self._root).as_posix() if folder.is_relative_to(self._root) else str(folder)
         if self._tags.get("advml.digest") != digest:  # else a stage that was killed just after is repeating itself
-            model = lineage.add_model(self._store, self.id, self._tags, folder=folder, path=path, digest=digest)
-            self._tag({"advml.model_id": model, "advml.path": path})
+            self._tag({"advml.path": path})
+            self._tag({"advml.model_id": lineage.add_model(self._store, self.id, self._tags, folder=folder, digest=digest)})
         self._tag({"mlflow.note.content": lineage.describe(self._store, self._tags)})
         self._tag({"advml.digest": digest})
 

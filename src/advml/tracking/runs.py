@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import signal
-import sqlite3
 import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from advml.tracking import sqlite
 from advml.tracking import store as stores
+from advml.tracking import ui
 from advml.tracking.run import Run
 from advml.tracking.start import DataInfo, Facts, get, start
 
@@ -75,9 +74,8 @@ def ui_link(config: Config, *, root: Path, port: int = 5000) -> str:
     """The address of the experiment's table of runs in the UI: a local one on `port`, or the tracking server's."""
     place = stores.locate(config, root=root)
     base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://127.0.0.1:{port}"
-    experiment = _known_experiment(place) or stores.attempt(place, lambda store: store.experiment)
-    # Without the parameter the UI opens in its mode for language models.
-    return f"{base}/#/experiments/{experiment}/runs?workflowType=machine_learning" if experiment else base
+    experiment = stores.attempt(place, lambda store: store.experiment)
+    return ui.experiment_link(base, experiment) if experiment else base
 
 
 def search(store: stores.Store, **tags: str | None) -> Record | None:
@@ -85,16 +83,6 @@ def search(store: stores.Store, **tags: str | None) -> Record | None:
     wanted = " and ".join(f"tags.`advml.{key}` = '{value}'" for key, value in tags.items() if value is not None)
     found = store.client.search_runs([store.experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
     return found[0] if found else None
-
-
-def _known_experiment(place: stores.Place) -> str | None:
-    """The experiment's id straight from the file, in no time: opening the store takes 2 s."""
-    if place.database is None or not place.database.exists():
-        return None
-    try:
-        return sqlite.mend(place.database, experiment=place.experiment, artifacts=place.artifacts)
-    except sqlite3.Error:  # opening the store will say what is wrong
-        return None
 
 
 def exit_on_sigterm() -> None:

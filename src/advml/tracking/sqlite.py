@@ -19,13 +19,14 @@ def create(database: Path, *, artifacts: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     fresh = database.with_name(f"{database.name}.new")
-    fresh.unlink(missing_ok=True)
+    for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
+        leftover.unlink(missing_ok=True)
     SqlAlchemyStore(uri(fresh), artifacts.parent.as_uri()).engine.dispose()
     fresh.replace(database)
 
 
-def mend(database: Path, *, experiment: str, artifacts: Path) -> str | None:
-    """Point the experiment's artifacts to where they lie now and return its id; None if there is no such experiment.
+def mend(database: Path, *, experiment: str, artifacts: Path) -> None:
+    """Point the experiment's artifacts to where they lie now.
 
     MLflow stores absolute paths, so a project folder that was moved or copied would lose its artifacts, or
     write new ones into the original. Only paths that end in `mlruns/<experiment>` are ours to change.
@@ -41,4 +42,3 @@ def mend(database: Path, *, experiment: str, artifacts: Path) -> str | None:
             for table, column in LOCATIONS.items():
                 change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE experiment_id = ? AND substr({column}, 1, ?) = ?"
                 connection.execute(change, (new, len(old) + 1, number, len(old), old))
-    return None if number is None else str(number)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from advml.tracking.store import Store
 
-PARAMETER_LENGTH, DIGEST_LENGTH, NAME_LENGTH = 6000, 36, 500  # what MLflow's tables hold
+PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # what MLflow's tables hold
+DIGEST_LENGTH = 12  # MLflow holds 36, but a table of runs has no room for them; the tag has all 64
 PROCESS = "advml.process"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from advml.tracking import sqlite
+from advml.tracking import sqlite, ui
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
     from advml.config import Config
 
@@ -71,6 +73,7 @@ def connect(place: Place) -> Store:
     """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every retry
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's models use what SQLAlchemy deprecates
         if place.database is None:
@@ -125,15 +128,17 @@ def _open(place: Place) -> Store:
 
         utils.MAX_RETRY_COUNT = 1  # else a database that is down costs 102 s of retries
     client = MlflowClient(tracking_uri=place.uri)
-    found = client.get_experiment_by_name(place.experiment)
-    if found is None:
-        location = place.artifacts.as_uri() if place.artifacts else None
-        try:
-            return Store(client, client.create_experiment(place.experiment, artifact_location=location))
-        except Exception:  # another process was faster, on a server that we cannot lock
-            found = client.get_experiment_by_name(place.experiment)
-            if found is None:
-                raise
-    if found.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
-        client.restore_experiment(found.experiment_id)
-    return Store(client, found.experiment_id)
+    experiment = client.get_experiment_by_name(place.experiment) or _create_experiment(client, place)
+    if experiment.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
+        client.restore_experiment(experiment.experiment_id)
+    ui.ensure_view(client, experiment)
+    return Store(client, experiment.experiment_id)
+
+
+def _create_experiment(client: MlflowClient, place: Place) -> Experiment:
+    try:
+        client.create_experiment(place.experiment, artifact_location=place.artifacts.as_uri() if place.artifacts else None)
+    except Exception:  # on a server, which we cannot lock, another process may have been faster
+        if client.get_experiment_by_name(place.experiment) is None:
+            raise
+    return client.get_experiment_by_name(place.experiment)

@@ -36,7 +36,7 @@ def sync(config: Config, *, root: Path) -> list[str]:
         for folder in _trained(workspace):
             run, is_new = _find_or_import(place, store, workspace, folder)
             created += [run.name] if is_new else []
-            _add_report(run, workspace.report(folder.name))
+            _add_report(run, workspace, folder.name)
         _end_orphans(store)
     except Failure:
         raise
@@ -84,7 +84,8 @@ def _import(place: stores.Place, store: stores.Store, workspace: Workspace, fold
     begin = end - (facts.get("seconds") or 0)
     record = start(store, known, root=workspace.root, start_time=int(begin * 1000))
     with Run(place, store, record, root=workspace.root, strict=True) as run:
-        history = _read(folder / "history.json") if (folder / "history.json").exists() else []
+        curves = workspace.report(facts["name"]) / "history.json"
+        history = _read(curves) if curves.exists() else []
         times = [int(1000 * (begin + (end - begin) * (index + 1) / len(history))) for index in range(len(history))]
         run.log_epochs(history, times=times)
         if facts.get("pretraining"):
@@ -95,10 +96,11 @@ def _import(place: stores.Place, store: stores.Store, workspace: Workspace, fold
     return run
 
 
-def _add_report(run: Run, report: Path) -> None:
+def _add_report(run: Run, workspace: Workspace, name: str) -> None:
     """The final metrics, where the run lacks them: an evaluation that was pulled, or made while the store was down."""
-    if (report / "metrics.json").exists() and run.log_metrics(_read(report / "metrics.json")) and (report / "evaluation.json").exists():
-        run.log_file(report / "evaluation.json")
+    metrics, made = workspace.report(name) / "metrics.json", workspace.record("evaluate", name)
+    if metrics.exists() and run.log_metrics(_read(metrics)) and made.exists():
+        run.log_file(made)
 
 
 def _end_orphans(store: stores.Store) -> None:

@@ -1,0 +1,140 @@
+"""One contrastive adversarial training step: as our trainer takes it, and as the paper's public code does.
+
+    python benchmarks/contrastive_step.py [--quick] [--device cpu] [--threads 1] [--seed 0]
+
+The step: d = argmax L(x, x + d) in 5 steps of PGD, then descend L(x, x + d) + L(t1(x), t2(x)). Augmentation is measured
+elsewhere: both sides get x itself for both views, the same loss function, Adam and network.
+
+Floors count passes of N images in units of a forward one; a backward pass costs 1 to the images and 2 with all parameters:
+
+| | ours | paper |
+|---|---|---|
+| attack | 1 clean + 5 * (1 forward + 1 backward) = 11 | 5 * (clean, adversarial: 2 forward + 4 backward) = 30 |
+| two loss terms | 4 forward + 8 backward = 12 | 12 |
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from timing import Timing, hardware_line, interleaved
+from torch import Tensor
+
+from advml.attacks.adversary import Adversary
+from advml.attacks.threat import ThreatModel
+from advml.config import View
+from advml.models import Architecture, Network, build
+from advml.objectives import contrastive_pair
+from advml.runtime import Machine
+from advml.schemes import instances
+from advml.tasks import Contrastive
+
+EPSILON, STEPS, TEMPERATURE = 8 / 255, 5, 0.2
+STEP_SIZE = 2.5 * EPSILON / STEPS
+LOSSES = 4 + 8
+FLOORS = {"attack, ours": 1 + 2 * STEPS, "attack, paper": 6 * STEPS, "step, ours": 1 + 2 * STEPS + LOSSES, "step, paper": 6 * STEPS + LOSSES}
+WANTED = {"attack": 0.33, "step": 0.55}
+
+
+class Ours:
+    """The trainer's step on a task of the library: attack in eval mode with a hoisted clean embedding, input gradients only."""
+
+    def __init__(self, network: Network, images: Tensor, machine: Machine) -> None:
+        network.to(machine.device, memory_format=torch.channels_last)
+        self.task = Contrastive(network, spec=View(), temperature=TEMPERATURE, groups=instances)
+        self.adversary = Adversary(ThreatModel("linf", EPSILON), steps=STEPS, step_size=STEP_SIZE, random_start=True, keep="last")
+        self.optimizer = torch.optim.Adam(self.task.learners(), lr=3e-4)
+        self.images, self.labels = machine.images(images), torch.zeros(len(images), dtype=torch.int64, device=machine.device)
+        self.generator = torch.Generator().manual_seed(0)
+        self.task.train_mode()
+
+    def attack(self) -> Tensor:
+        make = lambda: self.task.objective(self.images, self.labels)  # noqa: E731
+        return self.adversary.attack(self.task.network, make, self.images, generator=self.generator)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.clean_loss(self.images, self.labels, self.labels, generator=self.generator).mean().backward()
+        self.task.adversarial_loss(self.images, self.attack(), self.labels).mean().backward()
+        self.optimizer.step()
+
+
+class Paper:
+    """softsys4ai/CL-Robustness, line by line: train mode throughout, the clean embedding inside the loop, `loss.backward()`."""
+
+    def __init__(self, network: Network, images: Tensor, machine: Machine) -> None:
+        self.network = network.to(machine.device).train()
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
+        self.images = machine.images(images).contiguous()
+        self.groups = torch.arange(len(images), device=machine.device)
+
+    def loss(self, first: Tensor, second: Tensor) -> Tensor:
+        return contrastive_pair(first, second, self.groups, temperature=TEMPERATURE).mean()
+
+    def attack(self) -> Tensor:
+        delta = torch.zeros_like(self.images, requires_grad=True)
+        for _ in range(STEPS):
+            clean = self.network.embed(self.images)
+            adversarial = self.network.embed(self.images + delta)
+            self.loss(clean, adversarial).backward()
+            with torch.no_grad():
+                moved = (delta + STEP_SIZE * delta.grad.sign()).clamp(-EPSILON, EPSILON)
+                delta.copy_((self.images + moved).clamp(0, 1) - self.images)
+            delta.grad.zero_()
+        return (self.images + delta).detach()
+
+    def step(self) -> None:
+        adversarial = self.attack()
+        attacked = self.loss(self.network.embed(self.images), self.network.embed(adversarial))
+        views = self.loss(self.network.embed(self.images), self.network.embed(self.images))
+        self.optimizer.zero_grad()
+        (attacked + views).backward()
+        self.optimizer.step()
+
+
+def compare(backbone: str, shape: tuple[int, int, int], batch: int, rounds: int, *, machine: Machine, seed: int) -> None:
+    channels, side, _ = shape
+    architecture = Architecture(backbone, "small", {}, channels, side, (0.5,) * channels, (0.25,) * channels, None, 100, False, False)
+    images = torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    ours, paper = (kind(build(architecture, seed=seed), images, machine) for kind in (Ours, Paper))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return ours.task.network.embed(ours.images)
+
+    tasks: dict[str, Callable[[], object]] = {"attack, ours": ours.attack, "attack, paper": paper.attack}
+    tasks |= {"step, ours": ours.step, "step, paper": paper.step}
+    times = interleaved({"forward": forward, **tasks}, rounds)
+    name = f"{backbone}, {batch} x {channels}x{side}x{side}"
+    for task in tasks:
+        passes = times[task].over(times["forward"])
+        print(f"| {name} | {task} | {times[task].milliseconds} | {passes} | {FLOORS[task]} |")
+    print(*(verdict(part, times, name) for part in WANTED), sep="\n", end="\n\n")
+
+
+def verdict(part: str, times: dict[str, Timing], name: str) -> str:
+    ratio, floor = times[f"{part}, ours"].over(times[f"{part}, paper"]), FLOORS[f"{part}, ours"] / FLOORS[f"{part}, paper"]
+    met = "met" if ratio.median <= WANTED[part] else "missed"
+    return f"| {name} | {part}, ours / paper | {ratio} | wanted {WANTED[part]}: {met} | {floor:.3g} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One contrastive adversarial training step.")
+    parser.add_argument("--quick", action="store_true", help="small batches and few rounds")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"## Contrastive training step\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
+    print("Median (quartiles) of interleaved rounds; passes are of one batch, forward, in train mode without gradients.\n")
+    print("| network | what | milliseconds | in forward passes | floor |\n|---|---|---|---|---|")
+    machine = Machine(options.device)
+    compare("test_resnet", (1, 8, 8), 128, 3 if options.quick else 15, machine=machine, seed=options.seed)
+    compare("resnet18", (3, 32, 32), 8 if options.quick else 64, 1 if options.quick else 5, machine=machine, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

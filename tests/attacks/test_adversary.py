@@ -1,0 +1,231 @@
+"""An adversary leaves the network as it found it, and hoisting the clean embedding changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advml import config
+from advml.attacks.adversary import Adversary, evaluation_adversary, training_adversary
+from advml.attacks.pgd import Objective
+from advml.attacks.threat import ThreatModel
+from advml.models import Architecture, Network, build, under_attack
+from advml.objectives import contrastive_pair, cross_entropy
+from advml.tasks import contrastive_objective
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+MODES = pytest.mark.parametrize("mode", ["eval", "train"])
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_network(**options) -> Network:
+    """A network that has learnt for a moment, so that its batch-norm statistics differ from a batch's."""
+    architecture = Architecture(
+        backbone="test_resnet",
+        stem="small",
+        options=options,
+        channels=1,
+        image_size=8,
+        mean=(0.4,),
+        std=(0.3,),
+        classes=10,
+        projection_size=16,
+        normalize_logits=False,
+        dual_batch_norm=False,
+    )
+    network = build(architecture, seed=0)
+    with torch.no_grad():
+        network(torch.rand(16, 1, 8, 8, generator=seeded(5)))
+    return network
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.rand(count, 1, 8, 8, generator=seeded()), torch.arange(count) % 10
+
+
+def adversary(norm: str = "linf", **changes) -> Adversary:
+    settings = {"steps": 3, "step_size": 0.05, "random_start": True, "keep": "last"}
+    return Adversary(ThreatModel(norm, 0.1), **(settings | changes))
+
+
+def classification(network: Network, labels: Tensor) -> Objective:
+    return lambda x: cross_entropy(network(x), labels)
+
+
+def batch_norms(network: Network) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+# Side effects
+
+
+@MODES
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_an_attack_leaves_gradients_flags_statistics_and_global_rng_untouched(mode, keep):
+    """A network in the middle of training: some gradients, a frozen encoder in eval mode, a learning head with dropout."""
+    network, (images, labels) = small_network(drop_rate=0.5), batch()
+    network.train()
+    network.encoder.eval()
+    network.encoder.requires_grad_(False)
+    network.classifier.weight.grad = torch.randn_like(network.classifier.weight)
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
+    kept = {name: p.grad for name, p in network.named_parameters()}
+    flags, learns = [m.training for m in network.modules()], [p.requires_grad for p in network.parameters()]
+    state, rng = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+
+    adversary(mode=mode, keep=keep).attack(network, lambda: classification(network, labels), images, generator=seeded())
+
+    assert [m.training for m in network.modules()] == flags
+    assert [p.requires_grad for p in network.parameters()] == learns
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is kept[name]
+        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_an_attack_in_eval_mode_leaves_the_statistics_of_a_learning_network_alone():
+    network, (images, labels) = small_network(drop_rate=0.5).train(), batch()
+    state, rng = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    adversary().attack(network, lambda: classification(network, labels), images, generator=seeded())
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(module.training for module in network.modules())
+
+
+def test_an_attack_in_train_mode_moves_the_statistics_of_a_learning_network_only():
+    """The paper's protocol. Validation, and a frozen encoder among learning parts, stay as they are."""
+    network, (images, labels) = small_network(), batch()
+    frozen = batch_norms(network)[0]
+
+    def updates() -> list[int]:
+        before = [int(layer.num_batches_tracked) for layer in batch_norms(network)]
+        adversary(mode="train").attack(network, lambda: classification(network, labels), images, generator=seeded())
+        return [int(layer.num_batches_tracked) - number for layer, number in zip(batch_norms(network), before, strict=True)]
+
+    network.train()
+    frozen.eval()
+    assert updates() == [0] + [3] * (len(batch_norms(network)) - 1)
+    network.eval()
+    assert updates() == [0] * len(batch_norms(network))
+
+
+def test_an_attack_in_eval_mode_is_deterministic_despite_dropout():
+    network, (images, labels) = small_network(drop_rate=0.5, drop_path_rate=0.5).train(), batch()
+    first, second = (adversary().attack(network, lambda: classification(network, labels), images, generator=seeded()) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@MODES
+def test_under_attack_restores_after_an_exception(mode):
+    network = small_network().train()
+    frozen = batch_norms(network)[1].eval()
+    network.classifier.requires_grad_(False)
+    with pytest.raises(ZeroDivisionError), under_attack(network, mode=mode):
+        assert not any(p.requires_grad for p in network.parameters())
+        assert network.training == (mode == "train")
+        raise ZeroDivisionError
+    assert [module for module in network.modules() if not module.training] == [frozen]
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["classifier.weight", "classifier.bias"]
+
+
+def test_an_attack_that_fails_restores_the_network():
+    network, (images, _) = small_network().train(), batch()
+    with pytest.raises(ZeroDivisionError):
+        adversary().attack(network, lambda: lambda x: 1 / 0, images, generator=seeded())
+    assert network.training and all(p.requires_grad for p in network.parameters())
+
+
+def test_the_objective_is_built_once_while_the_network_is_under_attack():
+    network, (images, labels), seen = small_network().train(), batch(), []
+
+    def make() -> Objective:
+        seen.append((network.training, any(p.requires_grad for p in network.parameters())))
+        return classification(network, labels)
+
+    adversary().attack(network, make, images, generator=seeded())
+    assert seen == [(False, False)]
+
+
+def test_training_after_an_attack_in_one_autocast_still_reaches_every_parameter():
+    """Autocast caches weights in bf16: a copy cached while they took no gradient would cut them off from the loss."""
+    network, (images, labels) = small_network().train(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective = lambda: contrastive_objective(network, images, labels, temperature=0.2)  # noqa: E731
+        attacked = adversary().attack(network, objective, images, generator=seeded())
+        first, second = network.embed(torch.cat([images, attacked])).chunk(2)
+        loss = contrastive_pair(first, second, labels, temperature=0.2).mean()
+    loss.backward()
+    learners = [*network.encoder.parameters(), *network.projection_head.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learners)
+    assert sum(float(p.grad.abs().sum()) for p in learners) > 0
+
+
+# The attack itself
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_raises_the_objective_inside_the_threat_model(norm):
+    network, (images, labels) = small_network(), batch()
+    attacked = adversary(norm, steps=10, keep="best").attack(network, lambda: classification(network, labels), images, generator=seeded())
+    network.eval()
+    assert (cross_entropy(network(attacked), labels) > cross_entropy(network(images), labels)).all()
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    assert (ThreatModel(norm, 0.1).size(attacked, images) <= 0.1 + 2e-6).all()
+
+
+def test_the_random_start_follows_from_the_generator_alone():
+    network, (images, labels) = small_network(), batch()
+
+    def attack(seed: int, **changes) -> Tensor:
+        return adversary(**changes).attack(network, lambda: classification(network, labels), images, generator=seeded(seed))
+
+    assert torch.equal(attack(1), attack(1))
+    assert not torch.equal(attack(1), attack(2))
+    assert torch.equal(attack(1, random_start=False), attack(2, random_start=False))
+
+
+@MODES
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1]], ids=["CL", "SCL"])
+def test_the_hoisted_clean_embedding_gives_exactly_what_recomputing_it_gives(mode, groups):
+    """Exact also where batch norm uses batch statistics: the clean batch's do not depend on the perturbation."""
+    network, images, groups = small_network().train(), batch()[0], torch.tensor(groups)
+
+    def recomputed() -> Objective:
+        return lambda x: contrastive_pair(network.embed(images), network.embed(x), groups, temperature=0.2)
+
+    def hoisted() -> Objective:
+        return contrastive_objective(network, images, groups, temperature=0.2)
+
+    attacker = adversary(mode=mode, steps=5)
+    ours = attacker.attack(network, hoisted, images, generator=seeded())
+    slow = attacker.attack(network, recomputed, images, generator=seeded())
+    assert torch.equal(ours, slow) and not torch.equal(ours, images)
+
+
+# Settings
+
+
+def test_the_training_adversary_is_what_params_yaml_says():
+    configuration = config.load(
+        PARAMS, ["threat_model.epsilon=8/255", "attack.steps=5", "attack.batch_norm=train", "attack.random_start=false"]
+    )
+    assert training_adversary(configuration) == Adversary(
+        ThreatModel("linf", 8 / 255), steps=5, step_size=pytest.approx(4 / 255), random_start=False, keep="last", mode="train"
+    )
+    assert training_adversary(config.load(PARAMS, ["attack.step_size=0.01"])).step_size == 0.01
+
+
+def test_the_evaluation_adversary_is_what_params_yaml_says():
+    overrides = ["threat_model.norm=l2", "evaluate.steps=20", "evaluate.keep=last", "attack.batch_norm=train", "attack.steps=3"]
+    assert evaluation_adversary(config.load(PARAMS, overrides), epsilon=0.4) == Adversary(
+        ThreatModel("l2", 0.4), steps=20, step_size=pytest.approx(0.05), random_start=True, keep="last", mode="eval"
+    )
+    assert evaluation_adversary(config.load(PARAMS, ["evaluate.step_size=0.01"]), epsilon=0.4).step_size == 0.01

@@ -1,0 +1,237 @@
+"""The loop against foolbox, closed forms, and a sentinel for side effects."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from advml.attacks.pgd import default_step_size, pgd
+from advml.attacks.threat import NORMS, ThreatModel
+from advml.models import Architecture, Network, build
+from advml.objectives import contrastive_pair, cross_entropy
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters
+    import foolbox
+
+EPSILON = {"linf": 0.1, "l2": 0.8}
+BOTH = pytest.mark.parametrize("norm", sorted(EPSILON))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_network() -> Network:
+    architecture = Architecture(
+        backbone="test_resnet",
+        stem="small",
+        options={},
+        channels=1,
+        image_size=8,
+        mean=(0.4,),
+        std=(0.3,),
+        classes=10,
+        projection_size=None,
+        normalize_logits=False,
+        dual_batch_norm=False,
+    )
+    return build(architecture, seed=0).eval()
+
+
+def batch(count: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.rand(count, 1, 8, 8, generator=seeded()), torch.arange(count) % 10
+
+
+def embed(images: Tensor) -> Tensor:
+    """The simplest encoder: pixels on the unit sphere."""
+    return F.normalize(images.flatten(1) - 0.5, dim=1)
+
+
+# Peers and closed forms
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [1, 7])
+def test_pgd_from_a_zero_start_equals_foolboxs(norm, steps):
+    network, (images, labels), epsilon = small_network(), batch(), EPSILON[norm]
+    attack = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm](abs_stepsize=epsilon / 4, steps=steps, random_start=False)
+    theirs = attack.run(foolbox.PyTorchModel(network, bounds=(0, 1)), images, labels, epsilon=epsilon)
+    ours = pgd(
+        lambda x: cross_entropy(network(x), labels), images, threat_model=ThreatModel(norm, epsilon), steps=steps, step_size=epsilon / 4
+    )
+    assert (ours - images).abs().max() > 0.01
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_on_a_linear_objective_pgd_gains_exactly_epsilon_times_the_dual_norm(norm, start):
+    weights = torch.randn(5, 3, 4, 4, generator=seeded(), dtype=torch.float64)
+    images = torch.full_like(weights, 0.5)  # the box is 0.5 away, the ball reaches 0.1
+    threat_model = ThreatModel(norm, 0.1)
+    first = threat_model.random_start(images, generator=seeded(1)) if start == "random" else None
+    attacked = pgd(lambda x: (weights * x).flatten(1).sum(1), images, threat_model=threat_model, steps=60, step_size=0.1, start=first)
+    gain = (weights * (attacked - images)).flatten(1).sum(1)
+    bound = 0.1 * NORMS[norm].dual(weights)
+    torch.testing.assert_close(gain, bound, atol=0, rtol=1e-9)
+    assert (gain <= bound * (1 + 1e-9)).all()
+
+
+def test_fgsm_is_one_step_of_length_epsilon():
+    network, (images, labels) = small_network(), batch()
+    copy = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network(copy), labels), copy)
+    fgsm = (images + 0.1 * gradient.sign()).clamp(0, 1)
+    ours = pgd(lambda x: cross_entropy(network(x), labels), images, threat_model=ThreatModel("linf", 0.1), steps=1)
+    torch.testing.assert_close(ours, fgsm)
+
+
+def test_the_default_step_is_two_and_a_half_times_epsilon_over_steps():
+    assert default_step_size(0.2, 10) == pytest.approx(0.05)
+    images, steps = torch.full((1, 1, 2, 2), 0.5), []
+    pgd(lambda x: steps.append(x.detach()) or x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.2), steps=10)
+    torch.testing.assert_close(steps[1] - steps[0], torch.full_like(images, 0.05))
+
+
+# Which iterate is kept
+
+
+def wave(x: Tensor) -> Tensor:
+    """Rises and falls within the ball, at another pace for each image."""
+    return torch.sin(torch.arange(3, 3 + len(x)) * 9 * x.flatten(1).mean(1))
+
+
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    norm=st.sampled_from(sorted(EPSILON)), steps=st.integers(1, 6), seed=st.integers(0, 2**31), step_size=st.sampled_from([None, 0.01, 0.5])
+)
+def test_the_best_iterate_is_the_best_of_all_seen_and_lies_in_the_threat_model(norm, steps, seed, step_size):
+    images = torch.rand(4, 1, 3, 3, generator=seeded(seed))
+    threat_model, seen = ThreatModel(norm, EPSILON[norm]), []
+    start = threat_model.random_start(images, generator=seeded(seed + 1))
+
+    def objective(x: Tensor) -> Tensor:
+        values = wave(x)
+        seen.append(values.detach())
+        return values
+
+    arguments = {"threat_model": threat_model, "steps": steps, "step_size": step_size, "start": start}
+    last = pgd(objective, images, **arguments)
+    seen.clear()
+    best = pgd(objective, images, keep="best", **arguments)
+    torch.testing.assert_close(wave(best), torch.stack(seen).amax(0), atol=0, rtol=0)
+    assert (wave(best) >= wave(last)).all() and (wave(best) >= wave(start)).all()
+    assert best.min() >= 0 and best.max() <= 1 and (threat_model.size(best, images) <= threat_model.epsilon + 2e-6).all()
+    assert last.min() >= 0 and last.max() <= 1 and (threat_model.size(last, images) <= threat_model.epsilon + 2e-6).all()
+
+
+def test_the_best_iterate_is_chosen_per_image():
+    """One image climbs while the other starts on its peak and overshoots: both keep what was best for them."""
+    images = torch.tensor([0.5, 0.5]).view(2, 1, 1, 1)
+    peaks = torch.tensor([0.7, 0.51])
+    values = lambda x: -(x.flatten() - peaks).abs()  # noqa: E731
+    best = pgd(values, images, threat_model=ThreatModel("linf", 0.2), steps=4, step_size=0.05, keep="best")
+    torch.testing.assert_close(best.flatten(), torch.tensor([0.7, 0.5]))
+
+
+@pytest.mark.parametrize(("keep", "forwards"), [("last", 5), ("best", 6)])
+def test_five_steps_take_five_forward_passes_and_the_best_iterate_one_more(keep, forwards):
+    calls = []
+    objective = lambda x: calls.append(1) or x.flatten(1).sum(1)  # noqa: E731
+    pgd(objective, batch()[0], threat_model=ThreatModel("linf", 0.1), steps=5, keep=keep)
+    assert len(calls) == forwards
+
+
+def test_the_start_is_the_first_iterate():
+    images, seen = batch()[0], []
+    start = ThreatModel("linf", 0.1).random_start(images, generator=seeded(3))
+    pgd(lambda x: seen.append(x.detach()) or x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=1, start=start)
+    assert torch.equal(seen[0], start)
+
+
+# The contrastive objective
+
+
+def test_from_a_zero_start_the_positive_pair_has_no_gradient():
+    """z.z' is largest at z' = z, so the first step from zero sees negatives only: why training starts at random."""
+    images, groups = batch()[0], torch.arange(6)
+    clean = embed(images)
+
+    def gradient(values, at: Tensor) -> Tensor:
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(values(embed(at)).sum(), at)[0]
+
+    def objective(z: Tensor) -> Tensor:
+        return contrastive_pair(clean, z, groups, temperature=0.2)
+
+    def negatives_only(z: Tensor) -> Tensor:
+        """The objective's log denominators, with the similarity of the positive pair held constant."""
+        both, itself = torch.cat([clean, z]), torch.eye(12, dtype=torch.bool)
+        similarity = both @ both.T / 0.2
+        similarity = torch.where(itself.roll(6, 1), similarity.detach(), similarity)
+        return similarity.masked_fill(itself, float("-inf")).logsumexp(1) / 2
+
+    assert gradient(lambda z: (clean * z).sum(1), images).abs().max() < 1e-6
+    torch.testing.assert_close(gradient(objective, images), gradient(negatives_only, images), atol=1e-6, rtol=1e-4)
+    random = ThreatModel("linf", 0.1).random_start(images, generator=seeded(1))
+    assert (gradient(objective, random) - gradient(negatives_only, random)).abs().max() > 0.01
+
+
+def test_an_objective_in_float32_keeps_a_float32_gradient_under_bf16_autocast():
+    """Autocast would round the products of the backward pass too, and flip the sign of small gradients."""
+    images, groups = torch.rand(64, 1, 8, 8, generator=seeded()), torch.arange(64)
+    start = ThreatModel("l2", 0.8).random_start(images, generator=seeded(1))
+
+    def objective(x: Tensor) -> Tensor:
+        return contrastive_pair(embed(images), embed(x), groups, temperature=0.07)
+
+    expected = pgd(objective, images, threat_model=ThreatModel("l2", 0.8), steps=3, start=start)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attacked = pgd(objective, images, threat_model=ThreatModel("l2", 0.8), steps=3, start=start)
+    assert torch.equal(attacked, expected)
+
+
+# Side effects
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_pgd_touches_neither_its_inputs_nor_parameter_gradients(keep):
+    images, labels = batch()
+    layer = nn.Linear(64, 10)
+    kept = layer.weight.grad = torch.ones_like(layer.weight)
+    before, start = images.clone(), ThreatModel("linf", 0.1).random_start(images, generator=seeded(1))
+    start_before, rng = start.clone(), torch.get_rng_state()
+    attacked = pgd(
+        lambda x: cross_entropy(layer(x.flatten(1)), labels), images, threat_model=ThreatModel("linf", 0.1), steps=3, start=start, keep=keep
+    )
+    assert torch.equal(images, before) and torch.equal(start, start_before)
+    assert not images.requires_grad and not start.requires_grad and not attacked.requires_grad and attacked.grad_fn is None
+    assert layer.weight.grad is kept and torch.equal(kept, torch.ones_like(kept)) and layer.bias.grad is None
+    assert layer.weight.requires_grad and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_pgd_never_hands_out_the_callers_own_tensor():
+    images = batch()[0]
+    attacked = pgd(lambda x: 0 * x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=1, keep="best")
+    attacked.add_(1)
+    assert images.max() <= 1
+
+
+def test_images_that_take_gradients_get_none():
+    images = batch()[0].requires_grad_()
+    attacked = pgd(lambda x: x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=3, keep="best")
+    assert attacked.grad_fn is None and not attacked.requires_grad and images.grad is None and images.requires_grad
+
+
+def test_pgd_works_where_gradients_are_switched_off():
+    images = batch()[0]
+    with torch.no_grad():
+        attacked = pgd(lambda x: x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=3)
+    torch.testing.assert_close(attacked, (images + 0.1).clamp(max=1))

@@ -1,0 +1,188 @@
+"""Shared by all tests: a clean environment, tiny data, a study in a temporary folder, and the real command line.
+
+Starting `python -m advml` costs seconds of imports. The tests therefore run it as `advml repro` does: every command
+is a process of its own, forked from a server that has imported torch, timm and mlflow once (see `advml.warm`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from advml import config as configuration
+from advml.data.datasets import Dataset, Split, channel_statistics, save
+from advml.data.storage import digest
+from advml.models import Architecture, Network, build
+from advml.paths import Workspace
+from advml.stages.context import Context
+from advml.tracking import store as stores
+from advml.warm import ADDRESS, server
+
+REPOSITORY = Path(__file__).parents[1]
+# What reaches into a process from outside: DVC's, MLflow's and our own variables.
+FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "ADVML_BOARD", ADDRESS)
+# A study that trains in a second: a few steps of everything.
+TINY = (
+    "attack.steps=2",
+    "evaluate.steps=2",
+    *(f"{phase}.{key}" for phase in ("pretrain.SL", "pretrain.CL", "pretrain.SCL") for key in ("epochs=2", "batch_size=32")),
+    *(f"regimes.{regime}.{key}" for regime in ("ST", "AT", "Partial-AT", "Full-AT") for key in ("epochs=2", "batch_size=32")),
+    "runtime.device=cpu",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine, and no store given up in an earlier test, reaches a test."""
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(stores, "_broken", set())
+
+
+def patterns(count: int, *, seed: int, classes: int = 4, channels: int = 1, side: int = 8) -> Split:
+    """Noisy copies of one random picture per class: easy to learn, and different under every seed."""
+    pictures = torch.rand(classes, channels, side, side, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(count) % classes
+    noise = torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed))
+    images: Tensor = 0.6 * pictures[labels] + 0.4 * noise
+    return Split((255 * images).round().to(torch.uint8), labels)
+
+
+@pytest.fixture(scope="session")
+def dataset() -> Dataset:
+    """96 training, 32 validation and 40 test images of four classes, 1 x 8 x 8."""
+    splits = {"train": patterns(96, seed=1), "validation": patterns(32, seed=2), "test": patterns(40, seed=3)}
+    classes = ("ash", "birch", "cedar", "dogwood")
+    mean, std = channel_statistics(splits["train"].images)
+    parameters = configuration.load(REPOSITORY / "params.yaml").data.model_dump(mode="json")
+    return Dataset(**splits, classes=classes, source="patterns", digest=digest(splits, classes), mean=mean, std=std, parameters=parameters)
+
+
+@pytest.fixture
+def make_network(dataset: Dataset) -> Callable[..., Network]:
+    """make_network(seed=1, projection_size=None) builds a small network for the images of `dataset`, with both heads by default."""
+
+    def make(*, seed: int = 0, **changes: object) -> Network:
+        values = {
+            "backbone": "test_resnet",
+            "stem": "small",
+            "options": {},
+            "channels": 1,
+            "image_size": 8,
+            "mean": dataset.mean,
+            "std": dataset.std,
+            "classes": len(dataset.classes),
+            "projection_size": 16,
+            "normalize_logits": False,
+            "dual_batch_norm": False,
+        }
+        return build(Architecture(**(values | changes)), seed=seed)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder with params.yaml, prepared data and an empty MLflow store."""
+
+    root: Path
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.root)
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    def config(self, *overrides: str) -> configuration.Config:
+        return configuration.load(self.params, overrides)
+
+    def context(self, *overrides: str) -> Context:
+        """What the command line hands to a stage."""
+        return Context(self.config(*overrides), self.workspace)
+
+    def runs(self) -> list[tuple[str, str]]:
+        """(name, status) of all MLflow runs, oldest first."""
+        store = stores.connect(stores.locate(self.config(), root=self.root))
+        found = store.client.search_runs([store.experiment], order_by=["attributes.start_time ASC"])
+        return [(run.info.run_name, run.info.status) for run in found]
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without runs; making one takes seconds, so studies copy it."""
+    root = tmp_path_factory.mktemp("store")
+    stores.connect(stores.locate(configuration.load(REPOSITORY / "params.yaml"), root=root))
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def make_study(tmp_path: Path, dataset: Dataset, empty_store: Path) -> Callable[..., Study]:
+    """make_study("first", "seeds=[1]") makes a study in the folder `first`, with tiny parameters and these overrides."""
+
+    def make(name: str = "study", *overrides: str) -> Study:
+        study = Study(tmp_path / name)
+        study.root.mkdir()
+        text = configuration.dump(configuration.load(REPOSITORY / "params.yaml", [*TINY, *overrides]))
+        study.params.write_text(text, encoding="utf-8")
+        save(dataset, study.workspace.prepared)
+        shutil.copy(empty_store, study.root / "mlflow.db")
+        return study
+
+    return make
+
+
+@pytest.fixture
+def study(make_study: Callable[..., Study]) -> Study:
+    return make_study()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[dict[str, str]]:
+    """Environment of commands that are forked from a process with all imports done."""
+    with server(REPOSITORY) as environment:
+        yield environment
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs advml in a folder, as a process of its own."""
+
+    environment: dict[str, str]
+
+    def start(self, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "advml", *arguments],
+            cwd=cwd,
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, cwd=cwd)
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="session")
+def advml(warm: dict[str, str]) -> Shell:
+    """advml("show", "CL-AT-s0", cwd=folder) -> exit code, stdout and stderr of the real command."""
+    return Shell(warm)

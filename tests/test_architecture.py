@@ -1,0 +1,218 @@
+"""The rules of the house: imports point one way, heavy ones stay where they belong, every DVC stage is a command and a file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from advml.cli import app
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "src" / "advml"
+
+# From the command line down. A module imports from its own layer or from lower ones, never upwards.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__main__", "cli"),
+    ("stages", "repro", "warm", "show"),
+    ("training", "evaluation", "report", "plots", "example_plot", "picture", "presets", "tracking"),
+    ("tasks", "schemes", "regimes", "attacks"),
+    ("models", "backbones", "objectives", "schedules", "data", "checkpoint", "runtime", "style", "rewrite"),
+    ("__init__", "config", "explain", "errors", "paths", "progress", "provenance"),
+)
+EXCEPTIONS = {
+    "advml.picture": {"advml.stages.context"},  # the type of an argument
+    "advml.warm": {"advml.cli"},  # a forked child runs the command line, as __main__ does
+}
+# Library -> the only modules that may import it, anywhere in the file.
+OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "backbones", "matplotlib": ("plots", "example_plot", "picture", "style"), "dvc": ()}
+LIGHT = ("advml", "advml.cli", "advml.config", "advml.errors", "advml.paths", "advml.progress", "advml.repro", "advml.show", "advml.warm")
+HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
+
+
+def name_of(path: Path) -> str:
+    """src/advml/data/views.py -> advml.data.views"""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def top(module: str) -> str:
+    """advml.data.views -> data: what LAYERS speaks of."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@cache
+def imports(module: str, *, for_types: bool = False) -> frozenset[str]:
+    """Full names of what a module imports, in functions too; names imported from our packages are resolved to modules.
+
+    Without `for_types`, blocks under `if TYPE_CHECKING` do not count: they are never executed.
+    """
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    never = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not for_types
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in never:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively; write the full name"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            others = [alias for alias in node.names if f"{node.module}.{alias.name}" not in MODULES]
+            found |= submodules | ({node.module} if others else set())
+    return frozenset(found)
+
+
+def layer(module: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if top(module) in names)
+
+
+def test_every_module_has_a_layer():
+    placed = [name for names in LAYERS for name in names]
+    assert {top(module) for module in MODULES} <= set(placed)
+    assert len(placed) == len(set(placed))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "advml"])
+def test_imports_point_down(module):
+    """`advml/__init__.py` is left out: `load_model` reaches into the library for the outside world, when it is called."""
+    upwards = [other for other in imports(module, for_types=True) if other in MODULES and layer(other) < layer(module)]
+    assert set(upwards) <= EXCEPTIONS.get(module, set()), f"{module} imports upwards: {', '.join(upwards)}"
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    def reach(module: str, seen: frozenset[str] = frozenset()) -> None:
+        assert module not in seen, f"a circle of imports through {module}"
+        for other in (imports(module) & MODULES.keys()) - {"advml"} - EXCEPTIONS.get(module, set()):
+            reach(other, seen | {module})
+
+    for module in MODULES.keys() - {"advml"}:
+        reach(module)
+
+
+@pytest.mark.parametrize(("library", "owners"), OWNERS.items(), ids=OWNERS)
+def test_a_library_is_imported_by_its_owner_alone(library, owners):
+    users = {top(module) for module in MODULES for name in imports(module, for_types=True) if name.split(".")[0] == library}
+    assert users == {owners} if isinstance(owners, str) else users <= set(owners)
+
+
+def test_what_must_answer_at_once_imports_nothing_heavy():
+    """In a process of its own: here, everything is imported already."""
+    code = (
+        f"import importlib, sys\nfor module in {LIGHT!r}:\n    importlib.import_module(module)\n"
+        f"    print(module, *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == list(LIGHT)
+
+
+# Stages
+
+
+@cache
+def pipeline() -> dict[str, dict]:
+    return YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
+
+
+STAGES = sorted(pipeline())
+
+
+def stage_module(stage: str) -> str:
+    """finetune_at -> advml.stages.finetune"""
+    return f"advml.stages.{stage.partition('_')[0]}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_a_command_and_a_file(stage):
+    name = stage.partition("_")[0]
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert name in commands
+    assert stage_module(stage) in MODULES
+    assert f"python -m advml {name}" in pipeline()[stage]["cmd"]
+
+
+def test_a_file_in_stages_is_a_command():
+    helpers = {"context", "learning"}  # shared by stages
+    names = {module.removeprefix("advml.stages.") for module in MODULES if module.startswith("advml.stages.")}
+    assert names - helpers <= {command.callback.__name__ for command in app.registered_commands}
+
+
+# A stage runs again when a file among its `deps` changes. These modules are left out on purpose, because an edit
+# of them cannot change a result, or is seen elsewhere; everything else that a stage imports must be listed.
+NEUTRAL = {
+    "advml": "version and load_model",
+    "advml.config": "its values are tracked one by one, under `params`",
+    "advml.explain": "words of error messages",
+    "advml.errors": "two exceptions",
+    "advml.paths": "names of outputs, which dvc.yaml repeats: a change of one alone fails at once",
+    "advml.progress": "bars",
+    "advml.provenance": "names the code, does not compute",
+    "advml.tracking": "written to, never read from",
+    "advml.stages": "an empty package",
+}
+NEUTRAL_FOR = {
+    "prepare": {"advml.stages.context": "takes configuration and folders from it, no machine and no network"},
+    "evaluate": {"advml.schedules": "takes nothing but `batches` from training"},
+    "report": {
+        "advml.stages.context": "takes configuration and folders from it, no machine and no network",
+        "advml.checkpoint": "writes files whole",
+    },
+}
+
+
+def is_neutral(module: str, stage: str) -> bool:
+    known = NEUTRAL.keys() | NEUTRAL_FOR.get(stage.partition("_")[0], {}).keys()
+    return any(module == name or (name not in ("advml", "advml.stages") and module.startswith(f"{name}.")) for name in known)
+
+
+def closure(module: str, stage: str) -> set[str]:
+    """The modules that a module executes, itself included; not through neutral ones."""
+    found, waiting = set(), [module]
+    while waiting:
+        current = waiting.pop()
+        if current in found or is_neutral(current, stage):
+            continue
+        found.add(current)
+        waiting += imports(current) & MODULES.keys()
+        waiting += [".".join(current.split(".")[:end]) for end in range(1, current.count(".") + 1)]  # packages above it
+    return found
+
+
+def dependencies(stage: str) -> set[str]:
+    """The modules that lie under a stage's `deps`."""
+    paths = [REPOSITORY / path for path in pipeline()[stage]["deps"] if path.startswith("src/")]
+    return {module for module, file in MODULES.items() if any(file == path or path in file.parents for path in paths)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_dependencies_of_a_stage_cover_what_it_executes(stage):
+    missing = closure(stage_module(stage), stage) - dependencies(stage)
+    assert not missing, f"dvc.yaml: {stage} lacks {', '.join(sorted(missing))} under deps"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_no_file_that_it_does_not_execute(stage):
+    """Else an edit would cost hours for nothing. Packages are listed whole."""
+    files = {path for path in pipeline()[stage]["deps"] if path.endswith(".py")}
+    assert all((REPOSITORY / path).is_file() for path in files)
+    idle = {name_of(REPOSITORY / path) for path in files} - closure(stage_module(stage), stage) - NEUTRAL.keys()
+    assert not idle, f"dvc.yaml: {stage} need not depend on {', '.join(sorted(idle))}"
+
+
+def test_every_reason_for_leaving_a_module_out_is_about_a_module_that_exists():
+    named = NEUTRAL.keys() | {name for names in NEUTRAL_FOR.values() for name in names}
+    assert named <= MODULES.keys()

@@ -1,0 +1,249 @@
+"""params.yaml: what it means, what `-S` changes, and the one line that every mistake gets."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from advml import config
+from advml.errors import UserError
+from advml.presets import preset
+
+PARAMS = preset("digits")
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS, encoding="utf-8")
+    return path
+
+
+def without(key: str) -> str:
+    """The text less the one line that begins like this."""
+    lines = PARAMS.splitlines()
+    (line,) = (line for line in lines if line.startswith(key))
+    lines.remove(line)
+    return "\n".join(lines)
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    """The line of the UserError, without the folder's name."""
+    with pytest.raises(UserError) as caught:
+        config.load(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.replace(f"{path.parent}/", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("threat_model.epsilon=8/255", "threat_model.epsilon", 8 / 255),
+        ("threat_model.epsilon='8 / 255'", "threat_model.epsilon", 8 / 255),
+        ("pretrain.SL.learning_rate=1e-3", "pretrain.SL.learning_rate", 1e-3),
+        ("pretrain.SL.learning_rate='1e-3'", "pretrain.SL.learning_rate", 1e-3),
+        ("regimes.Full-AT.epochs=3", "regimes.Full-AT.epochs", 3),
+        ("regimes.Partial-AT.warmup=1/4", "regimes.Partial-AT.warmup", 0.25),
+        ("seeds=[0, 1, 2]", "seeds", [0, 1, 2]),
+        ("grid.schemes=[CL]", "grid.schemes", ["CL"]),
+        ("grid.standard_regimes=[]", "grid.standard_regimes", []),
+        ("views.contrastive.resized_crop=[1/5, 1]", "views.contrastive.resized_crop", [0.2, 1.0]),
+        ("views.supervised={flip: 0.5}", "views.supervised.flip", 0.5),
+        ("attack.step_size=null", "attack.step_size", None),
+        ("attack.step_size=", "attack.step_size", None),
+        ("attack.random_start=false", "attack.random_start", False),
+        ("data.path=my photos/a=b", "data.path", "my photos/a=b"),
+        ("data.path=2024-05-01", "data.path", "2024-05-01"),
+        ("model.options={layers: [1, 1, 1, 1], drop_path_rate: 0.1}", "model.options.layers", [1, 1, 1, 1]),
+        (" data.seed =7", "data.seed", 7),
+    ],
+)
+def test_an_override_changes_its_key_and_no_other(params: Path, override: str, key: str, expected: object) -> None:
+    before = config.flatten(config.load(params).model_dump(mode="json"))
+    after = config.flatten(config.load(params, [override]).model_dump(mode="json"))
+    assert after[key] == expected
+    section = override.partition("=")[0].strip()
+    assert {k: v for k, v in after.items() if not k.startswith(section)} == {k: v for k, v in before.items() if not k.startswith(section)}
+
+
+def test_the_last_of_two_overrides_wins(params: Path) -> None:
+    assert config.load(params, ["data.seed=1", "data.seed=2"]).data.seed == 2
+
+
+MISTAKES = {
+    # unknown keys
+    "threat_model.eps=1": "params.yaml: unknown key 'threat_model.eps'; choose from norm, epsilon",
+    "pretrain.MAE={}": "params.yaml: unknown key 'pretrain.MAE'; choose from SL, CL, SCL",
+    "regimes.FullAT.epochs=1": "-S regimes.FullAT.epochs: unknown key 'regimes.FullAT'; choose from ST, AT, Partial-AT, Full-AT",
+    "seeds.0=3": "-S seeds.0: 'seeds' is a value, not a section",
+    # wrong values
+    "threat_model.norm=l1": "params.yaml: threat_model.norm = 'l1'; choose from linf, l2",
+    "grid.schemes=[SL, SimCLR]": "params.yaml: grid.schemes[1] = 'SimCLR'; choose from SL, CL, SCL",
+    "grid.schemes=SL": "params.yaml: grid.schemes = 'SL'; must be a list in brackets",
+    "grid.schemes=[]": "params.yaml: grid.schemes = []; must hold at least 1",
+    "grid.schemes=[SL, SL]": 'params.yaml: grid.schemes = ["SL", "SL"]; must not name anything twice',
+    "seeds=[0, 0]": "params.yaml: seeds = [0, 0]; must not name anything twice",
+    "seeds=[-1]": "params.yaml: seeds[0] = -1; must be at least 0",
+    "threat_model.epsilon=0": "params.yaml: threat_model.epsilon = 0; must be above 0",
+    "threat_model.epsilon=8/0": "params.yaml: threat_model.epsilon = '8/0'; must be a number, e.g. 0.1, 1e-3 or 8/255",
+    "threat_model.epsilon=null": "params.yaml: threat_model.epsilon = null; must be a number, e.g. 0.1, 1e-3 or 8/255",
+    "threat_model.epsilon=true": "params.yaml: threat_model.epsilon = true; must be a number",
+    "threat_model.epsilon=.nan": "params.yaml: threat_model.epsilon = NaN; must be finite",
+    "threat_model.epsilon='1e400'": "params.yaml: threat_model.epsilon = '1e400'; must be finite",
+    "pretrain.SL.epochs=1.5": "params.yaml: pretrain.SL.epochs = 1.5; must be a whole number",
+    "pretrain.SL.epochs=ten": "params.yaml: pretrain.SL.epochs = 'ten'; must be a whole number",
+    "pretrain.SL.epochs=true": "params.yaml: pretrain.SL.epochs = true; must be a number",
+    "pretrain.SL.label_smoothing=1": "params.yaml: pretrain.SL.label_smoothing = 1; must be below 1",
+    "views.contrastive.flip=1.1": "params.yaml: views.contrastive.flip = 1.1; must be at most 1",
+    "views.contrastive.scale=[1.2, 0.8]": "params.yaml: views.contrastive.scale = [1.2, 0.8]; must run from low to high",
+    "views.contrastive.scale=[0, 1]": "params.yaml: views.contrastive.scale[0] = 0; must be above 0",
+    "views.contrastive.scale=[1]": "params.yaml: views.contrastive.scale = [1]; must hold at least 2",
+    "views.contrastive.scale=[1, 2, 3]": "params.yaml: views.contrastive.scale = [1, 2, 3]; must hold at most 2",
+    "attack.random_start=maybe": "params.yaml: attack.random_start = 'maybe'; choose from true, false",
+    "data.channels=2": "params.yaml: data.channels = 2; choose from 1, 3",
+    "data.path=123": "params.yaml: data.path = 123; must be text; put it in quotes",
+    "threat_model=0.1": "params.yaml: threat_model = 0.1; must be a section with the keys norm, epsilon",
+    "pretrain=null": "params.yaml: pretrain = null; must be a section of `key: value`",
+    f"data.name={'x' * 99}": f"params.yaml: data.name = '{'x' * 56}...; choose from digits, cifar10, cifar100, folder",
+    # wrong combinations
+    "data.name=folder": "data.path is missing: data.name = 'folder' needs the folder of images, e.g. -S data.path=photos",
+    "data.validation=0.8": "data.validation + data.test = 1 leaves nothing to train on; keep the sum below 1",
+    "threat_model.epsilon=8": "threat_model.epsilon = 8 exceeds the whole range of a pixel; "
+    "images live in [0, 1], so write 8/255 for eight grey levels",
+    "regimes={}": "regimes lacks the section ST; it needs ST, AT, Partial-AT, Full-AT",
+    # no override at all
+    "epsilon": "-S epsilon is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
+    "=1": "-S =1 is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
+    "seeds=[0": "-S seeds=[0 is no valid YAML: expected ',' or ']', but got '<stream end>'",
+    "seeds=*other": "-S seeds=*other is no valid YAML: found undefined alias 'other'",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_gets_one_line_that_names_key_value_and_choices(params: Path, override: str) -> None:
+    assert complaint(params, override).removeprefix("params.yaml: ") == MISTAKES[override].removeprefix("params.yaml: ")
+
+
+def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
+    sections = ", ".join(config.Config.model_fields)
+    assert complaint(params, "threat.epsilon=1") == f"-S threat.epsilon: unknown key 'threat'; choose from {sections}"
+    assert complaint(params, "threat={}") == f"params.yaml: unknown key 'threat'; choose from {sections}"
+
+
+def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:
+    assert complaint(params, "data.name=folder", "data.path=photos") == (
+        "params.yaml: data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (without("temperature:"), "temperature is missing; a complete file is printed by: advml preset digits"),
+        (without("  norm:"), "threat_model.norm is missing; a complete file is printed by: advml preset digits"),
+        ("", "holds no mapping of sections; print a complete one with: advml preset digits"),
+        ("- seeds", "holds no mapping of sections; print a complete one with: advml preset digits"),
+        ("a: 1\nb: [1,\n\nc: 2", "is no valid YAML: line 4: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\na: 2", 'is no valid YAML: line 2: found duplicate key "a" with value "2" (original value: "1")'),
+        ("a: &a [*a]", "is no valid YAML: Circular reference detected"),
+        ("a: \x01", "is no valid YAML: unacceptable character #x0001: special characters are not allowed"),
+    ],
+)
+def test_a_broken_file_gets_one_line(params: Path, text: str, line: str) -> None:
+    params.write_text(text, encoding="utf-8")
+    assert complaint(params).removeprefix("params.yaml").removeprefix(":").strip() == line
+
+
+def test_a_missing_file_is_met_with_the_command_that_writes_one(tmp_path: Path) -> None:
+    assert complaint(tmp_path / "params.yaml") == "params.yaml does not exist; write one with: advml preset digits > params.yaml"
+
+
+def test_a_folder_or_a_binary_file_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00")
+    assert complaint(tmp_path / "params.yaml").startswith("params.yaml cannot be read: ")
+    (tmp_path / "folder").mkdir()
+    assert complaint(tmp_path / "folder").startswith("folder cannot be read: ")
+
+
+def test_an_override_does_not_leak_through_a_yaml_alias(params: Path) -> None:
+    before, _, rest = PARAMS.partition("  ST:\n")
+    head, _, rest = rest.partition("  AT:\n")
+    _, _, after = rest.partition("  Partial-AT:\n")
+    params.write_text(f"{before}  ST: &head\n{head}  AT: *head\n  Partial-AT:\n{after}", encoding="utf-8")
+    assert config.load(params).regimes["AT"] == config.load(params).regimes["ST"]
+    loaded = config.load(params, ["regimes.AT.epochs=3"])
+    assert loaded.regimes["AT"].epochs == 3
+    assert loaded.regimes["ST"].epochs == config.load(params).regimes["ST"].epochs != 3
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("threat_model.epsilon=8/255", "seeds=[3, 1]", "attack.step_size=1/30", "regimes.AT.warmup=1e-9")]
+)
+def test_the_printed_configuration_loads_to_the_same(params: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    loaded = config.load(params, overrides)
+    (tmp_path / "resolved.yaml").write_text(config.dump(loaded), encoding="utf-8")
+    assert config.load(tmp_path / "resolved.yaml") == loaded
+
+
+# ruamel.yaml itself does not read back a control character such as \x85, nor in braces a text that begins with : or ?.
+TEXT = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), max_size=200).filter(
+    lambda text: text[:1] not in (":", "?")
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(text=TEXT, number=st.floats(1e-300, 1), option=st.booleans() | st.integers() | st.floats(-1e9, 1e9) | TEXT)
+def test_whatever_a_value_looks_like_it_survives_printing(text: str, number: float, option: object) -> None:
+    raw = config._parse_yaml(PARAMS, source="")
+    raw["tracking"]["experiment"], raw["threat_model"]["epsilon"], raw["model"]["options"] = text, number, {"option": option}
+    loaded = config.validate(raw)
+    assert config.validate(config._parse_yaml(config.dump(loaded), source="")) == loaded
+
+
+def test_printing_says_null_and_keeps_the_order_of_the_sections(params: Path) -> None:
+    printed = config.dump(config.load(params))
+    sections = [line.partition(":")[0] for line in printed.splitlines() if line[0] not in " }"]
+    assert sections == list(config.Config.model_fields)
+    assert "step_size: null" in printed
+
+
+def test_a_loaded_configuration_cannot_change(params: Path) -> None:
+    loaded = config.load(params)
+    for section, key in ((loaded, "temperature"), (loaded.threat_model, "epsilon"), (loaded.pretrain["SL"], "epochs")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
+
+
+def test_regimes_of_the_grid_come_in_the_order_of_the_table(params: Path) -> None:
+    assert config.load(params).grid.regimes == ("ST", "AT", "Partial-AT", "Full-AT")
+
+
+def test_flatten_joins_keys_with_dots_and_leaves_lists_whole() -> None:
+    nested = {"a": {"b": {"Full-AT": 1}, "c": [1, {"d": 2}]}, "e": None, "f": {}}
+    assert config.flatten(nested) == {"a.b.Full-AT": 1, "a.c": [1, {"d": 2}], "e": None}
+
+
+def test_the_digest_is_the_same_on_every_machine_and_blind_to_the_order_of_keys() -> None:
+    digest = hashlib.sha256(b'[{"a": 1, "b": [0.5, null]}, "x"]').hexdigest()[:16]
+    assert config.digest({"a": 1, "b": [0.5, None]}, "x") == config.digest({"b": [0.5, None], "a": 1}, "x") == digest
+
+
+def test_the_digest_tells_values_parts_and_their_order_apart(params: Path) -> None:
+    loaded, other = config.load(params), config.load(params, ["attack.steps=6"])
+    digests = [config.digest(*parts) for parts in ((loaded,), (other,), ("a", "b"), ("b", "a"), (["a", "b"],), (1,), ("1",), (1.5,))]
+    assert len(set(digests)) == len(digests)
+    assert config.digest(loaded) == config.digest(config.load(params)) == config.digest(loaded.model_dump(mode="json"))
+
+
+def test_reading_the_configuration_imports_nothing_heavy() -> None:
+    heavy = "torch", "timm", "mlflow", "kornia", "sklearn", "torchvision", "matplotlib", "numpy"
+    code = f"import sys, advml.config, advml.presets; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

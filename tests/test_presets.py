@@ -1,0 +1,178 @@
+"""Presets: complete, commented files that load, and say what they claim to say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from advml import config
+from advml.attacks.adversary import evaluation_adversary, training_adversary
+from advml.errors import UserError
+from advml.presets import PRESETS, preset
+from advml.rewrite import rewrite
+
+CASES = [(name, protocol) for name, protocols in PRESETS.items() for protocol in protocols]
+COMMENT = re.compile(r"^(?P<code>[^#]*\S)(?P<gap> +)(?P<comment># .*)$")
+
+
+def load(name: str, protocol: str = "corrected") -> config.Config:
+    return config.validate(YAML(typ="safe", pure=True).load(preset(name, protocol=protocol)))
+
+
+def test_the_digits_preset_is_the_params_file_of_the_repository() -> None:
+    root = Path(__file__).parents[1]
+    assert preset("digits") == (root / "params.yaml").read_text(encoding="utf-8"), "run: cp params.yaml src/advml/digits.yaml"
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_a_preset_loads_and_is_complete(name: str, protocol: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(preset(name, protocol=protocol), encoding="utf-8")
+    loaded = config.load(tmp_path / "params.yaml")
+    assert loaded.data.name == name
+    assert loaded.grid.regimes == ("ST", "AT", "Partial-AT", "Full-AT")
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_a_preset_has_no_anchors_because_dvc_would_change_all_their_places(name: str, protocol: str) -> None:
+    assert not re.search(r"[:\[ ] [&*]\w|<<:", preset(name, protocol=protocol))
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_comments_survive_in_one_column_and_sections_keep_their_blank_lines(name: str, protocol: str) -> None:
+    text, template = preset(name, protocol=protocol), preset("digits")
+    columns = {match.start("comment") for line in text.splitlines() if (match := COMMENT.match(line))}
+    assert columns == {32}
+    assert len(re.findall("#", text)) >= len(re.findall("#", template))
+    assert text.count("\n\n") == template.count("\n\n")
+    assert "\n\n\n" not in text
+    assert text.endswith("\n")
+    assert max(map(len, text.splitlines())) <= 140
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_the_sections_come_in_the_order_of_the_template(name: str, protocol: str) -> None:
+    def keys(text: str) -> list[str]:
+        return list(YAML(typ="safe", pure=True).load(text))
+
+    assert keys(preset(name, protocol=protocol)) == keys(preset("digits"))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_paper_protocol_is_the_column_of_the_paper(name: str) -> None:
+    paper = load(name, "paper")
+    phases = [*paper.pretrain.values(), *paper.regimes.values()]
+    assert {
+        (p.epochs, p.batch_size, p.optimizer, p.learning_rate, p.weight_decay, p.schedule, p.warmup, p.label_smoothing, p.keep)
+        for p in phases
+    } == {(200, 256, "adam", 3e-4, 0.0, "constant", 0.0, 0.0, "last")}
+    assert (paper.model.backbone, paper.model.stem, paper.model.normalize_logits, paper.model.batch_norm) == (
+        "resnet50",
+        "small",
+        True,
+        "single",
+    )
+    assert paper.temperature == 0.07
+    assert paper.views.supervised == config.View(pad=5, flip=0.5)
+    assert paper.views.contrastive == config.View(
+        resized_crop=(0.08, 1), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2
+    )
+    threat_model = {"norm": "linf", "epsilon": 8 / 255}
+    attack = {"step_size": 0.01, "random_start": False, "keep": "last"}
+    assert asdict(training_adversary(paper)) == {"threat_model": threat_model, "steps": 5, "mode": "train", **attack}
+    measured = evaluation_adversary(paper, epsilon=paper.threat_model.epsilon / 2)
+    assert asdict(measured) == {"threat_model": {**threat_model, "epsilon": 4 / 255}, "steps": 40, "mode": "eval", **attack}
+    assert paper.evaluate.restarts == 1
+
+
+def test_the_paper_protocol_says_where_its_own_epsilon_is_measured() -> None:
+    (line,) = (line for line in preset("cifar10", protocol="paper").splitlines() if line.startswith("  epsilon:"))
+    assert (
+        line == "  epsilon: 8/255                # of training; the paper attacks at 4/255, half of it: read accuracy/threat_model_*_half"
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_corrected_protocol_corrects_what_the_table_says(name: str) -> None:
+    ours = load(name)
+    assert (ours.model.backbone, ours.model.stem, ours.model.normalize_logits) == ("resnet18", "small", False)
+    assert ours.threat_model.epsilon == 8 / 255
+    for adversary in (training_adversary(ours), evaluation_adversary(ours, epsilon=8 / 255)):
+        assert adversary.random_start
+        assert adversary.step_size == pytest.approx(2.5 * 8 / 255 / adversary.steps)
+        assert adversary.mode == "eval"
+    assert evaluation_adversary(ours, epsilon=1).keep == "best"
+    assert ours.views.supervised == config.View(pad=4, flip=0.5)
+    assert ours.views.contrastive == config.View(
+        resized_crop=(0.2, 1), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2
+    )
+    for phase in [*ours.pretrain.values(), ours.regimes["Full-AT"]]:
+        assert phase.schedule == "cosine"
+        assert phase.warmup > 0
+        assert phase.keep == "best"
+    assert ours.runtime.threads == 0
+
+
+def test_the_folder_preset_numbers_what_to_change_first() -> None:
+    numbered = re.findall(r"# (\d)\. ", preset("folder"))
+    assert numbered == ["1", "2", "3", "4", "5"]
+    data = load("folder").data
+    assert (data.path, data.image_size) == ("photos", 64)
+
+
+def test_tuning_the_digits_study_moves_no_phase_of_another_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {case: load(*case) for case in CASES}
+    tuned = re.sub(r"^(    (?:epochs|batch_size|weight_decay): ).*$", r"\g<1>77", preset("digits"), flags=re.M)
+    tuned = tuned.replace("    keep: best", "    warmup: 0.5\n    keep: best").replace("temperature: ", "temperature: 9")
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: tuned)
+    for case in CASES:
+        changed = load(*case)
+        same = (changed.pretrain, changed.regimes, changed.temperature) == (
+            before[case].pretrain,
+            before[case].regimes,
+            before[case].temperature,
+        )
+        assert same == (case[0] != "digits")
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol", "line"),
+    [
+        ("mnist", "corrected", "preset = 'mnist'; choose from digits, cifar10, cifar100, folder"),
+        ("cifar10", "papers", "protocol = 'papers'; choose from corrected, paper"),
+        ("digits", "paper", "preset = 'digits' has no protocol 'paper'; choose the preset from cifar10, cifar100"),
+        ("folder", "paper", "preset = 'folder' has no protocol 'paper'; choose the preset from cifar10, cifar100"),
+    ],
+)
+def test_an_unknown_preset_is_met_with_the_choices(name: str, protocol: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        preset(name, protocol=protocol)
+    assert str(caught.value) == line
+
+
+YAML_TEXT = """\
+# head
+a:                              # of a
+  b: null                       # of b
+  c: {d: 1}
+
+e: [1, 2]
+"""
+
+
+def test_rewriting_changes_the_named_lines_only() -> None:
+    assert rewrite(YAML_TEXT, {}, {}) == YAML_TEXT
+    assert rewrite(YAML_TEXT, {"a.b": "8/255"}, {}) == YAML_TEXT.replace("b: null ", "b: 8/255")
+    assert rewrite(YAML_TEXT, {"a.c": {"x": [0.5, 1.0], "y": True}}, {}) == YAML_TEXT.replace("{d: 1}", "{x: [0.5, 1.0], y: true}")
+    long = {f"key{number}": number for number in range(30)}
+    inline = ", ".join(f"{key}: {value}" for key, value in long.items())
+    assert rewrite(YAML_TEXT, {"a.c": long}, {}) == YAML_TEXT.replace("d: 1", inline)  # still on one line
+    assert rewrite(YAML_TEXT, {"e": None}, {"a.b": "new"}) == YAML_TEXT.replace("[1, 2]", "null").replace("of b", "new")
+
+
+def test_rewriting_a_key_that_is_not_there_is_a_mistake_of_ours() -> None:
+    with pytest.raises(KeyError, match="typo"):
+        rewrite(YAML_TEXT, {"a.typo": 1}, {})

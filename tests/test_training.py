@@ -1,0 +1,550 @@
+"""The training loop: one step equals the formulas, the selected epoch is kept, and the same seed gives the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advml import config
+from advml.attacks.adversary import training_adversary
+from advml.checkpoint import Checkpoint
+from advml.data.datasets import Dataset, Split
+from advml.data.views import view
+from advml.errors import Failure
+from advml.models import DualBatchNorm, Network
+from advml.regimes import REGIMES
+from advml.runtime import Machine, generator_for
+from advml.schedules import learning_rate
+from advml.schemes import SCHEMES
+from advml.tasks import Classification, finetuning_task, pretraining_task
+from advml.training import train
+
+
+def configured(*overrides: str) -> config.Config:
+    values = ["attack.steps=2", "views.contrastive={shift: 0.2, brightness: 0.3}", *overrides]
+    return config.load(Path(__file__).parents[1] / "params.yaml", values)
+
+
+CONFIG = configured()
+CPU = Machine(torch.device("cpu"))
+SEED = 5
+# scheme, what trains, attacked: all phases that learn something
+PHASES = {
+    "SL st": ("SL", "pretrain", False),
+    "SL at": ("SL", "pretrain", True),
+    "CL st": ("CL", "pretrain", False),
+    "CL at": ("CL", "pretrain", True),
+    "SCL at": ("SCL", "pretrain", True),
+    "CL ST": ("CL", "ST", False),
+    "CL Partial-AT": ("CL", "Partial-AT", True),
+    "CL Full-AT": ("CL", "Full-AT", True),
+}
+
+
+def settings(**changes: object) -> config.Phase:
+    return config.Phase(**({"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01} | changes))
+
+
+def make_task(phase: str, network: Network, dataset: Dataset, values: config.Phase):
+    scheme, kind, _ = PHASES[phase]
+    if kind == "pretrain":
+        changed = CONFIG.model_copy(update={"pretrain": {scheme: values}})
+        return pretraining_task(network, SCHEMES[scheme], changed)
+    return finetuning_task(network, REGIMES[kind], values, dataset.train, CPU)
+
+
+@pytest.fixture
+def small(dataset) -> Dataset:
+    """Two batches of 32 to learn from, 16 images to select on."""
+    train_split, validation = (Split(split.images[:n], split.labels[:n]) for split, n in ((dataset.train, 64), (dataset.validation, 16)))
+    return replace(dataset, train=train_split, validation=validation)
+
+
+@pytest.fixture
+def fit(tmp_path, small, make_network) -> Callable[..., tuple[Network, list[dict[str, float]]]]:
+    """fit("CL at", epochs=1) trains a small network; returns it with its history."""
+    made = iter(range(1000))
+
+    def run(
+        phase: str, *, network=None, data=small, seed=SEED, configuration=CONFIG, checkpoint=None, machine=CPU, **changes: object
+    ) -> tuple[Network, list[dict[str, float]]]:
+        network = network or make_network()
+        values = settings(**changes)
+        adversary = training_adversary(configuration) if PHASES[phase][2] else None
+        checkpoint = checkpoint or Checkpoint(tmp_path / f"scratch{next(made)}", "same")
+        task = make_task(phase, network, data, values)
+        return network, list(train(task, data, values, adversary=adversary, seed=seed, machine=machine, checkpoint=checkpoint))
+
+    return run
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names of the parts of a network (encoder, classifier, ...) that hold a changed tensor."""
+    assert before.keys() == after.keys()
+    return {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+
+
+# One step, against a literal transcription of the formulas
+
+
+def literal_contrastive(first: Tensor, second: Tensor, groups: list[int], t: float) -> Tensor:
+    """Khosla et al. 2020, eq. 2: mean over the 2N anchors of -1/|P(i)| sum_p log(exp(z_i.z_p/t) / sum_{a != i} exp(z_i.z_a/t))."""
+    z, group = torch.cat([first, second]).double(), [*groups, *groups]
+    losses = []
+    for i in range(len(z)):
+        denominator = sum(torch.exp(z[i] @ z[a] / t) for a in range(len(z)) if a != i)
+        positives = [p for p in range(len(z)) if p != i and group[p] == group[i]]
+        losses.append(-sum(torch.log(torch.exp(z[i] @ z[p] / t) / denominator) for p in positives) / len(positives))
+    return torch.stack(losses).mean()
+
+
+def literal_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-sum_k q_k log p_k, where q is (1 - s) at the label plus s / K everywhere."""
+    p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    q = torch.full_like(p, smoothing / p.shape[1])
+    q[range(len(labels)), labels] += 1 - smoothing
+    return -(q * p.log()).sum(1).mean()
+
+
+def literal_pgd(loss: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator) -> Tensor:
+    """Two steps of 2.5 epsilon / 2 along the sign of the gradient, from a uniformly random start, inside ball and box."""
+    epsilon = CONFIG.threat_model.epsilon
+    attacked = (x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+    for _ in range(2):
+        attacked = attacked.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(attacked), attacked)
+        attacked = attacked.detach() + 1.25 * epsilon * gradient.sign()
+        attacked = torch.minimum(torch.maximum(attacked, x - epsilon), x + epsilon).clamp(0, 1)
+    return attacked
+
+
+@dataclass
+class Literal:
+    """The losses of one step of every phase, written down from the formulas."""
+
+    network: Network
+    labels: Tensor
+    groups: list[int] | None = None
+    smoothing: float = 0.0
+    modes: tuple[bool, bool] = (True, False)  # train mode while learning, while attacked
+
+    def pair(self, first: Tensor, second: Tensor) -> Tensor:
+        return literal_contrastive(*self.network.embed(torch.cat([first, second])).chunk(2), self.groups, CONFIG.temperature)
+
+    def classify(self, x: Tensor, smoothing: float) -> Tensor:
+        return literal_cross_entropy(self.network(x), self.labels, smoothing)
+
+    def clean(self, views: list[Tensor]) -> Tensor:
+        self.network.train(self.modes[0])
+        return self.pair(*views) if self.groups else self.classify(views[0], self.smoothing)
+
+    def adversarial(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        self.network.train(self.modes[1])
+        attacked = literal_pgd(lambda d: self.pair(x, d) if self.groups else self.classify(d, 0.0), x, generator)
+        self.network.train(self.modes[0])
+        return self.pair(x, attacked) if self.groups else self.classify(attacked, self.smoothing)
+
+
+STEPS = {
+    **{name: (name, {}) for name in PHASES},
+    "weight of the attacked term": ("CL at", {"adversarial_weight": 0.3}),
+    "gradient clipped": ("SL at", {"gradient_clip": 0.05}),
+    "labels smoothed": ("SL at", {"label_smoothing": 0.2}),
+    "head with smoothed labels": ("CL Partial-AT", {"label_smoothing": 0.2, "adversarial_weight": 2.0}),
+}
+
+
+@pytest.mark.parametrize(("phase", "changes"), STEPS.values(), ids=STEPS)
+def test_one_step_equals_the_formulas(fit, make_network, dataset, phase, changes):
+    scheme, kind, attacked = PHASES[phase]
+    data = replace(dataset, train=Split(dataset.train.images[:16], dataset.train.labels[:16]))
+    values = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "schedule": "constant"}
+    ours, (record,) = fit(phase, data=data, **values, **changes)
+
+    network, generator = make_network(), generator_for("train", SEED, 1)
+    order = torch.randperm(16, generator=generator)
+    x, labels = data.train.images[order].float() / 255, data.train.labels[order]
+    pretrains, head_only = kind == "pretrain", kind in ("ST", "Partial-AT")
+    groups = {"CL": list(range(16)), "SCL": labels.tolist()}.get(scheme) if pretrains else None
+    literal = Literal(network, labels, groups, changes.get("label_smoothing", 0.0), modes=(not head_only, False))
+    spec = {"SL": CONFIG.views.supervised}.get(scheme, CONFIG.views.contrastive)
+    clean = literal.clean([view(x, spec, generator=generator) for _ in range(2 if groups else 1)] if pretrains else [x])
+    adversarial = literal.adversarial(x, generator) if attacked else torch.zeros(())
+    head = network.projection_head if groups else network.classifier
+    learners = [*head.parameters(), *([] if head_only else network.encoder.parameters())]
+    gradients = torch.autograd.grad(clean + changes.get("adversarial_weight", 1.0) * adversarial, learners)
+    size = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+    shrink = min(1.0, changes.get("gradient_clip", math.inf) / size)
+    assert "gradient_clip" not in changes or shrink < 0.5  # else nothing is tested
+    for parameter, gradient in zip(learners, gradients, strict=True):
+        parameter.data -= 0.1 * shrink * (gradient + 0.9 * gradient)  # the first step of SGD with Nesterov momentum 0.9
+
+    assert record["train/loss"] == pytest.approx(clean.item(), rel=1e-4)
+    assert record.get("train/adversarial_loss", 0.0) == pytest.approx(adversarial.item(), rel=1e-4)
+    assert ("train/adversarial_loss" in record) == attacked
+    start, expected, actual = (dict(one.named_parameters()) for one in (make_network(), network, ours))
+    moved = math.sqrt(sum((expected[key] - start[key]).square().sum().item() for key in start))
+    apart = math.sqrt(sum((expected[key] - actual[key]).square().sum().item() for key in start))
+    assert moved > 1e-3 and apart < 1e-3 * moved
+
+
+# Who changes
+
+
+@pytest.mark.parametrize("phase", ["CL ST", "CL Partial-AT"])
+def test_a_head_alone_leaves_encoder_and_batch_norm_statistics_untouched(fit, make_network, phase):
+    network, _ = fit(phase)
+    assert changed(weights(make_network()), weights(network)) == {"classifier"}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_head_alone_leaves_batch_norm_alone_whatever_mode_the_attack_asks_for(fit, make_network, mode):
+    configuration = configured(f"attack.batch_norm={mode}")
+    network, _ = fit("CL Partial-AT", configuration=configuration, epochs=1)
+    assert changed(weights(make_network()), weights(network)) == {"classifier"}
+
+
+def test_full_adversarial_training_changes_the_encoder_and_not_the_projection_head(fit, make_network):
+    network, _ = fit("CL Full-AT")
+    assert changed(weights(make_network()), weights(network)) == {"encoder", "classifier"}
+
+
+@pytest.mark.parametrize(("phase", "heads"), [("SL at", "classifier"), ("CL at", "projection_head"), ("SCL at", "projection_head")])
+def test_pretraining_changes_the_encoder_and_its_own_head(fit, make_network, phase, heads):
+    network, _ = fit(phase, epochs=1)
+    assert changed(weights(make_network()), weights(network)) == {"encoder", heads}
+
+
+# Batch norm while attacked: batches that moved the statistics, in one epoch of two batches
+
+
+def batch_norms(network: Network) -> set[int]:
+    return {int(module.num_batches_tracked) for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+
+
+@pytest.mark.parametrize(
+    ("phase", "mode", "per_batch"),
+    [
+        ("SL at", "eval", 2),  # the clean batch and the attacked one
+        ("CL at", "eval", 2),
+        ("CL Full-AT", "eval", 2),
+        ("SL at", "train", 2 + 2),  # and every step of the attack
+        ("CL Full-AT", "train", 2 + 2),
+        ("CL at", "train", 2 + 2 + 1),  # and the clean embedding
+    ],
+)
+def test_an_attack_moves_the_statistics_only_in_train_mode(fit, phase, mode, per_batch):
+    configuration = configured(f"attack.batch_norm={mode}")
+    network, _ = fit(phase, configuration=configuration, epochs=1)
+    assert batch_norms(network) == {2 * per_batch}
+
+
+@pytest.mark.parametrize("phase", ["SL at", "CL at", "CL Full-AT"])
+def test_dual_statistics_count_clean_and_attacked_batches_apart(fit, make_network, phase):
+    network, _ = fit(phase, network=make_network(dual_batch_norm=True), epochs=1)
+    layers = [module for module in network.modules() if isinstance(module, DualBatchNorm)]
+    assert {int(layer.clean.num_batches_tracked) for layer in layers} == {2}
+    assert {int(layer.adversarial.num_batches_tracked) for layer in layers} == {2}
+    assert not torch.equal(layers[0].clean.running_mean, layers[0].adversarial.running_mean)
+
+
+# Selection
+
+
+class Scripted(Classification):
+    """Its validation scores are given in advance, (clean, adversarial) per epoch."""
+
+    def __init__(self, network: Network, scores: list[tuple[float, float]]) -> None:
+        super().__init__(network)
+        self.scores, self.epoch = scores, -1
+
+    def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
+        self.epoch += 1
+        return torch.full((len(labels),), self.scores[self.epoch][0])
+
+    def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        return torch.full((len(labels),), self.scores[self.epoch][1])
+
+
+class ScriptedLoss(Scripted):
+    metric, larger_is_better = "loss", False
+
+
+NAN = math.nan
+SELECTIONS = {
+    "a bad last epoch": (Scripted, "best", [(0.1, 0.1), (0.8, 0.6), (0.2, 0.1)], 2),
+    "the last, on request": (Scripted, "last", [(0.1, 0.1), (0.8, 0.6), (0.2, 0.1)], 3),
+    "the adversarial score decides": (Scripted, "best", [(0.9, 0.2), (0.5, 0.4), (0.9, 0.3)], 2),
+    "of equals, the later": (Scripted, "best", [(0.5, 0.4), (0.5, 0.4), (0.9, 0.3)], 2),
+    "small losses are good": (ScriptedLoss, "best", [(5.0, 5.0), (2.0, 1.0), (1.0, 2.0)], 2),
+    "a score that is no number is never best": (Scripted, "best", [(0.5, 0.4), (0.9, NAN), (0.1, 0.1)], 1),
+    "not even in the first epoch": (Scripted, "best", [(0.5, NAN), (0.9, 0.3), (0.1, 0.1)], 2),
+}
+
+
+@pytest.mark.parametrize(("kind", "keep", "scores", "kept"), SELECTIONS.values(), ids=SELECTIONS)
+def test_the_selected_epoch_is_kept(tmp_path, small, make_network, kind, keep, scores, kept):
+    values = settings(epochs=3, keep=keep)
+    checkpoint = Checkpoint(tmp_path, "x")
+    task = kind(make_network(), scores)
+    of_epoch = []
+    for _ in train(task, small, values, adversary=training_adversary(CONFIG), seed=SEED, machine=CPU, checkpoint=checkpoint):
+        of_epoch.append(weights(task.network))
+    final = weights(task.network)
+    assert [not changed(one, final) for one in of_epoch] == [epoch == kept for epoch in (1, 2, 3)]
+    assert checkpoint.load().best_epoch == kept
+
+
+def test_without_an_adversary_the_clean_score_decides(tmp_path, small, make_network):
+    task = Scripted(make_network(), [(0.5, 9.0), (0.9, 0.0), (0.7, 9.0)])
+    checkpoint = Checkpoint(tmp_path, "x")
+    history = list(train(task, small, settings(epochs=3), adversary=None, seed=SEED, machine=CPU, checkpoint=checkpoint))
+    assert checkpoint.load().best_epoch == 2 and "validation/adversarial_accuracy" not in history[0]
+
+
+class Unread:
+    """A split that nobody may touch."""
+
+    def __getattribute__(self, name: str) -> None:
+        raise AssertionError(f"training has read the test split ({name})")
+
+    def __len__(self) -> int:
+        raise AssertionError("training has counted the test split")
+
+
+@pytest.mark.parametrize("phase", ["SL at", "CL at", "CL Partial-AT", "CL Full-AT"])
+def test_training_never_reads_the_test_split(fit, small, phase):
+    fit(phase, data=replace(small, test=Unread()), epochs=1)
+
+
+def test_training_never_learns_from_validation(fit, small):
+    """The weights after one epoch do not depend on validation's images; the score does."""
+    other = replace(small, validation=Split(255 - small.validation.images, small.validation.labels))
+    ours, (record,) = fit("CL st", epochs=1)
+    theirs, (record_of_other,) = fit("CL st", epochs=1, data=other)
+    assert not changed(weights(ours), weights(theirs))
+    assert record["train/loss"] == record_of_other["train/loss"] and record["validation/loss"] != record_of_other["validation/loss"]
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("phase", ["SL at", "CL st", "CL at", "SCL at", "CL ST", "CL Partial-AT", "CL Full-AT"])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit, phase):
+    torch.manual_seed(1)
+    first, history = fit(phase, epochs=1)
+    torch.manual_seed(2)  # nothing depends on the global state
+    second, history_again = fit(phase, epochs=1)
+    assert not changed(weights(first), weights(second)) and history == history_again
+    third, _ = fit(phase, seed=SEED + 1, epochs=1)
+    assert changed(weights(first), weights(third))
+
+
+def test_training_leaves_the_global_random_state_as_it_was(fit):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    fit("CL at", epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_epoch_has_its_own_order_and_views_and_the_same_validation(fit):
+    """With a vanishing learning rate only the draws tell the epochs apart."""
+    _, history = fit("CL at", epochs=2, learning_rate=1e-30, weight_decay=0.0)
+    assert history[0]["train/loss"] != history[1]["train/loss"]
+    # Batch-norm statistics move on; without them the validation loss would be the very same number.
+    assert history[0]["validation/loss"] == pytest.approx(history[1]["validation/loss"], rel=0.2)
+    _, history = fit("CL Partial-AT", epochs=2, learning_rate=1e-30, weight_decay=0.0)
+    assert history[0]["validation/adversarial_accuracy"] == history[1]["validation/adversarial_accuracy"]
+
+
+def test_every_image_is_seen_at_most_once_per_epoch(tmp_path, dataset, make_network):
+    """100 images in batches of 32: 96 of them, other ones in every epoch."""
+
+    class Watching(Classification):
+        def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+            seen.extend(index.tolist())
+            assert torch.equal(images, data.train.images[index].float() / 255) and torch.equal(labels, data.train.labels[index])
+            return super().clean_loss(images, labels, index, generator=generator)
+
+    seen: list[int] = []
+    extra = Split(torch.cat([dataset.train.images, dataset.test.images[:4]]), torch.cat([dataset.train.labels, dataset.test.labels[:4]]))
+    data = replace(dataset, train=extra)
+    task = Watching(make_network())
+    list(train(task, data, settings(epochs=2), adversary=None, seed=SEED, machine=CPU, checkpoint=Checkpoint(tmp_path, "x")))
+    first, second = seen[:96], seen[96:]
+    assert len(set(first)) == len(set(second)) == 96 and first != second and set(first) != set(second)
+
+
+# Going on
+
+
+RESUMED = {
+    **{phase: (phase, {}, {}) for phase in ("CL at", "CL Partial-AT", "CL Full-AT")},
+    "adam": ("SL st", {"optimizer": "adam"}, {}),
+    "sgd": ("SL st", {"optimizer": "sgd"}, {}),
+    "keep last": ("SL st", {"keep": "last"}, {}),
+    "dropout": ("SL st", {}, {"options": {"drop_rate": 0.5}}),
+    "dual batch norm": ("SL at", {}, {"dual_batch_norm": True}),
+    "one batch larger than the data": ("SL st", {"batch_size": 200}, {}),
+}
+
+
+@pytest.mark.parametrize(("phase", "changes", "architecture"), RESUMED.values(), ids=RESUMED)
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, fit, small, make_network, phase, changes, architecture):
+    """Stopped after every epoch, each time in the middle of the next one, and continued by a fresh network and optimiser."""
+    changes = {"epochs": 3, **changes}
+    whole, history = fit(phase, network=make_network(**architecture), **changes)
+
+    values = settings(**changes)
+    for finished in range(3):
+        network = make_network(**architecture)
+        begun = train(
+            make_task(phase, network, small, values),
+            small,
+            values,
+            adversary=training_adversary(CONFIG) if PHASES[phase][2] else None,
+            seed=SEED,
+            machine=CPU,
+            checkpoint=Checkpoint(tmp_path / "scratch", "x"),
+            on_batch=interrupt_in(finished + 2),
+        )
+        with pytest.raises(Interrupted) if finished < 2 else contextlib.nullcontext():
+            assert [record["epoch"] for record in begun] == [1, 2, 3]
+    assert not changed(weights(whole), weights(network))
+    _, again = fit(phase, network=make_network(**architecture), checkpoint=Checkpoint(tmp_path / "scratch", "x"), **changes)
+    assert again == history
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def interrupt_in(wanted: int) -> Callable[[int, int, float], None]:
+    def on_batch(epoch: int, done: int, loss: float) -> None:
+        if epoch == wanted:
+            raise Interrupted
+
+    return on_batch
+
+
+def test_a_finished_training_is_told_again_without_a_step(fit, tmp_path, make_network):
+    first, history = fit("SL at", checkpoint=Checkpoint(tmp_path / "scratch", "x"))
+    network = make_network(seed=9)  # whatever its weights are
+    steps = []
+    network.encoder.register_forward_hook(lambda *_: steps.append(1))
+    second, again = fit("SL at", network=network, checkpoint=Checkpoint(tmp_path / "scratch", "x"))
+    assert again == history and not changed(weights(first), weights(second)) and not steps
+
+
+# Steps, rates, failures
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+
+class Slope:
+    """Its loss is w: every gradient is 1, so that Adam moves w by the learning rate."""
+
+    metric, larger_is_better = "loss", False
+
+    def __init__(self) -> None:
+        self.network, self.path = Weight(), []
+
+    def learners(self) -> list[nn.Parameter]:
+        return [self.network.w]
+
+    def train_mode(self) -> None:
+        pass
+
+    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+        self.path.append(self.network.w.item())
+        return self.network.w.expand(len(labels))
+
+    def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
+        return torch.zeros(len(labels))
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("constant", 0.0), ("cosine", 0.25), ("onecycle", 0.0)])
+def test_every_step_has_its_own_learning_rate(tmp_path, dataset, schedule, warmup):
+    """96 images, batches of 16, 4 epochs: 24 steps along one schedule."""
+    values = settings(
+        epochs=4, batch_size=16, optimizer="adam", learning_rate=0.5, weight_decay=0.0, schedule=schedule, warmup=warmup, keep="last"
+    )
+    task = Slope()
+    history = list(train(task, dataset, values, adversary=None, seed=SEED, machine=CPU, checkpoint=Checkpoint(tmp_path, "x")))
+    path = [*task.path, task.network.w.item()]
+    rates = [learning_rate(values, step=step, steps=24) for step in range(24)]
+    assert [before - after for before, after in itertools.pairwise(path)] == pytest.approx(rates, abs=1e-5)
+    assert [record["learning_rate"] for record in history] == pytest.approx(rates[5::6])
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_knobs_to_turn(fit):
+    with pytest.raises(Failure) as stopped:
+        fit("SL at", learning_rate=1e30, optimizer="sgd", schedule="constant")
+    line = str(stopped.value)
+    assert "epoch 1" in line and "learning rate" in line and "1e+30" in line and "gradient_clip" in line and "\n" not in line
+
+
+def test_a_failed_epoch_is_not_saved(tmp_path, fit):
+    checkpoint = Checkpoint(tmp_path / "scratch", "x")
+    with pytest.raises(Failure):
+        fit("SL at", learning_rate=1e30, optimizer="sgd", schedule="constant", checkpoint=checkpoint)
+    assert checkpoint.load() is None
+
+
+def test_progress_is_told_after_every_batch(tmp_path, dataset, make_network):
+    told = []
+    task = Classification(make_network())
+    list(
+        train(
+            task,
+            dataset,
+            settings(),
+            adversary=None,
+            seed=SEED,
+            machine=CPU,
+            checkpoint=Checkpoint(tmp_path, "x"),
+            on_batch=lambda epoch, done, loss: told.append((epoch, done, math.isfinite(loss))),
+        )
+    )
+    assert told == [(epoch, done, True) for epoch in (1, 2) for done in (1, 2, 3)]
+
+
+def test_records_hold_exactly_the_documented_names(fit):
+    _, (record, _) = fit("CL at")
+    assert set(record) == {
+        *("epoch", "learning_rate", "train/loss", "train/adversarial_loss"),
+        *("validation/loss", "validation/adversarial_loss"),
+    }
+    _, (record, _) = fit("CL ST")
+    assert set(record) == {"epoch", "learning_rate", "train/loss", "validation/accuracy"}
+
+
+def test_training_learns(fit):
+    """Adversarial training on easy patterns: nearly everything right, and most of it under a small attack."""
+    configuration = configured("threat_model.epsilon=0.05")
+    _, history = fit("SL at", configuration=configuration, epochs=5, batch_size=8, learning_rate=5e-3, schedule="onecycle")
+    assert history[-1]["validation/accuracy"] > 0.9 and history[-1]["validation/adversarial_accuracy"] > 0.6
+    assert history[-1]["train/loss"] < 0.7 * history[0]["train/loss"]
+
+
+@pytest.mark.parametrize("phase", ["SL at", "CL at", "CL Partial-AT", "CL Full-AT"])
+def test_training_in_bf16_works_and_keeps_the_weights_in_fp32(fit, phase):
+    network, history = fit(phase, machine=Machine(torch.device("cpu"), "bf16"), epochs=1)
+    assert all(math.isfinite(value) for value in history[0].values())
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32, torch.int64}
