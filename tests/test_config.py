@@ -144,6 +144,13 @@ def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:
     )
 
 
+def test_restarts_that_would_repeat_the_same_attack_are_refused(params: Path) -> None:
+    assert config.load(params, ["evaluate.restarts=3", "evaluate.random_start=true"]).evaluate.restarts == 3
+    assert complaint(params, "evaluate.restarts=3", "evaluate.random_start=false") == (
+        "params.yaml: evaluate.restarts = 3 repeats the same attack without evaluate.random_start; set one of the two"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -199,7 +206,7 @@ TEXT = st.text(st.characters(exclude_categories=["C", "Z"], include_characters="
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(text=TEXT, number=st.floats(1e-300, 1), option=st.booleans() | st.integers() | st.floats(-1e9, 1e9) | TEXT)
 def test_whatever_a_value_looks_like_it_survives_printing(text: str, number: float, option: object) -> None:
     raw = config._parse_yaml(PARAMS, source="")

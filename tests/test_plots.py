@@ -85,6 +85,13 @@ def test_the_legend_says_what_epsilon_is_where_it_is_told() -> None:
     assert [text.get_text() for text in texts][-1] == r"attacked, $\epsilon$ = 8/255 (L-infinity)"
 
 
+def test_the_legend_of_one_scheme_fits_into_its_narrow_figure() -> None:
+    figure = accuracy_chart([row("CL", "AT")], threat_model="8/255 (L-infinity)")
+    figure.draw_without_rendering()
+    inside = figure.bbox.padded(1)
+    assert all(inside.contains(*corner) for corner in figure.legends[0].get_window_extent().corners())
+
+
 def test_several_seeds_are_a_mean_with_a_point_for_each() -> None:
     figure = accuracy_chart([row("CL", "AT", seed=k, shares=(0.9, 0.6, share)) for k, share in enumerate((0.2, 0.4, 0.6))])
     (axes,) = figure.axes

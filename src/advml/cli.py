@@ -142,10 +142,12 @@ def _show_table(configuration: Config, workspace: Workspace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from advml.report import COLUMNS, cell, grid_rows
+    from advml.report import COLUMNS, NORM_NAMES, cell, grid_rows
 
     threat = configuration.threat_model
-    shown = Table(title=f"Accuracy in %, 95 % intervals; PGD under threat models I and II, {threat.norm} epsilon {threat.epsilon:.4g}")
+    shown = Table(
+        title=f"Accuracy in %, 95 % intervals; PGD under threat models I and II, {NORM_NAMES[threat.norm]} epsilon {threat.epsilon:.4g}"
+    )
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")
     for row in grid_rows(configuration, workspace):

@@ -17,13 +17,12 @@ from advml.data.images import decode
 from advml.errors import UserError
 from advml.example_plot import draw, quoted
 from advml.objectives import cross_entropy
+from advml.report import NORM_NAMES
 from advml.runtime import generator_for
 from advml.style import to_png
 
 if TYPE_CHECKING:
     from advml.stages.context import Context
-
-NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}
 
 
 def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> str:

@@ -54,7 +54,7 @@ def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
         threat_model: what epsilon is, for the legend, e.g. "8/255 (L-infinity)".
     """
     schemes, regimes = (_in_order([row[key] for row in rows]) for key in ("scheme", "regime"))
-    figure = Figure(figsize=(max(4.0, 0.8 + 2.4 * len(schemes)), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(5.6, 0.8 + 2.4 * len(schemes)), 3.6), layout="constrained")
     panels = figure.subplots(1, max(1, len(schemes)), sharey=True, squeeze=False)[0]
     for axes, scheme in zip(panels, schemes, strict=False):
         models = {regime: [row for row in rows if (row["scheme"], row["regime"]) == (scheme, regime)] for regime in regimes}

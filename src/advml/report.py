@@ -13,6 +13,8 @@ from advml.paths import Workspace, model_name
 
 Row = dict[str, Any]
 
+NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}
+
 # Column of the printed table -> metric.
 COLUMNS: dict[str, str] = {
     "clean": "accuracy/clean",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advml import models, tracking
 from advml.attacks.adversary import Adversary
@@ -16,6 +16,9 @@ from advml.progress import Bar
 from advml.stages.context import Context
 from advml.tasks import Task
 from advml.training import Record, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         with replace_folder(job.folder) as folder:
             digest = models.save(job.network, folder, {**record, "epoch": selected})
         write_atomically(context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+        if history:
+            run.log_figure(_curves(history, job.name, selected), "curves.png")
         run.log_checkpoint(job.folder, digest=digest)
     checkpoint.note(finished=True)
     return models.read_record(job.folder)
@@ -99,6 +104,12 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
             history.append(record)
             run.log_epochs(history)
     return history
+
+
+def _curves(history: list[Record], name: str, selected: int) -> Figure:
+    from advml.plots import training_curves  # matplotlib takes half a second to import: after the work, not before
+
+    return training_curves(history, name, selected=selected)
 
 
 def _scores(history: list[Record]) -> str:

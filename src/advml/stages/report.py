@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from advml import plots, report, tracking
 from advml.checkpoint import write_atomically
+from advml.config import Config
 from advml.errors import UserError
+from advml.report import NORM_NAMES
 from advml.stages.context import Context
 
 
@@ -16,7 +18,7 @@ def run(context: Context) -> list[report.Row]:
         raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
     write_atomically(reports / "summary.csv", report.to_csv(table).encode())
     write_atomically(reports / "summary.md", report.to_markdown(table).encode())
-    write_atomically(reports / "summary.png", plots.to_png(plots.accuracy_chart(table)))
+    write_atomically(reports / "summary.png", plots.to_png(plots.accuracy_chart(table, threat_model=_threat(config))))
     with tracking.open_run(
         config, root=context.workspace.root, name="study", kind="study", tags={}, params=config.model_dump(mode="json")
     ) as run:
@@ -24,3 +26,7 @@ def run(context: Context) -> list[report.Row]:
         for name in ("summary.md", "summary.csv", "summary.png"):
             run.log_file(reports / name)
     return table
+
+
+def _threat(config: Config) -> str:
+    return f"{config.threat_model.epsilon:.4g} ({NORM_NAMES[config.threat_model.norm]})"

@@ -69,11 +69,17 @@ def locate(config: Config, *, root: Path) -> Place:
     return Place(sqlite.uri(database), experiment, database, database.parent / folder)
 
 
-def connect(place: Place) -> Store:
-    """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
+def prepare() -> None:
+    """Set MLflow's environment; best before mlflow is imported, which reads some of it only then."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    #logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every retry
+
+
+def connect(place: Place) -> Store:
+    """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
+    prepare()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's models use what SQLAlchemy deprecates
         if place.database is None:
