@@ -157,8 +157,10 @@ def test_stored_features_follow_the_index_of_a_shuffled_batch(make_network, data
 
 
 def test_a_head_alone_keeps_the_encoder_in_eval_mode_and_without_gradients(make_network, dataset, images, adversarial, labels):
-    network = make_network().train()
+    network = make_network()
     task = head_only(network, dataset)
+    network.train()
+    task.train_mode()
     assert not any(module.training for module in network.encoder.modules())
     task.clean_loss(images, labels, INDEX, generator=generator()).mean().backward()
     task.adversarial_loss(images, adversarial, labels).mean().backward()

@@ -409,6 +409,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, fit, small, m
 
     values = settings(**changes)
     for finished in range(3):
+        torch.manual_seed(finished)  # the global state is another one in every process
         network = make_network(**architecture)
         begun = train(
             make_task(phase, network, small, values),
@@ -507,10 +508,10 @@ def test_a_failed_epoch_is_not_saved(tmp_path, fit):
     assert checkpoint.load() is None
 
 
-def test_progress_is_told_after_every_batch(tmp_path, dataset, make_network):
+def test_every_batch_is_told_and_their_mean_is_recorded(tmp_path, dataset, make_network):
     told = []
     task = Classification(make_network())
-    list(
+    history = list(
         train(
             task,
             dataset,
@@ -519,10 +520,12 @@ def test_progress_is_told_after_every_batch(tmp_path, dataset, make_network):
             seed=SEED,
             machine=CPU,
             checkpoint=Checkpoint(tmp_path, "x"),
-            on_batch=lambda epoch, done, loss: told.append((epoch, done, math.isfinite(loss))),
+            on_batch=lambda epoch, done, loss: told.append((epoch, done, loss)),
         )
     )
-    assert told == [(epoch, done, True) for epoch in (1, 2) for done in (1, 2, 3)]
+    assert [(epoch, done) for epoch, done, _ in told] == [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3)]
+    means = [sum(loss for _, _, loss in told[first : first + 3]) / 3 for first in (0, 3)]
+    assert [record["train/loss"] for record in history] == pytest.approx(means)
 
 
 def test_records_hold_exactly_the_documented_names(fit):

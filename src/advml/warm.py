@@ -69,10 +69,12 @@ def serve(address: str) -> None:
     listener.bind(address)
     listener.listen(64)  # clients that come during the imports wait in the queue
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    from advml.provenance import source_digest
+    from advml.tracking.store import prepare
+
+    prepare()  # before mlflow is imported: some of its settings are read then
     for module in MODULES:
         importlib.import_module(module)
-    from advml.provenance import source_digest
-
     source_digest()  # of the sources just imported, not of what they are edited to later
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: they answer for themselves
     while True:

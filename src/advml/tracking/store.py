@@ -73,7 +73,7 @@ def prepare() -> None:
     """Set MLflow's environment; best before mlflow is imported, which reads some of it only then."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    #logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every retry
 
 
