@@ -5,7 +5,8 @@
 The step: d = argmax L(x, x + d) in 5 steps of PGD, then descend L(x, x + d) + L(t1(x), t2(x)). Augmentation is measured
 elsewhere: both sides get x itself for both views, the same loss function, Adam and network.
 
-Floors count passes of N images in units of a forward one; a backward pass costs 1 to the images and 2 with all parameters:
+Floors count passes of N images in units of a forward one; a backward pass costs 1 to the images and 2 with all parameters.
+Ours can fall below its floor of the ratio: under attack batch norms are folded into the convolutions.
 
 | | ours | paper |
 |---|---|---|
@@ -19,7 +20,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from timing import Timing, hardware_line, interleaved
+from timing import hardware_line, interleaved
 from torch import Tensor
 
 from advml.attacks.adversary import Adversary
@@ -34,7 +35,8 @@ from advml.tasks import Contrastive
 EPSILON, STEPS, TEMPERATURE = 8 / 255, 5, 0.2
 STEP_SIZE = 2.5 * EPSILON / STEPS
 LOSSES = 4 + 8
-FLOORS = {"attack, ours": 1 + 2 * STEPS, "attack, paper": 6 * STEPS, "step, ours": 1 + 2 * STEPS + LOSSES, "step, paper": 6 * STEPS + LOSSES}
+ATTACK = {"ours": 1 + 2 * STEPS, "paper": 6 * STEPS}
+FLOORS = {f"attack, {who}": passes for who, passes in ATTACK.items()} | {f"step, {who}": passes + LOSSES for who, passes in ATTACK.items()}
 WANTED = {"attack": 0.33, "step": 0.55}
 
 
@@ -107,17 +109,14 @@ def compare(backbone: str, shape: tuple[int, int, int], batch: int, rounds: int,
     tasks: dict[str, Callable[[], object]] = {"attack, ours": ours.attack, "attack, paper": paper.attack}
     tasks |= {"step, ours": ours.step, "step, paper": paper.step}
     times = interleaved({"forward": forward, **tasks}, rounds)
-    name = f"{backbone}, {batch} x {channels}x{side}x{side}"
+    print(f"| {backbone}, {batch} x {channels}x{side}x{side} | milliseconds | in forward passes | floor |\n|---|---|---|---|")
     for task in tasks:
-        passes = times[task].over(times["forward"])
-        print(f"| {name} | {task} | {times[task].milliseconds} | {passes} | {FLOORS[task]} |")
-    print(*(verdict(part, times, name) for part in WANTED), sep="\n", end="\n\n")
-
-
-def verdict(part: str, times: dict[str, Timing], name: str) -> str:
-    ratio, floor = times[f"{part}, ours"].over(times[f"{part}, paper"]), FLOORS[f"{part}, ours"] / FLOORS[f"{part}, paper"]
-    met = "met" if ratio.median <= WANTED[part] else "missed"
-    return f"| {name} | {part}, ours / paper | {ratio} | wanted {WANTED[part]}: {met} | {floor:.3g} |"
+        print(f"| {task} | {times[task].milliseconds} | {times[task].over(times['forward'])} | {FLOORS[task]} |")
+    for part, wanted in WANTED.items():
+        ratio, floor = times[f"{part}, ours"].over(times[f"{part}, paper"]), FLOORS[f"{part}, ours"] / FLOORS[f"{part}, paper"]
+        met = "met" if ratio.median <= wanted else "missed"
+        print(f"| {part}, ours / paper | {ratio}; wanted {wanted}: {met} | | {floor:.3g} |")
+    print()
 
 
 def main() -> None:
@@ -130,7 +129,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"## Contrastive training step\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
     print("Median (quartiles) of interleaved rounds; passes are of one batch, forward, in train mode without gradients.\n")
-    print("| network | what | milliseconds | in forward passes | floor |\n|---|---|---|---|---|")
     machine = Machine(options.device)
     compare("test_resnet", (1, 8, 8), 128, 3 if options.quick else 15, machine=machine, seed=options.seed)
     compare("resnet18", (3, 32, 32), 8 if options.quick else 64, 1 if options.quick else 5, machine=machine, seed=options.seed)

@@ -127,12 +127,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "mlflow.db"
 
 
-@pytest.fixture
-def make_study(tmp_path: Path, dataset: Dataset, empty_store: Path) -> Callable[..., Study]:
-    """make_study("first", "seeds=[1]") makes a study in the folder `first`, with tiny parameters and these overrides."""
+@pytest.fixture(scope="session")
+def new_study(dataset: Dataset, empty_store: Path) -> Callable[..., Study]:
+    """new_study(folder, "seeds=[1]") makes a study in a new folder, with tiny parameters and these overrides."""
 
-    def make(name: str = "study", *overrides: str) -> Study:
-        study = Study(tmp_path / name)
+    def make(root: Path, *overrides: str) -> Study:
+        study = Study(root)
         study.root.mkdir()
         text = configuration.dump(configuration.load(REPOSITORY / "params.yaml", [*TINY, *overrides]))
         study.params.write_text(text, encoding="utf-8")
@@ -141,6 +141,12 @@ def make_study(tmp_path: Path, dataset: Dataset, empty_store: Path) -> Callable[
         return study
 
     return make
+
+
+@pytest.fixture
+def make_study(tmp_path: Path, new_study: Callable[..., Study]) -> Callable[..., Study]:
+    """make_study("first", "seeds=[1]") makes a study in the test's own folder."""
+    return lambda name="study", *overrides: new_study(tmp_path / name, *overrides)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.attacks.folding import folded
+from advml.attacks.frozen import FrozenBatchNorm
 from advml.attacks.pgd import Objective, default_step_size, pgd
 from advml.attacks.threat import ThreatModel
 from advml.models import Network, under_attack
@@ -44,7 +44,7 @@ class Adversary:
             images: (N, C, H, W) in [0, 1].
             generator: draws the random start, on the CPU.
         """
-        with under_attack(network, mode=self.mode), folded(network, images[:1]) if self.mode == "eval" else nullcontext():
+        with under_attack(network, mode=self.mode), FrozenBatchNorm() if self.mode == "eval" else nullcontext():
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None
             return pgd(
                 objective(),
