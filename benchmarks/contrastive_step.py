@@ -6,7 +6,6 @@ The step: d = argmax L(x, x + d) in 5 steps of PGD, then descend L(x, x + d) + L
 elsewhere: both sides get x itself for both views, the same loss function, Adam and network.
 
 Floors count passes of N images in units of a forward one; a backward pass costs 1 to the images and 2 with all parameters.
-Ours can fall below its floor of the ratio: under attack batch norms are folded into the convolutions.
 
 | | ours | paper |
 |---|---|---|

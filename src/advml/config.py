@@ -201,7 +201,7 @@ class EvaluationAttack(Section):
     @model_validator(mode="after")
     def _restarts(self) -> EvaluationAttack:
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"evaluate.restarts = {self.restarts} repeats one attack unless evaluate.random_start = true; change one of them")
+            raise ValueError(f"evaluate.restarts = {self.restarts} repeats one attack; set evaluate.random_start = true")
         return self
 
 
