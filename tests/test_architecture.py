@@ -164,7 +164,10 @@ NEUTRAL = {
     "advml.tracking": "written to, never read from",
     "advml.stages": "an empty package",
 }
+CURVES = {name: "draws the run's curves for MLflow, which no later stage reads" for name in ("advml.plots", "advml.style")}
 NEUTRAL_FOR = {
+    "pretrain": CURVES,
+    "finetune": CURVES,
     "prepare": {"advml.stages.context": "takes configuration and folders from it, no machine and no network"},
     "evaluate": {"advml.schedules": "takes nothing but `batches` from training"},
     "report": {

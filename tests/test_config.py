@@ -147,7 +147,7 @@ def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:
 def test_restarts_that_would_repeat_the_same_attack_are_refused(params: Path) -> None:
     assert config.load(params, ["evaluate.restarts=3", "evaluate.random_start=true"]).evaluate.restarts == 3
     assert complaint(params, "evaluate.restarts=3", "evaluate.random_start=false") == (
-        "params.yaml: evaluate.restarts = 3 repeats the same attack without evaluate.random_start; set one of the two"
+        "params.yaml: evaluate.restarts = 3 repeats one attack; set evaluate.random_start = true"
     )
 
 

@@ -48,7 +48,7 @@ def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
     Raises:
         UserError: if a class has too few images, or `max_train`, `max_test` are below the number of classes.
     """
-    order = np.argsort(np.random.PCG64(data.seed % 2**64).random_raw(len(source.labels)), kind="stable")
+    order = np.argsort(np.random.PCG64(data.seed).random_raw(len(source.labels)), kind="stable")
 
     def by_class(indices: np.ndarray) -> list[np.ndarray]:
         dealt = order[np.isin(order, indices)]

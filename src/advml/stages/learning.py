@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from advml import models, tracking
 from advml.attacks.adversary import Adversary
@@ -16,9 +16,6 @@ from advml.progress import Bar
 from advml.stages.context import Context
 from advml.tasks import Task
 from advml.training import Record, train
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
     return history
 
 
-def _curves(history: list[Record], name: str, selected: int) -> Figure:
+def _curves(history: list[Record], name: str, selected: int) -> Any:
     from advml.plots import training_curves  # matplotlib takes half a second to import: after the work, not before
 
     return training_curves(history, name, selected=selected)

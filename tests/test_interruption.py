@@ -1,0 +1,328 @@
+"""Processes that are killed, for real: what they had done is kept, and the end is the same to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from advml import checkpoint, evaluation, models, tracking
+from advml.progress import Bar
+from advml.stages import evaluate, finetune, learning, pretrain
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+TIMEOUT = 120.0
+PRETRAINING, MODEL = "CL-at-s0", "CL-Full-AT-s0"
+EPOCHS = ("pretrain.CL.epochs=4", "regimes.Full-AT.epochs=4", "attack.steps=1")
+
+
+def results(study, *names: str) -> dict[str, bytes]:
+    """Every result file of these pretrainings and models."""
+    roots = [
+        folder for name in names for folder in (study.workspace.pretrained(name), study.workspace.model(name), study.workspace.report(name))
+    ]
+    found = {path.relative_to(study.root).as_posix(): path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()}
+    made = study.workspace.record("evaluate", names[-1])
+    return found | ({"record": made.read_bytes()} if made.exists() else {})
+
+
+def states(study) -> set[tuple[str, int]]:
+    """All states in scratch and results, with the times they were written: grows by one with every epoch and figure."""
+    found = set()
+    for path in (study.root / ".scratch").rglob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> bool:
+    """Whether the condition came true while the process ran."""
+    deadline = time.monotonic() + TIMEOUT
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < deadline, "the process has hung"
+        time.sleep(0.005)
+    return False
+
+
+def kill(process: subprocess.Popen, folder: Path) -> None:
+    """SIGKILL to the command and to the fork that works for it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.pid != process.pid and Path(child.cwd()) == folder:
+                child.kill()
+                child.wait(TIMEOUT)
+    process.kill()
+    process.communicate()
+
+
+def fork_and_die(work: Callable[[], object]) -> None:
+    """Run `work` in a forked process, which it must not survive: something in it sends SIGKILL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads; pytest-xdist has one, which waits
+        child = os.fork()
+    if child == 0:
+        signal.alarm(int(TIMEOUT))
+        try:
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"survived, or died otherwise: {status}"
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nth(number: int, action: Callable[..., object], otherwise: Callable[..., object]) -> Callable[..., object]:
+    """A function that does `action` in its n-th call and `otherwise` in all before."""
+    calls = []
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return action(*args, **kwargs) if len(calls) == number else otherwise(*args, **kwargs)
+
+    return call
+
+
+def after(function: Callable[..., object]) -> Callable[..., object]:
+    """Do it, then die."""
+
+    def call(*args: object, **kwargs: object) -> None:
+        function(*args, **kwargs)
+        die()
+
+    return call
+
+
+def progressed(study, steps: int) -> Callable[[], bool]:
+    """A condition: this many states have been written from now on."""
+    seen = states(study)
+    wanted = len(seen) + steps
+
+    def condition() -> bool:
+        seen.update(states(study))
+        return len(seen) >= wanted
+
+    return condition
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(new_study, tmp_path_factory):
+    """A study whose stages ran from start to end."""
+    study = new_study(tmp_path_factory.mktemp("interruption") / "uninterrupted", *EPOCHS)
+    pretrain.run(study.context(), scheme="CL", phase="at", seed=0)
+    finetune.run(study.context(), scheme="CL", regime="Full-AT", seed=0)
+    evaluate.run(study.context(), scheme="CL", regime="Full-AT", seed=0)
+    return study
+
+
+@pytest.fixture
+def begun(make_study, uninterrupted):
+    """A study of the same parameters in which nothing has run yet."""
+    return make_study("begun", *EPOCHS)
+
+
+@pytest.fixture
+def pretrained(uninterrupted, begun):
+    """A study of the same parameters with its pretraining done."""
+    shutil.copytree(uninterrupted.workspace.pretrained(PRETRAINING), begun.workspace.pretrained(PRETRAINING))
+    return begun
+
+
+@pytest.fixture
+def finetuned(uninterrupted, pretrained):
+    """A study of the same parameters with its model done."""
+    shutil.copytree(uninterrupted.workspace.model(MODEL), pretrained.workspace.model(MODEL))
+    return pretrained
+
+
+# At any moment
+
+
+def test_a_study_killed_at_random_moments_ends_with_the_same_bits(begun, uninterrupted, advml):
+    moments, kills = random.Random(0), 0
+    while True:
+        condition = progressed(begun, moments.randint(1, 3))
+        process = advml.start("train", "CL", "Full-AT", cwd=begun.root)
+        if not wait_for(condition, process):
+            break
+        time.sleep(moments.uniform(0, 0.15))
+        kill(process, begun.root)
+        kills += 1
+    assert process.wait() == 0, process.communicate()
+    assert kills >= 3
+    assert results(begun, PRETRAINING, MODEL) == results(uninterrupted, PRETRAINING, MODEL)
+    assert not [path for path in begun.root.rglob("*") if path.name.endswith((".part", ".old"))]
+    assert begun.runs() == [(PRETRAINING, "FINISHED"), (MODEL, "FINISHED")]
+
+
+def test_a_command_started_and_killed_without_any_help_goes_on(begun, uninterrupted, advml):
+    """`python -m advml` as a user starts it: no server, no fork."""
+    command = [sys.executable, "-m", "advml", "pretrain", "CL", "at"]
+    process = subprocess.Popen(command, cwd=begun.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert wait_for(progressed(begun, 2), process), process.communicate()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert begun.runs() == [(PRETRAINING, "RUNNING")]
+    assert advml("pretrain", "CL", "at", cwd=begun.root).returncode == 0
+    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
+    assert begun.runs() == [(PRETRAINING, "FINISHED")]
+
+
+# At the moments that matter
+
+
+def half_a_file(tensors: object, path: Path, metadata: object) -> None:
+    Path(path).write_bytes(b"half a file")
+    die()
+
+
+MOMENTS = {
+    "in the middle of the first epoch": lambda patch: patch.setattr(Bar, "reach", nth(2, die, lambda *_: None)),
+    "in the middle of a later epoch": lambda patch: patch.setattr(Bar, "reach", nth(8, die, lambda *_: None)),
+    "while a state is written": lambda patch: patch.setattr(checkpoint, "save_file", nth(3, half_a_file, checkpoint.save_file)),
+    "when a state is in place": lambda patch: patch.setattr(
+        checkpoint.Checkpoint, "save", nth(2, after(checkpoint.Checkpoint.save), checkpoint.Checkpoint.save)
+    ),
+    "when the last state is in place": lambda patch: patch.setattr(
+        checkpoint.Checkpoint, "save", nth(4, after(checkpoint.Checkpoint.save), checkpoint.Checkpoint.save)
+    ),
+    "when the model is written but not in its place": lambda patch: patch.setattr(models, "save", after(models.save)),
+    "between model and history": lambda patch: patch.setattr(learning, "write_atomically", die),
+    "between history and MLflow": lambda patch: patch.setattr(tracking.Run, "log_checkpoint", die),
+    "before the run is ended": lambda patch: patch.setattr(tracking.Run, "finish", die),
+    "when all is done but the note of it": lambda patch: patch.setattr(tracking.Run, "finish", after(tracking.Run.finish)),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(pretrained, uninterrupted, monkeypatch, moment):
+    def work() -> None:
+        finetune.run(pretrained.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
+
+    with monkeypatch.context() as patch:
+        moment(patch)
+        fork_and_die(work)
+    work()
+    assert results(pretrained, PRETRAINING, MODEL).keys() == results(uninterrupted, PRETRAINING, MODEL).keys() - LATER
+    assert results(pretrained, PRETRAINING, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
+    assert not [path for path in pretrained.root.rglob("*") if path.name.endswith((".part", ".old"))]
+    assert pretrained.runs() == [(MODEL, "FINISHED")]
+
+
+LATER = {"record", f"reports/{MODEL}/metrics.json", f"reports/{PRETRAINING}/history.json"}  # of stages that did not run here
+
+
+@pytest.mark.parametrize("moment", [2, 5, 6, 7], ids=["between two figures", "before the last", "before metrics.json", "before the record"])
+def test_an_evaluation_goes_on_with_the_figure_it_was_killed_at(finetuned, uninterrupted, monkeypatch, moment):
+    """Five figures, then metrics.json, then the record: seven files are written."""
+    figures, correct = [], evaluation.correct
+
+    def work() -> None:
+        evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_atomically", nth(moment, die, evaluate.write_atomically))
+        fork_and_die(work)
+
+    def watch(network: object, split: object, figure: evaluation.Figure, **options: object) -> object:
+        figures.append(figure.name)
+        return correct(network, split, figure, **options)
+
+    monkeypatch.setattr(evaluation, "correct", watch)
+    work()
+    assert len(figures) == max(0, 5 - (moment - 1))
+    assert results(finetuned, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
+    assert {f"reports/{MODEL}/metrics.json", "record"} <= results(finetuned, MODEL).keys()
+
+
+# What is not gone on with
+
+
+def killed_pretraining(study, monkeypatch, *overrides: str) -> None:
+    """Kill a pretraining in its third epoch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "reach", nth(8, die, lambda *_: None))
+        fork_and_die(lambda: pretrain.run(study.context(*overrides), scheme="CL", phase="at", seed=0))
+    assert study.runs() == [(PRETRAINING, "RUNNING")]
+
+
+def test_a_changed_parameter_starts_afresh_and_ends_the_orphaned_run(begun, uninterrupted, monkeypatch):
+    killed_pretraining(begun, monkeypatch, "pretrain.CL.learning_rate=0.1")
+    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
+    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
+    assert begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 something else", None], ids=["empty", "another file", "cut short"])
+def test_a_damaged_state_starts_afresh_within_the_same_run(begun, uninterrupted, monkeypatch, content):
+    killed_pretraining(begun, monkeypatch)
+    state = begun.workspace.scratch(f"pretrain-{PRETRAINING}") / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1000] if content is None else content)
+    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
+    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
+    assert begun.runs() == [(PRETRAINING, "FINISHED")]
+
+
+def test_another_version_of_the_sources_starts_afresh(begun, monkeypatch):
+    killed_pretraining(begun, monkeypatch)
+    monkeypatch.setattr("advml.stages.context.source_digest", lambda: "other sources")
+    steps = []
+    monkeypatch.setattr(Bar, "reach", lambda bar, done, note=None: steps.append(done))
+    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
+    assert steps[0] == 1 and begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
+
+
+# Polite ends
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "advml: interrupted; the same command continues from the last finished epoch")],
+)
+def test_a_signal_ends_the_run_as_killed_and_the_command_goes_on_later(begun, uninterrupted, advml, number, code, words):
+    process = advml.start("pretrain", "CL", "at", cwd=begun.root)
+    assert wait_for(progressed(begun, 1), process), process.communicate()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code and "Traceback" not in stderr and words in stderr
+    assert begun.runs() == [(PRETRAINING, "KILLED")]
+    again = advml("pretrain", "CL", "at", cwd=begun.root)
+    assert again.returncode == 0, again.stderr
+    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
+    assert begun.runs() == [(PRETRAINING, "FINISHED")]
+
+
+def test_a_full_disk_loses_no_finished_epoch(begun, uninterrupted, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", nth(3, full, checkpoint.save_file))
+        with pytest.raises(OSError, match="No space left"):
+            pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
+    assert begun.runs() == [(PRETRAINING, "FAILED")]
+    state = checkpoint.Checkpoint(begun.workspace.scratch(f"pretrain-{PRETRAINING}"), fingerprint_in(begun))
+    assert state.load().epoch == 2
+    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
+    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
+
+
+def fingerprint_in(study) -> str:
+    return json.loads((study.workspace.scratch(f"pretrain-{PRETRAINING}") / "notes.json").read_text())["fingerprint"]
