@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,8 @@ def study(make_study: Callable[..., Study]) -> Study:
 def warm() -> Iterator[dict[str, str]]:
     """Environment of commands that are forked from a process with all imports done."""
     with server(REPOSITORY) as environment:
+        while environment and not Path(environment[ADDRESS]).exists():  # a command that comes too early would do its own imports
+            time.sleep(0.01)
         yield environment
 
 

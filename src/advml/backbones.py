@@ -13,14 +13,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from advml.errors import UserError
 
@@ -58,13 +57,6 @@ SMALL_STEMS: dict[type[nn.Module], Callable[[nn.Module, int], None]] = {
     EfficientNet: _mobile,
     MobileNetV3: _mobile,
     RegNet: _regnet,
-}
-
-
-# Kind of batch norm -> what it does to features (N, C, H, W) after the affine map of each channel.
-AFTER_NORM: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
-    nn.BatchNorm2d: lambda norm, features: features,
-    BatchNormAct2d: lambda norm, features: norm.act(norm.drop(features)),
 }
 
 

@@ -79,7 +79,7 @@ def _measure(
                 )
                 write_atomically(done, save(results))
             bar.reach((number + 1) * len(split.labels), f"{figure.name} {results[figure.name].float().mean():.3f}")
-    return results
+    return {figure.name: results[figure.name] for figure in measured}  # in one order, wherever they come from
 
 
 def _write(path: Path, content: object) -> None:

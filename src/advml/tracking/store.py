@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 from advml.tracking import sqlite, ui
+from advml.tracking.signals import deferred
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -100,7 +101,8 @@ def attempt(place: Place, action: Callable[[Store], T]) -> T | None:
     if place.uri in _broken:
         return None
     try:
-        return action(connect(place))
+        with deferred():
+            return action(connect(place))
     except Exception as error:
         give_up(place, error)
         return None

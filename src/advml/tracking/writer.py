@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.tracking import store as stores
+from advml.tracking.signals import deferred
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as Record
@@ -24,7 +25,8 @@ def guarded(method: Callable) -> Callable:
         if self._store is None:
             return None
         try:
-            return method(self, *args, **kwargs)
+            with deferred():
+                return method(self, *args, **kwargs)
         except Exception as error:
             if self._strict:
                 raise

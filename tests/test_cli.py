@@ -1,0 +1,282 @@
+"""The command line: exit codes, one line for every foreseeable error, and help that says what comes next."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from advml import checkpoint, cli
+from advml.cli import app, guarded
+from advml.errors import Failure, UserError
+
+REPOSITORY = Path(__file__).parents[1]
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+
+
+# Help
+
+
+def help_of(*arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_help_lists_every_command_in_its_panel():
+    shown = help_of()
+    stages, beside = shown.index("Stages of the pipeline"), shown.index("Beside the pipeline")
+    for name in ("prepare", "pretrain", "finetune", "evaluate", "report"):
+        assert stages < shown.index(f"{name} ") < beside
+    for name in set(COMMANDS) - {"prepare", "pretrain", "finetune", "evaluate", "report"}:
+        assert shown.index(f" {name} ", beside) > beside
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_names_its_outputs_and_what_comes_next(command):
+    shown = help_of(command)
+    assert "Writes " in shown and "Next: " in shown
+    following = shown.split("Next: ")[1].split()[:2]
+    assert following[0] != "advml" or following[1] in COMMANDS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], [], ["--version"], ["pretrain", "--help"], ["preset", "cifar10"], ["show", "CL-AT-s0"], ["pretrain", "X", "st"]],
+)
+def test_what_needs_no_network_answers_without_importing_torch(arguments, tmp_path):
+    code = (
+        "import sys\nfrom advml import cli\ntry:\n    cli.main()\nfinally:\n"
+        "    print([name for name in ('torch', 'mlflow', 'timm', 'numpy') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+# A whole study
+
+
+@pytest.fixture(scope="module")
+def study(new_study, tmp_path_factory, advml):
+    """A study in which every command has run; `said` holds what each printed."""
+    study = new_study(tmp_path_factory.mktemp("cli") / "study", "grid.schemes=[CL]", "grid.adversarial_regimes=[]")
+    Image.new("L", (20, 30), color=80).save(study.root / "image.png")
+    said = {}
+    for line in (
+        *("pretrain CL st", "finetune CL ST", "evaluate CL ST", "report", "show CL-ST-s0", "show CL-st-s0"),
+        *("attack image.png --model CL-ST-s0 --out seen.png", "sync", "link --port 5555", "train CL ST"),
+    ):
+        done = advml(*line.split(), cwd=study.root)
+        assert done.returncode == 0, done.stderr
+        said[line] = done.stdout
+    return study, said
+
+
+def test_every_stage_says_what_it_wrote_and_the_next_command(study):
+    _, said = study
+    assert said["pretrain CL st"].splitlines() == ["wrote models/pretrain/CL-st-s0", "next: advml finetune CL ST --seed 0"]
+    assert said["finetune CL ST"].splitlines() == ["wrote models/finetune/CL-ST-s0", "next: advml evaluate CL ST --seed 0"]
+    first, *rest = said["evaluate CL ST"].splitlines()
+    assert first.startswith("CL-ST-s0: clean ") and "threat_model_1 " in first and "low" not in first
+    assert rest == ["wrote reports/CL-ST-s0", "next: advml show CL-ST-s0"]
+    assert said["train CL ST"].splitlines()[0] == first
+
+
+def test_what_a_stage_says_it_wrote_is_there(study):
+    folder, said = study
+    for line in (line for told in said.values() for line in told.splitlines() if line.startswith("wrote ")):
+        first, *others = (folder.root / path for path in line.removeprefix("wrote ").split(", "))
+        assert first.exists() and all(other.exists() or first.with_name(other.name).exists() for other in others), line
+
+
+def test_report_prints_the_table(study):
+    folder, said = study
+    metrics = json.loads((folder.workspace.report("CL-ST-s0") / "metrics.json").read_text())
+    row = next(line for line in said["report"].splitlines() if "CL-ST-s0" in line)
+    assert f"{100 * metrics['accuracy/clean']:.1f} [" in row and f"{100 * metrics['accuracy/threat_model_2']:.1f} [" in row
+    assert "epsilon 0.15" in said["report"]
+
+
+def test_show_prints_the_record_of_a_model_and_of_an_encoder(study):
+    _, said = study
+    assert "CL-ST-s0" in said["show CL-ST-s0"].splitlines()[0] and "accuracy on test" in said["show CL-ST-s0"]
+    assert said["show CL-ST-s0"].splitlines()[-1] == "next: advml attack IMAGE --model CL-ST-s0"
+    assert "CL-st-s0" in said["show CL-st-s0"].splitlines()[0] and "accuracy" not in said["show CL-st-s0"]
+
+
+def test_attack_writes_a_picture_and_says_what_happened(study):
+    folder, said = study
+    with Image.open(folder.root / "seen.png") as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    told = said["attack image.png --model CL-ST-s0 --out seen.png"].splitlines()
+    assert "L-infinity size" in told[0] and told[1] == "wrote seen.png"
+
+
+def test_sync_finds_nothing_to_do_and_link_names_the_port(study):
+    _, said = study
+    assert said["sync"].startswith("0 runs rebuilt\n")
+    assert said["link --port 5555"].startswith("MLflow: http://127.0.0.1:5555/#/experiments/1/")
+
+
+def test_the_resolved_configuration_goes_to_stderr(study, advml):
+    folder, _ = study
+    done = advml("train", "CL", "ST", "-S", "evaluate.seed=0", "--set", "temperature=2/10", cwd=folder.root)
+    assert done.returncode == 0 and "# resolved configuration\n" in done.stderr and "temperature: 0.2" in done.stderr
+
+
+def test_another_folder_is_chosen_by_its_params_yaml(study, advml, tmp_path):
+    folder, _ = study
+    done = advml("evaluate", "CL", "ST", "--params", str(folder.params), cwd=tmp_path)
+    assert done.returncode == 0 and f"wrote {folder.workspace.report('CL-ST-s0')}" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_preset_prints_a_complete_file(study, advml, tmp_path):
+    done = advml("preset", "digits", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == (REPOSITORY / "params.yaml").read_text()
+
+
+def test_version(advml, tmp_path):
+    from advml import __version__
+
+    assert advml("--version", cwd=tmp_path).stdout == f"advml {__version__}\n"
+
+
+# What goes wrong: one line, without a traceback
+
+USER = {
+    "an unknown key": ("pretrain CL st -S attack.stepz=3", "unknown key 'attack.stepz'; choose from steps, "),
+    "a wrong value": ("pretrain CL st -S attack.steps=many", "attack.steps = 'many'; must be a whole number"),
+    "no equals sign": ("pretrain CL st -S attack.steps", "-S attack.steps is not of the form key=value"),
+    "no params.yaml": (
+        "prepare --params nowhere/params.yaml",
+        "nowhere/params.yaml does not exist; write one with: advml preset digits > ",
+    ),
+    "an unknown model to show": ("show CL-FAT-s0", "there is no model 'CL-FAT-s0'; choose from CL-ST-s0"),
+    "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "CL-FAT-s0 holds no model"),
+    "an encoder to attack": ("attack image.png --model models/pretrain/CL-st-s0", "holds a pretrained encoder, no classifier"),
+    "an image that is none": ("attack params.yaml --model CL-ST-s0", "params.yaml cannot be read as an image"),
+    "an unknown preset": ("preset imagenet", "preset = 'imagenet'; choose from digits, cifar10, cifar100, folder"),
+    "an unknown scheme": ("pretrain SimCLR st", "'SimCLR' is not one of 'SL', 'CL', 'SCL'"),
+    "an unknown regime": ("finetune CL FAT", "'FAT' is not one of 'ST', 'AT', 'Partial-AT', 'Full-AT'"),
+    "a missing argument": ("finetune CL", "Missing argument 'regime'"),
+    "an unknown option": ("report --loud", "No such option: --loud"),
+    "an unknown command": ("fly", "No such command 'fly'"),
+    "a negative seed": ("pretrain CL st --seed -1", "'--seed'"),
+    "a missing pretraining": (
+        "finetune CL AT",
+        "models/pretrain/CL-at-s0 holds no model (model.json is missing); train it with: dvc repro",
+    ),
+    "a missing model": ("evaluate CL AT", "models/finetune/CL-AT-s0 holds no model"),
+    "a report of nothing": ("report -S seeds=[7]", "holds no metrics.json of any model of the grid"),
+    "an unknown backbone": (
+        "pretrain CL st --seed 1 -S model.backbone=resnet81",
+        "model.backbone = 'resnet81' is no timm model; did you mean",
+    ),
+    "an unknown device": ("pretrain CL st --seed 1 -S runtime.device=tpu", "runtime.device = 'tpu' is not usable here"),
+    "no pipeline": ("repro", "dvc "),
+}
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], code: int, words: str) -> None:
+    said = done.stderr.partition("# resolved configuration")[2].partition("\n\n")[2] or done.stderr
+    lines = [line for line in said.splitlines() if line]
+    assert done.returncode == code and done.stdout == "", (done.returncode, done.stdout, said)
+    assert len(lines) == 1 and lines[0].startswith("advml: ") and words in lines[0], said
+
+
+@pytest.mark.parametrize(("line", "words"), USER.values(), ids=USER)
+def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(study, advml, line, words):
+    folder, _ = study
+    assert_one_line(advml(*line.split(), cwd=folder.root), 2, words)
+
+
+def test_missing_prepared_data_is_one_line_and_exit_code_2(advml, tmp_path):
+    (tmp_path / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    assert_one_line(advml("pretrain", "CL", "st", cwd=tmp_path), 2, "data/prepared does not exist; make it with: advml prepare")
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(study, advml):
+    folder, _ = study
+    overrides = [part for key in ("optimizer=sgd", "learning_rate=1e30", "schedule=constant") for part in ("-S", f"pretrain.SL.{key}")]
+    assert_one_line(
+        advml("pretrain", "SL", "st", *overrides, cwd=folder.root), 1, "the loss is not finite in epoch 1; lower the learning rate"
+    )
+
+
+def ends(capsys: pytest.CaptureFixture[str], command, code: int, *words: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        guarded(command)
+    said = capsys.readouterr().err
+    assert left.value.code == code
+    assert said.count("\n") == 1 and said.startswith("advml: ") and all(word in said for word in words)
+
+
+def raising(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return command
+
+
+ERRORS = {
+    "user": (UserError("mend it"), 2, "advml: mend it\n"),
+    "failure": (Failure("broke"), 1, "advml: broke\n"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "the same command continues from the last finished epoch"),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "the disk is full"),
+    "full disk, in safetensors' words": (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "the disk is full"),
+    "memory": (MemoryError(), 1, "lower batch_size"),
+    "memory, in torch's words": (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), 1, "lower batch_size"),
+    "memory, in torch's words on Linux": (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        1,
+        "lower batch_size",
+    ),
+    "memory of the GPU": (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "lower batch_size"),
+    "permission": (PermissionError(errno.EACCES, "Permission denied", "models"), 1, "models"),
+}
+
+
+@pytest.mark.parametrize(("error", "code", "words"), ERRORS.values(), ids=ERRORS)
+def test_a_foreseeable_error_is_one_line_with_its_exit_code(capsys, error, code, words):
+    ends(capsys, raising(error), code, words)
+
+
+def test_an_unforeseen_error_keeps_its_traceback():
+    """One line would hide a bug."""
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0)
+
+
+def test_a_command_without_error_leaves_with_0():
+    with pytest.raises(SystemExit) as left:
+        guarded(lambda: None)
+    assert left.value.code == 0
+
+
+def test_a_full_disk_while_a_state_is_saved_ends_in_one_line(make_study, monkeypatch, capsys):
+    study = make_study()
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(sys, "argv", ["advml", "pretrain", "SL", "st", "--params", str(study.params)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and said.splitlines()[-1].startswith("advml: the disk is full; free some space") and "Traceback" not in said
