@@ -306,7 +306,7 @@ def _known(error: Exception) -> str | None:
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
-    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in text:
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
     if isinstance(error, PermissionError):
         return f"no permission: {error}"

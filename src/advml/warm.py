@@ -60,6 +60,8 @@ def forward(address: str, arguments: list[str]) -> int | None:
         socket.send_fds(connection, [len(request).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(request)
         answer = connection.recv(1)
+    if not answer:
+        print("advml: killed from outside, perhaps for want of memory: run fewer jobs or lower batch_size", file=sys.stderr)
     return answer[0] if answer else 1
 
 

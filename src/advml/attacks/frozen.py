@@ -16,7 +16,8 @@ class FrozenBatchNorm(TorchFunctionMode):
 
     The same values as PyTorch's up to rounding, which forms the same constants. But its backward pass on the CPU also
     sums up the gradients of weight and bias, wanted or not; this one is a single product. That saves 2 to 4 % of an
-    attack on a ResNet, up to 10 % where convolutions are cheap (EfficientNet). Neither statistics nor parameters may change within, and no gradient reaches them.
+    attack on a ResNet, up to 10 % where convolutions are cheap (EfficientNet). Neither statistics nor parameters may
+    change within, and no gradient reaches them.
 
     Batch norms in train mode, and mixed precisions (bf16 features, float32 statistics) are left to PyTorch.
     """

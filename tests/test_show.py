@@ -1,0 +1,135 @@
+"""A model's record for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from advml.errors import UserError
+from advml.paths import Workspace
+from advml.show import find, record_of
+
+RECORD = {
+    "name": "CL-AT-s0",
+    "kind": "model",
+    "scheme": "CL",
+    "regime": "AT",
+    "seed": 0,
+    "pretraining": {"name": "CL-at-s0", "digest": "b" * 64},
+    "git_commit": "c0ffee-dirty",
+    "data": {"digest": "d" * 64, "source": "patterns", "counts": {"train": 96, "validation": 32, "test": 40}},
+    "classes": ["ash", "birch"],
+    "input": [1, 8, 8],
+    "parameters": {"regimes": {"AT": {"epochs": 20, "learning_rate": 0.01}}, "data": {"path": None}},
+    "architecture": {"backbone": "test_resnet", "options": {}},
+    "inputs": "0123",
+    "epoch": 17,
+    "digest": "a" * 64,
+}
+ATTACK = {"norm": "linf", "epsilon": 8 / 255, "step_size": 0.00392, "steps": 20, "restarts": 3}
+EVALUATION = {
+    "digest": "a" * 64,
+    "figures": {
+        "accuracy/clean": {"n": 40, "correct": 39, "interval": [0.8711, 0.9956]},
+        "accuracy/threat_model_2": {"n": 40, "correct": 20, "interval": [0.352, 0.648], **ATTACK},
+    },
+}
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def model(workspace) -> Path:
+    write(workspace.model("CL-AT-s0") / "model.json", RECORD)
+    return workspace.model("CL-AT-s0")
+
+
+def test_the_record_names_origin_architecture_and_parameters(workspace, model):
+    shown = record_of(workspace, "CL-AT-s0")
+    assert shown.splitlines()[0] == f"CL-AT-s0   ({model})"
+    told = " | ".join(" ".join(line.split()) for line in shown.splitlines())
+    for part in (
+        "data patterns, 96 train, 32 validation, 40 test",
+        "data digest dddddddddddddddd |",
+        "git commit c0ffee-dirty",
+        "weights aaaaaaaaaaaaaaaa |",
+        "pretraining CL-at-s0 (bbbbbbbbbbbbbbbb)",
+        "selected epoch 17 (on validation)",
+        "backbone test_resnet",
+        "regimes.AT.epochs 20",
+        "regimes.AT.learning_rate 0.01",
+        "data.path None",
+        "accuracy: not measured yet",
+    ):
+        assert part in told
+
+
+def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(workspace, model):
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
+    clean, attacked = record_of(workspace, "CL-AT-s0").splitlines()[-2:]
+    assert clean.split() == "clean 97.5 % [87.1, 99.6] of 40".split()
+    assert " ".join(attacked.split()) == (
+        "threat_model_2 50.0 % [35.2, 64.8] of 40 linf epsilon 0.03137, step_size 0.00392, 20 steps, 3 restarts"
+    )
+
+
+def test_accuracies_of_other_weights_are_not_shown(workspace, model):
+    write(workspace.record("evaluate", "CL-AT-s0"), {**EVALUATION, "digest": "e" * 64})
+    shown = record_of(workspace, "CL-AT-s0")
+    assert "belongs to other weights; measure again with: advml evaluate CL AT --seed 0" in shown and "97.5" not in shown
+
+
+def test_a_folder_will_do_and_a_trailing_slash_too(workspace, model):
+    assert find(workspace, str(model)) == find(workspace, f"{model}/") == find(workspace, "CL-AT-s0") == model
+    assert record_of(workspace, str(model)) == record_of(workspace, "CL-AT-s0")
+
+
+def test_a_pretrained_encoder_has_no_accuracy_and_no_regime(workspace):
+    record = {key: value for key, value in RECORD.items() if key not in ("regime", "pretraining")}
+    write(workspace.pretrained("CL-at-s0") / "model.json", {**record, "name": "CL-at-s0", "kind": "pretrain", "phase": "at"})
+    shown = record_of(workspace, "CL-at-s0")
+    assert shown.startswith("CL-at-s0 ") and "accuracy" not in shown and "pretraining" not in shown
+
+
+def test_a_network_that_was_taken_as_it_is_has_no_selected_epoch(workspace):
+    write(workspace.model("SL-ST-s0") / "model.json", {**RECORD, "name": "SL-ST-s0", "epoch": None})
+    assert "selected epoch" not in record_of(workspace, "SL-ST-s0")
+
+
+def test_an_unknown_model_is_answered_with_those_that_exist(workspace, model):
+    write(workspace.model("SL-ST-s0") / "model.json", RECORD)
+    write(workspace.models / ".SL-AT-s0.part" / "model.json", RECORD)  # left by a process that was killed
+    with pytest.raises(UserError) as stopped:
+        record_of(workspace, "CL-FAT-s0")
+    assert str(stopped.value) == "there is no model 'CL-FAT-s0'; choose from CL-AT-s0, SL-ST-s0"
+
+
+def test_without_any_model_the_answer_is_how_to_train_one(workspace):
+    with pytest.raises(UserError, match=r"there is no model 'x'; train one with: advml train CL Full-AT"):
+        record_of(workspace, "x")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "CL-AT-s0"}', "\x00"], ids=["empty", "cut", "a list", "too little", "binary"])
+def test_a_damaged_record_is_one_line(workspace, content):
+    write(workspace.model("CL-AT-s0") / "model.json", content)
+    with pytest.raises(UserError) as stopped:
+        record_of(workspace, "CL-AT-s0")
+    assert "model.json" in str(stopped.value) and "dvc checkout" in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"digest": "' + "a" * 64 + '"}'], ids=["empty", "too little", "no figures"])
+def test_a_damaged_evaluation_is_one_line(workspace, model, content):
+    write(workspace.record("evaluate", "CL-AT-s0"), content)
+    with pytest.raises(UserError) as stopped:
+        record_of(workspace, "CL-AT-s0")
+    assert "CL-AT-s0.json" in str(stopped.value) and "dvc checkout" in str(stopped.value) and "\n" not in str(stopped.value)
