@@ -77,7 +77,7 @@ def test_the_record_names_origin_architecture_and_parameters(workspace, model):
 def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(workspace, model):
     write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
     clean, attacked = record_of(workspace, "CL-AT-s0").splitlines()[-2:]
-    assert clean.split() == "clean 97.5 % [87.1, 99.6] of 40".split()
+    assert clean.split() == ["clean", "97.5", "%", "[87.1,", "99.6]", "of", "40"]
     assert " ".join(attacked.split()) == (
         "threat_model_2 50.0 % [35.2, 64.8] of 40 linf epsilon 0.03137, step_size 0.00392, 20 steps, 3 restarts"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ def _bars() -> Any:
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=Console(stderr=True),
     )
 
@@ -68,7 +69,7 @@ class Bar:
             self.bars.update(self.task, completed=self.done, note=self.note)
         elif self.board and now - self.last_drawn > self.DRAW_EVERY:
             self.last_drawn = now
-            with open(self.board, "w", encoding="utf-8") as file:  # a torn read shows nothing for one frame
+            with contextlib.suppress(OSError), open(self.board, "w", encoding="utf-8") as file:  # a torn read shows nothing for a frame
                 json.dump({"title": self.title, "done": self.done, "total": self.total, "note": self.note}, file)
         elif now - self.last_line > self.LINE_EVERY:
             self._line(now)

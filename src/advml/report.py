@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from advml.config import Config
+from advml.errors import UserError
 from advml.paths import Workspace, model_name
 
 Row = dict[str, Any]
@@ -26,13 +27,20 @@ COLUMNS: dict[str, str] = {
 
 
 def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
-    """A row per evaluated model of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat."""
+    """A row per evaluated model of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat.
+
+    Raises:
+        UserError: a metrics.json is damaged.
+    """
     found = []
     for seed, scheme, regime in itertools.product(configuration.seeds, configuration.grid.schemes, configuration.grid.regimes):
         name = model_name(scheme, regime, seed)
         path = workspace.report(name) / "metrics.json"
         if path.exists():
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                metrics = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
     return found
 

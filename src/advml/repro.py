@@ -6,15 +6,17 @@ ready runs as its own `dvc repro --single-item`, so DVC alone decides what is up
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from advml.errors import Failure, UserError
 from advml.progress import BOARD, Board
@@ -43,7 +45,7 @@ def repro(root: Path, *, jobs: int) -> list[str]:
     running: dict[str, Running] = {}
     ran: list[str] = []
     failed: list[tuple[str, Path]] = []
-    with server(root) if waiting else nullcontext({}) as warm, Board(total=len(waiting)) as board:
+    with server(root) if waiting else contextlib.nullcontext({}) as warm, Board(total=len(waiting)) as board:
         try:
             while running or (waiting and not failed):
                 ready = [name for name in waiting if not upstream[name] & (set(waiting) | set(running))]
@@ -61,8 +63,7 @@ def repro(root: Path, *, jobs: int) -> list[str]:
                         failed += [(name, job.log)] if job.process.returncode else []
         finally:
             for job in running.values():
-                job.process.terminate()
-                job.process.wait()
+                _terminate(job.process)
     if failed:
         name, log = failed[0]
         raise Failure(f"stage {name} failed: {_reason(log)} (whole output: {log}); after mending, the same command goes on")
@@ -84,7 +85,8 @@ def _graph(root: Path) -> dict[str, set[str]]:
         direct.setdefault(after, set()).add(before)
 
     def all_before(name: str) -> set[str]:
-        return direct[name].union(*(all_before(before) for before in direct[name]))
+        before = direct.get(name, set())  # data under `dvc add` are no stages
+        return before.union(*(all_before(one) for one in before))
 
     return {name: all_before(name) for name in names}
 
@@ -99,6 +101,7 @@ def _start(root: Path, name: str, environment: dict[str, str]) -> Running:
     folder = root / ".scratch" / "repro"
     folder.mkdir(parents=True, exist_ok=True)
     log, progress = folder / f"{name}.log", (folder / f"{name}.progress").resolve()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # stages say `python`: this one
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
@@ -106,9 +109,20 @@ def _start(root: Path, name: str, environment: dict[str, str]) -> Running:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment, BOARD: str(progress)},
+            env={**os.environ, **environment, "PATH": path, BOARD: str(progress)},
         )
     return Running(process, log, progress, time.monotonic())
+
+
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    """End DVC and what it has started: DVC alone would leave the stage's command at work."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        psutil.wait_procs(family, timeout=10)  # for MLflow runs to be ended
+    process.wait()
 
 
 def _read(progress: Path) -> dict[str, object]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def find(workspace: Workspace, model: str) -> Path:
     for folder in (Path(model), workspace.model(model), workspace.pretrained(model)):
         if (folder / "model.json").is_file():
             return folder
-    names = sorted(path.parent.name for path in workspace.models.glob("*/model.json"))
+    names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
     choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
     raise UserError(f"there is no model {model!r}; {choices}")
 
@@ -28,13 +30,23 @@ def find(workspace: Workspace, model: str) -> Path:
 def record_of(workspace: Workspace, model: str) -> str:
     """What the model was made from, how, and how well it does, as text."""
     folder = find(workspace, model)
-    record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    lines = [f"{record['name']}   ({folder})", ""]
-    lines += _block("made from", _origin(record))
-    lines += _block("architecture", record["architecture"])
-    lines += _block("parameters", flatten(record["parameters"]))
-    lines += _figures(workspace, record)
+    with _reading(folder / "model.json") as record:
+        lines = [f"{record['name']}   ({folder})", ""]
+        lines += _block("made from", _origin(record))
+        lines += _block("architecture", record["architecture"])
+        lines += _block("parameters", flatten(record["parameters"]))
+        lines += _figures(workspace, record)
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """The content of a JSON file; whatever it turns out to lack is one line."""
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({reason}); restore it with: dvc checkout") from None
 
 
 def _origin(record: dict[str, Any]) -> dict[str, Any]:
@@ -56,19 +68,19 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
     made = workspace.record("evaluate", record["name"])
     if not made.is_file():
         return ["accuracy: not measured yet"] if record["kind"] == "model" else []
-    evaluation = json.loads(made.read_text(encoding="utf-8"))
-    if evaluation["digest"] != record["digest"]:
-        return [f"accuracy: {made} belongs to other weights; measure again with: advml evaluate {record['scheme']} {record['regime']}"]
-    lines = ["accuracy on test (95 % intervals)"]
-    for name, figure in evaluation["figures"].items():
-        low, high = figure["interval"]
-        attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
-        how = f"   {figure['norm']} {attack}, {figure['steps']} steps, {figure['restarts']} restarts" if "norm" in figure else ""
-        share = figure["correct"] / figure["n"]
-        lines.append(
-            f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
-        )
-    return lines
+    with _reading(made) as evaluation:
+        if evaluation["digest"] != record["digest"]:
+            again = f"advml evaluate {record['scheme']} {record['regime']} --seed {record['seed']}"
+            return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
+        return ["accuracy on test (95 % intervals)", *(_figure(name, figure) for name, figure in evaluation["figures"].items())]
+
+
+def _figure(name: str, figure: dict[str, Any]) -> str:
+    low, high = figure["interval"]
+    attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
+    how = f"   {figure['norm']} {attack}, {figure['steps']} steps, {figure['restarts']} restarts" if "norm" in figure else ""
+    share = figure["correct"] / figure["n"]
+    return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
 
 
 def _block(title: str, values: dict[str, Any]) -> list[str]:

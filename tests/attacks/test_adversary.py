@@ -181,6 +181,24 @@ def test_an_attack_raises_the_objective_inside_the_threat_model(norm):
     assert (ThreatModel(norm, 0.1).size(attacked, images) <= 0.1 + 2e-6).all()
 
 
+def test_the_adversary_keeps_the_iterate_it_is_told_to():
+    """Steps far too long for the ball overshoot, so that the last iterate is not the best of every image."""
+    network, (images, labels) = small_network().eval(), batch()
+
+    def value(keep: str) -> Tensor:
+        attacker = adversary(steps=6, step_size=0.5, keep=keep)
+        return cross_entropy(network(attacker.attack(network, lambda: classification(network, labels), images, generator=seeded())), labels)
+
+    assert (value("best") >= value("last")).all() and (value("best") > value("last")).any()
+
+
+def test_batch_norms_are_frozen_under_attack(monkeypatch):
+    network, (images, labels), calls = small_network(), batch(), []
+    monkeypatch.setattr(torch, "batch_norm", lambda *args: calls.append(args))
+    adversary().attack(network, lambda: classification(network, labels), images, generator=seeded())
+    assert calls == []
+
+
 def test_the_random_start_follows_from_the_generator_alone():
     network, (images, labels) = small_network(), batch()
 

@@ -95,6 +95,7 @@ def test_fgsm_is_one_step_of_length_epsilon():
 
 def test_the_default_step_is_two_and_a_half_times_epsilon_over_steps():
     assert default_step_size(0.2, 10) == pytest.approx(0.05)
+    assert default_step_size(0.2, 1) == 0.2  # FGSM: more would leave the ball
     images, steps = torch.full((1, 1, 2, 2), 0.5), []
     pgd(lambda x: steps.append(x.detach()) or x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.2), steps=10)
     torch.testing.assert_close(steps[1] - steps[0], torch.full_like(images, 0.05))
@@ -224,9 +225,10 @@ def test_pgd_never_hands_out_the_callers_own_tensor():
     assert images.max() <= 1
 
 
-def test_images_that_take_gradients_get_none():
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_images_that_take_gradients_get_none(keep):
     images = batch()[0].requires_grad_()
-    attacked = pgd(lambda x: x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=3, keep="best")
+    attacked = pgd(lambda x: x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=3, keep=keep)
     assert attacked.grad_fn is None and not attacked.requires_grad and images.grad is None and images.requires_grad
 
 

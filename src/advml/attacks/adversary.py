@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +43,7 @@ class Adversary:
             images: (N, C, H, W) in [0, 1].
             generator: draws the random start, on the CPU.
         """
-        with under_attack(network, mode=self.mode), FrozenBatchNorm() if self.mode == "eval" else nullcontext():
+        with under_attack(network, mode=self.mode), FrozenBatchNorm():
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None
             return pgd(
                 objective(),

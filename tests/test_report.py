@@ -1,0 +1,121 @@
+"""The result table: complete, in the grid's order, and the same bytes for the same figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from advml.errors import UserError
+from advml.evaluation import wilson
+from advml.report import COLUMNS, cell, grid_rows, to_csv, to_markdown
+from advml.stages import report as stage
+from advml.tracking import store as stores
+
+NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half")
+
+
+def measure(study, name: str, **right: int) -> dict[str, float]:
+    """Write metrics.json of a model: how many of 40 images are right, under the metrics' short names."""
+    metrics = {}
+    for key, count in right.items():
+        low, high = wilson(count, 40)
+        metrics |= {f"accuracy/{key}": count / 40, f"accuracy/{key}/low": low, f"accuracy/{key}/high": high}
+    path = study.workspace.report(name) / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics))
+    return metrics
+
+
+@pytest.fixture
+def measured(make_study):
+    """Three of the grid's models, and one that is not in it."""
+    study = make_study("measured", "grid.schemes=[CL, SL]", "seeds=[3, 0]")
+    measure(study, "CL-Full-AT-s0", **dict(zip(NAMES, (39, 20, 18, 30, 29), strict=True)))
+    measure(study, "SL-ST-s3", clean=40, threat_model_2=0, threat_model_2_half=1)
+    measure(study, "CL-ST-s3", **dict(zip(NAMES, (38, 1, 0, 10, 9), strict=True)))
+    measure(study, "SCL-ST-s0", clean=40)
+    return study
+
+
+def test_rows_follow_the_grid_and_leave_out_what_is_not_measured(measured):
+    rows = grid_rows(measured.config(), measured.workspace)
+    assert [row["model"] for row in rows] == ["CL-ST-s3", "SL-ST-s3", "CL-Full-AT-s0"]
+    assert (rows[2]["scheme"], rows[2]["regime"], rows[2]["seed"], rows[2]["accuracy/clean"]) == ("CL", "Full-AT", 0, 39 / 40)
+
+
+def test_a_regime_outside_of_the_grid_has_no_row(measured):
+    rows = grid_rows(measured.config("grid.adversarial_regimes=[AT]", "seeds=[0, 3]"), measured.workspace)
+    assert [row["model"] for row in rows] == ["CL-ST-s3", "SL-ST-s3"]
+
+
+def test_the_csv_reads_back_and_leaves_absent_figures_empty(measured):
+    rows = grid_rows(measured.config(), measured.workspace)
+    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [row["model"] for row in read] == [row["model"] for row in rows]
+    supervised = read[1]
+    assert supervised["accuracy/threat_model_1"] == supervised["accuracy/threat_model_1/low"] == ""
+    for row, back in zip(rows, read, strict=True):
+        assert {key: value for key, value in row.items() if key.startswith("accuracy/")} == {
+            key: float(value) for key, value in back.items() if key.startswith("accuracy/") and value
+        }
+
+
+def test_a_cell_is_a_percentage_with_its_interval_or_a_dash():
+    row = {"accuracy/clean": 0.975, "accuracy/clean/low": 0.9533, "accuracy/clean/high": 0.98749}
+    assert cell(row, "accuracy/clean") == "97.5 [95.3, 98.7]"
+    assert cell(row, "accuracy/threat_model_1") == "-"
+
+
+def test_the_markdown_table_has_a_line_per_model_and_a_column_per_figure(measured):
+    header, rule, *lines = to_markdown(grid_rows(measured.config(), measured.workspace)).splitlines()
+    assert header == "| model | clean | I, half epsilon | I | II, half epsilon | II |"
+    assert rule.count("|") == header.count("|") == 7
+    assert lines[1] == "| SL-ST-s3 | 100.0 [91.2, 100.0] | - | - | 2.5 [0.4, 12.9] | 0.0 [0.0, 8.8] |"
+    assert lines[2].startswith("| CL-Full-AT-s0 | 97.5 [") and "| 75.0 [" in lines[2]
+
+
+def test_columns_are_metrics_of_the_contract():
+    assert set(COLUMNS.values()) == {f"accuracy/{name}" for name in NAMES}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
+def test_damaged_metrics_are_one_line(measured, content):
+    (measured.workspace.report("SL-ST-s3") / "metrics.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"SL-ST-s3/metrics.json is damaged .*; measure again with: dvc repro") as stopped:
+        grid_rows(measured.config(), measured.workspace)
+    assert "\n" not in str(stopped.value)
+
+
+# The stage
+
+
+def test_the_report_is_written_twice_with_the_same_bytes(measured):
+    def written() -> dict[str, bytes]:
+        table = stage.run(measured.context())
+        assert [row["model"] for row in table] == ["CL-ST-s3", "SL-ST-s3", "CL-Full-AT-s0"]
+        return {path.name: path.read_bytes() for path in measured.workspace.reports.glob("summary.*")}
+
+    first = written()
+    assert set(first) == {"summary.csv", "summary.md", "summary.png"} and first == written()
+    with Image.open(measured.workspace.reports / "summary.png") as picture:
+        assert picture.width > 500
+    rows = grid_rows(measured.config(), measured.workspace)
+    assert first["summary.csv"].decode() == to_csv(rows) and first["summary.md"].decode() == to_markdown(rows)
+
+
+def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):
+    stage.run(measured.context())
+    assert measured.runs() == [("study", "FINISHED")]
+    store = stores.connect(stores.locate(measured.config(), root=measured.root))
+    (run,) = store.client.search_runs([store.experiment])
+    names = {artifact.path for artifact in store.client.list_artifacts(run.info.run_id)}
+    assert names == {"summary.csv", "summary.md", "summary.png", "summary.json"} and run.data.params["threat_model.epsilon"] == "0.15"
+
+
+def test_a_report_of_nothing_says_how_to_measure(make_study):
+    with pytest.raises(UserError, match=r"holds no metrics.json of any model of the grid; measure them with: dvc repro"):
+        stage.run(make_study().context())

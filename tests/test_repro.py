@@ -1,0 +1,241 @@
+"""`advml repro`: which stages run, how many at a time, and what is said when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from advml import repro as module
+from advml.errors import Failure, UserError
+from advml.repro import Running, repro
+
+# A stage waits until the other one has begun: they end only if they overlap.
+MEET = "touch {0}.begun; for i in $(seq 300); do test -e {1}.begun && echo {0} > {0} && exit 0; sleep 0.1; done; exit 1"
+REPORTING = """
+import json, os, sys, time
+with open(os.environ["ADVML_BOARD"], "w") as file:
+    file.write('{"title": "the wo')
+    file.flush()
+    time.sleep(0.3)
+with open(os.environ["ADVML_BOARD"], "w") as file:
+    json.dump({"title": "the work", "done": 3, "total": 4, "note": "nearly"}, file)
+time.sleep(0.5)
+print(sys.executable, file=open("after", "w"))
+"""
+
+
+def pipeline(root: Path, stages: dict[str, dict]) -> None:
+    """A DVC repository with these stages."""
+    (root / ".dvc").mkdir(exist_ok=True)
+    (root / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    with (root / "dvc.yaml").open("w") as file:
+        YAML(typ="safe").dump({"stages": stages}, file)
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    """These stages import nothing that could be kept warm."""
+    monkeypatch.setattr(module, "server", lambda root: contextlib.nullcontext({}))
+
+
+class Seen(module.Board):
+    """A board that remembers what it was told."""
+
+    states: list[tuple[str, dict]]
+    ended: list[tuple[str, bool]]
+
+    def __init__(self, *, total: int) -> None:
+        super().__init__(total=total)
+        Seen.states, Seen.ended, Seen.planned = [], [], total
+
+    def show(self, name: str, state: dict) -> None:
+        self.states.append((name, state))
+
+    def finish(self, name: str, *, ok: bool, seconds: float) -> None:
+        self.ended.append((name, ok))
+
+
+# With DVC
+
+
+def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "Board", Seen)
+    (tmp_path / "reporting.py").write_text(REPORTING)
+    bad = "test -e mended || { echo 'advml: boom; mend it' >&2; exit 2; }; echo bad > bad"
+    pipeline(
+        tmp_path,
+        {
+            "left": {"cmd": MEET.format("left", "right"), "outs": ["left"]},
+            "right": {"cmd": MEET.format("right", "left"), "outs": ["right"]},
+            "after": {"cmd": "python reporting.py", "deps": ["right"], "outs": ["after"]},
+            "bad": {"cmd": bad, "deps": ["left"], "outs": ["bad"]},
+            "behind": {"cmd": "cat bad after > behind", "deps": ["bad", "after"], "outs": ["behind"]},
+        },
+    )
+    with pytest.raises(Failure) as failed:
+        repro(tmp_path, jobs=2)
+    log = tmp_path / ".scratch" / "repro" / "bad.log"
+    assert str(failed.value) == f"stage bad failed: boom; mend it (whole output: {log}); after mending, the same command goes on"
+    assert "boom" in log.read_text()
+    # What ran beside it was finished and is kept; what needs it was not begun.
+    assert Seen.planned == 5 and sorted(Seen.ended) == [("after", True), ("bad", False), ("left", True), ("right", True)]
+    assert set(YAML(typ="safe").load(tmp_path / "dvc.lock")["stages"]) == {"left", "right", "after"}
+    # Progress came through the file; half a file showed nothing; no file is left behind.
+    states = [state for name, state in Seen.states if name == "after"]
+    assert {} in states and {"title": "the work", "done": 3, "total": 4, "note": "nearly"} in states
+    assert not list((tmp_path / ".scratch" / "repro").glob("*.progress"))
+    # Stages say `python` and get the one that runs advml, whatever is on PATH.
+    assert (tmp_path / "after").read_text().strip() == sys.executable
+
+    (tmp_path / "mended").touch()
+    assert repro(tmp_path, jobs=2) == ["bad", "behind"]
+    assert (tmp_path / "behind").read_text() == f"bad\n{sys.executable}\n"
+    assert repro(tmp_path, jobs=2) == [] and Seen.planned == 0
+
+
+def test_a_terminated_command_leaves_no_stage_at_work(tmp_path, advml):
+    pipeline(tmp_path, {"slow": {"cmd": "echo $$ > pid; sleep 300; echo > never", "outs": ["never"]}})
+    process = advml.start("repro", "--jobs", "2", cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    shell = psutil.Process(int((tmp_path / "pid").read_text()))
+    family = [shell, *shell.children()]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def test_without_a_pipeline_dvcs_own_word_is_passed_on(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    (tmp_path / "dvc.yaml").write_text("stages: [no, mapping]\n")
+    with pytest.raises(UserError) as stopped:
+        repro(tmp_path, jobs=1)
+    assert str(stopped.value).startswith("dvc stage: ") and "\n" not in str(stopped.value)
+
+
+# The plan, from DVC's answers
+
+
+def answers(monkeypatch, **told: str) -> None:
+    monkeypatch.setattr(module, "_dvc", lambda root, *arguments: told[arguments[0]])
+
+
+def test_the_graph_reaches_all_the_way_back_and_knows_matrix_names(monkeypatch, tmp_path):
+    arrows = '"prepare" -> "pretrain@CL-0";\n"pretrain@CL-0" -> "finetune@CL-Full-AT-0";\n"data/raw.dvc" -> "prepare";\n'
+    dag = f'strict digraph  {{\n"prepare";\n"alone";\n{arrows}}}\n'
+    answers(monkeypatch, stage="prepare\npretrain@CL-0\nfinetune@CL-Full-AT-0\nalone\n", dag=dag)
+    assert module._graph(tmp_path) == {
+        "prepare": {"data/raw.dvc"},
+        "pretrain@CL-0": {"prepare", "data/raw.dvc"},
+        "finetune@CL-Full-AT-0": {"pretrain@CL-0", "prepare", "data/raw.dvc"},
+        "alone": set(),
+    }
+
+
+def test_what_lies_behind_a_changed_stage_is_outdated_too(monkeypatch, tmp_path):
+    answers(monkeypatch, status='{"b": [{"changed deps": {}}], "elsewhere.dvc": []}')
+    assert module._outdated(tmp_path, {"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"a"}}) == ["b", "c"]
+
+
+# The order, with processes that are no DVC
+
+
+class Launcher:
+    """Stages as short shell commands; remembers their order and how many were alive at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.commands = {"fails": "echo 'ERROR: it broke'; exit 3", "slow": "sleep 0.6"}
+        self.folder, self.order, self.most, self.processes = folder, [], 0, []
+
+    def __call__(self, root: Path, name: str, environment: dict[str, str]) -> Running:
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(["sh", "-c", self.commands.get(name, "sleep 0.15")], stdout=output, stderr=output)
+        self.order.append(name)
+        self.processes.append(process)
+        self.most = max(self.most, sum(one.poll() is None for one in self.processes))
+        return Running(process, log, self.folder / f"{name}.progress", time.monotonic())
+
+
+@pytest.fixture
+def launcher(monkeypatch, tmp_path) -> Launcher:
+    launcher = Launcher(tmp_path)
+    monkeypatch.setattr(module, "_start", launcher)
+    return launcher
+
+
+def plan(monkeypatch, upstream: dict[str, set[str]]) -> None:
+    monkeypatch.setattr(module, "_graph", lambda root: upstream)
+    monkeypatch.setattr(module, "_outdated", lambda root, graph: list(graph))
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_never_more_stages_than_jobs_and_never_one_before_what_it_needs(monkeypatch, tmp_path, launcher, jobs):
+    upstream = {"a": set(), "b": set(), "c": set(), "d": {"a", "b"}, "e": {"d", "a", "b"}}
+    plan(monkeypatch, upstream)
+    ran = repro(tmp_path, jobs=jobs)
+    assert sorted(ran) == sorted(upstream) and launcher.order[:3] == ["a", "b", "c"] and launcher.most == jobs
+    assert all(ran.index(name) > ran.index(before) for name, needed in upstream.items() for before in needed)
+
+
+def test_a_needed_stage_that_is_up_to_date_holds_nobody_up(monkeypatch, tmp_path, launcher):
+    plan(monkeypatch, {"b": {"a"}})
+    assert repro(tmp_path, jobs=2) == ["b"]
+
+
+def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatch, tmp_path, launcher):
+    plan(monkeypatch, {"slow": set(), "fails": set(), "c": set(), "d": {"fails"}})
+    with pytest.raises(Failure, match=r"^stage fails failed: it broke \(whole output: "):
+        repro(tmp_path, jobs=2)
+    assert launcher.order == ["slow", "fails"] and [process.returncode for process in launcher.processes] == [0, 3]
+
+
+def test_an_interruption_ends_the_stages_at_work(monkeypatch, tmp_path, launcher):
+    launcher.commands = {"long": "sleep 300"}
+    plan(monkeypatch, {"long": set()})
+    real_sleep = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        real_sleep(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        repro(tmp_path, jobs=1)
+    assert launcher.processes[0].poll() is not None
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("Running stage 'a':\nadvml: first\nadvml: the loss is not finite\nERROR: failed to reproduce 'a'\n", "the loss is not finite"),
+        ("Running stage 'a':\nERROR: failed to reproduce 'a': out of inodes\n\n", "failed to reproduce 'a': out of inodes"),
+        ("", "no output"),
+    ],
+)
+def test_the_reason_of_a_failure_is_advmls_last_word_or_dvcs(tmp_path, log, reason):
+    (tmp_path / "log").write_text(log)
+    assert module._reason(tmp_path / "log") == reason
+
+
+@pytest.mark.parametrize("content", [None, "", '{"title": "x"', json.dumps({"title": "x", "done": 1})])
+def test_half_a_progress_file_is_no_state(tmp_path, content):
+    if content is not None:
+        (tmp_path / "progress").write_text(content)
+    assert module._read(tmp_path / "progress") == ({"title": "x", "done": 1} if content and content.endswith("}") else {})
