@@ -18,6 +18,7 @@ from advml import config
 from advml.paths import Workspace, model_name, pretraining_name
 from advml.regimes import REGIMES
 
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]
 SCHEMES, STANDARD, ADVERSARIAL = ("SL", "CL"), ("ST",), ("AT", "Full-AT")
 YAML_FILE = YAML(typ="safe")
