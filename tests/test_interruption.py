@@ -332,16 +332,12 @@ def test_a_run_whose_process_died_before_anyone_noted_it_is_ended_by_sync(begun,
     assert begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "words"),
-    [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "advml: interrupted; the same command continues from the last finished epoch")],
-)
-def test_a_signal_ends_the_run_as_killed_and_the_command_goes_on_later(begun, uninterrupted, advml, number, code, words):
+def test_sigterm_ends_the_run_as_killed_and_the_command_goes_on_later(begun, uninterrupted, advml):
     process = advml.start("pretrain", "CL", "at", cwd=begun.root)
     assert wait_for(progressed(begun, 1), process), process.communicate()
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == code and "Traceback" not in stderr and words in stderr
+    assert process.returncode == 143 and "Traceback" not in stderr
     assert begun.runs() == [(PRETRAINING, "KILLED")]
     again = advml("pretrain", "CL", "at", cwd=begun.root)
     assert again.returncode == 0, again.stderr
