@@ -171,7 +171,8 @@ class Shell:
 
     environment: dict[str, str]
 
-    def start(self, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, cwd: Path, background: bool = False) -> subprocess.Popen[str]:
+        """As a shell starts a command; in the `background`, where Ctrl-C is ignored, or not, whatever the test runner itself ignores."""
         return subprocess.Popen(
             [sys.executable, "-m", "advml", *arguments],
             cwd=cwd,
@@ -180,8 +181,7 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # a runner in the background ignores Ctrl-C, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),
         )
 
     def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

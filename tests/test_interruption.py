@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -67,6 +67,15 @@ def kill(process: subprocess.Popen, folder: Path) -> None:
                 child.wait(TIMEOUT)
     process.kill()
     process.communicate()
+
+
+@contextlib.contextmanager
+def killed_in_the_end(process: subprocess.Popen, folder: Path) -> Iterator[subprocess.Popen]:
+    """However the test ends, an endless command does not outlive it."""
+    try:
+        yield process
+    finally:
+        kill(process, folder)
 
 
 def fork_and_die(work: Callable[[], object]) -> None:
@@ -332,17 +341,72 @@ def test_a_run_whose_process_died_before_anyone_noted_it_is_ended_by_sync(begun,
     assert begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
 
 
-def test_sigterm_ends_the_run_as_killed_and_the_command_goes_on_later(begun, uninterrupted, advml):
-    process = advml.start("pretrain", "CL", "at", cwd=begun.root)
-    assert wait_for(progressed(begun, 1), process), process.communicate()
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 143 and "Traceback" not in stderr
-    assert begun.runs() == [(PRETRAINING, "KILLED")]
-    again = advml("pretrain", "CL", "at", cwd=begun.root)
-    assert again.returncode == 0, again.stderr
-    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
-    assert begun.runs() == [(PRETRAINING, "FINISHED")]
+INTERRUPTED = "advml: interrupted; the same command continues from the last finished epoch\n"
+ENDLESS = (*EPOCHS, "pretrain.CL.epochs=100000")  # on a busy machine a signal may come late, but the command is still at work
+
+
+@pytest.mark.parametrize(("number", "code", "words"), [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, INTERRUPTED)])
+def test_a_signal_ends_the_run_as_killed_and_the_command_goes_on_later(make_study, advml, monkeypatch, number, code, words):
+    study, reference = make_study("study", *ENDLESS), make_study("reference", *ENDLESS)
+    reached = []
+    for epochs in (5, 1):  # the second time: one more; starting afresh would not get there
+        with killed_in_the_end(advml.start("pretrain", "CL", "at", cwd=study.root), study.root) as process:
+            assert wait_for(progressed(study, epochs), process), process.communicate()
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == code and stderr.endswith(words) and "Traceback" not in stderr
+        assert study.runs() == [(PRETRAINING, "KILLED")]
+        reached.append(epoch_of(study))
+    assert reached[0] < reached[1]
+
+    save = checkpoint.Checkpoint.save
+
+    def stop(*args: object) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", nth(reached[1], stop, save))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(reference.context(), scheme="CL", phase="at", seed=0)
+    assert state_file(study).read_bytes() == state_file(reference).read_bytes()
+
+
+def test_a_command_in_the_background_leaves_ctrl_c_to_others(make_study, advml):
+    """A shell without job control starts `command &` with SIGINT ignored; a Ctrl-C in its terminal is not for the command."""
+    study = make_study("study", *ENDLESS)
+    with killed_in_the_end(advml.start("pretrain", "CL", "at", cwd=study.root, background=True), study.root) as process:
+        assert wait_for(progressed(study, 1), process), process.communicate()
+        process.send_signal(signal.SIGINT)
+        assert wait_for(progressed(study, 5), process), process.communicate()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 143 and study.runs() == [(PRETRAINING, "KILLED")]
+
+
+def test_ctrl_c_in_a_terminal_ends_repro_with_one_line(make_study):
+    """There it goes to all at once: to `advml repro`, to DVC, to the warm server, to the stage and to the fork that works for it."""
+    study = make_study("study", *ENDLESS)
+    (study.root / ".dvc").mkdir()
+    (study.root / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    (study.root / "dvc.yaml").write_text("stages: {endless: {cmd: python -m advml pretrain CL at, outs: [models/pretrain/CL-at-s0]}}\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "advml", "repro"],
+        cwd=study.root,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background ignores it
+    )
+    with killed_in_the_end(process, study.root):
+        assert wait_for(progressed(study, 1), process), process.communicate()
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130 and stderr == INTERRUPTED
+    assert study.runs() == [(PRETRAINING, "KILLED")]
+    assert len(family) >= 4 and psutil.wait_procs(family, timeout=5)[1] == []
 
 
 def test_a_full_disk_loses_no_finished_epoch(begun, uninterrupted, monkeypatch):
@@ -354,11 +418,16 @@ def test_a_full_disk_loses_no_finished_epoch(begun, uninterrupted, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
     assert begun.runs() == [(PRETRAINING, "FAILED")]
-    state = checkpoint.Checkpoint(begun.workspace.scratch(f"pretrain-{PRETRAINING}"), fingerprint_in(begun))
-    assert state.load().epoch == 2
+    assert epoch_of(begun) == 2
     pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
     assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
 
 
-def fingerprint_in(study) -> str:
-    return json.loads((study.workspace.scratch(f"pretrain-{PRETRAINING}") / "notes.json").read_text())["fingerprint"]
+def state_file(study) -> Path:
+    return study.workspace.scratch(f"pretrain-{PRETRAINING}") / "state.safetensors"
+
+
+def epoch_of(study) -> int:
+    """The last finished epoch."""
+    folder = state_file(study).parent
+    return checkpoint.Checkpoint(folder, json.loads((folder / "notes.json").read_text())["fingerprint"]).load().epoch

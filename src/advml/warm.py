@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ADDRESS = "ADVML_WARM"
-MODULES = ("advml.stages.train", "advml.stages.report", "mlflow", "mlflow.store.tracking.sqlalchemy_store")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MODULES = ("advml.cli", "advml.stages.train", "advml.stages.report", "mlflow", "mlflow.store.tracking.sqlalchemy_store")
 
 
 @contextlib.contextmanager
@@ -38,12 +39,23 @@ def server(root: Path) -> Iterator[dict[str, str]]:
         address = os.path.join(folder, "socket")
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        process = subprocess.Popen([sys.executable, "-m", "advml.warm", address], cwd=root, env=environment, stdin=subprocess.PIPE)
+        with _held():  # a Ctrl-C in a terminal also goes to the server, which may not ignore it yet
+            process = subprocess.Popen([sys.executable, "-m", "advml.warm", address], cwd=root, env=environment, stdin=subprocess.PIPE)
         try:
             yield {ADDRESS: address}
         finally:
             process.stdin.close()  # the server leaves when nobody holds the other end any more
             process.wait()
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Signals wait until the end; those to a process started within, until it lets them in."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def forward(address: str, arguments: list[str]) -> int | None:
@@ -53,13 +65,24 @@ def forward(address: str, arguments: list[str]) -> int | None:
         connection.connect(address)
     except OSError:
         return None
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(OSError):  # it is gone already
+            connection.sendall(bytes([number]))
+
+    obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is not
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "obeyed": obeyed}
+    message = json.dumps(request).encode()
     with connection:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
-        request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
-        socket.send_fds(connection, [len(request).to_bytes(4, "big")], [0, 1, 2])
-        connection.sendall(request)
-        answer = connection.recv(1)
+        with _held():  # a signal must not get in before the request
+            for number in obeyed:
+                signal.signal(number, pass_on)
+            socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
+            connection.sendall(message)
+        try:
+            answer = connection.recv(1)
+        except ConnectionResetError:  # the server died before it got here
+            answer = b""
     if not answer:
         print("advml: killed from outside, perhaps for want of memory: run fewer jobs or lower batch_size", file=sys.stderr)
     return answer[0] if answer else 1
@@ -67,6 +90,8 @@ def forward(address: str, arguments: list[str]) -> int | None:
 
 def serve(address: str) -> None:
     """Import, then fork a child per connection until the parent process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to the end
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)  # clients that come during the imports wait in the queue
@@ -103,13 +128,18 @@ def _work(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = ["advml", *request["arguments"]]
-    threading.Thread(target=_obey, args=(connection,), daemon=True).start()
-    from advml.cli import main
+    from advml.cli import guarded, main
+
+    def command() -> None:
+        threading.Thread(target=_obey, args=(connection,), daemon=True).start()  # signals may have waited for this
+        main()
 
     code = 1
     try:
-        main()
-        code = 0
+        # The server ignores Ctrl-C, by its own will or because it was started in the background. What counts is the client.
+        signal.signal(signal.SIGINT, signal.default_int_handler if signal.SIGINT in request["obeyed"] else signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as `main` does in a moment
+        guarded(command)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:  # what an interpreter would print on its own
