@@ -20,9 +20,11 @@ PACKAGE = REPOSITORY / "src" / "advml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli"),
     ("stages", "repro", "warm", "show"),
-    ("training", "evaluation", "report", "plots", "example_plot", "picture", "presets", "tracking"),
+    ("claims", "report", "picture", "presets", "tracking"),
+    ("similarity",),
+    ("training", "evaluation", "records"),
     ("tasks", "schemes", "regimes", "attacks"),
-    ("models", "backbones", "objectives", "schedules", "data", "checkpoint", "runtime", "style", "rewrite"),
+    ("models", "backbones", "objectives", "schedules", "data", "checkpoint", "runtime", "figures", "rewrite"),
     ("__init__", "config", "explain", "errors", "paths", "progress", "provenance"),
 )
 EXCEPTIONS = {
@@ -30,7 +32,7 @@ EXCEPTIONS = {
     "advml.warm": {"advml.cli"},  # a forked child runs the command line, as __main__ does
 }
 # Library -> the only modules that may import it, anywhere in the file.
-OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "backbones", "matplotlib": ("plots", "example_plot", "picture", "style"), "dvc": ()}
+OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "backbones", "matplotlib": ("figures", "picture"), "dvc": ()}
 LIGHT = ("advml", "advml.cli", "advml.config", "advml.errors", "advml.paths", "advml.progress", "advml.repro", "advml.show", "advml.warm")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
@@ -164,7 +166,7 @@ NEUTRAL = {
     "advml.tracking": "written to, never read from",
     "advml.stages": "an empty package",
 }
-CURVES = {name: "draws the run's curves for MLflow, which no later stage reads" for name in ("advml.plots", "advml.style")}
+CURVES = {"advml.figures": "draws the run's curves for MLflow, which no later stage reads"}
 NEUTRAL_FOR = {
     "pretrain": CURVES,
     "finetune": CURVES,

@@ -19,7 +19,7 @@ from advml.paths import Workspace
 from advml.picture import attack_figure, attack_picture, load_image
 from advml.presets import preset
 from advml.stages.context import Context
-from advml.style import to_png
+from advml.figures.style import to_png
 
 CLASSES = ["cat", "dog", "bird"]
 

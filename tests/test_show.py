@@ -9,7 +9,8 @@ import pytest
 
 from advml.errors import UserError
 from advml.paths import Workspace
-from advml.show import find, record_of
+from advml.paths import find_model as find
+from advml.show import record_of
 
 RECORD = {
     "name": "CL-AT-s0",

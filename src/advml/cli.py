@@ -122,6 +122,46 @@ def evaluate(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Override
 
 
 @app.command(rich_help_panel=STAGES)
+def represent(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Measure how alike a model's layers are (CKA), clean and attacked, and what linear probes read from them.
+
+    Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
+    """
+    context = _context(params, overrides)
+    from advml.stages import represent as stage
+
+    metrics = stage.run(context, scheme=scheme, regime=regime, seed=seed)
+    name = model_name(scheme, regime, seed)
+    told = {
+        label: metrics.get(f"cka/{key}") for label, key in (("redundancy", "redundancy"), ("clean-adversarial CKA", "clean_adversarial"))
+    }
+    print(f"{name}: {'  '.join(f'{label} {value:.3f}' for label, value in told.items() if value is not None)}")
+    _say(f"{context.workspace.report(name)}/cka.npz, cka.json, cka.png, layers.png", "advml compare")
+
+
+@app.command(rich_help_panel=STAGES)
+def compare(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names or folders of models, each compared with each; none: the panels of the paper.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="reports/compare")] = None,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Measure how alike the layers of different models are (CKA), on clean and on adversarial images.
+
+    Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png. Next: advml report
+    """
+    context = _context(params, overrides)
+    from advml.stages import compare as stage
+
+    out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
+    stage.run(context, chosen=tuple(models or ()), out=out)
+    _say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", "advml report")
+
+
+@app.command(rich_help_panel=STAGES)
 def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Gather all evaluated models into one table and one picture.
 
@@ -142,7 +182,7 @@ def _show_table(configuration: Config, workspace: Workspace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from advml.report import COLUMNS, NORM_NAMES, cell, grid_rows
+    from advml.report.table import COLUMNS, NORM_NAMES, cell, grid_rows
 
     threat = configuration.threat_model
     shown = Table(

@@ -188,14 +188,16 @@ class TrainAttack(Section):
 
 
 class EvaluationAttack(Section):
-    """The attacks of `evaluate`, at epsilon and at half of it."""
+    """The attacks of `evaluate`, at epsilon and at half of it. Without `epsilon`: that of training."""
 
+    epsilon: Positive | None = None
     batch_size: Count
     steps: Count
     step_size: Positive | None = None
     restarts: Count
     random_start: bool
     keep: Literal["best", "last"]
+    adversarial_images: Count | None = None  # test images whose adversarial examples are stored; None: all
     seed: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -203,6 +205,25 @@ class EvaluationAttack(Section):
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"evaluate.restarts = {self.restarts} repeats one attack; set evaluate.random_start = true")
         return self
+
+
+def _one_or_many(value: Any) -> Any:
+    """`layers: blocks` and `layers: "*.act2"` name one thing; inside, there is always a list."""
+    return (value,) if isinstance(value, str) else value
+
+
+class Similarity(Section):
+    """What `represent` and `compare` measure, on the images whose adversarial examples `evaluate` has stored."""
+
+    layers: Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]  # blocks, all, or patterns of names
+    batch_size: Annotated[Whole, Field(ge=4)]
+    gram: Literal["float32", "bfloat16"] = "float32"
+    epsilon_studies: str | None = None  # folders of studies that differ in the training epsilon alone, a pattern: for claim 6
+    source: str = "own"  # whose adversarial images `compare` shows to all models; own: each model's own
+    draws: Count = 1000  # of the bootstrap over batches
+    probe_images: Count | None = None  # training images of the linear probes; None: all
+    probe_strengths: Annotated[tuple[Positive, ...], Field(min_length=1), Distinct]  # inverse penalties to choose from
+    seed: Annotated[Whole, Field(ge=0)] = 0
 
 
 class Tracking(Section):
@@ -234,6 +255,7 @@ class Config(Section):
     pretrain: dict[SchemeName, Phase]
     regimes: dict[RegimeName, Phase]
     evaluate: EvaluationAttack
+    similarity: Similarity
     tracking: Tracking
     runtime: Runtime
 
@@ -246,12 +268,18 @@ class Config(Section):
             missing = [name for name in names if name not in present]
             if missing:
                 raise ValueError(f"{key} lacks the section {missing[0]}; it needs {', '.join(names)}")
-        if self.threat_model.norm == "linf" and self.threat_model.epsilon > 1:
-            raise ValueError(
-                f"threat_model.epsilon = {self.threat_model.epsilon:g} exceeds the whole range of a pixel; "
-                "images live in [0, 1], so write 8/255 for eight grey levels"
-            )
+        for key, epsilon in (("threat_model", self.threat_model.epsilon), ("evaluate", self.evaluate.epsilon or 0)):
+            if self.threat_model.norm == "linf" and epsilon > 1:
+                raise ValueError(
+                    f"{key}.epsilon = {epsilon:g} exceeds the whole range of a pixel; "
+                    "images live in [0, 1], so write 8/255 for eight grey levels"
+                )
         return self
+
+    @property
+    def attacked_epsilon(self) -> float:
+        """The radius of `evaluate`'s attacks."""
+        return self.evaluate.epsilon or self.threat_model.epsilon
 
 
 def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:

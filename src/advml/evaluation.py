@@ -2,7 +2,7 @@
 
 `accuracy/threat_model_1`: PGD on the contrastive objective of encoder and projection head, then classify.
 `accuracy/threat_model_2`: PGD end to end on the classifier's cross-entropy.
-Each at the training epsilon and, under the suffix `_half`, at half of it.
+Each at `evaluate.epsilon` (by default that of training) and, under the suffix `_half`, at half of it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Figure:
     objective: MakeObjective | None = None
     loss: str = ""  # the objective's name, for the record
     coupled: bool = False  # the objective couples the batch: images must not leave it
+    kept: bool = False  # its adversarial images are stored, for `represent` and `compare`
     note: str = ""
 
 
@@ -45,11 +46,11 @@ def figures(configuration: config.Config, scheme: Scheme, *, note: str = "") -> 
     """What `evaluate` measures for a model of `scheme`; SL has no projection head, so no threat model I."""
     listed = [Figure("accuracy/clean")]
     for suffix, share in (("", 1.0), ("_half", 0.5)):
-        adversary = evaluation_adversary(configuration, epsilon=share * configuration.threat_model.epsilon)
+        adversary = evaluation_adversary(configuration, epsilon=share * configuration.attacked_epsilon)
         if scheme.groups:
             make = _contrastive(scheme.groups, configuration.temperature)
             listed.append(Figure(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", coupled=True, note=note))
-        listed.append(Figure(f"accuracy/threat_model_2{suffix}", adversary, _classification, loss="cross-entropy"))
+        listed.append(Figure(f"accuracy/threat_model_2{suffix}", adversary, _classification, loss="cross-entropy", kept=share == 1))
     return listed
 
 
@@ -69,6 +70,29 @@ def wilson(successes: int, n: int, *, z: float = 1.959963984540054) -> tuple[flo
     return (max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n)))
 
 
+class Keep:
+    """Collects adversarial images of the first `limit` images (None: of all)."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit, self.count = limit, 0
+        self._parts: list[Tensor] = []
+
+    @property
+    def wants_more(self) -> bool:
+        return self.limit is None or self.count < self.limit
+
+    def add(self, images: Tensor) -> None:
+        """Take a batch (n, C, H, W), as far as it is wanted."""
+        part = images if self.limit is None else images[: self.limit - self.count]
+        self._parts.append(part.float().cpu())
+        self.count += len(part)
+
+    @property
+    def images(self) -> Tensor:
+        """(count, C, H, W)."""
+        return torch.cat(self._parts).contiguous()
+
+
 def correct(
     network: Network,
     split: Split,
@@ -79,11 +103,15 @@ def correct(
     seed: int,
     machine: Machine,
     on_batch: Callable[[int], None] = lambda images: None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Which images are classified right, clean or after the figure's attack: bool (N,).
 
-    With restarts an image counts as right only if it survives every one. Images that an earlier restart
-    broke leave the batch, but only where the objective is per sample: a contrastive one couples the batch.
+    With restarts an image counts as right only if it survives every one. Images that are wrong already
+    leave the batch, but only where the objective is per sample: a contrastive one couples the batch.
+
+    Args:
+        keep: takes the first restart's adversarial images, for which also images that are wrong already are attacked.
     """
     network.eval()
     results = []
@@ -91,15 +119,30 @@ def correct(
         right = _predict_right(network, images, labels, machine)
         if figure.adversary:
             for restart in range(restarts):
-                rows = torch.arange(len(labels), device=labels.device) if figure.coupled else right.nonzero().squeeze(1)
+                kept = keep is not None and keep.wants_more and restart == 0
+                rows = torch.arange(len(labels), device=labels.device) if figure.coupled or kept else right.nonzero().squeeze(1)
                 if not len(rows):
                     break
                 generator = generator_for(figure.name, seed, number, restart)
                 adversarial = _attack(network, figure, images[rows], labels[rows], generator, machine)
+                if kept:
+                    keep.add(adversarial)
                 right[rows] &= _predict_right(network, adversarial, labels[rows], machine)
         results.append(right.cpu())
         on_batch(len(labels))
     return torch.cat(results)
+
+
+def attacked(
+    network: Network, split: Split, configuration: config.Config, scheme: Scheme, machine: Machine
+) -> tuple[Tensor, dict[str, Any]]:
+    """Adversarial images of the first test images as `evaluate` would store them, and the record of their attack."""
+    spec = configuration.evaluate
+    (figure,) = (figure for figure in figures(configuration, scheme) if figure.kept)
+    keep = Keep(spec.adversarial_images)
+    some = Split(split.images[: spec.adversarial_images], split.labels[: spec.adversarial_images])
+    right = correct(network, some, figure, batch_size=spec.batch_size, restarts=1, seed=spec.seed, machine=machine, keep=keep)
+    return keep.images, describe(figure, right, configuration) | {"restarts": 1}
 
 
 def _attack(network: Network, figure: Figure, images: Tensor, labels: Tensor, generator: torch.Generator, machine: Machine) -> Tensor:

@@ -109,6 +109,13 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images))
 
+    def run_all(self, images: Tensor) -> None:
+        """One pass of the encoder and of every head that there is: for those who watch the layers."""
+        features = self.features(images)
+        for head in (self.projection_head, self.classifier):
+            if head is not None:
+                head(features)
+
 
 def build(architecture: Architecture, *, seed: int) -> Network:
     """A network with random weights that depend on `seed` alone; the global RNG is left as it was."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from advml.errors import UserError
+
 
 def pretraining_name(scheme: str, phase: str, seed: int) -> str:
     """`CL-at-s0`: the contrastive scheme, adversarially pretrained, seed 0."""
@@ -43,6 +45,10 @@ class Workspace:
     def report(self, name: str) -> Path:
         return self.reports / name
 
+    def adversarial(self, name: str) -> Path:
+        """The adversarial test images of a model."""
+        return self.root / "data" / "adversarial" / f"{name}.safetensors"
+
     def record(self, stage: str, name: str) -> Path:
         """How a stage made its figures: settings, counts, seeds. The report depends on this folder."""
         return self.root / "records" / stage / f"{name}.json"
@@ -50,3 +56,17 @@ class Workspace:
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
         return self.root / ".scratch" / stage
+
+
+def find_model(workspace: Workspace, model: str) -> Path:
+    """The folder of a model, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
+
+    Raises:
+        UserError: naming the models that exist.
+    """
+    for folder in (Path(model), workspace.model(model), workspace.pretrained(model)):
+        if (folder / "model.json").is_file():
+            return folder
+    names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
+    choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
+    raise UserError(f"there is no model {model!r}; {choices}")

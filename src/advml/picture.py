@@ -15,11 +15,11 @@ from advml.attacks.threat import NORMS
 from advml.checkpoint import write_atomically
 from advml.data.images import decode
 from advml.errors import UserError
-from advml.example_plot import draw, quoted
+from advml.figures.example import draw, quoted
+from advml.figures.style import to_png
 from advml.objectives import cross_entropy
 from advml.report import NORM_NAMES
 from advml.runtime import generator_for
-from advml.style import to_png
 
 if TYPE_CHECKING:
     from advml.stages.context import Context

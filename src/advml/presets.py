@@ -40,7 +40,17 @@ SGD = {"batch_size": 128, "optimizer": "sgd", "weight_decay": 5e-4}
 ADAMW = {"optimizer": "adamw", "weight_decay": 0.01}
 GREY_LEVELS = "eight grey levels of 255; images live in [0, 1]"
 # Spelled out although the template says the same today: tuning the digits study must move nothing here.
-UNTUNED = {"temperature": 0.2, "attack.steps": 5, "evaluate.steps": 20, "evaluate.restarts": 1, "runtime.threads": 0}
+UNTUNED = {
+    "temperature": 0.2,
+    "attack.steps": 5,
+    "evaluate.steps": 20,
+    "evaluate.restarts": 1,
+    "evaluate.adversarial_images": 2000,
+    "similarity.layers": "blocks",
+    "similarity.batch_size": 100,
+    "similarity.probe_images": 10000,
+    "runtime.threads": 0,
+}
 ALL_CORES = {"runtime.threads": "0: all cores; a fixed number makes CPU results the same everywhere"}
 
 CIFAR = UNTUNED | {
@@ -105,6 +115,10 @@ PAPER = {
     "evaluate.restarts": 1,
     "evaluate.random_start": False,
     "evaluate.keep": "last",
+    "evaluate.adversarial_images": None,
+    "similarity.layers": "blocks",
+    "similarity.batch_size": 256,
+    "similarity.probe_images": None,
     "runtime.threads": 0,
 }
 PAPER_REMARKS = CIFAR_REMARKS | {

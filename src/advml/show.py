@@ -10,26 +10,12 @@ from typing import Any
 
 from advml.config import flatten
 from advml.errors import UserError
-from advml.paths import Workspace
-
-
-def find(workspace: Workspace, model: str) -> Path:
-    """The folder of a model, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
-
-    Raises:
-        UserError: naming the models that exist.
-    """
-    for folder in (Path(model), workspace.model(model), workspace.pretrained(model)):
-        if (folder / "model.json").is_file():
-            return folder
-    names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
-    choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
-    raise UserError(f"there is no model {model!r}; {choices}")
+from advml.paths import Workspace, find_model
 
 
 def record_of(workspace: Workspace, model: str) -> str:
     """What the model was made from, how, and how well it does, as text."""
-    folder = find(workspace, model)
+    folder = find_model(workspace, model)
     with _reading(folder / "model.json") as record:
         lines = [f"{record['name']}   ({folder})", ""]
         lines += _block("made from", _origin(record))

@@ -104,7 +104,7 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
 
 
 def _curves(history: list[Record], name: str, selected: int) -> Any:
-    from advml.plots import training_curves  # matplotlib takes half a second to import: after the work, not before
+    from advml.figures.charts import training_curves  # matplotlib takes half a second to import: after the work, not before
 
     return training_curves(history, name, selected=selected)
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from advml import plots, report, tracking
+from advml import tracking
 from advml.checkpoint import write_atomically
 from advml.config import Config
 from advml.errors import UserError
-from advml.report import NORM_NAMES
+from advml.figures import charts
+from advml.report import table as tables
+from advml.report.table import NORM_NAMES
 from advml.stages.context import Context
 
 
-def run(context: Context) -> list[report.Row]:
+def run(context: Context) -> list[tables.Row]:
     """Write `reports/summary.csv`, `summary.md` and `summary.png`; returns the rows."""
     config, reports = context.config, context.workspace.reports
-    table = report.grid_rows(config, context.workspace)
+    table = tables.grid_rows(config, context.workspace)
     if not table:
         raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
-    write_atomically(reports / "summary.csv", report.to_csv(table).encode())
-    write_atomically(reports / "summary.md", report.to_markdown(table).encode())
-    write_atomically(reports / "summary.png", plots.to_png(plots.accuracy_chart(table, threat_model=_threat(config))))
+    write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
+    write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
+    write_atomically(reports / "summary.png", charts.to_png(charts.accuracy_chart(table, threat_model=_threat(config))))
     with tracking.open_run(
         config, root=context.workspace.root, name="study", kind="study", tags={}, params=config.model_dump(mode="json")
     ) as run:
@@ -29,4 +31,4 @@ def run(context: Context) -> list[report.Row]:
 
 
 def _threat(config: Config) -> str:
-    return f"{config.threat_model.epsilon:.4g} ({NORM_NAMES[config.threat_model.norm]})"
+    return f"{config.attacked_epsilon:.4g} ({NORM_NAMES[config.threat_model.norm]})"

@@ -18,9 +18,10 @@ temporary), the workspace elsewhere. Nothing here imports mlflow (2 s) before a 
 
 from __future__ import annotations
 
+from advml.tracking.representations import log_representation
 from advml.tracking.run import Run
 from advml.tracking.runs import exit_on_sigterm, find_run, kill_run, open_run, ui_link
 from advml.tracking.start import DataInfo
 from advml.tracking.sync import attach_run, sync
 
-__all__ = ["DataInfo", "Run", "attach_run", "exit_on_sigterm", "find_run", "kill_run", "open_run", "sync", "ui_link"]
+__all__ = ["DataInfo", "Run", "attach_run", "exit_on_sigterm", "find_run", "kill_run", "log_representation", "open_run", "sync", "ui_link"]

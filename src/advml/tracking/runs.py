@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from advml.config import Config
 
-Kind = Literal["pretrain", "model", "study"]
+Kind = Literal["pretrain", "model", "comparison", "study"]
 
 
 def open_run(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from advml.errors import Failure
 from advml.paths import Workspace
 from advml.tracking import store as stores
+from advml.tracking.representations import log_representation
 from advml.tracking.run import Run
 from advml.tracking.runs import search
 from advml.tracking.start import PROCESS, DataInfo, Facts, start
@@ -100,7 +101,8 @@ def _add_report(run: Run, workspace: Workspace, name: str) -> None:
     """The final metrics, where the run lacks them: an evaluation that was pulled, or made while the store was down."""
     metrics, made = workspace.report(name) / "metrics.json", workspace.record("evaluate", name)
     if metrics.exists() and run.log_metrics(_read(metrics)) and made.exists():
-        run.log_file(made)
+        run.log_file(made, "records/evaluate")
+    log_representation(run, workspace, name)
 
 
 def _end_orphans(store: stores.Store) -> None:

@@ -87,6 +87,15 @@ class Writer:
         if table not in tables:
             self._tag({TABLES: json.dumps([*tables, table])})
 
+    def tag(self, key: str) -> str | None:
+        """The value of a tag, as far as this process knows."""
+        return self._tags.get(key)
+
+    @guarded
+    def set_tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+        self._tag({key: value})
+
     def _tag(self, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             self._store.client.set_tag(self.id, key, value, synchronous=True)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from advml.style import ADVERSARIAL, CLEAN, FULL, HALF, INK, QUIET, styled, to_png
+from advml.figures.style import ADVERSARIAL, CLEAN, FULL, HALF, INK, QUIET, styled, to_png
 
 __all__ = ["accuracy_chart", "to_png", "training_curves"]
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from advml.style import ADVERSARIAL, FULL, INK, QUIET, styled
+from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
 WHEN = ("before", "after")
 BEFORE, AFTER = FULL, ADVERSARIAL

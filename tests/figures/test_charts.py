@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 
 from advml import style
 from advml.evaluation import wilson
-from advml.plots import MEASURES, accuracy_chart, to_png, training_curves
+from advml.figures.charts import MEASURES, accuracy_chart, to_png, training_curves
 
 METRICS = [measure.metric for measure in MEASURES]
 SHARES = {"SL": (0.99, 0.9, 0.7), "CL": (0.98, 0.5, 0.01), "SCL": (1.0, 0.6, 0.0)}
@@ -196,5 +196,5 @@ def test_colours_stay_apart_in_grey() -> None:
 
 
 def test_plots_draw_without_pyplot() -> None:
-    code = "import sys, advml.plots; print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, advml.figures.charts; print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

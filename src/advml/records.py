@@ -1,0 +1,61 @@
+"""Records of measurements: how a stage made its figures, and the figures. `records/<stage>/<MODEL>.json`.
+
+`reports/<MODEL>/metrics.json` is put together from them, so each of the stages that measure a model may write it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from advml.checkpoint import write_atomically
+from advml.errors import UserError
+from advml.paths import Workspace
+
+MEASURING = ("evaluate", "represent")  # stages, in the order of their metrics
+
+
+def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str, float]:
+    """Write a model's record, and its metrics.json anew; returns the latter.
+
+    Args:
+        record: `model`, `digest` (of the weights), `inputs` (fingerprint), `metrics` (flat), and whatever explains them.
+    """
+    path = workspace.record(stage, record["model"])
+    write_atomically(path, (json.dumps(record, indent=2, allow_nan=True) + "\n").encode())
+    metrics = metrics_of(workspace, record["model"], digest=record["digest"])
+    write_atomically(workspace.report(record["model"]) / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    return metrics
+
+
+def read(workspace: Workspace, stage: str, model: str) -> dict[str, Any] | None:
+    """A model's record, or None if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = workspace.record(stage, model)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if record["model"] and isinstance(record["metrics"], dict) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
+
+
+def metrics_of(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
+    """All metrics measured on the weights with this sha256. What could not be measured (NaN) is left out."""
+    found = [read(workspace, stage, model) for stage in MEASURING]
+    parts = [record["metrics"] for record in found if record and record.get("digest") == digest]
+    return {name: value for part in parts for name, value in part.items() if not math.isnan(value)}
+
+
+def reusable(workspace: Workspace, stage: str, model: str, *, inputs: str) -> dict[str, Any] | None:
+    """The record that the very same inputs have given, or None."""
+    try:
+        record = read(workspace, stage, model)
+    except UserError:
+        return None
+    return record if record and record.get("inputs") == inputs else None

@@ -1,0 +1,1 @@
+"""The study as others read it: one table, one page."""

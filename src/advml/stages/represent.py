@@ -1,0 +1,65 @@
+"""`represent SCHEME REGIME`: CKA between a model's layers on clean and adversarial images, scalars, linear probes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from advml import models, records, tracking
+from advml.checkpoint import write_atomically
+from advml.data import adversarial
+from advml.figures import layers as figures
+from advml.figures.style import to_png
+from advml.paths import model_name
+from advml.progress import Bar
+from advml.similarity import representation
+from advml.similarity.arrays import to_npz
+from advml.stages.context import Context
+
+
+def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, float]:
+    """Write `cka.npz`, `cka.json` and the figures in `reports/<MODEL>/`, the record and metrics.json; returns the metrics."""
+    name = model_name(scheme, regime, seed)
+    workspace, folder, spec = context.workspace, context.workspace.model(name), context.config.similarity
+    weights = models.read_record(folder)["digest"]
+    attacked = adversarial.read(workspace.adversarial(name), digest=weights)
+    inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
+    if reuse and records.reusable(workspace, "represent", name, inputs=inputs):
+        return records.metrics_of(workspace, name, digest=weights)
+    network = models.load(folder).to(context.machine.device, memory_format=torch.channels_last)
+    with Bar(f"represent {name}", total=3) as bar:
+        measured = representation.represent(
+            network, context.dataset, attacked.images, spec, context.machine, on_part=lambda part: bar.advance(1, part)
+        )
+    of = {"model": name, "digest": weights}
+    described = representation.describe(measured, spec, of=of, attack=attacked.record)
+    cka = _write(workspace.report(name), measured, described, chance=1 / len(context.dataset.classes))
+    measures = representation.metrics(measured, spec)
+    how = {key: described[key] for key in ("estimator", "n", "batch_sizes", "intervals", "dead_layers", "adversarial_source")}
+    metrics = records.write(workspace, "represent", of | {"inputs": inputs, "cka": cka, "metrics": measures, "how": how})
+    with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
+        mlflow_run.log_metrics(measures)
+        tracking.log_representation(mlflow_run, workspace, name)
+    return metrics
+
+
+def _write(folder: Path, measured: representation.Representation, described: dict[str, object], *, chance: float) -> str:
+    """Write the files of one model; returns the sha256 of cka.npz."""
+    arrays, names = to_npz(representation.arrays(measured)), [layer.name for layer in measured.layers]
+    write_atomically(folder / "cka.npz", arrays)
+    write_atomically(folder / "cka.json", (json.dumps(described, indent=1) + "\n").encode())
+    panels = [figures.Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names) for pair in representation.MATRICES.values()]
+    write_atomically(folder / "cka.png", to_png(figures.heatmaps(panels, title=f"{folder.name}: CKA between layers")))
+    curves = figures.layer_curves(
+        names,
+        np.diagonal(measured.cka("clean", "adversarial")),
+        {kind: [probe.accuracy[kind] for probe in measured.probes] for kind in representation.KINDS},
+        title=folder.name,
+        chance=chance,
+    )
+    write_atomically(folder / "layers.png", to_png(curves))
+    return hashlib.sha256(arrays).hexdigest()
