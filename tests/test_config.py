@@ -118,6 +118,11 @@ MISTAKES = {
     "data.validation=0.8": "data.validation + data.test = 1 leaves nothing to train on; keep the sum below 1",
     "threat_model.epsilon=8": "threat_model.epsilon = 8 exceeds the whole range of a pixel; "
     "images live in [0, 1], so write 8/255 for eight grey levels",
+    "pretrain.SL.warmup=0.1": "pretrain.SL.warmup = 0.1 doubles the warm-up of onecycle; set it to 0, or pretrain.SL.schedule = cosine",
+    "pretrain.CL.label_smoothing=0.1": "pretrain.CL.label_smoothing = 0.1 has no effect: "
+    "the contrastive objective has no cross-entropy; set it to 0",
+    "regimes.AT.adversarial_weight=2": "regimes.AT.adversarial_weight = 2 has no effect: "
+    "this regime fine-tunes on clean images alone; set it to 1",
     "regimes={}": "regimes lacks the section ST; it needs ST, AT, Partial-AT, Full-AT",
     # no override at all
     "epsilon": "-S epsilon is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
@@ -136,6 +141,11 @@ def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
     sections = ", ".join(config.Config.model_fields)
     assert complaint(params, "threat.epsilon=1") == f"-S threat.epsilon: unknown key 'threat'; choose from {sections}"
     assert complaint(params, "threat={}") == f"params.yaml: unknown key 'threat'; choose from {sections}"
+
+
+def test_a_phase_has_no_defaults_that_dvc_cannot_see(params: Path) -> None:
+    params.write_text(PARAMS.replace("    gradient_clip: null ", "    ", 1), encoding="utf-8")
+    assert complaint(params) == "params.yaml: pretrain.SL.gradient_clip is missing; a complete file is printed by: advml preset digits"
 
 
 def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:

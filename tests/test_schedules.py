@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -9,11 +11,13 @@ from torch.optim import lr_scheduler
 from advml import config
 from advml.schedules import SCHEDULES, learning_rate
 
+REPOSITORY = Path(__file__).parents[1]
 PEAK = 4e-3
 
 
 def phase(schedule: str, warmup: float = 0.0) -> config.Phase:
-    return config.Phase(epochs=1, batch_size=2, learning_rate=PEAK, schedule=schedule, warmup=warmup)
+    rest = config.load(REPOSITORY / "params.yaml").regimes["AT"].model_dump()
+    return config.Phase(**(rest | {"learning_rate": PEAK, "schedule": schedule, "warmup": warmup}))
 
 
 def ours(schedule: str, steps: int, warmup: float = 0.0) -> list[float]:

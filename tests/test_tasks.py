@@ -48,7 +48,7 @@ def contrastive_task(network, groups=instances, spec=SHIFT) -> Contrastive:
 
 
 def head_only(network, dataset, **phase) -> HeadOnly:
-    settings = config.Phase(epochs=1, batch_size=8, learning_rate=0.1, **phase)
+    settings = CONFIG.regimes["Partial-AT"].model_copy(update=phase)
     task = finetuning_task(network, REGIMES["Partial-AT"], settings, dataset.train, CPU)
     task.train_mode()
     return task
@@ -198,7 +198,7 @@ def test_a_scheme_pretrains_its_own_task(make_network, name, kind, groups):
 
 @pytest.mark.parametrize(("regime", "kind"), [("ST", HeadOnly), ("AT", HeadOnly), ("Partial-AT", HeadOnly), ("Full-AT", Classification)])
 def test_a_regime_fine_tunes_the_head_or_everything_without_views(make_network, dataset, regime, kind):
-    phase = config.Phase(epochs=1, batch_size=8, learning_rate=0.1, label_smoothing=0.2)
+    phase = CONFIG.regimes[regime].model_copy(update={"label_smoothing": 0.2})
     task = finetuning_task(make_network(), REGIMES[regime], phase, dataset.train, CPU)
     assert type(task) is kind and task.spec is None and task.label_smoothing == 0.2
 

@@ -50,7 +50,9 @@ PHASES = {
 
 
 def settings(**changes: object) -> config.Phase:
-    return config.Phase(**({"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01} | changes))
+    plain = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.0, "label_smoothing": 0.0, "adversarial_weight": 1.0}
+    plain |= {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01, "gradient_clip": None, "keep": "best"}
+    return config.Phase(**(plain | changes))
 
 
 def make_task(phase: str, network: Network, dataset: Dataset, values: config.Phase):

@@ -160,15 +160,22 @@ class Phase(Section):
 
     epochs: Count
     batch_size: Annotated[Whole, Field(ge=2)]
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"]  # no defaults here: DVC tracks, and overrides, only what params.yaml writes out
     learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    schedule: Literal["constant", "cosine", "onecycle"] = "cosine"
-    warmup: Share = 0.0  # share of all steps, linear from 0; `onecycle` has its own
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    adversarial_weight: NonNegative = 1.0  # weight of the attacked term beside the clean one
-    gradient_clip: Positive | None = None
-    keep: Literal["best", "last"] = "best"  # best on validation, never on test
+    weight_decay: NonNegative
+    schedule: Literal["constant", "cosine", "onecycle"]
+    warmup: Share  # share of all steps, linear from 0; `onecycle` has its own
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
+    adversarial_weight: NonNegative  # weight of the attacked term beside the clean one
+    gradient_clip: Positive | None
+    keep: Literal["best", "last"]  # best on validation, never on test
+
+
+# Phase -> a key that it has no use for, the neutral value, why.
+WITHOUT_EFFECT: dict[str, tuple[str, float, str]] = {
+    **dict.fromkeys(("pretrain.CL", "pretrain.SCL"), ("label_smoothing", 0.0, "the contrastive objective has no cross-entropy")),
+    **dict.fromkeys(("regimes.ST", "regimes.AT"), ("adversarial_weight", 1.0, "this regime fine-tunes on clean images alone")),
+}
 
 
 class ThreatModelSection(Section):
@@ -274,6 +281,21 @@ class Config(Section):
                     f"{key}.epsilon = {epsilon:g} exceeds the whole range of a pixel; "
                     "images live in [0, 1], so write 8/255 for eight grey levels"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _phases(self) -> Config:
+        """A value that counts twice, or not at all, would mislead whoever reads the file."""
+        phases = {f"pretrain.{name}": phase for name, phase in self.pretrain.items()}
+        phases |= {f"regimes.{name}": phase for name, phase in self.regimes.items()}
+        for key, phase in phases.items():
+            if phase.schedule == "onecycle" and phase.warmup:
+                raise ValueError(
+                    f"{key}.warmup = {phase.warmup:g} doubles the warm-up of onecycle; set it to 0, or {key}.schedule = cosine"
+                )
+        for key, (name, neutral, why) in WITHOUT_EFFECT.items():
+            if (value := getattr(phases[key], name)) != neutral:
+                raise ValueError(f"{key}.{name} = {value:g} has no effect: {why}; set it to {neutral:g}")
         return self
 
     @property

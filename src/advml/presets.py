@@ -30,9 +30,9 @@ class Preset:
 
 def _phase(*sections: str, **values: Any) -> dict[str, dict[str, Any]]:
     """The same training phase, whole and in the template's order, in several sections."""
-    values = {"keep": "best", **values}
-    order = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "warmup", "keep")
-    return {section: {key: values[key] for key in order if key in values} for section in sections}
+    neutral = {"warmup": 0.0, "label_smoothing": 0.0, "adversarial_weight": 1.0, "gradient_clip": None, "keep": "best"}
+    order = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", *neutral)
+    return {section: {key: {**neutral, **values}[key] for key in order} for section in sections}
 
 
 SIMCLR = {"flip": 0.5, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter": 0.8, "grey": 0.2}
