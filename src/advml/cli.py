@@ -163,9 +163,9 @@ def compare(
 
 @app.command(rich_help_panel=STAGES)
 def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Gather all evaluated models into one table and one picture.
+    """Gather all measured models into a table, test the paper's claims on them, and tell it all on one page.
 
-    Writes reports/summary.csv, summary.md and summary.png. Next: make ui
+    Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: make ui
     """
     context = _context(params, overrides)
     from advml.stages import report as stage
@@ -173,7 +173,7 @@ def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     table = stage.run(context)
     _show_table(context.config, context.workspace)
     _say(
-        f"{context.workspace.reports}/summary.csv, summary.md, summary.png",
+        f"{context.workspace.reports}/report.html, claims.json, summary.csv, summary.md, summary.png",
         "make ui   (compare the runs in MLflow), or: advml show " + table[-1]["model"],
     )
 

@@ -47,8 +47,8 @@ class Study:
     Every method raises Missing where a model has not been measured, and UserError where a file is damaged.
     """
 
-    def __init__(self, spec: config.Similarity, workspace: Workspace, seed: int) -> None:
-        self.spec, self.workspace, self.seed = spec, workspace, seed
+    def __init__(self, spec: config.Similarity, workspace: Workspace, seed: int, *, is_main: bool = True) -> None:
+        self.spec, self.workspace, self.seed, self.is_main = spec, workspace, seed, is_main
         self._similarity = cache(self._read)
 
     def scalar(self, name: str, scheme: str, regime: str) -> Estimate:

@@ -65,7 +65,7 @@ def heatmaps(panels: Sequence[Heatmap | None], *, title: str = "", columns: int 
         if panel is None:
             place.axis("off")
         else:
-            image = _heatmap(place, panel)
+            image = _heatmap(place, panel, distance=0.13 / size)
     if image is not None:
         bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, pad=0.015)
         bar.set_label("CKA")
@@ -73,28 +73,32 @@ def heatmaps(panels: Sequence[Heatmap | None], *, title: str = "", columns: int 
     return figure
 
 
-def _heatmap(axes: Axes, panel: Heatmap) -> object:
+def _heatmap(axes: Axes, panel: Heatmap, *, distance: float) -> object:
     axes.set_facecolor("#d9d9d9")  # a dead layer has no CKA
     image = axes.imshow(panel.matrix, origin="lower", vmin=0, vmax=1, cmap=COLOURS, interpolation="nearest", aspect="auto")
     axes.set_box_aspect(1)
     axes.set_title(panel.title, loc="left", fontsize=9.5)
     axes.set_ylabel(panel.row_label)
     axes.set_xlabel(panel.column_label)
-    _ticks(axes, "y", panel.rows)
-    _ticks(axes, "x", panel.columns)
+    _ticks(axes, "y", panel.rows, distance)
+    _ticks(axes, "x", panel.columns, distance)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=7)
     return image
 
 
-def _ticks(axes: Axes, which: str, names: Sequence[str]) -> None:
-    """A line where a stage begins, its name in the middle of it."""
+def _ticks(axes: Axes, which: str, names: Sequence[str], distance: float) -> None:
+    """A line where a stage begins, its name in the middle of it; names stand apart by a share `distance` of the axis."""
     begins = stages(names)
     ends = [start for start, _ in begins[1:]] + [len(names)]
     for start, _ in begins[1:]:
         (axes.axhline if which == "y" else axes.axvline)(start - 0.5, color="white", linewidth=0.6, alpha=0.7)
     middles = [(start + end - 1) / 2 for (start, _), end in zip(begins, ends, strict=True)]
-    shown = [stage[:LONGEST] if end - start > len(names) / 60 else "" for (start, stage), end in zip(begins, ends, strict=True)]
+    following = [*middles[1:], float("inf")]  # a name that the next one would write over is left out
+    shown = [
+        stage[:LONGEST] if after - middle > distance * len(names) else ""
+        for (_, stage), middle, after in zip(begins, middles, following, strict=True)
+    ]
     getattr(axes, f"set_{which}ticks")(middles, shown, rotation=90 if which == "x" else 0)
 
 
@@ -136,4 +140,48 @@ def layer_curves(
         begins = _apart(stages(names), len(names) / 25)
         axes.set_xticks([start for start, _ in begins], [stage[:LONGEST] for _, stage in begins], rotation=40, ha="right", fontsize=7.5)
         axes.set_xlim(-0.5, len(names) - 0.5)
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model in a grid of curves. Accuracies are shares."""
+
+    label: str
+    names: Sequence[str]
+    clean_adversarial: np.ndarray
+    clean: Sequence[float]
+    adversarial: Sequence[float]
+
+
+REGIME_COLOURS = ("#6b6b6b", "#e69f00", "#56b4e9", "#0072b2")
+
+
+@styled
+def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
+    """A row per scheme, a line per regime: clean-adversarial CKA and probe accuracies, layer by layer.
+
+    Args:
+        groups: models by scheme, in the regimes' order.
+    """
+    figure = Figure(figsize=(9.6, 2.3 * len(groups) + 0.7), layout="constrained")
+    grid = figure.subplots(len(groups), 3, squeeze=False)
+    titles = ("CKA, clean with adversarial images", "linear probe on clean images, %", "linear probe on adversarial images, %")
+    for line, (group, curves) in zip(grid, groups.items(), strict=True):
+        for axes, values in zip(line, ("clean_adversarial", "clean", "adversarial"), strict=True):
+            scale = 1 if values == "clean_adversarial" else 100
+            for curve, colour in zip(curves, REGIME_COLOURS, strict=False):
+                axes.plot(scale * np.asarray(getattr(curve, values)), color=colour, linewidth=1.3, label=curve.label)
+            axes.set_ylim(-0.02 * scale, 1.03 * scale)
+            axes.grid(axis="y")
+            if curves:
+                begins = _apart(stages(curves[0].names), len(curves[0].names) / 14)
+                axes.set_xticks(
+                    [start for start, _ in begins], [stage[:LONGEST] for _, stage in begins], rotation=35, ha="right", fontsize=7
+                )
+        line[0].set_ylabel(group, fontweight="bold")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, loc="left", fontsize=9)
+    handles = {label: handle for axes in grid[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure

@@ -55,9 +55,9 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return inside
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: Figure, *, dpi: float | None = None) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
     stream = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(stream, format="png", metadata={"Software": None})
+        figure.savefig(stream, format="png", dpi=dpi or STYLE["savefig.dpi"], metadata={"Software": None})
     return stream.getvalue()

@@ -6,6 +6,7 @@ draws serve every model measured on the same batches, so differences between mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ def diagonal_first_quarter(cka: Matrices) -> np.ndarray:
 
 
 def _last_quarter(diagonal: np.ndarray) -> np.ndarray:
-    return diagonal[..., -(-(-diagonal.shape[-1] // 4)) :]
+    count = math.ceil(diagonal.shape[-1] / 4)
+    return diagonal[..., -count:]
 
 
 def _mean(cka: Matrices, chosen: np.ndarray) -> np.ndarray:
@@ -147,7 +149,7 @@ def _parts(weights: np.ndarray, *, size: int = 100) -> list[np.ndarray]:
 def rankme(features: np.ndarray) -> float:
     """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the singular values of features (N, D), divided by their sum."""
     values = np.sqrt(np.clip(np.linalg.eigvalsh(features.T.astype(np.float64) @ features), 0, None))
-    return _rank(values)
+    return _rank(values[-min(features.shape) :])  # there are no more singular values than images
 
 
 def rankme_interval(features: np.ndarray, *, blocks: int) -> tuple[float, float]:

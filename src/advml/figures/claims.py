@@ -1,0 +1,57 @@
+"""Effects behind the claims, with their intervals and the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
+
+COLOURS = {"supported": "#009e73", "contradicted": ADVERSARIAL, "inconclusive": QUIET}
+LINE = 0.27  # inches per part
+
+
+@styled
+def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel per tested claim, one line per part: effect, 95 % interval, the bound it is held against, the paper's figure.
+
+    Args:
+        claims: of claims.json; parts that were not tested are left out.
+    """
+    tested = [(claim, [part for part in claim["parts"] if "effect" in part]) for claim in claims]
+    tested = [(claim, parts) for claim, parts in tested if parts]
+    heights = [len(parts) + 1.6 for _, parts in tested]
+    figure = Figure(figsize=(8.4, LINE * sum(heights) + 0.7), layout="constrained")
+    panels = figure.subplots(len(tested), 1, squeeze=False, height_ratios=heights)[:, 0] if tested else []
+    for axes, (claim, parts) in zip(panels, tested, strict=True):
+        _panel(axes, claim, parts)
+    marks = [
+        *(Line2D([], [], color=colour, marker="o", markersize=5, label=verdict) for verdict, colour in COLOURS.items()),
+        Line2D([], [], color=FULL, marker="D", markersize=4.5, linestyle="", markerfacecolor="white", label="the paper"),
+        Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="claimed bound"),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
+    return figure
+
+
+def _panel(axes: Axes, claim: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title(claim["claim"], x=-0.56, ha="left", fontsize=8.5)
+    for place, part in enumerate(reversed(parts)):
+        colour = COLOURS.get(part["verdict"], QUIET)
+        bound = float(part["claimed"].split()[-1])
+        axes.plot([bound, bound], [place - 0.42, place + 0.42], color=INK, linewidth=0.9, linestyle=":")
+        if part["low"] is not None and part["high"] is not None:
+            axes.plot([part["low"], part["high"]], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
+        if part["effect"] is not None:
+            axes.plot(part["effect"], place, "o", color=colour, markersize=5)
+        if part["paper"] is not None:
+            axes.plot(part["paper"], place, "D", color=FULL, markerfacecolor="white", markersize=4.5)
+    axes.set_yticks(range(len(parts)), [part["name"] for part in reversed(parts)], fontsize=7.5)
+    axes.set_ylim(-0.6, len(parts) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
