@@ -25,14 +25,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "evaluation", "records"),
     ("tasks", "schemes", "regimes", "attacks"),
     ("models", "backbones", "objectives", "schedules", "data", "checkpoint", "runtime", "figures", "rewrite"),
-    ("__init__", "config", "explain", "errors", "paths", "progress", "provenance"),
+    ("__init__", "config", "explain", "errors", "intervals", "paths", "progress", "provenance"),
 )
 EXCEPTIONS = {
     "advml.picture": {"advml.stages.context"},  # the type of an argument
     "advml.warm": {"advml.cli"},  # a forked child runs the command line, as __main__ does
 }
 # Library -> the only modules that may import it, anywhere in the file.
-OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "backbones", "matplotlib": ("figures", "picture"), "dvc": ()}
+OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "backbones", "matplotlib": ("figures", "picture", "report"), "dvc": ()}
 LIGHT = ("advml", "advml.cli", "advml.config", "advml.errors", "advml.paths", "advml.progress", "advml.repro", "advml.show", "advml.warm")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
@@ -172,6 +172,7 @@ NEUTRAL_FOR = {
     "finetune": CURVES,
     "prepare": {"advml.stages.context": "takes configuration and folders from it, no machine and no network"},
     "evaluate": {"advml.schedules": "takes nothing but `batches` from training"},
+    "compare": {"advml.schedules": "takes nothing but `batches` from training"},
     "report": {
         "advml.stages.context": "takes configuration and folders from it, no machine and no network",
         "advml.checkpoint": "writes files whole",

@@ -7,7 +7,6 @@ Each at `evaluate.epsilon` (by default that of training) and, under the suffix `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from advml import config
 from advml.attacks.adversary import Adversary, evaluation_adversary
 from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
+from advml.intervals import wilson
 from advml.models import Network
 from advml.runtime import Machine, generator_for
 from advml.schemes import Scheme
@@ -60,14 +60,6 @@ def _classification(network: Network, images: Tensor, labels: Tensor) -> Objecti
 
 def _contrastive(groups: Callable[[Tensor], Tensor], temperature: float) -> MakeObjective:
     return lambda network, images, labels: contrastive_objective(network, images, groups(labels), temperature=temperature)
-
-
-def wilson(successes: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n)))
 
 
 class Keep:

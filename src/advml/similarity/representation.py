@@ -21,7 +21,7 @@ from torch import Tensor
 from advml import config
 from advml.data.datasets import Dataset, Split
 from advml.errors import UserError
-from advml.evaluation import wilson
+from advml.intervals import wilson
 from advml.models import Network
 from advml.runtime import Machine
 from advml.similarity import probes, summary
