@@ -165,13 +165,16 @@ def test_reproducing_a_second_time_runs_nothing(reproduced, dvc):
 
 
 def test_a_lost_output_comes_back_with_the_same_bytes(reproduced):
-    def files() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for folder in folders for path in (reproduced / folder).rglob("*") if path.is_file()}
+    with opened(reproduced) as repo:
+        outputs = [Path(output.fs_path) for stage in repo.stage.collect(LAST, with_deps=True) for output in stage.outs]
 
-    folders = ("data", "models", "reports", "records")
+    def files() -> dict[Path, bytes]:
+        found = [path for output in outputs for path in (output.rglob("*") if output.is_dir() else [output])]
+        return {path: path.read_bytes() for path in found if path.is_file()}
+
     before = files()
-    assert reproduced / "models/finetune/SL-ST-s0/model.safetensors" in before
-    for folder in folders:
+    assert {reproduced / f"models/{kind}/model.safetensors" for kind in ("pretrain/SL-st-s0", "finetune/SL-ST-s0")} < before.keys()
+    for folder in ("data", "models", "reports", "records"):
         shutil.rmtree(reproduced / folder)
     with opened(reproduced) as repo:
         repo.checkout([LAST], with_deps=True)
