@@ -15,7 +15,7 @@ from torch import Tensor
 
 import advml
 from advml.errors import UserError
-from advml.models import Architecture, DualBatchNorm, Network, build, clean_statistics, load, read_record, save, under_attack
+from advml.models import Architecture, DualBatchNorm, Network, build, clean_statistics, is_whole, load, read_record, save, under_attack
 
 ARCHITECTURE = Architecture(
     backbone="test_resnet",
@@ -307,3 +307,28 @@ def test_unusable_weights_stop_with_the_reason_and_the_remedy(tmp_path):
     rewrite(tmp_path, lambda tensors: tensors.pop("encoder.bn1.running_mean"))
     with pytest.raises(UserError, match=r"holds no usable model: .*encoder\.bn1\.running_mean.*dvc checkout"):
         load(tmp_path)
+
+
+def test_load_model_refuses_a_pretrained_encoder(tmp_path):
+    saved(tmp_path, classes=None)
+    with pytest.raises(UserError, match=r"holds a pretrained encoder, no classifier; choose a model of models/finetune$"):
+        advml.load_model(tmp_path)
+
+
+def test_a_network_whose_tensors_share_memory_is_saved(tmp_path):
+    model = network()
+    first, second, *_ = (module for module in model.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    second.weight = first.weight
+    save(model, tmp_path, {})
+    assert same_weights(load(tmp_path), model)
+
+
+def test_a_folder_is_whole_only_with_the_weights_that_its_record_describes(tmp_path):
+    assert not is_whole(tmp_path)
+    saved(tmp_path)
+    assert is_whole(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-1])
+    assert not is_whole(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert not is_whole(tmp_path)

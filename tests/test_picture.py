@@ -15,11 +15,11 @@ from advml import config, models
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
 from advml.errors import UserError
+from advml.figures.style import to_png
 from advml.paths import Workspace
 from advml.picture import attack_figure, attack_picture, load_image
 from advml.presets import preset
 from advml.stages.context import Context
-from advml.figures.style import to_png
 
 CLASSES = ["cat", "dog", "bird"]
 
@@ -225,7 +225,7 @@ def test_a_trained_model_is_found_by_name_or_folder_and_its_picture_written(cont
 
 
 def test_what_is_no_classifier_is_refused(context: Context, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match=r"there is no model 'CL-AT-s9'; choose from CL-ST-s0"):
         attack_picture(context, tmp_path / "photo.png", model="CL-AT-s9", out=tmp_path / "attack.png")
     encoder = models.Architecture("test_resnet", "small", {}, 1, 8, (0.3,), (0.4,), None, 100, False, False)
     folder = context.workspace.pretrained("CL-st-s0")
@@ -233,3 +233,16 @@ def test_what_is_no_classifier_is_refused(context: Context, tmp_path: Path) -> N
     with pytest.raises(UserError, match="holds a pretrained encoder, no classifier; choose a model of"):
         attack_picture(context, tmp_path / "photo.png", model=str(folder), out=tmp_path / "attack.png")
     assert not (tmp_path / "attack.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "line"),
+    [
+        ("", "is a folder; name the picture, e.g. --out"),
+        ("picture.jpg", r"picture\.jpg: only \.png is written, e\.g\. --out .*picture\.png$"),
+        ("picture", r"picture: only \.png is written"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_attack(context: Context, tmp_path: Path, out: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        attack_picture(context, tmp_path / "absent.png", model="absent", out=tmp_path / out)

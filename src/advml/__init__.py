@@ -28,6 +28,6 @@ def load_model(path: str | Path) -> Network:
     Raises:
         advml.errors.UserError: if the folder is no trained classifier.
     """
-    from advml.models import load  # torch takes seconds to import: only when a model is wanted
+    from advml.models import load_classifier  # torch takes seconds to import: only when a model is wanted
 
-    return load(path).eval()
+    return load_classifier(path).eval()

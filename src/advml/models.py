@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from advml.backbones import create_encoder
 from advml.errors import UserError
+from advml.paths import Workspace
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,16 @@ def clean_statistics(network: nn.Module) -> Iterator[None]:
 def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     """Within: the network's parameters take no gradient. After: everything is as it was.
 
-    In mode "eval" batch-norm statistics cannot move and dropout is off. Mode "train", the paper's protocol, leaves
-    every module as it is: one that learns moves its statistics, a frozen encoder or a network in validation does not.
+    In mode "eval" batch-norm statistics cannot move. Mode "train", the paper's protocol, leaves batch norms as they are:
+    of a network that learns they move, of a frozen encoder or a network in validation they do not. Dropout and stochastic
+    depth are off in both: an attack draws from its own generator alone.
     """
     modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if mode == "eval":
-        network.eval()
+    network.eval()
+    for module in modes if mode == "train" else ():
+        if isinstance(module, _BatchNorm):
+            module.training = modes[module]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
@@ -177,7 +181,8 @@ def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
     """Write model.safetensors and model.json into `folder`; return the sha256 of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, weights)
+    # clone: tensors of one storage (views, tied weights) are refused by safetensors
+    save_file({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}, weights)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     record = {**record, "architecture": asdict(network.architecture), "digest": digest}
     (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -196,6 +201,26 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{folder / 'model.json'} is no model's record; restore it with: dvc checkout, or train it again with: dvc repro")
     return record
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a model.json and the weights that it describes."""
+    try:
+        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == read_record(folder).get("digest")
+    except (OSError, UserError):
+        return False
+
+
+def load_classifier(folder: str | Path) -> Network:
+    """`load`, for those who want logits.
+
+    Raises:
+        UserError: also if the network has no classifier.
+    """
+    network = load(folder)
+    if network.classifier is None:
+        raise UserError(f"{folder} holds a pretrained encoder, no classifier; choose a model of {Workspace().models}")
+    return network
 
 
 def load(folder: str | Path) -> Network:

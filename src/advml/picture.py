@@ -18,7 +18,8 @@ from advml.errors import UserError
 from advml.figures.example import draw, quoted
 from advml.figures.style import to_png
 from advml.objectives import cross_entropy
-from advml.report import NORM_NAMES
+from advml.paths import find_model
+from advml.report.table import NORM_NAMES
 from advml.runtime import generator_for
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
         model: a model's name (CL-Full-AT-s0) or folder.
         out: a PNG file.
     Raises:
-        UserError: no such model or image.
+        UserError: no such model or image, or `out` is no place for a PNG file.
     """
-    folder = context.workspace.model(model)
-    folder = folder if folder.is_dir() else Path(model)
-    record, network = models.read_record(folder), models.load(folder).to(context.machine.device)
-    if network.classifier is None:
-        raise UserError(f"{folder} holds a pretrained encoder, no classifier; choose a model of {context.workspace.models}")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the picture, e.g. --out {out / 'attack.png'}")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: only .png is written, e.g. --out {out.with_suffix('.png')}")
+    folder = find_model(context.workspace, model)
+    record, network = models.read_record(folder), models.load_classifier(folder).to(context.machine.device)
     image = load_image(path, channels=network.architecture.channels, size=network.architecture.image_size)
     adversary = evaluation_adversary(context.config, epsilon=context.config.threat_model.epsilon)
     figure, result = attack_figure(network, image, record["classes"], adversary=adversary, seed=context.config.evaluate.seed)

@@ -84,7 +84,7 @@ class _Trainer:
         task.network.to(device=machine.device, memory_format=torch.channels_last)
         task.train_mode()
         self.optimizer = OPTIMIZERS[phase.optimizer](task.learners(), lr=phase.learning_rate, weight_decay=phase.weight_decay)
-        self.batches = max(1, len(dataset.train.labels) // phase.batch_size)
+        self.batches = batches_per_epoch(dataset, phase)
 
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
@@ -159,6 +159,11 @@ class _Trainer:
         if self.phase.keep == "last" or progress.best_score is None or (math.isfinite(score) and not score < progress.best_score):
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
             progress.best = _copy(self.task.network.state_dict())
+
+
+def batches_per_epoch(dataset: Dataset, phase: config.Phase) -> int:
+    """Optimiser steps of one pass; a short last batch does not count, unless it is the only one."""
+    return max(1, len(dataset.train) // phase.batch_size)
 
 
 def batches(split: Split, machine: Machine, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:

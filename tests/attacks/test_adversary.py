@@ -117,10 +117,16 @@ def test_an_attack_in_train_mode_moves_the_statistics_of_a_learning_network_only
     assert updates() == [0] * len(batch_norms(network))
 
 
-def test_an_attack_in_eval_mode_is_deterministic_despite_dropout():
+@MODES
+def test_an_attack_is_deterministic_despite_dropout_and_leaves_the_global_rng_alone(mode):
+    """Else the clean embedding, computed once, would be of another network than the adversarial one."""
     network, (images, labels) = small_network(drop_rate=0.5, drop_path_rate=0.5).train(), batch()
-    first, second = (adversary().attack(network, lambda: classification(network, labels), images, generator=seeded()) for _ in range(2))
+    attack = adversary(mode=mode).attack
+    rng = torch.get_rng_state()
+    first, second = (attack(network, lambda: classification(network, labels), images, generator=seeded()) for _ in range(2))
     assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(module.training for module in network.modules())
 
 
 @MODES
@@ -130,7 +136,8 @@ def test_under_attack_restores_after_an_exception(mode):
     network.classifier.requires_grad_(False)
     with pytest.raises(ZeroDivisionError), under_attack(network, mode=mode):
         assert not any(p.requires_grad for p in network.parameters())
-        assert network.training == (mode == "train")
+        assert {layer.training for layer in batch_norms(network) if layer is not frozen} == {mode == "train"}
+        assert not network.training and not frozen.training
         raise ZeroDivisionError
     assert [module for module in network.modules() if not module.training] == [frozen]
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["classifier.weight", "classifier.bias"]

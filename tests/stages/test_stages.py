@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import advml
+from advml import config as configuration
 from advml.data import datasets
+from advml.data.storage import digest
 from advml.errors import UserError
 from advml.evaluation import wilson
-from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, train
+from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, represent, train
 from advml.tracking import store as stores
 
 REPOSITORY = Path(__file__).parents[2]
@@ -143,7 +145,7 @@ def test_cl_keeps_its_projection_head_and_changes_its_encoder_only_under_full_at
     assert same(made, source, "encoder") == (regime != "Full-AT")
     pretraining = json.loads((study.workspace.pretrained(f"CL-{REGIMES[regime]}-s0") / "model.json").read_text())
     assert record["pretraining"] == {key: pretraining[key] for key in ("name", "digest")}
-    assert ("threat_model" in record["parameters"]) == ("attack" in record["parameters"]) == (regime in ("Partial-AT", "Full-AT"))
+    assert ("threat_model" in record["parameters"]) == ("attack" in record["parameters"]) == (regime != "ST")
 
 
 def test_a_fine_tuned_model_loads_as_promised(study, dataset):
@@ -151,6 +153,20 @@ def test_a_fine_tuned_model_loads_as_promised(study, dataset):
     model = advml.load_model(study.workspace.model("CL-ST-s0"))
     logits = model(dataset.test.images.float() / 255)
     assert not model.training and logits.shape == (40, 4)
+
+
+def test_fine_tuning_records_all_that_made_the_model(study):
+    """So that runs of AT compare by the epsilon and the temperature of their pretraining."""
+    record = finetune.run(study.context(), scheme="CL", regime="AT", seed=0)
+    pretraining = json.loads((study.workspace.pretrained("CL-at-s0") / "model.json").read_text())
+    assert record["parameters"] == pretraining["parameters"] | {"regimes": {"AT": record["parameters"]["regimes"]["AT"]}}
+    assert record["parameters"]["threat_model"]["epsilon"] == 0.15 and record["parameters"]["regimes"]["AT"]["epochs"] == 2
+
+
+def test_fine_tuning_refuses_a_model_section_that_pretraining_did_not_have(study):
+    line = r"^model\.backbone = 'other', but CL-at-s0 was pretrained with 'test_resnet'; .*advml pretrain CL at --seed 0$"
+    with pytest.raises(UserError, match=line):
+        finetune.run(study.context("model.backbone=other"), scheme="CL", regime="AT", seed=0)
 
 
 def test_dual_batch_norm_is_only_for_attacked_networks(make_study, monkeypatch):
@@ -233,6 +249,20 @@ def test_evaluation_is_the_same_twice_and_depends_on_its_seed(finetuned):
     assert record.read_bytes() != told
 
 
+def test_a_model_of_other_data_is_neither_fine_tuned_nor_measured(finetuned):
+    """Another split would have it measured on images it has learnt from."""
+    prepared = datasets.load(finetuned.workspace.prepared)
+    splits = {"train": prepared.test, "validation": prepared.validation, "test": prepared.train}
+    mixed = replace(prepared, **splits, digest=digest(splits, prepared.classes))
+    datasets.save(mixed, finetuned.workspace.prepared)
+    told = rf"was trained on other data \({prepared.digest[:16]}\) than .*data/prepared holds \({mixed.digest[:16]}\); run: dvc repro, or: "
+    for stage, command in ((finetune, "advml pretrain CL at --seed 0"), (evaluate, "advml train CL Full-AT --seed 0")):
+        with pytest.raises(UserError, match=told + command):
+            stage.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
+    with pytest.raises(UserError, match=told):
+        represent.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
+
+
 # Parameters: what a stage reads, it declares
 
 
@@ -243,6 +273,8 @@ class Watched:
         self.__dict__.update(configuration=configuration, seen=seen)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "attacked_epsilon":  # no section, but a property that reads two
+            return configuration.Config.attacked_epsilon.fget(self)
         return self._note(name, getattr(self.configuration, name))
 
     def _note(self, name: str, value: Any) -> Any:
@@ -274,7 +306,7 @@ def declared(stage: str, **item: str) -> set[str]:
     listed = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"][stage]["params"]
     for key, value in item.items():
         listed = [name.replace(f"${{item.{key}}}", value) for name in listed]
-    return set(listed)
+    return {name if name.startswith(("pretrain.", "regimes.")) else name.partition(".")[0] for name in listed}
 
 
 FREE = {"tracking", "data"}  # writes history only; comes with data/prepared, on which every stage depends
@@ -348,6 +380,8 @@ def test_train_does_what_is_missing_or_out_of_date_and_nothing_else(make_study, 
     assert run("Full-AT", "regimes.Full-AT.epochs=1", "evaluate.steps=1") == everything[1:]
     assert run("Full-AT", "pretrain.CL.epochs=1") == everything
     assert run("Full-AT", "pretrain.CL.epochs=1", "regimes.ST.epochs=1", "tracking.experiment=other") == []
+    (study.workspace.pretrained("CL-at-s0") / "model.safetensors").write_bytes(b"damaged")
+    assert run("Full-AT", "pretrain.CL.epochs=1") == everything[:1]
     (study.workspace.report("CL-Full-AT-s0") / "metrics.json").unlink()
     assert run("Full-AT", "pretrain.CL.epochs=1") == everything[2:]
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from advml import models
 from advml.config import Config, digest
 from advml.data import datasets
-from advml.models import Architecture
+from advml.errors import UserError
+from advml.models import Architecture, Network
 from advml.paths import Workspace
 from advml.provenance import git_commit, source_digest
 from advml.runtime import Machine, machine
@@ -28,6 +33,23 @@ class Context:
     @cached_property
     def dataset(self) -> datasets.Dataset:
         return datasets.load(self.workspace.prepared)
+
+    def load_network(self, folder: Path) -> tuple[dict[str, Any], Network]:
+        """The record and, on the device, the network of a model trained on the prepared data.
+
+        Raises:
+            UserError: it was trained on others. Other splits would have it measured on images it has learnt from.
+        """
+        record, here = models.read_record(folder), self.dataset.digest
+        if (there := record.get("data", {}).get("digest")) != here:
+            again = (
+                f"pretrain {record['scheme']} {record['phase']}" if "phase" in record else f"train {record['scheme']} {record['regime']}"
+            )
+            raise UserError(
+                f"{folder} was trained on other data ({str(there)[:16]}) than {self.workspace.prepared} holds ({here[:16]}); "
+                f"run: dvc repro, or: advml {again} --seed {record['seed']}"
+            )
+        return record, models.load(folder).to(self.machine.device, memory_format=torch.channels_last)
 
     @property
     def provenance(self) -> dict[str, Any]:

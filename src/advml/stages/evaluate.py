@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -23,11 +22,12 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     """Write the model's record, metrics and adversarial test images; returns the metrics."""
     name = model_name(scheme, regime, seed)
     workspace, folder = context.workspace, context.workspace.model(name)
-    record, network = models.read_record(folder), models.load(folder).to(context.machine.device, memory_format=torch.channels_last)
+    record, network = context.load_network(folder)
     discard(workspace.scratch(f"finetune-{name}"))  # its outputs are in use, so they are safe
     parameters = context.parameters("data", "temperature", "threat_model", "evaluate")
     inputs = context.fingerprint("evaluate", parameters, record["digest"], context.dataset.digest)
-    if reuse and workspace.adversarial(name).exists() and records.reusable(workspace, "evaluate", name, inputs=inputs):
+    written = workspace.adversarial(name).exists() and (workspace.report(name) / "metrics.json").exists()
+    if reuse and written and records.reusable(workspace, "evaluate", name, inputs=inputs):
         return records.metrics_of(workspace, name, digest=record["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
     measured = evaluation.figures(context.config, SCHEMES[scheme], note=f"projection head: {head}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from advml import models
 from advml.attacks.adversary import training_adversary
 from advml.checkpoint import discard
+from advml.errors import UserError
 from advml.paths import model_name, pretraining_name
 from advml.regimes import REGIMES
 from advml.runtime import derived_seed
@@ -20,8 +20,8 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     """Write `models/finetune/<MODEL>/`; returns its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
     source = pretraining_name(scheme, plan.pretraining, seed)
-    pretrained = models.read_record(context.workspace.pretrained(source))
-    network = models.load(context.workspace.pretrained(source))
+    pretrained, network = context.load_network(context.workspace.pretrained(source))
+    _check_model(context, pretrained)
     discard(context.workspace.scratch(f"pretrain-{source}"))  # its outputs are in use, so they are safe
     learns = plan.finetunes(row)
     if not plan.keeps_head(row):
@@ -44,6 +44,17 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
             "seed": seed,
             "pretraining": {key: pretrained[key] for key in ("name", "digest")},
         },
-        parameters=context.parameters(*sections),
+        parameters=pretrained["parameters"] | context.parameters(*sections),  # so that runs compare by all that made them
     )
     return learn(context, job, reuse=reuse)
+
+
+def _check_model(context: Context, pretrained: dict[str, Any]) -> None:
+    """The network comes from pretraining: a `model` section that describes another one would be recorded, not used."""
+    recorded = pretrained["parameters"]["model"]
+    for key, value in context.parameters("model")["model"].items():
+        if value != recorded.get(key):
+            raise UserError(
+                f"model.{key} = {value!r}, but {pretrained['name']} was pretrained with {recorded.get(key)!r}; set it back, "
+                f"or run: advml pretrain {pretrained['scheme']} {pretrained['phase']} --seed {pretrained['seed']}"
+            )

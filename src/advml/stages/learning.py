@@ -15,7 +15,7 @@ from advml.config import Phase
 from advml.progress import Bar
 from advml.stages.context import Context
 from advml.tasks import Task
-from advml.training import Record, train
+from advml.training import Record, batches_per_epoch, train
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
     scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
-    if reuse and (job.folder / "model.json").exists() and not is_unfinished(scratch, inputs):
+    if reuse and models.is_whole(job.folder) and not is_unfinished(scratch, inputs):
         made = models.read_record(job.folder)
         if made.get("inputs") == inputs:
             return made
@@ -83,7 +83,7 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run) -> list[Record]:
-    batches, epochs = max(1, len(context.dataset.train.labels) // job.phase.batch_size), job.phase.epochs
+    batches, epochs = batches_per_epoch(context.dataset, job.phase), job.phase.epochs
     history: list[Record] = []
     with Bar(f"{job.stage} {job.name}", total=batches * epochs) as bar:
         for record in train(

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from advml import models, records, tracking
+from advml import records, tracking
 from advml.checkpoint import write_atomically
 from advml.data import adversarial
 from advml.figures import layers as figures
@@ -25,12 +24,12 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     """Write `cka.npz`, `cka.json` and the figures in `reports/<MODEL>/`, the record and metrics.json; returns the metrics."""
     name = model_name(scheme, regime, seed)
     workspace, folder, spec = context.workspace, context.workspace.model(name), context.config.similarity
-    weights = models.read_record(folder)["digest"]
+    record, network = context.load_network(folder)
+    weights = record["digest"]
     attacked = adversarial.read(workspace.adversarial(name), digest=weights)
     inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
     if reuse and records.reusable(workspace, "represent", name, inputs=inputs):
         return records.metrics_of(workspace, name, digest=weights)
-    network = models.load(folder).to(context.machine.device, memory_format=torch.channels_last)
     with Bar(f"represent {name}", total=3) as bar:
         measured = representation.represent(
             network, context.dataset, attacked.images, spec, context.machine, on_part=lambda part: bar.advance(1, part)
