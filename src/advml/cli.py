@@ -178,21 +178,21 @@ def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     )
 
 
-def _show_table(configuration: Config, workspace: Workspace) -> None:
+def _show_table(configuration: Config, workspace: Workspace) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.table import Table
 
     from advml.report.table import COLUMNS, NORM_NAMES, cell, grid_rows
 
-    threat = configuration.threat_model
-    shown = Table(
-        title=f"Accuracy in %, 95 % intervals; PGD under threat models I and II, {NORM_NAMES[threat.norm]} epsilon {threat.epsilon:.4g}"
-    )
+    norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
+    shown = Table(title=f"Accuracy in %, 95 % intervals; PGD under threat models I and II, {norm} epsilon {epsilon:.4g}")
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")
-    for row in grid_rows(configuration, workspace):
+    rows = grid_rows(configuration, workspace)
+    for row in rows:
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
     Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    return rows
 
 
 @app.command(rich_help_panel=EVERYDAY)
@@ -211,14 +211,19 @@ def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides =
 
 
 @app.command(rich_help_panel=EVERYDAY)
-def show(model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)]) -> None:
+def show(
+    model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    params: Annotated[
+        Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")
+    ] = PARAMS,
+) -> None:
     """Print a model's record: what it was made from, how, and how well it does.
 
     Writes nothing. Next: advml attack IMAGE --model MODEL
     """
     from advml.show import record_of
 
-    print(record_of(Workspace(), model))
+    print(record_of(Workspace(params.parent), model))
     print(f"next: advml attack IMAGE --model {model}")
 
 
@@ -246,6 +251,7 @@ def attack(
 def preset(
     name: Annotated[str, typer.Argument(help="digits, cifar10, cifar100 or folder.", show_default=False)],
     protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
+    overrides: Overrides = None,
 ) -> None:
     """Print a complete params.yaml.
 
@@ -253,7 +259,7 @@ def preset(
     """
     from advml.presets import preset as text
 
-    print(text(name, protocol=protocol), end="")
+    print(text(name, protocol=protocol, overrides=overrides or ()), end="")
 
 
 @app.command(rich_help_panel=EVERYDAY)
@@ -284,19 +290,29 @@ def link(
 
 
 @app.command(rich_help_panel=EVERYDAY)
-def repro(jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2, params: Params = PARAMS) -> None:
+def repro(
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
     """Run what has changed, as dvc repro does, several stages at a time; end with the table.
 
     Writes what the stages write. Next: make ui
     """
+    if overrides or params.name != PARAMS.name:
+        raise UserError(
+            "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
+        )
+    configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
     from advml.repro import repro as run
 
     started = time.monotonic()
     ran = run(params.parent, jobs=jobs)
     print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
-    _show_table(load(params), Workspace(params.parent))
-    print("next: make ui                      compare the runs in MLflow")
-    print("      advml show CL-Full-AT-s0     what a model was made from, and how well it does")
+    rows = _show_table(configuration, Workspace(params.parent))
+    print("next: open reports/report.html     the whole study on one page")
+    print("      make ui                      compare the runs in MLflow")
+    print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
     print("      dvc plots show               training curves and the result chart as a page")
 
 

@@ -320,12 +320,17 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
         raise UserError(f"{path} does not exist; write one with: advml preset digits > {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    raw = _parse_yaml(text, source=str(path))
+    return validate(apply(text, overrides, source=str(path)), source=str(path))
+
+
+def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "params.yaml") -> dict[str, Any]:
+    """The mapping in a YAML text, with `key=value` overrides applied; not validated yet."""
+    raw = _parse_yaml(text, source=source)
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no mapping of sections; print a complete one with: advml preset digits")
+        raise UserError(f"{source} holds no mapping of sections; print a complete one with: advml preset digits")
     for override in overrides:
         _apply(raw, override)
-    return validate(raw, source=str(path))
+    return raw
 
 
 def validate(raw: dict[str, Any], *, source: str = "params.yaml") -> Config:
@@ -374,16 +379,22 @@ def _parse_yaml(text: str, *, source: str) -> Any:
         raise UserError(f"{source} is no valid YAML: {place}{reason}") from None
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"-S {override} is not of the form key=value, e.g. -S threat_model.epsilon=8/255")
+    return key.strip(), _parse_yaml(value, source=f"-S {override}")
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
     node: Any = raw
-    *parents, leaf = key.strip().split(".")
+    *parents, leaf = key.split(".")
     for done, name in enumerate(parents):
         if name not in node:
             raise UserError(f"-S {key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
         if not isinstance(node[name], dict):
             raise UserError(f"-S {key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
         node = node[name]
-    node[leaf] = _parse_yaml(value, source=f"-S {override}")
+    node[leaf] = value

@@ -8,10 +8,12 @@ template with some values and comments replaced. To add one, add a row to PRESET
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from advml.config import apply, parse_override, validate
 from advml.errors import UserError
 from advml.rewrite import rewrite
 
@@ -163,12 +165,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
 PROTOCOLS = ("corrected", "paper")
 
 
-def preset(name: str, *, protocol: str = "corrected") -> str:
+def preset(name: str, *, protocol: str = "corrected", overrides: Sequence[str] = ()) -> str:
     """A complete params.yaml with comments.
 
     Args:
         name: a key of PRESETS.
         protocol: "corrected", or for CIFAR "paper": the settings of arXiv 2302.02502, flaws included.
+        overrides: `key=value` strings, checked as on the command line and written into the text.
     Raises:
         UserError: unknown name or protocol, or a protocol that the preset does not have.
     """
@@ -180,4 +183,9 @@ def preset(name: str, *, protocol: str = "corrected") -> str:
         raise UserError(f"preset = {name!r} has no protocol {protocol!r}; choose the preset from {able}")
     template = Path(__file__).with_name("digits.yaml").read_text(encoding="utf-8")
     chosen = PRESETS[name][protocol]
-    return chosen.header + rewrite(template, chosen.values, chosen.remarks) if chosen.values else template
+    text = chosen.header + rewrite(template, chosen.values, chosen.remarks) if chosen.values else template
+    if not overrides:
+        return text
+    values = dict(parse_override(override) for override in overrides)
+    validate(apply(text, overrides), source=f"preset {name}")
+    return rewrite(text, values, {})

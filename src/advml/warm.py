@@ -58,8 +58,11 @@ def _held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+TAKEN, REFUSED = b"y", b"n"  # the server's first word; the second is the exit code
+
+
 def forward(address: str, arguments: list[str]) -> int | None:
-    """Have the server run `advml ARGUMENTS`; returns its exit code, or None if there is no server."""
+    """Have the server run `advml ARGUMENTS`; returns its exit code, or None if there is no server, or one with old sources."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(address)
@@ -75,11 +78,14 @@ def forward(address: str, arguments: list[str]) -> int | None:
     message = json.dumps(request).encode()
     with connection:
         with _held():  # a signal must not get in before the request
-            for number in obeyed:
-                signal.signal(number, pass_on)
+            before = {number: signal.signal(number, pass_on) for number in obeyed}
             socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
             connection.sendall(message)
         try:
+            if connection.recv(1) == REFUSED:
+                for number in obeyed:
+                    signal.signal(number, before[number])
+                return None
             answer = connection.recv(1)
         except ConnectionResetError:  # the server died before it got here
             answer = b""
@@ -102,11 +108,14 @@ def serve(address: str) -> None:
     prepare()  # before mlflow is imported: some of its settings are read then
     for module in MODULES:
         importlib.import_module(module)
-    source_digest()  # of the sources just imported, not of what they are edited to later
+    imported = source_digest()  # of the sources just imported, not of what they are edited to later
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: they answer for themselves
     while True:
         connection, _ = listener.accept()
-        if os.fork() == 0:
+        # DVC records the sources as they are when a stage ends: one that was edited must not be run as it was before.
+        is_current = source_digest.__wrapped__() == imported
+        connection.sendall(TAKEN if is_current else REFUSED)
+        if is_current and os.fork() == 0:
             listener.close()
             _work(connection)
         connection.close()

@@ -92,6 +92,7 @@ class Study:
         if not self.workspace.record("compare", "panels").exists():
             return None
         try:
-            return comparison.read(folder / "cka.npz", json.loads((folder / "cka.json").read_text(encoding="utf-8")))
+            described = json.loads((folder / "cka.json").read_text(encoding="utf-8"))
+            return comparison.read(folder / "cka.npz", described) if described["panels"] else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is damaged ({error}); measure again with: advml compare") from None

@@ -28,8 +28,10 @@ from advml.stages.context import Context
 OWN = "own"
 
 
-def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> comparison.Comparison:
+def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> comparison.Comparison | None:
     """Write `cka.npz`, `cka.json` and a figure per kind of input into `out`; returns what was measured.
+
+    A grid without two models to compare is no mistake: then `cka.json` says so, and the result is None.
 
     Args:
         chosen: names or folders of models, to be compared with one another; none: the panels of the paper.
@@ -40,6 +42,11 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     if chosen and (len(folders) < 2 or len(folders) < len(chosen)):
         raise UserError("compare needs at least two models with different names")
     panels = comparison.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
+    out = out or workspace.reports / "compare"
+    if not panels:
+        _write_json(out / "cka.json", {"panels": [], "reason": "the grid has no two trained models that the paper compares"})
+        _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
+        return None
     networks = {name: models.load(folder).to(context.machine.device, memory_format=torch.channels_last) for name, folder in folders.items()}
     for name, network in networks.items():
         _check(context, name, network)
@@ -51,11 +58,10 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         compared = comparison.compare(networks, seen, panels, context.dataset.test, spec, context.machine)
     described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
     described |= comparison.describe(compared)
-    out = out or workspace.reports / "compare"
     digest = _write(out, compared, described)
     if not chosen:
         record = {"digests": {name: models.read_record(folder)["digest"] for name, folder in folders.items()}, "cka": digest}
-        write_atomically(workspace.record("compare", "panels"), (json.dumps(record, indent=2) + "\n").encode())
+        _write_json(workspace.record("compare", "panels"), record)
     _log(context, out, compared)
     return compared
 
@@ -65,8 +71,6 @@ def _grid_panels(context: Context, folders: dict[str, Path]) -> list[comparison.
     config, workspace = context.config, context.workspace
     wanted = [panel for seed in config.seeds for panel in comparison.paper_panels(config.grid, seed)]
     panels = [panel for panel in wanted if all((workspace.model(name) / "model.json").exists() for name in (panel.first, panel.second))]
-    if not panels:
-        raise UserError("the grid has no two trained models to compare; train them with: dvc repro, or name models: advml compare A B")
     folders |= {name: workspace.model(name) for panel in panels for name in (panel.first, panel.second)}
     return panels
 
@@ -102,10 +106,14 @@ def _write(out: Path, compared: comparison.Comparison, described: Mapping[str, A
     """Write the files; returns the sha256 of cka.npz."""
     arrays = to_npz(comparison.arrays(compared))
     write_atomically(out / "cka.npz", arrays)
-    write_atomically(out / "cka.json", (json.dumps(described, indent=1) + "\n").encode())
+    _write_json(out / "cka.json", described)
     for kind in KINDS:
         write_atomically(out / f"{kind}.png", to_png(_figure(compared, kind)))
     return hashlib.sha256(arrays).hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _figure(compared: comparison.Comparison, kind: str) -> Any:
