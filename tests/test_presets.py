@@ -188,3 +188,12 @@ def test_rewriting_changes_the_named_lines_only() -> None:
 def test_rewriting_a_key_that_is_not_there_is_a_mistake_of_ours() -> None:
     with pytest.raises(KeyError, match="typo"):
         rewrite(YAML_TEXT, {"a.typo": 1}, {})
+
+
+def test_overrides_are_written_into_the_text_and_checked():
+    text = preset("cifar10", overrides=["seeds=[0, 1]", "threat_model.epsilon=4/255"])
+    assert "seeds: [0, 1]                   # one model per" in text and "epsilon: 4/255                # eight" in text
+    changed = [line for line in text.splitlines() if line not in preset("cifar10").splitlines()]
+    assert len(changed) == 2
+    with pytest.raises(UserError, match="unknown key 'threat_model.eps'"):
+        preset("digits", overrides=["threat_model.eps=1"])

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from advml import repro as module
 from advml.errors import Failure, UserError
+from advml.presets import preset
 from advml.repro import Running, repro
 
 # A stage waits until the other one has begun: they end only if they overlap.
@@ -104,6 +105,7 @@ def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_o
 
 def test_a_terminated_command_leaves_no_stage_at_work(tmp_path, advml):
     pipeline(tmp_path, {"slow": {"cmd": "echo $$ > pid; sleep 300; echo > never", "outs": ["never"]}})
+    (tmp_path / "params.yaml").write_text(preset("digits"))
     process = advml.start("repro", "--jobs", "2", cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():

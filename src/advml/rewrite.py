@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import CommentMark
 from ruamel.yaml.tokens import CommentToken
 
@@ -43,7 +43,14 @@ def _set(section: CommentedMap, key: str, value: Any) -> None:
         section[key].clear()
         section[key].update(value)
     else:
-        section[key] = value
+        section[key] = _in_a_line(value) if isinstance(value, list) else value
+
+
+def _in_a_line(values: list[Any]) -> CommentedSeq:
+    """[0, 1] behind its key, so that the key's comment stays behind it too."""
+    found = CommentedSeq(values)
+    found.fa.set_flow_style()
+    return found
 
 
 def _remark(section: CommentedMap, key: str, remark: str) -> None:
