@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +71,10 @@ def find_model(workspace: Workspace, model: str) -> Path:
     names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
     choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
     raise UserError(f"there is no model {model!r}; {choices}")
+
+
+def given_path(path: str) -> Path:
+    """A path of params.yaml. A relative one that is not here starts at DVC_ROOT: a queue worker runs in a copy, without untracked data."""
+    given = Path(path).expanduser()
+    root = os.environ.get("DVC_ROOT")
+    return given if root is None or given.exists() else Path(root) / given

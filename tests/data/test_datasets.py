@@ -32,6 +32,7 @@ from advml.data import folder as folder_module
 from advml.data import storage
 from advml.data.cifar import CIFAR10, CIFAR100, cifar, read_records
 from advml.data.datasets import DATASETS, Dataset, Split, channel_statistics, load, prepare, save
+from advml.data.folder import fingerprint
 from advml.data.images import decode, fit_arrays, read_all
 from advml.data.splits import Source, _allocate, divide
 from advml.errors import Failure, UserError
@@ -489,6 +490,54 @@ def test_a_class_left_empty_by_skipping_is_an_error(tmp_path):
         prepare(photos(root, skip_corrupt=True))
 
 
+@pytest.mark.parametrize("name", ["train", "Test"])
+def test_a_class_may_be_called_like_a_split(tmp_path, name):
+    dataset = prepare(photos(write_tree(tmp_path / "p", {name: 10, "bus": 10, "plane": 10})))
+    assert dataset.classes == tuple(sorted((name, "bus", "plane"))) and per_class(dataset.test) == [2, 2, 2]
+
+
+def test_a_relative_path_that_a_queue_workers_copy_lacks_starts_at_the_root_of_the_study(tmp_path, monkeypatch):
+    write_tree(tmp_path / "study" / "photos", {"a": 5, "b": 5})
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    with pytest.raises(UserError, match=r"data\.path = 'photos' does not exist"):
+        prepare(photos("photos"))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "study"))
+    assert prepare(photos("photos")).classes == ("a", "b")
+    write_tree(tmp_path / "copy" / "photos", {"c": 5, "d": 5})
+    assert prepare(photos("photos")).classes == ("c", "d")
+
+
+def test_cifar_is_downloaded_to_the_root_of_the_study_not_to_a_queue_workers_copy(tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", "/study")
+    with pytest.raises((UserError, Failure), match=r"/study/data/raw"):
+        prepare(settings_for("cifar10"))
+
+
+@pytest.mark.parametrize("change", ["more", "less", "other content", "same content, other name"])
+def test_the_fingerprint_of_a_folder_changes_with_its_images(tmp_path, change):
+    data = photos(write_tree(tmp_path / "p", {"a": 2, "b": 2}))
+    before = fingerprint(data)
+    (tmp_path / "p" / "a" / "note.txt").write_text("no image")
+    assert before == fingerprint(data) and len(before) == 16
+    first = tmp_path / "p" / "a" / "000.png"
+    if change == "more":
+        noise(9).save(tmp_path / "p" / "a" / "new.png")
+    elif change == "less":
+        first.unlink()
+    elif change == "other content":
+        first.write_bytes(first.read_bytes()[::-1])
+        os.utime(first, ns=(0, first.stat().st_mtime_ns + 1))  # file systems with coarse clocks
+    else:
+        first.rename(first.with_name("renamed.png"))
+    assert fingerprint(data) != before
+
+
+def test_images_that_are_not_here_have_no_fingerprint(tmp_path):
+    assert fingerprint(photos(tmp_path / "absent")) is None
+
+
 WRONG_TREES = {
     "no class folders": ({}, r"holds no class folders; put the images of each class .* e\.g\. .*/cats/1\.jpg"),
     "one class": ({"a": 9}, r"holds one class folder only \('a'\)"),
@@ -500,7 +549,7 @@ WRONG_TREES = {
     "test lacks": ({"train/a": 9, "train/b": 9, "test/a": 2}, r"class 'b' is in .*train but not in .*test"),
     "test has more": ({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 2, "test/c": 2}, r"class 'c' is in .*test but not in .*train"),
     "no train": ({"test/a": 9, "val/b": 9}, r"holds 'test' but no 'train' folder"),
-    "classes beside splits": ({"train/a": 9, "train/b": 9, "cats": 3}, r"holds 'cats' beside train; remove it"),
+    "classes beside splits": ({"train/a": 9, "train/b": 9, "cats": 3}, r"holds 'cats' beside train; remove it, or, if they are classes"),
     "two validations": ({"train/a": 9, "train/b": 9, "val/a": 3, "valid/a": 3}, r"holds 'val' beside train, valid; remove it"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +64,18 @@ def files(folder: Path) -> set[str]:
 # prepare
 
 
-def test_prepare_writes_the_dataset_that_params_yaml_names(make_study, tmp_path):
+def photo_study(make_study, folder: Path):
+    """A study of two classes with ten pictures each, in `folder`/photos."""
     for name in ("cats", "dogs"):
         for number in range(10):
-            path = tmp_path / "photos" / name / f"{number}.png"
+            path = folder / "photos" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (9, 9), color=20 * number + (name == "dogs")).save(path)
-    study = make_study("folder", "data.name=folder", f"data.path={tmp_path / 'photos'}", "data.image_size=8", "data.channels=1")
+    return make_study("folder", "data.name=folder", f"data.path={folder / 'photos'}", "data.image_size=8", "data.channels=1")
+
+
+def test_prepare_writes_the_dataset_that_params_yaml_names(make_study, tmp_path):
+    study = photo_study(make_study, tmp_path)
     made = prepare.run(study.context())
     assert made.classes == ("cats", "dogs") and made.shape == (1, 8, 8)
     assert datasets.load(study.workspace.prepared).digest == made.digest
@@ -402,6 +408,34 @@ def test_train_prepares_data_that_are_missing_or_of_other_parameters(make_study,
     shutil.rmtree(study.workspace.prepared)
     train.run(study.context(), scheme="SL", regime="ST", seed=0)
     assert prepared == [1, 1]
+
+
+def test_train_notices_that_the_images_have_changed(make_study, monkeypatch, tmp_path):
+    """DVC hashes what `prepare` writes, not what it reads."""
+    study = photo_study(make_study, tmp_path)
+    prepare.run(study.context())
+    written = (study.workspace.prepared / "dataset.json").read_bytes()
+    assert prepare.is_current(study.context()) and not prepare.is_current(study.context("data.seed=1"))
+    Image.new("L", (8, 8), color=255).save(tmp_path / "photos" / "cats" / "0.png")
+    assert not prepare.is_current(study.context())
+    prepare.run(study.context())
+    assert prepare.is_current(study.context())
+    shutil.rmtree(study.root / ".scratch")  # as `make clean` does: one more look at the images costs little
+    assert not prepare.is_current(study.context())
+    shutil.rmtree(tmp_path / "photos")  # pulled, on another machine
+    assert prepare.is_current(study.context())
+    assert written != (study.workspace.prepared / "dataset.json").read_bytes()
+
+
+def test_the_prepared_data_are_the_same_bytes_whenever_the_images_were_written(make_study, tmp_path):
+    """DVC hashes them: times of files would have every model of the study trained again."""
+    study = photo_study(make_study, tmp_path)
+    prepare.run(study.context())
+    first = {path.name: path.read_bytes() for path in study.workspace.prepared.iterdir()}
+    for path in (tmp_path / "photos").rglob("*.png"):
+        os.utime(path, (0, 0))
+    prepare.run(study.context())
+    assert {path.name: path.read_bytes() for path in study.workspace.prepared.iterdir()} == first
 
 
 # Scratch and history

@@ -22,6 +22,7 @@ from advml.config import Data
 from advml.data.images import fit_arrays
 from advml.data.splits import Source
 from advml.errors import Failure, UserError
+from advml.paths import given_path
 
 PIXELS = 3 * 32 * 32
 TIMEOUT = 30  # seconds without an answer, after which the network counts as absent
@@ -80,7 +81,7 @@ def cifar(data: Data, archive: Archive) -> Source:
         UserError: if it can be neither found nor downloaded; the line says which file to put where.
         Failure: if the disk is full.
     """
-    root = Path(data.path or "data/raw").expanduser()
+    root = given_path(data.path or "data/raw")
     folder = next((place for place in (root, root / archive.folder) if _complete(place, archive)), None)
     if folder is None:
         _fetch(root, archive)

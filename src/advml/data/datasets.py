@@ -20,7 +20,7 @@ from torch import Tensor
 
 from advml.config import Data
 from advml.data.cifar import CIFAR10, CIFAR100, cifar
-from advml.data.folder import folder
+from advml.data.folder import fingerprint, folder
 from advml.data.images import fit_arrays
 from advml.data.splits import Source, divide
 from advml.data.storage import Dataset, Split, digest, load, save
@@ -52,6 +52,8 @@ DATASETS: dict[str, Callable[[Data], Source]] = {
     "cifar100": partial(cifar, archive=CIFAR100),
     "folder": folder,
 }
+# Of datasets that may change under the same parameters: what tells that they have.
+FINGERPRINTS: dict[str, Callable[[Data], str | None]] = {"folder": fingerprint}
 
 
 def prepare(data: Data) -> Dataset:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from advml.config import Data
+from advml.config import Data, digest
 from advml.data.images import SUFFIXES, decode, read_all
 from advml.data.splits import Source
 from advml.errors import UserError
+from advml.paths import given_path
 
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 
@@ -27,7 +28,7 @@ def folder(data: Data) -> Source:
     Raises:
         UserError: if the tree is missing or is no tree of at least two class folders with images.
     """
-    root = Path(data.path).expanduser()
+    root = given_path(data.path)
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise UserError(f"data.path = '{data.path}' {problem}; give the folder of images, e.g. -S data.path=photos")
@@ -35,6 +36,22 @@ def folder(data: Data) -> Source:
         return _source(root, data)
     except OSError as error:
         raise UserError(f"data.path: {error.filename} cannot be listed ({error.strerror}); give the right to read it") from None
+
+
+def fingerprint(data: Data) -> str | None:
+    """Of names, sizes and times of the images at `data.path`, none of which is opened; None if they cannot be listed."""
+    root = given_path(data.path)
+    try:
+        images, _ = _images(root)
+        facts = [(path.relative_to(root).as_posix(), *_size_and_time(path)) for path in images]
+    except OSError:
+        return None
+    return digest(facts)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _source(root: Path, data: Data) -> Source:
@@ -70,15 +87,23 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """{'train': root/train, 'test': root/test}, or {'train': root} of a flat tree, all of which is divided."""
     folders = _subfolders(root)
     named = [path for path in folders if path.name.lower() in SPLIT_FOLDERS]
-    if not named:
-        return {"train": root}
+    if not named or (len(named) < len(folders) and not any(_holds_classes(path) for path in named)):
+        return {"train": root}  # beside other classes, one that is called `train` is a class: its images lie in it directly
     splits = {SPLIT_FOLDERS[path.name.lower()]: path for path in named}
     if "train" not in splits:
         raise UserError(f"{root} holds '{named[0].name}' but no 'train' folder; add it, or give the class folders' parent as data.path")
     if len(splits) < len(folders):
         other = next(path for path in folders if path not in splits.values())
-        raise UserError(f"{root} holds '{other.name}' beside {', '.join(sorted(path.name for path in splits.values()))}; remove it")
+        raise UserError(
+            f"{root} holds '{other.name}' beside {', '.join(sorted(path.name for path in splits.values()))}; remove it, "
+            "or, if they are classes all of them, put their images directly into them"
+        )
     return splits
+
+
+def _holds_classes(place: Path) -> bool:
+    """Whether there are folders with images below."""
+    return any(_images(folder)[0] for folder in _subfolders(place))
 
 
 def _classes(folders: dict[str, Path], trees: dict[str, dict[str, Path]]) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from advml.checkpoint import replace_folder
 from advml.errors import Failure, UserError
 
 SPLITS = ("train", "validation", "test")
@@ -92,23 +92,15 @@ def save(dataset: Dataset, folder: str | Path) -> None:
         Failure: if the disk is full or the folder cannot be written.
     """
     folder = Path(folder)
-    fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     try:
         foreign = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
         if foreign:
             raise UserError(f"{folder} also holds {foreign[0]}, which is no prepared data; move it away and run advml prepare again")
-        for leftover in (fresh, old):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        for name, split in dataset.splits.items():
-            save_file({"images": split.images.contiguous(), "labels": split.labels.contiguous()}, fresh / f"{name}.safetensors")
-        (fresh / "dataset.json").write_text(json.dumps(_describe(dataset), indent=2) + "\n", encoding="utf-8")
-        if folder.is_dir():
-            folder.replace(old)
-        fresh.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with replace_folder(folder) as fresh:
+            for name, split in dataset.splits.items():
+                save_file({"images": split.images.contiguous(), "labels": split.labels.contiguous()}, fresh / f"{name}.safetensors")
+            (fresh / "dataset.json").write_text(json.dumps(_describe(dataset), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         raise Failure(f"{folder} cannot be written ({_reason(error)}); make room there and run advml prepare again") from None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from advml.data import datasets
-from advml.errors import UserError
 from advml.regimes import REGIMES
 from advml.stages import evaluate, finetune, prepare, pretrain
 from advml.stages.context import Context
@@ -11,16 +9,8 @@ from advml.stages.context import Context
 
 def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
     """Returns the metrics of the model's evaluation."""
-    if not _is_prepared(context):
+    if not prepare.is_current(context):
         prepare.run(context)
     pretrain.run(context, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed, reuse=True)
     finetune.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
     return evaluate.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
-
-
-def _is_prepared(context: Context) -> bool:
-    """Whether `data/prepared/` was made from the `data` section as it stands."""
-    try:
-        return datasets.load(context.workspace.prepared).parameters == context.config.data.model_dump(mode="json")
-    except UserError:
-        return False
