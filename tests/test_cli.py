@@ -160,7 +160,7 @@ USER = {
         "nowhere/params.yaml does not exist; write one with: advml preset digits > ",
     ),
     "an unknown model to show": ("show CL-FAT-s0", "there is no model 'CL-FAT-s0'; choose from CL-ST-s0"),
-    "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "CL-FAT-s0 holds no model"),
+    "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "there is no model 'CL-FAT-s0'; choose from"),
     "an encoder to attack": ("attack image.png --model models/pretrain/CL-st-s0", "holds a pretrained encoder, no classifier"),
     "an image that is none": ("attack params.yaml --model CL-ST-s0", "params.yaml cannot be read as an image"),
     "an unknown preset": ("preset imagenet", "preset = 'imagenet'; choose from digits, cifar10, cifar100, folder"),

@@ -1,0 +1,263 @@
+"""`represent`, `compare` and `report` on a tiny study: the contract's files, MLflow's artifacts, what holds between models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import advml
+from advml import records, tracking
+from advml.data import adversarial
+from advml.errors import UserError
+from advml.stages import compare, evaluate, finetune, pretrain, report, represent
+from advml.tracking import store as stores
+
+MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
+SMALL = ("similarity.batch_size=8", "similarity.draws=50", "similarity.probe_strengths=[0.1]")
+
+
+@pytest.fixture(scope="module")
+def measured(new_study, tmp_path_factory):
+    """Four models, evaluated, represented and compared."""
+    study = new_study(tmp_path_factory.mktemp("represent") / "study", *SMALL)
+    for scheme in ("CL", "SL"):
+        pretrain.run(study.context(), scheme=scheme, phase="at", seed=0)
+    for scheme, regime in MODELS:
+        for stage in (finetune, evaluate, represent):
+            stage.run(study.context(), scheme=scheme, regime=regime, seed=0)
+    compare.run(study.context())
+    return study
+
+
+@pytest.fixture
+def study(measured, tmp_path):
+    """A copy, for one test."""
+    return replace(measured, root=Path(shutil.copytree(measured.root, tmp_path / "copy")))
+
+
+def cka(study, model: str) -> dict[str, np.ndarray]:
+    with np.load(study.workspace.report(model) / "cka.npz", allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def described(study, model: str) -> dict:
+    return json.loads((study.workspace.report(model) / "cka.json").read_text())
+
+
+def artifacts(study, name: str) -> dict[str, object]:
+    store = stores.connect(stores.locate(study.config(), root=study.root))
+    (run,) = [run for run in store.client.search_runs([store.experiment]) if run.info.run_name == name]
+    waiting, found = [""], set()
+    while waiting:
+        for each in store.client.list_artifacts(run.info.run_id, waiting.pop()):
+            waiting.append(each.path) if each.is_dir else found.add(each.path)
+    return {"files": found, "metrics": run.data.metrics, "tags": run.data.tags}
+
+
+def test_the_files_are_those_of_the_contract(measured):
+    arrays, about = cka(measured, "CL-AT-s0"), described(measured, "CL-AT-s0")
+    count = len(about["layers"])
+    for name in ("clean", "adversarial", "clean_adversarial"):
+        assert arrays[name].shape == (count, count)
+    for name in ("clean", "adversarial"):
+        assert np.allclose(arrays[name], arrays[name].T, equal_nan=True)
+        diagonal = arrays[name].diagonal()
+        assert np.allclose(diagonal[np.isfinite(diagonal)], 1)
+    assert about["layers"][0]["name"] == "encoder.conv1" and about["layers"][-1]["name"] == "classifier"
+    assert about["batch_sizes"] == [8] * 5 and about["n"] == 40 and "HSIC_1" in about["estimator"]
+    assert about["adversarial_source"]["model"] == "CL-AT-s0" and about["adversarial_source"]["epsilon"] == 0.15
+    for figure in ("cka.png", "layers.png"):
+        with Image.open(measured.workspace.report("CL-AT-s0") / figure) as image:
+            assert image.size[0] > 1000
+
+
+def test_rows_of_the_mixed_matrix_are_clean(measured):
+    """Recomputed from the stored products: rows are normed by clean, columns by adversarial."""
+    arrays = cka(measured, "SL-AT-s0")
+    cross = arrays["products_clean_adversarial"].sum(0)
+    expected = cross / np.sqrt(np.outer(arrays["norms_clean"].sum(0), arrays["norms_adversarial"].sum(0)))
+    assert np.allclose(arrays["clean_adversarial"], expected, equal_nan=True)
+
+
+def test_partial_at_leaves_the_encoder_alone(measured):
+    """So its CKA on clean images is AT's exactly, head apart; on adversarial images it need not be."""
+    rows = [layer["in_encoder"] for layer in described(measured, "CL-AT-s0")["layers"]]
+    encoder = np.ix_(rows, rows)
+    at, partial, full = (cka(measured, f"CL-{regime}-s0") for regime in ("AT", "Partial-AT", "Full-AT"))
+    assert np.array_equal(at["clean"][encoder], partial["clean"][encoder], equal_nan=True)
+    assert not np.array_equal(at["clean"], partial["clean"], equal_nan=True)
+    assert not np.allclose(at["clean"][encoder], full["clean"][encoder], equal_nan=True)
+
+
+def test_metrics_of_both_stages_stand_in_one_file(measured):
+    metrics = json.loads((measured.workspace.report("CL-AT-s0") / "metrics.json").read_text())
+    for name in ("accuracy/clean", "accuracy/threat_model_2", "cka/redundancy", "cka/clean_adversarial", "probe/adversarial"):
+        assert metrics[f"{name}/low"] <= metrics[name] <= metrics[f"{name}/high"]
+    # The probe of the last layer, on the adversarial images of the very attack that the accuracy is of.
+    assert metrics["probe/clean"] == described(measured, "CL-AT-s0")["layers"][-5]["probe"]["accuracy"]["clean"]
+
+
+def test_a_second_evaluation_keeps_the_metrics_of_the_representation(study):
+    path = study.workspace.report("SL-AT-s0") / "metrics.json"
+    before = path.read_text()
+    path.unlink()
+    evaluate.run(study.context(), scheme="SL", regime="AT", seed=0)
+    assert path.read_text() == before
+
+
+def test_metrics_of_other_weights_are_left_out(study):
+    path = study.workspace.record("represent", "SL-AT-s0")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "other"}))
+    digest = json.loads((study.workspace.model("SL-AT-s0") / "model.json").read_text())["digest"]
+    assert not any(name.startswith("cka/") for name in records.metrics_of(study.workspace, "SL-AT-s0", digest=digest))
+
+
+def test_stored_adversarial_images_are_those_that_were_counted(measured, dataset):
+    """Scored by a fresh copy of the model they give the figure of threat model II; and they stay in the ball and the box."""
+    found = load_file(measured.workspace.adversarial("CL-Full-AT-s0"))["images"]
+    clean = dataset.test.images.float() / 255
+    assert (found - clean).abs().max() <= 0.15 + 1e-6 and found.min() >= 0 and found.max() <= 1
+    with torch.no_grad():
+        model = advml.load_model(measured.workspace.model("CL-Full-AT-s0"))
+        right = (model(found).argmax(1) == dataset.test.labels) & (model(clean).argmax(1) == dataset.test.labels)
+    metrics = json.loads((measured.workspace.report("CL-Full-AT-s0") / "metrics.json").read_text())
+    assert float(right.double().mean()) == metrics["accuracy/threat_model_2"]
+
+
+def test_as_many_adversarial_images_are_stored_as_asked_for(study):
+    before = load_file(study.workspace.adversarial("SL-AT-s0"))["images"]
+    evaluate.run(study.context("evaluate.adversarial_images=13"), scheme="SL", regime="AT", seed=0)
+    assert torch.equal(load_file(study.workspace.adversarial("SL-AT-s0"))["images"], before[:13])
+    represent.run(study.context("similarity.batch_size=6"), scheme="SL", regime="AT", seed=0)
+    about = described(study, "SL-AT-s0")
+    assert about["batch_sizes"] == [6, 6] and about["left_out_of_cka"] == 1 and about["n"] == 13
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "of other weights"])
+def test_adversarial_images_that_do_not_fit_are_refused(study, fault):
+    path = study.workspace.adversarial("SL-AT-s0")
+    if fault == "missing":
+        path.unlink()
+    elif fault == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        save_file(load_file(path), path, metadata={"record": json.dumps({"model": "SL-AT-s0", "digest": "0"})})
+    with pytest.raises(UserError, match=r"SL-AT-s0\.safetensors") as refused:
+        represent.run(study.context(), scheme="SL", regime="AT", seed=0)
+    assert "evaluate" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_reading_back_what_was_written(tmp_path):
+    path = tmp_path / "deep" / "images.safetensors"
+    adversarial.write(adversarial.AdversarialImages(torch.rand(2, 1, 4, 4), {"digest": "d", "epsilon": 0.1}), path)
+    assert adversarial.read(path, digest="d").record == {"digest": "d", "epsilon": 0.1}
+
+
+def test_the_run_carries_the_report_as_artifacts(measured):
+    logged = artifacts(measured, "CL-AT-s0")
+    assert {
+        "cka/cka.png",
+        "cka/layers.png",
+        "cka/cka.json",
+        "cka/cka.npz",
+        "cka/scalars.json",
+        "records/represent/CL-AT-s0.json",
+    } <= logged["files"]
+    assert sum(path.startswith("images/cka") for path in logged["files"]) >= 1  # what the UI's image grid shows
+    assert (
+        logged["metrics"]["cka/redundancy"]
+        == json.loads((measured.workspace.report("CL-AT-s0") / "metrics.json").read_text())["cka/redundancy"]
+    )
+
+
+def test_sync_gives_a_rebuilt_run_the_report_once(study, tmp_path):
+    uri = f"tracking.uri=sqlite:///{tmp_path}/other.db"
+    tracking.sync(study.config(uri), root=study.root)
+    store = stores.connect(stores.locate(study.config(uri), root=study.root))
+    runs = {run.info.run_name: run for run in store.client.search_runs([store.experiment])}
+    names = {each.path for each in store.client.list_artifacts(runs["CL-AT-s0"].info.run_id, "cka")}
+    assert "cka/cka.png" in names and "cka/redundancy" in runs["CL-AT-s0"].data.metrics
+    before = [image.path for image in store.client.list_artifacts(runs["CL-AT-s0"].info.run_id, "images")]
+    tracking.sync(study.config(uri), root=study.root)
+    assert [image.path for image in store.client.list_artifacts(runs["CL-AT-s0"].info.run_id, "images")] == before
+
+
+def test_panels_of_the_grid_are_those_of_the_paper_that_have_models(measured):
+    about = json.loads((measured.workspace.reports / "compare" / "cka.json").read_text())
+    assert [(panel["first"], panel["second"]) for panel in about["panels"]] == [("SL-AT-s0", "CL-AT-s0"), ("CL-AT-s0", "CL-Full-AT-s0")]
+    with np.load(measured.workspace.reports / "compare" / "cka.npz") as stored:
+        sizes = [len(about["layers"][model]) for model in ("SL-AT-s0", "CL-AT-s0")]
+        assert list(stored["SL-AT-s0/CL-AT-s0/clean"].shape) == sizes and sizes[0] < sizes[1]  # SL has no projection head
+
+
+def test_named_models_are_compared_with_each_other(study, tmp_path):
+    """One by name, one by folder from elsewhere, whose adversarial images are missing there and made anew."""
+    elsewhere = tmp_path / "elsewhere" / "models" / "finetune" / "CL-Full-AT-s0"
+    shutil.copytree(study.workspace.model("CL-Full-AT-s0"), elsewhere)
+    out = tmp_path / "out"
+    compared = compare.run(study.context(), chosen=("CL-AT-s0", str(elsewhere)), out=out)
+    with np.load(study.workspace.reports / "compare" / "cka.npz") as stored:
+        for kind in ("clean", "adversarial"):
+            assert np.allclose(compared.cka(compared.panels[0], kind), stored[f"CL-AT-s0/CL-Full-AT-s0/{kind}"], equal_nan=True)
+    assert {path.name for path in out.iterdir()} == {"cka.npz", "cka.json", "clean.png", "adversarial.png"}
+
+
+def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
+    names = ("CL-AT-s0", "SL-AT-s0")
+    own, shared = (
+        compare.run(study.context(f"similarity.source={source}"), chosen=names, out=tmp_path / source) for source in ("own", "SL-AT-s0")
+    )
+    (panel,) = own.panels
+    assert np.array_equal(own.cka(panel, "clean"), shared.cka(panel, "clean"), equal_nan=True)
+    assert not np.allclose(own.cka(panel, "adversarial"), shared.cka(panel, "adversarial"), equal_nan=True)
+    source = json.loads((tmp_path / "SL-AT-s0" / "cka.json").read_text())["adversarial_source"]
+    assert {about["model"] for about in source.values()} == {"SL-AT-s0"}
+    with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'; choose from own, CL-AT-s0, SL-AT-s0"):
+        compare.run(study.context("similarity.source=CL-XX"), chosen=names, out=tmp_path / "no")
+
+
+def test_a_grid_without_two_models_has_nothing_to_compare(study):
+    assert compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")) is None
+    assert json.loads((study.workspace.reports / "compare" / "cka.json").read_text())["panels"] == []
+    report.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
+
+
+@pytest.mark.parametrize("chosen", [("CL-AT-s0",), ("CL-AT-s0", "CL-AT-s0")])
+def test_one_model_alone_is_refused(study, chosen):
+    with pytest.raises(UserError, match="at least two models"):
+        compare.run(study.context(), chosen=chosen)
+
+
+def test_the_page_needs_no_other_file_and_tells_everything(study):
+    report.run(study.context())
+    page = (study.workspace.reports / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert 'src="http' not in page and "<link" not in page
+    claims = json.loads((study.workspace.reports / "claims.json").read_text())
+    for claim in claims["claims"]:
+        assert claim["claim"].replace("'", "&#39;") in page
+    for scheme, regime in MODELS:
+        assert f"{scheme}-{regime}-s0" in page
+    assert {"claims.json", "report.html"} <= artifacts(study, "study")["files"]
+
+
+def test_the_page_stands_without_representations(study):
+    shutil.rmtree(study.root / "records" / "represent")
+    shutil.rmtree(study.root / "records" / "compare")
+    report.run(study.context())
+    assert "Layers within a network" not in (study.workspace.reports / "report.html").read_text()
+
+
+def test_the_same_figures_give_the_same_page(study):
+    report.run(study.context())
+    first = (study.workspace.reports / "report.html").read_bytes()
+    report.run(study.context())
+    assert (study.workspace.reports / "report.html").read_bytes() == first
