@@ -27,8 +27,7 @@ test: .venv/.stamp ## run the tests
 	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -m "not gpu"
 
 ui: .venv/.stamp ## open the MLflow UI on this repository's runs
-	@advml link --port $(PORT)
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri sqlite:///mlflow.db --workers 1 --port $(PORT)
+	@advml ui --port $(PORT)
 
 bench: .venv/.stamp ## compare speed with other libraries, side by side
 	@for file in benchmarks/[a-z]*.py; do case $$file in */timing.py) ;; *) python $$file || exit 1 ;; esac; done

@@ -115,7 +115,6 @@ def write_model(root, name, kind, *, digest, pretraining=None, metrics=None):
         "git_commit": "c" * 40,
         "data": {"digest": DATA.digest, "source": DATA.source, "counts": dict(DATA.counts)},
         "digest": digest,
-        "seconds": 100.0,
         "pretraining": pretraining,
     }
     (folder / "model.json").write_text(json.dumps(facts))
@@ -162,9 +161,9 @@ def test_a_folder_with_an_awkward_name_holds_its_store_and_its_artifacts(config,
     root.mkdir()
     shutil.copy(template, root / "mlflow.db")
     with open_run(config, root) as run:
-        run.log_text("text", "note.txt")
+        run.log_table([{"a": 1}], "note.json")
     assert record_of(config, root, run.id).info.status == "FINISHED"
-    assert len(list((root / "mlruns" / "advml").rglob("note.txt"))) == 1
+    assert len(list((root / "mlruns" / "advml").rglob("note.json"))) == 1
 
 
 def test_nothing_is_logged_to_the_default_experiment(config, root):
@@ -186,19 +185,19 @@ def test_an_experiment_deleted_in_the_ui_comes_back_with_the_next_run(config, ro
 @pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
 def test_a_moved_or_copied_project_reads_its_artifacts_and_writes_beside_them(config, root, tmp_path_factory, move):
     with open_run(config, root) as run:
-        run.log_text("old", "old.txt")
+        run.log_table([{"a": 1}], "old.json")
         run.log_checkpoint(root / "models", digest="w" * 64)
     new = tmp_path_factory.mktemp("new") / "project"
     move(root, new)
     tracking.ui_link(config, root=new)
     client = store_of(config, new).client
-    assert [entry.path for entry in client.list_artifacts(run.id)] == ["old.txt"]
+    assert [entry.path for entry in client.list_artifacts(run.id)] == ["old.json"]
     assert record_of(config, new, run.id).info.artifact_uri.startswith(new.as_uri())
     assert client.get_logged_model(record_of(config, new, run.id).data.tags["advml.model_id"]).artifact_location.startswith(new.as_uri())
     with open_run(config, new) as later:
-        later.log_text("new", "new.txt")
-    assert len(list(new.rglob("new.txt"))) == 1
-    assert not list(root.rglob("new.txt"))
+        later.log_table([{"a": 1}], "new.json")
+    assert len(list(new.rglob("new.json"))) == 1
+    assert not list(root.rglob("new.json"))
 
 
 def test_an_artifact_store_that_the_user_chose_stays(config, root, tmp_path_factory):
@@ -250,6 +249,8 @@ def test_a_run_carries_name_tags_parameters_data_and_commit(config, root, monkey
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
     monkeypatch.setenv("DVC_STAGE", "finetune@CL-AT-s0")
     monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
+    (root / "params.yaml").write_text("seeds: [0]")
+    subprocess.run([*git, "add", "params.yaml"], cwd=root, check=True)
     with open_run(config, root) as run:
         pass
     record = record_of(config, root, run.id)
@@ -264,7 +265,7 @@ def test_a_run_carries_name_tags_parameters_data_and_commit(config, root, monkey
         "advml.data_digest": DATA.digest,
         "advml.dvc_stage": "finetune@CL-AT-s0",
         "advml.dvc_experiment": "brave-name",
-        "mlflow.source.git.commit": commit,
+        "mlflow.source.git.commit": f"{commit}-dirty",
         "mlflow.source.name": "dvc repro finetune@CL-AT-s0",
     }
     assert expected.items() <= record.data.tags.items()
@@ -307,6 +308,15 @@ def test_an_epoch_costs_one_call_and_no_read(config, root, monkeypatch):
         assert calls == ["log_batch"] * 3
 
 
+def test_parameters_of_a_later_stage_are_added_and_none_is_changed(config, root, capfd):
+    with open_run(config, root) as run:
+        for steps in (20, 40):
+            run.log_params({"evaluate": {"steps": steps, "epsilon": None}, "attack": {"steps": 7}})
+    expected = {"attack.steps": "5", "attack.step_size": "null", "evaluate.steps": "20", "evaluate.epsilon": "null"}
+    assert record_of(config, root, run.id).data.params == expected
+    assert capfd.readouterr() == ("", "")
+
+
 def test_values_that_are_no_numbers_are_left_out_of_curves_and_metrics(config, root):
     import numpy
 
@@ -323,8 +333,6 @@ def test_artifacts_of_every_kind_are_stored(config, root):
 
     Image.new("RGB", (8, 8)).save(root / "picture.png")
     with open_run(config, root, kind="study", name="study", data=None) as run:
-        run.log_text("seeds: [0]", "params.yaml")
-        run.log_dict({"a": 1}, "evaluation.json")
         run.log_file(root / "picture.png", "figures")
         run.log_figure(Figure(), "figures/empty.png")
         run.log_image(root / "picture.png", key="picture")
@@ -333,7 +341,7 @@ def test_artifacts_of_every_kind_are_stored(config, root):
             run.log_table([{"model": "CL-AT-s0", "clean": 0.9}, {"model": "SL-AT-s0", "robust": 0.7}], "summary.json")
     client = store_of(config, root).client
     names = {entry.path for folder in (None, "figures") for entry in client.list_artifacts(run.id, folder)}
-    assert {"params.yaml", "evaluation.json", "summary.json", "figures/picture.png", "figures/empty.png"} <= names
+    assert {"summary.json", "figures/picture.png", "figures/empty.png"} <= names
     assert len(client.list_artifacts(run.id, "images")) == 4
     (file,) = (root / "mlruns").rglob("summary.json")
     table = json.loads(file.read_text())
@@ -410,6 +418,15 @@ def test_the_ui_link_opens_the_experiments_table_of_results(config, root):
     assert f"/experiments/{int(experiment) + 1}/" in tracking.ui_link(unseen, root=root)
 
 
+def test_the_local_ui_opens_the_store_that_the_link_is_of(config, root):
+    arguments, environment = tracking.ui_command(config, root=root, port=5077)
+    assert arguments[1:4] == ["-m", "mlflow", "ui"] and arguments[-2:] == ["--port", "5077"]
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == stores.locate(config, root=root).uri
+    elsewhere = configuration.load(PARAMS, ["tracking.uri=sqlite:///elsewhere/history.db"])
+    assert tracking.ui_command(elsewhere, root=root)[1]["MLFLOW_BACKEND_STORE_URI"].endswith("/elsewhere/history.db")
+    assert tracking.ui_command(configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"]), root=root) is None
+
+
 def test_a_view_that_the_user_changed_stays(config, root):
     store = store_of(config, root)
     store.client.set_experiment_tag(store.experiment, "mlflow.sharedViewState.results", "mine")
@@ -429,7 +446,8 @@ def test_a_run_that_ends_badly_says_how(config, root, error, status):
 
 
 def test_sigterm_ends_the_run_as_killed_with_exit_code_143(config, root):
-    code = "tracking.exit_on_sigterm()\nwith open_run() as run:\n    print(run.id, flush=True)\n    signal.pause()"
+    code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"  # as the command line does
+    code += "with open_run() as run:\n    print(run.id, flush=True)\n    signal.pause()"
     with python(code, root) as process:
         run_id = process.stdout.readline().strip()
         process.send_signal(signal.SIGTERM)
@@ -501,7 +519,8 @@ def use_everything(config, root):
         run.link(tracking.find_run(config, root=root, name="CL-at-s0"))
         run.log_checkpoint(root, digest="w" * 64)
         run.log_metrics({"accuracy/clean": 0.9})
-        run.log_text("text", "text.txt")
+        run.log_params({"evaluate": {"steps": 20}})
+        run.log_table([{"a": 1}], "table.json")
     assert run.id == "a" * 32
     tracking.kill_run(config, root=root, run_id="a" * 32)
     assert tracking.ui_link(config, root=root).startswith("http://127.0.0.1:")
@@ -580,7 +599,7 @@ def test_sync_rebuilds_everything_from_files_once(config, study):
     assert set(runs) == {"CL-at-s0", "CL-AT-s0", "CL-Full-AT-s0"}
     record = runs["CL-AT-s0"]
     assert record.info.status == "FINISHED"
-    assert (record.info.start_time, record.info.end_time) == (1_000_000_000_000, 1_000_000_100_000)
+    assert (record.info.start_time, record.info.end_time) == (1_000_000_100_000, 1_000_000_100_000)
     assert record.data.params == {"attack.steps": "5"}
     assert record.data.metrics == {"accuracy/clean": 0.9, "train/loss": 0.2, "validation/accuracy": 0.5}
     assert steps_of(config, study, record.info.run_id, "train/loss") == [1, 2, 3, 4, 5]
@@ -598,7 +617,8 @@ def test_sync_rebuilds_everything_from_files_once(config, study):
     assert record.data.tags["mlflow.source.git.commit"] == "c" * 40
     assert record.inputs.dataset_inputs[0].dataset.name == DATA.source
     client = store_of(config, study).client
-    assert [entry.path for entry in client.list_artifacts(record.info.run_id)] == ["CL-AT-s0.json"]
+    listed = client.list_artifacts(record.info.run_id, "records/evaluate")
+    assert [entry.path for entry in listed] == ["records/evaluate/CL-AT-s0.json"]
     assert client.get_logged_model(record.data.tags["advml.model_id"]).metrics[0].key == "accuracy/clean"
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported up here: `advml --help` must answer at once. Commands 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import time
@@ -287,6 +288,26 @@ def link(
     from advml import tracking
 
     print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+
+
+@app.command(rich_help_panel=EVERYDAY)
+def ui(
+    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
+    """Open MLflow on this study's runs until Ctrl-C, and print the link to their table.
+
+    Writes nothing. Next: the link, in a browser
+    """
+    configuration = load(params, overrides or [])
+    from advml import tracking
+
+    command = tracking.ui_command(configuration, root=params.parent, port=port)  # before the store is opened, which quietens MLflow
+    print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+    if command is None:
+        print("this is a server's address: open it in a browser")
+    else:
+        arguments, environment = command
+        os.execve(arguments[0], arguments, environment)
 
 
 @app.command(rich_help_panel=EVERYDAY)

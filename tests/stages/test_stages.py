@@ -464,6 +464,8 @@ def test_every_phase_has_one_finished_run_linked_to_its_pretraining(make_study):
         == json.loads((study.workspace.report("CL-ST-s0") / "metrics.json").read_text())["accuracy/clean"]
     )
     assert pretraining.data.params["pretrain.CL.epochs"] == "2"
+    for key, value in (("pretrain.CL.epochs", "2"), ("temperature", "0.2"), ("evaluate.steps", "2"), ("threat_model.epsilon", "0.15")):
+        assert model.data.params[key] == value
 
 
 # What is missing is named

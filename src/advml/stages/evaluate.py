@@ -39,6 +39,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     measures = evaluation.metrics(results)
     metrics = records.write(workspace, "evaluate", of | {"inputs": inputs, "metrics": measures, "figures": described})
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
+        run.log_params(context.parameters("threat_model", "evaluate"))
         run.log_metrics(measures)
         run.log_file(workspace.record("evaluate", name), "records/evaluate")
     return metrics

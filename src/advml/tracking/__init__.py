@@ -1,6 +1,5 @@
 """MLflow as history: written to while training, never read to compute a result.
 
-    >>> exit_on_sigterm()                                   # a polite kill ends the run as KILLED
     >>> with open_run(config, root=root, name="CL-AT-s0", kind="model", tags=tags, params=params, data=data) as run:
     ...     for history in training:                        # a list of {'epoch': 3, 'train/loss': ...}
     ...         run.log_epochs(history)                     # logs what the store lacks, in one call
@@ -20,8 +19,8 @@ from __future__ import annotations
 
 from advml.tracking.representations import log_representation
 from advml.tracking.run import Run
-from advml.tracking.runs import exit_on_sigterm, find_run, kill_run, open_run, ui_link
+from advml.tracking.runs import find_run, kill_run, open_run, ui_command, ui_link
 from advml.tracking.start import DataInfo
 from advml.tracking.sync import attach_run, sync
 
-__all__ = ["DataInfo", "Run", "attach_run", "exit_on_sigterm", "find_run", "kill_run", "log_representation", "open_run", "sync", "ui_link"]
+__all__ = ["DataInfo", "Run", "attach_run", "find_run", "kill_run", "log_representation", "open_run", "sync", "ui_command", "ui_link"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from advml.tracking import lineage
 from advml.tracking import store as stores
+from advml.tracking.start import new_params
 from advml.tracking.writer import Writer, guarded
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ EPOCH = "epoch"
 class Run(Writer):
     """A handle on one run; `open_run` and `attach_run` make it.
 
-    As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (see
-    `exit_on_sigterm`). `id` is None where there is no store. Of an `attached` run the status stays as it is;
+    As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (which
+    the command line turns into SystemExit). `id` is None where there is no store. Of an `attached` run the status stays as it is;
     a `strict` one raises.
     """
 
@@ -39,6 +40,7 @@ class Run(Writer):
     ) -> None:
         super().__init__(place, store, record, strict=strict)
         self._root, self._ended = root, attached
+        self._params: dict[str, str] = dict(record.data.params) if record else {}
         self._metrics: dict[str, float] = dict(record.data.metrics) if record else {}
         data = record.inputs.dataset_inputs[:1] if record and record.inputs else []
         self._data = {"dataset_name": data[0].dataset.name, "dataset_digest": data[0].dataset.digest} if data else {}
@@ -58,21 +60,21 @@ class Run(Writer):
             self._ended = True
 
     @guarded
-    def log_epochs(self, records: Sequence[Mapping[str, Any]], *, times: Sequence[int] | None = None) -> None:
+    def log_epochs(self, records: Sequence[Mapping[str, Any]], *, at: int | None = None) -> None:
         """Log the curves' points that the store lacks, in one call.
 
         Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed.
 
         Args:
             records: {'epoch': 3, 'train/loss': 0.1, ...}; values that are no numbers are left out.
-            times: milliseconds since 1970, one per record; now, if None.
+            at: milliseconds since 1970; now, if None.
         """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        when = int(time.time() * 1000) if at is None else at
         points = [
-            Metric(key, value, times[index] if times else now, record[EPOCH])
-            for index, record in enumerate(records)
+            Metric(key, value, when, record[EPOCH])
+            for record in records
             for key, value in _numbers(record).items()
             if key != EPOCH and record[EPOCH] not in self._epochs_of(key)
         ]
@@ -91,6 +93,13 @@ class Run(Writer):
         self._store.client.log_batch(self.id, metrics=entities, synchronous=True)
         self._metrics |= changed
         return bool(changed)
+
+    @guarded
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Add the parameters, nested or flat, that the run lacks; those it has stay as they are."""
+        fresh = new_params(params, known=self._params)
+        self._store.client.log_batch(self.id, params=fresh, synchronous=True)
+        self._params |= {param.key: param.value for param in fresh}
 
     @guarded
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:

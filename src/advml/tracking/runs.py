@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,14 +77,18 @@ def ui_link(config: Config, *, root: Path, port: int = 5000) -> str:
     return ui.experiment_link(base, experiment) if experiment else base
 
 
+def ui_command(config: Config, *, root: Path, port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
+    """Command and environment of a local UI on the store that `ui_link` links to; None where a server has one of its own."""
+    place = stores.locate(config, root=root)
+    if place.is_server:
+        return None
+    # In the environment, where a database's password is less exposed than in a list of processes. No jobs: they want a broker.
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": place.uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port)], environment
+
+
 def search(store: stores.Store, **tags: str | None) -> Record | None:
     """The newest run that carries all of these `advml.` tags."""
     wanted = " and ".join(f"tags.`advml.{key}` = '{value}'" for key, value in tags.items() if value is not None)
     found = store.client.search_runs([store.experiment], wanted, max_results=1, order_by=["attributes.start_time DESC"])
     return found[0] if found else None
-
-
-def exit_on_sigterm() -> None:
-    """Make SIGTERM raise SystemExit(143) in the main thread, so that runs end as KILLED and files are closed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

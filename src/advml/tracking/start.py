@@ -6,16 +6,17 @@ import getpass
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.config import flatten
+from advml.provenance import git_commit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Param
     from mlflow.entities import Run as Record
 
     from advml.tracking.store import Store
@@ -47,7 +48,7 @@ class Facts:
 
 def start(store: Store, facts: Facts, *, root: Path, run_id: str | None = None, start_time: int | None = None) -> Record:
     """Create the run, or take `run_id` up again where the store has it; either way it ends up with all of `facts`."""
-    from mlflow.entities import Param, RunTag
+    from mlflow.entities import RunTag
 
     client, tags = store.client, _tags(facts, root)
     record = get(client, run_id) if run_id else None
@@ -55,16 +56,23 @@ def start(store: Store, facts: Facts, *, root: Path, run_id: str | None = None, 
         record = client.create_run(store.experiment, start_time=start_time, tags=tags, run_name=facts.name)
     else:
         client.update_run(record.info.run_id, status="RUNNING")
-    params = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in flatten(dict(facts.params)).items()}
     client.log_batch(
         record.info.run_id,
-        params=[Param(key, value) for key, value in params.items() if key not in record.data.params],
+        params=new_params(facts.params, known=record.data.params),
         tags=[RunTag(key, value) for key, value in tags.items() if record.data.tags.get(key) != value],
         synchronous=True,
     )
     if facts.data is not None and not (record.inputs and record.inputs.dataset_inputs):
         _log_data(client, record.info.run_id, facts.data)
     return client.get_run(record.info.run_id)
+
+
+def new_params(params: Mapping[str, Any], *, known: Mapping[str, str]) -> list[Param]:
+    """Nested or flat parameters as MLflow stores them, without those that a run has already: MLflow refuses to change one."""
+    from mlflow.entities import Param
+
+    texts = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in flatten(dict(params)).items()}
+    return [Param(key, text) for key, text in texts.items() if key not in known]
 
 
 def get(client: MlflowClient, run_id: str) -> Record | None:
@@ -86,7 +94,7 @@ def _tags(facts: Facts, root: Path) -> dict[str, str]:
         "mlflow.user": _user(),
         "mlflow.source.name": f"dvc repro {stage}" if stage else "advml",
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": _commit(root),
+        "mlflow.source.git.commit": git_commit(root),
         "advml.name": facts.name,
         "advml.kind": facts.kind,
         "advml.data_digest": facts.data.digest if facts.data else None,
@@ -95,7 +103,7 @@ def _tags(facts: Facts, root: Path) -> dict[str, str]:
         PROCESS: f"{platform.node()}:{os.getpid()}",
         **{key if "." in key else f"advml.{key}": value for key, value in facts.tags.items()},
     }
-    return {key: str(value) for key, value in found.items() if value not in (None, "")}
+    return {key: str(value) for key, value in found.items() if value not in (None, "", "unknown")}  # unknown: no git
 
 
 def _log_data(client: MlflowClient, run_id: str, data: DataInfo) -> None:
@@ -117,11 +125,3 @@ def _user() -> str | None:
         return getpass.getuser()
     except (OSError, KeyError):  # a container whose user has no name
         return None
-
-
-def _commit(root: Path) -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git, or no repository
-        return None
-    return done.stdout.strip()

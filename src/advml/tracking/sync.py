@@ -81,19 +81,16 @@ def _import(place: stores.Place, store: stores.Store, workspace: Workspace, fold
     known = Facts(
         facts["name"], facts["kind"], tags, facts["parameters"], DataInfo(*(facts["data"][key] for key in ("digest", "source", "counts")))
     )
-    end = (folder / "model.json").stat().st_mtime
-    begin = end - (facts.get("seconds") or 0)
-    record = start(store, known, root=workspace.root, start_time=int(begin * 1000))
+    written = int(1000 * (folder / "model.json").stat().st_mtime)
+    record = start(store, known, root=workspace.root, start_time=written)
     with Run(place, store, record, root=workspace.root, strict=True) as run:
         curves = workspace.report(facts["name"]) / "history.json"
-        history = _read(curves) if curves.exists() else []
-        times = [int(1000 * (begin + (end - begin) * (index + 1) / len(history))) for index in range(len(history))]
-        run.log_epochs(history, times=times)
+        run.log_epochs(_read(curves) if curves.exists() else [], at=written)
         if facts.get("pretraining"):
             parent = search(store, kind="pretrain", name=facts["pretraining"]["name"], digest=facts["pretraining"]["digest"])
             run.link(parent.info.run_id if parent else None)
         run.log_checkpoint(folder, digest=facts["digest"])
-        run.finish("FINISHED", end_time=int(end * 1000))
+        run.finish("FINISHED", end_time=written)
     return run
 
 

@@ -46,16 +46,6 @@ class Writer:
         self._tags: dict[str, str] = dict(record.data.tags) if record else {}
 
     @guarded
-    def log_text(self, text: str, path: str) -> None:
-        """Store `text` as the artifact `path`, e.g. `params.yaml`."""
-        self._store.client.log_text(self.id, text, path)
-
-    @guarded
-    def log_dict(self, value: Any, path: str) -> None:
-        """Store a JSON-like value as the artifact `path`, e.g. `evaluation.json`."""
-        self._store.client.log_dict(self.id, value, path)
-
-    @guarded
     def log_file(self, file: Path, folder: str | None = None) -> None:
         """Copy a file into the artifacts, under its own name."""
         self._store.client.log_artifact(self.id, str(file), folder)
