@@ -23,7 +23,11 @@ RECORD = {
     "data": {"digest": "d" * 64, "source": "patterns", "counts": {"train": 96, "validation": 32, "test": 40}},
     "classes": ["ash", "birch"],
     "input": [1, 8, 8],
-    "parameters": {"regimes": {"AT": {"epochs": 20, "learning_rate": 0.01}}, "data": {"path": None}},
+    "parameters": {
+        "pretrain": {"CL": {"keep": "last"}},
+        "regimes": {"AT": {"epochs": 20, "learning_rate": 0.01, "keep": "best"}},
+        "data": {"path": None},
+    },
     "architecture": {"backbone": "test_resnet", "options": {}},
     "inputs": "0123",
     "epoch": 17,
@@ -65,7 +69,7 @@ def test_the_record_names_origin_architecture_and_parameters(workspace, model):
         "git commit c0ffee-dirty",
         "weights aaaaaaaaaaaaaaaa |",
         "pretraining CL-at-s0 (bbbbbbbbbbbbbbbb)",
-        "selected epoch 17 (on validation)",
+        "selected epoch 17 (the best on validation)",
         "backbone test_resnet",
         "regimes.AT.epochs 20",
         "regimes.AT.learning_rate 0.01",
@@ -80,8 +84,14 @@ def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(worksp
     clean, attacked = record_of(workspace, "CL-AT-s0").splitlines()[-2:]
     assert clean.split() == ["clean", "97.5", "%", "[87.1,", "99.6]", "of", "40"]
     assert " ".join(attacked.split()) == (
-        "threat_model_2 50.0 % [35.2, 64.8] of 40 linf epsilon 0.03137, step_size 0.00392, 20 steps, 3 restarts"
+        "threat_model_2 50.0 % [35.2, 64.8] of 40 linf epsilon 0.03137, step_size 0.00392, 20 steps, worst of 3 runs"
     )
+
+
+def test_restarts_of_1_are_a_single_run(workspace, model):
+    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"restarts": 1}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2": figure}})
+    assert record_of(workspace, "CL-AT-s0").endswith("20 steps, one run")
 
 
 def test_accuracies_of_other_weights_are_not_shown(workspace, model):
@@ -99,6 +109,7 @@ def test_a_pretrained_encoder_has_no_accuracy_and_no_regime(workspace):
     record = {key: value for key, value in RECORD.items() if key not in ("regime", "pretraining")}
     write(workspace.pretrained("CL-at-s0") / "model.json", {**record, "name": "CL-at-s0", "kind": "pretrain", "phase": "at"})
     shown = record_of(workspace, "CL-at-s0")
+    assert "selected epoch  17 (the last)" in shown
     assert shown.startswith("CL-at-s0 ") and "accuracy" not in shown and "pretraining" not in shown
 
 

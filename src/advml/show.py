@@ -12,6 +12,8 @@ from advml.config import flatten
 from advml.errors import UserError
 from advml.paths import Workspace, find_model
 
+CHOSEN = {"best": "the best on validation", "last": "the last"}  # by `keep`
+
 
 def record_of(workspace: Workspace, model: str) -> str:
     """What the model was made from, how, and how well it does, as text."""
@@ -22,6 +24,7 @@ def record_of(workspace: Workspace, model: str) -> str:
         lines += _block("architecture", record["architecture"])
         lines += _block("parameters", flatten(record["parameters"]))
         lines += _figures(workspace, record)
+        lines += _representation(workspace, record)
     return "\n".join(lines)
 
 
@@ -46,7 +49,7 @@ def _origin(record: dict[str, Any]) -> dict[str, Any]:
     if "pretraining" in record:
         shown["pretraining"] = f"{record['pretraining']['name']} ({record['pretraining']['digest'][:16]})"
     if record.get("epoch"):
-        shown["selected epoch"] = f"{record['epoch']} (on validation)"
+        shown["selected epoch"] = f"{record['epoch']} ({CHOSEN[_phase(record)['keep']]})"
     return shown
 
 
@@ -64,9 +67,33 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
 def _figure(name: str, figure: dict[str, Any]) -> str:
     low, high = figure["interval"]
     attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
-    how = f"   {figure['norm']} {attack}, {figure['steps']} steps, {figure['restarts']} restarts" if "norm" in figure else ""
+    how = f"   {figure['norm']} {attack}, {figure['steps']} steps, {_runs(figure['restarts'])}" if "norm" in figure else ""
     share = figure["correct"] / figure["n"]
     return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
+
+
+def _phase(record: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the phase that selected the epoch."""
+    parameters = record["parameters"]
+    return parameters["regimes"][record["regime"]] if record["kind"] == "model" else parameters["pretrain"][record["scheme"]]
+
+
+def _runs(restarts: int) -> str:
+    """`restarts: 1` attacks once."""
+    return "one run" if restarts == 1 else f"worst of {restarts} runs"
+
+
+def _representation(workspace: Workspace, record: dict[str, Any]) -> list[str]:
+    made = workspace.record("represent", record["name"])
+    if not made.is_file():
+        return []
+    with _reading(made) as represented:
+        if represented["digest"] != record["digest"]:
+            return []
+        metrics = represented["metrics"]
+        named = [name for name in metrics if name.count("/") == 1]
+        shown = [f"  {name:34} {metrics[name]:8.3f} [{metrics[f'{name}/low']:.3f}, {metrics[f'{name}/high']:.3f}]" for name in named]
+        return ["", "representation on test (95 % intervals)", *shown]
 
 
 def _block(title: str, values: dict[str, Any]) -> list[str]:

@@ -152,7 +152,10 @@ class _Trainer:
         return record | ({f"validation/adversarial_{metric}": totals[1] / count} if self.adversary else {})
 
     def select(self, progress: Progress, record: Record) -> None:
-        """Keep these weights if they are the best on validation so far (adversarial score first, then clean; ties: the later epoch)."""
+        """Keep these weights if they are the best on validation so far, by the adversarial score where there is one; ties: the later epoch.
+
+        Under `keep: last` they are kept whatever they score.
+        """
         metric, sign = self.task.metric, 1.0 if self.task.larger_is_better else -1.0
         score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
         # "not <": the first finite score also beats a NaN that came before it

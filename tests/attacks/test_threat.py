@@ -11,6 +11,7 @@ from torch import Tensor
 
 from advml.attacks.threat import NORMS, ThreatModel
 
+DUAL = {"linf": 1, "l2": 2}  # the order of the norm that measures gradients
 BOTH = pytest.mark.parametrize("norm", sorted(NORMS))
 EXAMPLES = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ROUNDING = 2e-6  # float32, a few operations on numbers near 1
@@ -105,7 +106,7 @@ def test_steepest_ascent_gains_the_dual_norm_of_the_gradient_per_unit_step(norm)
     gradient = torch.randn(5, 3, 4, 4, generator=seeded())
     direction = NORMS[norm].steepest(gradient)
     torch.testing.assert_close(NORMS[norm].size(direction), torch.ones(5))
-    torch.testing.assert_close((direction * gradient).flatten(1).sum(1), NORMS[norm].dual(gradient))
+    torch.testing.assert_close((direction * gradient).flatten(1).sum(1), gradient.flatten(1).norm(p=DUAL[norm], dim=1))
 
 
 # Random start
@@ -162,4 +163,4 @@ def test_size_is_the_norm_of_the_perturbation(norm):
     images = torch.full((2, 1, 1, 2), 0.5)
     adversarial = images + torch.tensor([[[[0.3, -0.4]]], [[[0.0, 0.0]]]])
     expected = {"linf": [0.4, 0.0], "l2": [0.5, 0.0]}[norm]
-    torch.testing.assert_close(ThreatModel(norm, 1.0).size(adversarial, images), torch.tensor(expected))
+    torch.testing.assert_close(NORMS[norm].size(adversarial - images), torch.tensor(expected))

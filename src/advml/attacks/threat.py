@@ -36,13 +36,12 @@ def _sample_l2(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """What a norm has to say to an attack. `dual` turns a gradient into its dual norm (N,)."""
+    """What a norm has to say to an attack."""
 
     steepest: Callable[[Tensor], Tensor]  # gradient -> direction of unit norm that ascends fastest
     shrink: Callable[[Tensor, float], Tensor]  # perturbation -> nearest one in the ball
     sample: Callable[[Tensor, torch.Generator], Tensor]  # uniform in the unit ball, drawn on the CPU
     size: Callable[[Tensor], Tensor]  # perturbation -> norms (N,)
-    dual: Callable[[Tensor], Tensor]
 
 
 NORMS: dict[str, Norm] = {
@@ -51,14 +50,12 @@ NORMS: dict[str, Norm] = {
         shrink=lambda delta, epsilon: delta.clamp(-epsilon, epsilon),
         sample=_sample_linf,
         size=lambda delta: delta.flatten(1).abs().amax(1),
-        dual=lambda gradient: gradient.flatten(1).abs().sum(1),
     ),
     "l2": Norm(
         steepest=_unit_l2,
         shrink=_shrink_l2,
         sample=_sample_l2,
         size=lambda delta: delta.flatten(1).norm(dim=1),
-        dual=lambda gradient: gradient.flatten(1).norm(dim=1),
     ),
 }
 
@@ -87,7 +84,3 @@ class ThreatModel:
         """A point drawn uniformly from the ball, then clipped to the box. The draw is on the CPU: the same on any device."""
         delta = NORMS[self.norm].sample(images, generator).to(images)
         return self.project(images + self.epsilon * delta, images)
-
-    def size(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Norms (N,) of the perturbations."""
-        return NORMS[self.norm].size(adversarial - images)
