@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -123,6 +124,26 @@ def test_sync_finds_nothing_to_do_and_link_names_the_port(study):
     _, said = study
     assert said["sync"].startswith("0 runs rebuilt\n")
     assert said["link --port 5555"].startswith("MLflow: http://127.0.0.1:5555/#/experiments/1/")
+
+
+@pytest.mark.parametrize("uri", ["null", "sqlite:///elsewhere/history.db"])
+def test_ui_prints_the_link_and_becomes_the_server_of_that_store(study, monkeypatch, uri):
+    folder, _ = study
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+    done = CliRunner().invoke(app, ["ui", "--params", str(folder.params), "--port", "5556", "-S", f"tracking.uri={uri}"])
+    assert done.stdout.startswith("MLflow: http://127.0.0.1:5556/#/experiments/1/")
+    ((program, arguments, environment),) = started
+    assert program == sys.executable and arguments[1:4] == ["-m", "mlflow", "ui"] and "5556" in arguments
+    file = "elsewhere/history.db" if "elsewhere" in uri else "mlflow.db"
+    assert environment["MLFLOW_BACKEND_STORE_URI"].endswith(f"{folder.root}/{file}")
+
+
+def test_ui_of_a_server_says_to_open_its_address(study, monkeypatch):
+    folder, _ = study
+    monkeypatch.setattr(os, "execve", None)
+    done = CliRunner().invoke(app, ["ui", "--params", str(folder.params), "-S", "tracking.uri=http://127.0.0.1:9"])
+    assert done.exit_code == 0 and "http://127.0.0.1:9\nthis is a server's address: open it in a browser" in done.output
 
 
 def test_the_resolved_configuration_goes_to_stderr(study, advml):
