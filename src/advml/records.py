@@ -24,8 +24,13 @@ def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str,
     """
     path = workspace.record(stage, record["model"])
     write_atomically(path, (json.dumps(record, indent=2, allow_nan=True) + "\n").encode())
-    metrics = metrics_of(workspace, record["model"], digest=record["digest"])
-    write_atomically(workspace.report(record["model"]) / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    return publish(workspace, record["model"], digest=record["digest"])
+
+
+def publish(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
+    """Put a model's metrics.json together from its records; returns it. Also for records that are reused: a kill may have come between."""
+    metrics = metrics_of(workspace, model, digest=digest)
+    write_atomically(workspace.report(model) / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
 

@@ -26,9 +26,8 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     discard(workspace.scratch(f"finetune-{name}"))  # its outputs are in use, so they are safe
     parameters = context.parameters("data", "temperature", "threat_model", "evaluate")
     inputs = context.fingerprint("evaluate", parameters, record["digest"], context.dataset.digest)
-    written = workspace.adversarial(name).exists() and (workspace.report(name) / "metrics.json").exists()
-    if reuse and written and records.reusable(workspace, "evaluate", name, inputs=inputs):
-        return records.metrics_of(workspace, name, digest=record["digest"])
+    if reuse and workspace.adversarial(name).exists() and records.reusable(workspace, "evaluate", name, inputs=inputs):
+        return records.publish(workspace, name, digest=record["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
     measured = evaluation.figures(context.config, SCHEMES[scheme], note=f"projection head: {head}")
     results = _measure(context, name, network, measured, Checkpoint(workspace.scratch(f"evaluate-{name}"), inputs))

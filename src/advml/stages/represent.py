@@ -29,7 +29,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     attacked = adversarial.read(workspace.adversarial(name), digest=weights)
     inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
     if reuse and records.reusable(workspace, "represent", name, inputs=inputs):
-        return records.metrics_of(workspace, name, digest=weights)
+        return records.publish(workspace, name, digest=weights)
     with Bar(f"represent {name}", total=3) as bar:
         measured = representation.represent(
             network, context.dataset, attacked.images, spec, context.machine, on_part=lambda part: bar.advance(1, part)
