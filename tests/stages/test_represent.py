@@ -17,6 +17,7 @@ import advml
 from advml import records, tracking
 from advml.data import adversarial
 from advml.errors import UserError
+from advml.show import record_of
 from advml.stages import compare, evaluate, finetune, pretrain, report, represent
 from advml.tracking import store as stores
 
@@ -261,3 +262,10 @@ def test_the_same_figures_give_the_same_page(study):
     first = (study.workspace.reports / "report.html").read_bytes()
     report.run(study.context())
     assert (study.workspace.reports / "report.html").read_bytes() == first
+
+
+def test_show_tells_the_representation_of_these_weights_only(study):
+    assert "cka/redundancy  " in record_of(study.workspace, "CL-AT-s0")
+    path = study.workspace.record("represent", "CL-AT-s0")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"digest": "other"}))
+    assert "cka/redundancy" not in record_of(study.workspace, "CL-AT-s0")

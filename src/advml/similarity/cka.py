@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from advml.similarity.features import Layer, watching
 
 SMALLEST_BATCH = 4  # HSIC_1 divides by n (n - 3)
+CACHED = 2**16  # numbers: 256 KiB
+WIDE = 4096  # narrower layers gain nothing from rounding, and lose: few errors do not cancel
 GRAM_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Key = tuple[str, str]  # (model, kind of input), e.g. ("CL-AT-s0", "adversarial")
@@ -33,22 +35,43 @@ def centred_gram(features: Tensor, *, dtype: torch.dtype = torch.float32) -> Ten
     """U(X X^T) of features (n, ...): the n (n - 1) / 2 entries above the diagonal, float64.
 
     The mean over the batch is taken off first: the estimator is invariant to it, float32 is not. Features that do not
-    differ between images beyond rounding give zeros. With `dtype` bfloat16 the product of (centred) features is made in it.
+    differ between images beyond rounding give zeros. With `dtype` bfloat16 the products of centred features of wide layers are in it.
     """
-    n = len(features)
-    flat = features.detach().reshape(n, -1).float()
-    centred = flat - flat.mean(0)
-    size, spread = flat.abs().amax(), centred.abs().amax()
-    if spread <= 4 * torch.finfo(torch.float32).eps * size:  # a dead layer; what is left is rounding
-        return torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=flat.device)
-    centred = centred / spread  # of order one in every dtype, whatever the layer's scale
-    centred = centred.to(dtype)
-    gram = (centred @ centred.T).double()
+    flat = _flat(features.detach())
+    n, width = flat.shape
+    gram, unit = _products(flat, dtype), 1.0
+    typical, eps = (gram.diagonal().amax() / width).sqrt(), torch.finfo(torch.float32).eps
+    if not max(1e-12, 8 * eps * flat[0].abs().amax()) < typical < 1e12:  # a layer that is dead, tiny or huge
+        size, spread = flat.abs().amax().float(), (flat.float() - flat.float().mean(0)).abs().amax()
+        if spread <= 4 * eps * size:  # what is left is rounding
+            return torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=flat.device)
+        gram, unit = _products(flat.float() / spread, dtype), spread.double() ** 2
+    gram = gram.double()
     gram.fill_diagonal_(0)
     row = gram.sum(1) / (n - 2)
     row -= row.sum() / (2 * (n - 1))
     centred_twice = gram - row[:, None] - row[None, :]
-    return centred_twice[tuple(torch.triu_indices(n, n, 1, device=flat.device))] * spread.double() ** 2
+    return centred_twice[tuple(torch.triu_indices(n, n, 1, device=flat.device))] * unit
+
+
+def _flat(features: Tensor) -> Tensor:
+    """(n, p), in whatever order features lie in memory: with channels last, (n, C, H, W) need not be copied."""
+    order = sorted(range(1, features.ndim), key=lambda dimension: -features.stride(dimension))
+    return features.permute(0, *order).reshape(len(features), -1)
+
+
+def _products(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """X X^T of features (n, p) less their mean, float32; on a processor in pieces that fit in its cache, so nothing large is made."""
+    n, width = flat.shape
+    gram = torch.zeros(n, n, device=flat.device)
+    for part in flat.split(width if flat.is_cuda else max(1, CACHED // n), dim=1):
+        centred = part.float() - part.float().mean(0)
+        if dtype is torch.float32 or width < WIDE:
+            gram.addmm_(centred, centred.T)
+        else:
+            centred = centred.to(dtype)
+            gram += centred @ centred.T
+    return gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +143,7 @@ def measure(
         rows: the layers to record of each.
         batches: for each batch the images (n, C, H, W) of every (model, kind); the same n images behind every key, in one order.
         pairs: the blocks to keep; None: all.
-        gram: a key of GRAM_TYPES; bfloat16 is faster where the processor has it, with errors below 5e-4.
+        gram: a key of GRAM_TYPES; bfloat16, with errors below 5e-4, is faster on some processors (not on all that have it).
     Raises:
         ValueError: batches with different keys, or of different sizes under one another's keys, or none large enough.
     """
@@ -139,7 +162,7 @@ def measure(
             continue
         grams = {key: _grams(networks[key[0]], rows[key[0]], images, GRAM_TYPES[gram]) for key, images in batch.items()}
         pairs = list(combinations_with_replacement(keys, 2)) if pairs is None else pairs
-        products.append({(first, second): (2 * grams[first] @ grams[second].T).cpu().numpy() for first, second in pairs})
+        products.append({(first, second): 2 * (grams[first] @ grams[second].T).cpu().numpy() for first, second in pairs})
         norms.append({key: (2 * own.square().sum(1)).cpu().numpy() for key, own in grams.items()})
         sizes.append(n)
     if not sizes:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from advml.errors import UserError
 
 PREPROCESSING = "normalize"  # our networks' first module: constants, no representation
+HANDS_ON = (nn.Identity, nn.Dropout)  # nothing of their own, whatever made the tensor that they were given
 ENCODER = "encoder"  # our networks' child of that name; any other module is all encoder
 
 
@@ -114,15 +115,18 @@ def layers(network: nn.Module, images: Tensor, *, select: Sequence[str] = ("bloc
 
     Args:
         network: ours or any torch module that takes images.
-        images: two or more (N, C, H, W); one pass of them shows the order and the shapes.
+        images: two or more (N, C, H, W); a pass of them shows the order and the shapes, one of fewer what has a value for each.
         select: words, each "blocks": the blocks' outputs, the encoder's output and the heads'; "all": every layer that
             computes something; or a pattern of names such as `layer3.*` or `*.act2` (`encoder.` in front may be left out).
     Raises:
         UserError: a pattern matches nothing, or there are no blocks.
     """
+    per_image = {call.name for call in _trace(network, images[1:])}  # else two attention heads, say, pass for two images
     groups: dict[tuple[int, int, int], list[_Call]] = {}
     for call in _trace(network, images):
-        groups.setdefault(call.identity, []).append(call)
+        if call.name in per_image:
+            groups.setdefault(call.identity, []).append(call)
+    groups = {key: calls for key, calls in groups.items() if not all(isinstance(call.module, HANDS_ON) for call in calls)}
     blocks = _blocks(network, list(groups.values()))
     found = []
     for calls in groups.values():

@@ -10,11 +10,13 @@ computed again here, in float64, and its largest entry is recorded beside every 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -92,7 +94,9 @@ def fit(
     model = LogisticRegression(tol=TOLERANCE / 2, max_iter=MOST_STEPS, warm_start=True)
     best: tuple[float, np.ndarray, np.ndarray, float, int] | None = None
     for strength in sorted(strengths):
-        model.set_params(C=strength).fit(features, labels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `gradient` says it better
+            model.set_params(C=strength).fit(features, labels)
         score = float((model.predict(standard(validation[0])) == validation[1]).mean())
         if best is None or score > best[0]:
             best = (score, model.coef_.copy(), model.intercept_.copy(), strength, int(model.n_iter_[0]))
