@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from advml import checkpoint, evaluation, models, tracking
+from advml import checkpoint, evaluation, models, records, tracking
+from advml.data import adversarial
 from advml.progress import Bar
 from advml.stages import evaluate, finetune, learning, pretrain
 
@@ -34,8 +35,8 @@ def results(study, *names: str) -> dict[str, bytes]:
         folder for name in names for folder in (study.workspace.pretrained(name), study.workspace.model(name), study.workspace.report(name))
     ]
     found = {path.relative_to(study.root).as_posix(): path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()}
-    made = study.workspace.record("evaluate", names[-1])
-    return found | ({"record": made.read_bytes()} if made.exists() else {})
+    made = {"record": study.workspace.record("evaluate", names[-1]), "images": study.workspace.adversarial(names[-1])}
+    return found | {name: path.read_bytes() for name, path in made.items() if path.exists()}
 
 
 def states(study) -> set[tuple[str, int]]:
@@ -238,19 +239,24 @@ def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(pretraine
     assert pretrained.runs() == [(MODEL, "FINISHED")]
 
 
-LATER = {"record", f"reports/{MODEL}/metrics.json", f"reports/{PRETRAINING}/history.json"}  # of stages that did not run here
+LATER = {"record", "images", f"reports/{MODEL}/metrics.json", f"reports/{PRETRAINING}/history.json"}  # of stages that did not run here
 
 
-@pytest.mark.parametrize("moment", [2, 5, 6, 7], ids=["between two figures", "before the last", "before metrics.json", "before the record"])
+WRITES = {"between two figures": 2, "before the last": 5, "before the images": 6, "before the record": 7, "before metrics.json": 8}
+
+
+@pytest.mark.parametrize("moment", WRITES.values(), ids=WRITES)
 def test_an_evaluation_goes_on_with_the_figure_it_was_killed_at(finetuned, uninterrupted, monkeypatch, moment):
-    """Five figures, then metrics.json, then the record: seven files are written."""
+    """Five figures, then the adversarial images, the record and metrics.json: eight files are written."""
     figures, correct = [], evaluation.correct
 
     def work() -> None:
         evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "write_atomically", nth(moment, die, evaluate.write_atomically))
+        writing = nth(moment, die, evaluate.write_atomically)
+        for module in (evaluate, adversarial, records):
+            patch.setattr(module, "write_atomically", writing)
         fork_and_die(work)
 
     def watch(network: object, split: object, figure: evaluation.Figure, **options: object) -> object:

@@ -1,6 +1,6 @@
 """CKA of a network's layers against torch_cka and pytorch-cka: the same layers of the same network on the same images.
 
-    python benchmarks/cka.py [--quick] [--threads 1] [--seed 0]
+    python benchmarks/similarity.py [--quick] [--threads 1] [--seed 0]
 
 The network is timm's ResNet-18 with our small stem, in eval mode, on 3x32x32 images; all its layers are compared with one
 another. pytorch-cka compares the network with itself, which it does in one pass; torch_cka, which would mix up the passes of
@@ -9,8 +9,6 @@ one network, with a copy. Neither peer is charged for a data loader's work or fo
 Memory is by how much the peak is above that of a plain forward pass, each in a process of its own. Both peers keep the
 tensors that layers hand out, and in-place layers overwrite some of them before the Gram matrix is made: the largest
 difference from our matrix is given for the rows that stay as they were, and for the others.
-
-Neither is in a lock file: `pip install --no-deps torch-cka==0.21 pytorch-cka==1.1.3`.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from advml.similarity.features import Layer, layers
 PLAIN, OURS, ROUNDED = "one plain pass", "advml", "advml, bfloat16"
 PEERS = {"torch_cka": "torch-cka", "pytorch-cka": "pytorch-cka"}  # and their packages
 MODULES = {"torch_cka": "torch_cka", "pytorch-cka": "cka"}
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]  # this file is called cka, too
 PRESENT = [peer for peer in PEERS if importlib.util.find_spec(MODULES[peer])]
 Task = Callable[[], np.ndarray | None]
 
