@@ -195,5 +195,5 @@ def test_overrides_are_written_into_the_text_and_checked():
     assert "seeds: [0, 1]                   # one model per" in text and "epsilon: 4/255                # eight" in text
     changed = [line for line in text.splitlines() if line not in preset("cifar10").splitlines()]
     assert len(changed) == 2
-    with pytest.raises(UserError, match="unknown key 'threat_model.eps'"):
+    with pytest.raises(UserError, match=r"unknown key 'threat_model\.eps'"):
         preset("digits", overrides=["threat_model.eps=1"])
