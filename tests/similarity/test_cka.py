@@ -394,6 +394,7 @@ def test_pytorch_cka_agrees_where_nothing_is_overwritten():
     """On a network without layers in place, whose tensors that library may keep; it does not centre features, hence the tolerance."""
     import cka
 
+    torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
     data = [images(16, seed=seed)[:, :, :8, :8] for seed in range(4)]
     rows = layers(network, data[0][:2], select=["all"])
@@ -401,4 +402,4 @@ def test_pytorch_cka_agrees_where_nothing_is_overwritten():
     names = [row.name for row in rows]
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.cat(data)), batch_size=16)
     (theirs,) = cka.compute_cka(network, network, loader, layers=names, device="cpu", progress=False)
-    assert len(names) >= 5 and np.abs(ours - theirs.numpy()).max() < 1e-4
+    assert len(names) >= 5 and np.abs(ours - theirs.numpy()).max() < 1e-3
