@@ -25,11 +25,11 @@ from torch import Tensor
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
 from advml.config import View
-from advml.models import Architecture, Network, build
-from advml.objectives import contrastive_pair
+from advml.networks.models import Architecture, Network, build
 from advml.runtime import Machine
-from advml.schemes import instances
-from advml.tasks import Contrastive
+from advml.training.objectives import contrastive_pair
+from advml.training.schemes import instances
+from advml.training.tasks import Contrastive
 
 EPSILON, STEPS, TEMPERATURE = 8 / 255, 5, 0.2
 STEP_SIZE = 2.5 * EPSILON / STEPS

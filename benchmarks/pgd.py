@@ -23,9 +23,9 @@ from torch.nn.functional import cross_entropy
 
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
-from advml.models import Architecture, Network, build
+from advml.networks.models import Architecture, Network, build
 from advml.runtime import Machine
-from advml.tasks import classification_objective
+from advml.training.tasks import classification_objective
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters

@@ -32,7 +32,7 @@ from timing import hardware_line, interleaved
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from advml.models import Architecture, Network, build
+from advml.networks.models import Architecture, Network, build
 from advml.similarity.cka import measure
 from advml.similarity.features import Layer, layers
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from advml import config as configuration
 from advml.data.datasets import Dataset, Split, channel_statistics, save
 from advml.data.storage import digest
-from advml.models import Architecture, Network, build
+from advml.networks.models import Architecture, Network, build
 from advml.paths import Workspace
 from advml.stages.context import Context
 from advml.tracking import store as stores

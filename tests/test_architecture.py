@@ -22,9 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "repro", "warm", "show"),
     ("claims", "report", "picture", "presets", "tracking"),
     ("similarity",),
-    ("training", "evaluation", "records"),
-    ("tasks", "schemes", "regimes", "attacks"),
-    ("models", "backbones", "objectives", "schedules", "data", "checkpoint", "runtime", "figures", "rewrite"),
+    ("evaluation", "records"),
+    ("training",),
+    ("attacks",),
+    ("networks", "data", "checkpoint", "runtime", "figures", "rewrite"),
     ("__init__", "config", "explain", "errors", "intervals", "paths", "progress", "provenance"),
 )
 EXCEPTIONS = {
@@ -32,7 +33,7 @@ EXCEPTIONS = {
     "advml.warm": {"advml.cli"},  # a forked child runs the command line, as __main__ does
 }
 # Library -> the only modules that may import it, anywhere in the file.
-OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "backbones", "matplotlib": ("figures", "picture", "report"), "dvc": ()}
+OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "networks", "matplotlib": ("figures", "picture", "report"), "dvc": ()}
 LIGHT = ("advml", "advml.cli", "advml.config", "advml.errors", "advml.paths", "advml.progress", "advml.repro", "advml.show", "advml.warm")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
@@ -171,8 +172,6 @@ NEUTRAL_FOR = {
     "pretrain": CURVES,
     "finetune": CURVES,
     "prepare": {"advml.stages.context": "takes configuration and folders from it, no machine and no network"},
-    "evaluate": {"advml.schedules": "takes nothing but `batches` from training"},
-    "compare": {"advml.schedules": "takes nothing but `batches` from training"},
     "report": {
         "advml.stages.context": "takes configuration and folders from it, no machine and no network",
         "advml.checkpoint": "writes files whole",

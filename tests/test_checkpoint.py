@@ -13,7 +13,7 @@ from torch import nn
 
 from advml import checkpoint as module
 from advml.checkpoint import Checkpoint, Progress, is_unfinished, optimizer_state, replace_folder, restore_optimizer, write_atomically
-from advml.training import OPTIMIZERS
+from advml.training.loop import OPTIMIZERS
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from advml import config
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
 from advml.evaluation import Figure, correct, describe, figures, metrics, wilson
-from advml.models import Architecture, build
-from advml.objectives import contrastive_pair, cross_entropy
+from advml.networks.models import Architecture, build
 from advml.runtime import Machine, generator_for
-from advml.schemes import SCHEMES
+from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.training.schemes import SCHEMES
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.4,), (0.3,), 10, 16, False, False)

@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from advml import checkpoint, evaluation, models, records, tracking
+from advml import checkpoint, evaluation, records, tracking
 from advml.data import adversarial
+from advml.networks import models
 from advml.progress import Bar
 from advml.stages import evaluate, finetune, learning, pretrain
 

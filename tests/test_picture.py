@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from advml import config, models
+from advml import config
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
 from advml.errors import UserError
 from advml.figures.style import to_png
+from advml.networks import models
 from advml.paths import Workspace
 from advml.picture import attack_figure, attack_picture, load_image
 from advml.presets import preset

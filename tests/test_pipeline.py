@@ -22,8 +22,8 @@ from dvc.repo import Repo
 
 from advml import config
 from advml.paths import Workspace, model_name, pretraining_name
-from advml.regimes import REGIMES
-from advml.schemes import SCHEMES
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from advml.models import Network
+    from advml.networks.models import Network
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]
@@ -28,6 +28,6 @@ def load_model(path: str | Path) -> Network:
     Raises:
         advml.errors.UserError: if the folder is no trained classifier.
     """
-    from advml.models import load_classifier  # torch takes seconds to import: only when a model is wanted
+    from advml.networks.models import load_classifier  # torch takes seconds to import: only when a model is wanted
 
     return load_classifier(path).eval()

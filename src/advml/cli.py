@@ -86,8 +86,8 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
     Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and its curves in reports/. Next: advml finetune SCHEME REGIME
     """
     context = _context(params, overrides)
-    from advml.regimes import REGIMES
     from advml.stages import pretrain as stage
+    from advml.training.regimes import REGIMES
 
     stage.run(context, scheme=scheme, phase=phase, seed=seed)
     regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]

@@ -19,11 +19,11 @@ from advml.attacks.adversary import Adversary, evaluation_adversary
 from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
 from advml.intervals import wilson
-from advml.models import Network
+from advml.networks.models import Network
 from advml.runtime import Machine, generator_for
-from advml.schemes import Scheme
-from advml.tasks import classification_objective, contrastive_objective
-from advml.training import batches
+from advml.training.loop import batches
+from advml.training.schemes import Scheme
+from advml.training.tasks import classification_objective, contrastive_objective
 
 # (network, images, labels) -> objective; built anew for every batch of images.
 MakeObjective = Callable[[Network, Tensor, Tensor], Objective]

@@ -9,7 +9,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from advml import models
 from advml.attacks.adversary import Adversary, evaluation_adversary
 from advml.attacks.threat import NORMS
 from advml.checkpoint import write_atomically
@@ -17,10 +16,11 @@ from advml.data.images import decode
 from advml.errors import UserError
 from advml.figures.example import draw, quoted
 from advml.figures.style import to_png
-from advml.objectives import cross_entropy
+from advml.networks import models
 from advml.paths import find_model
 from advml.report.table import NORM_NAMES
 from advml.runtime import generator_for
+from advml.training.objectives import cross_entropy
 
 if TYPE_CHECKING:
     from advml.stages.context import Context

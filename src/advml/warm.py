@@ -23,7 +23,15 @@ from pathlib import Path
 
 ADDRESS = "ADVML_WARM"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MODULES = ("advml.cli", "advml.stages.train", "advml.stages.report", "mlflow", "mlflow.store.tracking.sqlalchemy_store")
+MODULES = (
+    "advml.cli",
+    "advml.stages.train",
+    "advml.stages.represent",
+    "advml.stages.compare",
+    "advml.stages.report",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from advml import config
 from advml.attacks.adversary import Adversary, evaluation_adversary, training_adversary
 from advml.attacks.pgd import Objective
 from advml.attacks.threat import NORMS, ThreatModel
-from advml.models import Architecture, Network, build, under_attack
-from advml.objectives import contrastive_pair, cross_entropy
-from advml.tasks import contrastive_objective
+from advml.networks.models import Architecture, Network, build, under_attack
+from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.training.tasks import contrastive_objective
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 MODES = pytest.mark.parametrize("mode", ["eval", "train"])

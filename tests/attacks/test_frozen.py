@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advml.attacks.frozen import FrozenBatchNorm
-from advml.models import Architecture, Network, build
+from advml.networks.models import Architecture, Network, build
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import default_step_size, pgd
 from advml.attacks.threat import NORMS, ThreatModel
-from advml.models import Architecture, Network, build
-from advml.objectives import contrastive_pair, cross_entropy
+from advml.networks.models import Architecture, Network, build
+from advml.training.objectives import contrastive_pair, cross_entropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advml.models import Network
+from advml.networks.models import Network
 from advml.similarity.cka import Similarity, centred_gram, measure
 from advml.similarity.features import Layer, layers
 

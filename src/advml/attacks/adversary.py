@@ -13,7 +13,7 @@ from advml import config
 from advml.attacks.frozen import FrozenBatchNorm
 from advml.attacks.pgd import Objective, default_step_size, pgd
 from advml.attacks.threat import ThreatModel
-from advml.models import Network, under_attack
+from advml.networks.models import Network, under_attack
 
 
 @dataclass(frozen=True)

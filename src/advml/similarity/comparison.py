@@ -17,7 +17,7 @@ from torch import Tensor
 
 from advml import config
 from advml.data.datasets import Split
-from advml.models import Network
+from advml.networks.models import Network
 from advml.paths import model_name
 from advml.runtime import Machine
 from advml.similarity.cka import Similarity, measure

@@ -22,7 +22,7 @@ from advml import config
 from advml.data.datasets import Dataset, Split
 from advml.errors import UserError
 from advml.intervals import wilson
-from advml.models import Network
+from advml.networks.models import Network
 from advml.runtime import Machine
 from advml.similarity import probes, summary
 from advml.similarity.cka import Key, Similarity, measure

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advml import evaluation, models, tracking
+from advml import evaluation, tracking
 from advml.checkpoint import write_atomically
 from advml.data import adversarial
 from advml.errors import UserError
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
+from advml.networks import models
 from advml.paths import Workspace, find_model
 from advml.progress import Bar
-from advml.schemes import SCHEMES
 from advml.similarity import comparison
 from advml.similarity.arrays import to_npz
 from advml.similarity.representation import ESTIMATOR, KINDS
 from advml.stages.context import Context
+from advml.training.schemes import SCHEMES
 
 OWN = "own"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from advml import models
 from advml.config import Config, digest
 from advml.data import datasets
 from advml.errors import UserError
-from advml.models import Architecture, Network
+from advml.networks import models
+from advml.networks.models import Architecture, Network
 from advml.paths import Workspace
 from advml.provenance import git_commit, source_digest
 from advml.runtime import Machine, machine

@@ -6,14 +6,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from advml import evaluation, models, records, tracking
+from advml import evaluation, records, tracking
 from advml.checkpoint import Checkpoint, discard, write_atomically
 from advml.data import adversarial
+from advml.networks import models
 from advml.paths import model_name
 from advml.progress import Bar
-from advml.regimes import REGIMES
-from advml.schemes import SCHEMES
 from advml.stages.context import Context
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES
 
 KEPT = "adversarial images"  # their place among the figures of an unfinished evaluation
 

@@ -8,12 +8,12 @@ from advml.attacks.adversary import training_adversary
 from advml.checkpoint import discard
 from advml.errors import UserError
 from advml.paths import model_name, pretraining_name
-from advml.regimes import REGIMES
 from advml.runtime import derived_seed
-from advml.schemes import SCHEMES
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
-from advml.tasks import finetuning_task
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES
+from advml.training.tasks import finetuning_task
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:

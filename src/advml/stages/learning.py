@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advml import models, tracking
+from advml import tracking
 from advml.attacks.adversary import Adversary
 from advml.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
 from advml.config import Phase
+from advml.networks import models
 from advml.progress import Bar
 from advml.stages.context import Context
-from advml.tasks import Task
-from advml.training import Record, batches_per_epoch, train
+from advml.training.loop import Record, batches_per_epoch, train
+from advml.training.tasks import Task
 
 
 @dataclass(frozen=True)

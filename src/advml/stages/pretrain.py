@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from advml import models
 from advml.attacks.adversary import training_adversary
+from advml.networks import models
 from advml.paths import pretraining_name
 from advml.runtime import derived_seed
-from advml.schemes import SCHEMES
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
-from advml.tasks import pretraining_task
+from advml.training.schemes import SCHEMES
+from advml.training.tasks import pretraining_task
 
 
 def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:

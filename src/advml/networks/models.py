@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from advml.backbones import create_encoder
 from advml.errors import UserError
+from advml.networks.backbones import create_encoder
 from advml.paths import Workspace
 
 

@@ -21,8 +21,8 @@ from advml.checkpoint import Checkpoint, Progress, State, optimizer_state, resto
 from advml.data.datasets import Dataset, Split
 from advml.errors import Failure
 from advml.runtime import Machine, derived_seed, generator_for
-from advml.schedules import learning_rate
-from advml.tasks import Task
+from advml.training.schedules import learning_rate
+from advml.training.tasks import Task
 
 Record = dict[str, float]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

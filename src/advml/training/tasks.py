@@ -21,11 +21,11 @@ from advml import config
 from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
 from advml.data.views import view
-from advml.models import Network, clean_statistics
-from advml.objectives import contrastive_pair, cross_entropy
-from advml.regimes import Regime
+from advml.networks.models import Network, clean_statistics
 from advml.runtime import Machine
-from advml.schemes import Scheme
+from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.training.regimes import Regime
+from advml.training.schemes import Scheme
 
 
 class Task(Protocol):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advml.backbones import create_encoder
 from advml.errors import UserError
+from advml.networks.backbones import create_encoder
 
 # One of each family; the second of a family has another kind of stem.
 SMALL = [

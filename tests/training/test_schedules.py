@@ -9,9 +9,9 @@ import torch
 from torch.optim import lr_scheduler
 
 from advml import config
-from advml.schedules import SCHEDULES, learning_rate
+from advml.training.schedules import SCHEDULES, learning_rate
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PEAK = 4e-3
 
 

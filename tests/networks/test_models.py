@@ -15,7 +15,18 @@ from torch import Tensor
 
 import advml
 from advml.errors import UserError
-from advml.models import Architecture, DualBatchNorm, Network, build, clean_statistics, is_whole, load, read_record, save, under_attack
+from advml.networks.models import (
+    Architecture,
+    DualBatchNorm,
+    Network,
+    build,
+    clean_statistics,
+    is_whole,
+    load,
+    read_record,
+    save,
+    under_attack,
+)
 
 ARCHITECTURE = Architecture(
     backbone="test_resnet",

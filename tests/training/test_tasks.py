@@ -11,14 +11,14 @@ from torch import Tensor
 
 from advml import config
 from advml.data.views import view
-from advml.models import DualBatchNorm, under_attack
-from advml.objectives import contrastive_pair, cross_entropy
-from advml.regimes import REGIMES
+from advml.networks.models import DualBatchNorm, under_attack
 from advml.runtime import Machine
-from advml.schemes import SCHEMES, classes, instances
-from advml.tasks import Classification, Contrastive, HeadOnly, contrastive_objective, finetuning_task, pretraining_task
+from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES, classes, instances
+from advml.training.tasks import Classification, Contrastive, HeadOnly, contrastive_objective, finetuning_task, pretraining_task
 
-CONFIG = config.load(Path(__file__).parents[1] / "params.yaml")
+CONFIG = config.load(Path(__file__).parents[2] / "params.yaml")
 CPU = Machine(torch.device("cpu"))
 SHIFT = config.View(shift=0.2, brightness=0.3)
 INDEX = torch.arange(24)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from advml.schemes import Scheme
+from advml.training.schemes import Scheme
 
 
 @dataclass(frozen=True)

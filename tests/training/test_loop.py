@@ -19,18 +19,18 @@ from advml.checkpoint import Checkpoint
 from advml.data.datasets import Dataset, Split
 from advml.data.views import view
 from advml.errors import Failure
-from advml.models import DualBatchNorm, Network
-from advml.regimes import REGIMES
+from advml.networks.models import DualBatchNorm, Network
 from advml.runtime import Machine, generator_for
-from advml.schedules import learning_rate
-from advml.schemes import SCHEMES
-from advml.tasks import Classification, finetuning_task, pretraining_task
-from advml.training import train
+from advml.training.loop import train
+from advml.training.regimes import REGIMES
+from advml.training.schedules import learning_rate
+from advml.training.schemes import SCHEMES
+from advml.training.tasks import Classification, finetuning_task, pretraining_task
 
 
 def configured(*overrides: str) -> config.Config:
     values = ["attack.steps=2", "views.contrastive={shift: 0.2, brightness: 0.3}", *overrides]
-    return config.load(Path(__file__).parents[1] / "params.yaml", values)
+    return config.load(Path(__file__).parents[2] / "params.yaml", values)
 
 
 CONFIG = configured()

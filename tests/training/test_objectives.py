@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor
 
-from advml.objectives import contrastive, contrastive_pair, cross_entropy, margin
+from advml.training.objectives import contrastive, contrastive_pair, cross_entropy, margin
 
 TEMPERATURE = 0.2
 GROUPS = {

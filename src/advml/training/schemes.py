@@ -6,7 +6,7 @@
 | CL     | 2     | projection | the other view          | SimCLR   |
 | SCL    | 2     | projection | all views of its class  | SupCon   |
 
-To add a scheme, add a row (and an objective to `advml.objectives` if it is new); see docs/extending.md.
+To add a scheme, add a row (and an objective to `advml.training.objectives` if it is new); see docs/extending.md.
 """
 
 from __future__ import annotations
