@@ -60,7 +60,10 @@ def _say(outputs: str, next_command: str) -> None:
 
 
 def _percent(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name.removeprefix('accuracy/')} {100 * value:.1f} %" for name, value in metrics.items() if name.count("/") == 1)
+    shown = {
+        name.removeprefix("accuracy/"): value for name, value in metrics.items() if name.startswith("accuracy/") and name.count("/") == 1
+    }
+    return "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
 
 
 @app.command(rich_help_panel=STAGES)
@@ -159,7 +162,7 @@ def compare(
 
     out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
     stage.run(context, chosen=tuple(models or ()), out=out)
-    _say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", "advml report")
+    _say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
 
 
 @app.command(rich_help_panel=STAGES)

@@ -15,7 +15,9 @@ from advml.paths import Workspace, model_name
 
 RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
-    "inconclusive: the bound lies within. A claim is contradicted if any part is, supported if all are; not tested if a model is missing."
+    "inconclusive: the bound lies within. A claim is contradicted if any part is, supported if all are; not tested if a model is missing. "
+    "Two bounds are ours: a change of CKA by 0.02 counts as none, and representations agree above 0.9, which is between the paper's "
+    "ST (0.59 to 0.79) and AT networks (0.98 to 0.99)."
 )
 
 

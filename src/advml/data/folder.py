@@ -31,7 +31,7 @@ def folder(data: Data) -> Source:
     root = given_path(data.path)
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"data.path = '{data.path}' {problem}; give the folder of images, e.g. -S data.path=photos")
+        raise UserError(f"data.path = '{data.path}' {problem}; name the folder of images in params.yaml, or with -S data.path=FOLDER")
     try:
         return _source(root, data)
     except OSError as error:

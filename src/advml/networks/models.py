@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -182,7 +181,7 @@ def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
     # clone: tensors of one storage (views, tied weights) are refused by safetensors
-    save_file({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}, weights)
+    weights.write_bytes(safetensors.torch.save({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     record = {**record, "architecture": asdict(network.architecture), "digest": digest}
     (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,8 @@ CLEAN, ADVERSARIAL = "clean", "adversarial"
 KINDS = (CLEAN, ADVERSARIAL)
 # Name of a matrix in cka.npz -> the kinds of input of its rows and columns.
 MATRICES = {"clean": (CLEAN, CLEAN), "adversarial": (ADVERSARIAL, ADVERSARIAL), "clean_adversarial": (CLEAN, ADVERSARIAL)}
+WANTED_BATCHES = 10  # to be drawn from
+FEWEST = 8  # images of a batch, if there are so many
 MODEL = ""  # the name of the only model in a similarity of one
 ESTIMATOR = "linear CKA, unbiased HSIC_1 per batch, ratio of sums over batches (Nguyen et al. 2021)"
 
@@ -90,16 +92,20 @@ def represent(
 
 
 def paired_batches(adversarial: dict[str, Tensor], split: Split, spec: config.Similarity, machine: Machine) -> list[dict[Key, Tensor]]:
-    """Batches of the same test images, clean for every model and as attacked for each."""
+    """Batches of the same test images, clean for every model and as attacked for each.
+
+    Smaller ones than asked for where there would be fewer than WANTED_BATCHES: without them there is no interval.
+    """
     count = min(len(images) for images in adversarial.values())
+    size = min(spec.batch_size, max(FEWEST, count // WANTED_BATCHES))
 
     def batch(start: int) -> dict[Key, Tensor]:
-        place = slice(start, min(start + spec.batch_size, count))
+        place = slice(start, min(start + size, count))
         clean = machine.images(split.images[place])
         attacked = {model: images[place].to(clean) for model, images in adversarial.items()}
         return {(model, kind): clean if kind == CLEAN else attacked[model] for model in adversarial for kind in KINDS}
 
-    return _Lazy(batch, range(0, count, spec.batch_size))
+    return _Lazy(batch, range(0, count, size))
 
 
 class _Lazy:
