@@ -390,13 +390,12 @@ def test_a_command_in_the_background_leaves_ctrl_c_to_others(make_study, advml):
     assert process.returncode == 143 and study.runs() == [(PRETRAINING, "KILLED")]
 
 
-def test_ctrl_c_in_a_terminal_ends_repro_with_one_line(make_study):
-    """There it goes to all at once: to `advml repro`, to DVC, to the warm server, to the stage and to the fork that works for it."""
-    study = make_study("study", *ENDLESS)
+def endless_repro(study) -> subprocess.Popen[str]:
+    """`advml repro` of a pipeline with one stage that never ends, in a session of its own."""
     (study.root / ".dvc").mkdir()
     (study.root / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
     (study.root / "dvc.yaml").write_text("stages: {endless: {cmd: python -m advml pretrain CL at, outs: [models/pretrain/CL-at-s0]}}\n")
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "advml", "repro"],
         cwd=study.root,
         stdin=subprocess.DEVNULL,
@@ -406,6 +405,12 @@ def test_ctrl_c_in_a_terminal_ends_repro_with_one_line(make_study):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background ignores it
     )
+
+
+def test_ctrl_c_in_a_terminal_ends_repro_with_one_line(make_study):
+    """There it goes to all at once: to `advml repro`, to DVC, to the warm server, to the stage and to the fork that works for it."""
+    study = make_study("study", *ENDLESS)
+    process = endless_repro(study)
     with killed_in_the_end(process, study.root):
         assert wait_for(progressed(study, 1), process), process.communicate()
         family = psutil.Process(process.pid).children(recursive=True)
@@ -414,6 +419,19 @@ def test_ctrl_c_in_a_terminal_ends_repro_with_one_line(make_study):
     assert process.returncode == 130 and stderr == INTERRUPTED
     assert study.runs() == [(PRETRAINING, "KILLED")]
     assert len(family) >= 4 and psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def test_a_repro_that_is_killed_outright_leaves_no_stage_at_work(make_study):
+    """Else the next `dvc repro` would find its outputs busy, or two processes would write one state."""
+    study = make_study("study", *ENDLESS)
+    process = endless_repro(study)
+    with killed_in_the_end(process, study.root):
+        assert wait_for(progressed(study, 1), process), process.communicate()
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.communicate(timeout=TIMEOUT)
+        assert len(family) >= 4 and psutil.wait_procs(family, timeout=TIMEOUT)[1] == []
+    assert study.runs() == [(PRETRAINING, "KILLED")]
 
 
 def test_a_full_disk_loses_no_finished_epoch(begun, uninterrupted, monkeypatch):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +137,7 @@ def _leave_with_parent() -> None:
 
 def _work(connection: socket.socket) -> None:
     """In the child: become the client, run the command, answer with its exit code."""
+    server_process = os.getppid()
     size, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request = json.loads(_read(connection, int.from_bytes(size, "big")))
@@ -149,6 +151,7 @@ def _work(connection: socket.socket) -> None:
 
     def command() -> None:
         threading.Thread(target=_obey, args=(connection,), daemon=True).start()  # signals may have waited for this
+        threading.Thread(target=_leave_with_server, args=(server_process,), daemon=True).start()
         main()
 
     code = 1
@@ -174,6 +177,13 @@ def _obey(connection: socket.socket) -> None:
     while number := connection.recv(1):
         os.kill(os.getpid(), number[0])
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _leave_with_server(process: int) -> None:
+    """The server ends with `advml repro`, also when that is killed outright: then nobody waits for this stage any more."""
+    while os.getppid() == process:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
