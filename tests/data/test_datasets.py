@@ -566,10 +566,10 @@ def test_a_wrong_tree_is_explained_in_one_line(tmp_path, case):
 
 
 def test_a_missing_path_or_an_archive_instead_of_a_folder_is_explained(tmp_path):
-    with pytest.raises(UserError, match=r"data\.path = '.*nowhere' does not exist; .*-S data\.path=photos"):
+    with pytest.raises(UserError, match=r"data\.path = '.*nowhere' does not exist; .*-S data\.path=FOLDER"):
         prepare(photos(tmp_path / "nowhere"))
     (tmp_path / "photos.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match="is a file; give the folder"):
+    with pytest.raises(UserError, match="is a file; name the folder"):
         prepare(photos(tmp_path / "photos.zip"))
 
 
