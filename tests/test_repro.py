@@ -21,6 +21,8 @@ from advml.repro import Running, repro
 
 # A stage waits until the other one has begun: they end only if they overlap.
 MEET = "touch {0}.begun; for i in $(seq 300); do test -e {1}.begun && echo {0} > {0} && exit 0; sleep 0.1; done; exit 1"
+# A failure stops what has not begun, so the stage that fails waits for the one that must run beside it.
+AWAIT = "for i in $(seq 300); do test -e {0}.begun && break; sleep 0.1; done"
 REPORTING = """
 import json, os, sys, time
 with open(os.environ["ADVML_BOARD"], "w") as file:
@@ -71,13 +73,13 @@ class Seen(module.Board):
 def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "Board", Seen)
     (tmp_path / "reporting.py").write_text(REPORTING)
-    bad = "test -e mended || { echo 'advml: boom; mend it' >&2; exit 2; }; echo bad > bad"
+    bad = f"{AWAIT.format('after')}; test -e mended || {{ echo 'advml: boom; mend it' >&2; exit 2; }}; echo bad > bad"
     pipeline(
         tmp_path,
         {
             "left": {"cmd": MEET.format("left", "right"), "outs": ["left"]},
             "right": {"cmd": MEET.format("right", "left"), "outs": ["right"]},
-            "after": {"cmd": "python reporting.py", "deps": ["right"], "outs": ["after"]},
+            "after": {"cmd": "touch after.begun; python reporting.py", "deps": ["right"], "outs": ["after"]},
             "bad": {"cmd": bad, "deps": ["left"], "outs": ["bad"]},
             "behind": {"cmd": "cat bad after > behind", "deps": ["bad", "after"], "outs": ["behind"]},
         },
