@@ -26,7 +26,7 @@ from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
 from advml.config import View
 from advml.networks.models import Architecture, Network, build
-from advml.runtime import Machine
+from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair
 from advml.training.schemes import instances
 from advml.training.tasks import Contrastive

@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
 from advml.networks.models import Architecture, Network, build
-from advml.runtime import Machine
+from advml.runtime.machine import Machine
 from advml.training.tasks import classification_objective
 
 with warnings.catch_warnings():

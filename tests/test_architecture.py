@@ -22,11 +22,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "repro", "warm", "show"),
     ("claims", "report", "picture", "presets", "tracking"),
     ("similarity",),
-    ("evaluation", "records"),
+    ("evaluation",),
     ("training",),
     ("attacks",),
-    ("networks", "data", "checkpoint", "runtime", "figures", "rewrite"),
-    ("__init__", "config", "explain", "errors", "intervals", "paths", "progress", "provenance"),
+    ("networks", "data", "runtime", "figures", "rewrite"),
+    ("__init__", "config", "explain", "errors", "paths", "progress", "provenance"),
 )
 EXCEPTIONS = {
     "advml.picture": {"advml.stages.context"},  # the type of an argument
@@ -174,7 +174,7 @@ NEUTRAL_FOR = {
     "prepare": {"advml.stages.context": "takes configuration and folders from it, no machine and no network"},
     "report": {
         "advml.stages.context": "takes configuration and folders from it, no machine and no network",
-        "advml.checkpoint": "writes files whole",
+        "advml.runtime.checkpoint": "writes files whole",
     },
 }
 

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from advml import checkpoint, cli
+from advml import cli
 from advml.cli import app, guarded
 from advml.errors import Failure, UserError
+from advml.runtime import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]

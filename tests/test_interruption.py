@@ -18,10 +18,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from advml import checkpoint, evaluation, records, tracking
+from advml import tracking
 from advml.data import adversarial
+from advml.evaluation import accuracy
+from advml.evaluation import records
 from advml.networks import models
 from advml.progress import Bar
+from advml.runtime import checkpoint
 from advml.stages import evaluate, finetune, learning, pretrain
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -249,7 +252,7 @@ WRITES = {"between two figures": 2, "before the last": 5, "before the images": 6
 @pytest.mark.parametrize("moment", WRITES.values(), ids=WRITES)
 def test_an_evaluation_goes_on_with_the_figure_it_was_killed_at(finetuned, uninterrupted, monkeypatch, moment):
     """Five figures, then the adversarial images, the record and metrics.json: eight files are written."""
-    figures, correct = [], evaluation.correct
+    figures, correct = [], accuracy.correct
 
     def work() -> None:
         evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
@@ -260,11 +263,11 @@ def test_an_evaluation_goes_on_with_the_figure_it_was_killed_at(finetuned, unint
             patch.setattr(module, "write_atomically", writing)
         fork_and_die(work)
 
-    def watch(network: object, split: object, figure: evaluation.Figure, **options: object) -> object:
+    def watch(network: object, split: object, figure: accuracy.Figure, **options: object) -> object:
         figures.append(figure.name)
         return correct(network, split, figure, **options)
 
-    monkeypatch.setattr(evaluation, "correct", watch)
+    monkeypatch.setattr(accuracy, "correct", watch)
     work()
     assert len(figures) == max(0, 5 - (moment - 1))
     assert results(finetuned, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from advml.evaluation import wilson
+from advml.evaluation.accuracy import wilson
 from advml.figures import style
 from advml.figures.charts import MEASURES, accuracy_chart, to_png, training_curves
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from advml.errors import UserError
-from advml.evaluation import wilson
+from advml.evaluation.accuracy import wilson
 from advml.report.table import COLUMNS, cell, grid_rows, to_csv, to_markdown
 from advml.stages import report as stage
 from advml.tracking import store as stores

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import advml
-from advml import records, tracking
+from advml import tracking
 from advml.data import adversarial
 from advml.errors import UserError
+from advml.evaluation import records
 from advml.show import record_of
 from advml.stages import compare, evaluate, finetune, pretrain, report, represent
 from advml.tracking import store as stores

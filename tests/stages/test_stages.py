@@ -22,7 +22,7 @@ from advml import config as configuration
 from advml.data import datasets
 from advml.data.storage import digest
 from advml.errors import UserError
-from advml.evaluation import wilson
+from advml.evaluation.accuracy import wilson
 from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, represent, train
 from advml.tracking import store as stores
 

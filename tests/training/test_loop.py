@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.adversary import training_adversary
-from advml.checkpoint import Checkpoint
 from advml.data.datasets import Dataset, Split
 from advml.data.views import view
 from advml.errors import Failure
 from advml.networks.models import DualBatchNorm, Network
-from advml.runtime import Machine, generator_for
+from advml.runtime.checkpoint import Checkpoint
+from advml.runtime.machine import Machine, generator_for
 from advml.training.loop import train
 from advml.training.regimes import REGIMES
 from advml.training.schedules import learning_rate

@@ -12,7 +12,7 @@ from torch import Tensor
 from advml import config
 from advml.data.views import view
 from advml.networks.models import DualBatchNorm, under_attack
-from advml.runtime import Machine
+from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES, classes, instances

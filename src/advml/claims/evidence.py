@@ -11,8 +11,9 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from advml import config, records
+from advml import config
 from advml.errors import UserError
+from advml.evaluation import records
 from advml.paths import Workspace, model_name
 from advml.similarity import comparison, representation, summary
 from advml.similarity.cka import Similarity

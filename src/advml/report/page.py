@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from advml import records
 from advml.config import Config
+from advml.evaluation import records
 from advml.figures import charts
 from advml.figures.claims import effects
 from advml.figures.style import to_png

@@ -19,7 +19,7 @@ from advml import config
 from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import model_name
-from advml.runtime import Machine
+from advml.runtime.machine import Machine
 from advml.similarity.cka import Similarity, measure
 from advml.similarity.features import Layer, layers
 from advml.similarity.representation import KINDS, counted_rows, paired_batches

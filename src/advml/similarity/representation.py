@@ -21,9 +21,9 @@ from torch import Tensor
 from advml import config
 from advml.data.datasets import Dataset, Split
 from advml.errors import UserError
-from advml.intervals import wilson
+from advml.evaluation.intervals import wilson
 from advml.networks.models import Network
-from advml.runtime import Machine
+from advml.runtime.machine import Machine
 from advml.similarity import probes, summary
 from advml.similarity.cka import Key, Similarity, measure
 from advml.similarity.features import Layer, layers

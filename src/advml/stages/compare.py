@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advml import evaluation, tracking
-from advml.checkpoint import write_atomically
+from advml import tracking
 from advml.data import adversarial
 from advml.errors import UserError
+from advml.evaluation import accuracy
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.networks import models
 from advml.paths import Workspace, find_model
 from advml.progress import Bar
+from advml.runtime.checkpoint import write_atomically
 from advml.similarity import comparison
 from advml.similarity.arrays import to_npz
 from advml.similarity.representation import ESTIMATOR, KINDS
@@ -91,7 +92,7 @@ def _attacked(context: Context, folder: Path, network: models.Network) -> advers
     home = Workspace(folder.resolve().parents[2])
     if record["data"]["digest"] == context.dataset.digest and home.adversarial(folder.name).exists():
         return adversarial.read(home.adversarial(folder.name), digest=record["digest"])
-    images, attack = evaluation.attacked(network, context.dataset.test, context.config, SCHEMES[record["scheme"]], context.machine)
+    images, attack = accuracy.attacked(network, context.dataset.test, context.config, SCHEMES[record["scheme"]], context.machine)
     return adversarial.AdversarialImages(images, {"model": folder.name, "digest": record["digest"]} | attack)
 
 

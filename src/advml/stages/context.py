@@ -16,7 +16,7 @@ from advml.networks import models
 from advml.networks.models import Architecture, Network
 from advml.paths import Workspace
 from advml.provenance import git_commit, source_digest
-from advml.runtime import Machine, machine
+from advml.runtime.machine import Machine, machine
 
 
 @dataclass(frozen=True)

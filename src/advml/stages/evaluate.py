@@ -6,12 +6,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from advml import evaluation, records, tracking
-from advml.checkpoint import Checkpoint, discard, write_atomically
+from advml import tracking
 from advml.data import adversarial
+from advml.evaluation import accuracy
+from advml.evaluation import records
 from advml.networks import models
 from advml.paths import model_name
 from advml.progress import Bar
+from advml.runtime.checkpoint import Checkpoint, discard, write_atomically
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
@@ -30,13 +32,13 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     if reuse and workspace.adversarial(name).exists() and records.reusable(workspace, "evaluate", name, inputs=inputs):
         return records.publish(workspace, name, digest=record["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
-    measured = evaluation.figures(context.config, SCHEMES[scheme], note=f"projection head: {head}")
+    measured = accuracy.figures(context.config, SCHEMES[scheme], note=f"projection head: {head}")
     results = _measure(context, name, network, measured, Checkpoint(workspace.scratch(f"evaluate-{name}"), inputs))
-    described = {figure.name: evaluation.describe(figure, results[figure.name], context.config) for figure in measured}
+    described = {figure.name: accuracy.describe(figure, results[figure.name], context.config) for figure in measured}
     of = {"model": name, "digest": record["digest"]}
     (kept,) = (described[figure.name] for figure in measured if figure.kept)
     adversarial.write(adversarial.AdversarialImages(results.pop(KEPT), of | kept), workspace.adversarial(name))
-    measures = evaluation.metrics(results)
+    measures = accuracy.metrics(results)
     metrics = records.write(workspace, "evaluate", of | {"inputs": inputs, "metrics": measures, "figures": described})
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
         run.log_params(context.parameters("threat_model", "evaluate"))
@@ -46,7 +48,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
 
 
 def _measure(
-    context: Context, name: str, network: models.Network, measured: list[evaluation.Figure], checkpoint: Checkpoint
+    context: Context, name: str, network: models.Network, measured: list[accuracy.Figure], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
     """Every figure's right images, and KEPT; figures that an interrupted process had finished are not measured again."""
     spec, split = context.config.evaluate, context.dataset.test
@@ -58,8 +60,8 @@ def _measure(
     with Bar(f"evaluate {name}", total=len(measured) * len(split.labels)) as bar:
         for number, figure in enumerate(measured):
             if figure.name not in results:
-                keep = evaluation.Keep(spec.adversarial_images) if figure.kept else None
-                results[figure.name] = evaluation.correct(
+                keep = accuracy.Keep(spec.adversarial_images) if figure.kept else None
+                results[figure.name] = accuracy.correct(
                     network,
                     split,
                     figure,

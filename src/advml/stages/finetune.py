@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from advml.attacks.adversary import training_adversary
-from advml.checkpoint import discard
 from advml.errors import UserError
 from advml.paths import model_name, pretraining_name
-from advml.runtime import derived_seed
+from advml.runtime.checkpoint import discard
+from advml.runtime.machine import derived_seed
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
 from advml.training.regimes import REGIMES

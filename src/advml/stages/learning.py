@@ -10,10 +10,10 @@ from typing import Any
 
 from advml import tracking
 from advml.attacks.adversary import Adversary
-from advml.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
 from advml.config import Phase
 from advml.networks import models
 from advml.progress import Bar
+from advml.runtime.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
 from advml.stages.context import Context
 from advml.training.loop import Record, batches_per_epoch, train
 from advml.training.tasks import Task

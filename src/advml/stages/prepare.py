@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from advml.checkpoint import write_atomically
 from advml.data import datasets
 from advml.errors import UserError
+from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from advml.attacks.adversary import training_adversary
 from advml.networks import models
 from advml.paths import pretraining_name
-from advml.runtime import derived_seed
+from advml.runtime.machine import derived_seed
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
 from advml.training.schemes import SCHEMES

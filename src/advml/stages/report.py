@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from advml import __version__, tracking
-from advml.checkpoint import write_atomically
 from advml.claims.testing import check
 from advml.config import Config
 from advml.errors import UserError
 from advml.figures import charts
 from advml.report import page
 from advml.report import table as tables
+from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
 
 FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")

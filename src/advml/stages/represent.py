@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from advml import records, tracking
-from advml.checkpoint import write_atomically
+from advml import tracking
 from advml.data import adversarial
+from advml.evaluation import records
 from advml.figures import layers as figures
 from advml.figures.style import to_png
 from advml.paths import model_name
 from advml.progress import Bar
+from advml.runtime.checkpoint import write_atomically
 from advml.similarity import representation
 from advml.similarity.arrays import to_npz
 from advml.stages.context import Context

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from advml import config
 from advml.attacks.adversary import Adversary
-from advml.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
 from advml.data.datasets import Dataset, Split
 from advml.errors import Failure
-from advml.runtime import Machine, derived_seed, generator_for
+from advml.runtime.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
+from advml.runtime.machine import Machine, derived_seed, generator_for
 from advml.training.schedules import learning_rate
 from advml.training.tasks import Task
 

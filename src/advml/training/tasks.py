@@ -22,7 +22,7 @@ from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
 from advml.data.views import view
 from advml.networks.models import Network, clean_statistics
-from advml.runtime import Machine
+from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.regimes import Regime
 from advml.training.schemes import Scheme

@@ -9,9 +9,9 @@ import json
 import math
 from typing import Any
 
-from advml.checkpoint import write_atomically
 from advml.errors import UserError
 from advml.paths import Workspace
+from advml.runtime.checkpoint import write_atomically
 
 MEASURING = ("evaluate", "represent")  # stages, in the order of their metrics
 

@@ -18,9 +18,9 @@ from advml import config
 from advml.attacks.adversary import Adversary, evaluation_adversary
 from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
-from advml.intervals import wilson
+from advml.evaluation.intervals import wilson
 from advml.networks.models import Network
-from advml.runtime import Machine, generator_for
+from advml.runtime.machine import Machine, generator_for
 from advml.training.loop import batches
 from advml.training.schemes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective

@@ -11,8 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from advml import checkpoint as module
-from advml.checkpoint import Checkpoint, Progress, is_unfinished, optimizer_state, replace_folder, restore_optimizer, write_atomically
+from advml.runtime import checkpoint as module
+from advml.runtime.checkpoint import (
+    Checkpoint,
+    Progress,
+    is_unfinished,
+    optimizer_state,
+    replace_folder,
+    restore_optimizer,
+    write_atomically,
+)
 from advml.training.loop import OPTIMIZERS
 
 

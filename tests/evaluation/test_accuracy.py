@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
-from advml.evaluation import Figure, correct, describe, figures, metrics, wilson
+from advml.evaluation.accuracy import Figure, correct, describe, figures, metrics, wilson
 from advml.networks.models import Architecture, build
-from advml.runtime import Machine, generator_for
+from advml.runtime.machine import Machine, generator_for
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.schemes import SCHEMES
 
-PARAMS = Path(__file__).parents[1] / "params.yaml"
+PARAMS = Path(__file__).parents[2] / "params.yaml"
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.4,), (0.3,), 10, 16, False, False)
 CPU = Machine(torch.device("cpu"))
 
