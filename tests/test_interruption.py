@@ -20,8 +20,7 @@ import pytest
 
 from advml import tracking
 from advml.data import adversarial
-from advml.evaluation import accuracy
-from advml.evaluation import records
+from advml.evaluation import accuracy, records
 from advml.networks import models
 from advml.progress import Bar
 from advml.runtime import checkpoint

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from advml import tracking
 from advml.data import adversarial
-from advml.evaluation import accuracy
-from advml.evaluation import records
+from advml.evaluation import accuracy, records
 from advml.networks import models
 from advml.paths import model_name
 from advml.progress import Bar
