@@ -15,7 +15,7 @@ from advml import config
 from advml.errors import UserError
 from advml.evaluation import records
 from advml.paths import Workspace, model_name
-from advml.similarity import comparison, representation, summary
+from advml.similarity import comparison, files, representation, summary
 from advml.similarity.cka import Similarity
 from advml.similarity.summary import Estimate
 
@@ -85,7 +85,7 @@ class Study:
     def _read(self, name: str) -> tuple[Similarity, np.ndarray]:
         if records.read(self.workspace, "represent", name) is None:
             raise Missing(name)
-        return representation.read(self.workspace.report(name) / "cka.npz")
+        return files.read(self.workspace.report(name) / "cka.npz")
 
     @cached_property
     def _comparison(self) -> comparison.Comparison | None:

@@ -8,10 +8,8 @@ execution order, the probes, and how everything was measured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,8 +18,6 @@ from torch import Tensor
 
 from advml import config
 from advml.data.datasets import Dataset, Split
-from advml.errors import UserError
-from advml.evaluation.intervals import wilson
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
 from advml.similarity import probes, summary
@@ -162,93 +158,3 @@ class _Features:
             {kind: (self.test[kind][number], self.labels["test"]) for kind in KINDS},
             strengths=strengths,
         )
-
-
-def metrics(measured: Representation, spec: config.Similarity) -> dict[str, float]:
-    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>` (of the encoder's output), each with /low and /high.
-
-    Intervals: bootstrap over batches for CKA, jackknife for RankMe, Wilson for probes.
-    """
-    weights = summary.draws(len(measured.similarity.sizes), number=spec.draws, seed=spec.seed)
-    flat: dict[str, float] = {}
-    for name, scalar in summary.SCALARS.items():
-        found = summary.estimate(measured.similarity, scalar, MODEL, MODEL, weights, rows=measured.counted, columns=measured.counted)
-        flat |= _with_interval(f"cka/{name}", found.value, found.interval)
-    value, *interval = measured.rankme
-    flat |= _with_interval("cka/rankme", value, interval)
-    last = [probe for probe, layer in zip(measured.probes, measured.layers, strict=True) if layer.in_encoder][-1]
-    for kind in KINDS:
-        flat |= _with_interval(f"probe/{kind}", last.accuracy[kind], wilson(last.correct[kind], measured.tested))
-    return flat
-
-
-def _with_interval(name: str, value: float, interval: Any) -> dict[str, float]:
-    low, high = interval
-    return {name: value, f"{name}/low": low, f"{name}/high": high}
-
-
-def arrays(measured: Representation) -> dict[str, np.ndarray]:
-    """What goes into cka.npz."""
-    products = measured.similarity.products
-    return (
-        {name: measured.cka(*pair) for name, pair in MATRICES.items()}
-        | {f"products_{name}": products[(MODEL, first), (MODEL, second)] for name, (first, second) in MATRICES.items()}
-        | {f"norms_{kind}": measured.similarity.norms[MODEL, kind] for kind in KINDS}
-        | {"sizes": np.array(measured.similarity.sizes), "counted": measured.counted}
-    )
-
-
-def read(path: Path) -> tuple[Similarity, np.ndarray]:
-    """The similarity in a cka.npz, whose model is called MODEL, and the rows that count in scalars, (L,) bool.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            products = {((MODEL, first), (MODEL, second)): stored[f"products_{name}"] for name, (first, second) in MATRICES.items()}
-            norms = {(MODEL, kind): stored[f"norms_{kind}"] for kind in KINDS}
-            return Similarity({}, products, norms, tuple(stored["sizes"].tolist())), stored["counted"]
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); measure again with: dvc repro") from None
-
-
-def describe(measured: Representation, spec: config.Similarity, *, of: dict[str, Any], attack: dict[str, Any]) -> dict[str, Any]:
-    """What goes into cka.json: layers, probes, and how it was measured.
-
-    Args:
-        of: `model`, `digest` of its weights.
-        attack: the record of the adversarial images.
-    """
-    diagonals = {kind: measured.similarity.norms[MODEL, kind].sum(0) for kind in KINDS}
-    return {
-        **of,
-        "layers": [_row(layer, probe) for layer, probe in zip(measured.layers, measured.probes, strict=True)],
-        "counted_in_scalars": [layer.name for layer, yes in zip(measured.layers, measured.counted, strict=True) if yes],
-        "dead_layers": {
-            kind: [layer.name for layer, norm in zip(measured.layers, norms, strict=True) if not norm > 0]
-            for kind, norms in diagonals.items()
-        },
-        "estimator": ESTIMATOR,
-        "gram": spec.gram,
-        "inputs": f"the first {measured.tested} test images, clean and attacked",
-        "n": measured.tested,
-        "batch_sizes": list(measured.similarity.sizes),
-        "left_out_of_cka": measured.similarity.left_out,
-        "adversarial_source": attack,
-        "intervals": {
-            "cka": f"95 %, {spec.draws} bootstrap draws of {len(measured.similarity.sizes)} batches, seed {spec.seed}",
-            "rankme": "95 %, jackknife over the same number of blocks of images",
-            "probe": "95 %, Wilson",
-        },
-        "probes": {
-            "solver": "scikit-learn L-BFGS, multinomial logistic regression, L2; strength chosen on validation",
-            "strengths": list(spec.probe_strengths),
-            "gradient_wanted": probes.TOLERANCE,
-            "not_converged": [layer.name for layer, probe in zip(measured.layers, measured.probes, strict=True) if not probe.converged],
-        },
-    }
-
-
-def _row(layer: Layer, probe: probes.Probe) -> dict[str, Any]:
-    return {**asdict(layer), "pooling": probes.pooling(layer.shape), "probe": asdict(probe)}

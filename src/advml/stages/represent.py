@@ -16,7 +16,7 @@ from advml.figures.style import to_png
 from advml.paths import model_name
 from advml.progress import Bar
 from advml.runtime.checkpoint import write_atomically
-from advml.similarity import representation
+from advml.similarity import files, representation
 from advml.similarity.arrays import to_npz
 from advml.stages.context import Context
 
@@ -36,9 +36,9 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
             network, context.dataset, attacked.images, spec, context.machine, on_part=lambda part: bar.advance(1, part)
         )
     of = {"model": name, "digest": weights}
-    described = representation.describe(measured, spec, of=of, attack=attacked.record)
+    described = files.describe(measured, spec, of=of, attack=attacked.record)
     cka = _write(workspace.report(name), measured, described, chance=1 / len(context.dataset.classes))
-    measures = representation.metrics(measured, spec)
+    measures = files.metrics(measured, spec)
     how = {key: described[key] for key in ("estimator", "n", "batch_sizes", "intervals", "dead_layers", "adversarial_source")}
     metrics = records.write(workspace, "represent", of | {"inputs": inputs, "cka": cka, "metrics": measures, "how": how})
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
@@ -49,7 +49,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
 
 def _write(folder: Path, measured: representation.Representation, described: dict[str, object], *, chance: float) -> str:
     """Write the files of one model; returns the sha256 of cka.npz."""
-    arrays, names = to_npz(representation.arrays(measured)), [layer.name for layer in measured.layers]
+    arrays, names = to_npz(files.arrays(measured)), [layer.name for layer in measured.layers]
     write_atomically(folder / "cka.npz", arrays)
     write_atomically(folder / "cka.json", (json.dumps(described, indent=1) + "\n").encode())
     panels = [figures.Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names) for pair in representation.MATRICES.values()]
