@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,10 +21,10 @@ import pytest
 
 from advml import tracking
 from advml.data import adversarial
-from advml.evaluation import accuracy, records
+from advml.evaluation import measure, records, samples
 from advml.networks import models
 from advml.progress import Bar
-from advml.runtime import checkpoint
+from advml.runtime import checkpoint, memo
 from advml.stages import evaluate, finetune, learning, pretrain
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -242,35 +243,65 @@ def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(pretraine
     assert pretrained.runs() == [(MODEL, "FINISHED")]
 
 
-LATER = {"record", "images", f"reports/{MODEL}/metrics.json", f"reports/{PRETRAINING}/history.json"}  # of stages that did not run here
+# Of stages that did not run here.
+LATER = {
+    "record",
+    "images",
+    *(f"reports/{name}" for name in (f"{MODEL}/metrics.json", f"{MODEL}/samples.parquet", f"{PRETRAINING}/history.json")),
+}
 
 
-WRITES = {"between two figures": 2, "before the last": 5, "before the images": 6, "before the record": 7, "before metrics.json": 8}
+def evaluated(study) -> dict[str, bytes]:
+    """Everything that an evaluation writes."""
+    space = study.workspace
+    files = (space.record("evaluate", MODEL), space.samples(MODEL), space.adversarial(MODEL), space.report(MODEL) / "metrics.json")
+    return {path.name: path.read_bytes() for path in files if path.exists()}
 
 
-@pytest.mark.parametrize("moment", WRITES.values(), ids=WRITES)
-def test_an_evaluation_goes_on_with_the_figure_it_was_killed_at(finetuned, uninterrupted, monkeypatch, moment):
-    """Five figures, then the adversarial images, the record and metrics.json: eight files are written."""
-    figures, correct = [], accuracy.correct
+def evaluation(study, *overrides: str) -> Callable[[], object]:
+    return lambda: evaluate.run(study.context(*overrides), scheme="CL", regime="Full-AT", seed=0, reuse=True)
 
-    def work() -> None:
-        evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
 
-    with monkeypatch.context() as patch:
-        writing = nth(moment, die, evaluate.write_atomically)
-        for module in (evaluate, adversarial, records):
-            patch.setattr(module, "write_atomically", writing)
-        fork_and_die(work)
+SMALL_BATCHES = ("evaluate.batch_size=5", "worst_case.restarts=2")
+# What the end of a process may fall upon.
+MOMENTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
+    "in an attack": lambda patch, number: patch.setattr(measure, "counted", nth(number, die, measure.counted)),
+    "after a prediction": lambda patch, number: patch.setattr(
+        measure._Batch, "_predict", nth(number, after(measure._Batch._predict), measure._Batch._predict)
+    ),
+    "before a part is written": lambda patch, number: patch.setattr(memo, "write_atomically", nth(number, die, memo.write_atomically)),
+    "after a part is written": lambda patch, number: patch.setattr(
+        memo, "write_atomically", nth(number, after(memo.write_atomically), memo.write_atomically)
+    ),
+}
 
-    def watch(network: object, split: object, figure: accuracy.Figure, **options: object) -> object:
-        figures.append(figure.name)
-        return correct(network, split, figure, **options)
 
-    monkeypatch.setattr(accuracy, "correct", watch)
+def test_an_evaluation_killed_twenty_times_ends_as_if_nothing_had_been(finetuned, tmp_path, monkeypatch):
+    calm = replace(finetuned, root=Path(shutil.copytree(finetuned.root, tmp_path / "calm")))
+    evaluation(calm, *SMALL_BATCHES)()
+    chance, work = random.Random(0), evaluation(finetuned, *SMALL_BATCHES)
+    for _ in range(20):
+        with monkeypatch.context() as patch:
+            MOMENTS[chance.choice(list(MOMENTS))](patch, chance.randint(1, 3))
+            fork_and_die(work)
+    assert not evaluated(finetuned)
     work()
-    assert len(figures) == max(0, 5 - (moment - 1))
+    assert evaluated(finetuned) == evaluated(calm)
+
+
+LAST_WRITES = {"the images": adversarial, "the samples": samples, "the record": records}
+
+
+@pytest.mark.parametrize("moment", LAST_WRITES)
+def test_a_finished_part_is_not_measured_again(finetuned, uninterrupted, monkeypatch, moment):
+    """Killed before the first of the results is written, there is nothing left to attack."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LAST_WRITES[moment], "write_atomically", die)
+        fork_and_die(evaluation(finetuned))
+    monkeypatch.setattr(measure._Batch, "measure", None)
+    evaluation(finetuned)()
     assert results(finetuned, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
-    assert {f"reports/{MODEL}/metrics.json", "record"} <= results(finetuned, MODEL).keys()
+    assert len(evaluated(finetuned)) == 4
 
 
 # What is not gone on with

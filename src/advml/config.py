@@ -214,6 +214,16 @@ class EvaluationAttack(Section):
         return self
 
 
+class WorstCase(Section):
+    """The attacks behind `accuracy/worst_case`, each aimed at what threat models I and II and those before it have left standing."""
+
+    attacks: Annotated[tuple[Literal["pgd-margin", "apgd-ce", "apgd-t", "fab-t", "square"], ...], Distinct]
+    restarts: Count  # of pgd-margin, whose steps are those of `evaluate`
+    steps: Count  # of APGD and FAB-T
+    targets: Count  # other classes that APGD-T and FAB-T aim at, as far as there are so many
+    queries: Count  # of Square
+
+
 def _one_or_many(value: Any) -> Any:
     """`layers: blocks` and `layers: "*.act2"` name one thing; inside, there is always a list."""
     return (value,) if isinstance(value, str) else value
@@ -262,6 +272,7 @@ class Config(Section):
     pretrain: dict[SchemeName, Phase]
     regimes: dict[RegimeName, Phase]
     evaluate: EvaluationAttack
+    worst_case: WorstCase
     similarity: Similarity
     tracking: Tracking
     runtime: Runtime

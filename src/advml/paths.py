@@ -50,6 +50,10 @@ class Workspace:
         """The adversarial test images of a model."""
         return self.root / "data" / "adversarial" / f"{name}.safetensors"
 
+    def samples(self, name: str) -> Path:
+        """What an evaluation saw of every test image."""
+        return self.report(name) / "samples.parquet"
+
     def record(self, stage: str, name: str) -> Path:
         """How a stage made its figures: settings, counts, seeds. The report depends on this folder."""
         return self.root / "records" / stage / f"{name}.json"

@@ -61,15 +61,23 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
         if evaluation["digest"] != record["digest"]:
             again = f"advml evaluate {record['scheme']} {record['regime']} --seed {record['seed']}"
             return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
-        return ["accuracy on test (95 % intervals)", *(_figure(name, figure) for name, figure in evaluation["figures"].items())]
+        figures = evaluation["figures"]
+        shown = [line for name, figure in figures.items() for line in (_figure(name, figure), *_cascade(figure))]
+        return ["accuracy on test (95 % intervals)", *shown]
 
 
 def _figure(name: str, figure: dict[str, Any]) -> str:
     low, high = figure["interval"]
     attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
-    how = f"   {figure['norm']} {attack}, {figure['steps']} steps, {_runs(figure['restarts'])}" if "norm" in figure else ""
+    how = f"   {figure['norm']} {attack}" if "norm" in figure else ""
+    how += f", {figure['steps']} steps, {_runs(figure['restarts'])}" if "steps" in figure else ""
     share = figure["correct"] / figure["n"]
     return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
+
+
+def _cascade(figure: dict[str, Any]) -> list[str]:
+    """What each attack of the worst case has broken that all before it had not."""
+    return [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:

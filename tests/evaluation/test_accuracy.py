@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.stats import binomtest
-from torch import Tensor, nn
 
 from advml import config
+from advml.attacks.adversary import evaluation_adversary
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
-from advml.evaluation.accuracy import Figure, correct, describe, figures, metrics, wilson
+from advml.evaluation.accuracy import attacked, describe, describe_worst, effort, metrics, survivors
+from advml.evaluation.intervals import wilson
+from advml.evaluation.measure import Outcome, measure
+from advml.evaluation.plan import cascade, figures, plan
 from advml.networks.models import Architecture, build
 from advml.runtime.machine import Machine, generator_for
-from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.training.objectives import contrastive_pair, cross_entropy, margin
 from advml.training.schemes import SCHEMES
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -44,104 +45,35 @@ def test_wilson_stays_within_0_and_1_and_holds_the_share():
         assert 0 <= low <= successes / 20 <= high <= 1
 
 
-def test_metrics_have_the_contracts_names():
-    flat = metrics({"accuracy/clean": torch.tensor([True, True, True, False])})
-    low, high = wilson(3, 4)
-    assert flat == {"accuracy/clean": 0.75, "accuracy/clean/low": low, "accuracy/clean/high": high}
+def outcome(right: list[bool], rows: list[int] | None = None, *, backward: float = 2.0) -> Outcome:
+    nothing = torch.zeros(len(right))
+    places = torch.tensor(rows if rows is not None else range(len(right)))
+    return Outcome(places, torch.tensor(right, dtype=torch.bool), nothing.long(), nothing, nothing + 3, nothing + backward)
 
 
-# Counting
+CLEAN = outcome([True, True, True, False], backward=0.0)
+FOUND = {
+    "accuracy/clean": CLEAN,
+    "accuracy/threat_model_2": outcome([False, True, True, False]),
+    "worst_case/pgd-margin": outcome([True, False], [1, 2]),
+    "worst_case/square": outcome([True], [1]),
+}
 
 
-class Reader(nn.Module):
-    """Classifies an image of one pixel by its grey value: a pixel of 30 / 255 is class 3. Remembers its mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.modes: list[bool] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.modes.append(self.training)
-        return F.one_hot((images.flatten() * 25.5).round().long(), 26).float()
+def test_metrics_have_the_contracts_names_and_the_worst_case_is_per_sample():
+    flat, ends = metrics(FOUND), {}
+    for name, correct in {"accuracy/clean": 3, "accuracy/threat_model_2": 2, "accuracy/worst_case": 1}.items():
+        low, high = wilson(correct, 4)
+        ends |= {name: correct / 4, f"{name}/low": low, f"{name}/high": high}
+    assert flat == ends
 
 
-@dataclass
-class Scripted:
-    """An adversary that in its n-th attack breaks the classes of the n-th set, and remembers whom it was shown."""
-
-    breaks: list[set[int]]
-    shown: list[list[int]] = field(default_factory=list)
-    draws: list[float] = field(default_factory=list)
-
-    def attack(self, network: nn.Module, objective, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        classes = (images.flatten() * 25.5).round().int().tolist()
-        broken = self.breaks[len(self.shown)]
-        self.shown.append(classes)
-        self.draws.append(float(torch.rand(1, generator=generator)))
-        moved = torch.tensor([10 / 255 if label in broken else 0.0 for label in classes])
-        return images + moved.view(-1, 1, 1, 1)
-
-
-def split(classes: list[int], labels: list[int] | None = None) -> Split:
-    return Split((10 * torch.tensor(classes)).to(torch.uint8).view(-1, 1, 1, 1), torch.tensor(labels or classes))
-
-
-def run(
-    adversary: Scripted | None, data: Split, *, coupled: bool = False, restarts: int = 1, batch_size: int = 100, **changes
-) -> list[bool]:
-    figure = Figure("accuracy/x", adversary, coupled=coupled)
-    settings = {"seed": 0, "machine": CPU, "batch_size": batch_size, "restarts": restarts}
-    return correct(Reader(), data, figure, **(settings | changes)).tolist()
-
-
-def test_clean_accuracy_counts_every_image_of_every_batch():
-    told = []
-    right = run(None, split([0, 1, 2, 3, 4], [0, 9, 2, 3, 9]), batch_size=2, on_batch=told.append)
-    assert right == [True, False, True, True, False] and told == [2, 2, 1]
-
-
-@pytest.mark.parametrize("coupled", [False, True])
-def test_an_image_survives_only_if_it_survives_every_restart(coupled):
-    adversary = Scripted([{0, 2}, {1}, set()])
-    assert run(adversary, split([0, 1, 2, 3]), coupled=coupled, restarts=3) == [False, False, False, True]
-
-
-def test_broken_images_leave_the_batch_of_a_per_sample_objective():
-    adversary = Scripted([{0, 2}, {1}, set()])
-    run(adversary, split([0, 1, 2, 3, 4], [0, 1, 2, 3, 9]), restarts=3)
-    assert adversary.shown == [[0, 1, 2, 3], [1, 3], [3]]
-
-
-def test_no_image_leaves_the_batch_of_an_objective_that_couples_it():
-    adversary = Scripted([{0, 2}, {1}, {0, 1, 2, 3, 4}])
-    run(adversary, split([0, 1, 2, 3, 4], [0, 1, 2, 3, 9]), restarts=3, coupled=True)
-    assert adversary.shown == [[0, 1, 2, 3, 4]] * 3
-
-
-def test_nothing_is_attacked_once_every_image_is_broken():
-    adversary = Scripted([{0, 1}])
-    assert run(adversary, split([0, 1]), restarts=5) == [False, False]
-    assert len(adversary.shown) == 1
-
-
-def test_an_image_that_is_wrong_when_clean_stays_wrong_when_the_attack_mends_it():
-    adversary = Scripted([{4}])
-    assert run(adversary, split([4, 1], [5, 1]), coupled=True) == [False, True]
-
-
-def test_every_batch_and_every_restart_draws_its_own_random_numbers():
-    adversary, again, other = (Scripted([set()] * 6) for _ in range(3))
-    run(adversary, split([0, 1, 2, 3, 4]), batch_size=2, restarts=2)
-    run(again, split([0, 1, 2, 3, 4]), batch_size=2, restarts=2)
-    run(other, split([0, 1, 2, 3, 4]), batch_size=2, restarts=2, seed=1)
-    assert len(set(adversary.draws)) == 6 and adversary.draws == again.draws
-    assert not set(adversary.draws) & set(other.draws)
-
-
-def test_the_network_is_judged_in_eval_mode():
-    network = Reader().train()
-    correct(network, split([0]), Figure("accuracy/clean"), batch_size=1, restarts=1, seed=0, machine=CPU)
-    assert network.modes == [False]
+def test_an_image_that_two_attacks_break_in_turn_counts_for_neither_twice():
+    """Never the minimum of accuracies: here each attack alone leaves 3 of 4, together they leave 2."""
+    clean = outcome([True] * 4)
+    found = {"accuracy/clean": clean, "accuracy/a": outcome([False, True, True, True]), "accuracy/b": outcome([True, False, True, True])}
+    assert survivors(found).tolist() == [False, False, True, True] and metrics(found)["accuracy/worst_case"] == 0.5
+    assert clean.right.all()
 
 
 # What is measured
@@ -158,8 +90,9 @@ def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilo
     ]
     for name, epsilon in {"": 0.3, "_half": 0.15}.items():
         first, second = (listed[f"accuracy/threat_model_{number}{name}"] for number in (1, 2))
-        assert first.adversary == second.adversary and first.adversary.threat_model == ThreatModel("linf", epsilon)
-        assert first.coupled and not second.coupled and first.note == "old head" and not second.note
+        assert first.threat_model == second.threat_model == ThreatModel("linf", epsilon)
+        assert first.coupled and not second.coupled and first.settings["note"] == "old head" and "note" not in second.settings
+    assert [name for name, figure in listed.items() if figure.kept] == ["accuracy/threat_model_2"]
 
 
 def test_the_supervised_scheme_has_no_threat_model_1():
@@ -167,34 +100,88 @@ def test_the_supervised_scheme_has_no_threat_model_1():
     assert names == ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half"]
 
 
-@pytest.mark.parametrize("scheme", ["CL", "SCL"])
-def test_threat_model_1_ascends_the_contrastive_objective_and_2_the_cross_entropy(scheme):
-    network = build(ARCHITECTURE, seed=0).eval()
+def test_without_a_scheme_there_is_no_threat_model_1():
+    assert [figure.name for figure in figures(configuration(), None)] == [figure.name for figure in figures(configuration(), SCHEMES["SL"])]
+
+
+def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_there_are_enough_classes():
+    names = ["pgd-margin", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert [figure.name for figure in cascade(configuration(), classes=10)] == [f"worst_case/{name}" for name in names]
+    assert [figure.name for figure in cascade(configuration(), classes=3)] == [f"worst_case/{name}" for name in names if name != "apgd-t"]
+    some = cascade(configuration("worst_case.attacks=[square, pgd-margin]", "worst_case.restarts=4"), classes=10)
+    assert [figure.name for figure in some] == ["worst_case/square", "worst_case/pgd-margin"] and all(figure.left_only for figure in some)
+    assert some[1].restarts == 4 and some[1].settings["random_start"]
+    assert cascade(configuration("worst_case.attacks=[]"), classes=10) == []
+
+
+EXPECTED = {
+    "accuracy/threat_model_1": lambda x, moved, y, net: contrastive_pair(
+        net.embed(x), net.embed(moved), y, temperature=configuration().temperature
+    ),
+    "accuracy/threat_model_2": lambda x, moved, y, net: cross_entropy(net(moved), y),
+    "worst_case/pgd-margin": lambda x, moved, y, net: margin(net(moved), y),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_figure_ascends_its_own_objective(name):
+    """The attack of the plan against the adversary of params.yaml on the objective of the methods, written out."""
+    network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=3")
     images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 2, 1, 5])
-    elsewhere = images.flip(3)
-    groups = {"CL": torch.arange(6), "SCL": labels}[scheme]
-    first, second = figures(configuration(), SCHEMES[scheme])[1:3]
-    expected = contrastive_pair(network.embed(images), network.embed(elsewhere), groups, temperature=configuration().temperature)
-    assert torch.equal(first.objective(network, images, labels)(elsewhere), expected)
-    assert torch.equal(second.objective(network, images, labels)(elsewhere), cross_entropy(network(elsewhere), labels))
+    (figure,) = (figure for figure in plan(settings, SCHEMES["SCL"], classes=10) if figure.name == name)
+    adversary = evaluation_adversary(settings, epsilon=settings.threat_model.epsilon)
+    wanted = adversary.attack(
+        network, lambda: lambda moved: EXPECTED[name](images, moved, labels, network), images, generator=generator_for("x")
+    )
+    assert torch.allclose(figure.craft(network, images, labels, generator_for("x")), wanted, atol=1e-6)
+    others = [other for other in EXPECTED if other != name]
+    for other in others:
+        found = adversary.attack(
+            network, lambda other=other: lambda moved: EXPECTED[other](images, moved, labels, network), images, generator=generator_for("x")
+        )
+        assert not torch.allclose(found, wanted, atol=1e-3)
 
 
-def test_a_figure_equals_its_attack_followed_by_a_prediction():
-    network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=3", "threat_model.epsilon=0.01")
-    images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def undecided(images: torch.Tensor):
+    """An untrained network prefers one class; this one is undecided. And its own predictions as labels."""
+    network = build(ARCHITECTURE, seed=0).eval()
     with torch.no_grad():
-        network.classifier.bias -= network(images / 255).mean(0)  # an untrained network prefers one class; this one is undecided
-        labels = network(images / 255).argmax(1)
-    clean, first, second = figures(settings, SCHEMES["SCL"])[:3]
-    measured = [correct(network, Split(images, labels), f, batch_size=5, restarts=1, seed=3, machine=CPU) for f in (clean, first, second)]
-    assert measured[0].all() and 0 < measured[2].sum() < 12
-    for figure, right in zip((first, second), measured[1:], strict=True):
+        network.classifier.bias -= network(images / 255).mean(0)
+        return network, network(images / 255).argmax(1)
+
+
+def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_is_below_all():
+    settings = configuration("evaluate.steps=3", "threat_model.epsilon=0.01", "evaluate.batch_size=5", "evaluate.seed=3", *WEAK)
+    images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network, labels = undecided(images)
+    listed = plan(settings, SCHEMES["SCL"], classes=10)
+    found = measure(network, Split(images, labels), listed, effort(settings, CPU))
+    assert found["accuracy/clean"].right.all() and 0 < found["accuracy/threat_model_2"].right.sum() < 12
+    for figure in listed[1:3]:
         expected = []
         for number, (x, y) in enumerate(zip((images / 255).split(5), labels.split(5), strict=True)):
-            draw = generator_for(figure.name, 3, number, 0)
-            attacked = figure.adversary.attack(network, lambda x=x, y=y, f=figure: f.objective(network, x, y), x, generator=draw)
-            expected.append(network(attacked).argmax(1) == y)
-        assert torch.equal(right, torch.cat(expected))
+            moved = figure.craft(network, x, y, generator_for(figure.name, 3, number, 0))
+            expected.append(network(moved).argmax(1) == y)
+        assert torch.equal(found[figure.name].right, torch.cat(expected))
+    worst = survivors(found)
+    for outcome in found.values():
+        assert not (worst[outcome.rows] & ~outcome.right).any()
+    assert worst.sum() < found["accuracy/threat_model_2"].right.sum()  # the cascade breaks more
+
+
+WEAK = ("worst_case.steps=2", "worst_case.targets=2", "worst_case.queries=5")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_compare_gets_the_images_that_evaluate_would_store(norm):
+    changes = (f"threat_model.norm={norm}", "evaluate.batch_size=8", "evaluate.steps=2", "evaluate.restarts=2")
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network, labels = undecided(images)
+    split, listed = Split(images, labels), figures(configuration(*changes), SCHEMES["CL"])
+    stored = measure(network, split, listed, effort(configuration(*changes), CPU))["accuracy/threat_model_2"].images
+    some, record = attacked(network, split, configuration(*changes, "evaluate.adversarial_images=13"), SCHEMES["CL"], CPU)
+    assert torch.equal(some, stored[:13])
+    assert record["restarts"] == 1 and record["n"] == 13 and record["norm"] == norm and "correct" not in record
 
 
 def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
@@ -202,9 +189,9 @@ def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
         "evaluate.restarts=3", "evaluate.seed=7", "evaluate.batch_size=64", "threat_model.epsilon=0.2", "evaluate.steps=10"
     )
     clean, first, second = figures(settings, SCHEMES["CL"], note="old head")[:3]
-    right = torch.tensor([True, True, False])
-    assert describe(clean, right, settings) == {"n": 3, "correct": 2, "interval": list(wilson(2, 3))}
-    record = describe(first, right, settings)
+    found = outcome([True, True, False])
+    assert describe(clean, found, settings) == {"n": 3, "correct": 2, "interval": list(wilson(2, 3))}
+    record = describe(first, found, settings)
     assert record == {
         "n": 3,
         "correct": 2,
@@ -222,7 +209,24 @@ def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
         "restarts": 3,
         "seed": 7,
         "batch_size": 64,
+        "forward": 9,
+        "backward": 6,
         "note": "old head",
     }
-    record = describe(second, right, settings)
+    record = describe(second, found, settings)
     assert record["objective"] == "cross-entropy" and "note" not in record
+
+
+def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_and_cost():
+    settings = configuration("worst_case.attacks=[pgd-margin, square]", "worst_case.restarts=3", "worst_case.queries=77")
+    listed = [figure for figure in plan(settings, None, classes=10) if figure.name in FOUND]
+    record = describe_worst(listed, FOUND, settings)
+    steps = record.pop("cascade")
+    low, high = wilson(1, 4)
+    assert record == {
+        **{"n": 4, "correct": 1, "interval": [low, high], "attack": "cascade", "norm": "linf", "box": [0, 1]},
+        **{"epsilon": settings.threat_model.epsilon, "seed": 0, "batch_size": 512, "forward": 21, "backward": 14},
+    }
+    told = [(step["name"], step["aimed_at"], step["broke"], step["restarts"], step["forward"]) for step in steps]
+    assert told == [("threat_model_2", 4, 1, 1, 12), ("pgd-margin", 2, 1, 3, 6), ("square", 1, 0, 1, 3)]
+    assert steps[1]["objective"] == "margin" and steps[2]["queries"] == 77 and steps[2]["library"] == "pyautoattack"

@@ -28,7 +28,7 @@ from advml.tracking import store as stores
 
 REPOSITORY = Path(__file__).parents[2]
 REGIMES = {"ST": "st", "AT": "at", "Partial-AT": "at", "Full-AT": "at"}
-COLUMNS = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half")
+COLUMNS = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
 
 
 @pytest.fixture(scope="module")
@@ -354,18 +354,18 @@ def test_a_stage_reads_no_parameter_that_dvc_does_not_track(finetuned, stage, it
 def trained(monkeypatch) -> list[str]:
     """Names of the phases that are trained and of the models that are measured from here on."""
     names: list[str] = []
-    real_train, real_measure = learning._train, evaluate._measure
+    real_train, real_evaluate = learning._train, evaluate.evaluate
 
     def spy_train(context, job, *rest):
         names.append(job.name)
         return real_train(context, job, *rest)
 
-    def spy_measure(context, name, *rest):
-        names.append(f"evaluate {name}")
-        return real_measure(context, name, *rest)
+    def spy_evaluate(context, subject, memo):
+        names.append(f"evaluate {subject.name}")
+        return real_evaluate(context, subject, memo)
 
     monkeypatch.setattr(learning, "_train", spy_train)
-    monkeypatch.setattr(evaluate, "_measure", spy_measure)
+    monkeypatch.setattr(evaluate, "evaluate", spy_evaluate)
     return names
 
 
@@ -392,8 +392,9 @@ def test_train_does_what_is_missing_or_out_of_date_and_nothing_else(make_study, 
     told = metrics.read_bytes()
     metrics.write_text("{}")  # of an earlier evaluation: the process was killed after the record
     assert run("Full-AT", "pretrain.CL.epochs=1") == [] and metrics.read_bytes() == told
-    study.workspace.record("evaluate", "CL-Full-AT-s0").unlink()
-    assert run("Full-AT", "pretrain.CL.epochs=1") == everything[2:]
+    for lost in (study.workspace.record("evaluate", "CL-Full-AT-s0"), study.workspace.samples("CL-Full-AT-s0")):
+        lost.unlink()
+        assert run("Full-AT", "pretrain.CL.epochs=1") == everything[2:]
 
 
 def test_train_prepares_data_that_are_missing_or_of_other_parameters(make_study, monkeypatch, dataset):

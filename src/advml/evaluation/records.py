@@ -23,8 +23,17 @@ def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str,
         record: `model`, `digest` (of the weights), `inputs` (fingerprint), `metrics` (flat), and whatever explains them.
     """
     path = workspace.record(stage, record["model"])
-    write_atomically(path, (json.dumps(record, indent=2, allow_nan=True) + "\n").encode())
+    write_atomically(path, (json.dumps(_without_nan(record), indent=2, allow_nan=False) + "\n").encode())
     return publish(workspace, record["model"], digest=record["digest"])
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def publish(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
@@ -51,10 +60,10 @@ def read(workspace: Workspace, stage: str, model: str) -> dict[str, Any] | None:
 
 
 def metrics_of(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
-    """All metrics measured on the weights with this sha256. What could not be measured (NaN) is left out."""
+    """All metrics measured on the weights with this sha256. What could not be measured is left out."""
     found = [read(workspace, stage, model) for stage in MEASURING]
     parts = [record["metrics"] for record in found if record and record.get("digest") == digest]
-    return {name: value for part in parts for name, value in part.items() if not math.isnan(value)}
+    return {name: value for part in parts for name, value in part.items() if value is not None}
 
 
 def reusable(workspace: Workspace, stage: str, model: str, *, inputs: str) -> dict[str, Any] | None:

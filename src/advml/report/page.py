@@ -17,7 +17,8 @@ from advml.figures import charts
 from advml.figures.claims import effects
 from advml.figures.style import to_png
 from advml.paths import Workspace, model_name
-from advml.report import figures
+from advml.report import figures as drawn
+from advml.report import how as how_made
 from advml.report.table import COLUMNS, NORM_NAMES, Row, cell
 
 REPRESENTATION = {  # column -> metric, and its number of digits
@@ -38,6 +39,7 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
+    made = list(_how(config, workspace))
     return template.render(
         config=config,
         norm=NORM_NAMES[config.threat_model.norm],
@@ -48,7 +50,9 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
         images={name: _source(figure) for name, figure in _figures(config, workspace, table, claims).items() if figure is not None},
         panels=_panels(workspace),
-        made=_how(config, workspace),
+        made=made,
+        how_headers=how_made.HEADERS,
+        cascade=how_made.cascade(made),
         provenance=provenance,
     )
 
@@ -78,9 +82,9 @@ def _figures(config: Config, workspace: Workspace, table: list[Row], claims: Map
     return {
         "accuracy": charts.accuracy_chart(table, threat_model=threat),
         "claims": effects(claims["claims"]),
-        "clean": figures.matrices(config, workspace, "clean", seed=seed),
-        "clean_adversarial": figures.matrices(config, workspace, "clean_adversarial", seed=seed),
-        "curves": figures.curves(config, workspace, seed=seed),
+        "clean": drawn.matrices(config, workspace, "clean", seed=seed),
+        "clean_adversarial": drawn.matrices(config, workspace, "clean_adversarial", seed=seed),
+        "curves": drawn.curves(config, workspace, seed=seed),
     }
 
 
@@ -106,5 +110,7 @@ def _how(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
         evaluated, represented = (records.read(workspace, stage, name) for stage in records.MEASURING)
         if evaluated:
             how = represented["how"] if represented else {}
-            found.append({"model": name, "weights": evaluated["digest"][:12], "figures": evaluated["figures"], "representation": how})
+            figures = how_made.rows(evaluated["figures"])
+            about = {"model": name, "weights": evaluated["digest"][:12], "figures": figures, "representation": how}
+            found.append(about | {"cascade": how_made.steps(evaluated["figures"])})
     return found

@@ -23,6 +23,7 @@ COLUMNS: dict[str, str] = {
     "I": "accuracy/threat_model_1",
     "II, half epsilon": "accuracy/threat_model_2_half",
     "II": "accuracy/threat_model_2",
+    "worst case": "accuracy/worst_case",
 }
 
 

@@ -1,0 +1,54 @@
+"""How each accuracy was made, from the records: a table per model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# Column -> how a figure's record fills it. A record without the key leaves the cell empty.
+COLUMNS: dict[str, Any] = {
+    "attack": lambda r: f"{r['attack']}, {r['objective']}" if "objective" in r else r["attack"],
+    "norm": lambda r: r["norm"],
+    "ε": lambda r: f"{r['epsilon']:.4g}",
+    "steps": lambda r: r["queries"] if r["attack"] == "square" else r["steps"],
+    "step size": lambda r: f"{r['step_size']:.4g}",
+    "runs": lambda r: r["restarts"],
+    "start": lambda r: "random" if r["random_start"] else "image",
+    "iterate": lambda r: r["keep"],
+    "seed": lambda r: r["seed"],
+    "forward": lambda r: f"{r['forward']:,}",
+    "backward": lambda r: f"{r['backward']:,}",
+}
+HEADERS = ("figure", "right", "of", *COLUMNS)
+
+
+def rows(figures: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    """A row per figure, and under the worst case one per attack of its cascade: how many it left of how many it was aimed at."""
+    return [row for name, record in figures.items() for row in _rows(name, record)]
+
+
+def steps(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """The attacks of a model's worst case beyond the threat models."""
+    return [step["name"] for record in figures.values() for step in record.get("cascade", ()) if f"accuracy/{step['name']}" not in figures]
+
+
+def cascade(models: list[dict[str, Any]]) -> list[str]:
+    """The attacks of all models' worst cases, in their order."""
+    return list(dict.fromkeys(name for model in models for name in model["cascade"]))
+
+
+def _rows(name: str, record: dict[str, Any]) -> Iterator[list[Any]]:
+    yield [name, record["correct"], record["n"], *_cells(record)]
+    for step in record.get("cascade", ()):
+        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], *_cells(step | {"seed": record["seed"]})]
+
+
+def _cells(record: dict[str, Any]) -> list[Any]:
+    return [_cell(fill, record) for fill in COLUMNS.values()]
+
+
+def _cell(fill: Any, record: dict[str, Any]) -> Any:
+    try:
+        return fill(record)
+    except KeyError:
+        return ""

@@ -1,0 +1,38 @@
+"""Results of the parts of a long job, on disk: an interrupted job does not compute them again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from advml.runtime.checkpoint import write_atomically
+
+Parts = dict[str, Tensor]
+
+
+class Memo:
+    """`memo("threat_model_2/batch 3", compute)`: what `compute` gives, computed once however often the process is killed.
+
+    Args:
+        folder: of the job, e.g. that of a `Checkpoint`, which empties it when the job's inputs have changed; None: remembers nothing.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def __call__(self, part: str, compute: Callable[[], Parts]) -> Parts:
+        """Tensors by name, on the CPU. A damaged file counts as none."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{re.sub(r'[^a-z0-9_-]+', '.', part.lower())}.safetensors"
+        try:
+            return load_file(path)
+        except (FileNotFoundError, SafetensorError):
+            found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+            write_atomically(path, save(found))
+            return found
