@@ -1,10 +1,14 @@
 """Attacks that look for the nearest adversarial example, through foolbox, and the security curve that follows from them.
 
 What an image costs, in (forward, backward) passes: FMN in L-infinity and DDN (steps + 2, steps); FMN in L2 (2 * steps + 14, 2 * steps),
-or half of that for an image that the first half does not break; CW at most (9 * steps + 2, 9 * steps), and about 560 to 680 each at 100
+or half of that for an image that the first half does not break; CW at most (9 * steps + 2, 9 * steps), and about 550 to 680 each at 100
 steps, 3100 to 5700 at 1000. Two of the forward passes are our own scoring. Counted by a network of two linear layers that adds up the rows
 of every batch that it is given, and of every gradient that reaches its logits; K = 10, images of 8 x 8, both with and without a bias
 of the true class that nothing breaks.
+
+How near they come, at 100 steps on linear models of 192 inputs whose boundary is known: FMN within 0.1 % in L-infinity and 1.1 % in L2;
+DDN within 0.1 % for two classes, but 15 to 21 % too far for four, because it follows the cross-entropy; CW within 2.5 % at 0.09 and
+more, but up to twice too far at 0.03, because its steps are too coarse there. FMN is the one to prefer.
 """
 
 from __future__ import annotations
