@@ -1,0 +1,90 @@
+"""Square takes what the library's own cannot: images of any size, and nothing but ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pyautoattack.square import SquareAttack
+from torch import Tensor, nn
+
+from advml.attacks.square import Square, _starts
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(kind: type[SquareAttack], network: nn.Module, norm: str = "L2", *, epsilon: float = 1e-3, queries: int = 1) -> SquareAttack:
+    return kind(network, norm=norm, n_queries=queries, eps=epsilon, seed=0, resc_schedule=False)
+
+
+def linear_network(height: int, width: int) -> nn.Module:
+    layer = nn.Linear(3 * height * width, 4)
+    layer.weight.data = torch.randn(layer.weight.shape, generator=seeded(1)) * layer.in_features**-0.5
+    layer.bias.data.zero_()
+    return nn.Sequential(nn.Flatten(), layer).requires_grad_(False)
+
+
+def problem(height: int, width: int) -> tuple[nn.Module, Tensor, Tensor]:
+    network, images = linear_network(height, width), torch.rand(6, 3, height, width, generator=seeded())
+    return network, images, network(images).argmax(1)
+
+
+@pytest.fixture(autouse=True)
+def own_generator():
+    """The library seeds the global one."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 9), (12, 12), (14, 14), (18, 18), (19, 19), (24, 24), (12, 8), (8, 12), (28, 28), (7, 30)])
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.5), ("L2", 8.0)])
+def test_images_of_any_size_are_broken_inside_the_ball(norm, epsilon, size):
+    network, images, labels = problem(*size)
+    attack = made(Square, network, norm, epsilon=epsilon, queries=80)
+    attacked = attack.perturb(images, labels)
+    assert attacked.shape == images.shape and (network(attacked).argmax(1) != labels).any()
+    delta = (attacked - images).flatten(1)
+    assert (delta.norm(p={"Linf": torch.inf, "L2": 2}[norm], dim=1) <= epsilon + 1e-5).all()
+    assert attack.predict is network
+
+
+def test_only_sizes_on_which_the_library_fails_are_padded():
+    network, failing = nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9, 2)).requires_grad_(False), []
+    for height in range(1, 34):
+        for width in {height, max(1, height - 5), height + 3}:
+            images = torch.full((1, 1, height, width), 0.5)
+            try:
+                made(SquareAttack, network).perturb(images, network(images).argmax(1))
+            except (RuntimeError, ZeroDivisionError):
+                failing.append((height, width))
+            assert _starts(height, width) == ((height, width) not in failing)
+    assert [height for height, width in failing if height == width] == [1, 2, 3, 4, 12, 14, 18, 19, 24]
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("side", [8, 16, 28, 32])
+def test_where_the_library_works_it_is_the_library(norm, side):
+    network, images, labels = problem(side, side)
+    ours, theirs = (made(kind, network, norm, epsilon=0.3, queries=80).perturb(images, labels) for kind in (Square, SquareAttack))
+    assert torch.equal(ours, theirs)
+
+
+def test_ties_at_the_first_try_leave_the_images_unbroken():
+    def tied(images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 3)
+
+    images, labels = torch.rand(2, 1, 8, 8, generator=seeded()), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="0 elements"):
+        made(SquareAttack, tied).perturb(images, labels)
+    assert torch.equal(made(Square, tied).perturb(images, labels), images)
+
+
+def test_the_model_is_itself_again_after_an_error():
+    def failing(images: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    attack = made(Square, failing)
+    with pytest.raises(ZeroDivisionError):
+        attack.perturb(torch.rand(2, 1, 12, 12), torch.zeros(2, dtype=torch.int64))
+    assert attack.predict is failing
