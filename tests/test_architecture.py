@@ -33,7 +33,15 @@ EXCEPTIONS = {
     "advml.warm": {"advml.cli"},  # a forked child runs the command line, as __main__ does
 }
 # Library -> the only modules that may import it, anywhere in the file.
-OWNERS = {"mlflow": "tracking", "typer": "cli", "timm": "networks", "matplotlib": ("figures", "picture", "report"), "dvc": ()}
+OWNERS = {
+    "mlflow": "tracking",
+    "typer": "cli",
+    "timm": "networks",
+    "matplotlib": ("figures", "picture", "report"),
+    "dvc": (),
+    "pyautoattack": "attacks",
+    "foolbox": "attacks",
+}
 LIGHT = ("advml", "advml.cli", "advml.config", "advml.errors", "advml.paths", "advml.progress", "advml.repro", "advml.show", "advml.warm")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
