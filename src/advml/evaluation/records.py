@@ -23,8 +23,13 @@ def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str,
         record: `model`, `digest` (of the weights), `inputs` (fingerprint), `metrics` (flat), and whatever explains them.
     """
     path = workspace.record(stage, record["model"])
-    write_atomically(path, (json.dumps(_without_nan(record), indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, to_json(record))
     return publish(workspace, record["model"], digest=record["digest"])
+
+
+def to_json(record: dict[str, Any]) -> bytes:
+    """A record as the text of its file."""
+    return (json.dumps(_without_nan(record), indent=2, allow_nan=False) + "\n").encode()
 
 
 def _without_nan(value: Any) -> Any:
@@ -39,7 +44,7 @@ def _without_nan(value: Any) -> Any:
 def publish(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
     """Put a model's metrics.json together from its records; returns it. Also for records that are reused: a kill may have come between."""
     metrics = metrics_of(workspace, model, digest=digest)
-    write_atomically(workspace.report(model) / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomically(workspace.report(model) / "metrics.json", to_json(metrics))
     return metrics
 
 

@@ -1,13 +1,21 @@
-"""`evaluate SCHEME REGIME`: clean, robust and worst-case accuracy of one model on the test split."""
+"""`evaluate SCHEME REGIME`, or anyone's model: clean, robust and worst-case accuracy of one model on the test split."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from advml import tracking
 from advml.data import adversarial
+from advml.errors import UserError
 from advml.evaluation import protocol, records, samples
-from advml.paths import model_name
+from advml.networks import models
+from advml.networks.given import Given
+from advml.paths import Workspace, model_name
 from advml.progress import Bar
-from advml.runtime.checkpoint import Checkpoint, discard
+from advml.runtime.checkpoint import Checkpoint, discard, write_atomically
 from advml.runtime.memo import Memo
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES
@@ -40,6 +48,39 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
         run.log_file(workspace.record("evaluate", name), "records/evaluate")
         run.log_file(workspace.samples(name), "samples")
     return metrics
+
+
+def of_study(workspace: Workspace, target: str) -> dict[str, Any] | None:
+    """Scheme, regime and seed of a model of this study, given by name or folder; None if it is none."""
+    for folder in (Path(target), workspace.model(target)):
+        if (folder / "model.json").is_file() and folder.resolve().parent == workspace.models.resolve():
+            return {key: models.read_record(folder)[key] for key in ("scheme", "regime", "seed")}
+    return None
+
+
+def run_given(context: Context, given: Given) -> dict[str, float]:
+    """Measure a model that is not of the grid: `metrics.json`, `evaluation.json` and `samples.parquet` in `reports/<name>/`."""
+    workspace, config = context.workspace, context.config
+    if (workspace.models / given.name / "model.json").exists():
+        raise UserError(f"{given.name} is the name of a model of this study, whose results would be written over; choose another: --name")
+    folder = workspace.report(given.name)
+    inputs = context.fingerprint("evaluate", context.parameters(*SECTIONS), given.digest, given.origin, context.dataset.digest)
+    memo = Memo(Checkpoint(workspace.scratch(f"evaluate-{given.name}"), inputs).folder)
+    network = given.network.to(device=context.machine.device, memory_format=torch.channels_last)
+    found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme)), memo)
+    samples.write(found.samples, workspace.samples(given.name))
+    of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}
+    record = of | {"trained_on": given.data, "metrics": found.metrics} | found.record
+    write_atomically(folder / "evaluation.json", records.to_json(record))
+    write_atomically(folder / "metrics.json", records.to_json(found.metrics))
+    with tracking.open_run(
+        config, root=workspace.root, name=given.name, kind="evaluation", tags={}, params=context.parameters(*SECTIONS)
+    ) as run:
+        run.log_metrics(found.metrics)
+        for file in ("evaluation.json", "samples.parquet"):
+            run.log_file(folder / file)
+    discard(workspace.scratch(f"evaluate-{given.name}"))
+    return found.metrics
 
 
 def evaluate(context: Context, subject: protocol.Subject, memo: Memo) -> protocol.Evaluation:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from advml.config import Config
 
-Kind = Literal["pretrain", "model", "comparison", "study"]
+Kind = Literal["pretrain", "model", "comparison", "study", "evaluation"]
 
 
 def open_run(

@@ -1,0 +1,150 @@
+"""Anyone's model, for `advml evaluate`: a folder of ours, a timm name with a safetensors file, or a Python function."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from advml import config
+from advml.data.datasets import Dataset
+from advml.errors import UserError
+from advml.networks.backbones import create_encoder
+from advml.networks.models import Normalize, load_classifier, read_record
+
+Normalization = Literal["timm", "data", "none"]
+LOADING = (ImportError, AttributeError, TypeError, ValueError, OSError, RuntimeError)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A model that somebody brought along.
+
+    Attributes:
+        name: for files and runs.
+        network: maps float images (N, C, H, W) in [0, 1] to logits (N, K), in eval mode.
+        digest: sha256 of its weights.
+        origin: where it came from, for the record.
+        scheme: of ours; None: unknown.
+        data: digest of the data it was trained on; None: unknown.
+    """
+
+    name: str
+    network: nn.Module
+    digest: str
+    origin: dict[str, Any]
+    scheme: str | None = None
+    data: str | None = None
+
+
+def load(target: str, *, weights: Path | None, normalization: Normalization, spec: config.Model, dataset: Dataset) -> Given:
+    """The model that `target` names.
+
+    Args:
+        target: a folder with model.json; a timm name, with `weights`; or `module:function`, importable from here, whose call without
+            arguments returns a torch module.
+        weights: a safetensors file with timm's own names, classifier included.
+        normalization: what the timm model expects: "timm" its published mean and std, "data" those of the training images, "none".
+        spec: `stem` and `options` of the timm model.
+    Raises:
+        UserError: there is no such model, or it does not map the prepared images to a logit per class.
+    """
+    if (Path(target) / "model.json").is_file():
+        given = _ours(Path(target))
+    elif re.fullmatch(r"[\w.]+:\w+", target):
+        given = _python(target)
+    elif timm.is_model(target) and weights is not None:
+        given = _timm(target, weights, normalization, spec, dataset)
+    else:
+        missing = "; its weights are missing: add --weights FILE.safetensors" if timm.is_model(target) else ""
+        raise UserError(
+            f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
+        )
+    given.network.eval()
+    _check(given, dataset)
+    return given
+
+
+def _ours(folder: Path) -> Given:
+    record = read_record(folder)
+    network = load_classifier(folder)
+    data = record.get("data", {}).get("digest")
+    return Given(folder.resolve().name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data)
+
+
+def _timm(name: str, weights: Path, normalization: Normalization, spec: config.Model, dataset: Dataset) -> Given:
+    channels, size, _ = dataset.shape
+    options = {**spec.options, "num_classes": len(dataset.classes)}
+    network, _ = create_encoder(name, stem=spec.stem, channels=channels, image_size=size, options=options)
+    try:
+        content = weights.read_bytes()
+        network.load_state_dict(safetensors.torch.load(content), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{weights} does not fit {name} with {len(dataset.classes)} classes and stem {spec.stem}: {reason}") from None
+    constants = {
+        "timm": lambda: (network.default_cfg["mean"], network.default_cfg["std"]),
+        "data": lambda: (dataset.mean, dataset.std),
+        "none": lambda: ((0.0,) * channels, (1.0,) * channels),
+    }
+    mean, std = (_of_channels(values, channels) for values in constants[normalization]())
+    origin = {"timm": name, "weights": str(weights), "mean": list(mean), "std": list(std), "stem": spec.stem}
+    whole = nn.Sequential(Normalize(mean, std), network)
+    return Given(f"{name}-{weights.stem}", whole, hashlib.sha256(content).hexdigest(), origin)
+
+
+def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Published constants are of RGB; grey images take their mean."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _python(target: str) -> Given:
+    module, _, function = target.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        make: Callable[[], Any] = getattr(importlib.import_module(module), function)
+        network = make()
+    except LOADING as error:
+        raise UserError(f"{target} gives no model: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    finally:
+        sys.path.remove(here)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{target} returns {type(network).__name__}; it must return a torch module that maps images in [0, 1] to logits")
+    return Given(target.replace(":", "-").replace(".", "-"), network, _digest(network), {"function": target})
+
+
+def _digest(network: nn.Module) -> str:
+    """sha256 of the names and bytes of all tensors."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return found.hexdigest()
+
+
+def _check(given: Given, dataset: Dataset) -> None:
+    """Two images tell whether the model takes them, and gives a logit per class."""
+    images = dataset.test.images[:2].float() / 255
+    try:
+        with torch.no_grad():
+            logits = given.network(images)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"{given.name} does not take {'x'.join(map(str, dataset.shape))} images: {' '.join(str(error).split())[:300]}"
+        ) from None
+    wanted = (len(images), len(dataset.classes))
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{given.name} gives {shape} for {len(images)} images; the prepared data need {wanted}: a logit per class")
