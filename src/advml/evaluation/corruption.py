@@ -113,14 +113,19 @@ def metrics(results: Mapping[str, Tensor]) -> dict[str, float]:
     Args:
         results: name -> bool (S, N), N the same for all.
     """
-    shares = {f"corruption/{name}": right.double().mean(0) for name, right in results.items()}
-    if shares:
-        shares["corruption/mean"] = torch.stack(list(shares.values())).mean(0)
+    rights = {f"corruption/{name}": right for name, right in results.items()}
+    if results:
+        rights["corruption/mean"] = torch.cat(list(results.values()))
     flat = {}
-    for name, share in shares.items():
-        low, high = clustered(share.tolist())
-        flat |= {name: float(share.mean()), f"{name}/low": low, f"{name}/high": high}
+    for name, right in rights.items():
+        low, high = _interval(right)
+        flat |= {name: float(right.double().mean()), f"{name}/low": low, f"{name}/high": high}
     return flat
+
+
+def _interval(right: Tensor) -> tuple[float, float]:
+    """Of bool (looks, N)."""
+    return clustered(right.double().mean(0).tolist(), looks=len(right))
 
 
 def describe(results: Mapping[str, Tensor], spec: Corruptions, *, published: Published | None = None) -> dict[str, dict[str, Any]]:
@@ -138,7 +143,7 @@ def describe(results: Mapping[str, Tensor], spec: Corruptions, *, published: Pub
             "kind": CORRUPTIONS[name].kind,
             "severities": list(spec.severities),
             "accuracies": right.double().mean(1).tolist(),
-            "interval": list(clustered(right.double().mean(0).tolist())),
+            "interval": list(_interval(right)),
             **({"source": published.folder.name} if published and name in published else computed),
         }
         for name, right in results.items()
