@@ -8,6 +8,7 @@ from scipy.ndimage import map_coordinates
 from scipy.ndimage import zoom as scipy_zoom
 
 from advml.data.corruptions.blur import _disc, _sources, defocus_blur, zoom_blur
+from advml.data.corruptions.digital import _inverse_affine
 from advml.data.corruptions.fields import bilinear, plasma, smear, zoom
 from advml.runtime.machine import generator_for
 
@@ -118,3 +119,28 @@ def test_plasma_is_a_mean_of_neighbours_once_the_noise_has_died_down():
     beside = [np.roll(field, 1, axis) for axis in (0, 1)] + [np.roll(field, -1, axis) for axis in (0, 1)]
     assert np.allclose(field[::2, 1::2], np.mean(beside, 0)[::2, 1::2], atol=1e-4)
     assert np.allclose(field[1::2, ::2], np.mean(beside, 0)[1::2, ::2], atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [1.5, 3.0])
+def test_the_noise_of_plasma_falls_by_the_square_of_its_decay_per_level(decay):
+    field = plasma([generator_for(number) for number in range(40)], height=32, width=32, decay=decay)
+
+    def detail(step: int) -> float:
+        """Of the middles of squares of this side: what their corners do not explain."""
+        corners = field[:, ::step, ::step]
+        mean = sum(np.roll(corners, (-down, -right), (1, 2)) for down in (0, 1) for right in (0, 1)) / 4
+        scale = np.sqrt(field.var((1, 2)).mean())
+        return float((field[:, step // 2 :: step, step // 2 :: step] - mean).std() / scale)
+
+    assert detail(4) / detail(2) == pytest.approx(decay**2, rel=0.1)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 2.5])
+def test_the_affine_map_moves_its_three_points_by_at_most_the_tilt(tilt):
+    generators = [generator_for(number) for number in range(200)]
+    inverse = _inverse_affine(generators, np.array([32, 40]), tilt)
+    points = np.array([[26, 30], [26, 10], [6, 10]])  # a third of the shorter side away from the middle
+    forward = np.linalg.inv(np.concatenate([inverse, np.broadcast_to([[0.0], [0.0], [1.0]], (200, 3, 1))], 2))
+    moves = (np.concatenate([points, np.ones((3, 1))], 1) @ forward)[..., :2] - points
+    assert np.abs(moves).max() == pytest.approx(tilt, rel=0.02, abs=1e-9)
+    assert np.abs(moves).mean() == pytest.approx(tilt / 2, rel=0.1, abs=1e-9)
