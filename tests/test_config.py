@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -146,6 +148,34 @@ def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
 def test_a_phase_has_no_defaults_that_dvc_cannot_see(params: Path) -> None:
     params.write_text(PARAMS.replace("    gradient_clip: null ", "    ", 1), encoding="utf-8")
     assert complaint(params) == "params.yaml: pretrain.SL.gradient_clip is missing; a complete file is printed by: advml preset digits"
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [("all", get_args(config.CorruptionName)), ("none", ()), ("[]", ()), ("fog", ("fog",)), ("[snow, fog]", ("snow", "fog"))],
+)
+def test_corruptions_are_all_none_or_a_list(params: Path, written: str, names: tuple[str, ...]) -> None:
+    assert config.load(params, [f"corruptions.names={written}"]).corruptions.names == names
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("corruptions.names=[fog, rain]", '["fog", "rain"]; choose from all, none, gaussian_noise, shot_noise, '),
+        ("corruptions.names=some", "'some'; choose from all, none, gaussian_noise, shot_noise, "),
+        ("corruptions.names=[[fog]]", '[["fog"]]; choose from all, none, gaussian_noise, '),
+        ("corruptions.names=[fog, fog]", '["fog", "fog"]; must not name anything twice'),
+        ("corruptions.names=3", "3; must be a list in brackets"),
+        ("corruptions.severities=[]", "[]; must hold at least 1"),
+        ("corruptions.severities=[6]", "6; must be at most 5"),
+        ("corruptions.severities=[0]", "0; must be at least 1"),
+        ("corruptions.severities=[1, 1]", "[1, 1]; must not name anything twice"),
+        ("corruptions.images=0", "0; must be at least 1"),
+    ],
+)
+def test_a_slip_in_the_corruptions_is_met_with_what_is_possible(params: Path, override: str, line: str) -> None:
+    key = override.partition("=")[0]
+    assert re.match(rf"params\.yaml: {re.escape(key)}(\[0\])? = {re.escape(line)}", complaint(params, override))
 
 
 def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:

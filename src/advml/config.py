@@ -27,6 +27,23 @@ from advml.explain import explain
 SchemeName = Literal["SL", "CL", "SCL"]
 RegimeName = Literal["ST", "AT", "Partial-AT", "Full-AT"]
 PhaseName = Literal["st", "at"]
+CorruptionName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
 
 
 def _no_switch(value: Any) -> Any:
@@ -229,6 +246,25 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _all_or_none(value: Any) -> Any:
+    """`names: all` and `names: none` stand for lists, and so does a single name."""
+    known = get_args(CorruptionName)
+    value = {"all": known, "none": ()}.get(value, (value,)) if isinstance(value, str) else value
+    if isinstance(value, (list, tuple)) and any(name not in known for name in value):
+        raise PydanticCustomError("corruption", "{choices}", {"choices": f"choose from all, none, {', '.join(known)}"})
+    return value
+
+
+class Corruptions(Section):
+    """Common corruptions of the test images (CIFAR-C, ImageNet-C): which, and how strong."""
+
+    names: Annotated[tuple[CorruptionName, ...], BeforeValidator(_all_or_none), Distinct]
+    severities: Annotated[tuple[Annotated[Whole, Field(ge=1, le=5)], ...], Field(min_length=1), Distinct]
+    images: Count | None = None  # the first test images; None: all
+    folder: str | None = None  # of the published files, read instead; None: data/raw/CIFAR-10-C, if it is there
+    seed: Annotated[Whole, Field(ge=0)] = 0
+
+
 class Similarity(Section):
     """What `represent` and `compare` measure, on the images whose adversarial examples `evaluate` has stored."""
 
@@ -273,6 +309,7 @@ class Config(Section):
     regimes: dict[RegimeName, Phase]
     evaluate: EvaluationAttack
     worst_case: WorstCase
+    corruptions: Corruptions
     similarity: Similarity
     tracking: Tracking
     runtime: Runtime

@@ -1,0 +1,127 @@
+"""Random numbers per image, and the few operations on pixel grids that several corruptions share.
+
+All work on float32 arrays whose last two axes are rows and columns. Every image is treated by itself: a result never depends on
+what else is in the batch, not even in the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+
+ROUNDED_FROM = 32  # pixels: the smallest side of a published set
+Generators = Sequence[torch.Generator]  # one per image
+
+
+def uniform(generators: Generators, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """(N, *shape), uniform in [low, high); image i draws from its own generator."""
+    drawn = np.stack([torch.rand(shape, generator=generator).numpy() for generator in generators])
+    return low + (high - low) * drawn
+
+
+def normal(generators: Generators, shape: tuple[int, ...]) -> np.ndarray:
+    """(N, *shape), standard normal."""
+    return np.stack([torch.randn(shape, generator=generator).numpy() for generator in generators])
+
+
+def zoom(fields: np.ndarray, factor: float) -> np.ndarray:
+    """Enlarge about the centre and crop back: (..., H, W), bilinear, factor >= 1."""
+    for axis in (-2, -1):
+        size = fields.shape[axis]
+        at = _zoomed(size, factor)
+        low = np.clip(np.floor(at).astype(int), 0, size - 2)
+        share = (at - low).astype(np.float32).reshape((-1, 1) if axis == -2 else (-1,))
+        fields = fields.take(low, axis) * (1 - share) + fields.take(low + 1, axis) * share
+    return fields
+
+
+def _zoomed(size: int, factor: float) -> np.ndarray:
+    """Where each of `size` points of an enlarged line comes from.
+
+    Crop and enlargement are rounded to whole pixels as in the published scripts, which shifts the line by up to half a pixel: on
+    32 pixels that is most of what a small factor does. Deviation: on fewer, where it would leave many factors without any effect,
+    nothing is rounded.
+    """
+    if size < ROUNDED_FROM:
+        return (np.arange(size) - (size - 1) / 2) / factor + (size - 1) / 2
+    crop = int(np.ceil(size / factor))
+    enlarged = round(crop * factor)
+    return (size - crop) // 2 + ((enlarged - size) // 2 + np.arange(size)) * (crop - 1) / (enlarged - 1)
+
+
+def bilinear(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Look up images (N, C, H, W) at points (N, H, W); beyond the border they are mirrored."""
+    size = np.array(images.shape[-2:])
+    low, share = zip(*(_split(np.clip(at, -4 * n, 5 * n)) for at, n in zip((rows, columns), size, strict=True)), strict=True)
+    number = np.arange(len(images))[:, None, None]
+    result = np.zeros_like(images)
+    for down in (0, 1):
+        for right in (0, 1):
+            weight = np.abs(1 - down - share[0]) * np.abs(1 - right - share[1])
+            row, column = _mirror(low[0] + down, size[0]), _mirror(low[1] + right, size[1])
+            result += weight[:, None] * np.moveaxis(images[number, :, row, column], -1, 1)
+    return result
+
+
+def _split(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole part and fraction."""
+    low = np.floor(at)
+    return low.astype(int), (at - low).astype(np.float32)
+
+
+def _mirror(index: np.ndarray, size: int) -> np.ndarray:
+    """... 2 1 0 1 2 ... n-2 n-1 n-2 ..."""
+    index = np.abs(index) % (2 * size - 2)
+    return np.minimum(index, 2 * size - 2 - index)
+
+
+def smear(field: np.ndarray, *, radius: float, sigma: float, angle: float) -> np.ndarray:
+    """Motion blur of one field (..., H, W): sum over i = 0 .. 2 radius of w_i field(p + i u), w_i ~ exp(-i^2 / 2 sigma^2).
+
+    u points `angle` degrees down from the right; points are rounded to pixels, and the border is repeated outwards. This is
+    ImageMagick's definition, which the published sets are made with: half a normal curve, so an edge drags a trail to one side.
+    """
+    weights = _half_normal(radius, sigma)
+    steps = np.arange(len(weights))
+    down, right = (np.ceil(steps * part - 0.5).astype(int) for part in (np.sin(np.radians(angle)), np.cos(np.radians(angle))))
+    reach, (height, width) = len(weights), field.shape[-2:]
+    padded = np.pad(field, [(0, 0)] * (field.ndim - 2) + [(reach, reach)] * 2, mode="edge")
+    result = np.zeros_like(field)
+    for weight, y, x in zip(weights, reach + down, reach + right, strict=True):
+        result += weight * padded[..., y : y + height, x : x + width]
+    return result
+
+
+@cache
+def _half_normal(radius: float, sigma: float) -> np.ndarray:
+    """Weights of sum 1; those too small to move a pixel by a hundredth of a grey level are left out."""
+    weights = np.exp(-(np.arange(2 * int(np.ceil(radius)) + 1) ** 2) / (2 * sigma**2))
+    weights = weights[weights > weights.sum() / 25_500]
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def plasma(generators: Generators, *, height: int, width: int, decay: float) -> np.ndarray:
+    """Cloudy fields (N, height, width) that span [0, 1], by midpoint displacement on a torus (Fournier, Fussell & Carpenter 1982).
+
+    Each point is the mean of its four neighbours on the grid one level coarser, plus noise uniform in +-a; a falls by `decay`
+    squared per level, so a small decay gives a rough field.
+    """
+    side = 1 << (max(height, width, 2) - 1).bit_length()
+    noise = uniform(generators, (side, side), -1, 1)
+    field, step, amplitude = np.zeros_like(noise), side, 1.0
+    while step > 1:
+        half = step // 2
+        corners = field[:, ::step, ::step]
+        below = corners + np.roll(corners, -1, 1)
+        field[:, half::step, half::step] = (below + np.roll(below, -1, 2)) / 4 + amplitude * noise[:, half::step, half::step]
+        centres = field[:, half::step, half::step]
+        top = corners + np.roll(corners, -1, 2) + centres + np.roll(centres, 1, 1)
+        left = below + centres + np.roll(centres, 1, 2)
+        field[:, ::step, half::step] = top / 4 + amplitude * noise[:, ::step, half::step]
+        field[:, half::step, ::step] = left / 4 + amplitude * noise[:, half::step, ::step]
+        step, amplitude = half, amplitude / decay**2
+    field -= field.min((1, 2), keepdims=True)
+    return (field / field.max((1, 2), keepdims=True))[:, :height, :width]

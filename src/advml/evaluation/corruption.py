@@ -1,0 +1,150 @@
+"""Accuracy under common corruptions, per corruption and on average.
+
+    >>> rights = measure(network, split, spec, machine=machine, batch_size=512)      # name -> bool (severities, images)
+    >>> metrics(rights)["corruption/mean"]
+
+`corruption/<name>`: mean accuracy over the severities. `corruption/mean`: mean over the corruptions. (Hendrycks & Dietterich 2019;
+their mCE divides errors by AlexNet's, which exist for ImageNet alone.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import PIL
+import scipy
+import torch
+from torch import Tensor
+
+from advml import __version__
+from advml.config import Corruptions
+from advml.data.corruptions.corrupt import CORRUPTIONS, corrupt
+from advml.data.corruptions.published import Published
+from advml.data.datasets import Split
+from advml.errors import UserError
+from advml.evaluation.intervals import clustered
+from advml.networks.models import Network
+from advml.runtime.machine import Machine
+
+
+def measure(
+    network: Network,
+    split: Split,
+    spec: Corruptions,
+    *,
+    machine: Machine,
+    batch_size: int,
+    published: Published | None = None,
+    done: Mapping[str, Tensor] | None = None,
+    on_batch: Callable[[int], None] = lambda images: None,
+    on_part: Callable[[str, Tensor], None] = lambda name, right: None,
+) -> dict[str, Tensor]:
+    """`one` for every corruption of `spec`, in its order.
+
+    Args:
+        done: what an interrupted measurement had finished; these are not measured again.
+        on_part: called after each corruption that was measured, with its name and `one`'s result.
+    """
+    results = {}
+    for name in spec.names:
+        right = (done or {}).get(name)
+        if right is None:
+            right = one(network, split, spec, name, machine=machine, batch_size=batch_size, published=published, on_batch=on_batch)
+            on_part(name, right)
+        results[name] = right
+    return results
+
+
+@torch.no_grad()
+def one(
+    network: Network,
+    split: Split,
+    spec: Corruptions,
+    name: str,
+    *,
+    machine: Machine,
+    batch_size: int,
+    published: Published | None = None,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Tensor:
+    """Which images are classified right under one corruption: bool (S, N), a row per severity of `spec`.
+
+    Args:
+        split: clean images; the first `spec.images` of them are corrupted.
+        published: the published files; a corruption that has one is read instead of computed.
+        on_batch: called with the number of images done.
+    Raises:
+        UserError: a published file is damaged, or of other classes.
+    """
+    network.eval()
+    rows = []
+    for severity in spec.severities:
+        chosen, right = _images(split, spec, name, severity, published), []
+        for first in range(0, len(chosen), batch_size):
+            images = chosen.images[first : first + batch_size]
+            if not (published and name in published):
+                images = corrupt(name, images, severity=severity, seed=spec.seed, first=first)
+            with machine.autocast():
+                right.append(network(machine.images(images)).argmax(1).cpu() == chosen.labels[first : first + batch_size])
+            on_batch(len(images))
+        rows.append(torch.cat(right))
+    return torch.stack(rows)
+
+
+def _images(split: Split, spec: Corruptions, name: str, severity: int, published: Published | None) -> Split:
+    """The first images of the split, clean, or corrupted if the published files have them."""
+    if published and name in published:
+        found = published.read(name, severity)
+        if not torch.equal(found.labels, split.labels):
+            folder = published.folder
+            raise UserError(f"{folder} holds other labels than the test images; is it of another data set? See corruptions.folder")
+        split = found
+    return Split(split.images[: spec.images], split.labels[: spec.images])
+
+
+def metrics(results: Mapping[str, Tensor]) -> dict[str, float]:
+    """Flat metrics: accuracies, and the ends of their 95 % intervals.
+
+    The same images recur at every severity and in every corruption, so an image counts once, with its share of right answers:
+    see `clustered`. The interval speaks of other test images, not of other draws of the noise.
+
+    Args:
+        results: name -> bool (S, N), N the same for all.
+    """
+    rights = {f"corruption/{name}": right for name, right in results.items()}
+    if results:
+        rights["corruption/mean"] = torch.cat(list(results.values()))
+    flat = {}
+    for name, right in rights.items():
+        low, high = _interval(right)
+        flat |= {name: float(right.double().mean()), f"{name}/low": low, f"{name}/high": high}
+    return flat
+
+
+def _interval(right: Tensor) -> tuple[float, float]:
+    """Of bool (looks, N)."""
+    return clustered(right.double().mean(0).tolist(), looks=len(right))
+
+
+def describe(results: Mapping[str, Tensor], spec: Corruptions, *, published: Published | None = None) -> dict[str, dict[str, Any]]:
+    """The record of each figure: everything needed to measure it again. JSON-able."""
+    computed = {
+        "source": "computed",
+        "library": f"advml {__version__}",
+        **{library.__name__: library.__version__ for library in (np, PIL, scipy)},
+        "torch": torch.__version__,
+        "seed": spec.seed,
+    }
+    return {
+        f"corruption/{name}": {
+            "n": right.shape[1],
+            "kind": CORRUPTIONS[name].kind,
+            "severities": list(spec.severities),
+            "accuracies": right.double().mean(1).tolist(),
+            "interval": list(_interval(right)),
+            **({"source": published.folder.name} if published and name in published else computed),
+        }
+        for name, right in results.items()
+    }
