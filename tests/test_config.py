@@ -78,6 +78,28 @@ def test_the_last_of_two_overrides_wins(params: Path) -> None:
     assert config.load(params, ["data.seed=1", "data.seed=2"]).data.seed == 2
 
 
+def test_values_of_a_search_change_their_keys_and_no_other(params: Path) -> None:
+    before = config.load(params)
+    after = config.changed(before, {"regimes.Full-AT.learning_rate": 0.5, "threat_model.epsilon": "8/255"})
+    assert after == config.load(params, ["regimes.Full-AT.learning_rate=0.5", "threat_model.epsilon=8/255"]) != before
+    assert before == config.load(params)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("regimes.Full-AT.rate", 1, "space: unknown key 'regimes.Full-AT.rate'; choose from epochs, "),
+        ("regimes.FullAT.epochs", 1, "regimes.FullAT.epochs: unknown key 'regimes.FullAT'; choose from ST, AT, Partial-AT, Full-AT"),
+        ("temperature.x", 1, "temperature.x: 'temperature' is a value, not a section"),
+        ("regimes.Full-AT.epochs", 1.5, "space: regimes.Full-AT.epochs = 1.5; must be a whole number"),
+    ],
+)
+def test_a_wrong_value_of_a_search_gets_its_line(params: Path, key: str, value: float, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.changed(config.load(params), {key: value}, source="space")
+    assert str(caught.value).startswith(line)
+
+
 MISTAKES = {
     # unknown keys
     "threat_model.eps=1": "params.yaml: unknown key 'threat_model.eps'; choose from norm, epsilon",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -352,6 +353,18 @@ def validate(raw: dict[str, Any], *, source: str = "params.yaml") -> Config:
         raise UserError(f"{source}: {explain(error.errors()[0], Config)}") from None
 
 
+def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.yaml") -> Config:
+    """The configuration with other values under these dotted keys; checked like a file.
+
+    Raises:
+        UserError: one line naming key, value and choices.
+    """
+    raw = config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(raw, key, value)
+    return validate(raw, source=source)
+
+
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, in the order of params.yaml."""
     from ruamel.yaml import YAML
@@ -400,12 +413,16 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, value = parse_override(override)
+    _put(raw, key, value, told="-S ")
+
+
+def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
     node: Any = raw
     *parents, leaf = key.split(".")
     for done, name in enumerate(parents):
         if name not in node:
-            raise UserError(f"-S {key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
+            raise UserError(f"{told}{key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
         if not isinstance(node[name], dict):
-            raise UserError(f"-S {key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
+            raise UserError(f"{told}{key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
         node = node[name]
     node[leaf] = value
