@@ -50,7 +50,7 @@ PHASES = {
 
 
 def settings(**changes: object) -> config.Phase:
-    plain = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.0, "label_smoothing": 0.0, "adversarial_weight": 1.0}
+    plain = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.0, **config.NEUTRAL}
     plain |= {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01, "gradient_clip": None, "keep": "best"}
     return config.Phase(**(plain | changes))
 

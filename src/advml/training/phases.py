@@ -15,6 +15,8 @@ from typing import Literal
 from advml import config
 from advml.attacks.adversary import Adversary, training_adversary
 from advml.data.datasets import Dataset
+from advml.errors import UserError
+from advml.networks.layers import batch_norms, knows_blocks
 from advml.networks.models import Architecture, Network, build
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine, derived_seed
@@ -47,11 +49,12 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     """
     row, attacked = SCHEMES[scheme], phase == "at"
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
+    _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
     return Plan(
         network=network,
         phase=configuration.pretrain[scheme],
         task=lambda: pretraining_task(network, row, configuration),
-        adversary=training_adversary(configuration) if attacked else None,
+        adversary=training_adversary(configuration, configuration.pretrain[scheme]) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
     )
 
@@ -71,13 +74,14 @@ def finetuning(
         seed: of the new classifier, of batches and of random starts.
     """
     row, plan, phase = SCHEMES[scheme], REGIMES[regime], configuration.regimes[regime]
+    _check(f"regimes.{regime}", phase, network)
     if not plan.keeps_head(row):
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
     return Plan(
         network=network,
         phase=phase,
         task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
-        adversary=training_adversary(configuration) if plan.attacked else None,
+        adversary=training_adversary(configuration, phase) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
     )
 
@@ -155,6 +159,19 @@ def fit_phase(
         assert pretrained is not None, "a fine-tuning starts from a pretrained network"
         plan = finetuning(configuration, dataset, machine, pretrained, scheme=scheme, regime=which, seed=seed)
     return fit(plan, dataset, machine, checkpoint=checkpoint, on_epoch=on_epoch, on_batch=on_batch)
+
+
+def _check(key: str, phase: config.Phase, network: Network) -> None:
+    """What a phase asks of the backbone, before anything is trained.
+
+    Raises:
+        UserError: this one does not have it.
+    """
+    backbone = network.architecture.backbone
+    if phase.frozen_statistics and not batch_norms(network.encoder):
+        raise UserError(f"{key}.frozen_statistics = true has no effect: {backbone} has no batch norm; set it to false")
+    if phase.layer_decay < 1 and not knows_blocks(network.encoder):
+        raise UserError(f"{key}.layer_decay = {phase.layer_decay:g} needs the blocks of {backbone}, which timm does not tell; set it to 1")
 
 
 def architecture(configuration: config.Config, dataset: Dataset, *, head: str, attacked: bool) -> Architecture:
