@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from advml import config
+from advml.errors import UserError
 from advml.networks.models import Network
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -95,3 +96,31 @@ def test_a_plan_reads_no_image_before_it_is_fitted(make_network, dataset):
     network = make_network()
     network.encoder.register_forward_hook(lambda *_: pytest.fail("an image passed the encoder"))
     assert finetuning(CONFIG, dataset, CPU, network, scheme="CL", regime="Partial-AT", seed=0).task is not None
+
+
+# What a phase asks of the backbone
+
+
+def test_frozen_statistics_of_a_backbone_without_batch_norm_are_refused(make_network, dataset):
+    configuration = config.changed(CONFIG, {"regimes.Full-AT.frozen_statistics": True})
+    line = "regimes.Full-AT.frozen_statistics = true has no effect: test_vit has no batch norm; set it to false"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        finetuning(configuration, dataset, CPU, make_network(backbone="test_vit"), scheme="CL", regime="Full-AT", seed=0)
+    assert finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).task is not None
+
+
+def test_layer_decay_of_a_backbone_without_known_blocks_is_refused(make_network, dataset, monkeypatch):
+    configuration = config.changed(CONFIG, {"pretrain.CL.layer_decay": 0.5})
+    assert pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).task is not None
+    monkeypatch.delattr(type(make_network().encoder), "group_matcher")
+    line = r"pretrain\.CL\.layer_decay = 0\.5 needs the blocks of test_resnet, which timm does not tell; set it to 1"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        pretraining(configuration, dataset, scheme="CL", phase="at", seed=0)
+
+
+def test_a_phase_of_its_own_radius_and_steps_is_attacked_with_them(make_network, dataset):
+    configuration = config.changed(CONFIG, {"regimes.Full-AT.epsilon": 0.05, "pretrain.CL.attack_steps": 3})
+    tuned = finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).adversary
+    other = pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).adversary
+    assert (tuned.threat_model.epsilon, tuned.steps) == (0.05, 1)
+    assert (other.threat_model.epsilon, other.steps) == (CONFIG.threat_model.epsilon, 3)
