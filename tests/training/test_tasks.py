@@ -209,8 +209,11 @@ def test_at_the_image_itself_the_divergence_is_flat(make_network, images, labels
 def test_the_two_terms_of_trades_use_their_own_statistics(make_network, images, adversarial, labels):
     network = make_network(dual_batch_norm=True).train()
     layers = [module for module in network.modules() if isinstance(module, DualBatchNorm)]
-    Classification(network, loss="trades").adversarial_loss(images, adversarial, labels)
+    task = Classification(network, loss="trades")
+    task.adversarial_loss(images, adversarial, labels)
     assert {(int(layer.clean.num_batches_tracked), int(layer.adversarial.num_batches_tracked)) for layer in layers} == {(1, 1)}
+    with under_attack(network):
+        torch.testing.assert_close(task.training_objective(images, labels)(adversarial), task.adversarial_loss(images, adversarial, labels))
 
 
 # Statistics
