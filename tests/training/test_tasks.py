@@ -212,6 +212,8 @@ def test_the_two_terms_of_trades_use_their_own_statistics(make_network, images, 
     task = Classification(network, loss="trades")
     task.adversarial_loss(images, adversarial, labels)
     assert {(int(layer.clean.num_batches_tracked), int(layer.adversarial.num_batches_tracked)) for layer in layers} == {(1, 1)}
+    for layer in layers:
+        layer.clean.running_var.mul_(3)
     with under_attack(network):
         torch.testing.assert_close(task.training_objective(images, labels)(adversarial), task.adversarial_loss(images, adversarial, labels))
 
