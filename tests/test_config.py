@@ -80,6 +80,28 @@ def test_the_last_of_two_overrides_wins(params: Path) -> None:
     assert config.load(params, ["data.seed=1", "data.seed=2"]).data.seed == 2
 
 
+def test_values_of_a_search_change_their_keys_and_no_other(params: Path) -> None:
+    before = config.load(params)
+    after = config.changed(before, {"regimes.Full-AT.learning_rate": 0.5, "threat_model.epsilon": "8/255"})
+    assert after == config.load(params, ["regimes.Full-AT.learning_rate=0.5", "threat_model.epsilon=8/255"]) != before
+    assert before == config.load(params)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("regimes.Full-AT.rate", 1, "space: unknown key 'regimes.Full-AT.rate'; choose from epochs, "),
+        ("regimes.FullAT.epochs", 1, "regimes.FullAT.epochs: unknown key 'regimes.FullAT'; choose from ST, AT, Partial-AT, Full-AT"),
+        ("temperature.x", 1, "temperature.x: 'temperature' is a value, not a section"),
+        ("regimes.Full-AT.epochs", 1.5, "space: regimes.Full-AT.epochs = 1.5; must be a whole number"),
+    ],
+)
+def test_a_wrong_value_of_a_search_gets_its_line(params: Path, key: str, value: float, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.changed(config.load(params), {key: value}, source="space")
+    assert str(caught.value).startswith(line)
+
+
 MISTAKES = {
     # unknown keys
     "threat_model.eps=1": "params.yaml: unknown key 'threat_model.eps'; choose from norm, epsilon",
@@ -125,6 +147,26 @@ MISTAKES = {
     "the contrastive objective has no cross-entropy; set it to 0",
     "regimes.AT.adversarial_weight=2": "regimes.AT.adversarial_weight = 2 has no effect: "
     "this regime fine-tunes on clean images alone; set it to 1",
+    "regimes.ST.loss=trades": "regimes.ST.loss = trades has no effect: this regime fine-tunes on clean images alone; set it to two-term",
+    "regimes.AT.epsilon=0.1": "regimes.AT.epsilon = 0.1 has no effect: this regime fine-tunes on clean images alone; set it to null",
+    "regimes.ST.epsilon_warmup=0.5": "regimes.ST.epsilon_warmup = 0.5 has no effect: "
+    "this regime fine-tunes on clean images alone; set it to 0",
+    "regimes.AT.attack_steps=3": "regimes.AT.attack_steps = 3 has no effect: this regime fine-tunes on clean images alone; set it to null",
+    "regimes.Partial-AT.layer_decay=0.5": "regimes.Partial-AT.layer_decay = 0.5 has no effect: "
+    "this regime learns a head, and the encoder is fixed; set it to 1",
+    "regimes.Partial-AT.frozen_statistics=true": "regimes.Partial-AT.frozen_statistics = true has no effect: "
+    "this regime learns a head, and the encoder is fixed; set it to false",
+    "pretrain.CL.loss=trades": "pretrain.CL.loss = trades has no effect: "
+    "the contrastive objective has no cross-entropy; set it to two-term",
+    "pretrain.SL.frozen_statistics=true": "pretrain.SL.frozen_statistics = true has no effect: "
+    "pretraining starts without statistics to keep; set it to false",
+    "regimes.Full-AT.loss=mart": "params.yaml: regimes.Full-AT.loss = 'mart'; choose from two-term, trades",
+    "regimes.Full-AT.layer_decay=0": "params.yaml: regimes.Full-AT.layer_decay = 0; must be above 0",
+    "regimes.Full-AT.layer_decay=1.5": "params.yaml: regimes.Full-AT.layer_decay = 1.5; must be at most 1",
+    "regimes.Full-AT.epsilon_warmup=2": "params.yaml: regimes.Full-AT.epsilon_warmup = 2; must be at most 1",
+    "regimes.Full-AT.attack_steps=0": "params.yaml: regimes.Full-AT.attack_steps = 0; must be at least 1",
+    "regimes.Full-AT.epsilon=8": "regimes.Full-AT.epsilon = 8 exceeds the whole range of a pixel; "
+    "images live in [0, 1], so write 8/255 for eight grey levels",
     "regimes={}": "regimes lacks the section ST; it needs ST, AT, Partial-AT, Full-AT",
     # no override at all
     "epsilon": "-S epsilon is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
@@ -182,6 +224,35 @@ def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:
     assert complaint(params, "data.name=folder", "data.path=photos") == (
         "params.yaml: data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64"
     )
+
+
+def test_trades_from_the_image_itself_is_refused(params: Path) -> None:
+    """There the divergence is smallest, and flat: the attack would not move."""
+    assert config.load(params, ["regimes.Full-AT.loss=trades"]).regimes["Full-AT"].loss == "trades"
+    assert complaint(params, "regimes.Full-AT.loss=trades", "attack.random_start=false") == (
+        "params.yaml: regimes.Full-AT.loss = trades needs attack.random_start = true: "
+        "at the image itself its divergence has no gradient to follow"
+    )
+
+
+@pytest.mark.parametrize("key", ["pretrain.SL", "regimes.Partial-AT", "regimes.Full-AT"])
+def test_every_attacked_phase_with_cross_entropy_takes_the_options_of_the_attack(params: Path, key: str) -> None:
+    values = {"loss": "trades", "adversarial_weight": 6.0, "epsilon": 0.1, "epsilon_warmup": 0.5, "attack_steps": 2}
+    assert values.keys() == set(config.OF_THE_ATTACK)
+    loaded = config.changed(config.load(params), {f"{key}.{name}": value for name, value in values.items()})
+    assert {name: getattr(loaded.phases[key], name) for name in values} == values
+
+
+def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused(params: Path) -> None:
+    other = {"layer_decay": 0.5, "label_smoothing": 0.5, "loss": "trades", "adversarial_weight": 0.5, "epsilon": 0.5}
+    other |= {"epsilon_warmup": 0.5, "attack_steps": 1, "frozen_statistics": True}
+    loaded = config.load(params)
+    assert other.keys() == config.NEUTRAL.keys()
+    for key, names in config.WITHOUT_EFFECT.items():
+        for name, why in names.items():
+            assert config.changed(loaded, {f"{key}.{name}": config.NEUTRAL[name]}).phases[key] is not None
+            with pytest.raises(UserError, match=f"{key}.{name} = .* has no effect: {why}; set it to "):
+                config.changed(loaded, {f"{key}.{name}": other[name]})
 
 
 def test_restarts_that_would_repeat_the_same_attack_are_refused(params: Path) -> None:

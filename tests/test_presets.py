@@ -95,11 +95,17 @@ def test_the_paper_protocol_is_the_column_of_the_paper(name: str) -> None:
         resized_crop=(0.08, 1), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2
     )
     threat_model = {"norm": "linf", "epsilon": 8 / 255}
-    attack = {"step_size": 0.01, "random_start": False, "keep": "last"}
+    attack = {"step_size": 0.01, "random_start": False, "keep": "last", "momentum": 0.0, "schedule": "constant"}
     assert asdict(training_adversary(paper)) == {"threat_model": threat_model, "steps": 5, "mode": "train", **attack}
     measured = evaluation_adversary(paper, epsilon=paper.threat_model.epsilon / 2)
     assert asdict(measured) == {"threat_model": {**threat_model, "epsilon": 4 / 255}, "steps": 40, "mode": "eval", **attack}
     assert paper.evaluate.restarts == 1
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_no_preset_uses_an_option_that_is_there_to_be_searched(name: str, protocol: str) -> None:
+    for phase in load(name, protocol).phases.values():
+        assert {key: getattr(phase, key) for key in config.NEUTRAL} == config.NEUTRAL
 
 
 def test_the_paper_protocol_says_where_its_own_epsilon_is_measured() -> None:

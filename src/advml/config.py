@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -182,16 +183,42 @@ class Phase(Section):
     weight_decay: NonNegative
     schedule: Literal["constant", "cosine", "onecycle"]
     warmup: Share  # share of all steps, linear from 0; `onecycle` has its own
+    layer_decay: PositiveShare  # block k from the top learns at layer_decay^k of the rate; 1: all alike
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
-    adversarial_weight: NonNegative  # weight of the attacked term beside the clean one
+    loss: Literal["two-term", "trades"]  # CE(x) + w CE(x + d), or CE(x) + w KL(p(x), p(x + d))
+    adversarial_weight: NonNegative  # w: weight of the attacked term beside the clean one
+    epsilon: Positive | None  # radius in this phase; None: threat_model.epsilon
+    epsilon_warmup: Share  # share of all steps over which that radius, and the step with it, rises from 0
+    attack_steps: Count | None  # in this phase; None: attack.steps
+    frozen_statistics: bool  # batch norms keep the statistics of pretraining; their weights learn
     gradient_clip: Positive | None
     keep: Literal["best", "last"]  # best on validation, never on test
 
 
-# Phase -> a key that it has no use for, the neutral value, why.
-WITHOUT_EFFECT: dict[str, tuple[str, float, str]] = {
-    **dict.fromkeys(("pretrain.CL", "pretrain.SCL"), ("label_smoothing", 0.0, "the contrastive objective has no cross-entropy")),
-    **dict.fromkeys(("regimes.ST", "regimes.AT"), ("adversarial_weight", 1.0, "this regime fine-tunes on clean images alone")),
+# The values under which a phase trains as if these keys did not exist.
+NEUTRAL: dict[str, Any] = {
+    "layer_decay": 1.0,
+    "label_smoothing": 0.0,
+    "loss": "two-term",
+    "adversarial_weight": 1.0,
+    "epsilon": None,
+    "epsilon_warmup": 0.0,
+    "attack_steps": None,
+    "frozen_statistics": False,
+}
+OF_THE_ATTACK = ("loss", "adversarial_weight", "epsilon", "epsilon_warmup", "attack_steps")
+_FROM_SCRATCH = {"frozen_statistics": "pretraining starts without statistics to keep"}
+_CONTRASTIVE = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy") | _FROM_SCRATCH
+_HEAD_ONLY = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime learns a head, and the encoder is fixed")
+_CLEAN = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images alone") | _HEAD_ONLY
+# Phase -> the keys that it has no use for, and why; they must be neutral.
+WITHOUT_EFFECT: dict[str, dict[str, str]] = {
+    "pretrain.SL": _FROM_SCRATCH,
+    "pretrain.CL": _CONTRASTIVE,
+    "pretrain.SCL": _CONTRASTIVE,
+    "regimes.ST": _CLEAN,
+    "regimes.AT": _CLEAN,
+    "regimes.Partial-AT": _HEAD_ONLY,
 }
 
 
@@ -294,6 +321,11 @@ class Runtime(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
+def _plain(value: Any) -> str:
+    """As YAML writes it."""
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+
+
 class Config(Section):
     """All of params.yaml."""
 
@@ -323,8 +355,9 @@ class Config(Section):
             missing = [name for name in names if name not in present]
             if missing:
                 raise ValueError(f"{key} lacks the section {missing[0]}; it needs {', '.join(names)}")
-        for key, epsilon in (("threat_model", self.threat_model.epsilon), ("evaluate", self.evaluate.epsilon or 0)):
-            if self.threat_model.norm == "linf" and epsilon > 1:
+        radii = {"threat_model": self.threat_model.epsilon, "evaluate": self.evaluate.epsilon}
+        for key, epsilon in (radii | {key: phase.epsilon for key, phase in self.phases.items()}).items():
+            if self.threat_model.norm == "linf" and epsilon is not None and epsilon > 1:
                 raise ValueError(
                     f"{key}.epsilon = {epsilon:g} exceeds the whole range of a pixel; "
                     "images live in [0, 1], so write 8/255 for eight grey levels"
@@ -334,17 +367,24 @@ class Config(Section):
     @model_validator(mode="after")
     def _phases(self) -> Config:
         """A value that counts twice, or not at all, would mislead whoever reads the file."""
-        phases = {f"pretrain.{name}": phase for name, phase in self.pretrain.items()}
-        phases |= {f"regimes.{name}": phase for name, phase in self.regimes.items()}
-        for key, phase in phases.items():
+        for key, phase in self.phases.items():
             if phase.schedule == "onecycle" and phase.warmup:
                 raise ValueError(
                     f"{key}.warmup = {phase.warmup:g} doubles the warm-up of onecycle; set it to 0, or {key}.schedule = cosine"
                 )
-        for key, (name, neutral, why) in WITHOUT_EFFECT.items():
-            if (value := getattr(phases[key], name)) != neutral:
-                raise ValueError(f"{key}.{name} = {value:g} has no effect: {why}; set it to {neutral:g}")
+            if phase.loss == "trades" and not self.attack.random_start:
+                raise ValueError(
+                    f"{key}.loss = trades needs attack.random_start = true: at the image itself its divergence has no gradient to follow"
+                )
+        for key, name, why in ((key, name, why) for key, names in WITHOUT_EFFECT.items() for name, why in names.items()):
+            if (value := getattr(self.phases[key], name)) != NEUTRAL[name]:
+                raise ValueError(f"{key}.{name} = {_plain(value)} has no effect: {why}; set it to {_plain(NEUTRAL[name])}")
         return self
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """All phases by their keys, e.g. `pretrain.CL`, `regimes.Full-AT`."""
+        return {f"{kind}.{name}": phase for kind in ("pretrain", "regimes") for name, phase in getattr(self, kind).items()}
 
     @property
     def attacked_epsilon(self) -> float:
@@ -387,6 +427,18 @@ def validate(raw: dict[str, Any], *, source: str = "params.yaml") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error.errors()[0], Config)}") from None
+
+
+def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.yaml") -> Config:
+    """The configuration with other values under these dotted keys; checked like a file.
+
+    Raises:
+        UserError: one line naming key, value and choices.
+    """
+    raw = config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(raw, key, value)
+    return validate(raw, source=source)
 
 
 def dump(config: Config) -> str:
@@ -437,12 +489,16 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, value = parse_override(override)
+    _put(raw, key, value, told="-S ")
+
+
+def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
     node: Any = raw
     *parents, leaf = key.split(".")
     for done, name in enumerate(parents):
         if name not in node:
-            raise UserError(f"-S {key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
+            raise UserError(f"{told}{key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
         if not isinstance(node[name], dict):
-            raise UserError(f"-S {key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
+            raise UserError(f"{told}{key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
         node = node[name]
     node[leaf] = value

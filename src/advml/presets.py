@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from advml.config import apply, parse_override, validate
+from advml.config import NEUTRAL, apply, parse_override, validate
 from advml.errors import UserError
 from advml.rewrite import rewrite
 
@@ -32,7 +32,7 @@ class Preset:
 
 def _phase(*sections: str, **values: Any) -> dict[str, dict[str, Any]]:
     """The same training phase, whole and in the template's order, in several sections."""
-    neutral = {"warmup": 0.0, "label_smoothing": 0.0, "adversarial_weight": 1.0, "gradient_clip": None, "keep": "best"}
+    neutral = {"warmup": 0.0, **NEUTRAL, "gradient_clip": None, "keep": "best"}
     order = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", *neutral)
     return {section: {key: {**neutral, **values}[key] for key in order} for section in sections}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.adversary import Adversary, evaluation_adversary, training_adversary
-from advml.attacks.pgd import Objective
+from advml.attacks.pgd import Objective, pgd
 from advml.attacks.threat import NORMS, ThreatModel
 from advml.networks.models import Architecture, Network, build, under_attack
 from advml.training.objectives import contrastive_pair, cross_entropy
@@ -235,6 +236,33 @@ def test_the_hoisted_clean_embedding_gives_exactly_what_recomputing_it_gives(mod
     assert torch.equal(ours, slow) and not torch.equal(ours, images)
 
 
+@pytest.mark.parametrize("option", [{"momentum": 0.9}, {"schedule": "linear"}], ids=["momentum", "schedule"])
+def test_momentum_and_schedule_reach_the_attack(option):
+    network, (images, labels) = small_network().eval(), batch()
+
+    def attack(**changes) -> Tensor:
+        return adversary(steps=5, **changes).attack(network, lambda: classification(network, labels), images, generator=seeded())
+
+    expected = pgd(
+        classification(network, labels),
+        images,
+        threat_model=ThreatModel("linf", 0.1),
+        steps=5,
+        step_size=0.05,
+        start=ThreatModel("linf", 0.1).random_start(images, generator=seeded()),
+        **option,
+    )
+    torch.testing.assert_close(attack(**option), expected, atol=1e-5, rtol=0)
+    assert (attack(**option) - attack()).abs().max() > 1e-3
+
+
+def test_a_scaled_adversary_is_smaller_in_radius_and_step_alone():
+    whole = adversary(momentum=0.5, schedule="cosine", mode="train")
+    half = whole.scaled(0.5)
+    assert half == replace(whole, threat_model=ThreatModel("linf", 0.05), step_size=0.025)
+    assert whole.scaled(1) is whole
+
+
 # Settings
 
 
@@ -246,6 +274,24 @@ def test_the_training_adversary_is_what_params_yaml_says():
         ThreatModel("linf", 8 / 255), steps=5, step_size=pytest.approx(4 / 255), random_start=False, keep="last", mode="train"
     )
     assert training_adversary(config.load(PARAMS, ["attack.step_size=0.01"])).step_size == 0.01
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epsilon", "steps", "step_size"),
+    [
+        ([], 0.2, 5, 0.1),
+        (["regimes.Full-AT.epsilon=0.1"], 0.1, 5, 0.05),
+        (["regimes.Full-AT.attack_steps=2"], 0.2, 2, 0.25),
+        (["regimes.Full-AT.attack_steps=1"], 0.2, 1, 0.2),
+        (["regimes.Full-AT.epsilon=0.1", "attack.step_size=0.03"], 0.1, 5, 0.03),
+    ],
+)
+def test_a_phase_may_have_a_radius_and_a_number_of_steps_of_its_own(overrides, epsilon, steps, step_size):
+    configuration = config.load(PARAMS, ["threat_model.epsilon=0.2", "attack.steps=5", *overrides])
+    made = training_adversary(configuration, configuration.regimes["Full-AT"])
+    assert (made.threat_model.epsilon, made.steps) == (epsilon, steps) and made.step_size == pytest.approx(step_size)
+    assert training_adversary(configuration, configuration.regimes["Partial-AT"]).threat_model.epsilon == 0.2
+    assert evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon).threat_model.epsilon == 0.2
 
 
 def test_the_evaluation_adversary_is_what_params_yaml_says():

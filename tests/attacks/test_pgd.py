@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from advml.attacks.pgd import default_step_size, pgd
+from advml.attacks.pgd import STEP_SCHEDULES, accumulate, default_step_size, pgd
 from advml.attacks.threat import NORMS, ThreatModel
 from advml.networks.models import Architecture, Network, build
 from advml.training.objectives import contrastive_pair, cross_entropy
@@ -198,6 +200,102 @@ def test_an_objective_in_float32_keeps_a_float32_gradient_under_bf16_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attacked = pgd(objective, images, threat_model=ThreatModel("l2", 0.8), steps=3, start=start)
     assert torch.equal(attacked, expected)
+
+
+# Momentum and schedules
+
+
+def literal_attack(
+    network: Network, images: Tensor, labels: Tensor, *, norm: str, steps: int, step_size: float, momentum: float, factors: list[float]
+) -> Tensor:
+    """Dong et al. 2018, alg. 1 image by image, with the sum of |g| of the paper, and step sizes from a list."""
+    epsilon, attacked = EPSILON[norm], []
+    for image, label in zip(images, labels, strict=True):
+        x, velocity = image.clone(), torch.zeros_like(image)
+        for factor in factors:
+            x = x.detach().requires_grad_()
+            loss = -torch.log_softmax(network(x[None]), 1)[0, label]
+            (g,) = torch.autograd.grad(loss, x)
+            velocity = momentum * velocity + g / g.abs().sum() if momentum else g
+            direction = velocity.sign() if norm == "linf" else velocity / velocity.pow(2).sum().sqrt()
+            d = x.detach() + step_size * factor * direction - image
+            d = d.clamp(-epsilon, epsilon) if norm == "linf" else d * min(1.0, epsilon / float(d.pow(2).sum().sqrt()))
+            x = (image + d).clamp(0, 1)
+        attacked.append(x)
+    assert len(factors) == steps
+    return torch.stack(attacked)
+
+
+LINEAR, COSINE = [1, 4 / 5, 3 / 5, 2 / 5, 1 / 5], [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(5)]
+OPTIONS = {
+    "momentum": {"momentum": 0.9, "factors": [1] * 5},
+    "momentum of 1": {"momentum": 1.0, "factors": [1] * 5},
+    "linear": {"schedule": "linear", "momentum": 0.0, "factors": LINEAR},
+    "cosine": {"schedule": "cosine", "momentum": 0.0, "factors": COSINE},
+    "both": {"schedule": "cosine", "momentum": 0.75, "factors": COSINE},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_momentum_and_schedules_follow_a_literal_transcription(norm, option):
+    network, (images, labels) = small_network(), batch()
+    factors = option["factors"]
+    ours = {key: value for key, value in option.items() if key != "factors"}
+    settings = {"threat_model": ThreatModel(norm, EPSILON[norm]), "steps": 5, "step_size": EPSILON[norm] / 3}
+    attacked = pgd(lambda x: cross_entropy(network(x), labels), images, **settings, **ours)
+    expected = literal_attack(
+        network, images, labels, norm=norm, steps=5, step_size=EPSILON[norm] / 3, momentum=option["momentum"], factors=factors
+    )
+    torch.testing.assert_close(attacked, expected, atol=2e-6, rtol=0)
+    plain = pgd(lambda x: cross_entropy(network(x), labels), images, **settings)
+    assert (attacked - plain).abs().max() > 1e-3  # else nothing is tested
+
+
+@BOTH
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_spelled_out_defaults_give_the_same_bits(norm, keep):
+    network, (images, labels) = small_network(), batch()
+    settings = {"threat_model": ThreatModel(norm, EPSILON[norm]), "steps": 4, "keep": keep}
+    plain = pgd(lambda x: cross_entropy(network(x), labels), images, **settings)
+    assert torch.equal(pgd(lambda x: cross_entropy(network(x), labels), images, **settings, momentum=0.0, schedule="constant"), plain)
+
+
+@pytest.mark.parametrize(("keep", "forwards"), [("last", 5), ("best", 6)])
+def test_momentum_and_schedules_take_no_further_pass(keep, forwards):
+    images, passes, gradients = batch()[0], [], []
+
+    def objective(x: Tensor) -> Tensor:
+        passes.append(1)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradients.append(1))
+        return x.flatten(1).square().sum(1)
+
+    pgd(objective, images, threat_model=ThreatModel("linf", 0.1), steps=5, keep=keep, momentum=0.9, schedule="cosine")
+    assert (len(passes), len(gradients)) == (forwards, 5)
+
+
+@pytest.mark.parametrize("schedule", STEP_SCHEDULES)
+def test_a_schedule_begins_with_the_whole_step_and_wastes_none(schedule):
+    factors = [STEP_SCHEDULES[schedule](step / 10) for step in range(10)]
+    assert factors[0] == 1 and all(0 < after <= before for before, after in itertools.pairwise(factors))
+    assert (factors[-1] <= 0.1) == (schedule != "constant")
+
+
+def test_gradients_of_zeros_stay_zeros_and_the_smallest_ones_count():
+    gradient = torch.stack([torch.zeros(1, 2, 2), torch.full((1, 2, 2), 1e-30), torch.full((1, 2, 2), 1e30)])
+    first = accumulate(None, gradient, momentum=0.9)
+    torch.testing.assert_close(first.flatten(1).mean(1), torch.tensor([0.0, 1.0, 1.0]))
+    second = accumulate(first, -gradient, momentum=0.9)
+    torch.testing.assert_close(second.flatten(1).mean(1), torch.tensor([0.0, -0.1, -0.1]))
+
+
+def test_momentum_of_one_image_does_not_depend_on_the_others():
+    network, (images, labels) = small_network(), batch()
+    settings = {"threat_model": ThreatModel("l2", 0.8), "steps": 4, "momentum": 0.9}
+    together = pgd(lambda x: cross_entropy(network(x), labels), images, **settings)
+    alone = pgd(lambda x: cross_entropy(network(x), labels[2:3]), images[2:3], **settings)
+    torch.testing.assert_close(together[2:3], alone, atol=1e-5, rtol=0)
 
 
 # Side effects

@@ -206,6 +206,8 @@ def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
         "random_start": True,
         "keep": "best",
         "mode": "eval",
+        "momentum": 0.0,
+        "schedule": "constant",
         "restarts": 3,
         "seed": 7,
         "batch_size": 64,

@@ -110,9 +110,8 @@ def test_standard_and_adversarial_pretraining_start_from_the_same_weights(make_s
     """So that the attack is all that tells them apart. Another seed starts elsewhere."""
     monkeypatch.setattr(pretrain, "learn", lambda context, job, reuse: job)
     context = make_study().context()
-    first, second, other = (
-        pretrain.run(context, scheme="CL", phase=phase, seed=seed).network.state_dict() for phase, seed in (("st", 0), ("at", 0), ("st", 1))
-    )
+    jobs = [pretrain.run(context, scheme="CL", phase=phase, seed=seed) for phase, seed in (("st", 0), ("at", 0), ("st", 1))]
+    first, second, other = (job.plan.network.state_dict() for job in jobs)
     assert same(first, second, "encoder") and same(first, second, "projection_head") and not same(first, other, "encoder")
 
 
@@ -179,7 +178,7 @@ def test_dual_batch_norm_is_only_for_attacked_networks(make_study, monkeypatch):
     monkeypatch.setattr(pretrain, "learn", lambda context, job, reuse: job)
     context = make_study("dual", "model.batch_norm=dual").context()
     jobs = {phase: pretrain.run(context, scheme="SL", phase=phase, seed=0) for phase in ("st", "at")}
-    assert {phase: job.network.architecture.dual_batch_norm for phase, job in jobs.items()} == {"st": False, "at": True}
+    assert {phase: job.plan.network.architecture.dual_batch_norm for phase, job in jobs.items()} == {"st": False, "at": True}
 
 
 # evaluate

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.adversary import training_adversary
+from advml.attacks.adversary import Adversary, training_adversary
 from advml.data.datasets import Dataset, Split
 from advml.data.views import view
 from advml.errors import Failure
@@ -50,7 +50,7 @@ PHASES = {
 
 
 def settings(**changes: object) -> config.Phase:
-    plain = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.0, "label_smoothing": 0.0, "adversarial_weight": 1.0}
+    plain = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.0, **config.NEUTRAL}
     plain |= {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01, "gradient_clip": None, "keep": "best"}
     return config.Phase(**(plain | changes))
 
@@ -80,7 +80,7 @@ def fit(tmp_path, small, make_network) -> Callable[..., tuple[Network, list[dict
     ) -> tuple[Network, list[dict[str, float]]]:
         network = network or make_network()
         values = settings(**changes)
-        adversary = training_adversary(configuration) if PHASES[phase][2] else None
+        adversary = training_adversary(configuration, values) if PHASES[phase][2] else None
         checkpoint = checkpoint or Checkpoint(tmp_path / f"scratch{next(made)}", "same")
         task = make_task(phase, network, data, values)
         return network, list(train(task, data, values, adversary=adversary, seed=seed, machine=machine, checkpoint=checkpoint))
@@ -120,14 +120,19 @@ def literal_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0
     return -(q * p.log()).sum(1).mean()
 
 
-def literal_pgd(loss: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator) -> Tensor:
-    """Two steps of 2.5 epsilon / 2 along the sign of the gradient, from a uniformly random start, inside ball and box."""
-    epsilon = CONFIG.threat_model.epsilon
+def literal_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Zhang et al. 2019, eq. 5: sum_k p_k log(p_k / q_k), p from the first logits."""
+    p, q = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True) for logits in (first, second))
+    return (p * (p / q).log()).sum(1).mean()
+
+
+def literal_pgd(loss: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator, *, epsilon: float, steps: int) -> Tensor:
+    """Steps of 2.5 epsilon / steps along the sign of the gradient, from a uniformly random start, inside ball and box."""
     attacked = (x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
-    for _ in range(2):
+    for _ in range(steps):
         attacked = attacked.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss(attacked), attacked)
-        attacked = attacked.detach() + 1.25 * epsilon * gradient.sign()
+        attacked = attacked.detach() + 2.5 * epsilon / steps * gradient.sign()
         attacked = torch.minimum(torch.maximum(attacked, x - epsilon), x + epsilon).clamp(0, 1)
     return attacked
 
@@ -141,6 +146,9 @@ class Literal:
     groups: list[int] | None = None
     smoothing: float = 0.0
     modes: tuple[bool, bool] = (True, False)  # train mode while learning, while attacked
+    trades: bool = False
+    epsilon: float = CONFIG.threat_model.epsilon
+    steps: int = 2
 
     def pair(self, first: Tensor, second: Tensor) -> Tensor:
         return literal_contrastive(*self.network.embed(torch.cat([first, second])).chunk(2), self.groups, CONFIG.temperature)
@@ -154,8 +162,14 @@ class Literal:
 
     def adversarial(self, x: Tensor, generator: torch.Generator) -> Tensor:
         self.network.train(self.modes[1])
-        attacked = literal_pgd(lambda d: self.pair(x, d) if self.groups else self.classify(d, 0.0), x, generator)
+        fixed = self.network(x).detach() if self.trades else None
+        loss = lambda d: self.pair(x, d) if self.groups else self.classify(d, 0.0)  # noqa: E731
+        if self.trades:
+            loss = lambda d: literal_divergence(fixed, self.network(d))  # noqa: E731
+        attacked = literal_pgd(loss, x, generator, epsilon=self.epsilon, steps=self.steps)
         self.network.train(self.modes[0])
+        if self.trades:
+            return literal_divergence(self.network(x), self.network(attacked))
         return self.pair(x, attacked) if self.groups else self.classify(attacked, self.smoothing)
 
 
@@ -165,7 +179,22 @@ STEPS = {
     "gradient clipped": ("SL at", {"gradient_clip": 0.05}),
     "labels smoothed": ("SL at", {"label_smoothing": 0.2}),
     "head with smoothed labels": ("CL Partial-AT", {"label_smoothing": 0.2, "adversarial_weight": 2.0}),
+    "trades, pretraining": ("SL at", {"loss": "trades", "adversarial_weight": 6.0, "label_smoothing": 0.1}),
+    "trades, head": ("CL Partial-AT", {"loss": "trades", "adversarial_weight": 6.0}),
+    "trades, encoder and head": ("CL Full-AT", {"loss": "trades", "adversarial_weight": 6.0}),
+    "a radius of its own": ("CL at", {"epsilon": 0.05}),
+    "steps of its own": ("SL at", {"attack_steps": 3}),
+    "layers that learn less": ("CL Full-AT", {"layer_decay": 0.5}),
+    "frozen statistics": ("CL Full-AT", {"frozen_statistics": True}),
+    "all at once": ("CL Full-AT", {"loss": "trades", "layer_decay": 0.7, "frozen_statistics": True, "epsilon": 0.1, "attack_steps": 3}),
 }
+# Of test_resnet: how far below the heads a parameter lies.
+DEPTHS = {"classifier": 0, "projection_head": 0, "layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4, "conv1": 5, "bn1": 5}
+
+
+def depth(name: str) -> int:
+    """`encoder.layer3.0.conv1.weight` -> 2"""
+    return DEPTHS[name.removeprefix("encoder.").split(".")[0]]
 
 
 @pytest.mark.parametrize(("phase", "changes"), STEPS.values(), ids=STEPS)
@@ -180,7 +209,16 @@ def test_one_step_equals_the_formulas(fit, make_network, dataset, phase, changes
     x, labels = data.train.images[order].float() / 255, data.train.labels[order]
     pretrains, head_only = kind == "pretrain", kind in ("ST", "Partial-AT")
     groups = {"CL": list(range(16)), "SCL": labels.tolist()}.get(scheme) if pretrains else None
-    literal = Literal(network, labels, groups, changes.get("label_smoothing", 0.0), modes=(not head_only, False))
+    literal = Literal(
+        network,
+        labels,
+        groups,
+        changes.get("label_smoothing", 0.0),
+        modes=(not head_only and not changes.get("frozen_statistics"), False),
+        trades=changes.get("loss") == "trades",
+        epsilon=changes.get("epsilon", CONFIG.threat_model.epsilon),
+        steps=changes.get("attack_steps", 2),
+    )
     spec = {"SL": CONFIG.views.supervised}.get(scheme, CONFIG.views.contrastive)
     clean = literal.clean([view(x, spec, generator=generator) for _ in range(2 if groups else 1)] if pretrains else [x])
     adversarial = literal.adversarial(x, generator) if attacked else torch.zeros(())
@@ -190,8 +228,10 @@ def test_one_step_equals_the_formulas(fit, make_network, dataset, phase, changes
     size = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
     shrink = min(1.0, changes.get("gradient_clip", math.inf) / size)
     assert "gradient_clip" not in changes or shrink < 0.5  # else nothing is tested
+    names = {parameter: name for name, parameter in network.named_parameters()}
     for parameter, gradient in zip(learners, gradients, strict=True):
-        parameter.data -= 0.1 * shrink * (gradient + 0.9 * gradient)  # the first step of SGD with Nesterov momentum 0.9
+        rate = 0.1 * changes.get("layer_decay", 1.0) ** depth(names[parameter])
+        parameter.data -= rate * shrink * (gradient + 0.9 * gradient)  # the first step of SGD with Nesterov momentum 0.9
 
     assert record["train/loss"] == pytest.approx(clean.item(), rel=1e-4)
     assert record.get("train/adversarial_loss", 0.0) == pytest.approx(adversarial.item(), rel=1e-4)
@@ -227,6 +267,56 @@ def test_full_adversarial_training_changes_the_encoder_and_not_the_projection_he
 def test_pretraining_changes_the_encoder_and_its_own_head(fit, make_network, phase, heads):
     network, _ = fit(phase, epochs=1)
     assert changed(weights(make_network()), weights(network)) == {"encoder", heads}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("dual", [False, True])
+def test_frozen_statistics_stay_and_everything_else_learns(fit, make_network, mode, dual):
+    configuration = configured(f"attack.batch_norm={mode}")
+    network, _ = fit(
+        "CL Full-AT", network=make_network(dual_batch_norm=dual), configuration=configuration, epochs=1, frozen_statistics=True
+    )
+    before, after = weights(make_network(dual_batch_norm=dual)), weights(network)
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert all(torch.equal(before[key], after[key]) for key in before if key.endswith(statistics))
+    norms = [name for name, layer in network.encoder.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    assert not any(torch.equal(before[f"encoder.{name}.bias"], after[f"encoder.{name}.bias"]) for name in norms if name.startswith("bn1"))
+    assert {"encoder", "classifier"} == changed(before, after)
+
+
+# The radius that rises
+
+
+@pytest.fixture
+def radii(monkeypatch) -> list[tuple[float, float, bool]]:
+    """(radius, step size, whether it trains) of every attack from here on."""
+    seen, attack = [], Adversary.attack
+
+    def watch(adversary: Adversary, network: Network, *rest: object, **options: object) -> Tensor:
+        seen.append((adversary.threat_model.epsilon, adversary.step_size, network.training))
+        return attack(adversary, network, *rest, **options)
+
+    monkeypatch.setattr(Adversary, "attack", watch)
+    return seen
+
+
+@pytest.mark.parametrize("phase", ["SL at", "CL at", "CL Full-AT"])
+def test_the_radius_rises_with_its_step_and_validation_attacks_at_the_whole(fit, radii, phase):
+    """64 images in batches of 16, 2 epochs: 8 steps, the first 4 of them on the way."""
+    fit(phase, epochs=2, batch_size=16, epsilon_warmup=0.5, epsilon=0.2)
+    shares = [epsilon / 0.2 for epsilon, _, trains in radii if trains]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert all(step == pytest.approx(1.25 * epsilon) for epsilon, step, _ in radii)
+    assert {epsilon for epsilon, _, trains in radii if not trains} == {0.2}
+
+
+def test_the_score_of_validation_does_not_depend_on_the_loss(fit, small, monkeypatch):
+    """Else trials of a search would be scored by attacks of different strength."""
+    objectives = []
+    monkeypatch.setattr(Classification, "objective", lambda task, images, labels: objectives.append(1) or task.term.objective)
+    monkeypatch.setattr(Adversary, "attack", lambda adversary, network, objective, images, *, generator: objective() and images)
+    fit("CL Full-AT", loss="trades", epochs=1)
+    assert len(objectives) == 1  # of the one batch of validation; training takes another one
 
 
 # Batch norm while attacked: batches that moved the statistics, in one epoch of two batches
@@ -400,6 +490,12 @@ RESUMED = {
     "dropout": ("SL st", {}, {"options": {"drop_rate": 0.5}}),
     "dual batch norm": ("SL at", {}, {"dual_batch_norm": True}),
     "one batch larger than the data": ("SL st", {"batch_size": 200}, {}),
+    "options of a search": (
+        "CL Full-AT",
+        {"loss": "trades", "layer_decay": 0.7, "frozen_statistics": True, "epsilon": 0.1, "epsilon_warmup": 0.6, "attack_steps": 3},
+        {},
+    ),
+    "layers that learn less": ("CL at", {"layer_decay": 0.7, "epsilon_warmup": 0.9, "optimizer": "sgd"}, {}),
 }
 
 
@@ -417,7 +513,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, fit, small, m
             make_task(phase, network, small, values),
             small,
             values,
-            adversary=training_adversary(CONFIG) if PHASES[phase][2] else None,
+            adversary=training_adversary(CONFIG, values) if PHASES[phase][2] else None,
             seed=SEED,
             machine=CPU,
             checkpoint=Checkpoint(tmp_path / "scratch", "x"),
@@ -449,6 +545,16 @@ def test_a_finished_training_is_told_again_without_a_step(fit, tmp_path, make_ne
     network.encoder.register_forward_hook(lambda *_: steps.append(1))
     second, again = fit("SL at", network=network, checkpoint=Checkpoint(tmp_path / "scratch", "x"))
     assert again == history and not changed(weights(first), weights(second)) and not steps
+
+
+# Neutral values
+
+
+@pytest.mark.parametrize("phase", ["SL at", "CL at", "CL Partial-AT", "CL Full-AT"])
+def test_options_that_say_what_holds_anyway_change_no_bit(fit, phase):
+    plain, history = fit(phase, epochs=1)
+    spelled, again = fit(phase, epochs=1, epsilon=CONFIG.threat_model.epsilon, attack_steps=CONFIG.attack.steps, epsilon_warmup=1e-9)
+    assert not changed(weights(plain), weights(spelled)) and history == again
 
 
 # Steps, rates, failures

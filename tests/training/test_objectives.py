@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor
 
-from advml.training.objectives import contrastive, contrastive_pair, cross_entropy, margin
+from advml.errors import UserError
+from advml.training.objectives import OBJECTIVES, contrastive, contrastive_pair, cross_entropy, divergence, dlr, margin
 
 TEMPERATURE = 0.2
 GROUPS = {
@@ -179,3 +180,66 @@ def test_margin_and_its_gradient_stay_finite_with_two_classes():
     values = margin(logits, torch.tensor([0]))
     values.sum().backward()
     assert values.tolist() == [3.0] and logits.grad.tolist() == [[-1.0, 1.0]]
+
+
+# Difference of logits ratio
+
+
+def random_logits(count: int = 40, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return 3 * torch.randn(count, classes, generator=torch.Generator().manual_seed(seed)), torch.arange(count) % classes
+
+
+@pytest.mark.parametrize("classes", [3, 4, 10])
+def test_dlr_equals_autoattacks_own(classes):
+    from pyautoattack.autopgd_base import APGDAttack
+
+    logits, labels = random_logits(classes=classes)
+    theirs = APGDAttack.dlr_loss(None, logits, labels)
+    torch.testing.assert_close(dlr(logits, labels), theirs)
+
+
+def test_dlr_is_blind_to_shift_and_scale_and_positive_where_the_classifier_errs():
+    logits, labels = random_logits()
+    torch.testing.assert_close(dlr(7 * logits - 3, labels), dlr(logits, labels), rtol=1e-4, atol=1e-5)
+    assert torch.equal(dlr(logits, labels) > 0, logits.argmax(1) != labels)
+    assert dlr(logits, labels).min() >= -1
+
+
+def test_dlr_of_equal_logits_is_finite_with_a_finite_gradient():
+    logits = torch.zeros(2, 4, requires_grad=True)
+    values = dlr(logits, torch.tensor([0, 3]))
+    values.sum().backward()
+    assert torch.equal(values, torch.zeros(2)) and logits.grad.isfinite().all()
+
+
+def test_dlr_of_two_classes_is_refused_with_the_choices():
+    with pytest.raises(UserError) as caught:
+        dlr(torch.zeros(1, 2), torch.tensor([0]))
+    assert str(caught.value) == "objective = 'dlr' compares three logits, but there are 2 classes; choose from ce, margin"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_per_sample_and_in_float32(name):
+    logits, labels = random_logits()
+    values = OBJECTIVES[name](logits, labels)
+    torch.testing.assert_close(torch.cat([OBJECTIVES[name](logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]), values)
+    assert OBJECTIVES[name](logits.bfloat16(), labels).dtype == torch.float32
+
+
+# Divergence
+
+
+def test_the_divergence_is_that_of_torch_and_of_the_formula():
+    p, q = random_logits(seed=1)[0], random_logits(seed=2)[0]
+    theirs = F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(divergence(p, q), theirs)
+    first, second = p.double().softmax(1), q.double().softmax(1)
+    by_hand = [sum(float(a * math.log(a / b)) for a, b in zip(*rows, strict=True)) for rows in zip(first, second, strict=True)]
+    torch.testing.assert_close(divergence(p, q), torch.tensor(by_hand), rtol=1e-4, atol=1e-5)
+
+
+def test_the_divergence_of_the_same_is_zero_and_certainty_keeps_it_finite():
+    logits = torch.tensor([[200.0, 0.0, -200.0], [1.0, 2.0, 3.0]])
+    torch.testing.assert_close(divergence(logits, logits), torch.zeros(2))
+    assert divergence(logits, logits.flip(1)).isfinite().all()
+    assert divergence(logits.bfloat16(), logits.bfloat16()).dtype == torch.float32

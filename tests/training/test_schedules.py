@@ -9,7 +9,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from advml import config
-from advml.training.schedules import SCHEDULES, learning_rate
+from advml.training.schedules import SCHEDULES, epsilon_share, learning_rate
 
 REPOSITORY = Path(__file__).parents[2]
 PEAK = 4e-3
@@ -81,3 +81,20 @@ def test_warmup_reaches_the_full_rate_and_then_holds_it():
 def test_every_rate_lies_between_0_and_the_peak(schedule, warmup, steps):
     rates = ours(schedule, steps, warmup)
     assert all(0 <= rate <= PEAK * (1 + 1e-12) for rate in rates) and rates[0] > 0
+
+
+def shares(warmup: float, steps: int) -> list[float]:
+    changed = phase("constant").model_copy(update={"epsilon_warmup": warmup})
+    return [epsilon_share(changed, step=step, steps=steps) for step in range(steps)]
+
+
+def test_the_radius_rises_linearly_and_then_stays():
+    assert shares(0.5, 8) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert shares(1.0, 4) == [0.25, 0.5, 0.75, 1.0]
+    assert shares(0.3, 10) == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 5), (0.01, 5), (0.2, 1)])
+def test_a_rise_of_no_step_is_none(warmup, steps):
+    """Exactly 1: the adversary is then the very same."""
+    assert shares(warmup, steps) == [1.0] * steps

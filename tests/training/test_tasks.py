@@ -11,12 +11,22 @@ from torch import Tensor
 
 from advml import config
 from advml.data.views import view
+from advml.errors import UserError
+from advml.networks.layers import batch_norms
 from advml.networks.models import DualBatchNorm, under_attack
 from advml.runtime.machine import Machine
-from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.training.objectives import OBJECTIVES, contrastive_pair, cross_entropy, divergence
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES, classes, instances
-from advml.training.tasks import Classification, Contrastive, HeadOnly, contrastive_objective, finetuning_task, pretraining_task
+from advml.training.tasks import (
+    Classification,
+    Contrastive,
+    HeadOnly,
+    classification_objective,
+    contrastive_objective,
+    finetuning_task,
+    pretraining_task,
+)
 
 CONFIG = config.load(Path(__file__).parents[2] / "params.yaml")
 CPU = Machine(torch.device("cpu"))
@@ -134,6 +144,91 @@ def test_the_clean_embedding_is_computed_once_and_no_gradient_reaches_it(make_ne
     images, adversarial = images.requires_grad_(), adversarial.requires_grad_()
     contrastive_objective(network, images, instances(labels), temperature=0.2)(adversarial).sum().backward()
     assert adversarial.grad.abs().sum() > 0 and images.grad is None
+
+
+def test_the_objective_of_classification_may_be_another_loss(make_network, images, adversarial, labels):
+    network = make_network().eval()
+    for name, objective in OBJECTIVES.items():
+        values = classification_objective(network, labels, loss=name)(adversarial)
+        assert torch.equal(values, objective(network(adversarial), labels)) and values.shape == labels.shape
+    with pytest.raises(UserError, match=r"^objective = 'hinge'; choose from ce, margin, dlr$"):
+        classification_objective(network, labels, loss="hinge")
+
+
+# TRADES: the divergence between the image's and the adversarial image's prediction
+
+
+def trades(network, dataset) -> dict[str, Classification]:
+    phase = CONFIG.regimes["Partial-AT"].model_copy(update={"loss": "trades", "label_smoothing": 0.3})
+    head = finetuning_task(network, REGIMES["Partial-AT"], phase, dataset.train, CPU)
+    return {"both": Classification(network, loss="trades", label_smoothing=0.3), "head": head}
+
+
+@pytest.mark.parametrize("kind", ["both", "head"])
+def test_trades_adds_the_divergence_from_the_clean_prediction(make_network, dataset, images, adversarial, labels, kind):
+    network = make_network().eval()
+    task, expected = trades(network, dataset)[kind], divergence(network(images), network(adversarial))
+    torch.testing.assert_close(task.adversarial_loss(images, adversarial, labels), expected)
+    torch.testing.assert_close(task.training_objective(images, labels)(adversarial), expected)
+    clean = F.cross_entropy(network(images), labels, label_smoothing=0.3, reduction="none")
+    torch.testing.assert_close(task.clean_loss(images, labels, INDEX, generator=generator()), clean, rtol=1e-5, atol=1e-5)
+    assert torch.equal(task.objective(images, labels)(adversarial), cross_entropy(network(adversarial), labels))
+
+
+def test_the_divergence_learns_through_both_predictions(make_network, images, adversarial, labels):
+    """As in the authors' code: with p(x) held fixed the gradient would be another one."""
+    network = make_network().eval()
+    weight = network.classifier.weight
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss.mean(), weight)[0]
+
+    ours = gradient(Classification(network, loss="trades").adversarial_loss(images, adversarial, labels))
+    torch.testing.assert_close(ours, gradient(divergence(network(images), network(adversarial))))
+    assert (ours - gradient(divergence(network(images).detach(), network(adversarial)))).abs().max() > 1e-3 * ours.abs().max()
+
+
+def test_the_clean_prediction_is_computed_once_per_attack_and_no_gradient_reaches_it(make_network, images, adversarial, labels):
+    network, passes = make_network().eval(), []
+    network.encoder.register_forward_hook(lambda *_: passes.append(1))
+    objective = Classification(network, loss="trades").training_objective(images.requires_grad_(), labels)
+    for _ in range(3):
+        objective(adversarial.requires_grad_()).sum().backward()
+    assert len(passes) == 1 + 3
+    assert images.grad is None and adversarial.grad.abs().sum() > 0
+
+
+def test_at_the_image_itself_the_divergence_is_flat(make_network, images, labels):
+    """Why `loss: trades` needs a random start."""
+    network = make_network().eval()
+    task, start = Classification(network, loss="trades"), images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(task.training_objective(images, labels)(start).sum(), start)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_the_two_terms_of_trades_use_their_own_statistics(make_network, images, adversarial, labels):
+    network = make_network(dual_batch_norm=True).train()
+    layers = [module for module in network.modules() if isinstance(module, DualBatchNorm)]
+    task = Classification(network, loss="trades")
+    task.adversarial_loss(images, adversarial, labels)
+    assert {(int(layer.clean.num_batches_tracked), int(layer.adversarial.num_batches_tracked)) for layer in layers} == {(1, 1)}
+    for layer in layers:
+        layer.clean.running_var.mul_(3)
+    with under_attack(network):
+        torch.testing.assert_close(task.training_objective(images, labels)(adversarial), task.adversarial_loss(images, adversarial, labels))
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_frozen_statistics_put_the_encoders_batch_norms_alone_into_eval_mode(make_network, dual):
+    network = make_network(dual_batch_norm=dual, options={"drop_rate": 0.5})
+    Classification(network, frozen_statistics=True).train_mode()
+    assert {type(module) for module in network.modules() if not module.training} == {type(layer) for layer in batch_norms(network.encoder)}
+    assert not any(layer.training for layer in batch_norms(network.encoder))
+    Classification(network).train_mode()
+    assert all(module.training for module in network.modules())
 
 
 # The head alone

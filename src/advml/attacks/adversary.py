@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ class Adversary:
         threat_model: ball and box.
         steps, step_size, random_start, keep: as in `pgd`.
         mode: of the network while it is attacked; "eval" leaves batch-norm statistics alone.
+        momentum, schedule: as in `pgd`.
     """
 
     threat_model: ThreatModel
@@ -32,6 +33,15 @@ class Adversary:
     random_start: bool
     keep: Literal["last", "best"]
     mode: Literal["eval", "train"] = "eval"
+    momentum: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def scaled(self, share: float) -> Adversary:
+        """The same attack in a ball of `share` of the radius, with steps as much shorter."""
+        if share == 1:
+            return self
+        threat_model = replace(self.threat_model, epsilon=share * self.threat_model.epsilon)
+        return replace(self, threat_model=threat_model, step_size=share * self.step_size)
 
     def attack(self, network: Network, objective: Callable[[], Objective], images: Tensor, *, generator: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG stay as they are.
@@ -53,16 +63,21 @@ class Adversary:
                 step_size=self.step_size,
                 start=start,
                 keep=self.keep,
+                momentum=self.momentum,
+                schedule=self.schedule,
             )
 
 
-def training_adversary(configuration: config.Config) -> Adversary:
-    """The attack inside adversarial training: the last iterate of a few steps."""
+def training_adversary(configuration: config.Config, phase: config.Phase | None = None) -> Adversary:
+    """The attack inside adversarial training: the last iterate of a few steps. A phase may have its own radius and number of steps."""
     spec, threat = configuration.attack, configuration.threat_model
+    epsilon, steps = threat.epsilon, spec.steps
+    if phase is not None:
+        epsilon, steps = phase.epsilon or epsilon, phase.attack_steps or steps
     return Adversary(
-        threat_model=ThreatModel(threat.norm, threat.epsilon),
-        steps=spec.steps,
-        step_size=spec.step_size or default_step_size(threat.epsilon, spec.steps),
+        threat_model=ThreatModel(threat.norm, epsilon),
+        steps=steps,
+        step_size=spec.step_size or default_step_size(epsilon, steps),
         random_start=spec.random_start,
         keep="last",
         mode=spec.batch_norm,

@@ -5,6 +5,7 @@ FGSM is `steps=1` with `step_size=epsilon`; threat model I and II differ only in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +15,14 @@ from torch import Tensor
 from advml.attacks.threat import ThreatModel
 
 Objective = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> values (N,), to be made large
+
+
+# Share of the steps done, from 0 to below 1 -> share of the step size. None falls to 0 itself: that step would be wasted.
+STEP_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
 
 
 def default_step_size(epsilon: float, steps: int) -> float:
@@ -30,8 +39,13 @@ def pgd(
     step_size: float | None = None,
     start: Tensor | None = None,
     keep: Literal["last", "best"] = "last",
+    momentum: float = 0.0,
+    schedule: Literal["constant", "linear", "cosine"] = "constant",
 ) -> Tensor:
     """Maximise `objective` inside `threat_model`: x <- project(x + step_size * steepest(grad objective(x))).
+
+    With momentum m (Dong et al. 2018, eq. 6) the ascent follows v <- m * v + g / mean|g|, per image, instead of the gradient g;
+    the paper divides by the sum, which leaves the direction the same. Under a schedule, step k of n is step_size * schedule(k / n) long.
 
     Takes exactly `steps` gradients with respect to the images alone; `keep="best"` costs one more
     forward pass, for the value of the last iterate. Parameter gradients are neither computed nor touched.
@@ -44,6 +58,8 @@ def pgd(
         step_size: length of a step in the norm; None: 2.5 * epsilon / steps.
         start: first iterate, e.g. `threat_model.random_start(...)`; None: the images themselves.
         keep: "last" iterate, or per image the "best" one seen, the start included.
+        momentum: weight m >= 0 of earlier gradients; 0: none.
+        schedule: of the step size, a key of STEP_SCHEDULES.
     Returns:
         Adversarial images (N, C, H, W), detached, inside the threat model.
     """
@@ -51,7 +67,8 @@ def pgd(
     images = images.detach()
     adversarial = (images if start is None else start).detach()  # a tensor of its own, to be switched to requires_grad
     best = Best() if keep == "best" else None
-    for _ in range(steps):
+    velocity: Tensor | None = None
+    for step in range(steps):
         adversarial.requires_grad_()
         with torch.enable_grad():
             values = objective(adversarial)
@@ -60,12 +77,21 @@ def pgd(
         adversarial = adversarial.detach()
         if best:
             best.update(adversarial, values.detach())
-        adversarial = threat_model.ascend(adversarial, gradient, images, step_size=step_size)
+        if momentum:
+            gradient = velocity = accumulate(velocity, gradient, momentum=momentum)
+        adversarial = threat_model.ascend(adversarial, gradient, images, step_size=step_size * STEP_SCHEDULES[schedule](step / steps))
     if best:
         with torch.no_grad():
             best.update(adversarial, objective(adversarial))
         return best.images
     return adversarial
+
+
+def accumulate(velocity: Tensor | None, gradient: Tensor, *, momentum: float) -> Tensor:
+    """m * v + g / mean|g| (N, C, H, W), the mean over each image; a gradient of zeros adds nothing."""
+    size = gradient.abs().flatten(1).mean(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+    direction = gradient / size.view(-1, *[1] * (gradient.ndim - 1))
+    return direction if velocity is None else momentum * velocity + direction
 
 
 class Best:

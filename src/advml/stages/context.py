@@ -13,7 +13,7 @@ from advml.config import Config, digest
 from advml.data import datasets
 from advml.errors import UserError
 from advml.networks import models
-from advml.networks.models import Architecture, Network
+from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.provenance import git_commit, source_digest
 from advml.runtime.machine import Machine, machine
@@ -62,24 +62,6 @@ class Context:
             "classes": list(data.classes),
             "input": list(data.shape),
         }
-
-    def architecture(self, *, head: str, attacked: bool) -> Architecture:
-        """The network of a pretraining; `dual` batch norm only where there are adversarial batches."""
-        model, data = self.config.model, self.dataset
-        channels, size, _ = data.shape
-        return Architecture(
-            backbone=model.backbone,
-            stem=model.stem,
-            options=model.options,
-            channels=channels,
-            image_size=size,
-            mean=data.mean,
-            std=data.std,
-            classes=len(data.classes) if head == "classifier" else None,
-            projection_size=model.projection_size if head == "projection" else None,
-            normalize_logits=model.normalize_logits,
-            dual_batch_norm=attacked and model.batch_norm == "dual",
-        )
 
     def parameters(self, *sections: str) -> dict[str, Any]:
         """The named sections (`pretrain.CL` reaches into one) of the resolved configuration, nested as in params.yaml."""

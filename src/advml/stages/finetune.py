@@ -4,39 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from advml.attacks.adversary import training_adversary
 from advml.errors import UserError
+from advml.networks.models import Network
 from advml.paths import model_name, pretraining_name
 from advml.runtime.checkpoint import discard
-from advml.runtime.machine import derived_seed
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
+from advml.training.phases import finetuning
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
-from advml.training.tasks import finetuning_task
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:
     """Write `models/finetune/<MODEL>/`; returns its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
-    source = pretraining_name(scheme, plan.pretraining, seed)
-    pretrained, network = context.load_network(context.workspace.pretrained(source))
-    _check_model(context, pretrained)
-    discard(context.workspace.scratch(f"pretrain-{source}"))  # its outputs are in use, so they are safe
+    pretrained, network = load_pretrained(context, scheme=scheme, regime=regime, seed=seed)
+    discard(context.workspace.scratch(f"pretrain-{pretrained['name']}"))  # its outputs are in use, so they are safe
     learns = plan.finetunes(row)
-    if not plan.keeps_head(row):
-        network.attach_classifier(len(context.dataset.classes), seed=derived_seed("head", scheme, regime, seed))
-    phase = context.config.regimes[regime]
     sections = ["data", "model", *([f"regimes.{regime}"] if learns else []), *(["threat_model", "attack"] if plan.attacked else [])]
     job = Job(
         stage="finetune",
         name=model_name(scheme, regime, seed),
         folder=context.workspace.model(model_name(scheme, regime, seed)),
-        network=network,
-        phase=phase,
-        task=(lambda: finetuning_task(network, plan, phase, context.dataset.train, context.machine)) if learns else None,
-        adversary=training_adversary(context.config) if plan.attacked else None,
-        seed=derived_seed("finetune", scheme, regime, seed),
+        plan=finetuning(context.config, context.dataset, context.machine, network, scheme=scheme, regime=regime, seed=seed),
         identity={
             "kind": "model",
             "scheme": scheme,
@@ -47,6 +37,18 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
         parameters=pretrained["parameters"] | context.parameters(*sections),  # so that runs compare by all that made them
     )
     return learn(context, job, reuse=reuse)
+
+
+def load_pretrained(context: Context, *, scheme: str, regime: str, seed: int) -> tuple[dict[str, Any], Network]:
+    """The record and the network, on the device, that this fine-tuning starts from.
+
+    Raises:
+        UserError: there is none, or it is of other data or of another `model` section.
+    """
+    source = pretraining_name(scheme, REGIMES[regime].pretraining, seed)
+    record, network = context.load_network(context.workspace.pretrained(source))
+    _check_model(context, record)
+    return record, network
 
 
 def _check_model(context: Context, pretrained: dict[str, Any]) -> None:

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from advml import tracking
-from advml.attacks.adversary import Adversary
-from advml.config import Phase
 from advml.networks import models
 from advml.progress import Bar
 from advml.runtime.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
 from advml.stages.context import Context
-from advml.training.loop import Record, batches_per_epoch, train
-from advml.training.tasks import Task
+from advml.training.loop import Record, batches_per_epoch
+from advml.training.phases import Plan, fit
 
 
 @dataclass(frozen=True)
 class Job:
-    """One phase of one model. `task=None`: there is nothing to learn, the network is taken as it is."""
+    """One phase of one model, and where it goes."""
 
     stage: str  # "pretrain" or "finetune"
     name: str
     folder: Path
-    network: models.Network
-    phase: Phase
-    task: Callable[[], Task] | None  # built only if there is something left to do
-    adversary: Adversary | None
-    seed: int
+    plan: Plan
     identity: dict[str, Any]  # kind, scheme, phase or regime, seed, pretraining
     parameters: dict[str, Any]  # the sections of params.yaml that have a say
 
@@ -50,10 +43,10 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     checkpoint = Checkpoint(scratch, inputs)
     with _open_run(context, job, checkpoint) as run:
         checkpoint.note(run_id=run.id)
-        history = _train(context, job, checkpoint, run) if job.task else []
+        history = _train(context, job, checkpoint, run) if job.plan.task else []
         selected = checkpoint.load().best_epoch if history else None
         with replace_folder(job.folder) as folder:
-            digest = models.save(job.network, folder, {**record, "epoch": selected})
+            digest = models.save(job.plan.network, folder, {**record, "epoch": selected})
         write_atomically(context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1) + "\n").encode())
         if history:
             run.log_figure(_curves(history, job.name, selected), "curves.png")
@@ -84,23 +77,24 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run) -> list[Record]:
-    batches, epochs = batches_per_epoch(context.dataset, job.phase), job.phase.epochs
+    batches, epochs = batches_per_epoch(context.dataset, job.plan.phase), job.plan.phase.epochs
     history: list[Record] = []
+
+    def log(record: Record) -> None:
+        history.append(record)
+        run.log_epochs(history)
+
     with Bar(f"{job.stage} {job.name}", total=batches * epochs) as bar:
-        for record in train(
-            job.task(),
+        fit(
+            job.plan,
             context.dataset,
-            job.phase,
-            adversary=job.adversary,
-            seed=job.seed,
-            machine=context.machine,
+            context.machine,
             checkpoint=checkpoint,
+            on_epoch=log,
             on_batch=lambda epoch, done, loss: bar.reach(
                 (epoch - 1) * batches + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}"
             ),
-        ):
-            history.append(record)
-            run.log_epochs(history)
+        )
     return history
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from advml.attacks.adversary import training_adversary
-from advml.networks import models
 from advml.paths import pretraining_name
-from advml.runtime.machine import derived_seed
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
+from advml.training.phases import pretraining
 from advml.training.schemes import SCHEMES
-from advml.training.tasks import pretraining_task
 
 
 def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:
@@ -25,16 +22,11 @@ def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = F
         f"pretrain.{scheme}",
         *(["threat_model", "attack"] if attacked else []),
     ]
-    network = models.build(context.architecture(head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     job = Job(
         stage="pretrain",
         name=pretraining_name(scheme, phase, seed),
         folder=context.workspace.pretrained(pretraining_name(scheme, phase, seed)),
-        network=network,
-        phase=context.config.pretrain[scheme],
-        task=lambda: pretraining_task(network, row, context.config),
-        adversary=training_adversary(context.config) if attacked else None,
-        seed=derived_seed("pretrain", scheme, phase, seed),
+        plan=pretraining(context.config, context.dataset, scheme=scheme, phase=phase, seed=seed),
         identity={"kind": "pretrain", "scheme": scheme, "phase": phase, "seed": seed},
         parameters=context.parameters(*sections),
     )

@@ -21,15 +21,11 @@ from advml.data.datasets import Dataset, Split
 from advml.errors import Failure
 from advml.runtime.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
 from advml.runtime.machine import Machine, derived_seed, generator_for
-from advml.training.schedules import learning_rate
+from advml.training.optimizers import optimizer, set_learning_rate
+from advml.training.schedules import epsilon_share, learning_rate
 from advml.training.tasks import Task
 
 Record = dict[str, float]
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": lambda parameters, **kwargs: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **kwargs),
-}
 
 
 def train(
@@ -83,8 +79,9 @@ class _Trainer:
         self.train_split, self.validation = dataset.train, dataset.validation
         task.network.to(device=machine.device, memory_format=torch.channels_last)
         task.train_mode()
-        self.optimizer = OPTIMIZERS[phase.optimizer](task.learners(), lr=phase.learning_rate, weight_decay=phase.weight_decay)
+        self.optimizer = optimizer(phase, task.learners(), task.network)
         self.batches = batches_per_epoch(dataset, phase)
+        self.steps = self.batches * phase.epochs
 
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
@@ -115,8 +112,7 @@ class _Trainer:
         """One optimiser step on the images `index`; returns the clean and the adversarial loss."""
         images = self.machine.images(self.train_split.images[index])
         labels = self.train_split.labels[index].to(self.machine.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.phase, step=step, steps=self.batches * self.phase.epochs)
+        set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
         self.optimizer.zero_grad(set_to_none=True)
         with self.machine.autocast():
             clean = self.task.clean_loss(images, labels, index.to(self.machine.device), generator=generator).mean()
@@ -124,7 +120,9 @@ class _Trainer:
         adversarial = torch.zeros(())
         if self.adversary:
             with self.machine.autocast():
-                attacked = self._attack(images, labels, generator)
+                adversary = self.adversary.scaled(epsilon_share(self.phase, step=step, steps=self.steps))
+                objective = lambda: self.task.training_objective(images, labels)  # noqa: E731 - built under attack, once
+                attacked = adversary.attack(self.task.network, objective, images, generator=generator)
                 adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
             (self.phase.adversarial_weight * adversarial).backward()
         if self.phase.gradient_clip:
@@ -133,6 +131,7 @@ class _Trainer:
         return torch.stack([clean.detach().cpu(), adversarial.detach().cpu()]).double()
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The attack of validation: the whole radius in every epoch, so that epochs compare."""
         return self.adversary.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
 
     def validate(self) -> Record:

@@ -5,9 +5,13 @@ The contrastive objective serves CL and SCL alike: SimCLR is SupCon whose labels
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from advml.errors import UserError
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -36,6 +40,42 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
     return others - own
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio: -(z_y - max_{k != y} z_k) / (z_1st - z_3rd) (Croce & Hein 2020, eq. 6).
+
+    Blind to shift and scale of the logits, so that a classifier sure of itself does not starve the attack of gradient.
+
+    Args:
+        logits: (N, K) with K >= 3.
+        labels: (N,) int64.
+    Returns:
+        Ratios (N,), at least -1; positive exactly where the classifier errs.
+    Raises:
+        UserError: there are fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise UserError(f"objective = 'dlr' compares three logits, but there are {logits.shape[1]} classes; choose from ce, margin")
+    first, _, third = logits.float().topk(3, dim=1).values.unbind(1)
+    return margin(logits, labels) / (first - third).clamp(min=1e-12)
+
+
+# What an attack on a classifier may ascend: (logits (N, K), labels (N,)) -> values (N,)
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def divergence(logits: Tensor, attacked: Tensor) -> Tensor:
+    """KL(p || q) = sum_k p_k (log p_k - log q_k) of softmax distributions p and q, in nats.
+
+    Args:
+        logits: of p (N, K), any float type; computed in float32.
+        attacked: logits of q (N, K).
+    Returns:
+        Divergences (N,), at least 0.
+    """
+    log_p, log_q = logits.float().log_softmax(1), attacked.float().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:

@@ -38,3 +38,12 @@ def learning_rate(phase: config.Phase, *, step: int, steps: int) -> float:
         return phase.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup - 1)
     return phase.learning_rate * SCHEDULES[phase.schedule](progress)
+
+
+def epsilon_share(phase: config.Phase, *, step: int, steps: int) -> float:
+    """Share of the training radius, and of its step size, that optimiser step `step` (from 0) out of `steps` attacks with.
+
+    It rises linearly over `phase.epsilon_warmup` of all steps and is 1 from then on.
+    """
+    warmup = round(phase.epsilon_warmup * steps)
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -7,6 +7,8 @@ A task gets images x (N, C, H, W) in [0, 1] and labels (N,) and returns one loss
 | Contrastive    | L(t1(x), t2(x)) | L(x, x + d)    | L(x, x + d)                      |
 | Classification | CE(t(x))      | CE(x + d)        | CE(x + d), end to end            |
 | HeadOnly       | CE(x)         | CE(x + d)        | CE(x + d); the encoder is fixed  |
+
+Adversarial loss and training objective of the last two are those of `loss: two-term`; see `advml.training.terms` for others.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from advml import config
 from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
 from advml.data.views import view
+from advml.networks.layers import batch_norms
 from advml.networks.models import Network, clean_statistics
 from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.regimes import Regime
 from advml.training.schemes import Scheme
+from advml.training.terms import TERMS, classification_objective, contrastive_objective
 
 
 class Task(Protocol):
@@ -39,6 +43,7 @@ class Task(Protocol):
     def train_mode(self) -> None: ...
     def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor: ...
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
+    def training_objective(self, images: Tensor, labels: Tensor) -> Objective: ...
     def objective(self, images: Tensor, labels: Tensor) -> Objective: ...
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor: ...
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
@@ -49,15 +54,27 @@ class Classification:
 
     metric, larger_is_better = "accuracy", True
 
-    def __init__(self, network: Network, *, spec: config.View | None = None, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        network: Network,
+        *,
+        spec: config.View | None = None,
+        label_smoothing: float = 0.0,
+        loss: str = "two-term",
+        frozen_statistics: bool = False,
+    ) -> None:
         self.network, self.spec, self.label_smoothing = network, spec, label_smoothing
+        self.term, self.frozen_statistics = TERMS[loss], frozen_statistics
 
     def learners(self) -> list[nn.Parameter]:
         """The encoder and the classifier; a projection head kept for threat model I rests."""
         return [*self.network.encoder.parameters(), *self.network.classifier.parameters()]
 
     def train_mode(self) -> None:
+        """With frozen statistics the encoder's batch norms use what they have seen so far; their weights learn all the same."""
         self.network.train()
+        for layer in batch_norms(self.network.encoder) if self.frozen_statistics else ():
+            layer.eval()
 
     def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
         """CE(t(x)), or CE(x) without a view spec."""
@@ -66,11 +83,15 @@ class Classification:
             return cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """CE(x + d)."""
-        return cross_entropy(self.network(adversarial), labels, label_smoothing=self.label_smoothing)
+        """CE(x + d), or what else `loss` says."""
+        return self.term.loss(self.network, images, adversarial, labels, label_smoothing=self.label_smoothing)
+
+    def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
+        """What the adversary of training ascends."""
+        return self.term.objective(self.network, images, labels)
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """Threat model II: cross-entropy of the whole classifier."""
+        """Threat model II: cross-entropy of the whole classifier, whatever the loss: so validation scores compare."""
         return classification_objective(self.network, labels)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -88,8 +109,8 @@ class HeadOnly(Classification):
     The clean features of all training images are computed once and serve every epoch.
     """
 
-    def __init__(self, network: Network, *, features: Tensor, label_smoothing: float = 0.0) -> None:
-        super().__init__(network, label_smoothing=label_smoothing)
+    def __init__(self, network: Network, *, features: Tensor, label_smoothing: float = 0.0, loss: str = "two-term") -> None:
+        super().__init__(network, label_smoothing=label_smoothing, loss=loss)
         self.clean_features = features  # (number of training images, D)
 
     def learners(self) -> list[nn.Parameter]:
@@ -129,6 +150,10 @@ class Contrastive:
         """L(x, x + d)."""
         return self._pair(images, adversarial, labels)
 
+    def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
+        """As `objective`."""
+        return self.objective(images, labels)
+
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
         """Threat model I: pull the adversarial image's embedding away from its positives."""
         return contrastive_objective(self.network, images, self.groups(labels), temperature=self.temperature)
@@ -146,35 +171,20 @@ class Contrastive:
         return contrastive_pair(first, second, self.groups(labels), temperature=self.temperature)
 
 
-def classification_objective(network: Network, labels: Tensor) -> Objective:
-    """x_adv -> cross-entropy of the classifier (N,): threat model II."""
-    return lambda adversarial: cross_entropy(network(adversarial), labels)
-
-
-def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float) -> Objective:
-    """x_adv -> contrastive loss between the images and x_adv (N,): threat model I.
-
-    The clean embedding is computed once, here; that is exact because an attacked network has no dropout
-    and its batch statistics do not depend on the other half of the pair.
-    """
-    with torch.no_grad():
-        clean = network.embed(images)
-    return lambda adversarial: contrastive_pair(clean, network.embed(adversarial), groups, temperature=temperature)
-
-
 def pretraining_task(network: Network, scheme: Scheme, configuration: config.Config) -> Task:
     """The task of a scheme's pretraining, by the head it learns."""
     spec = getattr(configuration.views, scheme.view)
     if scheme.groups:
         return Contrastive(network, spec=spec, temperature=configuration.temperature, groups=scheme.groups)
-    return Classification(network, spec=spec, label_smoothing=configuration.pretrain[scheme.name].label_smoothing)
+    phase = configuration.pretrain[scheme.name]
+    return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss)
 
 
 def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train: Split, machine: Machine) -> Task:
     """The task of a regime's fine-tuning: end to end, or a head on stored features of the training images."""
     if regime.encoder_learns:
-        return Classification(network, label_smoothing=phase.label_smoothing)
+        return Classification(network, label_smoothing=phase.label_smoothing, loss=phase.loss, frozen_statistics=phase.frozen_statistics)
     network.to(device=machine.device, memory_format=torch.channels_last).eval()
     with torch.no_grad(), machine.autocast():
         features = torch.cat([network.features(machine.images(images)).float() for images in train.images.split(512)])
-    return HeadOnly(network, features=features, label_smoothing=phase.label_smoothing)
+    return HeadOnly(network, features=features, label_smoothing=phase.label_smoothing, loss=phase.loss)

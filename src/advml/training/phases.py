@@ -1,0 +1,192 @@
+"""One training phase as data: which network learns what, for how long, against whom. It knows neither folders nor tracking.
+
+    plan = finetuning(configuration, dataset, machine, network, scheme="CL", regime="Full-AT", seed=0)
+    network, history = fit(plan, dataset, machine, checkpoint=Checkpoint(folder, fingerprint))
+
+The stages write what comes of it into the study's folders; a search asks for the same phase under other values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from advml import config
+from advml.attacks.adversary import Adversary, training_adversary
+from advml.data.datasets import Dataset
+from advml.errors import UserError
+from advml.networks.layers import batch_norms, knows_blocks
+from advml.networks.models import Architecture, Network, build
+from advml.runtime.checkpoint import Checkpoint
+from advml.runtime.machine import Machine, derived_seed
+from advml.training.loop import Record, train
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES
+from advml.training.tasks import Task, finetuning_task, pretraining_task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One phase of one network. `task=None`: there is nothing to learn, the network is taken as it is."""
+
+    network: Network
+    phase: config.Phase
+    task: Callable[[], Task] | None  # built only if there is something left to do
+    adversary: Adversary | None
+    seed: int
+
+
+def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, phase: str, seed: int) -> Plan:
+    """The plan of `pretrain SCHEME PHASE`, on a network of random weights that depend on scheme and seed alone.
+
+    Args:
+        configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack.
+        dataset: gives the network its shape; its images are not read.
+        scheme: a key of SCHEMES.
+        phase: "st" or "at".
+        seed: of weights, batches, views and random starts.
+    """
+    row, attacked = SCHEMES[scheme], phase == "at"
+    network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
+    _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
+    return Plan(
+        network=network,
+        phase=configuration.pretrain[scheme],
+        task=lambda: pretraining_task(network, row, configuration),
+        adversary=training_adversary(configuration, configuration.pretrain[scheme]) if attacked else None,
+        seed=derived_seed("pretrain", scheme, phase, seed),
+    )
+
+
+def finetuning(
+    configuration: config.Config, dataset: Dataset, machine: Machine, network: Network, *, scheme: str, regime: str, seed: int
+) -> Plan:
+    """The plan of `finetune SCHEME REGIME`, on a pretrained network, which it changes.
+
+    Args:
+        configuration: its section regimes.REGIME; if attacked also threat_model and attack.
+        dataset: has the classes, and the training images of which a fixed encoder's features are taken.
+        machine: computes those.
+        network: a pretrained one; gets a new classifier where the regime fits one.
+        scheme: a key of SCHEMES, the one of the pretraining.
+        regime: a key of REGIMES.
+        seed: of the new classifier, of batches and of random starts.
+    """
+    row, plan, phase = SCHEMES[scheme], REGIMES[regime], configuration.regimes[regime]
+    _check(f"regimes.{regime}", phase, network)
+    if not plan.keeps_head(row):
+        network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
+    return Plan(
+        network=network,
+        phase=phase,
+        task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
+        adversary=training_adversary(configuration, phase) if plan.attacked else None,
+        seed=derived_seed("finetune", scheme, regime, seed),
+    )
+
+
+def fit(
+    plan: Plan,
+    dataset: Dataset,
+    machine: Machine,
+    *,
+    checkpoint: Checkpoint,
+    on_epoch: Callable[[Record], None] = lambda record: None,
+    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+) -> tuple[Network, list[Record]]:
+    """Train as planned, going on where an interrupted process has left the checkpoint.
+
+    Args:
+        plan: of `pretraining` or `finetuning`.
+        dataset: learns from `train`, selects on `validation`; `test` is never read.
+        machine: device and precision.
+        checkpoint: written after every epoch, before `on_epoch` is told of it.
+        on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
+        on_batch: told (epoch, batches done, loss).
+    Returns:
+        The network with the selected weights, and one record per epoch.
+    Raises:
+        Failure: the loss is not finite.
+    """
+    history: list[Record] = []
+    if plan.task:
+        epochs = train(
+            plan.task(),
+            dataset,
+            plan.phase,
+            adversary=plan.adversary,
+            seed=plan.seed,
+            machine=machine,
+            checkpoint=checkpoint,
+            on_batch=on_batch,
+        )
+        for record in epochs:
+            history.append(record)
+            on_epoch(record)
+    return plan.network, history
+
+
+def fit_phase(
+    configuration: config.Config,
+    dataset: Dataset,
+    machine: Machine,
+    *,
+    kind: Literal["pretrain", "finetune"],
+    scheme: str,
+    which: str,
+    seed: int,
+    checkpoint: Checkpoint,
+    pretrained: Network | None = None,
+    on_epoch: Callable[[Record], None] = lambda record: None,
+    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+) -> tuple[Network, list[Record]]:
+    """Plan and fit one phase: the very training of the stage of that name, to the bit.
+
+    Args:
+        kind: "pretrain" or "finetune".
+        scheme: a key of SCHEMES.
+        which: the phase ("st", "at") of a pretraining, or the regime of a fine-tuning.
+        seed: as in `pretraining` and `finetuning`.
+        pretrained: what a fine-tuning starts from, and changes.
+        checkpoint, on_epoch, on_batch: as in `fit`.
+    Returns:
+        The network with the selected weights, and one record per epoch.
+    """
+    if kind == "pretrain":
+        plan = pretraining(configuration, dataset, scheme=scheme, phase=which, seed=seed)
+    else:
+        assert pretrained is not None, "a fine-tuning starts from a pretrained network"
+        plan = finetuning(configuration, dataset, machine, pretrained, scheme=scheme, regime=which, seed=seed)
+    return fit(plan, dataset, machine, checkpoint=checkpoint, on_epoch=on_epoch, on_batch=on_batch)
+
+
+def _check(key: str, phase: config.Phase, network: Network) -> None:
+    """What a phase asks of the backbone, before anything is trained.
+
+    Raises:
+        UserError: this one does not have it.
+    """
+    backbone = network.architecture.backbone
+    if phase.frozen_statistics and not batch_norms(network.encoder):
+        raise UserError(f"{key}.frozen_statistics = true has no effect: {backbone} has no batch norm; set it to false")
+    if phase.layer_decay < 1 and not knows_blocks(network.encoder):
+        raise UserError(f"{key}.layer_decay = {phase.layer_decay:g} needs the blocks of {backbone}, which timm does not tell; set it to 1")
+
+
+def architecture(configuration: config.Config, dataset: Dataset, *, head: str, attacked: bool) -> Architecture:
+    """The network of a pretraining; `dual` batch norm only where there are adversarial batches."""
+    model, (channels, size, _) = configuration.model, dataset.shape
+    return Architecture(
+        backbone=model.backbone,
+        stem=model.stem,
+        options=model.options,
+        channels=channels,
+        image_size=size,
+        mean=dataset.mean,
+        std=dataset.std,
+        classes=len(dataset.classes) if head == "classifier" else None,
+        projection_size=model.projection_size if head == "projection" else None,
+        normalize_logits=model.normalize_logits,
+        dual_batch_norm=attacked and model.batch_norm == "dual",
+    )
