@@ -1,4 +1,4 @@
-"""Confidence intervals of shares."""
+"""Confidence intervals of shares, and how likely a count is by chance."""
 
 from __future__ import annotations
 
@@ -31,3 +31,17 @@ def clustered(shares: Sequence[float], *, looks: int) -> tuple[float, float]:
     alike = squares < 1e-12 * count
     trials = count if alike else min(count * looks, mean * (1 - mean) * count**2 / squares)
     return wilson(mean * trials, trials)
+
+
+def binomial_tail(successes: int, n: int, *, share: float) -> float:
+    """P(X >= successes) of a binomial with 0 < share < 1: how likely noise alone gives that many.
+
+    With share 1/2 and n the pairs that disagree it is the one-sided sign test. Summed from logarithms, so that n may be large.
+    """
+    if successes <= 0:
+        return 1.0
+    logs = (
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(share) + (n - k) * math.log1p(-share)
+        for k in range(successes, n + 1)
+    )
+    return min(1.0, math.fsum(map(math.exp, logs)))
