@@ -282,6 +282,16 @@ def _all_or_none(value: Any) -> Any:
     return value
 
 
+class Diagnostics(Section):
+    """Probes for gradient masking on the first test images; their findings are flags beside the figures."""
+
+    images: Annotated[Whole, Field(ge=0)]  # 0: no diagnostics
+    steps: Count
+    shares: Annotated[tuple[Positive, ...], Distinct]  # of epsilon, for the security curve
+    minimal: Literal["fmn", "ddn", "cw"] | None = None
+    minimal_steps: Count = 100
+
+
 class Corruptions(Section):
     """Common corruptions of the test images (CIFAR-C, ImageNet-C): which, and how strong."""
 
@@ -341,6 +351,7 @@ class Config(Section):
     regimes: dict[RegimeName, Phase]
     evaluate: EvaluationAttack
     worst_case: WorstCase
+    diagnostics: Diagnostics
     corruptions: Corruptions
     similarity: Similarity
     tracking: Tracking

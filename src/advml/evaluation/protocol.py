@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from advml import config
+from advml.data.corruptions import published as corruptions
 from advml.data.datasets import Dataset
-from advml.evaluation import accuracy, samples
-from advml.evaluation.measure import measure
-from advml.evaluation.plan import plan
+from advml.evaluation import accuracy, corruption, doubts, samples
+from advml.evaluation.measure import Outcome, measure
+from advml.evaluation.plan import Figure, plan
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
 from advml.training.schemes import Scheme
@@ -70,7 +71,7 @@ def evaluate(
         memo: remembers finished parts.
         tell: told how much of `work` is done, and what stands so far.
     """
-    figures = plan(configuration, subject.scheme, classes=len(dataset.classes), note=subject.note)
+    figures = _plan(configuration, subject, dataset)
     outcomes = measure(
         subject.network,
         dataset.test,
@@ -79,30 +80,71 @@ def evaluate(
         memo=memo,
         on_batch=lambda done, standing: tell(done, f"worst case so far {100 * standing:.1f} %"),
     )
-    described = {figure.name: accuracy.describe(figure, outcomes[figure.name], configuration) for figure in figures[: _published(figures)]}
-    described[accuracy.WORST] = accuracy.describe_worst(figures, outcomes, configuration)
+    metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
+    worst, done = f"worst case {100 * metrics[accuracy.WORST]:.1f} %", len(figures) * len(dataset.test)
+    doubted = _doubts(subject, dataset, outcomes, configuration, machine, memo)
+    tell(done + len(dataset.test), worst)
+    done += len(dataset.test)
+    rights = _corrupted(
+        subject, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(dataset.test)), worst)
+    )
     (kept,) = (figure for figure in figures if figure.kept)
-    about = {
-        "model": subject.name,
-        "digest": subject.digest,
-        "test_digest": samples.digest_of(dataset.test),
-        "norm": configuration.threat_model.norm,
-        "epsilon": configuration.attacked_epsilon,
-    }
+    about = _about(subject, dataset, configuration)
+    published = corruptions.find(configuration.data, configuration.corruptions) if rights else None
+    record = {"figures": described, "test_digest": about["test_digest"], "diagnostics": doubted}
+    record |= {"corruptions": corruption.describe(rights, configuration.corruptions, published=published)}
+    images = outcomes[kept.name].images
     return Evaluation(
-        accuracy.metrics(outcomes),
-        {"figures": described, "test_digest": about["test_digest"]},
+        metrics | {"diagnostics/flags": len(doubted["flags"])} | corruption.metrics(rights),
+        record,
         samples.table(outcomes, dataset.test, about=about),
-        outcomes[kept.name].images,
-        accuracy.describe_kept(kept, outcomes[kept.name].images, configuration),
+        images,
+        accuracy.describe_kept(kept, images, configuration),
     )
 
 
-def _published(figures: list[Any]) -> int:
-    """How many figures stand for themselves; the rest are the cascade."""
-    return sum(not figure.left_only for figure in figures)
-
-
 def work(configuration: config.Config, subject: Subject, dataset: Dataset) -> int:
-    """Units of work of `evaluate`, for a bar."""
-    return len(dataset.test) * len(plan(configuration, subject.scheme, classes=len(dataset.classes)))
+    """Units of work of `evaluate`, for a bar: the test images per figure, and as many for diagnostics and for all corruptions."""
+    return (len(_plan(configuration, subject, dataset)) + 2) * len(dataset.test)
+
+
+def _plan(configuration: config.Config, subject: Subject, dataset: Dataset) -> list[Figure]:
+    return plan(configuration, subject.scheme, classes=len(dataset.classes), note=subject.note)
+
+
+def _described(figures: list[Figure], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
+    """Records of the figures that stand for themselves, and of the worst case, whose steps the others are."""
+    alone = [figure for figure in figures if not figure.left_only]
+    described = {figure.name: accuracy.describe(figure, outcomes[figure.name], configuration) for figure in alone}
+    return described | {accuracy.WORST: accuracy.describe_worst(figures, outcomes, configuration)}
+
+
+def _about(subject: Subject, dataset: Dataset, configuration: config.Config) -> dict[str, Any]:
+    threat = {"norm": configuration.threat_model.norm, "epsilon": configuration.attacked_epsilon}
+    return {"model": subject.name, "digest": subject.digest, "test_digest": samples.digest_of(dataset.test), **threat}
+
+
+def _doubts(
+    subject: Subject, dataset: Dataset, outcomes: Mapping[str, Outcome], configuration: config.Config, machine: Machine, memo: Memo
+) -> dict[str, Any]:
+    if not configuration.diagnostics.images:
+        return {"flags": [], "skipped": "diagnostics.images = 0"}
+    classes = len(dataset.classes)
+    return memo.json("diagnostics", lambda: doubts.look(subject.network, dataset.test, outcomes, configuration, machine, classes=classes))
+
+
+def _corrupted(
+    subject: Subject, dataset: Dataset, configuration: config.Config, machine: Machine, memo: Memo, *, tell: Callable[[float], None]
+) -> dict[str, Tensor]:
+    """Which images are right under each corruption, (severities, images) by name."""
+    spec, rights = configuration.corruptions, {}
+    how = {"machine": machine, "batch_size": configuration.evaluate.batch_size}
+    how |= {"published": corruptions.find(configuration.data, spec) if spec.names else None}
+    for name in spec.names:
+
+        def one(name: str = name) -> dict[str, Tensor]:
+            return {"right": corruption.one(subject.network, dataset.test, spec, name, **how)}
+
+        rights[name] = memo(f"corruption {name}", one)["right"]
+        tell(len(rights) / len(spec.names))
+    return rights

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -29,10 +31,24 @@ class Memo:
         """Tensors by name, on the CPU. A damaged file counts as none."""
         if self.folder is None:
             return compute()
-        path = self.folder / f"{re.sub(r'[^a-z0-9_-]+', '.', part.lower())}.safetensors"
+        path = self._path(part, "safetensors")
         try:
             return load_file(path)
         except (FileNotFoundError, SafetensorError):
             found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
             write_atomically(path, save(found))
             return found
+
+    def json(self, part: str, compute: Callable[[], Any]) -> Any:
+        """The same for what JSON can hold."""
+        if self.folder is None:
+            return compute()
+        path = self._path(part, "json")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            write_atomically(path, json.dumps(compute()).encode())
+            return json.loads(path.read_text(encoding="utf-8"))
+
+    def _path(self, part: str, suffix: str) -> Path:
+        return self.folder / f"{re.sub(r'[^a-z0-9_-]+', '.', part.lower())}.{suffix}"

@@ -21,7 +21,7 @@ from advml.stages.context import Context
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
 
-SECTIONS = ("data", "temperature", "threat_model", "evaluate", "worst_case")
+SECTIONS = ("data", "temperature", "threat_model", "evaluate", "worst_case", "diagnostics", "corruptions")
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, float]:

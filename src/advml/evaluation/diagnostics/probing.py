@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from advml.attacks.threat import ThreatModel
-from advml.evaluation.evidence import Evidence, Point, Rise
+from advml.evaluation.diagnostics.evidence import Evidence, Point, Rise
+from advml.evaluation.diagnostics.perturbations import Attacked, Samples, batches
+from advml.evaluation.diagnostics.target import Target, own_randomness
 from advml.evaluation.intervals import binomial_tail, wilson
-from advml.evaluation.perturbations import Attacked, Samples, batches
-from advml.evaluation.target import Target, own_randomness
 from advml.runtime.machine import derived_seed
 
 RANDOM_NOISE = "random noise"  # its name among the black-box attacks

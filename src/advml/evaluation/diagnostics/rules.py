@@ -5,9 +5,9 @@ No rule fires on a difference that chance explains: counts are tested against it
 
 from __future__ import annotations
 
-from advml.evaluation.evidence import Evidence
+from advml.evaluation.diagnostics.evidence import Evidence
+from advml.evaluation.diagnostics.perturbations import SHORT
 from advml.evaluation.intervals import binomial_tail
-from advml.evaluation.perturbations import SHORT
 
 Finding = tuple[str, str]  # what was seen, in numbers; what to try
 
@@ -28,7 +28,7 @@ def _beyond_chance(more: int, fewer: int) -> bool:
     return binomial_tail(more, more + fewer, share=0.5) < SIGNIFICANCE
 
 
-def _beyond_tolerance(count: int, n: int) -> bool:
+def beyond_tolerance(count: int, n: int) -> bool:
     """Whether `count` of `n` is more than TOLERATED, and more than chance makes of that."""
     return binomial_tail(count, n, share=TOLERATED) < SIGNIFICANCE
 
@@ -70,7 +70,7 @@ def single_step_stronger(e: Evidence) -> Finding | None:
 
 def black_box_stronger(e: Evidence) -> Finding | None:
     """Attacks that see no gradient of the model know less, so they should not win on more than TOLERATED of the samples."""
-    stronger = {name: count for name, count in e.black_box.items() if _beyond_tolerance(count, e.n)}
+    stronger = {name: count for name, count in e.black_box.items() if beyond_tolerance(count, e.n)}
     if not stronger:
         return None
     listed = ", ".join(f"{name} {count}" for name, count in stronger.items())
@@ -138,7 +138,7 @@ def success_lost(e: Evidence) -> Finding | None:
 
     Outputs of a randomised model move anyway; they count only beyond that.
     """
-    if not _beyond_tolerance(e.lost, e.n) and e.batch_difference <= max(INDEPENDENT, 2 * e.output_difference):
+    if not beyond_tolerance(e.lost, e.n) and e.batch_difference <= max(INDEPENDENT, 2 * e.output_difference):
         return None
     return (
         f"{e.lost} of the {e.broken} samples that PGD breaks are right again in a fresh copy of the model, in other batches; outputs "

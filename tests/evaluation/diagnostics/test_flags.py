@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import pgd
 from advml.attacks.threat import ThreatModel
-from advml.evaluation.diagnostics import Evidence, flags, probe
-from advml.evaluation.perturbations import NOISE_DRAWS
+from advml.evaluation.diagnostics.flags import Evidence, flags, probe
+from advml.evaluation.diagnostics.perturbations import NOISE_DRAWS
 from advml.training.objectives import cross_entropy
 
 THREATS = {"linf": ThreatModel("linf", 0.15), "l2": ThreatModel("l2", 0.8)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advml.attacks.pgd import default_step_size, pgd
 from advml.attacks.threat import NORMS, ThreatModel
-from advml.evaluation.target import Target
+from advml.evaluation.diagnostics.target import Target
 from advml.runtime.machine import generator_for
 from advml.training.objectives import cross_entropy, margin
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from scipy.stats import binom
 
-from advml.evaluation.diagnostics import RULES, flags
-from advml.evaluation.evidence import Evidence, Point, Rise
+from advml.evaluation.diagnostics.evidence import Evidence, Point, Rise
+from advml.evaluation.diagnostics.flags import RULES, flags
 from advml.evaluation.intervals import binomial_tail, wilson
 
 

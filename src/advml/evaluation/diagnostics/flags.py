@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from advml.evaluation import rules
-from advml.evaluation.evidence import Evidence
-from advml.evaluation.probing import probe
+from advml.evaluation.diagnostics import rules
+from advml.evaluation.diagnostics.evidence import Evidence
+from advml.evaluation.diagnostics.probing import probe
 
 __all__ = ["RULES", "Evidence", "Flag", "flags", "probe"]
 
