@@ -204,6 +204,24 @@ def compare(
 
 
 @app.command(rich_help_panel=STAGES)
+def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Score the adversarial images of each model of the grid on every other model of its seed.
+
+    Writes reports/transfer/: transfer.json, transfer.csv, transfer.png. Next: advml report
+    """
+    context = _context(params, overrides)
+    from advml.evaluation.transfer_files import NOBODY
+    from advml.stages import transfer as stage
+
+    blocks = stage.run(context)
+    for block in blocks:
+        flagged = ", ".join(flag["model"] for flag in block["flags"]) or "none"
+        print(f"seed {block['seed']}: {len(block['models'])} models; flagged because of others' images: {flagged}")
+    files = ", ".join(stage.FILES) if blocks else f"{stage.FILES[0]} ({NOBODY})"
+    _say(f"{context.workspace.report('transfer')}/{files}", "advml report")
+
+
+@app.command(rich_help_panel=STAGES)
 def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Gather all measured models into a table, test the paper's claims on them, and tell it all on one page.
 

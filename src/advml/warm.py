@@ -29,6 +29,7 @@ MODULES = (
     "advml.stages.train",
     "advml.stages.represent",
     "advml.stages.compare",
+    "advml.stages.transfer",
     "advml.stages.report",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",

@@ -177,11 +177,16 @@ class _Batch:
                 f"pixels from {float(adversarial.min()):g} to {float(adversarial.max()):g}; its figures would mean nothing"
             )
 
-    @torch.no_grad()
     def _predict(self, images: Tensor) -> Tensor:
-        with self.effort.machine.autocast():
-            logits = self.scorer(images)
-        return torch.where(logits.isfinite().all(1), logits.argmax(1), NOT_FINITE)
+        return predict(self.scorer, images, self.effort.machine)
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Tensor, machine: Machine) -> Tensor:
+    """The class (N,) of each image, NOT_FINITE where the logits are no numbers."""
+    with machine.autocast():
+        logits = network(images)
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NOT_FINITE)
 
 
 PASSES = ("forward", "backward")

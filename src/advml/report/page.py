@@ -12,10 +12,11 @@ import jinja2
 from matplotlib.figure import Figure
 
 from advml.config import Config
-from advml.evaluation import records
+from advml.evaluation import records, transfer_files
 from advml.figures import charts
 from advml.figures.claims import effects
 from advml.figures.style import to_png
+from advml.figures.transfer import transfer_matrices
 from advml.paths import Workspace, model_name
 from advml.report import figures as drawn
 from advml.report import how as how_made
@@ -40,6 +41,9 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     made = list(_how(config, workspace))
+    transferred = transfer_files.read(workspace)
+    drawings = _figures(config, workspace, table, claims)
+    drawings["transfer"] = transfer_matrices(transferred["seeds"]) if transferred else None
     return template.render(
         config=config,
         norm=NORM_NAMES[config.threat_model.norm],
@@ -48,8 +52,9 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         rows=[_row(row) for row in table],
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
-        images={name: _source(figure) for name, figure in _figures(config, workspace, table, claims).items() if figure is not None},
+        images={name: _source(figure) for name, figure in drawings.items() if figure is not None},
         panels=_panels(workspace),
+        transfer=transferred,
         made=made,
         how_headers=how_made.HEADERS,
         cascade=how_made.cascade(made),

@@ -1,0 +1,54 @@
+"""`transfer`: the adversarial images of each model of the grid, scored on every other model of its seed."""
+
+from __future__ import annotations
+
+from advml import tracking
+from advml.evaluation import transfer_files as files
+from advml.evaluation.transfer import evaluated, evaluated_models, transfer
+from advml.evaluation.transfer_findings import RULE, describe
+from advml.figures.style import to_png
+from advml.figures.transfer import transfer_matrices
+from advml.progress import Bar
+from advml.stages.context import Context
+
+FILES = ("transfer.json", "transfer.csv", "transfer.png")
+
+
+def run(context: Context) -> list[files.Block]:
+    """Write FILES into `reports/transfer/`, and the record; returns what was measured, a block per seed.
+
+    Models of different seeds are not mixed. A grid without two evaluated models is no mistake: then transfer.json says so.
+    """
+    config, workspace = context.config, context.workspace
+    groups = {seed: names for seed in config.seeds if len(names := evaluated_models(config.grid, workspace, seed)) > 1}
+    if not groups:
+        files.write(workspace, [], rule=RULE, picture=None)
+        return []
+    with Bar("transfer", total=sum(len(names) ** 2 for names in groups.values())) as bar:
+        blocks = [_block(context, seed, names, bar) for seed, names in groups.items()]
+    files.write(workspace, blocks, rule=RULE, picture=to_png(transfer_matrices(blocks)))
+    _log(context, blocks)
+    return blocks
+
+
+def _block(context: Context, seed: int, names: list[str], bar: Bar) -> files.Block:
+    """One seed; its networks are in memory together, those of other seeds are not."""
+    test, models = context.dataset.test, []
+    for name in names:
+        record, network = context.load_network(context.workspace.model(name))
+        models.append(evaluated(context.workspace, name, network, test, digest=record["digest"]))
+    size = context.config.evaluate.batch_size
+    found = transfer(models, test, context.machine, batch_size=size, on_pair=lambda source, target: bar.advance(1, f"{source} on {target}"))
+    return describe(found, seed=seed)
+
+
+def _log(context: Context, blocks: list[files.Block]) -> None:
+    folder = context.workspace.report(files.STAGE)
+    broken = {f"transfer_breaks/{one['model']}": one["transfer_breaks"] for block in blocks for one in block["breaks"]}
+    params = {"evaluate": {"batch_size": context.config.evaluate.batch_size}}
+    with tracking.open_run(context.config, root=context.workspace.root, name="transfer", kind="comparison", tags={}, params=params) as run:
+        run.log_metrics(broken)
+        run.log_table(files.rows(blocks), "transfer/pairs.json")
+        for name in FILES:
+            run.log_file(folder / name, "transfer")
+        run.log_image(folder / "transfer.png", key="transfer")
