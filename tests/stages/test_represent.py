@@ -23,7 +23,7 @@ from advml.stages import compare, evaluate, finetune, pretrain, report, represen
 from advml.tracking import store as stores
 
 MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
-SMALL = ("similarity.batch_size=8", "similarity.draws=50", "similarity.probe_strengths=[0.1]")
+SMALL = ("similarity.batch_size=8", "similarity.probe_strengths=[0.1]")
 
 
 @pytest.fixture(scope="module")
