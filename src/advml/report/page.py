@@ -49,7 +49,8 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
         images={name: _source(figure) for name, figure in _figures(config, workspace, table, claims).items() if figure is not None},
-        panels=_panels(workspace),
+        panels={kind: _embedded(path.read_bytes()) for kind, path in figures.panels(workspace).items()},
+        shown=figures.shown(workspace),
         made=made,
         how_headers=how_made.HEADERS,
         cascade=how_made.cascade(made),
@@ -86,12 +87,6 @@ def _figures(config: Config, workspace: Workspace, table: list[Row], claims: Map
         "clean_adversarial": drawn.matrices(config, workspace, "clean_adversarial", seed=seed),
         "curves": drawn.curves(config, workspace, seed=seed),
     }
-
-
-def _panels(workspace: Workspace) -> dict[str, str]:
-    """The figures of `compare`, by kind of input."""
-    found = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in ("clean", "adversarial")}
-    return {kind: _embedded(path.read_bytes()) for kind, path in found.items() if path.exists()}
 
 
 def _source(figure: Figure) -> str:
