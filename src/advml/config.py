@@ -310,10 +310,8 @@ class Similarity(Section):
     gram: Literal["float32", "bfloat16"] = "float32"
     epsilon_studies: str | None = None  # folders of studies that differ in the training epsilon alone, a pattern: for claim 6
     source: str = "own"  # whose adversarial images `compare` shows to all models; own: each model's own
-    draws: Count = 1000  # of the bootstrap over batches
     probe_images: Count | None = None  # training images of the linear probes; None: all
     probe_strengths: Annotated[tuple[Positive, ...], Field(min_length=1), Distinct]  # inverse penalties to choose from
-    seed: Annotated[Whole, Field(ge=0)] = 0
 
 
 class Tracking(Section):

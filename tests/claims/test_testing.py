@@ -2,209 +2,202 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from pathlib import Path
-from zlib import crc32
+import math
+import shutil
 
 import numpy as np
 import pytest
 
-from advml import config as configuration
-from advml.claims.hypotheses import CLAIMS, paper
-from advml.claims.testing import check
-from advml.errors import UserError
-from advml.paths import Workspace, model_name, pretraining_name
-from advml.similarity.arrays import to_npz
-from advml.similarity.comparison import SCHEME_PAIRS
-from advml.similarity.representation import MATRICES
-
-REPOSITORY = Path(__file__).parents[2]
-BATCHES, LAYERS = 12, 8
-REGIMES = ("ST", "AT", "Partial-AT", "Full-AT")
-# What the paper found, as CKA and accuracy of each regime: redundancy, long-range CKA follows; clean-adversarial; robust accuracy.
-AS_PAPER = {
-    "redundancy": {"ST": 0.6, "AT": 0.8, "Partial-AT": 0.8, "Full-AT": {"SL": 0.8, "CL": 0.7, "SCL": 0.82}},
-    "clean_adversarial": {"ST": 0.6, "AT": 0.97, "Partial-AT": 0.97, "Full-AT": 0.97},
-    "robust": {"ST": 0.0, "AT": {"SL": 0.7, "CL": 0.4, "SCL": 0.7}, "Partial-AT": 0.7, "Full-AT": 0.72},
-    "cross": {"ST": 0.4, "AT": 0.7},
-}
-
-
-def value(table: dict, quantity: str, scheme: str, regime: str) -> float:
-    found = table[quantity][regime]
-    return found[scheme] if isinstance(found, dict) else found
-
-
-def products(matrix: np.ndarray, noise: float, seed: int) -> np.ndarray:
-    """Per batch the matrix and some noise of mean zero: norms of one make it the CKA."""
-    random = np.random.default_rng(seed).normal(0, noise, (BATCHES, *matrix.shape))
-    return matrix + random - random.mean(0)
-
-
-def uniform(off_diagonal: float, diagonal: float = 1.0) -> np.ndarray:
-    return np.full((LAYERS, LAYERS), off_diagonal) + (diagonal - off_diagonal) * np.eye(LAYERS)
-
-
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def plant_model(workspace: Workspace, scheme: str, regime: str, seed: int, table: dict, *, noise: float, n: int) -> None:
-    name = model_name(scheme, regime, seed)
-    redundancy, similar, robust = (value(table, key, scheme, regime) for key in ("redundancy", "clean_adversarial", "robust"))
-    matrices = {"clean": uniform(redundancy), "adversarial": uniform(redundancy), "clean_adversarial": uniform(0.5, similar)}
-    arrays = {f"products_{key}": products(matrices[key], noise, crc32(name.encode())) for key in MATRICES}
-    arrays |= {f"norms_{kind}": np.ones((BATCHES, LAYERS)) for kind in ("clean", "adversarial")}
-    arrays |= {"sizes": np.full(BATCHES, 30), "counted": np.ones(LAYERS, bool)}
-    workspace.report(name).mkdir(parents=True, exist_ok=True)
-    (workspace.report(name) / "cka.npz").write_bytes(to_npz(arrays))
-    figure = {"n": n, "correct": round(n * robust)}
-    write(workspace.record("evaluate", name), {"model": name, "metrics": {}, "figures": {"accuracy/threat_model_2": figure}})
-    write(workspace.record("represent", name), {"model": name, "metrics": {}})
-
-
-def plant_comparison(workspace: Workspace, table: dict, seeds: tuple[int, ...], *, noise: float) -> None:
-    panels = [
-        {"group": "", "first": model_name(a, regime, seed), "second": model_name(b, regime, seed)}
-        for seed, regime, (a, b) in itertools.product(seeds, ("ST", "AT"), SCHEME_PAIRS)
-    ]
-    models = sorted({panel[side] for panel in panels for side in ("first", "second")})
-    arrays = {"sizes": np.full(BATCHES, 30)}
-    for panel, kind in itertools.product(panels, ("clean", "adversarial")):
-        cka = table["cross"]["ST" if "-ST-" in panel["first"] else "AT"]
-        arrays[f"products/{panel['first']}/{panel['second']}/{kind}"] = products(uniform(cka), noise, 2)
-    for model in models:
-        arrays[f"counted/{model}"] = np.ones(LAYERS, bool)
-        arrays |= {f"norms/{model}/{kind}": np.ones((BATCHES, LAYERS)) for kind in ("clean", "adversarial")}
-    folder = workspace.reports / "compare"
-    folder.mkdir(parents=True)
-    (folder / "cka.npz").write_bytes(to_npz(arrays))
-    write(folder / "cka.json", {"panels": panels, "layers": {model: [] for model in models}})
-    write(workspace.record("compare", "panels"), {})
-
-
-def plant(root: Path, table: dict, *, noise: float = 0.01, n: int = 2000, seeds: tuple[int, ...] = (0,)) -> Workspace:
-    workspace = Workspace(root)
-    for scheme, regime, seed in itertools.product(("SL", "CL", "SCL"), REGIMES, seeds):
-        plant_model(workspace, scheme, regime, seed, table, noise=noise, n=n)
-    plant_comparison(workspace, table, seeds, noise=noise)
-    return workspace
-
-
-def load(*overrides: str) -> configuration.Config:
-    return configuration.load(REPOSITORY / "params.yaml", ["similarity.draws=300", *overrides])
-
-
-def verdicts(workspace: Workspace, *overrides: str) -> dict[str, str]:
-    return {claim["key"]: claim["verdict"] for claim in check(load(*overrides), workspace)["claims"]}
-
-
-def changed(quantity: str, **values: object) -> dict:
-    return AS_PAPER | {quantity: AS_PAPER[quantity] | {key.replace("_", "-"): each for key, each in values.items()}}
-
+from advml.claims.hypotheses import AGREE, MARGIN
 
 MAIN = ("redundancy", "full_fine_tuning_redundancy", "full_fine_tuning_robustness", "clean_adversarial", "convergence")
 
 
-def test_a_study_like_the_papers_supports_every_claim(tmp_path):
-    assert verdicts(plant(tmp_path, AS_PAPER)) == {**dict.fromkeys(MAIN, "supported"), "epsilon": "not tested"}
+def test_a_study_like_the_papers_supports_every_claim(planted):
+    assert planted.verdicts() == {**dict.fromkeys(MAIN, "supported"), "epsilon": "not tested"}
 
 
 @pytest.mark.parametrize(
-    ("claim", "table"),
-    {
-        "redundancy": changed("redundancy", AT={"SL": 0.8, "CL": 0.8, "SCL": 0.5}),
-        "full_fine_tuning_redundancy": changed("redundancy", Full_AT={"SL": 0.7, "CL": 0.7, "SCL": 0.82}),
-        "full_fine_tuning_robustness": changed("robust", AT={"SL": 0.2, "CL": 0.4, "SCL": 0.7}),
-        "clean_adversarial": changed("clean_adversarial", AT=0.8),
-        "convergence": changed("cross", AT=0.3),
-    }.items(),
+    ("claim", "quantity", "values"),
+    [
+        ("redundancy", "redundancy", {"AT": {"SL": 0.8, "CL": 0.8, "SCL": 0.5}}),
+        ("full_fine_tuning_redundancy", "redundancy", {"Full-AT": {"SL": 0.7, "CL": 0.7, "SCL": 0.82}}),
+        ("full_fine_tuning_robustness", "robust", {"AT": {"SL": 0.2, "CL": 0.4, "SCL": 0.7}}),
+        ("clean_adversarial", "clean_adversarial", {"AT": 0.8}),
+        ("clean_adversarial", "clean_adversarial", {"ST": {"SL": 0.6, "CL": 0.94, "SCL": 0.6}}),  # no difference under ST
+        ("convergence", "cross", {"AT": 0.3}),
+    ],
 )
-def test_a_study_that_found_the_opposite_contradicts_that_claim(tmp_path, claim, table):
-    assert verdicts(plant(tmp_path, table))[claim] == "contradicted"
+def test_a_study_that_found_the_opposite_contradicts_that_claim(planting, tmp_path, claim, quantity, values):
+    table = planting.AS_PAPER | {quantity: planting.AS_PAPER[quantity] | values}
+    assert planting.Planted(tmp_path, table).plant().verdicts()[claim] == "contradicted"
 
 
-def test_effects_within_their_noise_are_inconclusive(tmp_path):
-    flat = {"redundancy": dict.fromkeys(REGIMES, 0.7), "clean_adversarial": dict.fromkeys(REGIMES, 0.9)}
-    flat |= {"robust": dict.fromkeys(REGIMES, 0.5), "cross": dict.fromkeys(("ST", "AT"), 0.5)}
-    found = check(load(), plant(tmp_path, flat, noise=0.0, n=50))
-    parts = {part["name"]: part for claim in found["claims"] for part in claim["parts"]}
-    lift = parts["CL: robust accuracy, Full-AT minus AT"]
+def test_every_effect_is_the_planted_one(planted):
+    """Every kind of input, quarter and pair has its own CKA, and the classifier another: a mix-up gives another number."""
+    effects = {name: part["effect"] for name, part in planted.parts().items() if "effect" in part}
+    expected = {f"{scheme}: redundancy, AT minus ST": 0.2 for scheme in ("SL", "CL", "SCL")}
+    expected |= {"CL: redundancy, Full-AT minus AT": -0.1, "CL: long-range CKA, Full-AT minus AT": -0.1}
+    expected |= {"SL: redundancy, Full-AT minus AT": 0.0, "SCL: redundancy, Full-AT minus AT": 0.02}
+    expected |= {"CL: robust accuracy, Full-AT minus AT": 0.32, "the same lift, CL minus SL": 0.3, "the same lift, CL minus SCL": 0.3}
+    expected |= {f"{scheme}: clean-adversarial CKA, AT minus ST": 0.37 for scheme in ("SL", "CL", "SCL")}
+    expected |= {f"{scheme}: clean-adversarial CKA of ST": 0.6 for scheme in ("SL", "CL", "SCL")}
+    expected |= {f"{scheme}: clean-adversarial CKA of AT": 0.97 for scheme in ("SL", "CL", "SCL")}
+    cross = {"SCL with CL": 0.3, "SL with CL": 0.31, "SL with SCL": 0.32}
+    expected |= {f"{pair}: CKA on adversarial images, AT minus ST": effect for pair, effect in cross.items()}
+    assert effects == pytest.approx(expected, abs=2e-6)
+
+
+def test_parts_say_what_is_claimed_in_numbers_too(planted):
+    part = planted.parts()["CL: redundancy, Full-AT minus AT"]
+    assert (part["side"], part["bound"], part["claimed"]) == ("below", -0.02, "below -0.02")
+    assert part["low"] < part["effect"] < part["high"] and part["paper"] == pytest.approx(0.7804 - 0.8177, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("after", "reduced", "kept"),
+    [(0.8 - 0.03, "supported", "contradicted"), (0.8 - 0.01, "contradicted", "supported"), (0.8 + 0.03, "contradicted", "supported")],
+)
+def test_one_margin_says_what_is_reduced_and_what_is_not(planting, tmp_path, after, reduced, kept):
+    """The same change is a reduction of CL's or it is none of SL's, never both."""
+    table = planting.AS_PAPER | {"redundancy": planting.AS_PAPER["redundancy"] | {"Full-AT": after}}
+    parts = planting.Planted(tmp_path, table).plant().parts()
+    assert parts["CL: redundancy, Full-AT minus AT"]["verdict"] == reduced
+    assert parts["SL: redundancy, Full-AT minus AT"]["verdict"] == kept
+    assert MARGIN == 0.02
+
+
+@pytest.mark.parametrize(("rise", "verdict"), [(0.03, "supported"), (0.01, "contradicted")])
+def test_a_rise_is_one_above_the_margin(planting, tmp_path, rise, verdict):
+    table = planting.AS_PAPER | {"redundancy": {"ST": 0.6, "AT": 0.6 + rise, "Partial-AT": 0.6, "Full-AT": 0.6}}
+    table |= {"cross": {"ST": 0.4, "AT": 0.4 + rise}}
+    found = planting.Planted(tmp_path, table).plant().verdicts()
+    assert found["redundancy"] == found["convergence"] == verdict
+
+
+@pytest.mark.parametrize(("similar", "verdict"), [(0.85, "contradicted"), (0.89, "contradicted"), (0.91, "supported")])
+def test_representations_agree_above_nine_tenths(planting, tmp_path, similar, verdict):
+    table = planting.AS_PAPER | {"clean_adversarial": planting.AS_PAPER["clean_adversarial"] | {"AT": similar}}
+    assert planting.Planted(tmp_path, table).plant().parts()["SL: clean-adversarial CKA of AT"]["verdict"] == verdict
+    assert AGREE == 0.9
+
+
+def test_effects_within_their_noise_are_inconclusive(planting, tmp_path):
+    flat = {**planting.AS_PAPER, "robust": dict.fromkeys(planting.REGIMES, 0.5)}
+    parts = planting.Planted(tmp_path, flat, n=50, noise=0.4).plant().parts()
+    lift, redundancy = parts["CL: robust accuracy, Full-AT minus AT"], parts["SL: redundancy, Full-AT minus AT"]
     assert lift["verdict"] == "inconclusive" and lift["low"] < 0 < lift["high"]
-    assert parts["SL: redundancy, AT minus ST"]["verdict"] == "inconclusive"
+    assert redundancy["verdict"] == "inconclusive" and redundancy["low"] < -0.02 < redundancy["high"]
 
 
-def test_effects_are_differences_and_stand_beside_the_papers(tmp_path):
-    found = check(load(), plant(tmp_path, AS_PAPER))
-    part = found["claims"][0]["parts"][1]
-    assert part["name"] == "CL: redundancy, AT minus ST" and part["effect"] == pytest.approx(0.2, abs=1e-6)
-    assert part["low"] < part["effect"] < part["high"]
-    assert part["paper"] == pytest.approx(0.8177 - 0.7215, abs=1e-4)
-    json.dumps(found, allow_nan=False)
+@pytest.mark.parametrize("robust", [0.0, 1.0])
+def test_none_and_all_right_vary_as_well(planting, tmp_path, robust):
+    """By Jeffreys' estimate, (x + 1/2) / (n + 1)."""
+    table = planting.AS_PAPER | {"robust": dict.fromkeys(planting.REGIMES, robust)}
+    part = planting.Planted(tmp_path, table, n=40).plant().parts()["CL: robust accuracy, Full-AT minus AT"]
+    share = 0.5 / 41
+    half = 1.959964 * math.sqrt(2 * share * (1 - share) / 40)
+    assert part["effect"] == 0 and (part["low"], part["high"]) == pytest.approx((-half, half), abs=1e-5)
 
 
-def test_a_missing_model_leaves_its_claims_untested_and_the_others_alone(tmp_path):
-    workspace = plant(tmp_path, AS_PAPER)
+def test_errors_that_models_have_in_common_are_taken_off(planting, tmp_path):
+    """SL's AT and ST err alike, batch by batch: their difference is sure, though neither is."""
+    planted = planting.Planted(tmp_path).plant()
+    shared = np.random.default_rng(0).normal(0, 0.1, planting.BATCHES)
+    for regime in ("ST", "AT"):
+        path = planted.workspace.report(f"SL-{regime}-s0") / "cka.npz"
+        arrays = dict(np.load(path))
+        off_diagonal = np.where(np.eye(planting.LAYERS + 1, dtype=bool), 0, 1)
+        arrays["products_clean"] = arrays["products_clean"] + (shared - shared.mean())[:, None, None] * off_diagonal
+        planting.edit(planted.workspace.record("represent", f"SL-{regime}-s0"), cka=planting.store(path, arrays))
+    part = planted.parts()["SL: redundancy, AT minus ST"]
+    assert part["verdict"] == "supported" and part["high"] - part["low"] < 0.01
+
+
+def test_a_missing_model_leaves_its_claims_untested_and_the_others_alone(planted):
     for stage in ("evaluate", "represent"):
-        workspace.record(stage, "SCL-Full-AT-s0").unlink()
-    found = verdicts(workspace)
+        planted.workspace.record(stage, "SCL-Full-AT-s0").unlink()
+    found = planted.verdicts()
     assert found["full_fine_tuning_redundancy"] == found["full_fine_tuning_robustness"] == "not tested"
     assert found["redundancy"] == found["convergence"] == "supported"
 
 
-def test_nothing_measured_is_no_crash(tmp_path):
-    assert set(verdicts(Workspace(tmp_path)).values()) == {"not tested"}
+def test_nothing_measured_is_no_crash(planting, tmp_path):
+    assert set(planting.Planted(tmp_path).verdicts().values()) == {"not tested"}
 
 
-def test_a_damaged_file_is_one_line(tmp_path):
-    workspace = plant(tmp_path, AS_PAPER)
-    (workspace.report("CL-AT-s0") / "cka.npz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match=r"cka\.npz cannot be read"):
-        verdicts(workspace)
+def test_layers_that_are_dead_in_one_of_two_models_count_in_neither(planting, tmp_path):
+    """Without the first two layers the last quarter weighs more: ST and AT are held against each other over the same ones."""
+    planted = planting.Planted(tmp_path, dead={"SL-ST-s0": [0, 1]}).plant()
+    parts, others = planted.parts(), np.array([0.97 + 0.025] * 4 + [0.97 - 0.075] * 2)
+    standard = np.array([0.6 + 0.075] * 4 + [0.6 - 0.225] * 2)
+    assert parts["SL: clean-adversarial CKA, AT minus ST"]["effect"] == pytest.approx(others.mean() - standard.mean(), abs=1e-5)
+    assert parts["SL: clean-adversarial CKA of AT"]["effect"] == pytest.approx(0.97, abs=1e-5)
 
 
-def test_seeds_that_disagree_widen_the_interval(tmp_path):
-    """Each seed alone is certain; together they are not."""
-    workspace = plant(tmp_path, AS_PAPER, seeds=(0, 1))
-    agreed = check(load("seeds=[0, 1]"), workspace)["claims"][0]["parts"][0]
-    other = changed("redundancy", AT=0.3)
-    plant_model(workspace, "SL", "AT", 1, other, noise=0.01, n=2000)
-    split = check(load("seeds=[0, 1]"), workspace)["claims"][0]["parts"][0]
-    assert agreed["verdict"] == "supported" and split["verdict"] == "inconclusive"
-    assert split["effect"] == pytest.approx((0.2 - 0.3) / 2, abs=1e-6) and split["low"] < -0.2 and split["high"] > 0.1
+# Seeds
 
 
-def plant_epsilons(root: Path, last: tuple[float, float, float]) -> Workspace:
-    """A main study (0.15) and two others; the last quarter's clean-adversarial CKA of each, weakest adversary first."""
-    workspaces = {0.05: Workspace(root / "eps" / "eps-0.05"), 0.15: Workspace(root), 0.3: Workspace(root / "eps" / "eps-0.3")}
-    plant(root, AS_PAPER)
-    for (epsilon, workspace), similar in zip(workspaces.items(), last, strict=True):
-        for scheme in ("SL", "CL", "SCL"):
-            plant_model(workspace, scheme, "AT", 0, AS_PAPER, noise=0.01, n=100)
-            path = workspace.report(model_name(scheme, "AT", 0)) / "cka.npz"
-            arrays = dict(np.load(path))
-            diagonal = np.full(LAYERS, 0.9)
-            diagonal[-2:] = similar
-            arrays["products_clean_adversarial"] = products(uniform(0.5, 0) + np.diag(diagonal), 0.01, 1)
-            path.write_bytes(to_npz(arrays))
-            about = {"parameters": {"threat_model": {"epsilon": epsilon}}}
-            write(workspace.pretrained(pretraining_name(scheme, "at", 0)) / "model.json", about)
-    return workspaces[0.15]
+def test_seeds_that_disagree_leave_a_claim_open(planting, tmp_path):
+    """Each seed alone is certain; together they are not. Two seeds make a t interval of one degree of freedom."""
+    planted = planting.Planted(tmp_path).plant(seeds=(0, 1, 2))
+    agreed = planted.parts("seeds=[0, 1, 2]")["SL: redundancy, AT minus ST"]
+    other = planting.AS_PAPER | {"redundancy": planting.AS_PAPER["redundancy"] | {"AT": 0.65}}
+    planted.model("SL", "AT", 1, table=other)
+    two, three = (planted.parts(f"seeds={seeds}")["SL: redundancy, AT minus ST"] for seeds in ([0, 1], [0, 1, 2]))
+    assert agreed["verdict"] == "supported" and two["verdict"] == three["verdict"] == "inconclusive"
+    assert two["effect"] == pytest.approx(0.125, abs=1e-6) and two["high"] == pytest.approx(0.125 + 12.706 * 0.075, abs=0.01)
+    assert three["high"] == pytest.approx(0.15 + 4.303 * np.std([0.2, 0.05, 0.2], ddof=1) / math.sqrt(3), abs=0.01)
+
+
+def test_it_is_said_what_intervals_are_made_of(planting, tmp_path):
+    planted = planting.Planted(tmp_path)
+    told = [planted.check(f"seeds={seeds}")["intervals"] for seeds in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3])]
+    assert "test images alone" in told[0] and "one degree of freedom" in told[1] and told[2] == told[3] and "over seeds" in told[2]
+
+
+# Training epsilons
 
 
 @pytest.mark.parametrize(("last", "verdict"), [((0.7, 0.8, 0.95), "supported"), ((0.95, 0.8, 0.7), "contradicted")])
-def test_studies_of_other_training_epsilons_test_the_last_claim(tmp_path, last, verdict):
-    workspace = plant_epsilons(tmp_path, last)
-    assert verdicts(workspace, "similarity.epsilon_studies=eps/eps-*")["epsilon"] == verdict
-    assert verdicts(workspace)["epsilon"] == "not tested"
-    assert check(load("similarity.epsilon_studies=eps/eps-*"), workspace)["epsilons"] == [0.05, 0.15, 0.3]
-    assert verdicts(workspace, "similarity.epsilon_studies=eps/eps-*")["redundancy"] == "supported"  # of the main study alone
+def test_studies_of_other_training_epsilons_test_the_last_claim(planting, tmp_path, last, verdict):
+    planted = planting.plant_epsilons(tmp_path, last)
+    assert planted.verdicts(planting.STUDIES)["epsilon"] == verdict and planted.verdicts()["epsilon"] == "not tested"
+    assert planted.check(planting.STUDIES)["epsilons"] == [0.05, 0.15, 0.3]
+    assert planted.verdicts(planting.STUDIES)["redundancy"] == "supported"  # of the main study alone
 
 
-def test_there_are_the_papers_six_claims_and_their_figures():
-    assert len(CLAIMS) == 6 and len({claim.key for claim in CLAIMS}) == 6
-    assert paper()["cross"]["SL-CL"] == {"ST": 0.3664, "AT": 0.6879}
-    names = [part.name for claim in CLAIMS for part in claim.parts]
-    assert len(names) == len(set(names))
+def test_the_gain_is_from_the_smallest_to_the_largest_epsilon(planting, tmp_path):
+    parts = planting.plant_epsilons(tmp_path, (0.7, 0.98, 0.8), (0.9, 0.5, 0.95)).parts(planting.STUDIES)
+    for scheme in ("SL", "CL", "SCL"):
+        name = f"{scheme}: clean-adversarial CKA of the last quarter, largest minus smallest training epsilon"
+        assert parts[name]["effect"] == pytest.approx(0.1, abs=1e-6)
+        assert parts[f"{scheme}: the same gain, last quarter minus first quarter"]["effect"] == pytest.approx(0.05, abs=1e-6)
+
+
+def test_folders_may_be_given_from_the_root_and_the_main_study_is_not_one_of_the_others(planting, tmp_path):
+    planted = planting.plant_epsilons(tmp_path, (0.7, 0.8, 0.95))
+    assert planted.verdicts(f"similarity.epsilon_studies={tmp_path}/eps/eps-*")["epsilon"] == "supported"
+    for pattern in (".", str(tmp_path), "none-*"):
+        part = planted.check(f"similarity.epsilon_studies={pattern}")["claims"][-1]["parts"][0]
+        assert part["verdict"] == "not tested" and "similarity.epsilon_studies" in part["missing"] and repr(pattern) in part["missing"]
+
+
+def test_what_is_missing_for_the_last_claim_is_named(planted):
+    missing = planted.check()["claims"][-1]["parts"][0]["missing"]
+    assert "similarity.epsilon_studies is null" in missing and "dvc repro pipelines/epsilon/dvc.yaml" in missing and "\n" not in missing
+
+
+def test_a_model_of_another_epsilon_than_its_study_is_no_evidence(planting, tmp_path):
+    planted = planting.plant_epsilons(tmp_path, (0.7, 0.8, 0.95))
+    path = tmp_path / "eps" / "eps-0.3" / "models" / "finetune" / "CL-AT-s0" / "model.json"
+    planting.edit(path, parameters__threat_model__epsilon=0.2)
+    parts = [part for part in planted.check(planting.STUDIES)["claims"][-1]["parts"] if part["name"].startswith("CL")]
+    assert all("trained at epsilon 0.2" in part["missing"] for part in parts)
+
+
+def test_a_study_without_models_of_another_epsilon_is_left_out(planting, tmp_path):
+    planted = planting.plant_epsilons(tmp_path, (0.7, 0.8, 0.95))
+    shutil.rmtree(tmp_path / "eps" / "eps-0.3" / "models")
+    (tmp_path / "eps" / "eps-none").mkdir()
+    assert planted.check(planting.STUDIES)["epsilons"] == [0.05, 0.15]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from advml import tracking
 from advml.data import adversarial
 from advml.errors import UserError
 from advml.evaluation import records
+from advml.report import figures as drawn
 from advml.show import record_of
 from advml.stages import compare, evaluate, finetune, pretrain, report, represent
 from advml.tracking import store as stores
 
 MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
-SMALL = ("similarity.batch_size=8", "similarity.draws=50", "similarity.probe_strengths=[0.1]")
+SMALL = ("similarity.batch_size=8", "similarity.probe_strengths=[0.1]")
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,78 @@ def test_a_grid_without_two_models_has_nothing_to_compare(study):
     assert compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")) is None
     assert json.loads((study.workspace.reports / "compare" / "cka.json").read_text())["panels"] == []
     report.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
+
+
+def test_a_grid_that_has_nothing_to_compare_any_more_leaves_no_figures_behind(study):
+    folder = study.workspace.reports / "compare"
+    assert (folder / "clean.png").exists()
+    compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
+    assert {path.name for path in folder.iterdir()} == {"cka.json"} and drawn.panels(study.workspace) == {}
+
+
+def test_only_the_comparison_of_the_study_is_recorded(study, tmp_path):
+    path = study.workspace.record("compare", "panels")
+    before = path.read_text()
+    compare.run(study.context("similarity.batch_size=10"), out=tmp_path / "elsewhere")
+    assert path.read_text() == before
+    with pytest.raises(UserError, match="which the report reads; give another --out"):
+        compare.run(study.context(), chosen=("CL-AT-s0", "SL-AT-s0"), out=study.workspace.reports / "compare")
+
+
+def test_panels_of_earlier_weights_are_not_shown(study):
+    assert set(drawn.panels(study.workspace)) == {"clean", "adversarial"} and drawn.shown(study.workspace) == "each network's own"
+    change_model(study.workspace.model("SL-AT-s0"), digest="new weights")
+    assert drawn.panels(study.workspace) == {}
+    study.workspace.record("compare", "panels").unlink()
+    assert drawn.panels(study.workspace) == {}
+
+
+def test_stored_images_of_another_attack_are_refused_in_the_grid_and_made_anew_for_chosen_models(study, tmp_path):
+    other = ("evaluate.epsilon=0.05",)
+    with pytest.raises(UserError, match=r"was made with epsilon 0\.15 instead of 0\.05, step_size .*; measure again with: dvc repro"):
+        compare.run(study.context(*other), out=tmp_path / "no")
+    compare.run(study.context(*other), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "out")
+    source = json.loads((tmp_path / "out" / "cka.json").read_text())["adversarial_source"]
+    assert {about["epsilon"] for about in source.values()} == {0.05}
+
+
+def test_the_grid_is_not_attacked_anew(study):
+    study.workspace.adversarial("SL-AT-s0").unlink()
+    with pytest.raises(UserError, match="SL-AT-s0 has no adversarial images; make them with"):
+        compare.run(study.context())
+
+
+def change_model(folder: Path, **changes: object) -> None:
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_models_of_other_classes_are_refused(study, tmp_path):
+    change_model(study.workspace.model("SL-AT-s0"), classes=["ash", "birch", "cedar", "elm"])
+    with pytest.raises(UserError, match=r"SL-AT-s0 tells 4 classes \(ash, birch, cedar, \.\.\.\) apart"):
+        compare.run(study.context(), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "no")
+
+
+def test_models_of_other_data_are_refused_in_the_grid_and_noted_for_chosen_models(study, tmp_path, capsys):
+    change_model(study.workspace.model("SL-AT-s0"), data={"digest": "another split"})
+    with pytest.raises(UserError, match="SL-AT-s0 was trained on other data"):
+        compare.run(study.context())
+    compare.run(study.context(), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "out")
+    assert "note: SL-AT-s0 was trained on other data (another split)" in capsys.readouterr().err
+    about = json.loads((tmp_path / "out" / "cka.json").read_text())
+    assert about["data"] == {"CL-AT-s0": about["images_of"], "SL-AT-s0": "another split"}
+
+
+def test_a_pretrained_encoder_has_nothing_to_attack(study, tmp_path):
+    with pytest.raises(UserError, match="CL-at-s0 holds a pretrained encoder, no classifier"):
+        compare.run(study.context(), chosen=("CL-AT-s0", "CL-at-s0"), out=tmp_path / "no")
+
+
+def test_a_model_may_lie_where_there_are_no_three_folders_above_it(study, tmp_path, monkeypatch):
+    shutil.copytree(study.workspace.model("SL-AT-s0"), tmp_path / "m")
+    monkeypatch.setattr(Path, "resolve", lambda path, *_: Path("/m") if path.name == "m" else Path(os.path.realpath(path)))
+    compared = compare.run(study.context(), chosen=("CL-AT-s0", str(tmp_path / "m")), out=tmp_path / "out")
+    assert [panel.second for panel in compared.panels] == ["m"]
 
 
 @pytest.mark.parametrize("chosen", [("CL-AT-s0",), ("CL-AT-s0", "CL-AT-s0")])

@@ -1,99 +1,152 @@
-"""What has been measured, as numbers that claims are made of: estimates with bootstrap draws.
+"""What has been measured in a study, read from its files and checked against its models and its parameters.
 
-Draws of CKA scalars resample the batches, the same for all models of a study, so differences are paired. Draws of
-accuracies resample images, independently for each model: the intervals of their differences are on the wide side.
+A measurement of other weights than the model's, or at another epsilon than the study's, is no evidence: it counts as missing.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from advml import config
+from advml.claims.measured import Block, Measured, Missing
 from advml.errors import UserError
 from advml.evaluation import records
 from advml.paths import Workspace, model_name
-from advml.similarity import comparison, files, representation, summary
-from advml.similarity.cka import Similarity
-from advml.similarity.summary import Estimate
+from advml.similarity import files, panels, representation
+from advml.similarity.estimates import Estimate, Spread
 
-
-class Missing(Exception):
-    """A model that a claim needs has not been trained or measured."""
-
-
-def difference(first: Estimate, second: Estimate) -> Estimate:
-    """first - second, draw by draw."""
-    paired = len(first.draws) == len(second.draws)
-    return Estimate(first.value - second.value, first.draws - second.draws if paired else np.empty(0))
-
-
-def over_seeds(estimates: list[Estimate], *, seed: int) -> Estimate:
-    """Mean over seeds. A draw takes as many seeds as there are, with replacement, and of each the same draw of batches."""
-    if len(estimates) == 1:
-        return estimates[0]
-    value = float(np.mean([estimate.value for estimate in estimates]))
-    if len({len(estimate.draws) for estimate in estimates}) != 1:
-        return Estimate(value, np.empty(0))
-    draws = np.stack([estimate.draws for estimate in estimates])  # (seeds, S)
-    chosen = np.random.default_rng(seed).integers(len(draws), size=draws.shape)
-    return Estimate(value, np.take_along_axis(draws, chosen, axis=0).mean(0))
+HALF = "_half"  # metrics at half of the epsilon end in it
 
 
 class Study:
     """The measured files of one workspace, for one seed.
 
-    Every method raises Missing where a model has not been measured, and UserError where a file is damaged.
+    Every method raises Missing where a model has not been measured, or not as this study asks, and UserError where a file is damaged.
+
+    Args:
+        epsilon: that of training, of a study beside the main one; None: of the main one.
     """
 
-    def __init__(self, spec: config.Similarity, workspace: Workspace, seed: int, *, is_main: bool = True) -> None:
-        self.spec, self.workspace, self.seed, self.is_main = spec, workspace, seed, is_main
-        self._similarity = cache(self._read)
+    def __init__(self, configuration: config.Config, workspace: Workspace, seed: int, *, epsilon: float | None = None) -> None:
+        self.configuration, self.workspace, self.seed, self.epsilon = configuration, workspace, seed, epsilon
+        self.block = cache(self._block)
 
-    def scalar(self, name: str, scheme: str, regime: str) -> Estimate:
-        """A scalar of SCALARS of one model."""
-        similarity, counted = self._similarity(model_name(scheme, regime, self.seed))
-        own = representation.MODEL
-        return summary.estimate(similarity, summary.SCALARS[name], own, own, self._weights(similarity), rows=counted, columns=counted)
-
-    def accuracy(self, metric: str, scheme: str, regime: str) -> Estimate:
-        """An accuracy of one model. Draws are of Jeffreys' estimate (x + 1/2) / (n + 1), so that 0 % and 100 % vary too."""
+    def accuracy(self, metric: str, scheme: str, regime: str) -> Measured:
+        """An accuracy x / n. Its variance is that of Jeffreys' estimate (x + 1/2) / (n + 1), which 0 % and 100 % have too."""
         name = model_name(scheme, regime, self.seed)
-        figure = (records.read(self.workspace, "evaluate", name) or {}).get("figures", {}).get(metric)
+        record = self._record("evaluate", name)
+        figure = record.get("figures", {}).get(metric)
         if figure is None:
             raise Missing(name)
+        self._require_attack(name, figure, share=0.5 if metric.endswith(HALF) else 1.0)
         n, correct = figure["n"], figure["correct"]
-        random = np.random.default_rng([self.spec.seed, *name.encode()])
-        return Estimate(correct / n, random.binomial(n, (correct + 0.5) / (n + 1), size=self.spec.draws) / n)
+        share = (correct + 0.5) / (n + 1)
+        found = Estimate(correct / n, np.empty(0), spreads=(Spread(share * (1 - share) / n),))
+        return Measured(
+            name, found, {"data": self._model(name).get("data", {}).get("digest"), "images": n, "attacks": files.settings(figure)}
+        )
 
-    def cross(self, regime: str, first: str, second: str) -> Estimate:
-        """Mean off-diagonal CKA between two schemes' models, each on its own adversarial images."""
+    def _block(self, scheme: str, regime: str) -> Block:
+        """A model's layers against themselves."""
+        name = model_name(scheme, regime, self.seed)
+        record = self._record("represent", name)
+        try:
+            how, data = record["how"], record["data"]
+            conditions = _conditions(how, data=data, layers=how["counted_in_scalars"], attacks=[how["adversarial_source"]])
+        except KeyError as error:
+            raise Missing(f"{name} was measured by an older version ({error} is not recorded); measure again with: dvc repro") from None
+        self._require_attack(name, how["adversarial_source"])
+        similarity, counted = files.read(self.workspace.report(name) / "cka.npz", digest=record["cka"])
+        own = representation.MODEL
+        return Block(name, similarity, own, own, counted, counted, conditions)
+
+    def cross(self, regime: str, first: str, second: str) -> Block:
+        """The layers of one scheme's model against those of another's, each on its own adversarial images."""
         names = [model_name(scheme, regime, self.seed) for scheme in (first, second)]
-        compared = self._comparison
-        if compared is None or not any([panel.first, panel.second] == names for panel in compared.panels):
-            raise Missing(f"{names[0]} against {names[1]}")
-        rows, columns = (compared.counted[name] for name in names)
-        scalar = summary.Scalar(summary.mean_off_diagonal, **summary.ADVERSARIAL)
-        weights = self._weights(compared.similarity)
-        return summary.estimate(compared.similarity, scalar, *names, weights, rows=rows, columns=columns)
-
-    def _weights(self, similarity: Similarity) -> np.ndarray:
-        return summary.draws(len(similarity.sizes), number=self.spec.draws, seed=self.spec.seed)
-
-    def _read(self, name: str) -> tuple[Similarity, np.ndarray]:
-        if records.read(self.workspace, "represent", name) is None:
-            raise Missing(name)
-        return files.read(self.workspace.report(name) / "cka.npz")
+        pair = f"{names[0]} with {names[1]}"
+        found = self._comparison
+        if found is None or not any([panel.first, panel.second] == names for panel in found.compared.panels):
+            raise Missing(f"{pair}; measure with: advml compare")
+        layers, sources = [], []
+        for name in names:
+            self._require_weights(name, found.digests.get(name))
+            source = found.described["adversarial_source"][name]
+            if source["model"] != name:
+                raise Missing(
+                    f"{name} was shown the adversarial images of {source['model']} (similarity.source); the claim needs each model's own: "
+                    "set similarity.source: own, then dvc repro"
+                )
+            self._require_attack(name, source)
+            sources.append(source)
+            layers.append(found.counted_layers(name))
+        if layers[0] != layers[1]:
+            raise Missing(f"{pair}: the layers that count differ; the claim needs one architecture and one similarity.layers")
+        data = sorted({found.described["data"][name] for name in names})
+        conditions = _conditions(found.described, data=data, layers=layers[0], attacks=sources)
+        rows, columns = (found.compared.counted[name] for name in names)
+        return Block(pair, found.compared.similarity, *names, rows, columns, conditions)
 
     @cached_property
-    def _comparison(self) -> comparison.Comparison | None:
-        folder = self.workspace.reports / "compare"
-        if not self.workspace.record("compare", "panels").exists():
-            return None
-        try:
-            described = json.loads((folder / "cka.json").read_text(encoding="utf-8"))
-            return comparison.read(folder / "cka.npz", described) if described["panels"] else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is damaged ({error}); measure again with: advml compare") from None
+    def _comparison(self) -> panels.Stored | None:
+        return panels.stored(self.workspace)
+
+    def _record(self, stage: str, name: str) -> dict[str, Any]:
+        """The record of a measurement of the present weights."""
+        record = records.read(self.workspace, stage, name)
+        if record is None:
+            raise Missing(name)
+        self._require_weights(name, record.get("digest"))
+        return record
+
+    def _require_weights(self, name: str, measured: str | None) -> None:
+        model = self._model(name)
+        if model and model.get("digest") != measured:
+            raise Missing(f"{name} has been trained anew since it was measured; measure again with: dvc repro")
+        trained = model.get("parameters", {}).get("threat_model", {}).get("epsilon")
+        if self.epsilon is not None and trained is not None and not math.isclose(trained, self.epsilon):
+            raise Missing(
+                f"{name} in {self.workspace.root} was trained at epsilon {trained:g}, others there at {self.epsilon:g}; train it again"
+            )
+
+    def _require_attack(self, name: str, attack: dict[str, Any], *, share: float = 1.0) -> None:
+        """An attack at the norm and `share` of the epsilon that params.yaml asks for, which all models are compared at."""
+        if "epsilon" not in attack:
+            return
+        norm, epsilon = self.configuration.threat_model.norm, share * self.configuration.attacked_epsilon
+        if attack["norm"] != norm or not math.isclose(attack["epsilon"], epsilon):
+            where = "" if self.epsilon is None else f" in {self.workspace.root}"
+            raise Missing(
+                f"{name}{where} was attacked at {attack['norm']} {attack['epsilon']:g}, params.yaml asks for {norm} {epsilon:g}; "
+                "evaluate and measure it again with: dvc repro"
+            )
+
+    def _model(self, name: str) -> dict[str, Any]:
+        """model.json; nothing where records alone are here, as after a partial `dvc pull`."""
+        path = self.workspace.model(name) / "model.json"
+        return read_json(path) if path.exists() else {}
+
+
+def _conditions(how: dict[str, Any], *, data: Any, layers: list[str], attacks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What must be the same before two similarities are compared."""
+    return {
+        "data": data,
+        "estimators": [how["estimator"], how["gram"]],
+        "images": how["n"],
+        "batches": how["batch_sizes"],
+        "layers": layers,
+        "attacks": [files.settings(attack) for attack in attacks],
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; UserError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again with: dvc repro") from None

@@ -13,18 +13,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from advml.claims.evidence import Study, difference
+from advml.claims.evidence import Study
+from advml.claims.measured import Measured, change, difference
 from advml.claims.verdicts import Side
-from advml.similarity.summary import Estimate
+from advml.similarity import summary
+from advml.similarity.comparison import SCHEME_PAIRS
+from advml.similarity.summary import SCALARS
 
 SCHEMES = ("SL", "CL", "SCL")
-PAIRS = (("SCL", "CL"), ("SL", "CL"), ("SL", "SCL"))
 MARGIN = 0.02  # of CKA: a smaller change counts as none
 AGREE = 0.9  # of CKA: clean and adversarial representations above it agree
 ROBUST = "accuracy/threat_model_2"
 
+CROSS = summary.Scalar(summary.mean_off_diagonal, **summary.ADVERSARIAL)
+
 # A number of one study (or, for training epsilons, of several: weakest adversary first) and one seed.
-Effect = Callable[[list[Study]], Estimate]
+Effect = Callable[[list[Study]], Measured]
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,14 @@ def paper() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 
-def _change(quantity: str, scheme: str, before: str, after: str) -> Effect:
-    return lambda studies: difference(studies[0].scalar(quantity, scheme, after), studies[0].scalar(quantity, scheme, before))
-
-
-def _published(quantity: str, scheme: str, before: str, after: str) -> float:
-    figures = paper()[quantity][scheme]
-    return figures[after] - figures[before]
-
-
 def _changed(quantity: str, scheme: str, before: str, after: str, label: str, **rule: Any) -> Part:
-    """A change of one quantity between two regimes."""
-    name = f"{scheme}: {label}, {after} minus {before}"
-    return Part(name, _change(quantity, scheme, before, after), _published(quantity, scheme, before, after), **rule)
+    """A change of one quantity of CKA between two regimes; unless `rule` says otherwise, a rise."""
+    figures = paper()[quantity][scheme]
+
+    def effect(studies: list[Study]) -> Measured:
+        return change(studies[0].block(scheme, after), studies[0].block(scheme, before), SCALARS[quantity])
+
+    return Part(f"{scheme}: {label}, {after} minus {before}", effect, figures[after] - figures[before], **({"bound": MARGIN} | rule))
 
 
 def _lift(scheme: str) -> Effect:
@@ -77,41 +76,44 @@ def _lift_over(scheme: str) -> Effect:
     return lambda studies: difference(_lift("CL")(studies), _lift(scheme)(studies))
 
 
-def _agreement(scheme: str) -> Part:
-    effect: Effect = lambda studies: studies[0].scalar("clean_adversarial", scheme, "AT")  # noqa: E731
-    return Part(f"{scheme}: clean-adversarial CKA of AT", effect, paper()["clean_adversarial"][scheme]["AT"], bound=AGREE)
+def _agreement(scheme: str, regime: str, **rule: Any) -> Part:
+    def effect(studies: list[Study]) -> Measured:
+        return studies[0].block(scheme, regime).scalar(SCALARS["clean_adversarial"])
+
+    return Part(f"{scheme}: clean-adversarial CKA of {regime}", effect, paper()["clean_adversarial"][scheme][regime], bound=AGREE, **rule)
 
 
 def _convergence(first: str, second: str) -> Part:
     figures = paper()["cross"][f"{first}-{second}"]
-    return Part(
-        f"{first} with {second}: CKA on adversarial images, AT minus ST",
-        lambda studies: difference(studies[0].cross("AT", first, second), studies[0].cross("ST", first, second)),
-        figures["AT"] - figures["ST"],
-    )
+
+    def effect(studies: list[Study]) -> Measured:
+        return change(studies[0].cross("AT", first, second), studies[0].cross("ST", first, second), CROSS)
+
+    return Part(f"{first} with {second}: CKA on adversarial images, AT minus ST", effect, figures["AT"] - figures["ST"], bound=MARGIN)
 
 
 def _gain(quarter: str, scheme: str) -> Effect:
     """Of clean-adversarial CKA in a quarter of the layers, largest minus smallest training epsilon."""
-    name = f"clean_adversarial_{quarter}"
-    return lambda studies: difference(studies[-1].scalar(name, scheme, "AT"), studies[0].scalar(name, scheme, "AT"))
+    scalar = SCALARS[f"clean_adversarial_{quarter}"]
+    return lambda studies: change(studies[-1].block(scheme, "AT"), studies[0].block(scheme, "AT"), scalar)
 
 
 def _epsilon_parts(scheme: str) -> tuple[Part, Part]:
     figures = paper()["epsilon"][scheme]
     last, first = (figures[quarter][1] - figures[quarter][0] for quarter in ("last_quarter", "first_quarter"))
+    rule = {"bound": MARGIN, "several_epsilons": True}
     return (
         Part(
             f"{scheme}: clean-adversarial CKA of the last quarter, largest minus smallest training epsilon",
             _gain("last_quarter", scheme),
             last,
-            several_epsilons=True,
+            **rule,
         ),
         Part(
             f"{scheme}: the same gain, last quarter minus first quarter",
             lambda studies: difference(_gain("last_quarter", scheme)(studies), _gain("first_quarter", scheme)(studies)),
             last - first,
-            several_epsilons=True,
+            **rule,
         ),
     )
 
@@ -126,8 +128,8 @@ CLAIMS = (
         "full_fine_tuning_redundancy",
         "Full adversarial fine-tuning reduces this redundancy for CL, and not for SL or SCL.",
         (
-            _changed("redundancy", "CL", "AT", "Full-AT", "redundancy", side="below"),
-            _changed("long_range", "CL", "AT", "Full-AT", "long-range CKA", side="below"),
+            _changed("redundancy", "CL", "AT", "Full-AT", "redundancy", side="below", bound=-MARGIN),
+            _changed("long_range", "CL", "AT", "Full-AT", "long-range CKA", side="below", bound=-MARGIN),
             _changed("redundancy", "SL", "AT", "Full-AT", "redundancy", bound=-MARGIN),
             _changed("redundancy", "SCL", "AT", "Full-AT", "redundancy", bound=-MARGIN),
         ),
@@ -146,13 +148,14 @@ CLAIMS = (
         "Clean and adversarial representations differ in ST networks and agree in AT networks.",
         (
             *(_changed("clean_adversarial", scheme, "ST", "AT", "clean-adversarial CKA") for scheme in SCHEMES),
-            *(_agreement(scheme) for scheme in SCHEMES),
+            *(_agreement(scheme, "ST", side="below") for scheme in SCHEMES),
+            *(_agreement(scheme, "AT") for scheme in SCHEMES),
         ),
     ),
     Claim(
         "convergence",
         "Under adversarial training the schemes learn more similar representations.",
-        tuple(_convergence(*pair) for pair in PAIRS),
+        tuple(_convergence(*pair) for pair in SCHEME_PAIRS),
     ),
     Claim(
         "epsilon",

@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from advml import config
-from advml.claims import verdicts
-from advml.claims.evidence import Missing, Study, over_seeds
-from advml.claims.hypotheses import CLAIMS, Claim, Part, paper
-from advml.paths import Workspace, model_name
+from advml.claims import studies, verdicts
+from advml.claims.evidence import Study
+from advml.claims.hypotheses import AGREE, CLAIMS, MARGIN, Claim, Part, paper
+from advml.claims.measured import Missing, over_seeds
+from advml.paths import Workspace
 
+PIPELINE = "pipelines/epsilon/dvc.yaml"
 RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
-    "inconclusive: the bound lies within. A claim is contradicted if any part is, supported if all are; not tested if a model is missing. "
-    "Two bounds are ours: a change of CKA by 0.02 counts as none, and representations agree above 0.9, which is between the paper's "
-    "ST (0.59 to 0.79) and AT networks (0.98 to 0.99)."
+    "inconclusive: the bound lies within, or there are too few batches for an interval. "
+    "A claim is contradicted if any part is, supported if all are; not tested if a model is missing, or was measured in another way. "
+    f"Two bounds are ours: a change of CKA by {MARGIN:g} counts as none, so a rise is above {MARGIN:g}, a fall below -{MARGIN:g}, "
+    f"and no fall above -{MARGIN:g}; and representations agree above {AGREE:g}, which is between the paper's ST (0.59 to 0.79) "
+    "and AT networks (0.98 to 0.99)."
 )
+INTERVALS = {
+    1: "over test images alone (jackknife over batches for CKA, binomial for accuracies), not over what another training would give",
+    2: "over two seeds, a t interval of one degree of freedom, which is very wide unless they agree, and over test images",
+    3: "over seeds, a t interval, and over test images (jackknife over batches for CKA, binomial for accuracies)",
+}
 
 
 def check(configuration: config.Config, workspace: Workspace) -> dict[str, Any]:
     """The content of claims.json.
 
-    Effects are means over seeds; intervals resample batches (CKA) or images (accuracy), and seeds where there are several.
+    Effects are means over seeds; what their intervals are made of is in `intervals`.
     """
-    spec = configuration.similarity
-    seeds = {seed: _studies(configuration, workspace, seed) for seed in configuration.seeds}
+    found = studies.find(configuration, workspace)
+    seeds = [[Study(configuration, each.workspace, seed, epsilon=each.beside) for each in found] for seed in configuration.seeds]
     return {
         "rule": RULE,
         "paper": paper()["source"],
         "seeds": list(configuration.seeds),
-        "draws": spec.draws,
-        "epsilons": [epsilon for epsilon, _ in _workspaces(configuration, workspace)],
-        "claims": [_test(claim, seeds, spec) for claim in CLAIMS],
+        "intervals": INTERVALS[min(len(seeds), 3)],
+        "epsilons": [each.epsilon for each in found],
+        "claims": [_test(claim, seeds, configuration) for claim in CLAIMS],
     }
 
 
-def _test(claim: Claim, seeds: dict[int, list[Study]], spec: config.Similarity) -> dict[str, Any]:
-    parts = [_test_part(part, seeds, spec) for part in claim.parts]
+def _test(claim: Claim, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
+    parts = [_test_part(part, seeds, configuration) for part in claim.parts]
     verdict = verdicts.overall([part["verdict"] for part in parts])
     return {"key": claim.key, "claim": claim.sentence, "verdict": verdict, "parts": parts}
 
 
-def _test_part(part: Part, seeds: dict[int, list[Study]], spec: config.Similarity) -> dict[str, Any]:
-    about = {"name": part.name, "claimed": f"{part.side} {part.bound:g}", "paper": None if part.paper is None else round(part.paper, 4)}
+def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
+    about = {
+        "name": part.name,
+        "claimed": f"{part.side} {part.bound:g}",
+        "side": part.side,
+        "bound": part.bound,
+        "paper": None if part.paper is None else round(part.paper, 4),
+    }
     try:
-        estimates = [part.effect(_needed(part, studies)) for studies in seeds.values()]
+        found = over_seeds([part.effect(_needed(part, found, configuration)) for found in seeds])
     except Missing as missing:
         return about | {"verdict": verdicts.judge(None, part.side, part.bound), "missing": str(missing)}
-    found = over_seeds(estimates, seed=spec.seed)
     low, high = found.interval
     return about | {
         "effect": _number(found.value),
@@ -60,44 +72,19 @@ def _test_part(part: Part, seeds: dict[int, list[Study]], spec: config.Similarit
     }
 
 
-def _needed(part: Part, studies: list[Study]) -> list[Study]:
+def _needed(part: Part, found: list[Study], configuration: config.Config) -> list[Study]:
     """The main study alone, or all of them in the order of their training epsilons."""
     if not part.several_epsilons:
-        return [study for study in studies if study.is_main]
-    if len(studies) < 2:
-        raise Missing("studies of other training epsilons; run them with: dvc repro pipelines/epsilon/dvc.yaml")
-    return studies
+        return [study for study in found if study.epsilon is None]
+    if len(found) < 2:
+        pattern = configuration.similarity.epsilon_studies
+        state = f"{pattern!r}, where no AT models of another epsilon lie" if pattern else "null"
+        raise Missing(
+            f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: dvc repro {PIPELINE}, "
+            "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. After later changes of theirs: advml report"
+        )
+    return found
 
 
 def _number(value: float) -> float | None:
     return round(value, 6) if math.isfinite(value) else None
-
-
-def _studies(configuration: config.Config, workspace: Workspace, seed: int) -> list[Study]:
-    found = _workspaces(configuration, workspace)
-    return [Study(configuration.similarity, other, seed, is_main=other is workspace) for _, other in found]
-
-
-def _workspaces(configuration: config.Config, workspace: Workspace) -> list[tuple[float, Workspace]]:
-    """The main study and those of other training epsilons, by epsilon."""
-    pattern = configuration.similarity.epsilon_studies
-    folders = sorted(workspace.root.glob(pattern)) if pattern else []
-    found = [(configuration.threat_model.epsilon, workspace)]
-    for folder in folders:
-        other = Workspace(folder)
-        epsilon = _trained_epsilon(other, configuration.seeds[0])
-        found += [] if epsilon is None else [(epsilon, other)]
-    return sorted(found, key=lambda each: each[0])
-
-
-def _trained_epsilon(workspace: Workspace, seed: int) -> float | None:
-    """The training epsilon of a study's AT models, from the first one found."""
-    for scheme in ("SL", "CL", "SCL"):
-        record = Path(workspace.model(model_name(scheme, "AT", seed)) / "model.json")
-        pretraining = workspace.pretrained(f"{scheme}-at-s{seed}") / "model.json"
-        for path in (pretraining, record):
-            try:
-                return float(json.loads(path.read_text(encoding="utf-8"))["parameters"]["threat_model"]["epsilon"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-    return None

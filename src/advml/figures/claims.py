@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -13,6 +14,7 @@ from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
 COLOURS = {"supported": "#009e73", "contradicted": ADVERSARIAL, "inconclusive": QUIET}
 LINE = 0.27  # inches per part
+EDGE = 0.01  # share of the figure's width left of the titles
 
 
 @styled
@@ -35,15 +37,24 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
         Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="claimed bound"),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
+    _align_titles(figure)
     return figure
 
 
+def _align_titles(figure: Figure) -> None:
+    """Put the titles at the figure's left edge: a sentence is longer than its panel, whose left edge depends on the names of the parts."""
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        place = axes.get_position()
+        axes.set_title(axes.get_title(loc="left"), loc="left", x=(EDGE - place.x0) / place.width, fontsize=8.5)
+
+
 def _panel(axes: Axes, claim: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title(claim["claim"], x=-0.56, ha="left", fontsize=8.5)
+    axes.set_title(claim["claim"], loc="left", fontsize=8.5)
     for place, part in enumerate(reversed(parts)):
         colour = COLOURS.get(part["verdict"], QUIET)
-        bound = float(part["claimed"].split()[-1])
-        axes.plot([bound, bound], [place - 0.42, place + 0.42], color=INK, linewidth=0.9, linestyle=":")
+        axes.plot([part["bound"], part["bound"]], [place - 0.42, place + 0.42], color=INK, linewidth=0.9, linestyle=":")
         if part["low"] is not None and part["high"] is not None:
             axes.plot([part["low"], part["high"]], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
         if part["effect"] is not None:

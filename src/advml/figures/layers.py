@@ -1,4 +1,4 @@
-"""Layers of one model, and layers of two models: CKA as heatmaps, its diagonal and linear probes as curves.
+"""Layers of one model, and layers of two models: CKA as heatmaps.
 
 All heatmaps share one scale, from 0 to 1, and have their origin below on the left, like the figures of the paper.
 Along the axes stand stages (`layer3`, `blocks.2`, the heads), not layers: fifty names would be unreadable.
@@ -6,14 +6,14 @@ Along the axes stand stages (`layer3`, `blocks.2`, the heads), not layers: fifty
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
+from advml.figures.style import styled
 
 COLOURS = "magma"
 LONGEST = 10  # letters of a stage's name
@@ -100,88 +100,3 @@ def _ticks(axes: Axes, which: str, names: Sequence[str], distance: float) -> Non
         for (_, stage), middle, after in zip(begins, middles, following, strict=True)
     ]
     getattr(axes, f"set_{which}ticks")(middles, shown, rotation=90 if which == "x" else 0)
-
-
-def _apart(begins: list[tuple[int, str]], distance: float) -> list[tuple[int, str]]:
-    """Without the stages that the next one would write over."""
-    following = [start for start, _ in begins[1:]] + [float("inf")]
-    return [(start, stage) for (start, stage), after in zip(begins, following, strict=True) if after - start > distance]
-
-
-@styled
-def layer_curves(
-    names: Sequence[str], clean_adversarial: np.ndarray, probes: Mapping[str, Sequence[float]], *, title: str, chance: float
-) -> Figure:
-    """What the attack does to each layer: CKA of clean with adversarial inputs, and what a linear probe still reads.
-
-    Args:
-        names: of the L layers, in execution order.
-        clean_adversarial: (L,) CKA of each layer with itself.
-        probes: accuracies (L,) under `clean` and `adversarial`.
-        chance: accuracy of guessing.
-    """
-    figure = Figure(figsize=(8, 3.1), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
-    left, right = figure.subplots(1, 2)
-    depth = range(len(names))
-    left.plot(depth, clean_adversarial, color=INK, marker="o", markersize=2.5)
-    left.set_title("CKA, clean with adversarial images", loc="left")
-    right.plot(depth, [100 * value for value in probes["clean"]], color=FULL, marker="o", markersize=2.5, label="clean images")
-    right.plot(depth, [100 * value for value in probes["adversarial"]], color=ADVERSARIAL, marker="o", markersize=2.5, label="adversarial")
-    right.axhline(100 * chance, color=QUIET, linestyle=":", linewidth=0.9)
-    right.annotate("chance", (0, 100 * chance), (0, 2), textcoords="offset points", fontsize=7, color=QUIET)
-    right.set_title("linear probe, accuracy in %", loc="left")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    low = min(0.0, float(np.nanmin(clean_adversarial))) if np.isfinite(clean_adversarial).any() else 0.0
-    left.set_ylim(low - 0.02, 1.03)
-    right.set_ylim(0, 103)
-    for axes in (left, right):
-        axes.grid(axis="y")
-        begins = _apart(stages(names), len(names) / 25)
-        axes.set_xticks([start for start, _ in begins], [stage[:LONGEST] for _, stage in begins], rotation=40, ha="right", fontsize=7.5)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-    return figure
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One model in a grid of curves. Accuracies are shares."""
-
-    label: str
-    names: Sequence[str]
-    clean_adversarial: np.ndarray
-    clean: Sequence[float]
-    adversarial: Sequence[float]
-
-
-REGIME_COLOURS = ("#6b6b6b", "#e69f00", "#56b4e9", "#0072b2")
-
-
-@styled
-def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
-    """A row per scheme, a line per regime: clean-adversarial CKA and probe accuracies, layer by layer.
-
-    Args:
-        groups: models by scheme, in the regimes' order.
-    """
-    figure = Figure(figsize=(9.6, 2.3 * len(groups) + 0.7), layout="constrained")
-    grid = figure.subplots(len(groups), 3, squeeze=False)
-    titles = ("CKA, clean with adversarial images", "linear probe on clean images, %", "linear probe on adversarial images, %")
-    for line, (group, curves) in zip(grid, groups.items(), strict=True):
-        for axes, values in zip(line, ("clean_adversarial", "clean", "adversarial"), strict=True):
-            scale = 1 if values == "clean_adversarial" else 100
-            for curve, colour in zip(curves, REGIME_COLOURS, strict=False):
-                axes.plot(scale * np.asarray(getattr(curve, values)), color=colour, linewidth=1.3, label=curve.label)
-            axes.set_ylim(-0.02 * scale, 1.03 * scale)
-            axes.grid(axis="y")
-            if curves:
-                begins = _apart(stages(curves[0].names), len(curves[0].names) / 14)
-                axes.set_xticks(
-                    [start for start, _ in begins], [stage[:LONGEST] for _, stage in begins], rotation=35, ha="right", fontsize=7
-                )
-        line[0].set_ylabel(group, fontweight="bold")
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, loc="left", fontsize=9)
-    handles = {label: handle for axes in grid[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    return figure

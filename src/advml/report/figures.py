@@ -6,15 +6,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from advml.config import Config
 from advml.errors import UserError
-from advml.figures.layers import Curve, Heatmap, curve_grid, heatmaps
+from advml.evaluation import records
+from advml.figures.curves import Curve, curve_grid
+from advml.figures.layers import Heatmap, heatmaps
+from advml.networks.models import read_record
 from advml.paths import Workspace, model_name
-from advml.similarity.representation import MATRICES
+from advml.similarity import files
+from advml.similarity.panels import stored
+from advml.similarity.representation import KINDS, MATRICES
 
 
 def matrices(config: Config, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
@@ -39,6 +45,32 @@ def curves(config: Config, workspace: Workspace, *, seed: int) -> Figure | None:
     return curve_grid(groups) if groups else None
 
 
+def panels(workspace: Workspace) -> dict[str, Path]:
+    """The figures that `compare` has drawn of the grid's present models, by kind of input; none if they are of others."""
+    found = stored(workspace)
+    if found is None or not all(is_of_model(workspace, name, digest) for name, digest in found.digests.items()):
+        return {}
+    paths = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in KINDS}
+    return {kind: path for kind, path in paths.items() if path.exists()}
+
+
+def shown(workspace: Workspace) -> str:
+    """Whose adversarial images the models of `compare` were shown, as it was recorded: each network's own, or a model's name."""
+    found = stored(workspace)
+    sources = {} if found is None else {name: about["model"] for name, about in found.described["adversarial_source"].items()}
+    return (
+        "each network's own"
+        if all(name == source for name, source in sources.items())
+        else f"those of {', '.join(sorted(set(sources.values())))}"
+    )
+
+
+def is_of_model(workspace: Workspace, name: str, digest: str | None) -> bool:
+    """Whether these are the model's present weights; yes where the model is not here, as after a partial `dvc pull`."""
+    folder = workspace.model(name)
+    return not (folder / "model.json").exists() or read_record(folder).get("digest") == digest
+
+
 def _curve(label: str, described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Curve:
     probes = [layer["probe"]["accuracy"] for layer in described["layers"]]
     diagonal = np.diagonal(arrays["clean_adversarial"])
@@ -50,13 +82,13 @@ def _names(described: dict[str, Any]) -> Sequence[str]:
 
 
 def _read(workspace: Workspace, model: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """cka.json and the matrices of a model; None if it has not been measured."""
-    folder = workspace.report(model)
-    if not workspace.record("represent", model).exists():
+    """cka.json and the matrices of a model; None if its present weights have not been measured."""
+    folder, record = workspace.report(model), records.read(workspace, "represent", model)
+    if record is None or not is_of_model(workspace, model, record.get("digest")):
         return None
     try:
         described = json.loads(Path(folder / "cka.json").read_text(encoding="utf-8"))
-        with np.load(folder / "cka.npz", allow_pickle=False) as stored:
+        with np.load(files.content(folder / "cka.npz", digest=record.get("cka")), allow_pickle=False) as stored:
             return described, {name: stored[name] for name in MATRICES}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{folder} is damaged ({error}); measure again with: dvc repro") from None

@@ -53,7 +53,8 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
         images={name: _source(figure) for name, figure in drawings.items() if figure is not None},
-        panels=_panels(workspace),
+        panels={kind: _embedded(path.read_bytes()) for kind, path in drawn.panels(workspace).items()},
+        shown=drawn.shown(workspace),
         transfer=transferred,
         made=made,
         how_headers=how_made.HEADERS,
@@ -91,12 +92,6 @@ def _figures(config: Config, workspace: Workspace, table: list[Row], claims: Map
         "clean_adversarial": drawn.matrices(config, workspace, "clean_adversarial", seed=seed),
         "curves": drawn.curves(config, workspace, seed=seed),
     }
-
-
-def _panels(workspace: Workspace) -> dict[str, str]:
-    """The figures of `compare`, by kind of input."""
-    found = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in ("clean", "adversarial")}
-    return {kind: _embedded(path.read_bytes()) for kind, path in found.items() if path.exists()}
 
 
 def _source(figure: Figure) -> str:

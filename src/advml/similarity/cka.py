@@ -13,6 +13,7 @@ and adversarial inputs and between models come from the same pass. Per batch onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
@@ -179,7 +180,8 @@ def measure(
 def _grams(network: nn.Module, rows: Sequence[Layer], images: Tensor, dtype: torch.dtype) -> Tensor:
     """The centred Gram matrix of every row, (len(rows), n (n - 1) / 2)."""
     n = len(images)
-    grams = torch.empty(len(rows), n * (n - 1) // 2, dtype=torch.float64, device=images.device)
+    # A row that this batch does not reach stays NaN: memory as found would pass for a measurement.
+    grams = torch.full((len(rows), n * (n - 1) // 2), math.nan, dtype=torch.float64, device=images.device)
 
     def see(number: int, output: Tensor) -> None:
         grams[number] = centred_gram(output, dtype=dtype)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -21,7 +19,7 @@ from advml.networks.models import Network
 from advml.paths import model_name
 from advml.runtime.machine import Machine
 from advml.similarity.cka import Similarity, measure
-from advml.similarity.features import Layer, layers
+from advml.similarity.features import layers
 from advml.similarity.representation import KINDS, counted_rows, paired_batches
 
 SCHEME_PAIRS = (("SCL", "CL"), ("SL", "CL"), ("SL", "SCL"))  # in the order of the paper's figures
@@ -82,47 +80,3 @@ def compare(
     pairs = [((panel.first, kind), (panel.second, kind)) for panel in panels for kind in KINDS]
     similarity = measure(networks, rows, paired_batches(dict(adversarial), split, spec, machine), pairs=pairs, gram=spec.gram)
     return Comparison(tuple(panels), similarity, {name: counted_rows(found) for name, found in rows.items()})
-
-
-def arrays(compared: Comparison) -> dict[str, np.ndarray]:
-    """What goes into cka.npz: `<first>/<second>/<kind>` (L1, L2), `products/...` per batch, `norms/<model>/<kind>`, `counted/<model>`."""
-    similarity = compared.similarity
-    found: dict[str, np.ndarray] = {}
-    for panel, kind in itertools.product(compared.panels, KINDS):
-        name = f"{panel.first}/{panel.second}/{kind}"
-        found[name] = compared.cka(panel, kind)
-        found[f"products/{name}"] = similarity.products[(panel.first, kind), (panel.second, kind)]
-    found |= {f"norms/{model}/{kind}": norm for (model, kind), norm in similarity.norms.items()}
-    found |= {f"counted/{model}": counted for model, counted in compared.counted.items()}
-    return found | {"sizes": np.array(similarity.sizes)}
-
-
-def read(path: Path, described: Mapping[str, Any]) -> Comparison:
-    """What `arrays` has written; `described` is the content of cka.json beside it."""
-    with np.load(path, allow_pickle=False) as stored:
-        panels = tuple(Panel(**panel) for panel in described["panels"])
-        rows = {
-            model: tuple(Layer(**row | {"shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])}) for row in found)
-            for model, found in described["layers"].items()
-        }
-        similarity = Similarity(
-            rows={(model, kind): rows[model] for model, kind in itertools.product(rows, KINDS)},
-            products={
-                ((panel.first, kind), (panel.second, kind)): stored[f"products/{panel.first}/{panel.second}/{kind}"]
-                for panel, kind in itertools.product(panels, KINDS)
-            },
-            norms={(model, kind): stored[f"norms/{model}/{kind}"] for model, kind in itertools.product(rows, KINDS)},
-            sizes=tuple(int(size) for size in stored["sizes"]),
-        )
-        return Comparison(panels, similarity, {model: stored[f"counted/{model}"] for model in rows})
-
-
-def describe(compared: Comparison) -> dict[str, Any]:
-    """What goes into cka.json, beside how it was measured."""
-    return {
-        "panels": [asdict(panel) for panel in compared.panels],
-        "layers": {
-            model: [asdict(layer) for layer in rows] for (model, kind), rows in compared.similarity.rows.items() if kind == KINDS[0]
-        },
-        "batch_sizes": list(compared.similarity.sizes),
-    }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,23 +21,35 @@ from advml.similarity.cka import Similarity
 from advml.similarity.features import Layer
 from advml.similarity.representation import ESTIMATOR, KINDS, MATRICES, MODEL, Representation
 
+# Of cka.json, what the record repeats: how the figures were made, and what must be the same before models are compared.
+HOW = (
+    "estimator",
+    "gram",
+    "n",
+    "batch_sizes",
+    "intervals",
+    "counted_in_scalars",
+    "last_layer",
+    "dead_layers",
+    "adversarial_source",
+)
 
-def metrics(measured: Representation, spec: config.Similarity) -> dict[str, float]:
-    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>` (of the encoder's output), each with /low and /high.
 
-    Intervals: bootstrap over batches for CKA, jackknife for RankMe, Wilson for probes.
+def metrics(measured: Representation) -> dict[str, float]:
+    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>`, each with /low and /high; what has no value is left out.
+
+    RankMe and the probe are of the last recorded layer of the encoder. Intervals: jackknife over batches, for probes Wilson.
     """
-    weights = summary.draws(len(measured.similarity.sizes), number=spec.draws, seed=spec.seed)
     flat: dict[str, float] = {}
     for name, scalar in summary.SCALARS.items():
-        found = summary.estimate(measured.similarity, scalar, MODEL, MODEL, weights, rows=measured.counted, columns=measured.counted)
+        found = summary.estimate(measured.similarity, scalar, MODEL, MODEL, rows=measured.counted, columns=measured.counted)
         flat |= _with_interval(f"cka/{name}", found.value, found.interval)
     value, *interval = measured.rankme
     flat |= _with_interval("cka/rankme", value, interval)
-    last = [probe for probe, layer in zip(measured.probes, measured.layers, strict=True) if layer.in_encoder][-1]
+    last = measured.probes[measured.last]
     for kind in KINDS:
         flat |= _with_interval(f"probe/{kind}", last.accuracy[kind], wilson(last.correct[kind], measured.tested))
-    return flat
+    return {name: found for name, found in flat.items() if math.isfinite(found)}
 
 
 def _with_interval(name: str, value: float, interval: Any) -> dict[str, float]:
@@ -52,14 +68,40 @@ def arrays(measured: Representation) -> dict[str, np.ndarray]:
     )
 
 
-def read(path: Path) -> tuple[Similarity, np.ndarray]:
-    """The similarity in a cka.npz, whose model is called MODEL, and the rows that count in scalars, (L,) bool.
+# Of the record of an attack, what it was; the rest says what came of it.
+SETTINGS = ("attack", "objective", "norm", "epsilon", "box", "steps", "step_size", "random_start", "keep", "mode", "seed", "batch_size")
+
+
+def settings(attack: Mapping[str, Any]) -> dict[str, Any]:
+    """How adversarial images were made, from their record; of clean ones nothing."""
+    return {key: attack[key] for key in SETTINGS if key in attack}
+
+
+def content(path: Path, *, digest: str | None) -> io.BytesIO:
+    """A file whose sha256 stands in a record.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: it is missing, or another one: a stage was killed between file and record, or the file was changed since.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        found = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); measure again with: dvc repro") from None
+    if hashlib.sha256(found).hexdigest() != digest:
+        raise UserError(f"{path} is not the file that its record tells of; measure again with: dvc repro, or advml represent and compare")
+    return io.BytesIO(found)
+
+
+def read(path: Path, *, digest: str | None) -> tuple[Similarity, np.ndarray]:
+    """The similarity in a cka.npz, whose model is called MODEL, and the rows that count in scalars, (L,) bool.
+
+    Args:
+        digest: its sha256, from the record.
+    Raises:
+        UserError: the file is missing, damaged or another one.
+    """
+    try:
+        with np.load(content(path, digest=digest), allow_pickle=False) as stored:
             products = {((MODEL, first), (MODEL, second)): stored[f"products_{name}"] for name, (first, second) in MATRICES.items()}
             norms = {(MODEL, kind): stored[f"norms_{kind}"] for kind in KINDS}
             return Similarity({}, products, norms, tuple(stored["sizes"].tolist())), stored["counted"]
@@ -79,6 +121,7 @@ def describe(measured: Representation, spec: config.Similarity, *, of: dict[str,
         **of,
         "layers": [_row(layer, probe) for layer, probe in zip(measured.layers, measured.probes, strict=True)],
         "counted_in_scalars": [layer.name for layer, yes in zip(measured.layers, measured.counted, strict=True) if yes],
+        "last_layer": measured.layers[measured.last].name,
         "dead_layers": {
             kind: [layer.name for layer, norm in zip(measured.layers, norms, strict=True) if not norm > 0]
             for kind, norms in diagonals.items()
@@ -91,8 +134,8 @@ def describe(measured: Representation, spec: config.Similarity, *, of: dict[str,
         "left_out_of_cka": measured.similarity.left_out,
         "adversarial_source": attack,
         "intervals": {
-            "cka": f"95 %, {spec.draws} bootstrap draws of {len(measured.similarity.sizes)} batches, seed {spec.seed}",
-            "rankme": "95 %, jackknife over the same number of blocks of images",
+            "cka": f"95 %, jackknife over {len(measured.similarity.sizes)} batches, t quantiles",
+            "rankme": "95 %, jackknife over as many blocks of images, t quantiles",
             "probe": "95 %, Wilson",
         },
         "probes": {

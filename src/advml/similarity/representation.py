@@ -18,10 +18,11 @@ from torch import Tensor
 
 from advml import config
 from advml.data.datasets import Dataset, Split
+from advml.errors import UserError
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
 from advml.similarity import probes, summary
-from advml.similarity.cka import Key, Similarity, measure
+from advml.similarity.cka import SMALLEST_BATCH, Key, Similarity, measure
 from advml.similarity.features import Layer, layers
 
 CLEAN, ADVERSARIAL = "clean", "adversarial"
@@ -45,6 +46,11 @@ class Representation:
     rankme: tuple[float, float, float]  # value, low, high
     tested: int  # images
 
+    @property
+    def last(self) -> int:
+        """The row that RankMe and the probe of the metrics are of."""
+        return last_of_encoder(self.layers)
+
     def cka(self, first: str, second: str) -> np.ndarray:
         """(L, L), by kinds of input."""
         return self.similarity.cka((MODEL, first), (MODEL, second))
@@ -56,6 +62,21 @@ def counted_rows(rows: tuple[Layer, ...]) -> np.ndarray:
     others = [layer for layer in encoder if not layer.is_block]
     only_blocks = len(encoder) > len(others) and len(others) <= 1
     return np.array([layer.in_encoder and (layer.is_block or not only_blocks) for layer in rows])
+
+
+def last_of_encoder(rows: tuple[Layer, ...]) -> int:
+    """The last recorded row of the encoder.
+
+    Raises:
+        UserError: none was recorded.
+    """
+    found = [number for number, layer in enumerate(rows) if layer.in_encoder]
+    if not found:
+        names = ", ".join(layer.name for layer in rows)
+        raise UserError(
+            f"similarity.layers selects no layer of the encoder, only {names}; use blocks, all, or patterns of the encoder's layers"
+        )
+    return found[-1]
 
 
 def represent(
@@ -72,13 +93,15 @@ def represent(
     Args:
         adversarial: (n, C, H, W) in [0, 1], of the first n test images.
         on_part: told what is being done next, for progress bars.
+    Raises:
+        UserError: too few images, or no layer of the encoder.
     """
     rows = tuple(layers(network, machine.images(dataset.test.images[:2]), select=spec.layers))
+    last = last_of_encoder(rows)
     on_part("similarity")
     similarity = measure({MODEL: network}, {MODEL: rows}, paired_batches({MODEL: adversarial}, dataset.test, spec, machine), gram=spec.gram)
     on_part("features")
     features = _Features.of(network, rows, dataset, adversarial, spec, machine)
-    last = next(number for number in reversed(range(len(rows))) if rows[number].in_encoder)
     on_part("probes")
     with threadpool_limits(torch.get_num_threads()):  # NumPy's own threads would fight with other stages
         fitted = tuple(features.probe(number, spec.probe_strengths) for number in range(len(rows)))
@@ -91,8 +114,15 @@ def paired_batches(adversarial: dict[str, Tensor], split: Split, spec: config.Si
     """Batches of the same test images, clean for every model and as attacked for each.
 
     Smaller ones than asked for where there would be fewer than WANTED_BATCHES: without them there is no interval.
+
+    Raises:
+        UserError: there are too few adversarial images.
     """
     count = min(len(images) for images in adversarial.values())
+    if count < SMALLEST_BATCH:
+        raise UserError(
+            f"CKA needs {SMALLEST_BATCH} adversarial images or more, there are {count}; raise evaluate.adversarial_images or data.max_test"
+        )
     size = min(spec.batch_size, max(FEWEST, count // WANTED_BATCHES))
 
     def batch(start: int) -> dict[Key, Tensor]:

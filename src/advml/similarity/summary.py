@@ -1,7 +1,6 @@
-"""Scalars of a model's CKA matrices, with intervals by a block bootstrap over batches.
+"""Scalars of a model's CKA matrices and RankMe, with intervals by a jackknife over batches (see `estimates`).
 
-Whole batches are drawn with replacement, never images: an image drawn twice would break the U-statistic. The same
-draws serve every model measured on the same batches, so differences between models are paired.
+Models measured on the same batches have errors in common, batch by batch, so differences between them are paired.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from advml.similarity.cka import Key, Similarity
+from advml.similarity.estimates import FEWEST_BATCHES, Estimate, jackknife
 
 Matrices = np.ndarray  # (..., L, L)
 
@@ -72,6 +72,19 @@ class Scalar:
     first: str = "clean"
     second: str = "clean"
 
+    def keys(self, first: str, second: str) -> tuple[Key, Key]:
+        """What is compared, of two models by name."""
+        return (first, self.first), (second, self.second)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of layers that count: places (k,) among the rows and among the columns, and which pairs are alive (k,)."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    alive: np.ndarray
+
 
 ADVERSARIAL = {"first": "adversarial", "second": "adversarial"}
 # Name of the metric, `cka/` in front -> what it is.
@@ -88,27 +101,15 @@ SCALARS: dict[str, Scalar] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A value, and the values of the bootstrap's draws (S,); empty where there is but one batch."""
+def living(similarity: Similarity, keys: tuple[Key, Key], rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> Pairs:
+    """The layers that count, in pairs: their places among rows and columns, and which pairs are alive on both sides.
 
-    value: float
-    draws: np.ndarray
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 %, by percentiles; NaN without draws."""
-        if not len(self.draws) or not np.isfinite(self.draws).all():
-            return (float("nan"), float("nan"))
-        low, high = np.percentile(self.draws, [2.5, 97.5])
-        return (float(low), float(high))
-
-
-def draws(batches: int, *, number: int, seed: int) -> np.ndarray:
-    """How often each batch is drawn, (number, batches); the same for the same arguments. None with fewer than 2 batches."""
-    if batches < 2:
-        return np.empty((0, batches))
-    return np.random.default_rng(seed).multinomial(batches, np.full(batches, 1 / batches), size=number).astype(float)
+    Args:
+        rows, columns: (L1,), (L2,) bool, as many True in the one as in the other; None: all.
+    """
+    norms = [similarity.norms[key].sum(0) for key in keys]
+    places = [np.flatnonzero(np.ones(len(norm), bool) if mask is None else mask) for norm, mask in zip(norms, (rows, columns), strict=True)]
+    return Pairs(*places, (norms[0][places[0]] > 0) & (norms[1][places[1]] > 0))
 
 
 def estimate(
@@ -116,55 +117,57 @@ def estimate(
     scalar: Scalar,
     first: str,
     second: str,
-    weights: np.ndarray,
     *,
     rows: np.ndarray | None = None,
     columns: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
 ) -> Estimate:
     """A scalar of CKA between two models' layers (or one model's with itself).
 
     Args:
         first, second: names of models.
-        weights: of `draws`.
         rows, columns: (L1,), (L2,) bool: the layers of each that count, in pairs; None: all. A pair with a dead layer never counts.
+        chosen: bool, of those pairs the ones to take; None: all that are alive.
     """
-    keys: tuple[Key, Key] = ((first, scalar.first), (second, scalar.second))
-    whole = similarity.cka(*keys)
-    chosen = [
-        np.flatnonzero(np.ones(length, bool) if mask is None else mask) for length, mask in zip(whole.shape, (rows, columns), strict=True)
-    ]
-    alive = (similarity.norms[keys[0]].sum(0)[chosen[0]] > 0) & (similarity.norms[keys[1]].sum(0)[chosen[1]] > 0)
-    place = np.ix_(chosen[0][alive], chosen[1][alive])
+    keys = scalar.keys(first, second)
+    pairs = living(similarity, keys, rows, columns)
+    alive = pairs.alive if chosen is None else pairs.alive & chosen
+    batches = len(similarity.sizes)
     if not alive.any():
-        return Estimate(float("nan"), np.empty(0))
-    drawn = [scalar.of(similarity.cka(*keys, weights=part)[:, place[0], place[1]]) for part in _parts(weights)]
-    return Estimate(float(scalar.of(whole[place])), np.concatenate(drawn) if drawn else np.empty(0))
+        return Estimate(float("nan"), np.full(batches, np.nan))
+    place = np.ix_(pairs.rows[alive], pairs.columns[alive])
+    without = [scalar.of(similarity.cka(*keys, weights=part)[:, place[0], place[1]]) for part in _parts(1 - np.eye(batches))]
+    return jackknife(float(scalar.of(similarity.cka(*keys)[place])), np.concatenate(without), similarity.sizes)
 
 
 def _parts(weights: np.ndarray, *, size: int = 100) -> list[np.ndarray]:
-    """Draws at a time: a matrix per draw would not fit for many layers."""
+    """Weightings at a time: a matrix for each would not fit for many layers and batches."""
     return [weights[start : start + size] for start in range(0, len(weights), size)]
 
 
 def rankme(features: np.ndarray) -> float:
-    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the singular values of features (N, D), divided by their sum."""
+    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the singular values of features (N, D), divided by their sum.
+
+    NaN if all are zero.
+    """
     values = np.sqrt(np.clip(np.linalg.eigvalsh(features.T.astype(np.float64) @ features), 0, None))
     return _rank(values[-min(features.shape) :])  # there are no more singular values than images
 
 
 def rankme_interval(features: np.ndarray, *, blocks: int) -> tuple[float, float]:
-    """95 % interval of RankMe by a jackknife that leaves out one of `blocks` blocks of images at a time."""
+    """95 % interval of RankMe by a jackknife over blocks of images; NaN with fewer than FEWEST_BATCHES."""
     features = features.astype(np.float64)
     parts = np.array_split(features, min(blocks, len(features)))
-    if len(parts) < 2:
+    if len(parts) < FEWEST_BATCHES:
         return (float("nan"), float("nan"))
     total = features.T @ features
     without = np.array([_rank(np.sqrt(np.clip(np.linalg.eigvalsh(total - part.T @ part), 0, None))) for part in parts])
-    error = np.sqrt((len(parts) - 1) / len(parts) * np.sum((without - without.mean()) ** 2))
-    value = rankme(features)
-    return (float(value - 1.959963984540054 * error), float(value + 1.959963984540054 * error))
+    value, count = rankme(features), len(parts)
+    return Estimate(value, (count - 1) * (without.mean() - without), count - 1).interval
 
 
 def _rank(values: np.ndarray) -> float:
+    if not values.sum() > 0:  # of a dead encoder
+        return float("nan")
     shares = values / values.sum() + 1e-7  # as in the paper
     return float(np.exp(-np.sum(shares * np.log(shares))))

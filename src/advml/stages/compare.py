@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from advml import tracking
-from advml.data import adversarial
 from advml.errors import UserError
-from advml.evaluation import accuracy
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.networks import models
-from advml.paths import Workspace, find_model
+from advml.paths import find_model
 from advml.progress import Bar
 from advml.runtime.checkpoint import write_atomically
-from advml.similarity import comparison
+from advml.similarity import comparison, panels, sources
 from advml.similarity.arrays import to_npz
 from advml.similarity.representation import ESTIMATOR, KINDS
 from advml.stages.context import Context
-from advml.training.schemes import SCHEMES
-
-OWN = "own"
 
 
 def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> comparison.Comparison | None:
@@ -43,26 +38,34 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     folders = {folder.name: folder for folder in (find_model(workspace, model) for model in chosen)}
     if chosen and (len(folders) < 2 or len(folders) < len(chosen)):
         raise UserError("compare needs at least two models with different names")
-    panels = comparison.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
-    out = out or workspace.reports / "compare"
-    if not panels:
-        _write_json(out / "cka.json", {"panels": [], "reason": "the grid has no two trained models that the paper compares"})
-        _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
+    home = workspace.reports / "compare"
+    out = out or home
+    of_study = out.resolve() == home.resolve()
+    if chosen and of_study:
+        raise UserError(f"{home} holds the panels of the grid, which the report reads; give another --out")
+    found = comparison.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
+    if not found:
+        _nothing(out)
+        if of_study:
+            _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
         return None
-    networks = {name: models.load(folder).to(context.machine.device, memory_format=torch.channels_last) for name, folder in folders.items()}
-    for name, network in networks.items():
-        _check(context, name, network)
+    records = {name: _checked(context, folder, strict=not chosen) for name, folder in folders.items()}
+    networks = {name: _network(context, folder) for name, folder in folders.items()}
     with Bar(f"compare {len(networks)} models", total=2) as bar:
         bar.advance(1, "adversarial images")
-        attacked = {name: _attacked(context, folder, networks[name]) for name, folder in folders.items()}
-        seen, source = _sources(spec.source, attacked)
+        about = (context.dataset, context.config, context.machine)
+        attacked = {
+            name: sources.adversarial_images(folder, records[name], networks[name], *about, anew=bool(chosen))
+            for name, folder in folders.items()
+        }
+        seen, source = sources.shown(spec.source, attacked)
         bar.advance(1, "similarity")
-        compared = comparison.compare(networks, seen, panels, context.dataset.test, spec, context.machine)
+        compared = comparison.compare(networks, seen, found, context.dataset.test, spec, context.machine)
     described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
-    described |= comparison.describe(compared)
-    digest = _write(out, compared, described)
-    if not chosen:
-        record = {"digests": {name: models.read_record(folder)["digest"] for name, folder in folders.items()}, "cka": digest}
+    described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
+    digest = _write(out, compared, described | panels.describe(compared))
+    if of_study:
+        record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         _write_json(workspace.record("compare", "panels"), record)
     _log(context, out, compared)
     return compared
@@ -72,41 +75,53 @@ def _grid_panels(context: Context, folders: dict[str, Path]) -> list[comparison.
     """The paper's panels of all seeds whose models are trained; fills `folders`."""
     config, workspace = context.config, context.workspace
     wanted = [panel for seed in config.seeds for panel in comparison.paper_panels(config.grid, seed)]
-    panels = [panel for panel in wanted if all((workspace.model(name) / "model.json").exists() for name in (panel.first, panel.second))]
-    folders |= {name: workspace.model(name) for panel in panels for name in (panel.first, panel.second)}
-    return panels
+    found = [panel for panel in wanted if all((workspace.model(name) / "model.json").exists() for name in (panel.first, panel.second))]
+    folders |= {name: workspace.model(name) for panel in found for name in (panel.first, panel.second)}
+    return found
 
 
-def _check(context: Context, name: str, network: models.Network) -> None:
-    a, (channels, size, _) = network.architecture, context.dataset.shape
-    if (a.channels, a.image_size) != (channels, size):
+def _nothing(out: Path) -> None:
+    """Say that there is nothing to compare, and take away what an earlier comparison has left."""
+    for name in ("cka.npz", *(f"{kind}.png" for kind in KINDS)):
+        (out / name).unlink(missing_ok=True)
+    _write_json(out / "cka.json", {"panels": [], "reason": "the grid has no two trained models that the paper compares"})
+
+
+def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
+    """model.json of a model that can be compared on the prepared data; `strict`: it must have been trained on them.
+
+    Raises:
+        UserError: it takes other images, tells other classes apart, or was trained on other data.
+    """
+    record, name, data = models.read_record(folder), folder.name, context.dataset
+    ours, theirs = tuple(data.shape), tuple(record.get("input", ()))
+    if theirs != ours:
+        told = [" x ".join(str(side) for side in shape) for shape in (theirs, ours)]
+        raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
+    if list(record.get("classes", ())) != list(data.classes):
         raise UserError(
-            f"{name} takes {a.channels} x {a.image_size} x {a.image_size} images, data/prepared holds {channels} x {size} x {size}; "
-            "compare models of one data set"
+            f"{name} tells {_few(record['classes'])} apart, data/prepared holds {_few(data.classes)}; compare models of one data set"
         )
+    if (there := record["data"]["digest"]) != data.digest:
+        told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
+        if strict:
+            raise UserError(f"{told}; run: dvc repro")
+        print(f"note: {told}: it may have learnt from these test images", file=sys.stderr)
+    return record
 
 
-def _attacked(context: Context, folder: Path, network: models.Network) -> adversarial.AdversarialImages:
-    """What `evaluate` has stored beside the model, or the same attack now."""
-    record = models.read_record(folder)
-    home = Workspace(folder.resolve().parents[2])
-    if record["data"]["digest"] == context.dataset.digest and home.adversarial(folder.name).exists():
-        return adversarial.read(home.adversarial(folder.name), digest=record["digest"])
-    images, attack = accuracy.attacked(network, context.dataset.test, context.config, SCHEMES[record["scheme"]], context.machine)
-    return adversarial.AdversarialImages(images, {"model": folder.name, "digest": record["digest"]} | attack)
+def _few(classes: Any) -> str:
+    return f"{len(classes)} classes ({', '.join(map(str, list(classes)[:3]))}{', ...' if len(classes) > 3 else ''})"
 
 
-def _sources(source: str, attacked: Mapping[str, adversarial.AdversarialImages]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Which adversarial images each model sees, and how they were made."""
-    if source != OWN and source not in attacked:
-        raise UserError(f"similarity.source = {source!r}; choose from {', '.join((OWN, *attacked))}")
-    chosen = {name: attacked[name if source == OWN else source] for name in attacked}
-    return {name: found.images for name, found in chosen.items()}, {name: found.record for name, found in chosen.items()}
+def _network(context: Context, folder: Path) -> models.Network:
+    """The network, with the classifier that is attacked."""
+    return models.load_classifier(folder).to(context.machine.device, memory_format=torch.channels_last)
 
 
 def _write(out: Path, compared: comparison.Comparison, described: Mapping[str, Any]) -> str:
     """Write the files; returns the sha256 of cka.npz."""
-    arrays = to_npz(comparison.arrays(compared))
+    arrays = to_npz(panels.arrays(compared))
     write_atomically(out / "cka.npz", arrays)
     _write_json(out / "cka.json", described)
     for kind in KINDS:

@@ -11,7 +11,8 @@ import numpy as np
 from advml import tracking
 from advml.data import adversarial
 from advml.evaluation import records
-from advml.figures import layers as figures
+from advml.figures.curves import layer_curves
+from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.paths import model_name
 from advml.progress import Bar
@@ -21,7 +22,7 @@ from advml.similarity.arrays import to_npz
 from advml.stages.context import Context
 
 
-def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, float]:
+def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
     """Write `cka.npz`, `cka.json` and the figures in `reports/<MODEL>/`, the record and metrics.json; returns the metrics."""
     name = model_name(scheme, regime, seed)
     workspace, folder, spec = context.workspace, context.workspace.model(name), context.config.similarity
@@ -29,8 +30,6 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     weights = record["digest"]
     attacked = adversarial.read(workspace.adversarial(name), digest=weights)
     inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
-    if reuse and records.reusable(workspace, "represent", name, inputs=inputs):
-        return records.publish(workspace, name, digest=weights)
     with Bar(f"represent {name}", total=3) as bar:
         measured = representation.represent(
             network, context.dataset, attacked.images, spec, context.machine, on_part=lambda part: bar.advance(1, part)
@@ -38,9 +37,9 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     of = {"model": name, "digest": weights}
     described = files.describe(measured, spec, of=of, attack=attacked.record)
     cka = _write(workspace.report(name), measured, described, chance=1 / len(context.dataset.classes))
-    measures = files.metrics(measured, spec)
-    how = {key: described[key] for key in ("estimator", "n", "batch_sizes", "intervals", "dead_layers", "adversarial_source")}
-    metrics = records.write(workspace, "represent", of | {"inputs": inputs, "cka": cka, "metrics": measures, "how": how})
+    measures = files.metrics(measured)
+    record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
+    metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in files.HOW}})
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
         mlflow_run.log_metrics(measures)
         tracking.log_representation(mlflow_run, workspace, name)
@@ -52,9 +51,12 @@ def _write(folder: Path, measured: representation.Representation, described: dic
     arrays, names = to_npz(files.arrays(measured)), [layer.name for layer in measured.layers]
     write_atomically(folder / "cka.npz", arrays)
     write_atomically(folder / "cka.json", (json.dumps(described, indent=1) + "\n").encode())
-    panels = [figures.Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names) for pair in representation.MATRICES.values()]
-    write_atomically(folder / "cka.png", to_png(figures.heatmaps(panels, title=f"{folder.name}: CKA between layers")))
-    curves = figures.layer_curves(
+    panels = [
+        Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names, *(kind if pair[0] != pair[1] else "" for kind in pair))
+        for pair in representation.MATRICES.values()
+    ]
+    write_atomically(folder / "cka.png", to_png(heatmaps(panels, title=f"{folder.name}: CKA between layers")))
+    curves = layer_curves(
         names,
         np.diagonal(measured.cka("clean", "adversarial")),
         {kind: [probe.accuracy[kind] for probe in measured.probes] for kind in representation.KINDS},

@@ -1,0 +1,125 @@
+"""Files that are of other weights, data, layers, batches or attacks are no evidence, and damaged ones are one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from advml.errors import UserError
+
+
+def missing(planted, claim: int, *overrides: str) -> str:
+    """Why a claim could not be tested."""
+    found = planted.check(*overrides)["claims"][claim]
+    assert found["verdict"] == "not tested"
+    return "; ".join(part.get("missing", "") for part in found["parts"])
+
+
+@pytest.mark.parametrize("stage", ["represent", "evaluate"])
+def test_a_measurement_of_other_weights_is_no_evidence(planting, planted, stage):
+    planting.edit(planted.workspace.record(stage, "CL-Full-AT-s0"), digest="earlier weights")
+    told = missing(planted, 1 if stage == "represent" else 2)
+    assert "CL-Full-AT-s0 has been trained anew since it was measured" in told and "dvc repro" in told
+
+
+def test_panels_of_other_weights_are_no_evidence(planting, planted):
+    planting.edit(planted.workspace.model("CL-ST-s0") / "model.json", digest="new weights")
+    for stage in ("evaluate", "represent"):
+        planting.edit(planted.workspace.record(stage, "CL-ST-s0"), digest="new weights")
+    assert "CL-ST-s0 has been trained anew" in missing(planted, 4)
+    assert planted.verdicts()["redundancy"] == "supported"
+
+
+def test_records_without_models_are_taken_as_they_are(planting, planted):
+    """After a partial `dvc pull`."""
+    for path in planted.workspace.models.glob("*/model.json"):
+        path.unlink()
+    assert planted.verdicts() == {**dict.fromkeys(planting.MAIN, "supported"), "epsilon": "not tested"}
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "told"),
+    [
+        ("how__counted_in_scalars", ["encoder.block0"] * 8, "layers"),
+        ("how__n", 300, "images"),
+        ("how__batch_sizes", [29] * 12, "batches"),
+        ("how__gram", "bfloat16", "estimators"),
+        ("data", "other digits", "data"),
+        ("how__adversarial_source__steps", 5, "attacks"),
+        ("how__adversarial_source__keep", "last", "attacks"),
+    ],
+)
+def test_models_measured_in_different_ways_are_not_compared(planting, planted, key, other, told):
+    planting.edit(planted.workspace.record("represent", "SL-AT-s0"), **{key: other})
+    said = missing(planted, 0)
+    assert f"measured with different {told}" in said and "SL-AT-s0" in said and "dvc repro" in said
+
+
+@pytest.mark.parametrize(("key", "other"), [("n", 300), ("steps", 5)])
+def test_accuracies_measured_in_different_ways_are_not_compared(planting, planted, key, other):
+    path = planted.workspace.record("evaluate", "SL-AT-s0")
+    figures = json.loads(path.read_text())["figures"]
+    figures["accuracy/threat_model_2"][key] = other
+    planting.edit(path, figures=figures)
+    assert "different" in missing(planted, 2)
+
+
+@pytest.mark.parametrize("stage", ["represent", "evaluate"])
+def test_models_attacked_at_another_epsilon_than_the_studys_are_no_evidence(planted, stage):
+    told = missing(planted, 1 if stage == "represent" else 2, "evaluate.epsilon=0.1")
+    assert "was attacked at linf 0.15, params.yaml asks for linf 0.1" in told
+
+
+def test_studies_of_other_epsilons_must_be_attacked_like_the_main_one(planting, tmp_path):
+    planted = planting.plant_epsilons(tmp_path, (0.7, 0.8, 0.95))
+    for scheme in planting.SCHEMES:
+        for folder in planting.EPSILONS.keys() - {"."}:  # alike among themselves
+            planting.edit(tmp_path / folder / "records" / "represent" / f"{scheme}-AT-s0.json", how__adversarial_source__epsilon=0.3)
+    assert "was attacked at linf 0.3" in missing(planted, 5, planting.STUDIES)
+
+
+def test_records_of_an_older_version_are_no_evidence(planting, planted):
+    path = planted.workspace.record("represent", "SL-AT-s0")
+    record = json.loads(path.read_text())
+    del record["how"]["counted_in_scalars"]
+    path.write_text(json.dumps(record))
+    assert "older version" in missing(planted, 0)
+
+
+def test_convergence_needs_each_models_own_adversarial_images(planting, planted):
+    planted.comparison(source="SL-AT-s0")
+    told = missing(planted, 4)
+    assert "the adversarial images of SL-AT-s0 (similarity.source)" in told and "similarity.source: own" in told
+
+
+def test_convergence_needs_the_same_layers_of_both(planting, planted):
+    path = planted.workspace.reports / "compare" / "cka.json"
+    described = json.loads(path.read_text())
+    described["layers"]["CL-AT-s0"][0]["name"] = "another"
+    path.write_text(json.dumps(described))
+    assert "the layers that count differ" in missing(planted, 4)
+
+
+def test_panels_that_were_not_measured_are_named(planted):
+    planted.workspace.record("compare", "panels").unlink()
+    assert "SCL-AT-s0 with CL-AT-s0; measure with: advml compare" in missing(planted, 4)
+
+
+@pytest.mark.parametrize("fault", ["no archive", "another archive", "none"])
+@pytest.mark.parametrize("name", ["CL-AT-s0", "compare"])
+def test_a_file_that_is_not_its_records_is_one_line(planted, name, fault):
+    """As a kill between the file and its record leaves it."""
+    path = planted.workspace.reports / name / "cka.npz"
+    other = planted.workspace.reports / "SL-ST-s0" / "cka.npz"
+    path.unlink() if fault == "none" else path.write_bytes(b"no archive" if fault == "no archive" else other.read_bytes())
+    with pytest.raises(UserError, match=r"cka\.npz") as refused:
+        planted.check()
+    assert "measure again" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["no json", "{}", "[]"])
+def test_a_damaged_description_is_one_line(planted, content):
+    (planted.workspace.reports / "compare" / "cka.json").write_text(content)
+    with pytest.raises(UserError, match="compare is damaged"):
+        planted.check()

@@ -1,0 +1,57 @@
+"""The list of claims, and the paper's figures in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from advml.claims.hypotheses import CLAIMS, paper
+from advml.claims.verdicts import judge
+
+# Computed from the CKA matrices (CIFAR-100, ResNet-50, 16 residual blocks) that the authors of arXiv 2302.02502 published with their code.
+PUBLISHED = {
+    "redundancy": {
+        "SL": {"ST": 0.5621, "AT": 0.7613, "Full-AT": 0.7603},
+        "CL": {"ST": 0.7215, "AT": 0.8177, "Full-AT": 0.7804},
+        "SCL": {"ST": 0.6089, "AT": 0.7534, "Full-AT": 0.7803},
+    },
+    "long_range": {"CL": {"AT": 0.6757, "Full-AT": 0.5586}},
+    "clean_adversarial": {
+        "SL": {"ST": 0.7879, "AT": 0.9934},
+        "CL": {"ST": 0.5947, "AT": 0.9813},
+        "SCL": {"ST": 0.6448, "AT": 0.9931},
+    },
+    "cross": {"SCL-CL": {"ST": 0.3813, "AT": 0.7125}, "SL-CL": {"ST": 0.3664, "AT": 0.6879}, "SL-SCL": {"ST": 0.3783, "AT": 0.7196}},
+    "epsilon": {
+        "SL": {"first_quarter": [0.9987, 0.9977], "last_quarter": [0.9349, 0.9787]},
+        "CL": {"first_quarter": [0.9732, 0.9944], "last_quarter": [0.9174, 0.9961]},
+        "SCL": {"first_quarter": [0.9965, 0.9974], "last_quarter": [0.9372, 0.9911]},
+    },
+}
+
+
+def test_the_papers_figures_are_the_published_ones():
+    found = {key: content for key, content in paper().items() if key != "source"}
+    found["epsilon"] = {key: content for key, content in found["epsilon"].items() if key != "note"}
+    assert found == PUBLISHED
+
+
+def test_there_are_six_claims_and_every_part_has_its_own_name():
+    assert len(CLAIMS) == 6 and len({claim.key for claim in CLAIMS}) == 6
+    names = [part.name for claim in CLAIMS for part in claim.parts]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("part", [part for claim in CLAIMS for part in claim.parts if part.paper is not None], ids=lambda part: part.name)
+def test_the_papers_own_figure_is_on_the_side_that_it_claims(part):
+    assert judge((part.paper, part.paper), part.side, part.bound) == "supported"
+
+
+def test_what_has_a_margin_has_it_on_both_sides():
+    """0.02 either way; agreement and accuracies have bounds of their own."""
+    bounds = {(part.side, part.bound) for claim in CLAIMS for part in claim.parts}
+    assert bounds == {("above", 0.02), ("below", -0.02), ("above", -0.02), ("above", 0.0), ("above", 0.9), ("below", 0.9)}
+    assert {part.name for claim in CLAIMS for part in claim.parts if part.bound == 0} == {
+        "CL: robust accuracy, Full-AT minus AT",
+        "the same lift, CL minus SL",
+        "the same lift, CL minus SCL",
+    }

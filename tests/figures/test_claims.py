@@ -1,0 +1,68 @@
+"""Effects behind the claims, read back from the drawn figure."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+
+from advml.claims.hypotheses import CLAIMS
+from advml.figures.claims import COLOURS, effects
+from advml.figures.style import FULL
+
+
+def part(name: str, **changes: object) -> dict:
+    about = {"name": name, "effect": 0.1, "low": 0.05, "high": 0.2, "side": "above", "bound": 0.02, "claimed": "above 0.02", "paper": 0.3}
+    return about | {"verdict": "supported"} | changes
+
+
+def claims() -> list[dict]:
+    """The paper's six, with their real sentences and names."""
+    return [{"claim": claim.sentence, "parts": [part(each.name, bound=each.bound) for each in claim.parts]} for claim in CLAIMS]
+
+
+def test_every_title_lies_inside_the_canvas_and_clear_of_the_others():
+    figure = effects(claims())
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    boxes = [axes._left_title.get_window_extent(renderer) for axes in figure.axes]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [claim.sentence for claim in CLAIMS]
+    for box in boxes:
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+    assert max(box.x0 for box in boxes) - min(box.x0 for box in boxes) < 2  # in one column, at the figure's left edge
+    assert boxes[0].x0 < 0.03 * figure.bbox.x1
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
+
+
+def test_effect_interval_bound_and_the_papers_figure_are_drawn_where_they_are():
+    (axes,) = effects([{"claim": "a", "parts": [part("x", bound=-0.02, verdict="contradicted")]}]).axes
+    bound, interval, effect, paper = axes.get_lines()
+    np.testing.assert_allclose(bound.get_xdata(), [-0.02, -0.02])
+    np.testing.assert_allclose(interval.get_xdata(), [0.05, 0.2])
+    assert list(effect.get_xdata()) == [0.1] and list(paper.get_xdata()) == [0.3]
+    assert to_hex(interval.get_color()) == to_hex(effect.get_color()) == COLOURS["contradicted"] and to_hex(paper.get_color()) == FULL
+
+
+def test_parts_stand_in_their_order_from_above():
+    (axes,) = effects([{"claim": "a", "parts": [part("first", effect=0.1), part("second", effect=0.2)]}]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["second", "first"]
+    places = {line.get_xdata()[0]: line.get_ydata()[0] for line in axes.get_lines() if line.get_marker() == "o"}
+    assert places == {0.1: 1, 0.2: 0}
+
+
+def test_what_was_not_tested_is_left_out():
+    missing = {"name": "z", "side": "above", "bound": 0, "claimed": "above 0", "paper": None, "verdict": "not tested", "missing": "model"}
+    found = effects([{"claim": "tested", "parts": [part("x"), missing]}, {"claim": "not", "parts": [missing]}])
+    assert [axes.get_title(loc="left") for axes in found.axes] == ["tested"]
+    assert [label.get_text() for label in found.axes[0].get_yticklabels()] == ["x"]
+    assert effects([]).axes == []
+
+
+@pytest.mark.parametrize("missing", ["low", "paper"])
+def test_what_has_no_interval_or_no_figure_of_the_papers_is_drawn_without(missing):
+    changes = {"low": None, "high": None} if missing == "low" else {"paper": None}
+    (axes,) = effects([{"claim": "a", "parts": [part("x", **changes)]}]).axes
+    assert len(axes.get_lines()) == 3
