@@ -61,7 +61,9 @@ def _say(outputs: str, next_command: str) -> None:
 
 def _percent(metrics: dict[str, float]) -> str:
     shown = {
-        name.removeprefix("accuracy/"): value for name, value in metrics.items() if name.startswith("accuracy/") and name.count("/") == 1
+        name.removeprefix("accuracy/").replace("corruption/mean", "corrupted"): value
+        for name, value in metrics.items()
+        if (name.startswith("accuracy/") or name == "corruption/mean") and name.count("/") == 1
     }
     return "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
 
@@ -145,7 +147,16 @@ def evaluate(
     metrics = stage.run(context, **own)
     model = model_name(**own)
     print(f"{model}: {_percent(metrics)}")
+    _show_flags(context.workspace.record("evaluate", model))
     return _say(str(context.workspace.report(model)), f"advml show {model}")
+
+
+def _show_flags(record: Path) -> None:
+    from json import loads
+
+    from advml.show import flags_of
+
+    print("\n".join(flags_of(loads(record.read_text(encoding="utf-8")))))
 
 
 def _evaluate_given(target: str, weights: Path | None, normalize: Any, name: str | None, context: Context) -> None:
@@ -160,6 +171,7 @@ def _evaluate_given(target: str, weights: Path | None, normalize: Any, name: str
         print(f"{given.name} was trained on other data: test images may be among those it has learnt from", file=sys.stderr)
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {_percent(metrics)}")
+    _show_flags(context.workspace.report(given.name) / "evaluation.json")
     _say(f"{context.workspace.report(given.name)}/metrics.json, evaluation.json, samples.parquet", "make ui")
 
 
@@ -242,16 +254,19 @@ def _show_table(configuration: Config, workspace: Workspace) -> list[dict[str, A
     from rich.console import Console
     from rich.table import Table
 
-    from advml.report.table import COLUMNS, NORM_NAMES, cell, grid_rows
+    from advml.report.table import COLUMNS, NORM_NAMES, cell, footnote, grid_rows
 
     norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
-    shown = Table(title=f"Accuracy in %, 95 % intervals; PGD under threat models I and II, {norm} epsilon {epsilon:.4g}")
+    title = f"Accuracy in %, 95 % intervals; threat models I and II, and the worst case over all attacks, at {norm} epsilon {epsilon:.4g}"
+    shown = Table(title=title)
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")
     rows = grid_rows(configuration, workspace)
     for row in rows:
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
-    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    if note := footnote(rows):
+        shown.caption, shown.caption_justify = note, "left"
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
     return rows
 
 

@@ -63,7 +63,7 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
             return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
         figures = evaluation["figures"]
         shown = [line for name, figure in figures.items() for line in (_figure(name, figure), *_cascade(figure))]
-        return ["accuracy on test (95 % intervals)", *shown]
+        return ["accuracy on test (95 % intervals)", *shown, *flags_of(evaluation)]
 
 
 def _figure(name: str, figure: dict[str, Any]) -> str:
@@ -73,6 +73,15 @@ def _figure(name: str, figure: dict[str, Any]) -> str:
     how += f", {figure['steps']} steps, {_runs(figure['restarts'])}" if "steps" in figure else ""
     share = figure["correct"] / figure["n"]
     return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
+
+
+def flags_of(evaluation: dict[str, Any]) -> list[str]:
+    """Why the attacked figures should not be believed as they stand; a line if diagnostics found nothing."""
+    diagnostics = evaluation.get("diagnostics", {})
+    if "evidence" not in diagnostics:
+        return []
+    lines = [f"  ! {flag['name']}: {flag['saw']}; try {flag['try']}" for flag in diagnostics["flags"]]
+    return lines or ["  diagnostics: no flag"]
 
 
 def _cascade(figure: dict[str, Any]) -> list[str]:

@@ -55,6 +55,11 @@ class Evaluation:
     images: Tensor
     kept: dict[str, Any]
 
+    @property
+    def flags(self) -> list[str]:
+        """Names of the flags that the diagnostics raised."""
+        return [flag["name"] for flag in self.record["diagnostics"]["flags"]]
+
 
 def evaluate(
     subject: Subject,

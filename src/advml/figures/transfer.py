@@ -52,7 +52,7 @@ def _matrix(axes: Axes, block: Mapping[str, Any]) -> None:
     shares = np.array([*block["accuracy"], block["clean"]])
     axes.imshow(shares, vmin=0, vmax=1, cmap=colours, aspect="equal")
     for (line, column), share in np.ndenumerate(shares):
-        axes.text(column, line, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=_ink(colours, share))
+        axes.text(column, line, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink(colours, share))
     for place in range(len(names)):
         axes.add_patch(Rectangle((place - 0.44, place - 0.44), 0.88, 0.88, fill=False, edgecolor="white", linewidth=2.6))
         axes.add_patch(Rectangle((place - 0.44, place - 0.44), 0.88, 0.88, fill=False, edgecolor=INK, linewidth=1.2))
@@ -69,7 +69,7 @@ def _matrix(axes: Axes, block: Mapping[str, Any]) -> None:
     axes.tick_params(length=0, labelsize=8)
 
 
-def _ink(colours: Colormap, share: float) -> str:
+def ink(colours: Colormap, share: float) -> str:
     """White on dark cells, dark on light ones."""
     red, green, blue, _ = colours(share)
     return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"

@@ -18,6 +18,7 @@ from advml.figures.claims import effects
 from advml.figures.style import to_png
 from advml.figures.transfer import transfer_matrices
 from advml.paths import Workspace, model_name
+from advml.report import doubts
 from advml.report import figures as drawn
 from advml.report import how as how_made
 from advml.report.table import COLUMNS, NORM_NAMES, Row, cell
@@ -43,6 +44,8 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     made = list(_how(config, workspace))
     transferred = transfer_files.read(workspace)
     drawings = _figures(config, workspace, table, claims)
+    evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
+    drawings |= {"security": doubts.curves(table, evaluated, seed=config.seeds[0]), "corruptions": doubts.corruptions(table)}
     drawings["transfer"] = transfer_matrices(transferred["seeds"]) if transferred else None
     return template.render(
         config=config,
@@ -56,6 +59,8 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         panels={kind: _embedded(path.read_bytes()) for kind, path in drawn.panels(workspace).items()},
         shown=drawn.shown(workspace),
         transfer=transferred,
+        flags=doubts.flags(evaluated),
+        doubtful=sorted(name for name, record in evaluated.items() if "evidence" in record.get("diagnostics", {})),
         made=made,
         how_headers=how_made.HEADERS,
         cascade=how_made.cascade(made),

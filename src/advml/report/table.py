@@ -24,7 +24,9 @@ COLUMNS: dict[str, str] = {
     "II, half epsilon": "accuracy/threat_model_2_half",
     "II": "accuracy/threat_model_2",
     "worst case": "accuracy/worst_case",
+    "corrupted": "corruption/mean",
 }
+NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 
 def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
@@ -57,14 +59,22 @@ def to_csv(table: list[Row]) -> str:
 
 
 def cell(row: Row, metric: str) -> str:
-    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash."""
+    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash. A `!` marks attacked figures of a model with flags."""
     if metric not in row:
         return "-"
-    return f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
+    mark = " !" if row.get("diagnostics/flags") and metric not in NOT_ATTACKED else ""
+    return f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]{mark}"
+
+
+def footnote(table: list[Row]) -> str:
+    """What the mark says, or nothing where no figure bears it."""
+    flagged = [row["model"] for row in table if row.get("diagnostics/flags")]
+    return f"! diagnostics raised flags: see advml show {flagged[0]}" if flagged else ""
 
 
 def to_markdown(table: list[Row]) -> str:
     """The table for a README: accuracies in percent with 95 % Wilson intervals."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in table]
-    return "\n".join(lines) + "\n"
+    note = footnote(table)
+    return "\n".join(lines + ([f"\n{note}"] if note else [])) + "\n"

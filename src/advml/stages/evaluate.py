@@ -45,6 +45,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
         run.log_params(context.parameters(*SECTIONS[2:]))
         run.log_metrics(found.metrics)
+        run.set_tag("advml.flags", ", ".join(found.flags) or "none")
         run.log_file(workspace.record("evaluate", name), "records/evaluate")
         run.log_file(workspace.samples(name), "samples")
     return metrics
@@ -77,6 +78,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
         config, root=workspace.root, name=given.name, kind="evaluation", tags={}, params=context.parameters(*SECTIONS)
     ) as run:
         run.log_metrics(found.metrics)
+        run.set_tag("advml.flags", ", ".join(found.flags) or "none")
         for file in ("evaluation.json", "samples.parquet"):
             run.log_file(folder / file)
     discard(workspace.scratch(f"evaluate-{given.name}"))
