@@ -266,7 +266,7 @@ def _show_table(configuration: Config, workspace: Workspace) -> list[dict[str, A
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
     if note := footnote(rows):
         shown.caption, shown.caption_justify = note, "left"
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    Console(width=None if sys.stdout.isatty() else 178).print(shown)
     return rows
 
 
