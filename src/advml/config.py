@@ -248,6 +248,9 @@ class EvaluationAttack(Section):
     step_size: Positive | None = None
     restarts: Count
     random_start: bool
+    objective: Literal["ce", "margin", "dlr"]  # of the attack on the classifier
+    momentum: NonNegative  # share of the earlier directions in a step; 0: none
+    schedule: Literal["constant", "linear", "cosine"]  # of the step size
     keep: Literal["best", "last"]
     adversarial_images: Count | None = None  # test images whose adversarial examples are stored; None: all
     seed: Annotated[Whole, Field(ge=0)] = 0
@@ -321,7 +324,9 @@ SPACE_KINDS = ("float", "log", "int", "choice")
 def _dimension(value: Any) -> dict[str, list[Any]]:
     """`{log: [1e-4, 1e-1]}`, `{float: [0, 1]}`, `{int: [5, 20]}` or `{choice: [two-term, trades]}`; numbers as everywhere."""
     if not isinstance(value, dict) or len(value) != 1 or not {*value} <= {*SPACE_KINDS}:
-        raise PydanticCustomError("dimension", "must be one of {{float: [low, high]}}, {{log: [low, high]}}, {{int: [low, high]}}, {{choice: [...]}}")
+        raise PydanticCustomError(
+            "dimension", "must be one of {{float: [low, high]}}, {{log: [low, high]}}, {{int: [low, high]}}, {{choice: [...]}}"
+        )
     ((kind, ends),) = value.items()
     if not isinstance(ends, (list, tuple)) or not ends:
         raise PydanticCustomError("dimension", "must hold a list in brackets")

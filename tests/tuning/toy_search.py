@@ -79,6 +79,12 @@ class Toy:
             attempt.constrain("floor", self.floor - attempt.values["x"])
         return (value, attempt.values["x"]) if self.two else (value,)
 
+    def tags(self) -> dict:
+        return {"search": "toy"}
+
+    def parameters(self) -> dict:
+        return {"space": SPACE}
+
     def proposal(self, values: dict) -> dict:
         return {f"toy.{key}": value for key, value in values.items()}
 

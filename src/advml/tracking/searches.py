@@ -92,7 +92,9 @@ class SearchRun(Run):
                 self._ended_trials.add(trial.number)
 
     def _begin(self, trial: Trial) -> Run:
-        facts = Facts(f"{self._search}/{trial.number}", "trial", {PARENT: self.id, TRIAL: trial.number, "search": self._search}, trial.params)
+        facts = Facts(
+            f"{self._search}/{trial.number}", "trial", {PARENT: self.id, TRIAL: trial.number, "search": self._search}, trial.params
+        )
         record = start(self._store, facts, root=self._root)
         self._trials[trial.number] = Run(self._place, self._store, record, root=self._root)
         return self._trials[trial.number]
@@ -120,9 +122,7 @@ def open_search(
 ) -> SearchRun:
     """Start the parent run of a study, or go on with the one that an earlier command has begun; arguments as of `open_run`."""
     place, root, facts = stores.locate(config, root=root), Path(root).resolve(), Facts(name, "search", tags, params, data)
-    run = stores.attempt(
-        place, lambda store: SearchRun(place, store, start(store, facts, root=root, run_id=run_id), root=root, name=name)
-    )
+    run = stores.attempt(place, lambda store: SearchRun(place, store, start(store, facts, root=root, run_id=run_id), root=root, name=name))
     if run is None:
         run = SearchRun(place, None, None, root=root, name=name)
         run.id = run_id  # so that a later command finds its run again

@@ -1,8 +1,8 @@
 """What a study leaves in `reports/tune/<name>/`: the proposal, all trials, and figures.
 
-    best.yaml        the best trial as keys of params.yaml, what it scored, and what the default did
-    trials.csv       a row per trial
-    *.png            history, importance, parallel coordinates, slices, and the Pareto front
+best.yaml        the best trial as keys of params.yaml, what it scored, and what the default did
+trials.csv       a row per trial
+*.png            history, importance, parallel coordinates, slices, and the Pareto front
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from ruamel.yaml import YAML
 
 from advml.tuning import study as studies
+from advml.tuning.storage import connect
 from advml.tuning.worker import Search
 
 BEST, TRIALS = "best.yaml", "trials.csv"
@@ -29,8 +30,9 @@ HEADER = """\
 """
 
 
-def write(folder: Path, search: Search, study: optuna.Study, *, confirmed: dict[str, Any] | None) -> list[Path]:
+def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str, Any] | None) -> list[Path]:
     """Write everything that the study can tell by now; returns the files."""
+    study = optuna.load_study(study_name=name, storage=connect(url))
     trials = study.get_trials(deepcopy=False)
     directions = search.definition().directions
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,7 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
 
 def draw(folder: Path, study: optuna.Study, metrics: Sequence[str]) -> list[Path]:
     """The figures that the study has enough trials for."""
+    os.environ.setdefault("MPLBACKEND", "agg")  # no window
     from optuna.visualization import matplotlib as plots
 
     from advml.figures.style import to_png
@@ -123,14 +126,11 @@ def draw(folder: Path, study: optuna.Study, metrics: Sequence[str]) -> list[Path
     for name, drawing in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
-            figure = _figure(drawing())
-            (folder / f"{name}.png").write_bytes(to_png(figure, dpi=120))
+            (folder / f"{name}.png").write_bytes(to_png(_figure(drawing()), dpi=120))
         written.append(folder / f"{name}.png")
     return written
 
 
 def _figure(axes: Any) -> Any:
-    """The figure of one or of many axes, out of pyplot's hands."""
-    figure = getattr(axes, "flat", [axes])[0].figure if not hasattr(axes, "figure") else axes.figure
-    figure.canvas.manager = None
-    return figure
+    """The figure of one or of many axes."""
+    return axes.figure if hasattr(axes, "figure") else axes.flat[0].figure

@@ -18,6 +18,7 @@ from advml.config import Config, changed, digest, flatten
 from advml.errors import UserError
 from advml.paths import Workspace, find_model, pretraining_name
 from advml.tuning import space as spaces
+from advml.tuning.sampling import Hyperband, tpe, wilcoxon
 from advml.tuning.space import Values
 from advml.tuning.study import Definition
 from advml.tuning.worker import Attempt
@@ -25,7 +26,7 @@ from advml.tuning.worker import Attempt
 # Keys of the space of attacks; everything of an attack but its budget and its threat model.
 ATTACK_KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start")
 UNATTACKED = ("adversarial_weight", "epsilon", "epsilon_warmup", "attack_steps", "loss", "attack.", "threat_model.")
-REDUCTION = 3  # of Hyperband: the share of trials that goes on from rung to rung is its inverse
+INHERITED = {"epsilon": "threat_model.epsilon", "attack_steps": "attack.steps"}
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,6 @@ class AttackSearch:
         attack = self.default() | values
         if attack["restarts"] > self.budget:
             raise UserError(f"restarts = {attack['restarts']} exceed the budget of {self.budget} passes")
-        if attack["restarts"] > 1 and attack["random_start"] is False and "random_start" in values and "restarts" not in values:
-            raise UserError("random_start = false repeats one attack")
 
     def definition(self) -> Definition:
         inputs = (dict(self.space), self.budget, self.config.tune.attack.images, self.config.tune.attack.batch_size)
@@ -97,8 +96,8 @@ class AttackSearch:
             distributions=spaces.distributions(self.space),
             default=_start(self.default(), self.space),
             fingerprint=digest(*inputs, *self._subject()),
-            pruner=optuna.pruners.WilcoxonPruner,
-            sampler=_sampler,
+            pruner=wilcoxon,
+            sampler=tpe,
         )
 
     def _subject(self) -> tuple[Any, ...]:
@@ -111,6 +110,12 @@ class AttackSearch:
 
         return attack.objective(self)
 
+    def tags(self) -> dict[str, Any]:
+        return {"search": "attack", "model": self.model}
+
+    def parameters(self) -> dict[str, Any]:
+        return {"tune": {"attack": {**self.config.tune.attack.model_dump(mode="json"), "budget": self.budget}}}
+
     def proposal(self, values: Values) -> dict[str, Any]:
         """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
         found = self.default() | values
@@ -119,6 +124,7 @@ class AttackSearch:
             "steps": steps,
             "step_size": found["step_size"] * self.config.attacked_epsilon,
             **{key: found[key] for key in ATTACK_KEYS if key != "step_size"},
+            "random_start": found["random_start"] or found["restarts"] > 1,  # repetitions start at random anyway
         }
         known = type(self.config.evaluate).model_fields
         return {f"evaluate.{key}": value for key, value in given.items() if key in known}
@@ -190,7 +196,9 @@ class TrainingSearch:
         if kind == "finetune" and scheme == "SL" and which in ("ST", "AT"):
             raise UserError(f"SL pretrains its classifier, so {which} has nothing to fine-tune; choose Partial-AT or Full-AT")
         if not whole.given:
-            raise UserError(f"{whole.section} is empty; name a key and its range, e.g. {whole.section}.learning_rate: {{log: [1e-4, 1e-1]}}")
+            raise UserError(
+                f"{whole.section} is empty; name a key and its range, e.g. {whole.section}.learning_rate: {{log: [1e-4, 1e-1]}}"
+            )
         whole._record()
         search = cls(configuration, root.resolve(), kind, scheme, which, seed, pareto, name, whole._without_effect())
         spaces.check(search.space, search.accept, section=search.section)
@@ -239,6 +247,12 @@ class TrainingSearch:
         """Hyperband's largest resource."""
         return int(max(spaces.corners(self.space["epochs"]))) if "epochs" in self.space else self.base("epochs")
 
+    def tags(self) -> dict[str, Any]:
+        return {"search": self.kind, "scheme": self.scheme, "phase" if self.kind == "pretrain" else "regime": self.which, "seed": self.seed}
+
+    def parameters(self) -> dict[str, Any]:
+        return {"tune": {self.kind: {**self.spec.model_dump(mode="json"), "space": dict(self.space)}}}
+
     def proposal(self, values: Values) -> dict[str, Any]:
         """Values -> keys of params.yaml: `learning_rate` of the phase, `view.shift` of the scheme's views, all others in full."""
         return {self.full_key(key): value for key, value in values.items()}
@@ -250,8 +264,10 @@ class TrainingSearch:
         return f"views.{'contrastive' if self.scheme != 'SL' else 'supervised'}.{tail}" if head == "view" else key
 
     def base(self, key: str) -> Any:
-        """The value that params.yaml gives a key of the space."""
-        return flatten(self.config.model_dump()).get(self.full_key(key))
+        """The value that params.yaml gives a key of the space; null, where a phase takes over a value of the study, is that value."""
+        everything = flatten(self.config.model_dump())
+        value = everything.get(self.full_key(key))
+        return everything[INHERITED[key]] if value is None and key in INHERITED else value
 
     def accept(self, values: Values) -> Config:
         """The configuration with these values; raises UserError if it refuses them."""
@@ -280,7 +296,15 @@ class TrainingSearch:
         return None
 
     def definition(self) -> Definition:
-        inputs = (dict(self.space), self.pareto, None if self.pareto else self.spec.clean_floor, self.kind, self.scheme, self.which, self.seed)
+        inputs = (
+            dict(self.space),
+            self.pareto,
+            None if self.pareto else self.spec.clean_floor,
+            self.kind,
+            self.scheme,
+            self.which,
+            self.seed,
+        )
         return Definition(
             name=self.name,
             directions=("maximize", "maximize") if self.pareto else ("maximize",),
@@ -288,7 +312,7 @@ class TrainingSearch:
             default=_start({key: self.base(key) for key in self.space}, self.space),
             fingerprint=digest(*inputs, *self._subject()),
             pruner=Hyperband(self.most_epochs) if not self.pareto else optuna.pruners.NopPruner,
-            sampler=_sampler,
+            sampler=tpe,
         )
 
     def _subject(self) -> tuple[Any, ...]:
@@ -319,29 +343,6 @@ class TrainingSearch:
         from advml.tuning import training
 
         return training.confirm(self, values)
-
-
-@dataclass(frozen=True)
-class Hyperband:
-    """Makes a Hyperband pruner whose resource is the epoch (Li et al. 2018)."""
-
-    epochs: int
-
-    def __call__(self) -> optuna.pruners.BasePruner:
-        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=self.epochs, reduction_factor=REDUCTION)
-
-    @staticmethod
-    def rungs(epochs: int) -> tuple[int, ...]:
-        """The epochs 1, 3, 9, ... at which it compares trials."""
-        found = [1]
-        while found[-1] * REDUCTION < epochs:
-            found.append(found[-1] * REDUCTION)
-        return tuple(found)
-
-
-def _sampler(seed: int) -> optuna.samplers.BaseSampler:
-    """TPE, multivariate, which takes trials at work for bad ones (constant liar) and constraints into account."""
-    return optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=8)
 
 
 def _start(values: Values, space: spaces.Space) -> Values | None:

@@ -1,7 +1,7 @@
 """Search spaces as params.yaml writes them, as Optuna reads them, and what is wrong with them.
 
-    >>> distributions({"learning_rate": {"log": [1e-4, 1e-1]}, "loss": {"choice": ["two-term", "trades"]}})
-    {'learning_rate': FloatDistribution(high=0.1, log=True, low=0.0001), 'loss': CategoricalDistribution(...)}
+>>> distributions({"learning_rate": {"log": [1e-4, 1e-1]}, "loss": {"choice": ["two-term", "trades"]}})
+{'learning_rate': FloatDistribution(high=0.1, log=True, low=0.0001), 'loss': CategoricalDistribution(...)}
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import platform
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import optuna
 import psutil
@@ -30,7 +29,15 @@ from advml.errors import UserError
 from advml.tuning.space import Distributions, Values
 from advml.tuning.storage import connect, lock
 
-FINGERPRINT, PROCESS, REASON, RETRY_OF, ORIGIN, KILLS, DEFAULT = "fingerprint", "process", "reason", "retry_of", "origin", "kills", "default"
+FINGERPRINT, PROCESS, REASON, RETRY_OF, ORIGIN, KILLS, DEFAULT = (
+    "fingerprint",
+    "process",
+    "reason",
+    "retry_of",
+    "origin",
+    "kills",
+    "default",
+)
 MOST_KILLS = 5  # in a row without progress: perhaps the system itself kills it, for want of memory
 HOPELESS = 5  # trials that all fail: so will the next
 CARRIED = (ORIGIN, DEFAULT)  # attributes that a retry takes over
@@ -58,16 +65,21 @@ class Definition:
     sampler: Callable[[int], optuna.samplers.BaseSampler]
 
 
-def create(definition: Definition, url: str) -> optuna.Study:
+def create(definition: Definition, url: str, *, replace: bool = False) -> optuna.Study:
     """Create the study, or open the one that an earlier command has begun.
 
+    Args:
+        replace: whether one that searched something else is thrown away.
     Raises:
         UserError: there is a study of this name that searched something else.
     """
     with lock(url):
+        storage = connect(url)
+        if replace and _fingerprint(storage, definition.name) not in (None, definition.fingerprint):
+            optuna.delete_study(study_name=definition.name, storage=storage)
         study = optuna.create_study(
             study_name=definition.name,
-            storage=connect(url),
+            storage=storage,
             directions=list(definition.directions),
             pruner=definition.pruner(),
             load_if_exists=True,
@@ -87,9 +99,16 @@ def create(definition: Definition, url: str) -> optuna.Study:
         elif begun != definition.fingerprint:
             raise UserError(
                 f"the study {definition.name} searched another space, or under other parameters, data or weights; "
-                f"give this one a name of its own: --name {definition.name}-2"
+                f"give this one a name of its own: --name {definition.name}-2, or throw that one away: --replace"
             )
     return study
+
+
+def _fingerprint(storage: optuna.storages.BaseStorage, name: str) -> str | None:
+    try:
+        return optuna.load_study(study_name=name, storage=storage).user_attrs.get(FINGERPRINT)
+    except KeyError:
+        return None
 
 
 def join(definition: Definition, url: str) -> optuna.Study:

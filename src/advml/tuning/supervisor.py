@@ -26,7 +26,7 @@ from advml.tuning.storage import GRACE
 from advml.tuning.worker import Orders, work
 
 POLL = 0.25  # seconds
-PRELOADED = ["advml.tuning.worker"]
+PRELOADED = ["advml.tuning.attack", "advml.tuning.training", "advml.tuning.outputs"]
 MOST_DEATHS = 20  # of workers in a row without progress
 LOST = 255  # exit code of a process whose end nobody saw
 

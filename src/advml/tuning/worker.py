@@ -39,6 +39,8 @@ class Search(Protocol):
 
     def definition(self) -> studies.Definition: ...
     def open(self) -> Callable[[Attempt], Sequence[float]]: ...  # the costly part: data, networks; then one call per trial
+    def tags(self) -> dict[str, Any]: ...  # of the MLflow run
+    def parameters(self) -> dict[str, Any]: ...  # of the MLflow run: space and budget
     def proposal(self, values: Values) -> dict[str, Any]: ...  # values -> keys of params.yaml
     def confirm(self, values: Values) -> dict[str, Any]: ...  # measures the winner once more, for best.yaml
 
@@ -181,4 +183,3 @@ def _leave_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
