@@ -149,7 +149,7 @@ def facts(search: Search, trials: Sequence[FrozenTrial]) -> list[tracking.Trial]
             number=trial.number,
             state=outputs.state_of(trial),
             params=search.proposal(trial.params),
-            metrics=outputs.scores(search.metrics, trial) if trial.values else {},
+            metrics=outputs.scores(search.metrics, trial),
             history=trial.user_attrs.get("history", ()),
             reason=trial.user_attrs.get(studies.REASON),
         )

@@ -76,6 +76,8 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
 
 def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
     """The trial's objectives, and what else it has measured."""
+    if trial.state != optuna.trial.TrialState.COMPLETE:  # Optuna gives a pruned trial its last report for a value
+        return {}
     return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get("measured", {})
 
 
@@ -89,16 +91,15 @@ def state_of(trial: FrozenTrial) -> str:
 def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     """trials.csv."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-    measured = list(dict.fromkeys(key for trial in trials for key in trial.user_attrs.get("measured", {})))
+    measured = [key for key in dict.fromkeys(key for trial in trials for key in scores(metrics, trial)) if key not in metrics]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["trial", "state", *metrics, *measured, "feasible", "seconds", *keys, "retry_of", "reason"])
     for trial in trials:
-        noted, values = trial.user_attrs, trial.values or [None] * len(metrics)
+        noted, scored = trial.user_attrs, scores(metrics, trial)
         writer.writerow(
-            [trial.number, state_of(trial), *values]
-            + [noted.get("measured", {}).get(key) for key in measured]
-            + [all(violation <= 0 for violation in trial.constraints.values()) if trial.values else None, noted.get("seconds")]
+            [trial.number, state_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
+            + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get("seconds")]
             + [trial.params.get(key) for key in keys]
             + [noted.get(studies.RETRY_OF), noted.get(studies.REASON)]
         )

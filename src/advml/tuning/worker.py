@@ -6,7 +6,9 @@ scratch folder. The supervisor, or the next command, finds the dead and queues t
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -96,7 +98,7 @@ class Attempt:
 def work(orders: Orders, slot: int, parent: Connection | None = None) -> None:
     """Run trials until none are left; in a process of its own, errors that stop everything are sent to the `parent`."""
     if parent is not None:
-        _leave_with(os.getppid())
+        _leave_with_command()
     try:
         definition = orders.search.definition()
         study, objective = studies.join(definition, orders.url), orders.search.open()
@@ -115,27 +117,21 @@ def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt],
     attributes = trial.user_attrs
     attempt = Attempt(trial, dict(trial.params), scratch / f"trial-{attributes[studies.ORIGIN]}", attributes.get(studies.DEFAULT, False))
     state, values, reason, started = TrialState.COMPLETE, None, None, time.monotonic()
-    with Heart(study, trial):
+    with Heart(study, trial), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        # Suppressed: the trial was thought dead, for want of heartbeats. Another one has its parameters and its scratch folder.
         try:
             values = [float(value) for value in objective(attempt)]
             if not all(map(math.isfinite, values)):
                 raise Failure(f"its result is {values}")
-        except optuna.TrialPruned:
+        except (optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError):
             state = TrialState.PRUNED
         except Exception as error:
             state, values, reason = TrialState.FAIL, None, _reason(error)
         attempt.note(seconds=time.monotonic() - started, **({"history": attempt.history} if attempt.history else {}))
         if reason:
             attempt.note(**{studies.REASON: reason})
-        _tell(study, trial, values, state)
-    shutil.rmtree(attempt.scratch, ignore_errors=True)
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, values: list[float] | None, state: TrialState) -> None:
-    try:
-        study.tell(trial, values=values, state=state, skip_if_finished=True)
-    except optuna.exceptions.UpdateFinishedTrialError:
-        return  # thought dead, for want of heartbeats; another process has taken the trial over
+        study.tell(trial, values=values, state=state)
+        shutil.rmtree(attempt.scratch, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:
@@ -172,14 +168,13 @@ class Heart:
                 print(f"warning: no heartbeat: {error}", file=sys.stderr)
 
 
-def _leave_with(parent: int) -> None:
+def _leave_with_command() -> None:
     """A worker whose command was killed ends at once: the same command starts its own. Signals are the supervisor's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()  # not the server that forks workers: that one lives as long as they do
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
