@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import psutil
 import pytest
 from optuna.trial import FrozenTrial, TrialState
@@ -24,7 +23,7 @@ from advml.tuning import supervisor, worker
 from advml.tuning.storage import address, connect, lock
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_search import DEFAULT, SPACE, Toy, hyperband  # noqa: E402 - as the workers import it
+from toy_search import DEFAULT, SPACE, Toy, hyperband
 
 
 @pytest.fixture
@@ -265,7 +264,7 @@ def test_a_study_in_which_everything_fails_stops_and_says_why(toy, run, trials_o
 
 
 def test_what_keeps_workers_from_starting_is_said_in_one_line(toy, run):
-    with pytest.raises(UserError, match="^there is no model 'X'$"):
+    with pytest.raises(UserError, match=r"^there is no model 'X'$"):
         run(Toy(toy.log, unusable="there is no model 'X'"), total=3, workers=2)
 
 
@@ -286,7 +285,7 @@ def test_workers_that_only_die_are_not_replaced_for_ever(toy, run, monkeypatch):
 def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path, run):
     run(toy, total=2)
     url = address(None, root=tmp_path)
-    with pytest.raises(UserError, match="^the study toy searched another space.*--name toy-2, or throw that one away: --replace$"):
+    with pytest.raises(UserError, match=r"^the study toy searched another space.*--name toy-2, or throw that one away: --replace$"):
         studies.create(Toy(toy.log, version=1).definition(), url)
     assert len(studies.create(toy.definition(), url, replace=True).get_trials()) == 2
     assert states(studies.create(Toy(toy.log, version=1).definition(), url, replace=True).get_trials()) == {"WAITING": 1}
@@ -350,7 +349,7 @@ def test_a_result_that_comes_after_the_trial_was_given_to_another_is_dropped(toy
 
 
 def test_a_storage_that_is_none_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="is no database; write sqlite:///optuna.db or postgresql://user@host/name"):
+    with pytest.raises(UserError, match=r"is no database; write sqlite:///optuna.db or postgresql://user@host/name"):
         address("studies.db", root=tmp_path)
     with pytest.raises(UserError, match="is no database"):
         address("redis://here", root=tmp_path)

@@ -32,7 +32,7 @@ HEADER = """\
 
 def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str, Any] | None) -> list[Path]:
     """Write everything that the study can tell by now; returns the files."""
-    study = optuna.load_study(study_name=name, storage=connect(url))
+    study = optuna.load_study(study_name=name, storage=connect(url, made=True))
     trials = study.get_trials(deepcopy=False)
     directions = search.definition().directions
     folder.mkdir(parents=True, exist_ok=True)

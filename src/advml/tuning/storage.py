@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sqlite3
 import time
@@ -25,9 +26,9 @@ HEARTBEAT, GRACE = 10, 60  # seconds between signs of life; how long none may co
 PATIENCE = 60.0  # seconds that a busy or restarting database is waited for
 # How a server gives one session at a time the right to hand out trials. It ends with the session, however that dies.
 LOCKS = {
-    "postgresql": ("SELECT pg_advisory_lock(hashtext('advml'))",),
-    "mysql": ("SELECT GET_LOCK('advml', 600)",),
-    "mariadb": ("SELECT GET_LOCK('advml', 600)",),
+    "postgresql": "SELECT pg_advisory_lock(hashtext('advml'))",
+    "mysql": "SELECT GET_LOCK('advml', 600)",
+    "mariadb": "SELECT GET_LOCK('advml', 600)",
 }
 
 
@@ -47,9 +48,11 @@ def address(url: str | None, *, root: Path) -> str:
     return f"{SQLITE}{(root / url.removeprefix(SQLITE)).resolve()}" if kind == "sqlite" else url
 
 
-def connect(url: str, *, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> RDBStorage:
+def connect(url: str, *, made: bool = False) -> RDBStorage:
     """Open a storage, creating its tables where they are absent; hold `lock` when it may be new.
 
+    Args:
+        made: whether it is known to be there, and its tables need not be looked at.
     Raises:
         UserError: it cannot be reached, or its driver is not installed.
     """
@@ -60,7 +63,14 @@ def connect(url: str, *, heartbeat: int = HEARTBEAT, grace: int = GRACE) -> RDBS
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
             if url.startswith(SQLITE) and not Path(url.removeprefix(SQLITE)).exists():
                 _create(Path(url.removeprefix(SQLITE)))
-            storage = PatientStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace)
+            storage = PatientStorage(
+                url,
+                engine_kwargs=options,
+                skip_compatibility_check=made,
+                skip_table_creation=made,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+            )
             if url.startswith(SQLITE):
                 sqlalchemy.event.listen(storage.engine, "connect", _relax)
                 storage.engine.dispose()  # the connections from before
@@ -119,16 +129,31 @@ def lock(url: str) -> Iterator[None]:
             yield
         return
     try:
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-        connection = patiently(engine.connect)
+        connection = patiently(lambda: _locked(url))
     except ImportError:
         raise UserError(f"--storage {without_password(url)} needs a driver; for PostgreSQL: pip install 'advml[postgres]'") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise UserError(f"--storage {without_password(url)} cannot be used: {_reason(error)}") from None
     with connection:
-        for statement in LOCKS[engine.dialect.name]:
-            connection.execute(sqlalchemy.text(statement))
         yield
+
+
+def _locked(url: str) -> sqlalchemy.Connection:
+    """A session that holds the lock until it is closed."""
+    engine = _unpooled(url)
+    connection = engine.connect()
+    try:
+        connection.execute(sqlalchemy.text(LOCKS[engine.dialect.name]))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@functools.cache
+def _unpooled(url: str) -> sqlalchemy.Engine:
+    """Whose connections are closed after use, and with them the locks that they hold."""
+    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
 
 
 def patiently(action: Callable[[], T]) -> T:

@@ -38,7 +38,7 @@ FINGERPRINT, PROCESS, REASON, RETRY_OF, ORIGIN, KILLS, DEFAULT = (
     "kills",
     "default",
 )
-MOST_KILLS = 5  # in a row without progress: perhaps the system itself kills it, for want of memory
+MOST_KILLS = 10  # in a row without progress: perhaps the system itself kills it, for want of memory
 HOPELESS = 5  # trials that all fail: so will the next
 CARRIED = (ORIGIN, DEFAULT)  # attributes that a retry takes over
 
@@ -113,7 +113,7 @@ def _fingerprint(storage: optuna.storages.BaseStorage, name: str) -> str | None:
 
 def join(definition: Definition, url: str) -> optuna.Study:
     """Open a study that is there, in a worker."""
-    return optuna.load_study(study_name=definition.name, storage=connect(url), pruner=definition.pruner())
+    return optuna.load_study(study_name=definition.name, storage=connect(url, made=True), pruner=definition.pruner())
 
 
 def claim(study: optuna.Study, definition: Definition, url: str, *, total: int, since: int, seed: int) -> optuna.Trial | None:
