@@ -134,8 +134,11 @@ def lock(url: str) -> Iterator[None]:
         raise UserError(f"--storage {without_password(url)} needs a driver; for PostgreSQL: pip install 'advml[postgres]'") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise UserError(f"--storage {without_password(url)} cannot be used: {_reason(error)}") from None
-    with connection:
+    try:
         yield
+    finally:
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # the server has cut it: the lock is gone already
+            connection.close()
 
 
 def _locked(url: str) -> sqlalchemy.Connection:
