@@ -17,8 +17,8 @@ from advml.tuning.worker import Orders, Search
 
 @pytest.fixture(autouse=True)
 def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What most tests run needs neither torch nor matplotlib."""
-    monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker"])
+    """What these tests run in other processes needs no torch."""
+    monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker", "advml.tuning.outputs", "optuna.visualization.matplotlib"])
     monkeypatch.setattr(supervisor, "POLL", 0.02)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 

@@ -105,14 +105,20 @@ class PatientStorage(RDBStorage):
     """
 
     CALLS = (
-        *("get_all_trials", "get_trial", "_get_trials", "_get_stale_trial_ids", "get_study_user_attrs", "get_study_directions"),
-        *("create_new_trial", "set_trial_param", "set_trial_state_values", "set_trial_intermediate_value", "record_heartbeat"),
-        *("set_trial_user_attr", "set_trial_system_attr", "set_study_user_attr", "set_study_system_attr"),
+        "get_",
+        "set_",
+        "record_",
+        "create_new_trial",
+        "_create_new_trial",
+        "_get_trials",
+        "_get_stale",
+        "_get_best",
+        "_set_trial_param",
     )
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if name not in PatientStorage.CALLS:
+        if not name.startswith(PatientStorage.CALLS):
             return found
         return lambda *arguments, **options: patiently(lambda: found(*arguments, **options))
 
