@@ -68,6 +68,7 @@ def tune(
         Failure: all trials fail, or all workers die.
     """
     url, definition = address(storage, root=workspace.root), search.definition()
+    supervisor.processes()  # begins to import torch, beside what this process does
     study = studies.create(definition, url, replace=replace)
     studies.bury(study, url)
     scratch = workspace.scratch(f"tune/{search.name}").resolve()
