@@ -16,7 +16,7 @@ from advml.paths import Workspace
 if TYPE_CHECKING:
     from advml.config import Config
     from advml.tuning.command import Outcome
-    from advml.tuning.worker import Search
+    from advml.tuning.searches import AttackSearch, TrainingSearch
 
 app = typer.Typer(
     help="Search for stronger attacks and better training. The same command goes on where an earlier one was stopped or killed.",
@@ -180,10 +180,21 @@ def _threads(configuration: Config, workers: int) -> Config:
 
 
 def _run(
-    search: Search, configuration: Config, params: Path, *, storage: str | None, trials: int, workers: int, seed: int, replace: bool
+    search: AttackSearch | TrainingSearch,
+    configuration: Config,
+    params: Path,
+    *,
+    storage: str | None,
+    trials: int,
+    workers: int,
+    seed: int,
+    replace: bool,
 ) -> None:
     from advml.tuning.command import tune
 
+    if missed := search.missed():
+        told = ", ".join(f"{key} = {value}" for key, value in missed.items())
+        print(f"the space does not reach params.yaml's own {told}: there will be no default to compare with", file=sys.stderr, flush=True)
     outcome = tune(
         search,
         configuration,

@@ -76,6 +76,10 @@ class AttackSearch:
             "random_start": spec.random_start,
         }
 
+    def missed(self) -> Values:
+        """The default's values that the space does not contain: the search does not start from it, then."""
+        return spaces.outside(self.default(), self.space)
+
     def accept(self, values: Values) -> None:
         """Raises UserError unless such an attack exists within the budget."""
         for key, value in values.items():
@@ -94,7 +98,7 @@ class AttackSearch:
             name=self.name,
             directions=("minimize",),
             distributions=spaces.distributions(self.space),
-            default=_start(self.default(), self.space),
+            default=None if self.missed() else {key: self.default()[key] for key in self.space},
             fingerprint=digest(*inputs, *self._subject()),
             pruner=wilcoxon,
             sampler=tpe,
@@ -269,6 +273,10 @@ class TrainingSearch:
         value = everything.get(self.full_key(key))
         return everything[INHERITED[key]] if value is None and key in INHERITED else value
 
+    def missed(self) -> Values:
+        """The default's values that the space does not contain: the search does not start from it, then."""
+        return spaces.outside({key: self.base(key) for key in self.space}, self.space)
+
     def accept(self, values: Values) -> Config:
         """The configuration with these values; raises UserError if it refuses them."""
         for key in values:
@@ -309,7 +317,7 @@ class TrainingSearch:
             name=self.name,
             directions=("maximize", "maximize") if self.pareto else ("maximize",),
             distributions=spaces.distributions(self.space),
-            default=_start({key: self.base(key) for key in self.space}, self.space),
+            default=None if self.missed() else {key: self.base(key) for key in self.space},
             fingerprint=digest(*inputs, *self._subject()),
             pruner=Hyperband(self.most_epochs) if not self.pareto else optuna.pruners.NopPruner,
             sampler=tpe,
@@ -343,12 +351,6 @@ class TrainingSearch:
         from advml.tuning import training
 
         return training.confirm(self, values)
-
-
-def _start(values: Values, space: spaces.Space) -> Values | None:
-    """The default's values for the keys of the space; None if the space does not reach them."""
-    chosen = {key: values[key] for key in space}
-    return None if spaces.outside(chosen, space) else chosen
 
 
 def _record(folder: Path) -> Mapping[str, Any]:
