@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
         where = address(url, root=tmp_path)
         study = studies.create(search.definition(), where)
         studies.bury(study, where)
-        orders = Orders(search, where, total, len(study.get_trials()), 0, tmp_path / "scratch")
+        orders = Orders(search, where, total, len(studies.finished(study.get_trials())), 0, tmp_path / "scratch")
         try:
             supervisor.supervise(study, orders, workers=workers, watch=watch)
         finally:

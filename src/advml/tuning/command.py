@@ -72,7 +72,7 @@ def tune(
     study = studies.create(definition, url, replace=replace)
     studies.bury(study, url)
     scratch = workspace.scratch(f"tune/{search.name}").resolve()
-    orders = Orders(search, url, trials, len(study.get_trials(deepcopy=False)), seed, scratch)
+    orders = Orders(search, url, trials, len(studies.finished(study.get_trials(deepcopy=False))), seed, scratch)
     board = Board(search.name, metrics=search.metrics, directions=definition.directions, total=trials)
     with _tracked(search, config, workspace, study) as run:
         try:

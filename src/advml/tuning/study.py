@@ -121,7 +121,7 @@ def claim(study: optuna.Study, definition: Definition, url: str, *, total: int, 
 
     Args:
         total: finished trials wanted, of all processes and commands together.
-        since: number of the first trial of this command, for `hopeless`.
+        since: how many had finished when this command began, for `hopeless`.
         seed: of the sampler, together with the number of trials so far.
     """
     with lock(url):
@@ -198,7 +198,7 @@ def is_killed(trial: FrozenTrial) -> bool:
 
 def hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
     """Whether everything that this command has tried has failed."""
-    tried = [trial for trial in finished(trials) if trial.number >= since]
+    tried = sorted(finished(trials), key=lambda trial: trial.datetime_complete)[since:]
     return len(tried) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in tried)
 
 

@@ -54,7 +54,7 @@ class Orders:
     search: Search
     url: str
     total: int
-    since: int  # the first trial of this command
+    since: int  # trials that had finished before this command
     seed: int
     scratch: Path
 
