@@ -41,7 +41,7 @@ class Board:
 
     def show(self, trials: Sequence[FrozenTrial]) -> None:
         """Bring the display up to date."""
-        ended = [trial for trial in trials if trial.state.is_finished()]
+        ended = sorted((trial for trial in trials if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
         if self.told is None:  # those of earlier commands
             self.told = {trial.number for trial in ended}
             if ended:
@@ -50,7 +50,7 @@ class Board:
             if trial.number not in self.told:
                 self.told.add(trial.number)
                 if not self.live:
-                    print(self._line(trial, trials), file=sys.stderr, flush=True)
+                    print(self._line(trial, [other for other in ended if other.number in self.told]), file=sys.stderr, flush=True)
         if self.live and time.monotonic() - self.drawn > REDRAW:
             self.drawn = time.monotonic()
             self.live.update(self._table(trials), refresh=True)
