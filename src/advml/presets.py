@@ -9,6 +9,7 @@ template with some values and comments replaced. To add one, add a row to PRESET
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def _searched(*, finetune: dict[str, Any], pretrain: dict[str, Any], floor: floa
         "tune.finetune.clean_floor": floor,
         "tune.finetune.space": finetune | threat | {"attack_steps": {"int": [3, 10]}, "label_smoothing": {"float": [0, 0.2]}},
         "tune.pretrain.clean_floor": floor,
-        "tune.pretrain.space": pretrain | {"temperature": {"log": [0.05, 0.5]}} | threat,
+        "tune.pretrain.space": pretrain
+        | {"temperature": {"log": [0.05, 0.5]}}
+        | deepcopy(threat),  # YAML would share one object by an anchor
     }
 
 

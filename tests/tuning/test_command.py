@@ -107,7 +107,7 @@ def test_the_winner_is_confirmed_once_and_a_new_winner_again(tune, toy, monkeypa
     assert best(last)["winners_confirmed"] == 2
 
 
-def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(tune, toy, study):
+def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(tune, toy, study, capfd):
     def interrupt() -> None:
         while not toy.log.exists() or len(toy.log.read_text().splitlines()) < 5:
             time.sleep(0.02)
@@ -117,6 +117,7 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
     with pytest.raises(KeyboardInterrupt):
         tune(Toy(toy.log, pause=0.05), trials=200, workers=2)
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
+    assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
     trials = studies.create(toy.definition(), command.address(None, root=study.root)).get_trials()
     assert not studies.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"

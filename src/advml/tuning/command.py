@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from advml.paths import Workspace
 from advml.tracking.signals import deferred
 from advml.tuning import outputs, supervisor
 from advml.tuning import study as studies
-from advml.tuning.board import Board
+from advml.tuning.board import Board, show
 from advml.tuning.storage import address
 from advml.tuning.worker import Orders, Search
 
@@ -80,7 +81,10 @@ def tune(
                 supervisor.supervise(study, orders, workers=workers, watch=_both(board.show, lambda found: run.show(facts(search, found))))
             confirmed = _confirmed(search, study, definition.directions)
         except BaseException:
-            _close(search, study, url, workspace, run, confirmed=None)
+            so_far = _close(search, study, url, workspace, run, confirmed=None)
+            if so_far.best is not None:
+                told = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
+                print(f"{search.name}: {so_far.finished} of {trials} trials; {told}", file=sys.stderr, flush=True)
             raise
         outcome = _close(search, study, url, workspace, run, confirmed=confirmed)
     shutil.rmtree(scratch, ignore_errors=True)
