@@ -24,7 +24,7 @@ repro: .venv/.stamp ## run the study: JOBS stages at a time, only what has chang
 	@advml repro --jobs $(JOBS)
 
 test: .venv/.stamp ## run the tests
-	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -m "not gpu"
+	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -m "not gpu and not postgres"
 
 ui: .venv/.stamp ## open the MLflow UI on this repository's runs
 	@advml ui --port $(PORT)

@@ -18,7 +18,8 @@ PACKAGE = REPOSITORY / "src" / "advml"
 
 # From the command line down. A module imports from its own layer or from lower ones, never upwards.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__main__", "cli"),
+    ("__main__", "cli", "cli_tune"),
+    ("tuning",),
     ("stages", "repro", "warm", "show"),
     ("claims", "report", "picture", "presets", "tracking"),
     ("similarity",),
@@ -35,14 +36,26 @@ EXCEPTIONS = {
 # Library -> the only modules that may import it, anywhere in the file.
 OWNERS = {
     "mlflow": "tracking",
-    "typer": "cli",
+    "optuna": "tuning",
+    "typer": ("cli", "cli_tune"),
     "timm": "networks",
     "matplotlib": ("figures", "picture", "report"),
     "dvc": (),
     "pyautoattack": "attacks",
     "foolbox": "attacks",
 }
-LIGHT = ("advml", "advml.cli", "advml.config", "advml.errors", "advml.paths", "advml.progress", "advml.repro", "advml.show", "advml.warm")
+LIGHT = (
+    "advml",
+    "advml.cli",
+    "advml.cli_tune",
+    "advml.config",
+    "advml.errors",
+    "advml.paths",
+    "advml.progress",
+    "advml.repro",
+    "advml.show",
+    "advml.warm",
+)
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
 

@@ -144,7 +144,7 @@ def test_the_folder_preset_numbers_what_to_change_first() -> None:
 def test_tuning_the_digits_study_moves_no_phase_of_another_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {case: load(*case) for case in CASES}
     tuned = re.sub(r"^(    (?:epochs|batch_size|weight_decay): ).*$", r"\g<1>77", preset("digits"), flags=re.M)
-    tuned = tuned.replace("gradient_clip: null", "gradient_clip: 0.5").replace("temperature: ", "temperature: 9")
+    tuned = tuned.replace("gradient_clip: null", "gradient_clip: 0.5").replace("\ntemperature: ", "\ntemperature: 9")
     monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: tuned)
     for case in CASES:
         changed = load(*case)

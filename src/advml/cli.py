@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
-from advml import __version__
+from advml import __version__, cli_tune
 from advml.config import PhaseName, RegimeName, SchemeName, dump, load
 from advml.errors import Failure, UserError
 from advml.paths import Workspace, model_name, pretraining_name
@@ -31,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
+
+app.add_typer(cli_tune.app, name="tune", rich_help_panel=EVERYDAY)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a parameter, e.g. -S threat_model.epsilon=8/255.")

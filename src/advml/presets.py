@@ -9,6 +9,7 @@ template with some values and comments replaced. To add one, add a row to PRESET
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,21 @@ UNTUNED = {
 }
 ALL_CORES = {"runtime.threads": "0: all cores; a fixed number makes CPU results the same everywhere"}
 
+
+def _searched(*, finetune: dict[str, Any], pretrain: dict[str, Any], floor: float) -> dict[str, Any]:
+    """The searches of `advml tune`: what all larger studies share, and what their optimiser asks for."""
+    threat = {"adversarial_weight": {"log": [0.5, 8]}, "epsilon": {"float": ["4/255", "12/255"]}}
+    return {
+        "tune.finetune.clean_floor": floor,
+        "tune.finetune.space": finetune | threat | {"attack_steps": {"int": [3, 10]}, "label_smoothing": {"float": [0, 0.2]}},
+        "tune.pretrain.clean_floor": floor,
+        "tune.pretrain.space": pretrain
+        | {"temperature": {"log": [0.05, 0.5]}}
+        | deepcopy(threat),  # YAML would share one object by an anchor
+    }
+
+
+WEIGHT_DECAY = {"choice": [0.0, 1e-4, 5e-4, 1e-3, 0.01]}
 CIFAR = UNTUNED | {
     "model.backbone": "resnet18",
     "views.supervised": {"pad": 4, "flip": 0.5},
@@ -74,6 +90,11 @@ CIFAR = UNTUNED | {
     **_phase("pretrain.CL", "pretrain.SCL", epochs=200, batch_size=512, **ADAMW, learning_rate=1e-3, schedule="cosine", warmup=0.05),
     **_phase(*HEADS, epochs=25, batch_size=512, optimizer="adamw", learning_rate=1e-3, weight_decay=0.0, schedule="cosine"),
     **_phase("regimes.Full-AT", epochs=25, **SGD, learning_rate=0.05, schedule="cosine", warmup=0.1),
+    **_searched(
+        finetune={"learning_rate": {"log": [0.005, 0.2]}, "weight_decay": WEIGHT_DECAY, "epochs": {"int": [10, 40]}},
+        pretrain={"learning_rate": {"log": [1e-4, 1e-2]}},
+        floor=0.75,
+    ),
 }
 CIFAR_REMARKS = ALL_CORES | {
     "data.validation": "share of the training images",
@@ -94,6 +115,11 @@ FOLDER = UNTUNED | {
     **_phase("pretrain.CL", "pretrain.SCL", epochs=40, batch_size=128, **ADAMW, learning_rate=1e-3, schedule="onecycle"),
     **_phase(*HEADS, epochs=20, batch_size=128, optimizer="adamw", learning_rate=3e-3, weight_decay=0.0, schedule="cosine"),
     **_phase("regimes.Full-AT", epochs=10, batch_size=128, **ADAMW, learning_rate=5e-4, schedule="onecycle"),
+    **_searched(
+        finetune={"learning_rate": {"log": [1e-4, 5e-3]}, "weight_decay": WEIGHT_DECAY, "epochs": {"int": [5, 20]}},
+        pretrain={"learning_rate": {"log": [1e-4, 1e-2]}},
+        floor=0.5,
+    ),
 }
 FOLDER_REMARKS = ALL_CORES | {
     "data.path": "1. your images: photos/cats/1.jpg, or photos/{train,test}/cats/1.jpg",
@@ -140,6 +166,11 @@ PAPER = {
     "similarity.batch_size": 256,
     "similarity.probe_images": None,
     "runtime.threads": 0,
+    **_searched(
+        finetune={"learning_rate": {"log": [1e-4, 3e-3]}, "weight_decay": WEIGHT_DECAY},
+        pretrain={"learning_rate": {"log": [1e-4, 3e-3]}},
+        floor=0.75,
+    ),
 }
 PAPER_REMARKS = CIFAR_REMARKS | {
     "data.validation": "for the curves only (`keep: last`): the paper trains on all of them",

@@ -93,4 +93,6 @@ def evaluation_adversary(configuration: config.Config, *, epsilon: float) -> Adv
         step_size=spec.step_size or default_step_size(epsilon, spec.steps),
         random_start=spec.random_start,
         keep=spec.keep,
+        momentum=spec.momentum,
+        schedule=spec.schedule,
     )

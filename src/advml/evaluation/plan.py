@@ -1,7 +1,7 @@
 """What `evaluate` measures, in this order: a list of figures, each with its attack.
 
 `accuracy/threat_model_1`: PGD on the contrastive objective of encoder and projection head, then classify.
-`accuracy/threat_model_2`: PGD end to end on the classifier's cross-entropy.
+`accuracy/threat_model_2`: PGD end to end on an objective of the classifier, by default cross-entropy.
 Each at `evaluate.epsilon` (by default that of training) and, under the suffix `_half`, at half of it.
 Then the cascade: attacks from cheap to expensive, each aimed at what all before it have left standing. An image counts for
 `accuracy/worst_case` only if it survives every attack of the list.
@@ -75,7 +75,8 @@ def figures(configuration: config.Config, scheme: Scheme | None, *, note: str = 
             make = _contrastive(scheme.groups, configuration.temperature)
             figure = pgd_figure(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", note=note)
             listed.append(replace(figure, restarts=restarts, coupled=True))
-        figure = pgd_figure(f"accuracy/threat_model_2{suffix}", adversary, _cross_entropy, loss="cross-entropy")
+        loss = configuration.evaluate.objective
+        figure = pgd_figure(f"accuracy/threat_model_2{suffix}", adversary, _classification(loss), loss=LOSSES.get(loss, loss))
         listed.append(replace(figure, restarts=restarts, kept=share == 1))
     return listed
 
@@ -87,6 +88,7 @@ def cascade(configuration: config.Config, *, classes: int) -> list[Figure]:
 
 
 MARGIN = "pgd-margin"
+LOSSES = {"ce": "cross-entropy"}  # names of objectives in records, where they differ
 
 
 def _step(configuration: config.Config, name: str, classes: int) -> Figure:
@@ -129,8 +131,8 @@ def _threat(threat_model: ThreatModel) -> dict[str, Any]:
     return {**asdict(threat_model), "box": [0, 1]}
 
 
-def _cross_entropy(network: Network, images: Tensor, labels: Tensor) -> Objective:
-    return classification_objective(network, labels)
+def _classification(loss: str) -> MakeObjective:
+    return lambda network, images, labels: classification_objective(network, labels, loss)
 
 
 def _margin(network: Network, images: Tensor, labels: Tensor) -> Objective:

@@ -20,7 +20,22 @@ from __future__ import annotations
 from advml.tracking.representations import log_representation
 from advml.tracking.run import Run
 from advml.tracking.runs import find_run, kill_run, open_run, ui_command, ui_link
+from advml.tracking.searches import SearchRun, Trial, open_search
 from advml.tracking.start import DataInfo
 from advml.tracking.sync import attach_run, sync
 
-__all__ = ["DataInfo", "Run", "attach_run", "find_run", "kill_run", "log_representation", "open_run", "sync", "ui_command", "ui_link"]
+__all__ = [
+    "DataInfo",
+    "Run",
+    "SearchRun",
+    "Trial",
+    "attach_run",
+    "find_run",
+    "kill_run",
+    "log_representation",
+    "open_run",
+    "open_search",
+    "sync",
+    "ui_command",
+    "ui_link",
+]

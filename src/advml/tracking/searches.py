@@ -1,0 +1,129 @@
+"""A search as MLflow shows it: a parent run, and nested in it a run per trial, with parameters, curves and how it ended.
+
+    >>> with open_search(config, root=root, name="attack-SL-AT-s0", tags={}, params=params, run_id=None) as run:
+    ...     run.show(trials)                              # again and again; each call logs what has changed
+
+The command's own process writes all of it, from the study's database: workers that are killed leave no run behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.tracking import store as stores
+from advml.tracking.run import Run
+from advml.tracking.start import DataInfo, Facts, start
+from advml.tracking.writer import guarded
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as Record
+
+    from advml.config import Config
+
+PARENT, TRIAL, STATE, BEST = "mlflow.parentRunId", "advml.trial", "advml.state", "advml.best"
+STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+PAGE = 500
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is logged of a trial.
+
+    Attributes:
+        state: running, complete, pruned, failed or killed.
+        metrics: what it scored.
+        history: one record per epoch, as `Run.log_epochs` takes them.
+        reason: why it failed.
+    """
+
+    number: int
+    state: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
+    reason: str | None = None
+
+
+class SearchRun(Run):
+    """The parent run."""
+
+    def __init__(self, place: stores.Place, store: stores.Store | None, record: Record | None, *, root: Path, name: str) -> None:
+        super().__init__(place, store, record, root=root)
+        self._search = name
+        self._ended_trials: set[int] = set()
+        self._trials: dict[int, Run] = {}
+        self._best: int | None = None
+        if store is not None:
+            self._find_trials()
+
+    @guarded
+    def _find_trials(self) -> None:
+        """The runs that an earlier command has made, so that none is made twice."""
+        token = None
+        while True:
+            page = self._store.client.search_runs(
+                [self._store.experiment], f"tags.`{PARENT}` = '{self.id}'", max_results=PAGE, page_token=token
+            )
+            for record in page:
+                number = int(record.data.tags[TRIAL])
+                self._trials[number] = Run(self._place, self._store, record, root=self._root)
+                self._ended_trials |= {number} if record.data.tags.get(STATE) in STATUS else set()
+                self._best = number if BEST in record.data.tags else self._best
+            if not (token := page.token):
+                return
+
+    @guarded
+    def show(self, trials: Sequence[Trial]) -> None:
+        """Bring the nested runs up to date: new ones begin, those whose trial has ended are completed and end too."""
+        for trial in trials:
+            if trial.number in self._ended_trials or (trial.state == "running" and trial.number in self._trials):
+                continue
+            run = self._trials.get(trial.number) or self._begin(trial)
+            if trial.state in STATUS:
+                run.log_epochs(trial.history)
+                run.log_metrics(trial.metrics)
+                run.set_tag(STATE, trial.state)
+                if trial.reason:
+                    run.set_tag("mlflow.note.content", trial.reason)
+                run.finish(STATUS[trial.state])
+                self._ended_trials.add(trial.number)
+
+    def _begin(self, trial: Trial) -> Run:
+        facts = Facts(
+            f"{self._search}/{trial.number}", "trial", {PARENT: self.id, TRIAL: trial.number, "search": self._search}, trial.params
+        )
+        record = start(self._store, facts, root=self._root)
+        self._trials[trial.number] = Run(self._place, self._store, record, root=self._root)
+        return self._trials[trial.number]
+
+    @guarded
+    def crown(self, number: int) -> None:
+        """Tag the best trial, and no other."""
+        if self._best not in (None, number):
+            self._store.client.delete_tag(self._trials[self._best].id, BEST)
+        if number in self._trials:
+            self._trials[number].set_tag(BEST, "true")
+            self._best = number
+        self._tag({"advml.best_trial": str(number)})
+
+
+def open_search(
+    config: Config,
+    *,
+    root: Path,
+    name: str,
+    tags: Mapping[str, Any],
+    params: Mapping[str, Any],
+    data: DataInfo | None = None,
+    run_id: str | None = None,
+) -> SearchRun:
+    """Start the parent run of a study, or go on with the one that an earlier command has begun; arguments as of `open_run`."""
+    place, root, facts = stores.locate(config, root=root), Path(root).resolve(), Facts(name, "search", tags, params, data)
+    run = stores.attempt(place, lambda store: SearchRun(place, store, start(store, facts, root=root, run_id=run_id), root=root, name=name))
+    if run is None:
+        run = SearchRun(place, None, None, root=root, name=name)
+        run.id = run_id  # so that a later command finds its run again
+    return run

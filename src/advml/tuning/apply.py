@@ -1,0 +1,71 @@
+"""`advml tune apply NAME`: a proposal into params.yaml, as a difference that a person can review."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from advml.config import apply as read
+from advml.config import validate
+from advml.errors import UserError
+from advml.paths import Workspace
+from advml.rewrite import rewrite
+from advml.tuning.outputs import BEST
+
+
+def proposal(workspace: Workspace, name: str) -> dict[str, Any]:
+    """The keys and values of a study's best.yaml.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = workspace.reports / "tune" / name / BEST
+    try:
+        found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["parameters"]
+    except FileNotFoundError:
+        known = sorted(other.parent.name for other in workspace.reports.glob(f"tune/*/{BEST}"))
+        choices = f"choose from {', '.join(known)}" if known else "make one with: advml tune finetune CL Full-AT"
+        raise UserError(f"there is no proposal {name!r}; {choices}") from None
+    except (YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged; write it again with the command that made it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: parameters must be a section of `key: value`")
+    return found
+
+
+def merge(params: Path, values: dict[str, Any]) -> tuple[str, str]:
+    """The text of params.yaml with other values, comments and all else as they were; and the difference, or ''.
+
+    Raises:
+        UserError: params.yaml does not have one of the keys, or its values do not go together.
+    """
+    before = params.read_text(encoding="utf-8")
+    raw = read(before, [], source=str(params))
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        section, leaf = _section(raw, key, params)
+        if section.get(leaf) == value and leaf in section:
+            continue
+        if leaf in section:
+            changes[key] = value
+        else:  # an option that need not be written out: the section is written anew, with it
+            changes[key.rpartition(".")[0]] = section | {leaf: value}
+        section[leaf] = value
+    validate(raw, source=f"{params} with the proposal")
+    after = rewrite(before, changes, {}) if changes else before
+    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(params), f"{params} (proposed)", n=1)
+    return after, "".join(lines)
+
+
+def _section(raw: dict[str, Any], key: str, params: Path) -> tuple[dict[str, Any], str]:
+    *parents, leaf = key.split(".")
+    section: Any = raw
+    for name in parents:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(f"{params} has no section {'.'.join(parents)!r}, which the proposal's {key} belongs to")
+    return section, leaf

@@ -1,0 +1,197 @@
+"""The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more.
+
+An attack's budget is steps * restarts: the forward and backward passes that an image costs which nothing breaks. (Keeping the
+best iterate costs one more forward pass per restart, reading the prediction another, for every attack alike.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from advml.attacks.adversary import Adversary, evaluation_adversary
+from advml.attacks.threat import ThreatModel
+from advml.config import Config
+from advml.data.datasets import Split
+from advml.evaluation.intervals import wilson
+from advml.networks.models import Network
+from advml.paths import Workspace
+from advml.runtime.machine import Machine, generator_for
+from advml.stages.context import Context
+from advml.training.loop import batches
+from advml.training.terms import classification_objective
+from advml.tuning.space import Values
+from advml.tuning.worker import Attempt
+
+if TYPE_CHECKING:
+    from advml.tuning.searches import AttackSearch
+
+
+@dataclass(frozen=True)
+class Attack:
+    """PGD on an objective of the classifier, repeated; an image counts as broken if any repetition breaks it.
+
+    Without `random_start` the first run begins at the image itself; the others begin at random, or they would repeat it.
+    """
+
+    adversary: Adversary
+    objective: str
+    restarts: int
+
+    @classmethod
+    def of(cls, values: Values, *, budget: int, threat_model: ThreatModel) -> Attack:
+        """The attack of a trial; step sizes count in epsilons."""
+        adversary = Adversary(
+            threat_model=threat_model,
+            steps=max(1, budget // values["restarts"]),
+            step_size=values["step_size"] * threat_model.epsilon,
+            random_start=values["random_start"],
+            keep="best",
+            momentum=values["momentum"],
+            schedule=values["schedule"],
+        )
+        return cls(adversary, values["objective"], values["restarts"])
+
+    def runs(self) -> Iterator[Adversary]:
+        """The attack of every restart."""
+        for restart in range(self.restarts):
+            yield self.adversary if restart == 0 else replace(self.adversary, random_start=True)
+
+
+def withstood(network: Network, split: Split, attack: Attack | None, *, batch_size: int, seed: int, machine: Machine) -> Iterator[Tensor]:
+    """Batch by batch, which images (n,) stay right: clean (`attack=None`), or under every restart of the attack.
+
+    Images that are wrong already leave the batch.
+    """
+    network.eval()
+    for number, (images, labels) in enumerate(batches(split, machine, size=batch_size)):
+        right = _right(network, images, labels, machine)
+        for restart, adversary in enumerate(attack.runs() if attack else ()):
+            rows = right.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            generator = generator_for("tune", seed, number, restart)
+            with machine.autocast():
+                found = adversary.attack(
+                    network,
+                    lambda labels=labels[rows]: classification_objective(network, labels, attack.objective),
+                    images[rows],
+                    generator=generator,
+                )
+            right[rows] &= _right(network, found, labels[rows], machine)
+        yield right.cpu()
+
+
+@torch.no_grad()
+def _right(network: Network, images: Tensor, labels: Tensor, machine: Machine) -> Tensor:
+    with machine.autocast():
+        return network(images).argmax(1) == labels
+
+
+def evaluation_attack(configuration: Config, *, share: float = 1.0) -> Attack:
+    """The attack of `evaluate`, at a share of its radius: how searches for better training measure every trial."""
+    adversary = evaluation_adversary(configuration, epsilon=share * configuration.attacked_epsilon)
+    return Attack(adversary, configuration.evaluate.objective, configuration.evaluate.restarts)
+
+
+# The search
+
+
+class Subject:
+    """The model under attack and everything that stays the same over all trials."""
+
+    def __init__(self, search: AttackSearch) -> None:
+        self.search, self.spec = search, search.config.tune.attack
+        self.context = Context(search.config, Workspace(search.root))
+        self.record, self.network = self.context.load_network(search.folder)
+        self.threat_model = ThreatModel(search.config.threat_model.norm, search.config.attacked_epsilon)
+
+    def attack(self, values: Values) -> Attack:
+        return Attack.of(self.search.default() | values, budget=self.search.budget, threat_model=self.threat_model)
+
+    def under(self, attack: Attack | None, split: Split, *, batch_size: int) -> Iterator[Tensor]:
+        seed = self.search.config.evaluate.seed
+        return withstood(self.network, split, attack, batch_size=batch_size, seed=seed, machine=self.context.machine)
+
+    def validation(self) -> Split:
+        """The validation images of the search, shuffled: classes must not come one after another."""
+        split = self.context.dataset.validation
+        order = torch.randperm(len(split.labels), generator=generator_for("tune", self.spec.seed))[: self.spec.images]
+        return Split(split.images[order], split.labels[order])
+
+
+def objective(search: AttackSearch) -> Callable[[Attempt], Sequence[float]]:
+    """The trial: accuracy on validation under the attack, reported after every batch; the pruner compares batch by batch."""
+    subject = Subject(search)
+    split = subject.validation()
+
+    def run(attempt: Attempt) -> Sequence[float]:
+        right = total = 0
+        for number, batch in enumerate(subject.under(subject.attack(attempt.values), split, batch_size=subject.spec.batch_size)):
+            right, total = right + int(batch.sum()), total + len(batch)
+            attempt.history.append({"epoch": number, "robust": right / total})
+            attempt.report(number, float(batch.double().mean()))
+        return (right / total,)
+
+    return run
+
+
+def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
+    """Winner and default at the same budget, on validation and, once, on test."""
+    subject = Subject(search)
+    attacks = {"default": subject.attack({}), "winner": subject.attack(values)}
+    splits = {"validation": subject.validation(), "test": subject.context.dataset.test}
+    size = subject.spec.batch_size  # the same random starts as in the trials
+    told: dict[str, Any] = {"budget": search.budget, "epsilon": subject.threat_model.epsilon, "norm": subject.threat_model.norm}
+    for name, split in splits.items():
+        right = {who: torch.cat(list(subject.under(attack, split, batch_size=size))) for who, attack in attacks.items()}
+        told[name] = {"clean": interval(torch.cat(list(subject.under(None, split, batch_size=size))))}
+        told[name] |= {who: interval(found) for who, found in right.items()} | {"paired": paired(right["default"], right["winner"])}
+        if search.autoattack and name == "test":
+            told[name]["autoattack"] = interval(_autoattack(subject, split))
+    return told
+
+
+def interval(right: Tensor) -> dict[str, Any]:
+    """Share of right images with its 95 % interval."""
+    low, high = wilson(int(right.sum()), len(right))
+    return {"accuracy": float(right.double().mean()), "low": low, "high": high, "n": len(right)}
+
+
+def paired(one: Tensor, other: Tensor) -> dict[str, Any]:
+    """McNemar's exact test on the same images: those that only one of the two attacks breaks, and a two-sided p (McNemar 1947)."""
+    only_other, only_one = int((one & ~other).sum()), int((~one & other).sum())
+    p = binomtest(only_one, only_one + only_other).pvalue if only_one + only_other else 1.0
+    return {"broken_by_winner_only": only_other, "broken_by_default_only": only_one, "p": float(p)}
+
+
+def _autoattack(subject: Subject, split: Split) -> Tensor:
+    """Which images (N,) the whole of AutoAttack's standard set leaves right."""
+    from advml.attacks import autoattack
+
+    classes, kept = len(subject.context.dataset.classes), []
+    machine, network = subject.context.machine, subject.network.eval()
+    for number, (images, labels) in enumerate(batches(split, machine, size=subject.search.config.evaluate.batch_size)):
+        right = _right(network, images, labels, machine)
+        for name in (name for name in autoattack.ATTACKS if autoattack.applicable(name, classes)):
+            rows = right.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            found = autoattack.attack(
+                name,
+                network,
+                images[rows],
+                labels[rows],
+                threat_model=subject.threat_model,
+                classes=classes,
+                strength=autoattack.Strength(),
+                seed=number,
+            )
+            right[rows] &= _right(network, found, labels[rows], machine)
+        kept.append(right.cpu())
+    return torch.cat(kept)

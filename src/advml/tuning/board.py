@@ -1,0 +1,96 @@
+"""What the command shows while a study runs: the best trials and those at work on a terminal, a line per finished trial elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from advml.tuning import study as studies
+from advml.tuning.space import Values
+
+SHOWN = 8  # of the best trials
+REDRAW = 0.5  # seconds
+
+
+class Board:
+    """`with Board(name, metrics=("robust",), directions=("maximize",), total=40) as board: board.show(trials)`; it writes to stderr."""
+
+    def __init__(self, name: str, *, metrics: Sequence[str], directions: Sequence[str], total: int) -> None:
+        self.name, self.metrics, self.directions, self.total = name, metrics, directions, total
+        self.told: set[int] | None = None
+        self.live: Any = None
+        self.drawn, self.started = 0.0, time.monotonic()
+
+    def __enter__(self) -> Board:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            # Without a thread of its own: the supervisor redraws, and forks no process while another holds a lock.
+            self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, trials: Sequence[FrozenTrial]) -> None:
+        """Bring the display up to date."""
+        ended = sorted((trial for trial in trials if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
+        if self.told is None:  # those of earlier commands
+            self.told = {trial.number for trial in ended}
+            if ended:
+                print(f"{self.name}: going on after {len(studies.finished(trials))} finished trials", file=sys.stderr, flush=True)
+        for trial in ended:
+            if trial.number not in self.told:
+                self.told.add(trial.number)
+                if not self.live:
+                    print(self._line(trial, [other for other in ended if other.number in self.told]), file=sys.stderr, flush=True)
+        if self.live and time.monotonic() - self.drawn > REDRAW:
+            self.drawn = time.monotonic()
+            self.live.update(self._table(trials), refresh=True)
+
+    def _line(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> str:
+        done = len(studies.finished(trials))
+        best = studies.ranked(trials, self.directions)
+        record = f"  (best: {self._scores(best[0])}, trial {best[0].number})" if best else ""
+        return f"[{done}/{self.total}] trial {trial.number}: {self.outcome(trial)}  {show(trial.params)}{record}"
+
+    def outcome(self, trial: FrozenTrial) -> str:
+        """`robust 0.812`, `pruned at 9`, `failed: out of memory`, ..."""
+        if trial.state == TrialState.COMPLETE:
+            broken = [name for name, violation in trial.constraints.items() if violation > 0]
+            return self._scores(trial) + "".join(f", below the {name}" for name in broken)
+        if trial.state == TrialState.PRUNED:
+            return f"pruned at {trial.last_step}"
+        if studies.is_killed(trial):
+            return "killed, to be tried again"
+        return f"failed: {trial.user_attrs[studies.REASON]}" if trial.state == TrialState.FAIL else trial.state.name.lower()
+
+    def _scores(self, trial: FrozenTrial) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.metrics, trial.values, strict=True))
+
+    def _table(self, trials: Sequence[FrozenTrial]) -> Any:
+        from rich.table import Table
+
+        done, seconds = len(studies.finished(trials)), time.monotonic() - self.started
+        running = studies.running(trials)
+        table = Table(title=f"{self.name}: {done} of {self.total} trials, {len(running)} running, {seconds:.0f} s", title_justify="left")
+        for header in ("trial", "outcome", "parameters"):
+            table.add_column(header)
+        for place, trial in enumerate(studies.ranked(trials, self.directions)[:SHOWN]):
+            table.add_row(str(trial.number), self.outcome(trial), show(trial.params), style="bold" if place == 0 else "")
+        for trial in running:
+            at = f", at {trial.last_step}: {trial.intermediate_values[trial.last_step]:.4g}" if trial.intermediate_values else ""
+            table.add_row(str(trial.number), f"running{at}", show(trial.params), style="dim")
+        return table
+
+
+def show(values: Values) -> str:
+    """`learning_rate=0.00213 loss=trades`"""
+    return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())

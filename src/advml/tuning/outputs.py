@@ -1,0 +1,137 @@
+"""What a study leaves in `reports/tune/<name>/`: the proposal, all trials, and figures.
+
+best.yaml        the best trial as keys of params.yaml, what it scored, and what the default did
+trials.csv       a row per trial
+*.png            history, importance, parallel coordinates, slices, and the Pareto front
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+from ruamel.yaml import YAML
+
+from advml.tuning import study as studies
+from advml.tuning.storage import connect
+from advml.tuning.worker import Search
+
+BEST, TRIALS = "best.yaml", "trials.csv"
+HEADER = """\
+# Found by `advml tune`; put into params.yaml by: advml tune apply {name}
+# `parameters` are keys of params.yaml, the rest says how they did.
+"""
+
+
+def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str, Any] | None) -> list[Path]:
+    """Write everything that the study can tell by now; returns the files."""
+    study = optuna.load_study(study_name=name, storage=connect(url, made=True))
+    trials = study.get_trials(deepcopy=False)
+    directions = search.definition().directions
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {TRIALS: table(trials, search.metrics)}
+    if best := best_of(trials, directions):
+        texts[BEST] = HEADER.format(name=search.name) + proposal(search, trials, best, confirmed)
+    for name, text in texts.items():
+        temporary = folder / f"{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    return [*(folder / name for name in texts), *draw(folder, study, search.metrics)]
+
+
+def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenTrial | None:
+    """The best feasible trial, by the first objective."""
+    return next(iter(studies.ranked(trials, directions)), None)
+
+
+def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
+    """best.yaml without its header."""
+    default = studies.default_of(trials)
+    content = {
+        "study": search.name,
+        "parameters": search.proposal(best.params),
+        "trial": best.number,
+        "values": dict(best.params),
+        "scored": scores(search.metrics, best),
+        "default_scored": scores(search.metrics, default) if default else None,
+        "trials": {
+            "finished": len(studies.finished(trials)),
+            **{state: sum(state_of(trial) == state for trial in trials) for state in ("complete", "pruned", "failed", "killed")},
+        },
+        **(confirmed or {}),
+    }
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 120
+    stream = io.StringIO()
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
+    """The trial's objectives, and what else it has measured."""
+    if trial.state != optuna.trial.TrialState.COMPLETE:  # Optuna gives a pruned trial its last report for a value
+        return {}
+    return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get("measured", {})
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """running, waiting, complete, pruned, failed or killed."""
+    if studies.is_killed(trial):
+        return "killed"
+    return "failed" if trial.state == optuna.trial.TrialState.FAIL else trial.state.name.lower()
+
+
+def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
+    """trials.csv."""
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    measured = [key for key in dict.fromkeys(key for trial in trials for key in scores(metrics, trial)) if key not in metrics]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["trial", "state", *metrics, *measured, "feasible", "seconds", *keys, "retry_of", "reason"])
+    for trial in trials:
+        noted, scored = trial.user_attrs, scores(metrics, trial)
+        writer.writerow(
+            [trial.number, state_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
+            + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get("seconds")]
+            + [trial.params.get(key) for key in keys]
+            + [noted.get(studies.RETRY_OF), noted.get(studies.REASON)]
+        )
+    return stream.getvalue()
+
+
+def draw(folder: Path, study: optuna.Study, metrics: Sequence[str]) -> list[Path]:
+    """The figures that the study has enough trials for."""
+    os.environ.setdefault("MPLBACKEND", "agg")  # no window
+    from optuna.visualization import matplotlib as plots
+
+    from advml.figures.style import to_png
+
+    first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
+    drawings: dict[str, Callable[[], Any]] = {
+        "history": lambda: plots.plot_optimization_history(study, **first),
+        "importance": lambda: plots.plot_param_importances(study, **first),
+        "parallel": lambda: plots.plot_parallel_coordinate(study, **first),
+        "slice": lambda: plots.plot_slice(study, **first),
+    }
+    if len(metrics) > 1:
+        drawings["pareto"] = lambda: plots.plot_pareto_front(study, target_names=list(metrics))
+    written = []
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state == optuna.trial.TrialState.COMPLETE]
+    for name, drawing in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
+            (folder / f"{name}.png").write_bytes(to_png(_figure(drawing()), dpi=120))
+        written.append(folder / f"{name}.png")
+    return written
+
+
+def _figure(axes: Any) -> Any:
+    """The figure of one or of many axes."""
+    return axes.figure if hasattr(axes, "figure") else axes.flat[0].figure

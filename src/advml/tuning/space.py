@@ -1,0 +1,73 @@
+"""Search spaces as params.yaml writes them, as Optuna reads them, and what is wrong with them.
+
+>>> distributions({"learning_rate": {"log": [1e-4, 1e-1]}, "loss": {"choice": ["two-term", "trades"]}})
+{'learning_rate': FloatDistribution(high=0.1, log=True, low=0.0001), 'loss': CategoricalDistribution(...)}
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from advml.errors import UserError
+
+Space = Mapping[str, Mapping[str, Any]]  # key -> {kind: ends or choices}, as `config.Dimension` has checked it
+Values = dict[str, Any]  # key -> value
+Distributions = dict[str, BaseDistribution]
+
+KINDS: dict[str, Callable[[Any], BaseDistribution]] = {
+    "float": lambda ends: FloatDistribution(*ends),
+    "log": lambda ends: FloatDistribution(*ends, log=True),
+    "int": lambda ends: IntDistribution(*ends),
+    "choice": CategoricalDistribution,
+}
+
+
+def distributions(space: Space) -> Distributions:
+    """Optuna's distribution of every key."""
+    return {key: KINDS[kind](argument) for key, dimension in space.items() for kind, argument in dimension.items()}
+
+
+def corners(dimension: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The ends of a range, or all choices: a configuration that takes them takes what lies between them."""
+    ((_, argument),) = dimension.items()
+    return tuple(argument)
+
+
+def check(space: Space, accept: Callable[[Values], object], *, section: str) -> None:
+    """Try every pair of corners, so that what cannot be run is refused before the first trial.
+
+    Args:
+        space: what to search.
+        accept: builds the configuration with some values replaced; raises UserError if it cannot be.
+        section: where the space stands, e.g. `tune.attack.space`.
+    Raises:
+        UserError: one line with the values and what is wrong with them.
+    """
+    if not space:
+        raise UserError(f"{section} is empty; name a key and its range, e.g. {section}.learning_rate: {{log: [1e-4, 1e-1]}}")
+    tried = [[(key, corner) for corner in corners(dimension)] for key, dimension in space.items()]
+    alone = [[pair] for pairs in tried for pair in pairs]
+    together = [[one, other] for first, second in itertools.combinations(tried, 2) for one in first for other in second]
+    for chosen in (*alone, *together):
+        try:
+            accept(dict(chosen))
+        except UserError as error:
+            said = ", ".join(f"{key} = {value!r}" for key, value in chosen)
+            raise UserError(f"{section} reaches {said}, which is refused: {error}") from None
+
+
+def outside(values: Values, space: Space) -> dict[str, Any]:
+    """The values that the space does not contain: a search cannot start from them."""
+    ranges = distributions(space)
+    return {key: values.get(key) for key, spread in ranges.items() if not _contains(spread, values.get(key))}
+
+
+def _contains(spread: BaseDistribution, value: Any) -> bool:
+    try:
+        return spread._contains(spread.to_internal_repr(value))
+    except (TypeError, ValueError):  # null in a range of numbers, or no such choice
+        return False

@@ -1,0 +1,246 @@
+"""One study in the storage: created once, handed out trial by trial, and never left with a dead one.
+
+Every trial is in one of these states, whatever was killed when:
+
+| state              | means                                                                                 |
+|--------------------|---------------------------------------------------------------------------------------|
+| WAITING            | to be run: the default's parameters, or those of a trial whose process was killed     |
+| RUNNING            | a process works on it and sends heartbeats                                            |
+| COMPLETE, PRUNED   | finished                                                                              |
+| FAIL with a reason | finished: its parameters do not work (NaN, out of memory)                             |
+| FAIL without one   | its process was killed; another trial has its parameters and, on disk, its last epoch |
+
+Trials are handed out, and dead ones buried, under the storage's lock, one process at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import optuna
+import psutil
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from advml.errors import UserError
+from advml.tuning.space import Distributions, Values
+from advml.tuning.storage import connect, lock
+
+FINGERPRINT, PROCESS, REASON, RETRY_OF, ORIGIN, KILLS, DEFAULT = (
+    "fingerprint",
+    "process",
+    "reason",
+    "retry_of",
+    "origin",
+    "kills",
+    "default",
+)
+MOST_KILLS = 10  # in a row without progress: perhaps the system itself kills it, for want of memory
+HOPELESS = 5  # trials that all fail: so will the next
+CARRIED = (ORIGIN, DEFAULT)  # attributes that a retry takes over
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a study searches, as far as the storage is concerned.
+
+    Attributes:
+        name: in the storage, in paths and in MLflow, e.g. `attack-SL-AT-s0`.
+        directions: "minimize" or "maximize", one per objective.
+        distributions: of every key.
+        default: the values to start with and to beat; None if the space does not contain them.
+        fingerprint: of space, configuration, data and weights; a study of other ones is another study.
+        pruner, sampler: made anew by each process; the sampler from a seed.
+    """
+
+    name: str
+    directions: tuple[str, ...]
+    distributions: Distributions
+    default: Values | None
+    fingerprint: str
+    pruner: Callable[[], optuna.pruners.BasePruner]
+    sampler: Callable[[int], optuna.samplers.BaseSampler]
+
+
+def create(definition: Definition, url: str, *, replace: bool = False) -> optuna.Study:
+    """Create the study, or open the one that an earlier command has begun.
+
+    Args:
+        replace: whether one that searched something else is thrown away.
+    Raises:
+        UserError: there is a study of this name that searched something else.
+    """
+    with lock(url):
+        storage = connect(url)
+        if replace and _fingerprint(storage, definition.name) not in (None, definition.fingerprint):
+            optuna.delete_study(study_name=definition.name, storage=storage)
+        study = optuna.create_study(
+            study_name=definition.name,
+            storage=storage,
+            directions=list(definition.directions),
+            pruner=definition.pruner(),
+            load_if_exists=True,
+        )
+        begun = study.user_attrs.get(FINGERPRINT)
+        if begun is None:  # new, or its creator was killed right here
+            if definition.default is not None and not study.get_trials(deepcopy=False):
+                study.add_trial(
+                    create_trial(
+                        state=TrialState.WAITING,
+                        params=definition.default,
+                        distributions=definition.distributions,
+                        user_attrs={DEFAULT: True},
+                    )
+                )
+            study.set_user_attr(FINGERPRINT, definition.fingerprint)
+        elif begun != definition.fingerprint:
+            raise UserError(
+                f"the study {definition.name} searched another space, or under other parameters, data or weights; "
+                f"give this one a name of its own: --name {definition.name}-2, or throw that one away: --replace"
+            )
+    return study
+
+
+def _fingerprint(storage: optuna.storages.BaseStorage, name: str) -> str | None:
+    try:
+        return optuna.load_study(study_name=name, storage=storage).user_attrs.get(FINGERPRINT)
+    except KeyError:
+        return None
+
+
+def join(definition: Definition, url: str) -> optuna.Study:
+    """Open a study that is there, in a worker."""
+    return optuna.load_study(study_name=definition.name, storage=connect(url, made=True), pruner=definition.pruner())
+
+
+def claim(study: optuna.Study, definition: Definition, url: str, *, total: int, since: int, seed: int) -> optuna.Trial | None:
+    """Take the next trial, or None: as many as wanted have finished or are running, or all have failed.
+
+    Args:
+        total: finished trials wanted, of all processes and commands together.
+        since: how many had finished when this command began, for `hopeless`.
+        seed: of the sampler, together with the number of trials so far.
+    """
+    with lock(url):
+        trials = study.get_trials(deepcopy=False)
+        if len(finished(trials)) + len(running(trials)) >= total or hopeless(trials, since=since):
+            return None
+        study.sampler = definition.sampler(seed + len(trials))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that heartbeats are for Study.optimize: ours are sent by the worker
+            trial = study.ask(definition.distributions)
+        study._storage.record_heartbeat(trial._trial_id)
+        trial.set_user_attr(ORIGIN, trial.user_attrs.get(ORIGIN, trial.number))
+        trial.set_user_attr(PROCESS, this_process())  # last: who lacks it died in here
+        return trial
+
+
+def bury(study: optuna.Study, url: str) -> None:
+    """End the trials of processes that are gone, and queue their parameters again. Repeating it changes nothing."""
+    with lock(url):
+        for trial in running(study.get_trials(deepcopy=False)):
+            if _is_dead(trial.user_attrs.get(PROCESS)):
+                _fail(study, trial)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)  # of machines that are gone
+        trials = study.get_trials(deepcopy=False)
+        retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+        for trial in trials:
+            if is_killed(trial) and trial.number not in retried:
+                study.add_trial(_again(trial))
+
+
+def _fail(study: optuna.Study, trial: FrozenTrial) -> None:
+    try:
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # it ended after all
+        return
+
+
+def _again(trial: FrozenTrial) -> FrozenTrial:
+    """The same parameters as a waiting trial; or, for one that is killed whenever it runs, as a failed one."""
+    reached = max(trial.intermediate_values, default=-1)
+    progressed = reached > trial.user_attrs.get("reached", -1)
+    kills = 0 if progressed else trial.user_attrs.get(KILLS, 0) + 1
+    carried = {key: trial.user_attrs[key] for key in CARRIED if key in trial.user_attrs}
+    attributes = {**carried, RETRY_OF: trial.number, KILLS: kills, "reached": max(reached, trial.user_attrs.get("reached", -1))}
+    given_up = kills > MOST_KILLS
+    if given_up:
+        attributes[REASON] = f"killed {kills} times in a row before it got any further, perhaps for want of memory"
+    return create_trial(
+        state=TrialState.FAIL if given_up else TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=attributes,
+    )
+
+
+# What a list of trials says
+
+
+def finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that count: complete, pruned, or failed for a reason of their own."""
+    return [trial for trial in trials if trial.state.is_finished() and not is_killed(trial)]
+
+
+def running(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state == TrialState.RUNNING]
+
+
+def is_killed(trial: FrozenTrial) -> bool:
+    """Whether the trial ended because its process did."""
+    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
+
+
+def hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
+    """Whether everything that this command has tried has failed."""
+    tried = sorted(finished(trials), key=lambda trial: trial.datetime_complete)[since:]
+    return len(tried) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in tried)
+
+
+def feasible(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials that keep all constraints."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return [trial for trial in complete if all(violation <= 0 for violation in trial.constraints.values())]
+
+
+def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
+    """Feasible trials by their first objective, the best first; ties: the earlier one."""
+    sign = -1 if directions[0] == "maximize" else 1
+    return sorted(feasible(trials), key=lambda trial: (sign * trial.values[0], trial.number))
+
+
+def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The finished trial of the default's values."""
+    return next((trial for trial in trials if trial.user_attrs.get(DEFAULT) and trial.state == TrialState.COMPLETE), None)
+
+
+# Processes
+
+
+def this_process() -> str:
+    """host:pid:start, which no later process shares."""
+    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def pid_of(trial: FrozenTrial) -> int | None:
+    """The process that works, or has worked, on a trial; None on other machines."""
+    host, pid, _ = trial.user_attrs.get(PROCESS, "::").rsplit(":", 2)
+    return int(pid) if host == platform.node() and pid else None
+
+
+def _is_dead(process: str | None) -> bool:
+    """Whether a process of this machine is gone; of other machines the heartbeats tell."""
+    if process is None:
+        return True
+    host, pid, started = process.rsplit(":", 2)
+    if host != platform.node():
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,176 @@
+"""The search for better training: what a trial does, and how its winner is compared with the default on further seeds.
+
+A trial trains as the stage of that name does, under other values. Whatever it trains with, it is measured by one and the same
+attack, that of `evaluate` at the study's radius, on validation: `robust`; and `clean` must not fall below the floor.
+
+A trial that was killed goes on from its last epoch: checkpoint and measurements lie in its scratch folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from advml.config import Config, digest
+from advml.networks.models import Network
+from advml.paths import Workspace
+from advml.runtime.checkpoint import Checkpoint, Progress, write_atomically
+from advml.runtime.machine import derived_seed
+from advml.stages.context import Context
+from advml.stages.finetune import load_pretrained
+from advml.training import phases
+from advml.training.loop import Record
+from advml.training.schemes import SCHEMES
+from advml.tuning.attack import evaluation_attack, withstood
+from advml.tuning.sampling import Hyperband
+from advml.tuning.space import Values
+from advml.tuning.worker import Attempt
+
+if TYPE_CHECKING:
+    from advml.tuning.searches import TrainingSearch
+
+# A standard pretraining withstands next to nothing at the whole radius; at half of it, better and worse ones differ.
+RADIUS = {"st": 0.5}
+Measured = dict[str, float]
+
+
+class Bench:
+    """Everything that stays the same over all trials: data, machine, the pretrained encoder, and the attack that measures."""
+
+    def __init__(self, search: TrainingSearch) -> None:
+        self.search, self.context = search, Context(search.config, Workspace(search.root))
+        self.machine, self.dataset = self.context.machine, self.context.dataset
+        self.attack = evaluation_attack(search.config, share=RADIUS.get(search.which, 1.0))
+        self.pretrained = None
+        if search.kind == "finetune":
+            _, self.pretrained = load_pretrained(self.context, scheme=search.scheme, regime=search.which, seed=search.seed)
+
+    def plan(self, configuration: Config, *, seed: int) -> phases.Plan:
+        """The phase under this configuration, on a network of its own."""
+        search = self.search
+        if self.pretrained is None:
+            return phases.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
+        network = copy.deepcopy(self.pretrained)
+        return phases.finetuning(configuration, self.dataset, self.machine, network, scheme=search.scheme, regime=search.which, seed=seed)
+
+    def measure(self, network: Network) -> Measured:
+        """Clean and robust validation accuracy; an encoder without a classifier first gets a linear one, on clean images."""
+        spec, search = self.search.config.evaluate, self.search
+        if search.kind == "pretrain" and SCHEMES[search.scheme].head != "classifier":
+            network = self._with_head(network)
+        measured = {}
+        for name, attack in (("robust", self.attack), ("clean", None)):
+            right = withstood(network, self.dataset.validation, attack, batch_size=spec.batch_size, seed=spec.seed, machine=self.machine)
+            measured[name] = float(torch.cat(list(right)).double().mean())
+        return measured
+
+    def _with_head(self, network: Network) -> Network:
+        """The encoder under the regime that fine-tunes nothing but a head on clean images."""
+        search = self.search
+        regime = "ST" if search.which == "st" else "AT"
+        probed = copy.deepcopy(network)
+        plan = phases.finetuning(search.config, self.dataset, self.machine, probed, scheme=search.scheme, regime=regime, seed=search.seed)
+        return phases.fit(plan, self.dataset, self.machine, checkpoint=Unkept())[0]
+
+
+class Unkept(Checkpoint):
+    """For what takes a moment: nothing is kept, and nothing found."""
+
+    def __init__(self) -> None:
+        """There is no folder."""
+
+    def save(self, progress: Progress) -> None:
+        pass
+
+    def load(self) -> Progress | None:
+        return None
+
+
+def objective(search: TrainingSearch) -> Callable[[Attempt], Sequence[float]]:
+    """The trial: train, measured and reported at Hyperband's rungs; then measure what training has selected."""
+    bench = Bench(search)
+
+    def run(attempt: Attempt) -> Sequence[float]:
+        configuration = search.accept(attempt.values)
+        measured = train(bench, configuration, attempt, seed=search.seed)
+        attempt.note(measured={"clean": measured["clean"]})
+        if search.pareto:
+            return measured["robust"], measured["clean"]
+        attempt.constrain("clean_floor", search.spec.clean_floor - measured["clean"])
+        return (measured["robust"],)
+
+    return run
+
+
+def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -> Measured:
+    """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again."""
+    search, scratch = bench.search, attempt.scratch
+    plan = bench.plan(configuration, seed=seed)
+    rungs = Rungs(scratch / "rungs.json", Hyperband.rungs(plan.phase.epochs) if not search.pareto else ())
+
+    def on_epoch(record: Record) -> None:
+        epoch = int(record["epoch"])
+        attempt.history.append(dict(record))
+        if epoch in rungs.wanted:
+            measured = rungs.at(epoch, lambda: bench.measure(plan.network))
+            attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
+            attempt.report(epoch, measured["robust"])
+
+    fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
+    network, _ = phases.fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)
+    return bench.measure(network)
+
+
+class Rungs:
+    """What was measured at which epoch, on disk: the weights of earlier epochs are gone when a killed trial goes on."""
+
+    def __init__(self, path: Path, wanted: Sequence[int]) -> None:
+        self.path, self.wanted = path, wanted
+        try:
+            self.known: dict[str, Measured] = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            self.known = {}
+
+    def at(self, epoch: int, measure: Callable[[], Measured]) -> Measured:
+        """The figures of an epoch, measured if they are not known."""
+        if str(epoch) not in self.known:
+            self.known[str(epoch)] = measure()
+            write_atomically(self.path, json.dumps(self.known).encode())
+        return self.known[str(epoch)]
+
+
+class Silent(Attempt):
+    """Training outside of a trial: nobody to report to."""
+
+    def report(self, step: int, value: float) -> None:
+        pass
+
+
+def confirm(search: TrainingSearch, values: Values) -> dict[str, Any]:
+    """Default and winner trained on further seeds, on the same pretrained encoder: is the difference more than noise?"""
+    if not search.spec.confirm:
+        return {}
+    bench, scores = Bench(search), {"default": [], "winner": []}
+    for number in range(1, search.spec.confirm + 1):
+        seed = derived_seed("tune", search.seed, number)
+        for who, chosen in (("default", {}), ("winner", values)):
+            scratch = Workspace(search.root).scratch(f"tune/{search.name}/confirm-{who}-{number}")
+            scores[who].append(train(bench, search.accept(chosen), Silent(None, chosen, scratch, True), seed=seed))
+    return {"confirmed": {who: _spread(measured) for who, measured in scores.items()} | {"further_seeds": search.spec.confirm}}
+
+
+def _spread(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Values, mean and standard deviation of each figure."""
+    found = {}
+    for name in measured[0]:
+        values = [one[name] for one in measured]
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        found[name] = {"values": values, "mean": statistics.mean(values)} | ({} if math.isnan(deviation) else {"sd": deviation})
+    return found

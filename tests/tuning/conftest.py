@@ -1,0 +1,62 @@
+"""Shared by the tests of searches: workers that import little, and the folder they import toys from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial
+
+from advml.tuning import study as studies
+from advml.tuning import supervisor
+from advml.tuning.storage import address
+from advml.tuning.worker import Orders, Search
+
+
+@pytest.fixture(autouse=True)
+def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these tests run in other processes needs no torch."""
+    monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker", "advml.tuning.outputs", "optuna.visualization.matplotlib"])
+    monkeypatch.setattr(supervisor, "POLL", 0.02)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+Run = Callable[..., list[FrozenTrial]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """run(search, total=8, workers=2) -> all trials of the study afterwards; again: the next command."""
+
+    def go(
+        search: Search,
+        *,
+        total: int,
+        workers: int = 1,
+        watch: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None,
+        url: str | None = None,
+    ) -> list[FrozenTrial]:
+        where = address(url, root=tmp_path)
+        study = studies.create(search.definition(), where)
+        studies.bury(study, where)
+        orders = Orders(search, where, total, len(studies.finished(study.get_trials())), 0, tmp_path / "scratch")
+        try:
+            supervisor.supervise(study, orders, workers=workers, watch=watch)
+        finally:
+            trials = study.get_trials()
+            study._storage._backend.engine.dispose()
+        return trials
+
+    return go
+
+
+@pytest.fixture
+def trials_of(tmp_path: Path) -> Callable[[str], list[FrozenTrial]]:
+    """What the study of this name holds."""
+
+    def read(name: str) -> list[FrozenTrial]:
+        return optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'optuna.db'}").get_trials()
+
+    return read

@@ -1,0 +1,83 @@
+"""`advml tune apply`: a proposal becomes a reviewable difference, and comments stay."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from advml import config
+from advml.errors import UserError
+from advml.paths import Workspace
+from advml.tuning.apply import merge, proposal
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+
+
+@pytest.fixture
+def params(tmp_path) -> Path:
+    shutil.copy(PARAMS, tmp_path / "params.yaml")
+    return tmp_path / "params.yaml"
+
+
+def propose(root: Path, name: str, text: str) -> None:
+    folder = root / "reports" / "tune" / name
+    folder.mkdir(parents=True)
+    (folder / "best.yaml").write_text(text)
+
+
+def test_only_the_proposed_lines_change_and_comments_stay(params):
+    values = {"regimes.Full-AT.learning_rate": 0.0031, "evaluate.schedule": "linear", "views.contrastive.shift": 0.2}
+    after, difference = merge(params, values)
+    changed = [line for line in difference.splitlines() if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))]
+    assert len(changed) == 2 * 3
+    assert "+  schedule: linear" in difference and "# of the step size: constant, linear, cosine" in difference
+    assert sum("#" in line for line in after.splitlines()) == sum("#" in line for line in PARAMS.read_text().splitlines())
+    params.write_text(after)
+    loaded = config.flatten(config.load(params).model_dump())
+    assert {key: loaded[key] for key in values} == values
+    assert merge(params, values)[1] == ""
+
+
+def test_an_option_that_was_not_written_out_is_added(params):
+    after, _ = merge(params, {"views.contrastive.contrast": 0.4})
+    params.write_text(after)
+    assert config.load(params).views.contrastive.contrast == 0.4 and config.load(params).views.contrastive.rotation == 20
+
+
+def test_a_proposal_that_no_longer_fits_is_refused_and_nothing_written(params):
+    before = params.read_text()
+    with pytest.raises(UserError, match="warmup"):
+        merge(params, {"regimes.Full-AT.warmup": 0.2})
+    with pytest.raises(UserError, match=r"has no section 'regimes.Half-AT'"):
+        merge(params, {"regimes.Half-AT.epochs": 2})
+    assert params.read_text() == before
+
+
+def test_a_missing_or_damaged_proposal_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^there is no proposal 'x'; make one with: advml tune finetune CL Full-AT$"):
+        proposal(Workspace(tmp_path), "x")
+    propose(tmp_path, "good", "parameters: {evaluate.steps: 5}\n")
+    propose(tmp_path, "bad", "parameters: [\n")
+    propose(tmp_path, "empty", "")
+    assert proposal(Workspace(tmp_path), "good") == {"evaluate.steps": 5}
+    with pytest.raises(UserError, match="choose from bad, empty, good"):
+        proposal(Workspace(tmp_path), "x")
+    for name in ("bad", "empty"):
+        with pytest.raises(UserError, match="is damaged"):
+            proposal(Workspace(tmp_path), name)
+
+
+def test_the_command_prints_the_difference_and_writes_unless_told_not_to(params, tmp_path, advml):
+    propose(tmp_path, "found", "parameters: {regimes.Full-AT.epochs: 12}\n")
+    before = params.read_text()
+    dry = advml("tune", "apply", "found", "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0 and "+    epochs: 12" in dry.stdout and "nothing written" in dry.stdout
+    assert params.read_text() == before
+    done = advml("tune", "apply", "found", cwd=tmp_path)
+    assert done.returncode == 0 and "next: advml repro" in done.stdout
+    assert config.load(params).regimes["Full-AT"].epochs == 12
+    assert "already" in advml("tune", "apply", "found", cwd=tmp_path).stdout
+    wrong = advml("tune", "apply", "lost", cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("advml: there is no proposal 'lost'")

@@ -1,0 +1,174 @@
+"""The whole command on a toy: what it writes, what MLflow shows, and that an interruption leaves both in order."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from advml.errors import Failure
+from advml.tracking import store as stores
+from advml.tuning import command, supervisor
+from advml.tuning import study as studies
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy_search import Toy
+
+
+@pytest.fixture
+def tune(study, monkeypatch):
+    """tune(toy, trials=3) runs the command in a study's folder."""
+
+    def run(toy: Toy, *, trials: int, workers: int = 1, overrides: tuple[str, ...] = (), replace: bool = False) -> command.Outcome:
+        config = study.config(*overrides)
+        return command.tune(toy, config, study.workspace, storage=None, trials=trials, workers=workers, seed=0, replace=replace)
+
+    return run
+
+
+@pytest.fixture
+def toy(study) -> Toy:
+    return Toy(study.root / "log")
+
+
+def runs(study) -> dict[str, object]:
+    """MLflow runs by name; none is there twice."""
+    store = stores.connect(stores.locate(study.config(), root=study.root))
+    found = store.client.search_runs([store.experiment])
+    assert len({run.info.run_name for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
+
+
+def best(outcome: command.Outcome) -> dict:
+    return YAML(typ="safe").load((outcome.folder / "best.yaml").read_text())
+
+
+def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
+    outcome = tune(Toy(toy.log, fails="odd"), trials=14, workers=2)
+    told = best(outcome)
+    assert outcome.folder.name == "toy" and told["trial"] == outcome.best.number
+    assert told["parameters"] == {f"toy.{key}": value for key, value in outcome.best.params.items()}
+    assert told["scored"]["value"] < told["default_scored"]["value"] == 17.0
+    assert told["test"]["value"] == pytest.approx(told["scored"]["value"])
+    rows = list(csv.DictReader((outcome.folder / "trials.csv").read_text().splitlines()))
+    assert len(rows) == 14 and {row["state"] for row in rows} == {"complete", "failed"}
+    assert all(bool(row["reason"]) == (row["state"] == "failed") == (row["kind"] == "odd") for row in rows)
+    assert {path.name for path in outcome.files} == {
+        *("best.yaml", "trials.csv", "history.png", "importance.png", "parallel.png", "slice.png")
+    }
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
+
+
+def test_the_front_of_two_objectives_is_drawn(tune, toy):
+    outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6)
+    assert (outcome.folder / "pareto.png").exists()
+
+
+def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_them(tune, toy, study):
+    tune(Toy(toy.log, fails="odd"), trials=5)
+    before = runs(study)
+    outcome = tune(Toy(toy.log, fails="odd"), trials=8)
+    after = runs(study)
+    assert before.keys() < after.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
+    parent = after["toy"]
+    assert parent.info.run_id == before["toy"].info.run_id and parent.info.status == "FINISHED"
+    for trial in studies.create(toy.definition(), command.address(None, root=study.root)).get_trials():
+        run = after[f"toy/{trial.number}"]
+        failed = trial.params["kind"] == "odd"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == ("FAILED" if failed else "FINISHED")
+        assert run.data.tags["advml.state"] == ("failed" if failed else "complete")
+        assert run.data.params["toy.kind"] == trial.params["kind"]
+        assert failed or run.data.metrics["value"] == pytest.approx(trial.value)
+        assert ("advml.best" in run.data.tags) == (trial.number == outcome.best.number)
+    store = stores.connect(stores.locate(study.config(), root=study.root))
+    curve = store.client.get_metric_history(after["toy/0"].info.run_id, "value")
+    assert sorted({point.step for point in curve}) == [0, 1, 2, 3]  # the epochs, and the final score
+    artifacts = {file.path for file in store.client.list_artifacts(parent.info.run_id, "tune")}
+    assert {"tune/best.yaml", "tune/history.png", "tune/importance.png", "tune/parallel.png", "tune/slice.png"} <= artifacts
+
+
+def test_the_winner_is_confirmed_once_and_a_new_winner_again(tune, toy, monkeypatch):
+    asked = []
+    whole = command.in_a_process
+    monkeypatch.setattr(command, "in_a_process", lambda function, *rest: asked.append(function.__name__) or whole(function, *rest))
+    first = tune(toy, trials=3)
+    tune(toy, trials=3)
+    assert asked.count("confirm") == 1
+    last = tune(toy, trials=20)
+    assert last.best.number != first.best.number and asked.count("confirm") == 2
+    assert best(last)["winners_confirmed"] == 2
+
+
+def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(tune, toy, study, capfd):
+    def interrupt() -> None:
+        while not toy.log.exists() or len(toy.log.read_text().splitlines()) < 5:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        tune(Toy(toy.log, pause=0.05), trials=200, workers=2)
+    assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
+    assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
+    trials = studies.create(toy.definition(), command.address(None, root=study.root)).get_trials()
+    assert not studies.running(trials)
+    assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
+    done = len(studies.finished(trials))
+    outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, workers=2)
+    assert outcome.finished == done + 3 and runs(study)["toy"].info.status == "FINISHED"
+
+
+def test_a_dead_tracking_server_costs_a_warning_only(tune, toy, capfd):
+    outcome = tune(toy, trials=3, overrides=("tracking.uri=http://127.0.0.1:9",))
+    assert outcome.finished == 3 and best(outcome)["trials"]["complete"] == 3
+    assert capfd.readouterr().err.count("warning: no tracking") == 1
+
+
+def test_a_study_in_which_everything_fails_still_leaves_its_table(tune, toy, study):
+    with pytest.raises(Failure, match="trials all failed"):
+        tune(Toy(toy.log, fails="all"), trials=9)
+    folder = study.workspace.reports / "tune" / "toy"
+    assert (folder / "trials.csv").exists() and not (folder / "best.yaml").exists()
+    assert runs(study)["toy"].info.status == "FAILED"
+
+
+def test_without_a_terminal_every_finished_trial_is_a_line(tune, toy, capfd):
+    tune(Toy(toy.log, floor=0.0), trials=3)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]
+    assert len(lines) == 3
+    assert lines[0].startswith("[1/3] trial 0: value 17  x=4 n=1 kind=plain  (best: value 17, trial 0)")
+
+
+def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from advml.tuning.board import Board
+
+    tune(Toy(toy.log, fails="odd"), trials=6)
+    opened = studies.create(toy.definition(), command.address(None, root=study.root))
+    board = Board("toy", metrics=("value",), directions=("minimize",), total=6)
+    stream = StringIO()
+    Console(file=stream, width=120).print(board._table(opened.get_trials()))
+    text = stream.getvalue()
+    ranked = studies.ranked(opened.get_trials(), ("minimize",))
+    assert "6 of 6 trials, 0 running" in text
+    assert text.index(f"value {ranked[0].value:.4g}") < text.index(f"value {ranked[-1].value:.4g}")
+
+
+def test_workers_import_what_searches_need_only_once():
+    """The names that the server of workers imports must exist: it passes over those that do not."""
+    import importlib
+
+    source = Path(supervisor.__file__).read_text()
+    names = [part.strip().strip('"') for part in source.split("PRELOADED = [")[1].split("]")[0].split(",")]
+    assert names and all(importlib.import_module(name) for name in names)

@@ -1,0 +1,149 @@
+"""Studies on a real PostgreSQL server: several commands share one, and kills leave nothing behind.
+
+The server is the one of ADVML_POSTGRES_URL, or one that these tests start from Debian's packages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+from optuna.trial import FrozenTrial, TrialState
+
+from advml.tuning import study as studies
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy_search import Toy
+
+pytestmark = pytest.mark.postgres
+PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server, without a database's name."""
+    given = os.environ.get("ADVML_POSTGRES_URL")
+    if given:
+        yield given
+        return
+    assert PROGRAMS, "install Debian's package postgresql, or name a server in ADVML_POSTGRES_URL"
+    with tempfile.TemporaryDirectory(prefix="advml-postgres-") as name, contextlib.ExitStack() as cleaning:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "data").mkdir()
+        user = {}
+        if os.getuid() == 0:  # which PostgreSQL refuses to run as
+            who = pwd.getpwnam("postgres" if _exists("postgres") else "nobody")
+            os.chown(folder / "data", who.pw_uid, who.pw_gid)
+            user = {"user": who.pw_uid, "group": who.pw_gid, "extra_groups": [], "cwd": folder}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        data = str(folder / "data")
+        options = {"check": True, "stdout": subprocess.DEVNULL, **user}
+        subprocess.run([PROGRAMS[-1] / "initdb", "-D", data, "-U", "advml", "--auth=trust", "--no-sync", "-E", "UTF8"], **options)
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=100"
+        log = str(folder / "data" / "log")
+        subprocess.run([PROGRAMS[-1] / "pg_ctl", "-D", data, "-l", log, "-w", "-o", settings, "start"], **options)
+        cleaning.callback(subprocess.run, [PROGRAMS[-1] / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **options)
+        yield f"postgresql+psycopg://advml@127.0.0.1:{port}/postgres"
+
+
+def _exists(user: str) -> bool:
+    return any(entry.pw_name == user for entry in pwd.getpwall())
+
+
+@pytest.fixture
+def url(server: str) -> Iterator[str]:
+    """An empty database, dropped afterwards."""
+    name = f"advml_{uuid.uuid4().hex[:12]}"
+    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    yield sqlalchemy.make_url(server).set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def numbers(toy: Toy) -> list[int]:
+    return sorted(int(line.split()[0]) for line in toy.log.read_text().splitlines())
+
+
+@pytest.mark.parametrize("round_number", range(10))
+def test_four_workers_on_a_fresh_database_run_every_trial_once(tmp_path, run, url, round_number):
+    toy = Toy(tmp_path / "log")
+    trials = run(toy, total=12, workers=4, url=url)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 12
+    assert numbers(toy) == list(range(12))
+
+
+def test_two_commands_on_a_fresh_database_share_one_total(tmp_path, run, url):
+    toy = Toy(tmp_path / "log", pause=0.02)
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from toy_search import Toy
+from advml.tuning import study, supervisor, worker
+supervisor.PRELOADED = []
+if __name__ == "__main__":
+    toy = Toy(Path({str(toy.log)!r}), pause=0.02)
+    opened = study.create(toy.definition(), {url!r})
+    orders = worker.Orders(toy, {url!r}, 30, 0, 7, Path({str(tmp_path / "elsewhere")!r}))
+    supervisor.supervise(opened, orders, workers=2, watch=lambda trials: None)
+"""
+    (tmp_path / "elsewhere.py").write_text(code)
+    other = subprocess.Popen([sys.executable, str(tmp_path / "elsewhere.py")])
+    trials = run(toy, total=30, workers=2, url=url)
+    assert other.wait(60) == 0
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 30 and numbers(toy) == list(range(30))
+
+
+def test_a_study_whose_workers_are_killed_at_random_finishes_every_trial(tmp_path, run, url):
+    random_numbers, killed, last = random.Random(0), [], [time.monotonic()]
+
+    def kill(trials: Sequence[FrozenTrial]) -> None:
+        victims = [trial for trial in studies.running(trials) if studies.pid_of(trial)]
+        if victims and len(killed) < 12 and time.monotonic() - last[0] > 0.25:
+            os.kill(studies.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
+            killed.append(1)
+            last[0] = time.monotonic()
+
+    trials = run(Toy(tmp_path / "log", pause=0.03), total=40, workers=4, watch=kill, url=url)
+    finished = studies.finished(trials)
+    assert len(killed) == 12 and len(finished) == 40
+    assert {trial.user_attrs.get(studies.REASON, trial.state) for trial in finished} == {TrialState.COMPLETE}
+    assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+
+def test_a_server_that_restarts_is_waited_for(tmp_path, run, server, url):
+    """Every connection is cut in the middle of a study, as a restart does."""
+    if "ADVML_POSTGRES_URL" in os.environ:
+        pytest.skip("the server is somebody else's")
+    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    end, name, cuts = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n", sqlalchemy.make_url(url).database, []
+
+    def cut(trials: Sequence[FrozenTrial]) -> None:
+        if len(cuts) < 3 and len(studies.finished(trials)) > 4 * (len(cuts) + 1):
+            with engine.connect() as connection:
+                connection.execute(sqlalchemy.text(end), {"n": name})
+            cuts.append(1)
+
+    trials = run(Toy(tmp_path / "log", pause=0.02), total=24, workers=3, watch=cut, url=url)
+    finished = studies.finished(trials)
+    assert len(cuts) == 3 and len(finished) == 24
+    assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
+    shutil.rmtree(tmp_path / "scratch", ignore_errors=True)

@@ -1,0 +1,180 @@
+"""Spaces as params.yaml writes them: what they mean, and that a bad one is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from advml import config
+from advml.errors import UserError
+from advml.tuning import space as spaces
+from advml.tuning.searches import AttackSearch, TrainingSearch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def load(*overrides: str) -> config.Config:
+    return config.load(REPOSITORY / "params.yaml", overrides)
+
+
+def test_every_kind_of_range_becomes_the_distribution_of_that_kind():
+    found = spaces.distributions(
+        load("tune.attack.space={a: {log: [1e-4, 1/10]}, b: {float: [0, 1]}, c: {int: [5, 20]}, d: {choice: [ce, 1]}}").tune.attack.space
+    )
+    assert found == {
+        "a": FloatDistribution(1e-4, 0.1, log=True),
+        "b": FloatDistribution(0.0, 1.0),
+        "c": IntDistribution(5, 20),
+        "d": CategoricalDistribution(("ce", 1)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dimension", "said"),
+    [
+        ("{log: [0.1, 0.01]}", "must run from low to high"),
+        ("{log: [0, 1]}", "must lie above 0 to be searched in logarithms"),
+        ("{int: [1, 2.5]}", "must hold whole numbers"),
+        ("{float: [1]}", "must hold two numbers, low and high"),
+        ("{float: [0, .inf]}", "must hold two numbers, low and high"),
+        ("{float: [true, 2]}", "must hold two numbers, low and high"),
+        ("{choice: []}", "must hold a list in brackets"),
+        ("{choice: [a, a]}", "must list plain values, each once"),
+        ("{uniform: [0, 1]}", "must be one of {float: [low, high]}"),
+        ("{int: [0, 1], float: [0, 1]}", "must be one of {float: [low, high]}"),
+        ("0.5", "must be one of {float: [low, high]}"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_with_its_key(dimension, said):
+    with pytest.raises(UserError) as caught:
+        load(f"tune.finetune.space.learning_rate={dimension}")
+    assert "params.yaml: tune.finetune.space.learning_rate = " in str(caught.value) and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def made(tmp_path) -> Path:
+    """A workspace that looks as if everything had been trained."""
+    for name in ("pretrain/CL-at-s0", "pretrain/SL-at-s0", "pretrain/CL-st-s0", "finetune/CL-AT-s0"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "model.json").write_text('{"digest": "1"}')
+    (tmp_path / "data" / "prepared").mkdir(parents=True)
+    (tmp_path / "data" / "prepared" / "dataset.json").write_text('{"digest": "2"}')
+    return tmp_path
+
+
+def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str = "CL") -> TrainingSearch:
+    return TrainingSearch.of(load(*overrides), root, "finetune", scheme, regime, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learning_rat={log: [1e-4, 1e-1]}", "learning_rat"),
+        ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be below 1"),
+        ("epochs={int: [0, 3]}", "epochs = 0; must be at least 1"),
+        ("optimizer={choice: [sgd, lion]}", "optimizer = 'lion'; choose from adamw, adam, sgd"),
+        ("{view.shift: {float: [0, 0.2]}}", "unknown key 'view.shift': a fine-tuning has no views"),
+        ("warmup={float: [0, 0.2]}", "doubles the warm-up of onecycle"),
+    ],
+)
+def test_what_the_configuration_would_refuse_is_refused_before_the_first_trial(made, override, said):
+    with pytest.raises(UserError) as caught:
+        finetuning(made, f"tune.finetune.space{'=' if override.startswith('{') else '.'}{override}")
+    assert str(caught.value).startswith("tune.finetune.space reaches ") and said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (made / "optuna.db").exists()
+
+
+def test_values_that_only_clash_with_each_other_are_found(made):
+    """Without `onecycle` a warm-up is fine, and without a warm-up `onecycle` is."""
+    fine = "tune.finetune.space={schedule: {choice: [cosine, constant]}, warmup: {float: [0, 0.2]}}"
+    assert finetuning(made, fine, "regimes.Full-AT.schedule=cosine").space.keys() == {"schedule", "warmup"}
+    with pytest.raises(UserError, match=r"reaches schedule = 'onecycle', warmup = 0.2, which is refused"):
+        finetuning(made, fine.replace("constant", "onecycle"), "regimes.Full-AT.schedule=cosine")
+
+
+def test_an_empty_space_is_refused(made):
+    with pytest.raises(UserError, match=r"^tune.finetune.space is empty"):
+        finetuning(made, "tune.finetune.space={}")
+
+
+def test_keys_without_effect_are_left_out_so_that_one_space_serves_all_regimes(made):
+    whole = finetuning(made)
+    assert "adversarial_weight" in whole.space and not whole.left_out
+    heads = finetuning(made, regime="AT")
+    assert "adversarial_weight" in heads.left_out and "learning_rate" in heads.space
+    supervised = TrainingSearch.of(load(), made, "pretrain", "SL", "at", seed=0)
+    assert "temperature" in supervised.left_out
+    assert "temperature" in TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0).space
+    assert "adversarial_weight" in TrainingSearch.of(load(), made, "pretrain", "CL", "st", seed=0).left_out
+
+
+def test_a_proposal_names_the_keys_of_params_yaml(made):
+    search = finetuning(made)
+    assert search.proposal({"learning_rate": 0.1, "attack.steps": 3}) == {"regimes.Full-AT.learning_rate": 0.1, "attack.steps": 3}
+    pretraining = TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0)
+    assert pretraining.proposal({"epochs": 3, "view.shift": 0.1, "temperature": 0.1}) == {
+        "pretrain.CL.epochs": 3,
+        "views.contrastive.shift": 0.1,
+        "temperature": 0.1,
+    }
+
+
+def test_the_search_starts_from_the_default_also_where_a_phase_takes_over_values_of_the_study(made):
+    space = "tune.finetune.space={epsilon: {float: [0.05, 0.2]}, attack_steps: {int: [2, 9]}, learning_rate: {log: [1e-4, 1]}}"
+    assert finetuning(made, space).definition().default == {"epsilon": 0.15, "attack_steps": 5, "learning_rate": 2e-3}
+    outside = finetuning(made, "tune.finetune.space={learning_rate: {log: [0.1, 1]}}")
+    assert outside.definition().default is None
+
+
+def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
+    search = finetuning(made)
+    assert search.name == "finetune-CL-Full-AT-s0"
+    assert AttackSearch.of(load(), made, "CL-AT-s0").name == "attack-CL-AT-s0"
+    same = finetuning(made, "tracking.experiment=other", "tune.finetune.trials=99", "pretrain.SL.epochs=3")
+    others = [
+        finetuning(made, "tune.finetune.space.learning_rate={log: [1e-3, 1e-2]}"),
+        finetuning(made, "tune.finetune.clean_floor=0.5"),
+        finetuning(made, "regimes.Full-AT.batch_size=64"),
+        finetuning(made, "attack.steps=9"),
+        finetuning(made, "evaluate.steps=9"),
+    ]
+    prints = {other.definition().fingerprint for other in (search, *others)}
+    assert same.definition().fingerprint == search.definition().fingerprint and len(prints) == 6
+    (made / "models/pretrain/CL-at-s0/model.json").write_text('{"digest": "3"}')
+    assert finetuning(made).definition().fingerprint not in prints
+
+
+def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
+    with pytest.raises(UserError, match=r"^SL pretrains its classifier, so AT has nothing to fine-tune"):
+        finetuning(made, scheme="SL", regime="AT")
+    with pytest.raises(UserError, match=r"make it with: advml pretrain SCL at --seed 0$"):
+        finetuning(made, scheme="SCL")
+    with pytest.raises(UserError, match=r"^there is no model 'nobody'; choose from CL-AT-s0$"):
+        AttackSearch.of(load(), made, "nobody")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("restart={choice: [1, 2]}", "unknown key 'restart'; choose from step_size, schedule, momentum"),
+        ("objective={choice: [ce, kl]}", "objective = 'kl'; choose from ce, margin, dlr"),
+        ("restarts={choice: [1, 99]}", "restarts = 99 exceed the budget of 20 passes"),
+        ("step_size={float: [-1, 1]}", "step_size = -1.0; must lie between"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused_before_the_first_trial(made, override, said):
+    with pytest.raises(UserError) as caught:
+        AttackSearch.of(load(f"tune.attack.space.{override}"), made, "CL-AT-s0")
+    assert str(caught.value).startswith("tune.attack.space reaches ") and said in str(caught.value)
+
+
+def test_a_proposed_attack_keeps_to_the_budget_and_to_what_params_yaml_allows(made):
+    search = AttackSearch.of(load(), made, "CL-AT-s0")
+    values = {"restarts": 4, "random_start": False, "step_size": 2.0, "momentum": 0.5, "schedule": "linear", "objective": "dlr"}
+    found = search.proposal(values)
+    assert found["evaluate.steps"] * found["evaluate.restarts"] == 20 and found["evaluate.step_size"] == 0.3
+    assert config.changed(load(), found).evaluate.objective == "dlr"
+    assert search.default()["step_size"] * 0.15 == pytest.approx(2.5 * 0.15 / 20)

@@ -1,0 +1,92 @@
+"""A search without networks, for tests of the engine. Workers import it by name, so its folder is on their path."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+
+from advml.config import digest
+from advml.errors import UserError
+from advml.tuning.space import distributions
+from advml.tuning.study import Definition
+from advml.tuning.worker import Attempt
+
+SPACE = {"x": {"float": [-5, 5]}, "n": {"int": [1, 4]}, "kind": {"choice": ["plain", "odd"]}}
+DEFAULT = {"x": 4.0, "n": 1, "kind": "plain"}
+
+
+def nothing_pruned() -> optuna.pruners.BasePruner:
+    return optuna.pruners.NopPruner()
+
+
+def hyperband() -> optuna.pruners.BasePruner:
+    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=4)
+
+
+def tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Minimise x^2 + n in `steps` steps; every trial leaves a line in `log`."""
+
+    log: Path
+    name: str = "toy"
+    steps: int = 3
+    pause: float = 0.0  # seconds per step
+    floor: float | None = None  # x must be at least this
+    fails: str = ""  # the kind that fails, or "all"
+    unusable: str = ""  # what `open` says
+    version: int = 0
+    two: bool = False
+    pruner: Callable[[], optuna.pruners.BasePruner] = nothing_pruned
+    metrics: tuple[str, ...] = ("value",)
+
+    def definition(self) -> Definition:
+        return Definition(
+            self.name,
+            ("minimize", "maximize") if self.two else ("minimize",),
+            distributions(SPACE),
+            DEFAULT,
+            digest(SPACE, self.version),
+            self.pruner,
+            tpe,
+        )
+
+    def open(self) -> Callable[[Attempt], Sequence[float]]:
+        if self.unusable:
+            raise UserError(self.unusable)
+        return self.objective
+
+    def objective(self, attempt: Attempt) -> Sequence[float]:
+        value = attempt.values["x"] ** 2 + attempt.values["n"]
+        with self.log.open("a") as file:
+            file.write(f"{attempt.trial.number} {os.getpid()} {attempt.values}\n")
+        for step in range(1, self.steps + 1):
+            time.sleep(self.pause)
+            attempt.history.append({"epoch": step, "value": value})
+            if not self.two:
+                attempt.report(step, value)
+        if self.fails in ("all", attempt.values["kind"]):
+            raise MemoryError if attempt.values["n"] > 2 else ValueError("nothing works")
+        if self.floor is not None:
+            attempt.constrain("floor", self.floor - attempt.values["x"])
+        return (value, attempt.values["x"]) if self.two else (value,)
+
+    def tags(self) -> dict:
+        return {"search": "toy"}
+
+    def parameters(self) -> dict:
+        return {"space": SPACE}
+
+    def proposal(self, values: dict) -> dict:
+        return {f"toy.{key}": value for key, value in values.items()}
+
+    def confirm(self, values: dict) -> dict:
+        return {"test": {"value": values["x"] ** 2 + values["n"]}}
