@@ -57,6 +57,7 @@ def _matrix(axes: Axes, block: Mapping[str, Any]) -> None:
         axes.add_patch(Rectangle((place - 0.44, place - 0.44), 0.88, 0.88, fill=False, edgecolor="white", linewidth=2.6))
         axes.add_patch(Rectangle((place - 0.44, place - 0.44), 0.88, 0.88, fill=False, edgecolor=INK, linewidth=1.2))
     axes.axhline(len(names) - 0.5, color="white", linewidth=5)
+    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) + 0.5, -0.5))
     axes.set_yticks(range(len(names) + 1), [*names, CLEAN])
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     flagged = {flag["model"] for flag in block["flags"]}
