@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from advml.evaluation.diagnostics import Flag
+from advml.evaluation.diagnostics.flags import Flag
+from advml.evaluation.diagnostics.rules import SIGNIFICANCE, TOLERATED
 from advml.evaluation.intervals import binomial_tail, wilson
-from advml.evaluation.rules import SIGNIFICANCE, TOLERATED
 from advml.evaluation.transfer import Transfer
 
 FLAG = "transfer_stronger"
