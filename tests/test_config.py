@@ -320,10 +320,10 @@ TEXT = st.text(st.characters(exclude_categories=["C", "Z"], include_characters="
 @settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(text=TEXT, number=st.floats(1e-300, 1), option=st.booleans() | st.integers() | st.floats(-1e9, 1e9) | TEXT)
 def test_whatever_a_value_looks_like_it_survives_printing(text: str, number: float, option: object) -> None:
-    raw = config._parse_yaml(PARAMS, source="")
+    raw = config.apply(PARAMS, ())
     raw["tracking"]["experiment"], raw["threat_model"]["epsilon"], raw["model"]["options"] = text, number, {"option": option}
     loaded = config.validate(raw)
-    assert config.validate(config._parse_yaml(config.dump(loaded), source="")) == loaded
+    assert config.validate(config.apply(config.dump(loaded), ())) == loaded
 
 
 def test_printing_says_null_and_keeps_the_order_of_the_sections(params: Path) -> None:

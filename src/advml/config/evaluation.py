@@ -1,0 +1,90 @@
+"""What is measured on a trained model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from advml.config.names import CorruptionName
+from advml.config.values import Count, Distinct, NonNegative, Positive, Section, Whole
+
+
+class EvaluationAttack(Section):
+    """The attacks of `evaluate`, at epsilon and at half of it. Without `epsilon`: that of training."""
+
+    epsilon: Positive | None = None
+    batch_size: Count
+    steps: Count
+    step_size: Positive | None = None
+    restarts: Count
+    random_start: bool
+    objective: Literal["ce", "margin", "dlr"]  # of the attack on the classifier
+    momentum: NonNegative  # share of the earlier directions in a step; 0: none
+    schedule: Literal["constant", "linear", "cosine"]  # of the step size
+    keep: Literal["best", "last"]
+    adversarial_images: Count | None = None  # test images whose adversarial examples are stored; None: all
+    seed: Annotated[Whole, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _restarts(self) -> EvaluationAttack:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"evaluate.restarts = {self.restarts} repeats one attack; set evaluate.random_start = true")
+        return self
+
+
+class WorstCase(Section):
+    """The attacks behind `accuracy/worst_case`, each aimed at what threat models I and II and those before it have left standing."""
+
+    attacks: Annotated[tuple[Literal["pgd-margin", "apgd-ce", "apgd-t", "fab-t", "square"], ...], Distinct]
+    restarts: Count  # of pgd-margin, whose steps are those of `evaluate`
+    steps: Count  # of APGD and FAB-T
+    targets: Count  # other classes that APGD-T and FAB-T aim at, as far as there are so many
+    queries: Count  # of Square
+
+
+def _one_or_many(value: Any) -> Any:
+    """`layers: blocks` and `layers: "*.act2"` name one thing; inside, there is always a list."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _all_or_none(value: Any) -> Any:
+    """`names: all` and `names: none` stand for lists, and so does a single name."""
+    known = get_args(CorruptionName)
+    value = {"all": known, "none": ()}.get(value, (value,)) if isinstance(value, str) else value
+    if isinstance(value, (list, tuple)) and any(name not in known for name in value):
+        raise PydanticCustomError("corruption", "{choices}", {"choices": f"choose from all, none, {', '.join(known)}"})
+    return value
+
+
+class Diagnostics(Section):
+    """Probes for gradient masking on the first test images; their findings are flags beside the figures."""
+
+    images: Annotated[Whole, Field(ge=0)]  # 0: no diagnostics
+    steps: Count
+    shares: Annotated[tuple[Positive, ...], Distinct]  # of epsilon, for the security curve
+    minimal: Literal["fmn", "ddn", "cw"] | None = None
+    minimal_steps: Count = 100
+
+
+class Corruptions(Section):
+    """Common corruptions of the test images (CIFAR-C, ImageNet-C): which, and how strong."""
+
+    names: Annotated[tuple[CorruptionName, ...], BeforeValidator(_all_or_none), Distinct]
+    severities: Annotated[tuple[Annotated[Whole, Field(ge=1, le=5)], ...], Field(min_length=1), Distinct]
+    images: Count | None = None  # the first test images; None: all
+    folder: str | None = None  # of the published files, read instead; None: data/raw/CIFAR-10-C, if it is there
+    seed: Annotated[Whole, Field(ge=0)] = 0
+
+
+class Similarity(Section):
+    """What `represent` and `compare` measure, on the images whose adversarial examples `evaluate` has stored."""
+
+    layers: Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]  # blocks, all, or patterns of names
+    batch_size: Annotated[Whole, Field(ge=4)]
+    gram: Literal["float32", "bfloat16"] = "float32"
+    epsilon_studies: str | None = None  # folders of studies that differ in the training epsilon alone, a pattern: for claim 6
+    source: str = "own"  # whose adversarial images `compare` shows to all models; own: each model's own
+    probe_images: Count | None = None  # training images of the linear probes; None: all
+    probe_strengths: Annotated[tuple[Positive, ...], Field(min_length=1), Distinct]  # inverse penalties to choose from

@@ -1,0 +1,128 @@
+"""Between params.yaml and `Config`: reading with overrides, checking, changing, printing, and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from advml.config.explain import explain
+from advml.config.whole import Config
+from advml.errors import UserError
+
+
+def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read params.yaml, apply `key=value` overrides, validate.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` strings; the value is read as YAML, so lists and null work.
+    Raises:
+        UserError: one line naming file, key, value and choices.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; write one with: advml preset digits > {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return validate(apply(text, overrides, source=str(path)), source=str(path))
+
+
+def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "params.yaml") -> dict[str, Any]:
+    """The mapping in a YAML text, with `key=value` overrides applied; not validated yet."""
+    raw = _parse_yaml(text, source=source)
+    if not isinstance(raw, dict):
+        raise UserError(f"{source} holds no mapping of sections; print a complete one with: advml preset digits")
+    for override in overrides:
+        _apply(raw, override)
+    return raw
+
+
+def validate(raw: dict[str, Any], *, source: str = "params.yaml") -> Config:
+    """Turn a plain mapping into a Config, or raise UserError with one line."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error.errors()[0], Config)}") from None
+
+
+def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.yaml") -> Config:
+    """The configuration with other values under these dotted keys; checked like a file.
+
+    Raises:
+        UserError: one line naming key, value and choices.
+    """
+    raw = config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(raw, key, value)
+    return validate(raw, source=source)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of params.yaml."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
+    stream = io.StringIO()
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists stay values."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def digest(*parts: Any) -> str:
+    """A short, stable fingerprint of JSON-like values and pydantic models (16 hex digits)."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        # Through JSON: aliases share one object, so that an override would reach them all; dates become text.
+        return json.loads(json.dumps(YAML(typ="safe", pure=True).load(text), default=str))
+    except (YAMLError, TypeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark and "\n" in text else ""
+        reason = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+        raise UserError(f"{source} is no valid YAML: {place}{reason}") from None
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"-S {override} is not of the form key=value, e.g. -S threat_model.epsilon=8/255")
+    return key.strip(), _parse_yaml(value, source=f"-S {override}")
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    _put(raw, key, value, told="-S ")
+
+
+def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
+    node: Any = raw
+    *parents, leaf = key.split(".")
+    for done, name in enumerate(parents):
+        if name not in node:
+            raise UserError(f"{told}{key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
+        if not isinstance(node[name], dict):
+            raise UserError(f"{told}{key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
+        node = node[name]
+    node[leaf] = value
