@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "src" / "advml"
 
 # From the command line down. A module imports from its own layer or from lower ones, never upwards.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__main__", "cli", "cli_tune"),
+    ("__main__", "cli"),
     ("tuning",),
     ("stages", "repro", "warm", "show"),
     ("claims", "report", "picture", "presets", "tracking"),
@@ -37,7 +37,7 @@ EXCEPTIONS = {
 OWNERS = {
     "mlflow": "tracking",
     "optuna": "tuning",
-    "typer": ("cli", "cli_tune"),
+    "typer": "cli",
     "timm": "networks",
     "matplotlib": ("figures", "picture", "report"),
     "dvc": (),
@@ -47,7 +47,6 @@ OWNERS = {
 LIGHT = (
     "advml",
     "advml.cli",
-    "advml.cli_tune",
     "advml.config",
     "advml.errors",
     "advml.paths",

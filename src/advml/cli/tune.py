@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from advml.config import PhaseName, RegimeName, SchemeName, load
-from advml.errors import UserError
+from advml.cli.options import PARAMS, Scheme
+from advml.cli.searching import run, share_cores
+from advml.config import PhaseName, RegimeName, load
 from advml.paths import Workspace
-
-if TYPE_CHECKING:
-    from advml.config import Config
-    from advml.tuning.command import Outcome
-    from advml.tuning.searches import AttackSearch, TrainingSearch
 
 app = typer.Typer(
     help="Search for stronger attacks and better training. The same command goes on where an earlier one was stopped or killed.",
@@ -42,12 +38,8 @@ Storage = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(help="Of the study.", show_default="says what is tuned")]
 Replace = Annotated[bool, typer.Option("--replace", help="Throw away a study of this name that searched something else.")]
-Scheme = Annotated[
-    SchemeName, typer.Argument(help="SL supervised, CL contrastive (SimCLR), SCL supervised contrastive (SupCon).", show_default=False)
-]
 Pareto = Annotated[bool, typer.Option("--pareto", help="Find the front of robust and clean accuracy, instead of keeping a floor.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the model.")]
-PARAMS = Path("params.yaml")
 
 
 @app.command()
@@ -70,9 +62,9 @@ def attack(
     configuration = load(params, overrides or [])
     from advml.tuning.searches import AttackSearch
 
-    search = AttackSearch.of(_threads(configuration, workers), params.parent, model, autoattack=autoattack, name=name)
+    search = AttackSearch.of(share_cores(configuration, workers), params.parent, model, autoattack=autoattack, name=name)
     spec = configuration.tune.attack
-    _run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)
+    run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)
 
 
 @app.command()
@@ -163,78 +155,8 @@ def _train(
     configuration = load(params, overrides or [])
     from advml.tuning.searches import TrainingSearch
 
-    search = TrainingSearch.of(_threads(configuration, workers), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
+    search = TrainingSearch.of(share_cores(configuration, workers), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
         print(f"left out, without effect here: {', '.join(search.left_out)}", file=sys.stderr, flush=True)
     spec = search.spec
-    _run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)
-
-
-def _threads(configuration: Config, workers: int) -> Config:
-    """Workers share the cores out among themselves, where params.yaml gives a process all of them."""
-    from advml.config import changed
-
-    if configuration.runtime.threads or workers == 1:
-        return configuration
-    return changed(configuration, {"runtime.threads": max(1, (os.cpu_count() or 1) // workers)})
-
-
-def _run(
-    search: AttackSearch | TrainingSearch,
-    configuration: Config,
-    params: Path,
-    *,
-    storage: str | None,
-    trials: int,
-    workers: int,
-    seed: int,
-    replace: bool,
-) -> None:
-    from advml.tuning.command import tune
-
-    if missed := search.missed():
-        told = ", ".join(f"{key} = {value}" for key, value in missed.items())
-        print(f"the space does not reach params.yaml's own {told}: there will be no default to compare with", file=sys.stderr, flush=True)
-    outcome = tune(
-        search,
-        configuration,
-        Workspace(params.parent),
-        storage=storage,
-        trials=trials,
-        workers=workers,
-        seed=seed,
-        replace=replace,
-    )
-    print("\n".join(_told(outcome, search.metrics)))
-
-
-def _told(outcome: Outcome, metrics: tuple[str, ...]) -> list[str]:
-    """What the command prints in the end."""
-    from advml.tuning.board import show
-
-    if outcome.best is None:
-        raise UserError(
-            f"no trial of {outcome.name} keeps the floor of clean accuracy; lower tune.{outcome.name.split('-')[0]}.clean_floor"
-        )
-    lines = [f"{outcome.name}: {outcome.finished} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
-    for who, trial in (("best", outcome.best), ("default", outcome.default)):
-        if trial is not None:
-            lines.append(f"  {who}: " + ", ".join(f"{name} {value:.4g}" for name, value in zip(metrics, trial.values, strict=True)))
-    for split in ("validation", "test"):
-        for who, found in (outcome.confirmed or {}).get(split, {}).items():
-            lines.append(f"  {split}, {who}: {_figure(found)}")
-    for who, found in (outcome.confirmed or {}).get("confirmed", {}).items():
-        if isinstance(found, dict):
-            lines.append(f"  further seeds, {who}: " + ", ".join(f"{name} {_spread(one)}" for name, one in found.items()))
-    return [*lines, f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}", f"next: advml tune apply {outcome.name}"]
-
-
-def _figure(found: dict[str, Any]) -> str:
-    if "accuracy" in found:
-        return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f}, n = {found['n']})"
-    winner, default = found["broken_by_winner_only"], found["broken_by_default_only"]
-    return f"{winner} images broken by the winner only, {default} by the default only, p = {found['p']:.2g}"
-
-
-def _spread(one: dict[str, Any]) -> str:
-    return f"{one['mean']:.4g}" + (f" (sd {one['sd']:.2g})" if "sd" in one else "")
+    run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)

@@ -1,0 +1,45 @@
+"""The command line: one command per DVC stage, and what people do beside the pipeline.
+
+Nothing heavy is imported up here: `advml --help` must answer at once. Commands import what they need.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from advml import __version__
+from advml.cli import everyday, stages, tune
+from advml.cli.failures import guarded
+
+app = typer.Typer(
+    help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
+
+for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, everyday.COMMANDS)):
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"advml {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    guarded(lambda: app(args=sys.argv[1:] or ["--help"], standalone_mode=False))

@@ -1,0 +1,153 @@
+"""What people do beside the pipeline. Commands import what they need: nothing heavy up here."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advml.cli.options import PARAMS, Overrides, Params, Regime, Scheme, Seed, context_of
+from advml.cli.printing import percent, say, show_table
+from advml.config import load
+from advml.errors import UserError
+from advml.paths import Workspace, model_name
+
+
+def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Do for one model what prepare, pretrain, finetune and evaluate do; what is up to date is not done again.
+
+    Writes what those stages write. Next: advml show MODEL
+    """
+    context = context_of(params, overrides)
+    from advml.stages import train as everything
+
+    metrics = everything.run(context, scheme=scheme, regime=regime, seed=seed)
+    name = model_name(scheme, regime, seed)
+    print(f"{name}: {percent(metrics)}")
+    say(f"{context.workspace.model(name)}, {context.workspace.report(name)}", f"advml show {name}")
+
+
+def show(
+    model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    params: Annotated[
+        Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")
+    ] = PARAMS,
+) -> None:
+    """Print a model's record: what it was made from, how, and how well it does.
+
+    Writes nothing. Next: advml attack IMAGE --model MODEL
+    """
+    from advml.show import record_of
+
+    print(record_of(Workspace(params.parent), model))
+    print(f"next: advml attack IMAGE --model {model}")
+
+
+def attack(
+    image: Annotated[Path, typer.Argument(help="Any image file.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attack.png"),
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Attack one image and draw what happened: original, perturbation, adversarial image, predictions.
+
+    Writes attack.png. Next: the same image against a model of another regime
+    """
+    context = context_of(params, overrides)
+    from advml.picture import attack_picture
+
+    told = attack_picture(context, image, model=model, out=out)
+    print(told)
+    say(str(out), f"advml show {model}")
+
+
+def preset(
+    name: Annotated[str, typer.Argument(help="digits, cifar10, cifar100 or folder.", show_default=False)],
+    protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
+    overrides: Overrides = None,
+) -> None:
+    """Print a complete params.yaml.
+
+    Writes to standard output. Next: advml preset cifar10 > params.yaml && dvc repro
+    """
+    from advml.presets import preset as text
+
+    print(text(name, protocol=protocol, overrides=overrides or ()), end="")
+
+
+def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Rebuild MLflow runs that are missing, from files: after dvc pull, a run-cache hit, or a server's outage.
+
+    Writes to the MLflow store only. Next: make ui
+    """
+    configuration = load(params, overrides or [])
+    from advml import tracking
+
+    made = tracking.sync(configuration, root=params.parent)
+    print(f"{len(made)} runs rebuilt{': ' if made else ''}{', '.join(made)}\nnext: make ui")
+
+
+def link(
+    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
+    """Print the address of this study's runs in the MLflow UI.
+
+    Writes nothing. Next: make ui
+    """
+    configuration = load(params, overrides or [])
+    from advml import tracking
+
+    print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+
+
+def ui(
+    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
+    """Open MLflow on this study's runs until Ctrl-C, and print the link to their table.
+
+    Writes nothing. Next: the link, in a browser
+    """
+    configuration = load(params, overrides or [])
+    from advml import tracking
+
+    command = tracking.ui_command(configuration, root=params.parent, port=port)  # before the store is opened, which quietens MLflow
+    print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+    if command is None:
+        print("this is a server's address: open it in a browser")
+    else:
+        arguments, environment = command
+        os.execve(arguments[0], arguments, environment)
+
+
+def repro(
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Run what has changed, as dvc repro does, several stages at a time; end with the table.
+
+    Writes what the stages write. Next: make ui
+    """
+    if overrides or params.name != PARAMS.name:
+        raise UserError(
+            "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
+        )
+    configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    from advml.repro import repro as run
+
+    started = time.monotonic()
+    ran = run(params.parent, jobs=jobs)
+    print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
+    rows = show_table(configuration, Workspace(params.parent))
+    print("next: open reports/report.html     the whole study on one page")
+    print("      make ui                      compare the runs in MLflow")
+    print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
+    print("      dvc plots show               training curves and the result chart as a page")
+
+
+# In the order in which `advml --help` lists them.
+COMMANDS = (train, show, attack, preset, sync, link, ui, repro)

@@ -1,0 +1,53 @@
+"""One line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from advml.errors import Failure, UserError
+
+
+def guarded(command: Callable[[], Any]) -> None:
+    """Run `command`, turning what people can understand into one line on stderr."""
+    interrupted = "interrupted; the same command continues from the last finished epoch"
+    try:
+        code = command()
+    except typer.TyperException as error:  # a wrong argument or option
+        _fail(" ".join(error.format_message().split()), code=error.exit_code)
+    except UserError as error:
+        _fail(str(error), code=2)
+    except Failure as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail(interrupted, code=130)
+    except MemoryError:
+        _fail("out of memory; lower batch_size in params.yaml", code=1)
+    except Exception as error:
+        if (line := _known(error)) is None:
+            raise
+        _fail(line, code=1)
+    if code == 130:  # typer turns Ctrl-C into this exit code
+        _fail(interrupted, code=130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _known(error: Exception) -> str | None:
+    """A line for errors of the machine that surface under several types."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
+    if isinstance(error, PermissionError):
+        return f"no permission: {error}"
+    return None
+
+
+def _fail(line: str, *, code: int) -> NoReturn:
+    print(f"advml: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,38 @@
+"""Arguments and options that several commands share, and what `--params` and `--set` lead to."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from advml.config import PhaseName, RegimeName, SchemeName, dump, load
+from advml.paths import Workspace
+
+if TYPE_CHECKING:
+    from advml.stages.context import Context
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a parameter, e.g. -S threat_model.epsilon=8/255.")
+]
+Params = Annotated[Path, typer.Option("--params", help="The configuration file.")]
+Scheme = Annotated[
+    SchemeName, typer.Argument(help="SL supervised, CL contrastive (SimCLR), SCL supervised contrastive (SupCon).", show_default=False)
+]
+Regime = Annotated[
+    RegimeName, typer.Argument(help="Standard or adversarial training; Partial-AT and Full-AT fine-tune under attack.", show_default=False)
+]
+Phase = Annotated[PhaseName, typer.Argument(help="st: standard, at: adversarial.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights, batches, views and random starts.")]
+PARAMS = Path("params.yaml")
+
+
+def context_of(params: Path, overrides: list[str] | None) -> Context:
+    """Read params.yaml, print it as it counts, and take the folder around it for the study's."""
+    configuration = load(params, overrides or [])
+    print(f"# resolved configuration\n{dump(configuration)}", file=sys.stderr, flush=True)
+    from advml.stages.context import Context
+
+    return Context(configuration, Workspace(params.parent))

@@ -1,0 +1,57 @@
+"""What several commands print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.paths import Workspace
+
+if TYPE_CHECKING:
+    from advml.config import Config
+
+
+def say(outputs: str, next_command: str) -> None:
+    """The last two lines of a command: what it has written, and what to do next."""
+    print(f"wrote {outputs}\nnext: {next_command}", flush=True)
+
+
+def percent(metrics: dict[str, float]) -> str:
+    """The accuracies among a model's metrics, on one line."""
+    shown = {
+        name.removeprefix("accuracy/").replace("corruption/mean", "corrupted"): value
+        for name, value in metrics.items()
+        if (name.startswith("accuracy/") or name == "corruption/mean") and name.count("/") == 1
+    }
+    return "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
+
+
+def show_flags(record: Path) -> None:
+    """What the diagnostics have found, as a record of `evaluate` (a JSON file) tells it."""
+    from json import loads
+
+    from advml.show import flags_of
+
+    print("\n".join(flags_of(loads(record.read_text(encoding="utf-8")))))
+
+
+def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, Any]]:
+    """Print the table of the grid's measured models; returns its rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from advml.report.table import COLUMNS, NORM_NAMES, cell, footnote, grid_rows
+
+    norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
+    title = f"Accuracy in %, 95 % intervals; threat models I and II, and the worst case over all attacks, at {norm} epsilon {epsilon:.4g}"
+    shown = Table(title=title)
+    for header in ("model", *COLUMNS):
+        shown.add_column(header, justify="left" if header == "model" else "right")
+    rows = grid_rows(configuration, workspace)
+    for row in rows:
+        shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
+    if note := footnote(rows):
+        shown.caption, shown.caption_justify = note, "left"
+    Console(width=None if sys.stdout.isatty() else 178).print(shown)
+    return rows

@@ -1,0 +1,85 @@
+"""What the commands of `advml tune` share: how a search is run, and what is said about it in the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.config import Config, changed
+from advml.errors import UserError
+from advml.paths import Workspace
+
+if TYPE_CHECKING:
+    from advml.tuning.command import Outcome
+    from advml.tuning.searches import AttackSearch, TrainingSearch
+
+
+def share_cores(configuration: Config, workers: int) -> Config:
+    """Workers share the cores out among themselves, where params.yaml gives a process all of them."""
+    if configuration.runtime.threads or workers == 1:
+        return configuration
+    return changed(configuration, {"runtime.threads": max(1, (os.cpu_count() or 1) // workers)})
+
+
+def run(
+    search: AttackSearch | TrainingSearch,
+    configuration: Config,
+    params: Path,
+    *,
+    storage: str | None,
+    trials: int,
+    workers: int,
+    seed: int,
+    replace: bool,
+) -> None:
+    """Search until so many trials have finished, then print what was found."""
+    from advml.tuning.command import tune
+
+    if missed := search.missed():
+        told = ", ".join(f"{key} = {value}" for key, value in missed.items())
+        print(f"the space does not reach params.yaml's own {told}: there will be no default to compare with", file=sys.stderr, flush=True)
+    outcome = tune(
+        search,
+        configuration,
+        Workspace(params.parent),
+        storage=storage,
+        trials=trials,
+        workers=workers,
+        seed=seed,
+        replace=replace,
+    )
+    print("\n".join(_told(outcome, search.metrics)))
+
+
+def _told(outcome: Outcome, metrics: tuple[str, ...]) -> list[str]:
+    """What the command prints in the end."""
+    from advml.tuning.board import show
+
+    if outcome.best is None:
+        raise UserError(
+            f"no trial of {outcome.name} keeps the floor of clean accuracy; lower tune.{outcome.name.split('-')[0]}.clean_floor"
+        )
+    lines = [f"{outcome.name}: {outcome.finished} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
+    for who, trial in (("best", outcome.best), ("default", outcome.default)):
+        if trial is not None:
+            lines.append(f"  {who}: " + ", ".join(f"{name} {value:.4g}" for name, value in zip(metrics, trial.values, strict=True)))
+    for split in ("validation", "test"):
+        for who, found in (outcome.confirmed or {}).get(split, {}).items():
+            lines.append(f"  {split}, {who}: {_figure(found)}")
+    for who, found in (outcome.confirmed or {}).get("confirmed", {}).items():
+        if isinstance(found, dict):
+            lines.append(f"  further seeds, {who}: " + ", ".join(f"{name} {_spread(one)}" for name, one in found.items()))
+    return [*lines, f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}", f"next: advml tune apply {outcome.name}"]
+
+
+def _figure(found: dict[str, Any]) -> str:
+    if "accuracy" in found:
+        return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f}, n = {found['n']})"
+    winner, default = found["broken_by_winner_only"], found["broken_by_default_only"]
+    return f"{winner} images broken by the winner only, {default} by the default only, p = {found['p']:.2g}"
+
+
+def _spread(one: dict[str, Any]) -> str:
+    return f"{one['mean']:.4g}" + (f" (sd {one['sd']:.2g})" if "sd" in one else "")

@@ -1,0 +1,129 @@
+"""One command per stage of dvc.yaml. Commands import what they need: nothing heavy up here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advml.cli.evaluate import evaluate
+from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
+from advml.cli.printing import say, show_table
+from advml.paths import model_name, pretraining_name
+
+
+def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Turn images of any source into tensors with fixed splits.
+
+    Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
+    """
+    context = context_of(params, overrides)
+    from advml.stages import prepare as stage
+
+    dataset = stage.run(context)
+    counts = ", ".join(f"{len(getattr(dataset, split).labels)} {split}" for split in ("train", "validation", "test"))
+    skipped = f"; {len(dataset.skipped)} unreadable images left out" if dataset.skipped else ""
+    print(f"{dataset.source}: {counts} images of {len(dataset.classes)} classes{skipped}")
+    say(str(context.workspace.prepared), "advml pretrain SL st")
+
+
+def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Train an encoder with its scheme's own head, with or without an adversary.
+
+    Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and its curves in reports/. Next: advml finetune SCHEME REGIME
+    """
+    context = context_of(params, overrides)
+    from advml.stages import pretrain as stage
+    from advml.training.regimes import REGIMES
+
+    stage.run(context, scheme=scheme, phase=phase, seed=seed)
+    regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]
+    say(str(context.workspace.pretrained(pretraining_name(scheme, phase, seed))), f"advml finetune {scheme} {regimes[-1]} --seed {seed}")
+
+
+def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Make a classifier from a pretrained encoder.
+
+    Writes models/finetune/<SCHEME>-<REGIME>-s<SEED>/ and its curves in reports/. Next: advml evaluate SCHEME REGIME
+    """
+    context = context_of(params, overrides)
+    from advml.stages import finetune as stage
+
+    stage.run(context, scheme=scheme, regime=regime, seed=seed)
+    say(str(context.workspace.model(model_name(scheme, regime, seed))), f"advml evaluate {scheme} {regime} --seed {seed}")
+
+
+def represent(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Measure how alike a model's layers are (CKA), clean and attacked, and what linear probes read from them.
+
+    Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
+    """
+    context = context_of(params, overrides)
+    from advml.stages import represent as stage
+
+    metrics = stage.run(context, scheme=scheme, regime=regime, seed=seed)
+    name = model_name(scheme, regime, seed)
+    told = {
+        label: metrics.get(f"cka/{key}") for label, key in (("redundancy", "redundancy"), ("clean-adversarial CKA", "clean_adversarial"))
+    }
+    print(f"{name}: {'  '.join(f'{label} {value:.3f}' for label, value in told.items() if value is not None)}")
+    say(f"{context.workspace.report(name)}/cka.npz, cka.json, cka.png, layers.png", "advml compare")
+
+
+def compare(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names or folders of models, each compared with each; none: the panels of the paper.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="reports/compare")] = None,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Measure how alike the layers of different models are (CKA), on clean and on adversarial images.
+
+    Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png. Next: advml report
+    """
+    context = context_of(params, overrides)
+    from advml.stages import compare as stage
+
+    out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
+    stage.run(context, chosen=tuple(models or ()), out=out)
+    say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
+
+
+def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Score the adversarial images of each model of the grid on every other model of its seed.
+
+    Writes reports/transfer/: transfer.json, transfer.csv, transfer.png. Next: advml report
+    """
+    context = context_of(params, overrides)
+    from advml.evaluation.transfer_files import NOBODY
+    from advml.stages import transfer as stage
+
+    blocks = stage.run(context)
+    for block in blocks:
+        flagged = ", ".join(flag["model"] for flag in block["flags"]) or "none"
+        print(f"seed {block['seed']}: {len(block['models'])} models; flagged because of others' images: {flagged}")
+    files = ", ".join(stage.FILES) if blocks else f"{stage.FILES[0]} ({NOBODY})"
+    say(f"{context.workspace.report('transfer')}/{files}", "advml report")
+
+
+def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Gather all measured models into a table, test the paper's claims on them, and tell it all on one page.
+
+    Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: make ui
+    """
+    context = context_of(params, overrides)
+    from advml.stages import report as stage
+
+    table = stage.run(context)
+    show_table(context.config, context.workspace)
+    say(
+        f"{context.workspace.reports}/report.html, claims.json, summary.csv, summary.md, summary.png",
+        "make ui   (compare the runs in MLflow), or: advml show " + table[-1]["model"],
+    )
+
+
+# In the order in which `advml --help` lists them.
+COMMANDS = (prepare, pretrain, finetune, evaluate, represent, compare, transfer, report)
