@@ -1,0 +1,153 @@
+"""The search for an attack: its space, its default, and what its winner means in params.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advml.config import Config, digest
+from advml.errors import UserError
+from advml.paths import Workspace, find_model
+from advml.tuning import space as spaces
+from advml.tuning.sampling import tpe, wilcoxon
+from advml.tuning.searches.files import data_digest, record_of
+from advml.tuning.space import Values
+from advml.tuning.study import Definition
+from advml.tuning.worker import Attempt
+
+# Keys of the space of attacks; everything of an attack but its budget and its threat model.
+KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start")
+
+
+@dataclass(frozen=True)
+class AttackSearch:
+    """The attack that leaves a model least accuracy at a fixed number of forward and backward passes."""
+
+    config: Config
+    root: Path
+    model: str  # a name or folder
+    folder: Path
+    autoattack: bool = False
+    chosen_name: str | None = None
+    metrics: tuple[str, ...] = ("robust",)
+
+    @classmethod
+    def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = False, name: str | None = None) -> AttackSearch:
+        """Raises UserError: there is no such model, or the space is wrong."""
+        folder = find_model(Workspace(root), model)
+        search = cls(configuration, root.resolve(), folder.name, folder.resolve(), autoattack, name)
+        spaces.check(search.space, search.accept, section="tune.attack.space")
+        return search
+
+    @property
+    def name(self) -> str:
+        return self.chosen_name or f"attack-{self.model}"
+
+    @property
+    def space(self) -> spaces.Space:
+        return self.config.tune.attack.space
+
+    @property
+    def budget(self) -> int:
+        """Forward and backward passes per image."""
+        return self.config.tune.attack.budget or self.config.evaluate.steps * self.config.evaluate.restarts
+
+    def default(self) -> Values:
+        """The attack of `evaluate`, with as many steps as the budget allows."""
+        spec = self.config.evaluate
+        steps = max(1, self.budget // spec.restarts)
+        ordinary = spec.step_size / self.config.attacked_epsilon if spec.step_size else 1.0 if steps == 1 else 2.5 / steps
+        return {
+            "step_size": ordinary,
+            "schedule": "constant",
+            "momentum": 0.0,
+            "objective": "ce",
+            "restarts": spec.restarts,
+            "random_start": spec.random_start,
+        }
+
+    def missed(self) -> Values:
+        """The default's values that the space does not contain: the search does not start from it, then."""
+        return spaces.outside(self.default(), self.space)
+
+    def accept(self, values: Values) -> None:
+        """Raises UserError unless such an attack exists within the budget."""
+        for key, value in values.items():
+            if key not in KEYS:
+                raise UserError(f"unknown key '{key}'; choose from {', '.join(KEYS)}")
+            wrong = CHECKS[key](value)
+            if wrong:
+                raise UserError(f"{key} = {value!r}; {wrong}")
+        attack = self.default() | values
+        if attack["restarts"] > self.budget:
+            raise UserError(f"restarts = {attack['restarts']} exceed the budget of {self.budget} passes")
+
+    def definition(self) -> Definition:
+        inputs = (dict(self.space), self.budget, self.config.tune.attack.images, self.config.tune.attack.batch_size)
+        return Definition(
+            name=self.name,
+            directions=("minimize",),
+            distributions=spaces.distributions(self.space),
+            default=None if self.missed() else {key: self.default()[key] for key in self.space},
+            fingerprint=digest(*inputs, *self._subject()),
+            pruner=wilcoxon,
+            sampler=tpe,
+        )
+
+    def _subject(self) -> tuple[Any, ...]:
+        evaluate = self.config.evaluate
+        threat = (self.config.threat_model.norm, self.config.attacked_epsilon, evaluate.steps, evaluate.restarts, evaluate.step_size)
+        return (*threat, record_of(self.folder)["digest"], data_digest(self.root), self.config.runtime.precision)
+
+    def open(self) -> Callable[[Attempt], Sequence[float]]:
+        from advml.tuning import attack
+
+        return attack.objective(self)
+
+    def tags(self) -> dict[str, Any]:
+        return {"search": "attack", "model": self.model}
+
+    def parameters(self) -> dict[str, Any]:
+        return {"tune": {"attack": {**self.config.tune.attack.model_dump(mode="json"), "budget": self.budget}}}
+
+    def proposal(self, values: Values) -> dict[str, Any]:
+        """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
+        found = self.default() | values
+        steps = max(1, self.budget // found["restarts"])
+        given = {
+            "steps": steps,
+            "step_size": found["step_size"] * self.config.attacked_epsilon,
+            **{key: found[key] for key in KEYS if key != "step_size"},
+            "random_start": found["random_start"] or found["restarts"] > 1,  # repetitions start at random anyway
+        }
+        known = type(self.config.evaluate).model_fields
+        return {f"evaluate.{key}": value for key, value in given.items() if key in known}
+
+    def confirm(self, values: Values) -> dict[str, Any]:
+        from advml.tuning import attack
+
+        return attack.confirm(self, values)
+
+
+def _one_of(*choices: Any) -> Callable[[Any], str | None]:
+    return lambda value: None if value in choices else f"choose from {', '.join(map(str, choices))}"
+
+
+def _within(low: float, high: float) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if is_number and low <= value <= high else f"must lie between {low:g} and {high:g}"
+
+    return check
+
+
+CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "step_size": _within(1e-6, 100),
+    "schedule": _one_of("constant", "linear", "cosine"),
+    "momentum": _within(0, 10),
+    "objective": _one_of("ce", "margin", "dlr"),
+    "restarts": lambda value: None if isinstance(value, int) and value >= 1 else "must be a whole number, at least 1",
+    "random_start": lambda value: None if isinstance(value, bool) else "choose from true, false",
+}
