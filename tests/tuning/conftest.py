@@ -9,8 +9,8 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial
 
+from advml.tuning import census, supervisor
 from advml.tuning import study as studies
-from advml.tuning import supervisor
 from advml.tuning.storage import address
 from advml.tuning.worker import Orders, Search
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Run:
         where = address(url, root=tmp_path)
         study = studies.create(search.definition(), where)
         studies.bury(study, where)
-        orders = Orders(search, where, total, len(studies.finished(study.get_trials())), 0, tmp_path / "scratch")
+        orders = Orders(search, where, total, len(census.finished(study.get_trials())), 0, tmp_path / "scratch")
         try:
             supervisor.supervise(study, orders, workers=workers, watch=watch)
         finally:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from advml.errors import Failure
 from advml.tracking import store as stores
-from advml.tuning import command, supervisor
+from advml.tuning import census, command, supervisor
 from advml.tuning import study as studies
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -119,9 +119,9 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
     assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
     trials = studies.create(toy.definition(), command.address(None, root=study.root)).get_trials()
-    assert not studies.running(trials)
+    assert not census.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
-    done = len(studies.finished(trials))
+    done = len(census.finished(trials))
     outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, workers=2)
     assert outcome.finished == done + 3 and runs(study)["toy"].info.status == "FINISHED"
 
@@ -160,7 +160,7 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
     stream = StringIO()
     Console(file=stream, width=120).print(board._table(opened.get_trials()))
     text = stream.getvalue()
-    ranked = studies.ranked(opened.get_trials(), ("minimize",))
+    ranked = census.ranked(opened.get_trials(), ("minimize",))
     assert "6 of 6 trials, 0 running" in text
     assert text.index(f"value {ranked[0].value:.4g}") < text.index(f"value {ranked[-1].value:.4g}")
 

@@ -18,8 +18,8 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.errors import Failure, UserError
+from advml.tuning import census, supervisor, worker
 from advml.tuning import study as studies
-from advml.tuning import supervisor, worker
 from advml.tuning.storage import address, connect, lock
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -49,7 +49,7 @@ def test_four_workers_on_a_fresh_database_run_every_trial_once(toy, run, round_n
     trials = run(toy, total=12, workers=4)
     assert states(trials) == {"COMPLETE": 12}
     assert sorted(started(toy)) == list(range(12))
-    assert trials[0].params == DEFAULT and studies.default_of(trials).number == 0
+    assert trials[0].params == DEFAULT and census.default_of(trials).number == 0
     assert len({str(trial.params) for trial in trials}) == 12  # no two workers draw the same numbers
 
 
@@ -98,20 +98,20 @@ def test_a_study_whose_workers_are_killed_at_random_finishes_every_trial(toy, ru
     random_numbers, killed, last = random.Random(0), [], [time.monotonic()]
 
     def kill(trials: Sequence[FrozenTrial]) -> None:
-        victims = [trial for trial in studies.running(trials) if studies.pid_of(trial)]
+        victims = [trial for trial in census.running(trials) if census.pid_of(trial)]
         if victims and len(killed) < 12 and time.monotonic() - last[0] > 0.25:
-            os.kill(studies.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
+            os.kill(census.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
             killed.append(1)
             last[0] = time.monotonic()
 
     trials = run(Toy(toy.log, pause=0.03), total=40, workers=4, watch=kill)
-    finished = studies.finished(trials)
+    finished = census.finished(trials)
     assert len(killed) == 12
     assert len(finished) == 40 and states(finished) == {"COMPLETE": 40}
     assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
     for trial in trials:  # whoever was killed had its parameters tried again, by one trial and no more
-        again = [other for other in trials if other.user_attrs.get(studies.RETRY_OF) == trial.number]
-        assert len(again) == studies.is_killed(trial)
+        again = [other for other in trials if other.user_attrs.get(census.RETRY_OF) == trial.number]
+        assert len(again) == census.is_killed(trial)
         assert all(other.params == trial.params for other in again)
 
 
@@ -131,7 +131,7 @@ def test_a_trial_that_the_whole_command_died_with_is_taken_up_by_the_next(toy, t
     assert states(study.get_trials()) == {"RUNNING": 1}
     trials = run(toy, total=3)
     assert states(trials) == {"COMPLETE": 3, "FAIL": 1}
-    assert studies.is_killed(trials[0]) and trials[1].params == DEFAULT and studies.default_of(trials).number == 1
+    assert census.is_killed(trials[0]) and trials[1].params == DEFAULT and census.default_of(trials).number == 1
 
 
 def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy,
             patch.setattr(type(study._storage), victim, die)
             studies.claim(study, definition, url, total=99, since=0, seed=0)
         studies.bury(study, url)
-        assert not studies.running(study.get_trials())
+        assert not census.running(study.get_trials())
     assert all(trial.state in (TrialState.WAITING, TrialState.FAIL) for trial in study.get_trials())
 
 
@@ -179,7 +179,7 @@ def test_a_trial_of_a_machine_that_is_gone_is_taken_up_when_its_heartbeats_stop(
     definition = toy.definition()
     study = studies.create(definition, url)
     with monkeypatch.context() as patch:
-        patch.setattr(studies.platform, "node", lambda: "elsewhere")
+        patch.setattr(census.platform, "node", lambda: "elsewhere")
         studies.claim(study, definition, url, total=9, since=0, seed=0)
     studies.bury(study, url)
     assert states(study.get_trials()) == {"RUNNING": 1}
@@ -197,8 +197,8 @@ def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_with_a_reason(toy, 
         study.tell(studies.claim(study, definition, url, total=99, since=0, seed=0), state=TrialState.FAIL)
         studies.bury(study, url)
     last = study.get_trials()[-1]
-    assert last.state == TrialState.FAIL and "want of memory" in last.user_attrs[studies.REASON]
-    assert last.params == DEFAULT and studies.finished(study.get_trials()) == [last]
+    assert last.state == TrialState.FAIL and "want of memory" in last.user_attrs[census.REASON]
+    assert last.params == DEFAULT and census.finished(study.get_trials()) == [last]
 
 
 def test_a_trial_that_gets_further_every_time_is_never_given_up(toy, tmp_path):
@@ -249,7 +249,7 @@ def test_trials_that_fail_are_recorded_with_their_reason_and_do_not_end_the_stud
     assert len(trials) == 16
     for trial in trials:
         assert (trial.state == TrialState.FAIL) == (trial.params["kind"] == "odd")
-    reasons = {trial.user_attrs[studies.REASON] for trial in trials if trial.state == TrialState.FAIL}
+    reasons = {trial.user_attrs[census.REASON] for trial in trials if trial.state == TrialState.FAIL}
     assert reasons
     assert all(re.fullmatch(r"out of memory|ValueError: nothing works \(toy_search.py, line \d+\)", reason) for reason in reasons)
 
@@ -293,7 +293,7 @@ def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path,
 
 def test_the_winner_keeps_the_constraint(toy, run):
     trials = run(Toy(toy.log, floor=1.0), total=25, workers=2)
-    best = studies.ranked(trials, ("minimize",))[0]
+    best = census.ranked(trials, ("minimize",))[0]
     assert best.params["x"] >= 1.0
     infeasible = [trial for trial in trials if trial.params["x"] < 1.0]
     assert min(trial.value for trial in infeasible) < best.value  # a better one was tried, and does not count

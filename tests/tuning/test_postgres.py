@@ -24,7 +24,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from advml.tuning import study as studies
+from advml.tuning import census
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy
@@ -116,16 +116,16 @@ def test_a_study_whose_workers_are_killed_at_random_finishes_every_trial(tmp_pat
     random_numbers, killed, last = random.Random(0), [], [time.monotonic()]
 
     def kill(trials: Sequence[FrozenTrial]) -> None:
-        victims = [trial for trial in studies.running(trials) if studies.pid_of(trial)]
+        victims = [trial for trial in census.running(trials) if census.pid_of(trial)]
         if victims and len(killed) < 12 and time.monotonic() - last[0] > 0.25:
-            os.kill(studies.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
+            os.kill(census.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
             killed.append(1)
             last[0] = time.monotonic()
 
     trials = run(Toy(tmp_path / "log", pause=0.03), total=40, workers=4, watch=kill, url=url)
-    finished = studies.finished(trials)
+    finished = census.finished(trials)
     assert len(killed) == 12 and len(finished) == 40
-    assert {trial.user_attrs.get(studies.REASON, trial.state) for trial in finished} == {TrialState.COMPLETE}
+    assert {trial.user_attrs.get(census.REASON, trial.state) for trial in finished} == {TrialState.COMPLETE}
     assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
 
 
@@ -137,13 +137,13 @@ def test_a_server_that_restarts_is_waited_for(tmp_path, run, server, url):
     end, name, cuts = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n", sqlalchemy.make_url(url).database, []
 
     def cut(trials: Sequence[FrozenTrial]) -> None:
-        if len(cuts) < 3 and len(studies.finished(trials)) > 4 * (len(cuts) + 1):
+        if len(cuts) < 3 and len(census.finished(trials)) > 4 * (len(cuts) + 1):
             with engine.connect() as connection:
                 connection.execute(sqlalchemy.text(end), {"n": name})
             cuts.append(1)
 
     trials = run(Toy(tmp_path / "log", pause=0.02), total=24, workers=3, watch=cut, url=url)
-    finished = studies.finished(trials)
+    finished = census.finished(trials)
     assert len(cuts) == 3 and len(finished) == 24
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
     shutil.rmtree(tmp_path / "scratch", ignore_errors=True)

@@ -13,7 +13,7 @@ from advml.attacks.threat import ThreatModel
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.tuning import attack, training, worker
+from advml.tuning import attack, census, training, worker
 from advml.tuning import study as studies
 from advml.tuning.searches import AttackSearch, TrainingSearch
 from advml.tuning.storage import address
@@ -152,7 +152,7 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
         lambda self, epoch, *rest: trained_epochs.append(epoch) or train_epoch(self, epoch, *rest),
     )
     again = one_trial(search("killed"), trained)
-    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[studies.RETRY_OF] == 1
+    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[census.RETRY_OF] == 1
     assert again.value == whole.value and again.user_attrs["history"] == whole.user_attrs["history"]
     assert again.intermediate_values == whole.intermediate_values
     assert not list((trained.root / "scratch").iterdir())
@@ -162,7 +162,7 @@ def test_a_training_that_diverges_fails_for_that_reason(trained):
     space = "tune.finetune.space={learning_rate: {log: [1e17, 1e18]}}"
     settings = trained.config(space, "regimes.Full-AT.learning_rate=1e18", "regimes.Full-AT.optimizer=sgd")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
-    assert trial.state.name == "FAIL" and "the loss is not finite in epoch 1" in trial.user_attrs[studies.REASON]
+    assert trial.state.name == "FAIL" and "the loss is not finite in epoch 1" in trial.user_attrs[census.REASON]
 
 
 def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained):

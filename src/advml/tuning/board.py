@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from advml.tuning import study as studies
+from advml.tuning import census
 from advml.tuning.space import Values
 
 SHOWN = 8  # of the best trials
@@ -45,7 +45,7 @@ class Board:
         if self.told is None:  # those of earlier commands
             self.told = {trial.number for trial in ended}
             if ended:
-                print(f"{self.name}: going on after {len(studies.finished(trials))} finished trials", file=sys.stderr, flush=True)
+                print(f"{self.name}: going on after {len(census.finished(trials))} finished trials", file=sys.stderr, flush=True)
         for trial in ended:
             if trial.number not in self.told:
                 self.told.add(trial.number)
@@ -56,8 +56,8 @@ class Board:
             self.live.update(self._table(trials), refresh=True)
 
     def _line(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> str:
-        done = len(studies.finished(trials))
-        best = studies.ranked(trials, self.directions)
+        done = len(census.finished(trials))
+        best = census.ranked(trials, self.directions)
         record = f"  (best: {self._scores(best[0])}, trial {best[0].number})" if best else ""
         return f"[{done}/{self.total}] trial {trial.number}: {self.outcome(trial)}  {show(trial.params)}{record}"
 
@@ -68,9 +68,9 @@ class Board:
             return self._scores(trial) + "".join(f", below the {name}" for name in broken)
         if trial.state == TrialState.PRUNED:
             return f"pruned at {trial.last_step}"
-        if studies.is_killed(trial):
+        if census.is_killed(trial):
             return "killed, to be tried again"
-        return f"failed: {trial.user_attrs[studies.REASON]}" if trial.state == TrialState.FAIL else trial.state.name.lower()
+        return f"failed: {trial.user_attrs[census.REASON]}" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
     def _scores(self, trial: FrozenTrial) -> str:
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.metrics, trial.values, strict=True))
@@ -78,12 +78,12 @@ class Board:
     def _table(self, trials: Sequence[FrozenTrial]) -> Any:
         from rich.table import Table
 
-        done, seconds = len(studies.finished(trials)), time.monotonic() - self.started
-        running = studies.running(trials)
+        done, seconds = len(census.finished(trials)), time.monotonic() - self.started
+        running = census.running(trials)
         table = Table(title=f"{self.name}: {done} of {self.total} trials, {len(running)} running, {seconds:.0f} s", title_justify="left")
         for header in ("trial", "outcome", "parameters"):
             table.add_column(header)
-        for place, trial in enumerate(studies.ranked(trials, self.directions)[:SHOWN]):
+        for place, trial in enumerate(census.ranked(trials, self.directions)[:SHOWN]):
             table.add_row(str(trial.number), self.outcome(trial), show(trial.params), style="bold" if place == 0 else "")
         for trial in running:
             at = f", at {trial.last_step}: {trial.intermediate_values[trial.last_step]:.4g}" if trial.intermediate_values else ""

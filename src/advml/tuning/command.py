@@ -18,7 +18,7 @@ from advml import tracking
 from advml.config import Config
 from advml.paths import Workspace
 from advml.tracking.signals import deferred
-from advml.tuning import outputs, supervisor
+from advml.tuning import census, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
 from advml.tuning.storage import address
@@ -73,7 +73,7 @@ def tune(
     study = studies.create(definition, url, replace=replace)
     studies.bury(study, url)
     scratch = workspace.scratch(f"tune/{search.name}").resolve()
-    orders = Orders(search, url, trials, len(studies.finished(study.get_trials(deepcopy=False))), seed, scratch)
+    orders = Orders(search, url, trials, len(census.finished(study.get_trials(deepcopy=False))), seed, scratch)
     board = Board(search.name, metrics=search.metrics, directions=definition.directions, total=trials)
     with _tracked(search, config, workspace, study) as run:
         try:
@@ -138,7 +138,7 @@ def _close(
         run.log_metrics({f"best/{name}": value for name, value in outputs.scores(search.metrics, best).items()})
     for file in files:
         run.log_file(file, "tune")
-    return Outcome(search.name, folder, len(studies.finished(trials)), best, studies.default_of(trials), confirmed, files)
+    return Outcome(search.name, folder, len(census.finished(trials)), best, census.default_of(trials), confirmed, files)
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -156,8 +156,8 @@ def facts(search: Search, trials: Sequence[FrozenTrial]) -> list[tracking.Trial]
             params=search.proposal(trial.params),
             metrics=outputs.scores(search.metrics, trial),
             history=trial.user_attrs.get("history", ()),
-            reason=trial.user_attrs.get(studies.REASON),
+            reason=trial.user_attrs.get(census.REASON),
         )
         for trial in trials
-        if outputs.state_of(trial) != "waiting" and studies.PROCESS in trial.user_attrs
+        if outputs.state_of(trial) != "waiting" and census.PROCESS in trial.user_attrs
     ]

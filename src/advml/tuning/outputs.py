@@ -19,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from ruamel.yaml import YAML
 
-from advml.tuning import study as studies
+from advml.tuning import census
 from advml.tuning.storage import connect
 from advml.tuning.worker import Search
 
@@ -48,12 +48,12 @@ def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str
 
 def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenTrial | None:
     """The best feasible trial, by the first objective."""
-    return next(iter(studies.ranked(trials, directions)), None)
+    return next(iter(census.ranked(trials, directions)), None)
 
 
 def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
     """best.yaml without its header."""
-    default = studies.default_of(trials)
+    default = census.default_of(trials)
     content = {
         "study": search.name,
         "parameters": search.proposal(best.params),
@@ -62,7 +62,7 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
         "scored": scores(search.metrics, best),
         "default_scored": scores(search.metrics, default) if default else None,
         "trials": {
-            "finished": len(studies.finished(trials)),
+            "finished": len(census.finished(trials)),
             **{state: sum(state_of(trial) == state for trial in trials) for state in ("complete", "pruned", "failed", "killed")},
         },
         **(confirmed or {}),
@@ -83,7 +83,7 @@ def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
 
 def state_of(trial: FrozenTrial) -> str:
     """running, waiting, complete, pruned, failed or killed."""
-    if studies.is_killed(trial):
+    if census.is_killed(trial):
         return "killed"
     return "failed" if trial.state == optuna.trial.TrialState.FAIL else trial.state.name.lower()
 
@@ -101,7 +101,7 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
             [trial.number, state_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
             + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get("seconds")]
             + [trial.params.get(key) for key in keys]
-            + [noted.get(studies.RETRY_OF), noted.get(studies.REASON)]
+            + [noted.get(census.RETRY_OF), noted.get(census.REASON)]
         )
     return stream.getvalue()
 

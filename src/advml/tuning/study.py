@@ -15,31 +15,33 @@ Trials are handed out, and dead ones buried, under the storage's lock, one proce
 
 from __future__ import annotations
 
-import os
-import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import optuna
-import psutil
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from advml.errors import UserError
+from advml.tuning.census import (
+    DEFAULT,
+    KILLS,
+    ORIGIN,
+    PROCESS,
+    REASON,
+    RETRY_OF,
+    finished,
+    hopeless,
+    is_dead,
+    is_killed,
+    running,
+    this_process,
+)
 from advml.tuning.space import Distributions, Values
 from advml.tuning.storage import connect, lock
 
-FINGERPRINT, PROCESS, REASON, RETRY_OF, ORIGIN, KILLS, DEFAULT = (
-    "fingerprint",
-    "process",
-    "reason",
-    "retry_of",
-    "origin",
-    "kills",
-    "default",
-)
+FINGERPRINT = "fingerprint"  # attribute of the study
 MOST_KILLS = 10  # in a row without progress: perhaps the system itself kills it, for want of memory
-HOPELESS = 5  # trials that all fail: so will the next
 CARRIED = (ORIGIN, DEFAULT)  # attributes that a retry takes over
 
 
@@ -142,7 +144,7 @@ def bury(study: optuna.Study, url: str) -> None:
     """End the trials of processes that are gone, and queue their parameters again. Repeating it changes nothing."""
     with lock(url):
         for trial in running(study.get_trials(deepcopy=False)):
-            if _is_dead(trial.user_attrs.get(PROCESS)):
+            if is_dead(trial.user_attrs.get(PROCESS)):
                 _fail(study, trial)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -177,70 +179,3 @@ def _again(trial: FrozenTrial) -> FrozenTrial:
         distributions=trial.distributions,
         user_attrs=attributes,
     )
-
-
-# What a list of trials says
-
-
-def finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Those that count: complete, pruned, or failed for a reason of their own."""
-    return [trial for trial in trials if trial.state.is_finished() and not is_killed(trial)]
-
-
-def running(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    return [trial for trial in trials if trial.state == TrialState.RUNNING]
-
-
-def is_killed(trial: FrozenTrial) -> bool:
-    """Whether the trial ended because its process did."""
-    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
-
-
-def hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
-    """Whether everything that this command has tried has failed."""
-    tried = sorted(finished(trials), key=lambda trial: trial.datetime_complete)[since:]
-    return len(tried) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in tried)
-
-
-def feasible(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Complete trials that keep all constraints."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return [trial for trial in complete if all(violation <= 0 for violation in trial.constraints.values())]
-
-
-def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
-    """Feasible trials by their first objective, the best first; ties: the earlier one."""
-    sign = -1 if directions[0] == "maximize" else 1
-    return sorted(feasible(trials), key=lambda trial: (sign * trial.values[0], trial.number))
-
-
-def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The finished trial of the default's values."""
-    return next((trial for trial in trials if trial.user_attrs.get(DEFAULT) and trial.state == TrialState.COMPLETE), None)
-
-
-# Processes
-
-
-def this_process() -> str:
-    """host:pid:start, which no later process shares."""
-    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def pid_of(trial: FrozenTrial) -> int | None:
-    """The process that works, or has worked, on a trial; None on other machines."""
-    host, pid, _ = trial.user_attrs.get(PROCESS, "::").rsplit(":", 2)
-    return int(pid) if host == platform.node() and pid else None
-
-
-def _is_dead(process: str | None) -> bool:
-    """Whether a process of this machine is gone; of other machines the heartbeats tell."""
-    if process is None:
-        return True
-    host, pid, started = process.rsplit(":", 2)
-    if host != platform.node():
-        return False
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

@@ -21,6 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from advml.errors import Failure
+from advml.tuning import census
 from advml.tuning import study as studies
 from advml.tuning.storage import GRACE
 from advml.tuning.worker import Orders, work
@@ -61,10 +62,10 @@ def supervise(study: optuna.Study, orders: Orders, *, workers: int, watch: Calla
         while True:
             trials = study.get_trials(deepcopy=False)
             watch(trials)
-            done, at_work = len(studies.finished(trials)), len(studies.running(trials))
-            if studies.hopeless(trials, since=orders.since):
-                said = studies.finished(trials)[-1].user_attrs[studies.REASON]
-                raise Failure(f"the first {studies.HOPELESS} trials all failed, the last one: {said}")
+            done, at_work = len(census.finished(trials)), len(census.running(trials))
+            if census.hopeless(trials, since=orders.since):
+                said = census.finished(trials)[-1].user_attrs[census.REASON]
+                raise Failure(f"the first {census.HOPELESS} trials all failed, the last one: {said}")
             if done >= orders.total:
                 return
             crew.fill(min(workers, crew.at_work_on(trials) + orders.total - done - at_work))
@@ -100,7 +101,7 @@ class Crew:
     def at_work_on(self, trials: Sequence[FrozenTrial]) -> int:
         """How many of the running trials are these workers'."""
         ours = {process.pid for process, _ in self.workers.values()}
-        return sum(studies.pid_of(trial) in ours for trial in studies.running(trials))
+        return sum(census.pid_of(trial) in ours for trial in census.running(trials))
 
     def deaths_since(self, progress: int) -> bool:
         """Take the workers that have ended off the list; True if one was killed.

@@ -26,6 +26,7 @@ import optuna
 from optuna.trial import TrialState
 
 from advml.errors import Failure, UserError
+from advml.tuning import census
 from advml.tuning import study as studies
 from advml.tuning.space import Values
 from advml.tuning.storage import HEARTBEAT
@@ -115,7 +116,7 @@ def work(orders: Orders, slot: int, parent: Connection | None = None) -> None:
 def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt], Sequence[float]], scratch: Path) -> None:
     """One trial from start to end; whatever goes wrong in it is its result."""
     attributes = trial.user_attrs
-    attempt = Attempt(trial, dict(trial.params), scratch / f"trial-{attributes[studies.ORIGIN]}", attributes.get(studies.DEFAULT, False))
+    attempt = Attempt(trial, dict(trial.params), scratch / f"trial-{attributes[census.ORIGIN]}", attributes.get(census.DEFAULT, False))
     state, values, reason, started = TrialState.COMPLETE, None, None, time.monotonic()
     with Heart(study, trial), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
         # Suppressed: the trial was thought dead, for want of heartbeats. Another one has its parameters and its scratch folder.
@@ -129,7 +130,7 @@ def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt],
             state, values, reason = TrialState.FAIL, None, _reason(error)
         attempt.note(seconds=time.monotonic() - started, **({"history": attempt.history} if attempt.history else {}))
         if reason:
-            attempt.note(**{studies.REASON: reason})
+            attempt.note(**{census.REASON: reason})
         study.tell(trial, values=values, state=state)
         shutil.rmtree(attempt.scratch, ignore_errors=True)
 

@@ -1,0 +1,81 @@
+"""What trials say by their states and attributes: which of them count, which is best, and whose process works on them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+
+import psutil
+from optuna.trial import FrozenTrial, TrialState
+
+# Attributes of a trial
+PROCESS = "process"  # that works on it, as `this_process` names it
+REASON = "reason"  # why its parameters do not work
+ORIGIN = "origin"  # number of the first trial of the parameters that it repeats; names the scratch folder
+RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
+KILLS = "kills"  # of processes in a row, without progress
+DEFAULT = "default"  # whether it has the default's values
+
+HOPELESS = 5  # trials that all fail: so will the next
+
+
+def finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that count: complete, pruned, or failed for a reason of their own."""
+    return [trial for trial in trials if trial.state.is_finished() and not is_killed(trial)]
+
+
+def running(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state == TrialState.RUNNING]
+
+
+def is_killed(trial: FrozenTrial) -> bool:
+    """Whether the trial ended because its process did."""
+    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
+
+
+def hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
+    """Whether everything that this command has tried has failed."""
+    tried = sorted(finished(trials), key=lambda trial: trial.datetime_complete)[since:]
+    return len(tried) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in tried)
+
+
+def feasible(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials that keep all constraints."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return [trial for trial in complete if all(violation <= 0 for violation in trial.constraints.values())]
+
+
+def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
+    """Feasible trials by their first objective, the best first; ties: the earlier one."""
+    sign = -1 if directions[0] == "maximize" else 1
+    return sorted(feasible(trials), key=lambda trial: (sign * trial.values[0], trial.number))
+
+
+def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The finished trial of the default's values."""
+    return next((trial for trial in trials if trial.user_attrs.get(DEFAULT) and trial.state == TrialState.COMPLETE), None)
+
+
+def this_process() -> str:
+    """host:pid:start, which no later process shares."""
+    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def pid_of(trial: FrozenTrial) -> int | None:
+    """The process that works, or has worked, on a trial; None on other machines."""
+    host, pid, _ = trial.user_attrs.get(PROCESS, "::").rsplit(":", 2)
+    return int(pid) if host == platform.node() and pid else None
+
+
+def is_dead(process: str | None) -> bool:
+    """Whether a process of this machine is gone; of other machines the heartbeats tell."""
+    if process is None:
+        return True
+    host, pid, started = process.rsplit(":", 2)
+    if host != platform.node():
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
