@@ -255,13 +255,6 @@ def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused(params: Path) -
                 config.changed(loaded, {f"{key}.{name}": other[name]})
 
 
-def test_restarts_that_would_repeat_the_same_attack_are_refused(params: Path) -> None:
-    assert config.load(params, ["evaluate.restarts=3", "evaluate.random_start=true"]).evaluate.restarts == 3
-    assert complaint(params, "evaluate.restarts=3", "evaluate.random_start=false") == (
-        "params.yaml: evaluate.restarts = 3 repeats one attack; set evaluate.random_start = true"
-    )
-
-
 @pytest.mark.parametrize(
     ("text", "line"),
     [

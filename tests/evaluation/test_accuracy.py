@@ -142,6 +142,14 @@ def test_each_figure_ascends_its_own_objective(name):
         assert not torch.allclose(found, wanted, atol=1e-3)
 
 
+def test_without_a_random_start_the_first_run_begins_at_the_image_and_the_others_at_random():
+    network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.random_start=false", "evaluate.restarts=2")
+    images, labels = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+    figure = figures(settings, None)[1]
+    runs = {name: [getattr(figure, name)(network, images, labels, generator_for(seed)) for seed in (1, 2)] for name in ("craft", "again")}
+    assert torch.equal(*runs["craft"]) and not torch.equal(*runs["again"])
+
+
 def undecided(images: torch.Tensor):
     """An untrained network prefers one class; this one is undecided. And its own predictions as labels."""
     network = build(ARCHITECTURE, seed=0).eval()

@@ -58,7 +58,7 @@ def split(classes: list[int], labels: list[int] | None = None) -> Split:
 
 
 def figure(attack: Scripted, name: str = "accuracy/x", **how) -> Figure:
-    return Figure(name, attack, THREAT, **how)
+    return Figure(name, attack, threat_model=THREAT, **how)
 
 
 def run(data: Split, *figures: Figure, batch_size: int = 100, seed: int = 0, keep: int | None = None, **options) -> dict[str, Outcome]:
@@ -102,6 +102,13 @@ def test_the_network_is_judged_in_eval_mode_and_by_a_copy():
 def test_an_image_survives_only_if_it_survives_every_restart(coupled):
     attack = Scripted([{0, 2}, {1}, set()])
     assert right(split([0, 1, 2, 3]), attack, coupled=coupled, restarts=3) == [False, False, False, True]
+
+
+def test_repetitions_of_an_attack_that_begins_at_the_image_begin_at_random():
+    """Or they would repeat it; the figure says what they do."""
+    first, others = Scripted([{0}]), Scripted([{1}, set()])
+    found = run(split([0, 1, 2]), figure(first, again=others, restarts=3))["accuracy/x"]
+    assert (first.shown, others.shown) == ([[0, 1, 2]], [[1, 2], [2]]) and found.right.tolist() == [False, False, True]
 
 
 def test_broken_images_leave_the_batch_of_a_per_sample_objective():

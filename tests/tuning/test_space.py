@@ -176,5 +176,5 @@ def test_a_proposed_attack_keeps_to_the_budget_and_to_what_params_yaml_allows(ma
     values = {"restarts": 4, "random_start": False, "step_size": 2.0, "momentum": 0.5, "schedule": "linear", "objective": "dlr"}
     found = search.proposal(values)
     assert found["evaluate.steps"] * found["evaluate.restarts"] == 20 and found["evaluate.step_size"] == 0.3
-    assert config.changed(load(), found).evaluate.objective == "dlr"
+    assert config.changed(load(), found).evaluate.objective == "dlr" and found["evaluate.random_start"] is False
     assert search.default()["step_size"] * 0.15 == pytest.approx(2.5 * 0.15 / 20)

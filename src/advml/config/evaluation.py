@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from advml.config.names import CorruptionName
@@ -26,12 +26,6 @@ class EvaluationAttack(Section):
     keep: Literal["best", "last"]
     adversarial_images: Count | None = None  # test images whose adversarial examples are stored; None: all
     seed: Annotated[Whole, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _restarts(self) -> EvaluationAttack:
-        if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"evaluate.restarts = {self.restarts} repeats one attack; set evaluate.random_start = true")
-        return self
 
 
 class WorstCase(Section):

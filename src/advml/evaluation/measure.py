@@ -155,7 +155,8 @@ class _Batch:
     def _attack(self, images: Tensor, labels: Tensor, restart: int) -> tuple[Tensor, dict[str, int]]:
         generator = generator_for(self.figure.name, self.effort.seed, self.number, restart)
         with self.effort.machine.autocast(), counted(self.network) as passes:
-            adversarial = self.figure.craft(self.network, images, labels, generator)
+            craft = self.figure.craft if restart == 0 else self.figure.again or self.figure.craft
+            adversarial = craft(self.network, images, labels, generator)
         return adversarial, passes
 
     def _note(self, found: Parts, chosen: Tensor, adversarial: Tensor, images: Tensor, labels: Tensor) -> None:

@@ -38,6 +38,7 @@ class Figure:
 
     Attributes:
         name: of the metric, or under `worst_case/` of a step of the cascade.
+        again: what repetitions do; None: the same. An attack that begins at the image begins at random then, or it would repeat itself.
         settings: of the attack, for the record.
         restarts: the attack is repeated on what it has left over.
         coupled: the objective couples the batch: images must not leave it.
@@ -47,6 +48,7 @@ class Figure:
 
     name: str
     craft: Craft | None = None
+    again: Craft | None = None
     threat_model: ThreatModel | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     restarts: int = 1
@@ -112,19 +114,22 @@ def _step(configuration: config.Config, name: str, classes: int) -> Figure:
         )
 
     settings = {"attack": name, "library": "pyautoattack", **_threat(adversary.threat_model), **asdict(strength)}
-    return Figure(f"worst_case/{name}", craft, adversary.threat_model, settings)
+    return Figure(f"worst_case/{name}", craft, threat_model=adversary.threat_model, settings=settings)
 
 
 def pgd_figure(name: str, adversary: Adversary, make: MakeObjective, *, loss: str, note: str = "") -> Figure:
     """A figure of our own PGD."""
 
-    def craft(network: Network, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        return adversary.attack(network, lambda: make(network, images, labels), images, generator=generator)
+    def crafting(adversary: Adversary) -> Craft:
+        return lambda network, images, labels, generator: adversary.attack(
+            network, lambda: make(network, images, labels), images, generator=generator
+        )
 
     attack = asdict(adversary)
     del attack["threat_model"]
     settings = {"attack": "pgd", "objective": loss, **_threat(adversary.threat_model), **attack}
-    return Figure(name, craft, adversary.threat_model, settings | ({"note": note} if note else {}))
+    again = crafting(replace(adversary, random_start=True))
+    return Figure(name, crafting(adversary), again, adversary.threat_model, settings | ({"note": note} if note else {}))
 
 
 def _threat(threat_model: ThreatModel) -> dict[str, Any]:

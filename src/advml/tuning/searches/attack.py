@@ -120,7 +120,6 @@ class AttackSearch:
             "steps": steps,
             "step_size": found["step_size"] * self.config.attacked_epsilon,
             **{key: found[key] for key in KEYS if key != "step_size"},
-            "random_start": found["random_start"] or found["restarts"] > 1,  # repetitions start at random anyway
         }
         known = type(self.config.evaluate).model_fields
         return {f"evaluate.{key}": value for key, value in given.items() if key in known}
