@@ -258,7 +258,8 @@ def test_a_study_in_which_everything_fails_stops_and_says_why(toy, run, trials_o
     with pytest.raises(Failure, match=r"^the first 5 trials all failed, the last one: (ValueError: nothing works|out of memory)"):
         run(Toy(toy.log, fails="all"), total=30, workers=2)
     assert len(started(toy)) <= 6
-    assert states(trials_of("toy")).keys() == {"FAIL"}
+    left = states(trials_of("toy"))
+    assert left["FAIL"] >= 5 and left.keys() <= {"FAIL", "WAITING"}  # one that was at work when the command gave up waits to be run again
     fixed = run(toy, total=8)  # the user has mended it: the same command goes on
     assert states(fixed)["COMPLETE"] >= 2
 
