@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,17 @@ class Workspace:
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
         return self.root / ".scratch" / stage
+
+
+def checked_name(name: str, *, option: str = "--name") -> str:
+    """A name that may become a folder.
+
+    Raises:
+        UserError: it could lead out of its place, or is not printable everywhere.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UserError(f"{option} {name!r} is no name for a folder; use letters, digits, points, hyphens and underscores")
+    return name
 
 
 def find_model(workspace: Workspace, model: str) -> Path:

@@ -63,7 +63,7 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
             return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
         figures = evaluation["figures"]
         shown = [line for name, figure in figures.items() for line in (_figure(name, figure), *_cascade(figure))]
-        return ["accuracy on test (95 % intervals)", *shown, *flags_of(evaluation)]
+        return ["accuracy on test (95 % intervals)", *shown, *flags_of(evaluation), *_transfer_flags(workspace, record["name"])]
 
 
 def _figure(name: str, figure: dict[str, Any]) -> str:
@@ -78,10 +78,22 @@ def _figure(name: str, figure: dict[str, Any]) -> str:
 def flags_of(evaluation: dict[str, Any]) -> list[str]:
     """Why the attacked figures should not be believed as they stand; a line if diagnostics found nothing."""
     diagnostics = evaluation.get("diagnostics", {})
+    if "skipped" in diagnostics:
+        return [f"  diagnostics: not judged ({diagnostics['skipped']})"]
     if "evidence" not in diagnostics:
         return []
     lines = [f"  ! {flag['name']}: {flag['saw']}; try {flag['try']}" for flag in diagnostics["flags"]]
     return lines or ["  diagnostics: no flag"]
+
+
+def _transfer_flags(workspace: Workspace, model: str) -> list[str]:
+    """The same for what `advml transfer` has found."""
+    made = workspace.report("transfer") / "transfer.json"
+    if not made.is_file():
+        return []
+    with _reading(made) as found:
+        flags = [flag for block in found["seeds"] if model in block["models"] for flag in block["flags"] if flag["model"] == model]
+        return [f"  ! {flag['name']}: {flag['saw']}; try {flag['try']}" for flag in flags]
 
 
 def _cascade(figure: dict[str, Any]) -> list[str]:

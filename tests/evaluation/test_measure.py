@@ -207,3 +207,27 @@ def test_a_remembered_batch_is_not_attacked_again(tmp_path):
     assert again.shown == [[2, 3]]
     for name in ("right", "predicted", "forward", "images"):
         assert torch.equal(getattr(remembered["accuracy/x"], name), getattr(found["accuracy/x"], name))
+
+
+def test_a_model_that_draws_at_random_gives_the_same_wherever_the_evaluation_goes_on(tmp_path):
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.randn(len(images), 4)
+
+    data, state = split([0, 1, 2, 3] * 10), torch.get_rng_state()
+
+    def measured(folder: str) -> Tensor:
+        found = measure(Noisy(), data, [Figure("accuracy/clean")], Effort(8, 0, CPU), memo=Memo(tmp_path / folder))
+        return found["accuracy/clean"].right
+
+    whole = measured("first")
+    for path in list((tmp_path / "first").iterdir())[:3]:
+        path.unlink()
+    assert torch.equal(measured("first"), whole) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_figure_draws_its_own_random_numbers():
+    """Else the restarts of one attack would repeat the starts of another."""
+    first, second = Scripted([set()]), Scripted([set()])
+    run(split([0, 1]), figure(first, "accuracy/x"), figure(second, "accuracy/y"))
+    assert first.draws != second.draws

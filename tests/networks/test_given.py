@@ -28,6 +28,41 @@ def good():
     torch.manual_seed(1)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).train()
 
+def normed():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
+
+class Reshaping(nn.Module):
+    encoder = "a word"
+
+    def __init__(self, temperature=1.0):
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear, self.temperature = nn.Linear(64, 4), temperature
+
+    def forward(self, images):
+        return self.linear(images.view(len(images), -1)) / self.temperature
+
+def reshaping():
+    return Reshaping()
+
+def colder():
+    return Reshaping(0.1)
+
+class Rounding(Reshaping):
+    def forward(self, images):
+        images.mul_(4).round_()
+        return super().forward(images.long().float())
+
+def rounding():
+    return Rounding()
+
+def leaving():
+    raise SystemExit("bye")
+
+def lost():
+    return {}["key"]
+
 def narrow():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
@@ -59,7 +94,7 @@ def test_a_function_gives_a_model_in_eval_mode_with_a_digest_of_its_weights(here
     assert given.name == "somebodys-good" and not given.network.training and sys.path == path
     assert given.digest == found("somebodys:good", dataset).digest and given.scheme is None
     with torch.no_grad():
-        given.network[1].weight[0, 0] += 1
+        given.network.module[1].weight[0, 0] += 1
     from advml.networks.given import _digest
 
     assert _digest(given.network) != given.digest
@@ -71,6 +106,8 @@ def test_a_function_gives_a_model_in_eval_mode_with_a_digest_of_its_weights(here
         "somebodys:nobody": "gives no model: AttributeError",
         "nowhere:good": "gives no model: ModuleNotFoundError",
         "somebodys:broken": "gives no model: RuntimeError: no such file",
+        "somebodys:leaving": "gives no model: SystemExit: bye",
+        "somebodys:lost": "gives no model: KeyError",
         "somebodys:number": "returns int; it must return a torch module",
         "somebodys:narrow": r"gives \(2, 3\) for 2 images; the prepared data need \(2, 4\)",
         "somebodys:large": "does not take 1x8x8 images",
@@ -111,7 +148,33 @@ def test_weights_that_do_not_fit_are_one_line(weights, dataset, tmp_path):
         assert "\n" not in str(stopped.value)
 
 
+def test_the_same_weights_under_other_code_are_another_model(here, dataset):
+    one, same, other = (found(f"somebodys:{name}", dataset) for name in ("reshaping", "reshaping", "colder"))
+    assert one.digest == other.digest and one.origin["behaviour"] == same.origin["behaviour"] != other.origin["behaviour"]
+
+
 # As a stage
+
+
+@pytest.mark.parametrize("name", ["normed", "reshaping", "rounding"])
+def test_strangers_that_need_contiguous_images_change_them_or_have_no_gradient_are_measured(make_study, here, name):
+    """And one without a gradient gets the flag that says so."""
+    study = make_study(name)
+    context = study.context("diagnostics.images=40")
+    metrics = evaluate.run_given(context, found(f"somebodys:{name}", context.dataset))
+    record = json.loads((study.workspace.report(f"somebodys-{name}") / "evaluation.json").read_text())
+    assert "accuracy/worst_case" in metrics and record["figures"]["accuracy/threat_model_2"]["forward"] > 0
+    assert ("dead_gradients" in {flag["name"] for flag in record["diagnostics"]["flags"]}) == (name == "rounding")
+
+
+@pytest.mark.parametrize("name", ["../../models", "a/b", ".hidden", "", "CL-AT-s7", "SL-st-s0", "transfer", "compare", "tune"])
+def test_a_name_that_leads_elsewhere_or_is_taken_is_refused(make_study, here, name):
+    study = make_study("named")
+    context = study.context()
+    before = sorted(study.root.rglob("*"))
+    with pytest.raises(UserError, match=r"is no name for a folder|is a name of this study"):
+        evaluate.run_given(context, replace(found("somebodys:good", context.dataset), name=name))
+    assert sorted(study.root.rglob("*")) == before
 
 
 def test_anyones_model_gets_the_figures_of_the_grid_but_threat_model_1(make_study, here, dataset):
@@ -124,7 +187,7 @@ def test_anyones_model_gets_the_figures_of_the_grid_but_threat_model_1(make_stud
     assert json.loads((folder / "metrics.json").read_text()) == metrics == record["metrics"]
     names = {f"accuracy/{name}" for name in ("clean", "threat_model_2", "threat_model_2_half", "worst_case")}
     assert set(record["figures"]) == names == {name for name in metrics if name.startswith("accuracy/") and name.count("/") == 1}
-    assert record["digest"] == given.digest and record["origin"] == {"function": "somebodys:good"} and record["trained_on"] is None
+    assert record["digest"] == given.digest and record["origin"]["function"] == "somebodys:good" and record["trained_on"] is None
     table, about = samples.read(folder / "samples.parquet")
     assert table.num_rows == len(context.dataset.test) and about["test_digest"] == record["test_digest"]
     assert not list(study.workspace.scratch("x").parent.glob("evaluate-*"))
@@ -141,7 +204,7 @@ def test_our_model_from_elsewhere_gives_the_very_figures_of_its_stage(make_study
     assert evaluate.of_study(study.workspace, str(folder)) == {"scheme": "CL", "regime": "ST", "seed": 0}
     assert evaluate.of_study(study.workspace, "CL-ST-s0") and evaluate.of_study(study.workspace, "resnet18") is None
     given = found(str(folder), context.dataset)
-    with pytest.raises(UserError, match=r"CL-ST-s0 is the name of a model of this study.*--name"):
+    with pytest.raises(UserError, match=r"CL-ST-s0 is a name of this study.*--name"):
         evaluate.run_given(context, given)
     assert evaluate.run_given(context, replace(given, name="other")) == metrics
 
@@ -155,4 +218,5 @@ def test_a_module_that_cannot_be_copied_is_measured_all_the_same(make_study):
             raise TypeError("cannot be copied")
 
     context = make_study("stubborn").context()
-    assert "accuracy/worst_case" in evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
+    metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
+    assert "accuracy/worst_case" in metrics and "diagnostics/flags" not in metrics  # nobody could look: that is not "no flag"

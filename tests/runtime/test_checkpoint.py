@@ -21,7 +21,7 @@ from advml.runtime.checkpoint import (
     restore_optimizer,
     write_atomically,
 )
-from advml.training.loop import OPTIMIZERS
+from advml.training.optimizers import OPTIMIZERS
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def _sample_linf(like: Tensor, generator: torch.Generator) -> Tensor:
 def _sample_l2(like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in the unit ball: a Gaussian direction, a radius u^(1/dimension)."""
     direction = _unit_l2(torch.randn(like.shape, generator=generator, dtype=torch.float32))
-    radius = torch.rand(len(like), generator=generator) ** (1 / like[0].numel())
+    radius = torch.rand(len(like), generator=generator) ** (1 / like.shape[1:].numel())
     return direction * _over_images(radius, like)
 
 

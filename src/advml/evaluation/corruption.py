@@ -25,6 +25,7 @@ from advml.data.corruptions.published import Published
 from advml.data.datasets import Split
 from advml.errors import UserError
 from advml.evaluation.intervals import clustered
+from advml.evaluation.measure import predict
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
 
@@ -86,8 +87,7 @@ def one(
             images = chosen.images[first : first + batch_size]
             if not (published and name in published):
                 images = corrupt(name, images, severity=severity, seed=spec.seed, first=first)
-            with machine.autocast():
-                right.append(network(machine.images(images)).argmax(1).cpu() == chosen.labels[first : first + batch_size])
+            right.append(predict(network, machine.images(images), machine).cpu() == chosen.labels[first : first + batch_size])
             on_batch(len(images))
         rows.append(torch.cat(right))
     return torch.stack(rows)

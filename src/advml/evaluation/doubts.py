@@ -21,7 +21,7 @@ from advml.evaluation.diagnostics.rules import beyond_tolerance
 from advml.evaluation.measure import Outcome
 from advml.runtime.machine import Machine
 
-SQUARE = "worst_case/square"
+SQUARE, SQUARE_FLAG = "worst_case/square", "black_box_stronger"
 
 
 def look(
@@ -48,10 +48,23 @@ def look(
     except UserError as reason:
         return {"flags": [], "skipped": str(reason)}
     raised, found = flags(evidence), {"evidence": evidence.as_record()}
+    raised += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in raised) else []
     if spec.minimal:
         found["minimal"], more = _nearest(network, images, labels, evidence, white, configuration)
         raised += more
     return {"flags": [flag.as_record() for flag in raised], **found}
+
+
+def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
+    """The rule on attacks without gradients, on all test images: Square has seen them all."""
+    if SQUARE not in outcomes:
+        return []
+    before = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
+    broken, standing = int((before & ~survivors(outcomes)).sum()), int(before.sum())
+    if not beyond_tolerance(broken, standing):
+        return []
+    saw = f"Square breaks {broken} of {standing} test images that survive all attacks by gradients"
+    return [Flag(SQUARE_FLAG, saw, "white-box attacks through a smooth substitute of the layer at fault (BPDA), and more queries")]
 
 
 def _verdicts(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,7 +14,8 @@ from advml.attacks.threat import NORMS
 from advml.data.datasets import Split
 from advml.errors import Failure
 from advml.evaluation.plan import Figure
-from advml.runtime.machine import Machine, generator_for
+from advml.networks.models import Network
+from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
 from advml.runtime.memo import Memo, Parts
 
 ROUNDING = 1e-5  # how far beyond the ball float32 may carry an honest attack
@@ -85,7 +86,7 @@ def measure(
         parts = []
         for batch, chosen in enumerate(rows.split(effort.batch_size) if len(rows) else ()):
             batch_of = _Batch(network, scorer, figure, split, chosen, clean, effort, batch)
-            part = memo(f"{figure.name} batch {batch}", batch_of.measure)
+            part = memo(f"{figure.name} batch {batch}", batch_of.measure_alone)
             parts.append(part)
             standing[chosen] &= part["right"]
             on_batch(number * total + int(chosen[-1]) + 1, float(standing.double().mean()))
@@ -122,6 +123,11 @@ class _Batch:
     clean: Outcome | None
     effort: Effort
     number: int
+
+    def measure_alone(self) -> Parts:
+        """`measure`, with random numbers of its own for models that draw some: the same wherever an interrupted evaluation goes on."""
+        with own_randomness(derived_seed("model", self.figure.name, self.effort.seed, self.number), self.effort.machine.device):
+            return self.measure()
 
     def measure(self) -> Parts:
         machine, figure = self.effort.machine, self.figure
@@ -206,7 +212,7 @@ def counted(network: nn.Module) -> Iterator[dict[str, int]]:
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(backward)
 
-    handle = getattr(network, "encoder", network).register_forward_hook(forward)
+    handle = (network.encoder if isinstance(network, Network) else network).register_forward_hook(forward)
     try:
         yield passes
     finally:

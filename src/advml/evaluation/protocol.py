@@ -56,9 +56,10 @@ class Evaluation:
     kept: dict[str, Any]
 
     @property
-    def flags(self) -> list[str]:
-        """Names of the flags that the diagnostics raised."""
-        return [flag["name"] for flag in self.record["diagnostics"]["flags"]]
+    def verdict(self) -> str:
+        """Names of the flags that the diagnostics raised, or that there are none, or that nobody looked."""
+        found = self.record["diagnostics"]
+        return "not judged" if "skipped" in found else ", ".join(flag["name"] for flag in found["flags"]) or "none"
 
 
 def evaluate(
@@ -100,7 +101,7 @@ def evaluate(
     record |= {"corruptions": corruption.describe(rights, configuration.corruptions, published=published)}
     images = outcomes[kept.name].images
     return Evaluation(
-        metrics | {"diagnostics/flags": len(doubted["flags"])} | corruption.metrics(rights),
+        metrics | ({} if "skipped" in doubted else {"diagnostics/flags": len(doubted["flags"])}) | corruption.metrics(rights),
         record,
         samples.table(outcomes, dataset.test, about=about),
         images,

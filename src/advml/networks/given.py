@@ -7,7 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,9 @@ from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks.backbones import create_encoder
 from advml.networks.models import Normalize, load_classifier, read_record
+from advml.runtime.machine import own_randomness
 
 Normalization = Literal["timm", "data", "none"]
-LOADING = (ImportError, AttributeError, TypeError, ValueError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,7 @@ def load(target: str, *, weights: Path | None, normalization: Normalization, spe
             f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
         )
     given.network.eval()
-    _check(given, dataset)
-    return given
+    return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset)})
 
 
 def _ours(folder: Path) -> Given:
@@ -101,7 +100,7 @@ def _timm(name: str, weights: Path, normalization: Normalization, spec: config.M
     mean, std = (_of_channels(values, channels) for values in constants[normalization]())
     origin = {"timm": name, "weights": str(weights), "mean": list(mean), "std": list(std), "stem": spec.stem}
     whole = nn.Sequential(Normalize(mean, std), network)
-    return Given(f"{name}-{weights.stem}", whole, hashlib.sha256(content).hexdigest(), origin)
+    return Given(f"{name}-{weights.stem}", Foreign(whole), hashlib.sha256(content).hexdigest(), origin | {"options": spec.options})
 
 
 def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -116,31 +115,40 @@ def _python(target: str) -> Given:
     try:
         make: Callable[[], Any] = getattr(importlib.import_module(module), function)
         network = make()
-    except LOADING as error:
+    except (Exception, SystemExit) as error:  # somebody's code may fail in any way; it is no failure of ours
         raise UserError(f"{target} gives no model: {type(error).__name__}: {' '.join(str(error).split())}") from None
     finally:
         sys.path.remove(here)
     if not isinstance(network, nn.Module):
         raise UserError(f"{target} returns {type(network).__name__}; it must return a torch module that maps images in [0, 1] to logits")
-    return Given(target.replace(":", "-").replace(".", "-"), network, _digest(network), {"function": target})
+    return Given(target.replace(":", "-").replace(".", "-"), Foreign(network), _digest(network), {"function": target})
 
 
 def _digest(network: nn.Module) -> str:
     """sha256 of the names and bytes of all tensors."""
     found = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    for name, value in network.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        found.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())  # a module's extra state may be anything
     return found.hexdigest()
 
 
-def _check(given: Given, dataset: Dataset) -> None:
-    """Two images tell whether the model takes them, and gives a logit per class."""
+def _bytes(tensor: Tensor) -> bytes:
+    """Also of a single number, such as a batch norm's count of batches."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _behaviour(given: Given, dataset: Dataset) -> str:
+    """A digest of the logits of two images: the same weights under other code are another model.
+
+    Raises:
+        UserError: the model does not take the images, or gives no logit per class.
+    """
     images = dataset.test.images[:2].float() / 255
     try:
-        with torch.no_grad():
+        with torch.no_grad(), own_randomness(0, images.device):
             logits = given.network(images)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:
         raise UserError(
             f"{given.name} does not take {'x'.join(map(str, dataset.shape))} images: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -148,3 +156,22 @@ def _check(given: Given, dataset: Dataset) -> None:
     if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{given.name} gives {shape} for {len(images)} images; the prepared data need {wanted}: a logit per class")
+    return hashlib.sha256(_bytes(logits.float())).hexdigest()[:16]
+
+
+class Foreign(nn.Module):
+    """Somebody's module, as attacks need it: it gets images of its own, contiguous ones, and there is always a gradient.
+
+    Where the module is not differentiable the gradient is zero: attacks fail instead of breaking off, and diagnostics say why.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K)."""
+        logits = self.module(images.clone(memory_format=torch.contiguous_format))
+        if not isinstance(logits, Tensor) or not images.requires_grad or logits.requires_grad:
+            return logits
+        return logits + 0 * images.flatten(1).sum(1, keepdim=True)

@@ -10,7 +10,9 @@ COLUMNS: dict[str, Any] = {
     "attack": lambda r: f"{r['attack']}, {r['objective']}" if "objective" in r else r["attack"],
     "norm": lambda r: r["norm"],
     "ε": lambda r: f"{r['epsilon']:.4g}",
-    "steps": lambda r: r["queries"] if r["attack"] == "square" else r["steps"],
+    "box": lambda r: f"{r['box']}",
+    "steps": lambda r: f"{r['queries']} queries" if r["attack"] == "square" else r["steps"],
+    "targets": lambda r: r["targets"] if r["attack"] in ("apgd-t", "fab-t") else "",
     "step size": lambda r: f"{r['step_size']:.4g}",
     "runs": lambda r: r["restarts"],
     "start": lambda r: "random" if r["random_start"] else "image",
@@ -19,7 +21,7 @@ COLUMNS: dict[str, Any] = {
     "forward": lambda r: f"{r['forward']:,}",
     "backward": lambda r: f"{r['backward']:,}",
 }
-HEADERS = ("figure", "right", "of", *COLUMNS)
+HEADERS = ("figure", "right", "of", "95 % interval", *COLUMNS)
 
 
 def rows(figures: dict[str, dict[str, Any]]) -> list[list[Any]]:
@@ -38,9 +40,10 @@ def cascade(models: list[dict[str, Any]]) -> list[str]:
 
 
 def _rows(name: str, record: dict[str, Any]) -> Iterator[list[Any]]:
-    yield [name, record["correct"], record["n"], *_cells(record)]
+    low, high = record["interval"]
+    yield [name, record["correct"], record["n"], f"[{100 * low:.1f}, {100 * high:.1f}]", *_cells(record)]
     for step in record.get("cascade", ()):
-        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], *_cells(step | {"seed": record["seed"]})]
+        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], "", *_cells(step | {"seed": record["seed"]})]
 
 
 def _cells(record: dict[str, Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from advml.config import Config
 from advml.errors import UserError
+from advml.evaluation import transfer_files
 from advml.paths import Workspace, model_name
 
 Row = dict[str, Any]
@@ -45,6 +46,9 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
+    flagged = [flag["model"] for block in (transfer_files.read(workspace) or {"seeds": []})["seeds"] for flag in block["flags"]]
+    for row in found:
+        row |= {"transfer/flags": flagged.count(row["model"])} if row["model"] in flagged else {}
     return found
 
 
@@ -62,13 +66,17 @@ def cell(row: Row, metric: str) -> str:
     """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash. A `!` marks attacked figures of a model with flags."""
     if metric not in row:
         return "-"
-    mark = " !" if row.get("diagnostics/flags") and metric not in NOT_ATTACKED else ""
+    mark = " !" if _flagged(row) and metric not in NOT_ATTACKED else ""
     return f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]{mark}"
+
+
+def _flagged(row: Row) -> bool:
+    return bool(row.get("diagnostics/flags") or row.get("transfer/flags"))
 
 
 def footnote(table: list[Row]) -> str:
     """What the mark says, or nothing where no figure bears it."""
-    flagged = [row["model"] for row in table if row.get("diagnostics/flags")]
+    flagged = [row["model"] for row in table if _flagged(row)]
     return f"! diagnostics raised flags: see advml show {flagged[0]}" if flagged else ""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -60,3 +62,15 @@ def derived_seed(*parts: object) -> int:
 def generator_for(*parts: object) -> torch.Generator:
     """A CPU generator seeded by `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Within: models that draw from the global RNG draw from `seed`. After: the RNG is as it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every GPU as well
+        for used in devices:
+            with torch.cuda.device(used):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -21,7 +21,8 @@ class Memo:
     """`memo("threat_model_2/batch 3", compute)`: what `compute` gives, computed once however often the process is killed.
 
     Args:
-        folder: of the job, e.g. that of a `Checkpoint`, which empties it when the job's inputs have changed; None: remembers nothing.
+        folder: of this very job, whose inputs are part of its name, so that a job of other inputs cannot read its parts; None: remembers
+            nothing.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -29,15 +30,16 @@ class Memo:
 
     def __call__(self, part: str, compute: Callable[[], Parts]) -> Parts:
         """Tensors by name, on the CPU. A damaged file counts as none."""
-        if self.folder is None:
-            return compute()
-        path = self._path(part, "safetensors")
+        path = self._path(part, "safetensors") if self.folder else None
         try:
-            return load_file(path)
+            if path:
+                return load_file(path)
         except (FileNotFoundError, SafetensorError):
-            found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+            pass
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+        if path:
             write_atomically(path, save(found))
-            return found
+        return found
 
     def json(self, part: str, compute: Callable[[], Any]) -> Any:
         """The same for what JSON can hold."""

@@ -99,6 +99,8 @@ def _add_report(run: Run, workspace: Workspace, name: str) -> None:
     metrics, made = workspace.report(name) / "metrics.json", workspace.record("evaluate", name)
     if metrics.exists() and run.log_metrics(_read(metrics)) and made.exists():
         run.log_file(made, "records/evaluate")
+        if workspace.samples(name).exists():
+            run.log_file(workspace.samples(name), "samples")
     log_representation(run, workspace, name)
 
 

@@ -88,6 +88,7 @@ LINES = [
         {"black_box": {"noise": 4, "square": 5}},
         "white-box attacks: square 5 of 100 (55 survive)",
     ),
+    ("figure_too_high", {"n": 100, "figure_broken": 4}, {"n": 100, "figure_broken": 5}, "5 of 100"),
     ("black_box_stronger", {"n": 10, "black_box": {"square": 1}}, {"n": 10, "black_box": {"square": 2}}, "square 2 of 10"),
     ("dead_gradients", {"zero_clean": 5, "zero_random": 5}, {"zero_clean": 6, "zero_random": 5}, "exactly zero for 6 at the image and 5"),
     ("dead_gradients", {"zero_margin": 100}, {"zero_random": 6}, "and 6 at a random point"),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from advml.attacks.pgd import pgd
 from advml.attacks.threat import ThreatModel
 from advml.errors import UserError
-from advml.evaluation.diagnostics.target import Target, own_randomness
+from advml.evaluation.diagnostics.target import Target
+from advml.runtime.machine import own_randomness
 
 IMAGES = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 

@@ -55,6 +55,7 @@ class Evidence:
         output_low, output_sum, output_sum_spread, output_log_sum_exp: smallest output; mean and range of its sum over classes;
             largest |log sum exp|.
         forward, backward: passes per sample, all probes together.
+        figure_broken: samples that survive the attacks behind the figure, and that these probes (PGD, one step, noise) break.
     """
 
     norm: str
@@ -89,6 +90,7 @@ class Evidence:
     output_log_sum_exp: float
     forward: float
     backward: float
+    figure_broken: int = 0
 
     def as_record(self) -> dict[str, Any]:
         """For JSON: plain containers; numbers that are not finite become None."""

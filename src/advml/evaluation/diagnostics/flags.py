@@ -24,6 +24,7 @@ RULES: tuple[tuple[str, Callable[[Evidence], rules.Finding | None]], ...] = (
     ("curve_not_monotone", rules.curve_not_monotone),
     ("curve_above_chance", rules.curve_above_chance),
     ("single_step_stronger", rules.single_step_stronger),
+    ("figure_too_high", rules.figure_too_high),
     ("black_box_stronger", rules.black_box_stronger),
     ("dead_gradients", rules.dead_gradients),
     ("misleading_gradients", rules.misleading_gradients),

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from advml.attacks.threat import ThreatModel
 from advml.evaluation.diagnostics.evidence import Evidence, Point, Rise
 from advml.evaluation.diagnostics.perturbations import Attacked, Samples, batches
-from advml.evaluation.diagnostics.target import Target, own_randomness
+from advml.evaluation.diagnostics.target import Target
 from advml.evaluation.intervals import binomial_tail, wilson
-from advml.runtime.machine import derived_seed
+from advml.runtime.machine import derived_seed, own_randomness
 
 RANDOM_NOISE = "random noise"  # its name among the black-box attacks
 
@@ -71,6 +71,7 @@ def probe(
         white = plain.right & single.right & (True if white_box is None else white_box.to(images.device)[chosen])
         after = {RANDOM_NOISE: samples.noise(threat_model)} | {name: right.to(images.device)[chosen] for name, right in black_box.items()}
         again = samples.again(fresh, plain.images)
+        figure = white_box.to(images.device)[chosen] if white_box is not None else white
         return Evidence(
             norm=threat_model.norm,
             epsilon=threat_model.epsilon,
@@ -101,6 +102,7 @@ def probe(
             output_log_sum_exp=float(first.logsumexp(1).abs().max()),
             forward=(target.forward + fresh.forward) / max(1, len(chosen)),
             backward=target.backward / max(1, len(chosen)),
+            figure_broken=_count(figure & ~(plain.right & single.right & after[RANDOM_NOISE])),
         )
 
 

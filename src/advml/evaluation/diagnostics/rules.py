@@ -68,6 +68,16 @@ def single_step_stronger(e: Evidence) -> Finding | None:
     )
 
 
+def figure_too_high(e: Evidence) -> Finding | None:
+    """The attacks behind a figure should break what these cheap probes break."""
+    if not beyond_tolerance(e.figure_broken, e.n):
+        return None
+    return (
+        f"{e.figure_broken} of {e.n} samples survive the attacks behind the figure, but not {e.steps} steps of PGD, one step, or noise",
+        "a stronger attack in evaluate (step_size: null, more steps, a random start) and the whole cascade in worst_case",
+    )
+
+
 def black_box_stronger(e: Evidence) -> Finding | None:
     """Attacks that see no gradient of the model know less, so they should not win on more than TOLERATED of the samples."""
     stronger = {name: count for name, count in e.black_box.items() if beyond_tolerance(count, e.n)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +81,3 @@ class Target:
             return values + slope
 
         return objective
-
-
-@contextlib.contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: models that draw from the global RNG draw from `seed`. After: the RNG is as it was."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every GPU as well
-        for used in devices:
-            with torch.cuda.device(used):
-                torch.cuda.manual_seed(seed)
-        yield
