@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,17 @@ def pretraining_name(scheme: str, phase: str, seed: int) -> str:
 def model_name(scheme: str, regime: str, seed: int) -> str:
     """`CL-Full-AT-s0`."""
     return f"{scheme}-{regime}-s{seed}"
+
+
+def checked_name(name: str, *, option: str = "--name") -> str:
+    """The name, which is to be part of a path and so must not lead out of its folder.
+
+    Raises:
+        UserError: it is not made of letters, digits, `_`, `.` and `-`, the first one a letter or digit.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
+        raise UserError(f"{option} {name!r} is no name; use letters, digits, '_', '.' and '-', beginning with a letter or digit")
+    return name
 
 
 @dataclass(frozen=True)

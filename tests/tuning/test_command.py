@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import census, command, supervisor
 from advml.tuning import study as studies
@@ -172,3 +172,11 @@ def test_workers_import_what_searches_need_only_once():
     source = Path(supervisor.__file__).read_text()
     names = [part.strip().strip('"') for part in source.split("PRELOADED = [")[1].split("]")[0].split(",")]
     assert names and all(importlib.import_module(name) for name in names)
+
+
+def test_a_name_that_leads_out_of_its_folder_removes_nothing(tune, toy, study):
+    kept = study.workspace.scratch("keep")
+    kept.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--name '\.\./\.\.' is no name"):
+        tune(Toy(toy.log, name="../.."), trials=1)
+    assert kept.is_dir() and not toy.log.exists()

@@ -9,7 +9,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from advml import config
 from advml.errors import UserError
+from advml.paths import Workspace
 from advml.tuning import space as spaces
+from advml.tuning.apply import proposal
 from advml.tuning.searches import AttackSearch, TrainingSearch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -178,3 +180,18 @@ def test_a_proposed_attack_keeps_to_the_budget_and_to_what_params_yaml_allows(ma
     assert found["evaluate.steps"] * found["evaluate.restarts"] == 20 and found["evaluate.step_size"] == 0.3
     assert config.changed(load(), found).evaluate.objective == "dlr" and found["evaluate.random_start"] is False
     assert search.default()["step_size"] * 0.15 == pytest.approx(2.5 * 0.15 / 20)
+
+
+@pytest.mark.parametrize("name", ["../..", "..", ".", "", "a/b", "/tmp", "-x", ".x", "a b", "a\n", "ä"])
+def test_a_name_that_could_leave_its_folder_is_refused_before_anything_starts(made, name):
+    asked = [
+        lambda: AttackSearch.of(load(), made, "CL-AT-s0", name=name),
+        lambda: TrainingSearch.of(load(), made, "finetune", "CL", "Full-AT", seed=0, name=name),
+        lambda: TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0, name=name),
+    ]
+    for ask in asked if name else ():  # without a name the study has one of its own
+        with pytest.raises(UserError, match=r"^--name .* is no name; use letters, digits"):
+            ask()
+    with pytest.raises(UserError, match=r"^the study .* is no name; use letters, digits"):
+        proposal(Workspace(made), name)
+    assert AttackSearch.of(load(), made, "CL-AT-s0", name="v1.2_a-b").name == "v1.2_a-b"

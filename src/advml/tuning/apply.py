@@ -12,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 from advml.config import apply as read
 from advml.config import validate
 from advml.errors import UserError
-from advml.paths import Workspace
+from advml.paths import Workspace, checked_name
 from advml.rewrite import rewrite
 from advml.tuning.outputs import BEST
 
@@ -23,7 +23,7 @@ def proposal(workspace: Workspace, name: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = workspace.reports / "tune" / name / BEST
+    path = workspace.reports / "tune" / checked_name(name, option="the study") / BEST
     try:
         found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["parameters"]
     except FileNotFoundError:

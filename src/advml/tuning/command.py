@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from advml import tracking
 from advml.config import Config
-from advml.paths import Workspace
+from advml.paths import Workspace, checked_name
 from advml.tracking.signals import deferred
 from advml.tuning import census, outputs, supervisor
 from advml.tuning import study as studies
@@ -68,6 +68,7 @@ def tune(
         UserError: the storage or the study cannot be used.
         Failure: all trials fail, or all workers die.
     """
+    checked_name(search.name)  # its folders are removed in the end
     url, definition = address(storage, root=workspace.root), search.definition()
     supervisor.processes()  # begins to import torch, beside what this process does
     study = studies.create(definition, url, replace=replace)

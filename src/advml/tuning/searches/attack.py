@@ -9,7 +9,7 @@ from typing import Any
 
 from advml.config import Config, digest
 from advml.errors import UserError
-from advml.paths import Workspace, find_model
+from advml.paths import Workspace, checked_name, find_model
 from advml.tuning import space as spaces
 from advml.tuning.sampling import tpe, wilcoxon
 from advml.tuning.searches.files import data_digest, record_of
@@ -36,8 +36,9 @@ class AttackSearch:
     @classmethod
     def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = False, name: str | None = None) -> AttackSearch:
         """Raises UserError: there is no such model, or the space is wrong."""
-        folder = find_model(Workspace(root), model)
-        search = cls(configuration, root.resolve(), folder.name, folder.resolve(), autoattack, name)
+        folder = find_model(Workspace(root), model).resolve()
+        search = cls(configuration, root.resolve(), folder.name, folder, autoattack, name)
+        checked_name(search.name)
         spaces.check(search.space, search.accept, section="tune.attack.space")
         return search
 

@@ -11,6 +11,7 @@ import optuna
 
 from advml.config import Config, digest
 from advml.errors import UserError
+from advml.paths import checked_name
 from advml.tuning import space as spaces
 from advml.tuning.sampling import Hyperband, tpe
 from advml.tuning.searches.files import data_digest
@@ -48,6 +49,7 @@ class TrainingSearch(Trained):
     ) -> TrainingSearch:
         """Raises UserError: there is nothing to learn, nothing to start from, or the space is wrong."""
         whole = cls(configuration, root.resolve(), kind, scheme, which, seed, pareto, name)
+        checked_name(whole.name)
         if kind == "finetune" and scheme == "SL" and which in ("ST", "AT"):
             raise UserError(f"SL pretrains its classifier, so {which} has nothing to fine-tune; choose Partial-AT or Full-AT")
         if not whole.given:
