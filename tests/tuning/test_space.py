@@ -10,6 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from advml import config
 from advml.errors import UserError
 from advml.paths import Workspace
+from advml.tuning import budget
 from advml.tuning import space as spaces
 from advml.tuning.apply import proposal
 from advml.tuning.searches import AttackSearch, TrainingSearch
@@ -149,6 +150,46 @@ def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
     assert finetuning(made).definition().fingerprint not in prints
 
 
+OWN = {"objective": "margin", "momentum": 0.75, "schedule": "cosine", "keep": "last", "random_start": False, "restarts": 2}
+
+
+def test_the_default_of_an_attack_search_is_the_attack_of_evaluate_whatever_it_is(made):
+    search = AttackSearch.of(load(*(f"evaluate.{key}={value}" for key, value in OWN.items())), made, "CL-AT-s0")
+    assert {key: search.default()[key] for key in OWN} == OWN and search.steps({}) == 20
+    own = load(*(f"evaluate.{key}={value}" for key, value in OWN.items()), "evaluate.step_size=0.03")
+    search = AttackSearch.of(own, made, "CL-AT-s0")
+    assert search.definition().default == {key: search.default()[key] for key in search.space}
+    assert search.default()["step_size"] == pytest.approx(0.2)
+    assert config.changed(own, search.proposal({})).evaluate == own.evaluate
+
+
+@pytest.mark.parametrize(
+    "override", ["tune.attack.seed=1", "evaluate.seed=1", "evaluate.steps=21", *(f"evaluate.{key}={value}" for key, value in OWN.items())]
+)
+def test_whatever_changes_the_default_attack_or_its_random_numbers_makes_another_study(made, override):
+    before, after = (AttackSearch.of(load(*given), made, "CL-AT-s0").definition() for given in ((), (override,)))
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_budget_without_a_step_for_every_restart_is_refused(made):
+    with pytest.raises(UserError, match=r"^tune.attack.budget = 2 has no step for each of evaluate.restarts = 3$"):
+        AttackSearch.of(load("tune.attack.budget=2", "evaluate.restarts=3"), made, "CL-AT-s0")
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("own", [1, 3])
+@pytest.mark.parametrize("most", [3, 12, 20, 100])
+def test_no_attack_takes_more_passes_than_the_default_and_one_step_more_would(made, keep, own, most):
+    search = AttackSearch.of(
+        load(f"tune.attack.budget={most}", f"evaluate.restarts={own}", "tune.attack.space={momentum: {float: [0, 1]}}"), made, "CL-AT-s0"
+    )
+    assert search.steps({}) == most // own
+    for restarts in range(1, 9):
+        steps = search.steps({"restarts": restarts, "keep": keep})
+        assert budget.total(steps=steps, restarts=restarts, keep=keep) <= search.passes or not steps
+        assert budget.total(steps=steps + 1, restarts=restarts, keep=keep) > search.passes
+
+
 def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
     with pytest.raises(UserError, match=r"^SL pretrains its classifier, so AT has nothing to fine-tune"):
         finetuning(made, scheme="SL", regime="AT")
@@ -163,7 +204,7 @@ def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
     [
         ("restart={choice: [1, 2]}", "unknown key 'restart'; choose from step_size, schedule, momentum"),
         ("objective={choice: [ce, kl]}", "objective = 'kl'; choose from ce, margin, dlr"),
-        ("restarts={choice: [1, 99]}", "restarts = 99 exceed the budget of 20 passes"),
+        ("restarts={choice: [1, 99]}", "restarts = 99 leave none of them a step within the budget's 42 forward and backward passes"),
         ("step_size={float: [-1, 1]}", "step_size = -1.0; must lie between"),
     ],
 )
@@ -177,7 +218,9 @@ def test_a_proposed_attack_keeps_to_the_budget_and_to_what_params_yaml_allows(ma
     search = AttackSearch.of(load(), made, "CL-AT-s0")
     values = {"restarts": 4, "random_start": False, "step_size": 2.0, "momentum": 0.5, "schedule": "linear", "objective": "dlr"}
     found = search.proposal(values)
-    assert found["evaluate.steps"] * found["evaluate.restarts"] == 20 and found["evaluate.step_size"] == 0.3
+    assert (found["evaluate.steps"], found["evaluate.restarts"]) == (4, 4) and "evaluate.keep" not in found  # 4 * (4 + 2 + 4) <= 42
+    assert search.proposal(values | {"keep": "last"})["evaluate.keep"] == "last"
+    assert found["evaluate.step_size"] == 0.3
     assert config.changed(load(), found).evaluate.objective == "dlr" and found["evaluate.random_start"] is False
     assert search.default()["step_size"] * 0.15 == pytest.approx(2.5 * 0.15 / 20)
 

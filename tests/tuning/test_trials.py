@@ -13,7 +13,7 @@ from advml.attacks.threat import ThreatModel
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.tuning import attack, census, training, worker
+from advml.tuning import attack, budget, census, training, worker
 from advml.tuning import study as studies
 from advml.tuning.searches import AttackSearch, TrainingSearch
 from advml.tuning.storage import address
@@ -44,41 +44,65 @@ def one_trial(search, study, total: int = 9):
 
 
 class Counter(torch.nn.Module):
-    """A linear classifier that counts the images that pass forwards with a gradient to come."""
+    """A linear classifier with hooks that count how often images pass forwards, and gradients come back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.steps = torch.nn.Linear(64, 4), 0
+        self.linear, self.passes = torch.nn.Linear(64, 4), {"forward": 0, "backward": 0}
+        self.register_forward_hook(self._count)
+
+    def _count(self, module, inputs, output) -> None:
+        self.passes["forward"] += 1
+        if output.requires_grad:
+            output.register_hook(self._count_back)
+
+    def _count_back(self, gradient) -> None:
+        self.passes["backward"] += 1
 
     def forward(self, images):
-        self.steps += torch.is_grad_enabled() and images.requires_grad
         return self.linear(images.flatten(1))
 
 
-@pytest.mark.parametrize(("restarts", "steps"), [(1, 12), (2, 12), (3, 12), (5, 10), (12, 12)])
-def test_an_attack_takes_as_many_gradients_as_its_budget_allows_and_no_more(dataset, restarts, steps):
-    network = Counter()
-    values = {"step_size": 1e-9, "schedule": "linear", "momentum": 0.5, "objective": "margin", "restarts": restarts, "random_start": False}
-    chosen = attack.Attack.of(values, budget=12, threat_model=ThreatModel("linf", 1e-9))
+VALUES = {
+    "step_size": 1e-9,
+    "schedule": "linear",
+    "momentum": 0.5,
+    "objective": "margin",
+    "restarts": 1,
+    "random_start": False,
+    "keep": "best",
+}
+
+
+@pytest.mark.parametrize(
+    ("restarts", "keep", "steps", "forward"),
+    [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
+)
+def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
+    assert budget.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
+    network, values = Counter(), VALUES | {"restarts": restarts, "keep": keep}
+    chosen = attack.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
     with torch.no_grad():
         labels = network(CPU.images(dataset.validation.images)).argmax(1)
     split = type(dataset.validation)(dataset.validation.images, labels)
+    network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
     right = torch.cat(list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU)))
-    assert right.all() and network.steps == steps  # nothing breaks, so nothing leaves the batch early
+    assert right.all()  # nothing breaks, so nothing leaves the batch early
+    assert network.passes == chosen.passes == {"forward": forward, "backward": restarts * steps}
+    assert sum(network.passes.values()) <= 12 + 12 + 2
 
 
 def test_only_the_first_run_begins_at_the_image_itself():
-    values = {"step_size": 1, "schedule": "linear", "momentum": 0, "objective": "ce", "restarts": 3, "random_start": False}
-    chosen = attack.Attack.of(values, budget=9, threat_model=ThreatModel("linf", 0.1))
+    chosen = attack.Attack.of(VALUES | {"restarts": 3}, steps=3, threat_model=ThreatModel("linf", 0.1))
     assert [run.random_start for run in chosen.runs()] == [False, True, True]
 
 
 def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset, make_network):
     network, threat = make_network(), ThreatModel("linf", 0.05)
-    values = {"step_size": 0.3, "schedule": "constant", "momentum": 0.0, "objective": "ce", "random_start": True}
+    values = VALUES | {"step_size": 0.3, "objective": "ce", "random_start": True}
 
     def standing(restarts: int) -> torch.Tensor:
-        chosen = attack.Attack.of(values | {"restarts": restarts}, budget=3 * restarts, threat_model=threat)
+        chosen = attack.Attack.of(values | {"restarts": restarts}, steps=3, threat_model=threat)
         return torch.cat(list(attack.withstood(network, dataset.validation, chosen, batch_size=8, seed=0, machine=CPU)))
 
     once, often = standing(1), standing(4)
