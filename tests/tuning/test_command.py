@@ -17,6 +17,7 @@ from advml.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import census, command, supervisor
 from advml.tuning import study as studies
+from advml.tuning.apply import proposal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy
@@ -66,9 +67,18 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
 
 
-def test_the_front_of_two_objectives_is_drawn(tune, toy):
+def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):
     outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6)
     assert (outcome.folder / "pareto.png").exists()
+    opened = studies.create(Toy(toy.log, two=True).definition(), command.address(None, root=study.root))
+    assert [one["trial"] for one in best(outcome)["front"]] == [
+        trial.number for trial in sorted(opened.best_trials, key=lambda trial: trial.values[0])
+    ]
+    chosen = best(outcome)["front"][-1]
+    assert proposal(study.workspace, "toy", trial=chosen["trial"]) == chosen["parameters"]
+    for number in (None, 99):
+        with pytest.raises(UserError, match=r"^toy proposes a front; choose one of its trials: --trial \d+"):
+            proposal(study.workspace, "toy", trial=number)
 
 
 def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_them(tune, toy, study):

@@ -71,7 +71,11 @@ def _told(outcome: Outcome, metrics: tuple[str, ...]) -> list[str]:
     for who, found in (outcome.confirmed or {}).get("confirmed", {}).items():
         if isinstance(found, dict):
             lines.append(f"  further seeds, {who}: " + ", ".join(f"{name} {_spread(one)}" for name, one in found.items()))
-    return [*lines, f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}", f"next: advml tune apply {outcome.name}"]
+    return [
+        *lines,
+        f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}",
+        f"next: advml tune apply {outcome.name}{' --trial N' if len(metrics) > 1 else ''}",
+    ]
 
 
 def _figure(found: dict[str, Any]) -> str:
