@@ -68,6 +68,8 @@ def _told(outcome: Outcome, metrics: tuple[str, ...]) -> list[str]:
     for split in ("validation", "test"):
         for who, found in (outcome.confirmed or {}).get(split, {}).items():
             lines.append(f"  {split}, {who}: {_figure(found)}")
+    if "autoattack" in (outcome.confirmed or {}):
+        lines.append(f"  test, autoattack: {_figure(outcome.confirmed['autoattack']['test'])}")
     for who, found in (outcome.confirmed or {}).get("confirmed", {}).items():
         if isinstance(found, dict):
             lines.append(f"  further seeds, {who}: " + ", ".join(f"{name} {_spread(one)}" for name, one in found.items()))

@@ -49,7 +49,7 @@ def attack(
     workers: Workers = 1,
     storage: Storage = None,
     name: Name = None,
-    autoattack: Annotated[bool, typer.Option("--autoattack", help="Measure the winner on test beside AutoAttack, too.")] = False,
+    autoattack: Annotated[bool, typer.Option(help="Measure the model under AutoAttack on test, beside the winner.")] = True,
     replace: Replace = False,
     overrides: Overrides = None,
     params: Params = PARAMS,

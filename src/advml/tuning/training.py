@@ -113,7 +113,8 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -
     """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again."""
     search, scratch = bench.search, attempt.scratch
     plan = bench.plan(configuration, seed=seed)
-    rungs = Rungs(scratch / "rungs.json", Hyperband.rungs(plan.phase.epochs) if not search.pareto else ())
+    fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
+    rungs = Rungs(scratch / f"rungs-{fingerprint}.json", Hyperband.rungs(plan.phase.epochs) if not search.pareto else ())
 
     def on_epoch(record: Record) -> None:
         epoch = int(record["epoch"])
@@ -123,7 +124,6 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -
             attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
             attempt.report(epoch, measured["robust"])
 
-    fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
     network, _ = phases.fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)
     return bench.measure(network)
 

@@ -30,12 +30,12 @@ class AttackSearch:
     root: Path
     model: str  # a name or folder
     folder: Path
-    autoattack: bool = False
+    autoattack: bool = True
     chosen_name: str | None = None
     metrics: tuple[str, ...] = ("robust",)
 
     @classmethod
-    def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = False, name: str | None = None) -> AttackSearch:
+    def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = True, name: str | None = None) -> AttackSearch:
         """Raises UserError: there is no such model, or the space is wrong."""
         folder = find_model(Workspace(root), model).resolve()
         search = cls(configuration, root.resolve(), folder.name, folder, autoattack, name)
@@ -146,6 +146,16 @@ class AttackSearch:
         if found["keep"] == self.config.evaluate.keep:
             del given["keep"]
         return {f"evaluate.{key}": value for key, value in given.items()}
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        return ("autoattack",) if self.autoattack else ()
+
+    def measure(self, name: str) -> dict[str, Any]:
+        from advml.tuning import attack
+
+        assert name == "autoattack"
+        return attack.under_autoattack(self)
 
     def confirm(self, values: Values) -> dict[str, Any]:
         from advml.tuning import attack

@@ -122,6 +122,13 @@ class TrainingSearch(Trained):
 
         return training.objective(self)
 
+    @property
+    def once(self) -> tuple[str, ...]:
+        return ()
+
+    def measure(self, name: str) -> dict[str, Any]:
+        raise NotImplementedError(name)  # nothing stands in `once`
+
     def confirm(self, values: Values) -> dict[str, Any]:
         from advml.tuning import training
 
