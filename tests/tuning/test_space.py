@@ -75,19 +75,33 @@ def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("learning_rat={log: [1e-4, 1e-1]}", "learning_rat"),
         ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be below 1"),
         ("epochs={int: [0, 3]}", "epochs = 0; must be at least 1"),
         ("optimizer={choice: [sgd, lion]}", "optimizer = 'lion'; choose from adamw, adam, sgd"),
-        ("{view.shift: {float: [0, 0.2]}}", "unknown key 'view.shift': a fine-tuning has no views"),
         ("warmup={float: [0, 0.2]}", "doubles the warm-up of onecycle"),
     ],
 )
 def test_what_the_configuration_would_refuse_is_refused_before_the_first_trial(made, override, said):
     with pytest.raises(UserError) as caught:
-        finetuning(made, f"tune.finetune.space{'=' if override.startswith('{') else '.'}{override}")
+        finetuning(made, f"tune.finetune.space.{override}")
     assert str(caught.value).startswith("tune.finetune.space reaches ") and said in str(caught.value) and "\n" not in str(caught.value)
     assert not (made / "optuna.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "keys"),
+    [
+        ("finetune", "Full-AT", ["learning_rat", "view.shift", "temperature", "attack.steps", "threat_model.epsilon", "evaluate.steps"]),
+        ("finetune", "ST", ["attack.steps"]),
+        ("pretrain", "at", ["view.shif", "views.contrastive.shift", "model.projection_size", "evaluate.epsilon", "attack.steps"]),
+    ],
+)
+def test_keys_that_are_not_of_what_is_trained_are_refused(made, kind, which, keys):
+    """A trial that could change its own attack would win by it."""
+    for key in keys:
+        with pytest.raises(UserError, match=rf"^tune.{kind}.space has an unknown key '{key}'; choose from epochs, batch_size, ") as caught:
+            TrainingSearch.of(load(f"tune.{kind}.space={{{key}: {{choice: [1, 2]}}}}"), made, kind, "CL", which, seed=0)
+        assert "\n" not in str(caught.value) and ("view.shift" in str(caught.value).partition(";")[2]) == (kind == "pretrain")
 
 
 def test_values_that_only_clash_with_each_other_are_found(made):
@@ -116,7 +130,10 @@ def test_keys_without_effect_are_left_out_so_that_one_space_serves_all_regimes(m
 
 def test_a_proposal_names_the_keys_of_params_yaml(made):
     search = finetuning(made)
-    assert search.proposal({"learning_rate": 0.1, "attack.steps": 3}) == {"regimes.Full-AT.learning_rate": 0.1, "attack.steps": 3}
+    assert search.proposal({"learning_rate": 0.1, "attack_steps": 3}) == {
+        "regimes.Full-AT.learning_rate": 0.1,
+        "regimes.Full-AT.attack_steps": 3,
+    }
     pretraining = TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0)
     assert pretraining.proposal({"epochs": 3, "view.shift": 0.1, "temperature": 0.1}) == {
         "pretrain.CL.epochs": 3,

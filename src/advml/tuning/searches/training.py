@@ -56,6 +56,7 @@ class TrainingSearch(Trained):
             raise UserError(
                 f"{whole.section} is empty; name a key and its range, e.g. {whole.section}.learning_rate: {{log: [1e-4, 1e-1]}}"
             )
+        whole.check_keys()
         whole.record()
         search = cls(configuration, root.resolve(), kind, scheme, which, seed, pareto, name, whole.without_effect())
         spaces.check(search.space, search.accept, section=search.section)
