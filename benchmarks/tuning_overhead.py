@@ -41,6 +41,7 @@ class Waiting:
     name: str
     seconds: float
     metrics: tuple[str, ...] = ("robust",)
+    once: tuple[str, ...] = ()
 
     def definition(self) -> Definition:
         space = distributions(config.load(REPOSITORY / "params.yaml").tune.finetune.space)

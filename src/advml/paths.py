@@ -20,6 +20,17 @@ def model_name(scheme: str, regime: str, seed: int) -> str:
     return f"{scheme}-{regime}-s{seed}"
 
 
+def checked_name(name: str, *, option: str = "--name") -> str:
+    """The name, which is to be part of a path and so must not lead out of its folder.
+
+    Raises:
+        UserError: it is not made of letters, digits, `_`, `.` and `-`, the first one a letter or digit.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
+        raise UserError(f"{option} {name!r} is no name; use letters, digits, '_', '.' and '-', beginning with a letter or digit")
+    return name
+
+
 @dataclass(frozen=True)
 class Workspace:
     """The folder tree of one study; `root` is where params.yaml and dvc.yaml lie."""

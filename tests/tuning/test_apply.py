@@ -10,7 +10,7 @@ import pytest
 from advml import config
 from advml.errors import UserError
 from advml.paths import Workspace
-from advml.tuning.apply import merge, proposal
+from advml.tuning.apply import merge, proposal, warnings
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
@@ -81,3 +81,16 @@ def test_the_command_prints_the_difference_and_writes_unless_told_not_to(params,
     assert "already" in advml("tune", "apply", "found", cwd=tmp_path).stdout
     wrong = advml("tune", "apply", "lost", cwd=tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("advml: there is no proposal 'lost'")
+
+
+def test_what_a_proposed_attack_changes_elsewhere_is_said(params, tmp_path, advml):
+    propose(tmp_path, "attack", "trial: 3\nparameters: {evaluate.steps: 5, evaluate.step_size: 0.05, evaluate.restarts: 4}\n")
+    told = advml("tune", "apply", "attack", "--dry-run", cwd=tmp_path).stdout.splitlines()
+    said = [line for line in told if line.startswith("warning: ")]
+    assert len(said) == 2
+    assert said[0].startswith("warning: evaluate.steps = 5 is also the number of steps of pgd-margin in worst_case")
+    assert said[1].startswith("warning: evaluate.step_size = 0.05 is a length") and "half of epsilon" in said[1]
+    unchanged = {"evaluate.steps": 20, "evaluate.restarts": 2}
+    assert not warnings(merge(params, unchanged)[1], unchanged)
+    with pytest.raises(UserError, match=r"^attack proposes trial 3 alone"):
+        proposal(Workspace(tmp_path), "attack", trial=4)

@@ -10,13 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import census, command, supervisor
 from advml.tuning import study as studies
+from advml.tuning.apply import proposal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy
@@ -66,9 +68,18 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
 
 
-def test_the_front_of_two_objectives_is_drawn(tune, toy):
+def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):
     outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6)
     assert (outcome.folder / "pareto.png").exists()
+    opened = studies.create(Toy(toy.log, two=True).definition(), command.address(None, root=study.root))
+    assert [one["trial"] for one in best(outcome)["front"]] == [
+        trial.number for trial in sorted(opened.best_trials, key=lambda trial: trial.values[0])
+    ]
+    chosen = best(outcome)["front"][-1]
+    assert proposal(study.workspace, "toy", trial=chosen["trial"]) == chosen["parameters"]
+    for number in (None, 99):
+        with pytest.raises(UserError, match=r"^toy proposes a front; choose one of its trials: --trial \d+"):
+            proposal(study.workspace, "toy", trial=number)
 
 
 def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_them(tune, toy, study):
@@ -172,3 +183,86 @@ def test_workers_import_what_searches_need_only_once():
     source = Path(supervisor.__file__).read_text()
     names = [part.strip().strip('"') for part in source.split("PRELOADED = [")[1].split("]")[0].split(",")]
     assert names and all(importlib.import_module(name) for name in names)
+
+
+def test_a_name_that_leads_out_of_its_folder_removes_nothing(tune, toy, study):
+    kept = study.workspace.scratch("keep")
+    kept.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--name '\.\./\.\.' is no name"):
+        tune(Toy(toy.log, name="../.."), trials=1)
+    assert kept.is_dir() and not toy.log.exists()
+
+
+def after(toy: Toy, word: str, act) -> None:
+    """Act in a thread once a line of the log begins with the word."""
+
+    def wait() -> None:
+        while not toy.log.exists() or not any(line.startswith(word) for line in toy.log.read_text().splitlines()):
+            time.sleep(0.02)
+        act()
+
+    threading.Thread(target=wait).start()
+
+
+def test_ctrl_c_during_the_confirmation_ends_at_once_and_the_child_with_it(tune, toy):
+    after(toy, "confirm", lambda: os.kill(os.getpid(), signal.SIGINT))
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        tune(Toy(toy.log, confirmation="slow"), trials=2)
+    assert time.monotonic() - started < 30
+    child = int(toy.log.read_text().splitlines()[-1].split()[1])
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert best(tune(toy, trials=2))["test"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("confirmation", "kind", "said"),
+    [
+        ("killed", Failure, r"^the process that measures and writes was killed, perhaps for want of memory; the same command goes on$"),
+        ("broken", Failure, r"^the process that measures and writes ended with an error, which stands above; the same command goes on$"),
+        ("refused", UserError, r"^there is no test split$"),
+    ],
+)
+def test_a_confirmation_that_breaks_is_one_line_and_the_same_command_goes_on(tune, toy, confirmation, kind, said):
+    with pytest.raises(kind, match=said):
+        tune(Toy(toy.log, confirmation=confirmation), trials=2)
+    assert best(tune(toy, trials=2))["test"]["value"]
+
+
+def test_an_interruption_keeps_what_was_confirmed(tune, toy):
+    first = best(tune(Toy(toy.log, floor=4.0), trials=2))
+    assert first["trial"] == 0 and first["test"] == {"value": 17.0}
+    toy.log.write_text("")
+    after(toy, "2 ", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        tune(Toy(toy.log, floor=4.0, pause=5), trials=9)
+    again = YAML(typ="safe").load((study_folder(toy) / "best.yaml").read_text())
+    assert again["trial"] == 0 and again["test"] == first["test"]
+
+
+def study_folder(toy: Toy) -> Path:
+    return toy.log.parent / "reports" / "tune" / "toy"
+
+
+def test_what_is_asked_for_later_is_measured_alone_and_once(tune, toy, monkeypatch):
+    asked = []
+    whole = command.in_a_process
+    monkeypatch.setattr(command, "in_a_process", lambda function, *rest: asked.append(function.__name__) or whole(function, *rest))
+    assert "autoattack" not in best(tune(toy, trials=2))
+    told = [best(tune(Toy(toy.log, once=("autoattack",)), trials=2)) for _ in range(2)]
+    assert told[0]["autoattack"] == told[1]["autoattack"] == {"of": "autoattack"} and "test" in told[0]
+    assert (asked.count("confirm"), asked.count("measure")) == (1, 1)
+    assert "autoattack" in best(tune(toy, trials=2))  # what is known is told
+
+
+def test_a_new_study_of_the_same_name_has_scratch_folders_of_its_own(tune, toy, study, monkeypatch):
+    seen = []
+    monkeypatch.setattr(supervisor, "supervise", lambda opened, orders, **_: seen.append(orders.scratch))
+    tune(toy, trials=2)
+    tune(toy, trials=3)
+    tune(Toy(toy.log, version=1), trials=2, replace=True)
+    for file in study.root.glob("optuna.db*"):
+        file.unlink()
+    tune(Toy(toy.log, version=1), trials=2)
+    assert seen[0] == seen[1] and len(set(seen)) == 3
+    assert {path.parent for path in seen} == {study.workspace.scratch("tune/toy").resolve()}

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.errors import Failure, UserError
-from advml.tuning import census, supervisor, worker
+from advml.tuning import census, storage, supervisor, worker
 from advml.tuning import study as studies
-from advml.tuning.storage import address, connect, lock
+from advml.tuning.storage import StorageGone, address, connect, lock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import DEFAULT, SPACE, Toy, hyperband
@@ -262,6 +263,36 @@ def test_a_study_in_which_everything_fails_stops_and_says_why(toy, run, trials_o
     assert left["FAIL"] >= 5 and left.keys() <= {"FAIL", "WAITING"}  # one that was at work when the command gave up waits to be run again
     fixed = run(toy, total=8)  # the user has mended it: the same command goes on
     assert states(fixed)["COMPLETE"] >= 2
+
+
+def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(toy, run):
+    run(toy, total=2)
+    trials = run(Toy(toy.log, fails="all"), total=2 + census.HOPELESS + 2)
+    assert states(trials) == {"COMPLETE": 2, "FAIL": census.HOPELESS + 2}
+
+
+def test_a_database_that_does_not_answer_is_not_the_trials_failure(toy, tmp_path):
+    url = address(None, root=tmp_path)
+    definition = toy.definition()
+    study = studies.create(definition, url)
+    trial = studies.claim(study, definition, url, total=9, since=0, seed=0)
+
+    def objective(attempt: worker.Attempt) -> tuple[float]:
+        raise StorageGone("the studies' database does not answer")
+
+    with pytest.raises(StorageGone):
+        worker.run(study, trial, objective, tmp_path)
+    assert states(study.get_trials()) == {"RUNNING": 1}
+
+
+def test_a_database_that_stays_away_is_told_apart_from_other_failures(monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+
+    def away() -> None:
+        raise StorageInternalError("gone")
+
+    with pytest.raises(StorageGone, match=r"does not answer: gone; the same command goes on$"):
+        storage.patiently(away)
 
 
 def test_what_keeps_workers_from_starting_is_said_in_one_line(toy, run):

@@ -9,7 +9,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from advml import config
 from advml.errors import UserError
+from advml.paths import Workspace
+from advml.tuning import budget
 from advml.tuning import space as spaces
+from advml.tuning.apply import proposal
 from advml.tuning.searches import AttackSearch, TrainingSearch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,19 +75,33 @@ def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("learning_rat={log: [1e-4, 1e-1]}", "learning_rat"),
         ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be below 1"),
         ("epochs={int: [0, 3]}", "epochs = 0; must be at least 1"),
         ("optimizer={choice: [sgd, lion]}", "optimizer = 'lion'; choose from adamw, adam, sgd"),
-        ("{view.shift: {float: [0, 0.2]}}", "unknown key 'view.shift': a fine-tuning has no views"),
         ("warmup={float: [0, 0.2]}", "doubles the warm-up of onecycle"),
     ],
 )
 def test_what_the_configuration_would_refuse_is_refused_before_the_first_trial(made, override, said):
     with pytest.raises(UserError) as caught:
-        finetuning(made, f"tune.finetune.space{'=' if override.startswith('{') else '.'}{override}")
+        finetuning(made, f"tune.finetune.space.{override}")
     assert str(caught.value).startswith("tune.finetune.space reaches ") and said in str(caught.value) and "\n" not in str(caught.value)
     assert not (made / "optuna.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "keys"),
+    [
+        ("finetune", "Full-AT", ["learning_rat", "view.shift", "temperature", "attack.steps", "threat_model.epsilon", "evaluate.steps"]),
+        ("finetune", "ST", ["attack.steps"]),
+        ("pretrain", "at", ["view.shif", "views.contrastive.shift", "model.projection_size", "evaluate.epsilon", "attack.steps"]),
+    ],
+)
+def test_keys_that_are_not_of_what_is_trained_are_refused(made, kind, which, keys):
+    """A trial that could change its own attack would win by it."""
+    for key in keys:
+        with pytest.raises(UserError, match=rf"^tune.{kind}.space has an unknown key '{key}'; choose from epochs, batch_size, ") as caught:
+            TrainingSearch.of(load(f"tune.{kind}.space={{{key}: {{choice: [1, 2]}}}}"), made, kind, "CL", which, seed=0)
+        assert "\n" not in str(caught.value) and ("view.shift" in str(caught.value).partition(";")[2]) == (kind == "pretrain")
 
 
 def test_values_that_only_clash_with_each_other_are_found(made):
@@ -113,7 +130,10 @@ def test_keys_without_effect_are_left_out_so_that_one_space_serves_all_regimes(m
 
 def test_a_proposal_names_the_keys_of_params_yaml(made):
     search = finetuning(made)
-    assert search.proposal({"learning_rate": 0.1, "attack.steps": 3}) == {"regimes.Full-AT.learning_rate": 0.1, "attack.steps": 3}
+    assert search.proposal({"learning_rate": 0.1, "attack_steps": 3}) == {
+        "regimes.Full-AT.learning_rate": 0.1,
+        "regimes.Full-AT.attack_steps": 3,
+    }
     pretraining = TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0)
     assert pretraining.proposal({"epochs": 3, "view.shift": 0.1, "temperature": 0.1}) == {
         "pretrain.CL.epochs": 3,
@@ -147,6 +167,46 @@ def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
     assert finetuning(made).definition().fingerprint not in prints
 
 
+OWN = {"objective": "margin", "momentum": 0.75, "schedule": "cosine", "keep": "last", "random_start": False, "restarts": 2}
+
+
+def test_the_default_of_an_attack_search_is_the_attack_of_evaluate_whatever_it_is(made):
+    search = AttackSearch.of(load(*(f"evaluate.{key}={value}" for key, value in OWN.items())), made, "CL-AT-s0")
+    assert {key: search.default()[key] for key in OWN} == OWN and search.steps({}) == 20
+    own = load(*(f"evaluate.{key}={value}" for key, value in OWN.items()), "evaluate.step_size=0.03")
+    search = AttackSearch.of(own, made, "CL-AT-s0")
+    assert search.definition().default == {key: search.default()[key] for key in search.space}
+    assert search.default()["step_size"] == pytest.approx(0.2)
+    assert config.changed(own, search.proposal({})).evaluate == own.evaluate
+
+
+@pytest.mark.parametrize(
+    "override", ["tune.attack.seed=1", "evaluate.seed=1", "evaluate.steps=21", *(f"evaluate.{key}={value}" for key, value in OWN.items())]
+)
+def test_whatever_changes_the_default_attack_or_its_random_numbers_makes_another_study(made, override):
+    before, after = (AttackSearch.of(load(*given), made, "CL-AT-s0").definition() for given in ((), (override,)))
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_budget_without_a_step_for_every_restart_is_refused(made):
+    with pytest.raises(UserError, match=r"^tune.attack.budget = 2 has no step for each of evaluate.restarts = 3$"):
+        AttackSearch.of(load("tune.attack.budget=2", "evaluate.restarts=3"), made, "CL-AT-s0")
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("own", [1, 3])
+@pytest.mark.parametrize("most", [3, 12, 20, 100])
+def test_no_attack_takes_more_passes_than_the_default_and_one_step_more_would(made, keep, own, most):
+    search = AttackSearch.of(
+        load(f"tune.attack.budget={most}", f"evaluate.restarts={own}", "tune.attack.space={momentum: {float: [0, 1]}}"), made, "CL-AT-s0"
+    )
+    assert search.steps({}) == most // own
+    for restarts in range(1, 9):
+        steps = search.steps({"restarts": restarts, "keep": keep})
+        assert budget.total(steps=steps, restarts=restarts, keep=keep) <= search.passes or not steps
+        assert budget.total(steps=steps + 1, restarts=restarts, keep=keep) > search.passes
+
+
 def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
     with pytest.raises(UserError, match=r"^SL pretrains its classifier, so AT has nothing to fine-tune"):
         finetuning(made, scheme="SL", regime="AT")
@@ -161,7 +221,7 @@ def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
     [
         ("restart={choice: [1, 2]}", "unknown key 'restart'; choose from step_size, schedule, momentum"),
         ("objective={choice: [ce, kl]}", "objective = 'kl'; choose from ce, margin, dlr"),
-        ("restarts={choice: [1, 99]}", "restarts = 99 exceed the budget of 20 passes"),
+        ("restarts={choice: [1, 99]}", "restarts = 99 leave none of them a step within the budget's 42 forward and backward passes"),
         ("step_size={float: [-1, 1]}", "step_size = -1.0; must lie between"),
     ],
 )
@@ -175,6 +235,23 @@ def test_a_proposed_attack_keeps_to_the_budget_and_to_what_params_yaml_allows(ma
     search = AttackSearch.of(load(), made, "CL-AT-s0")
     values = {"restarts": 4, "random_start": False, "step_size": 2.0, "momentum": 0.5, "schedule": "linear", "objective": "dlr"}
     found = search.proposal(values)
-    assert found["evaluate.steps"] * found["evaluate.restarts"] == 20 and found["evaluate.step_size"] == 0.3
+    assert (found["evaluate.steps"], found["evaluate.restarts"]) == (4, 4) and "evaluate.keep" not in found  # 4 * (4 + 2 + 4) <= 42
+    assert search.proposal(values | {"keep": "last"})["evaluate.keep"] == "last"
+    assert found["evaluate.step_size"] == 0.3
     assert config.changed(load(), found).evaluate.objective == "dlr" and found["evaluate.random_start"] is False
     assert search.default()["step_size"] * 0.15 == pytest.approx(2.5 * 0.15 / 20)
+
+
+@pytest.mark.parametrize("name", ["../..", "..", ".", "", "a/b", "/tmp", "-x", ".x", "a b", "a\n", "ä"])
+def test_a_name_that_could_leave_its_folder_is_refused_before_anything_starts(made, name):
+    asked = [
+        lambda: AttackSearch.of(load(), made, "CL-AT-s0", name=name),
+        lambda: TrainingSearch.of(load(), made, "finetune", "CL", "Full-AT", seed=0, name=name),
+        lambda: TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0, name=name),
+    ]
+    for ask in asked if name else ():  # without a name the study has one of its own
+        with pytest.raises(UserError, match=r"^--name .* is no name; use letters, digits"):
+            ask()
+    with pytest.raises(UserError, match=r"^the study .* is no name; use letters, digits"):
+        proposal(Workspace(made), name)
+    assert AttackSearch.of(load(), made, "CL-AT-s0", name="v1.2_a-b").name == "v1.2_a-b"

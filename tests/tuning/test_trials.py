@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 
 import pytest
 import torch
 
 from advml.attacks.threat import ThreatModel
+from advml.cli import searching
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.tuning import attack, census, training, worker
+from advml.tuning import attack, budget, census, comparison, training, worker
 from advml.tuning import study as studies
 from advml.tuning.searches import AttackSearch, TrainingSearch
 from advml.tuning.storage import address
@@ -44,45 +44,107 @@ def one_trial(search, study, total: int = 9):
 
 
 class Counter(torch.nn.Module):
-    """A linear classifier that counts the images that pass forwards with a gradient to come."""
+    """A linear classifier with hooks that count how often images pass forwards, and gradients come back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.steps = torch.nn.Linear(64, 4), 0
+        self.linear, self.passes = torch.nn.Linear(64, 4), {"forward": 0, "backward": 0}
+        self.register_forward_hook(self._count)
+
+    def _count(self, module, inputs, output) -> None:
+        self.passes["forward"] += 1
+        if output.requires_grad:
+            output.register_hook(self._count_back)
+
+    def _count_back(self, gradient) -> None:
+        self.passes["backward"] += 1
 
     def forward(self, images):
-        self.steps += torch.is_grad_enabled() and images.requires_grad
         return self.linear(images.flatten(1))
 
 
-@pytest.mark.parametrize(("restarts", "steps"), [(1, 12), (2, 12), (3, 12), (5, 10), (12, 12)])
-def test_an_attack_takes_as_many_gradients_as_its_budget_allows_and_no_more(dataset, restarts, steps):
-    network = Counter()
-    values = {"step_size": 1e-9, "schedule": "linear", "momentum": 0.5, "objective": "margin", "restarts": restarts, "random_start": False}
-    chosen = attack.Attack.of(values, budget=12, threat_model=ThreatModel("linf", 1e-9))
+VALUES = {
+    "step_size": 1e-9,
+    "schedule": "linear",
+    "momentum": 0.5,
+    "objective": "margin",
+    "restarts": 1,
+    "random_start": False,
+    "keep": "best",
+}
+
+
+@pytest.mark.parametrize(
+    ("restarts", "keep", "steps", "forward"),
+    [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
+)
+def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
+    assert budget.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
+    network, values = Counter(), VALUES | {"restarts": restarts, "keep": keep}
+    chosen = attack.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
     with torch.no_grad():
         labels = network(CPU.images(dataset.validation.images)).argmax(1)
     split = type(dataset.validation)(dataset.validation.images, labels)
+    network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
     right = torch.cat(list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU)))
-    assert right.all() and network.steps == steps  # nothing breaks, so nothing leaves the batch early
+    assert right.all()  # nothing breaks, so nothing leaves the batch early
+    assert network.passes == chosen.passes == {"forward": forward, "backward": restarts * steps}
+    assert sum(network.passes.values()) <= 12 + 12 + 2
 
 
 def test_only_the_first_run_begins_at_the_image_itself():
-    values = {"step_size": 1, "schedule": "linear", "momentum": 0, "objective": "ce", "restarts": 3, "random_start": False}
-    chosen = attack.Attack.of(values, budget=9, threat_model=ThreatModel("linf", 0.1))
+    chosen = attack.Attack.of(VALUES | {"restarts": 3}, steps=3, threat_model=ThreatModel("linf", 0.1))
     assert [run.random_start for run in chosen.runs()] == [False, True, True]
 
 
-def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset, make_network):
-    network, threat = make_network(), ThreatModel("linf", 0.05)
-    values = {"step_size": 0.3, "schedule": "constant", "momentum": 0.0, "objective": "ce", "random_start": True}
+def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
+    """Every restart has random numbers of its own, so that more of them break more."""
+    network = Counter()
+    torch.nn.init.normal_(network.linear.weight, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = network(CPU.images(dataset.validation.images)).argmax(1)
+    split = type(dataset.validation)(dataset.validation.images, labels)
+    starts = []
+
+    class Noted(ThreatModel):
+        def random_start(self, images, *, generator):
+            starts.append(generator.initial_seed())
+            return super().random_start(images, generator=generator)
 
     def standing(restarts: int) -> torch.Tensor:
-        chosen = attack.Attack.of(values | {"restarts": restarts}, budget=3 * restarts, threat_model=threat)
-        return torch.cat(list(attack.withstood(network, dataset.validation, chosen, batch_size=8, seed=0, machine=CPU)))
+        chosen = attack.Attack.of(
+            VALUES | {"step_size": 1e-6, "random_start": True, "restarts": restarts}, steps=1, threat_model=Noted("linf", 0.3)
+        )
+        return torch.cat(list(attack.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU)))
 
-    once, often = standing(1), standing(4)
-    assert not (often & ~once).any() and (once & ~often).sum() >= 0
+    once = standing(1)
+    assert len(set(starts)) == 4  # one for each batch
+    starts.clear()
+    often = standing(4)
+    assert len(set(starts)) == len(starts) > 4
+    assert not (often & ~once).any()
+    assert often.sum() < once.sum()
+
+
+def test_a_trials_attack_is_what_its_values_say(trained):
+    finetune.run(trained.context(), scheme="CL", regime="AT", seed=0)
+    search = AttackSearch.of(trained.config("tune.attack.budget=8"), trained.root, "CL-AT-s0")
+    values = {"schedule": "linear", "momentum": 0.75, "objective": "margin", "restarts": 2, "random_start": False, "step_size": 0.5}
+    made = attack.Subject(search).attack(values)
+    adversary = made.adversary
+    assert (made.objective, made.restarts, adversary.steps, adversary.keep) == ("margin", 2, 3, "best")
+    assert (adversary.schedule, adversary.momentum, adversary.random_start) == ("linear", 0.75, False)
+    assert adversary.step_size == pytest.approx(0.5 * adversary.threat_model.epsilon)
+
+
+@pytest.mark.parametrize("objective", ["ce", "margin", "dlr"])
+def test_the_objective_of_a_trial_is_the_one_that_is_maximised(dataset, monkeypatch, objective):
+    asked = []
+    original = attack.classification_objective
+    monkeypatch.setattr(attack, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
+    chosen = attack.Attack.of(VALUES | {"objective": objective}, steps=1, threat_model=ThreatModel("linf", 0.1))
+    list(attack.withstood(Counter(), dataset.validation, chosen, batch_size=32, seed=0, machine=CPU))
+    assert asked == [objective]
 
 
 def test_the_pairs_of_a_comparison_are_tested_exactly():
@@ -112,7 +174,7 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     trial = one_trial(search, trained)
     record = finetune.run(trained.context(), scheme="CL", regime="Full-AT", seed=0)
     _, network = trained.context().load_network(trained.workspace.model("CL-Full-AT-s0"))
-    measured = training.Bench(search).measure(network)
+    measured = training.Bench(search).validate(network)
     assert trial.user_attrs["history"][-1]["epoch"] == 2 and record["epoch"] in (1, 2)
     assert (trial.value, trial.user_attrs["measured"]["clean"]) == (measured["robust"], measured["clean"])
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
@@ -171,6 +233,13 @@ def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained
     assert bench.attack.adversary.threat_model.epsilon == 0.15 and bench.attack.adversary.steps == base.evaluate.steps
 
 
+@pytest.mark.parametrize(("phase", "share"), [("st", 0.5), ("at", 1.0)])
+def test_a_standard_pretraining_is_measured_at_half_of_the_radius(trained, phase, share):
+    settings = trained.config("tune.pretrain.space={temperature: {log: [0.1, 1]}}")
+    bench = training.Bench(TrainingSearch.of(settings, trained.root, "pretrain", "CL", phase, seed=0))
+    assert bench.attack.adversary.threat_model.epsilon == pytest.approx(share * settings.attacked_epsilon)
+
+
 def test_a_pretraining_is_measured_under_a_linear_head_and_leaves_the_encoder_alone(trained):
     search = TrainingSearch.of(
         trained.config("tune.pretrain.space={temperature: {log: [0.1, 1]}}"), trained.root, "pretrain", "CL", "at", seed=0
@@ -178,18 +247,75 @@ def test_a_pretraining_is_measured_under_a_linear_head_and_leaves_the_encoder_al
     bench = training.Bench(search)
     plan = bench.plan(search.config, seed=0)
     before = {key: value.clone() for key, value in plan.network.state_dict().items()}
-    assert bench.measure(plan.network).keys() == {"robust", "clean"}
+    assert bench.validate(plan.network).keys() == {"robust", "clean"}
     assert all(torch.equal(before[key], value) for key, value in plan.network.state_dict().items())
     assert one_trial(search, trained).state.name == "COMPLETE"
 
 
-def test_winner_and_default_are_compared_on_further_seeds(trained):
-    settings = trained.config(SPACE, "tune.finetune.confirm=2", "regimes.Full-AT.epochs=1")
+def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
+    """Default and winner in their places, on seeds that the search has not seen, and test measured once for each network."""
+    settings = trained.config(SPACE, "tune.finetune.confirm=2", "tune.finetune.clean_floor=0.5", "regimes.Full-AT.epochs=1")
+    search = TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0)
+    trainings, measured = [], []
+
+    def train(bench, configuration, attempt, *, seed):
+        trainings.append((configuration.regimes["Full-AT"].learning_rate, seed))
+        return attempt.values
+
+    def measure(bench, network, *splits):
+        measured.append([len(split.labels) for split in splits])
+        share = 0.75 if network else 0.25
+        return [{"robust": share + len(measured) / 100, "clean": 0.4 if len(measured) == 4 else 0.9} for _ in splits]
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training.Bench, "measure", measure)
+    told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
+    assert [rate for rate, _ in trainings] == [2e-3, 1e-3, 2e-3, 1e-3]  # default, winner
+    seeds = [seed for _, seed in trainings]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3] and search.seed not in seeds
+    assert measured == [[32, 40]] * 4
+    for split in ("validation", "test"):
+        assert told[split]["default"]["robust"]["values"] == pytest.approx([0.26, 0.28])
+        assert told[split]["winner"]["robust"]["values"] == pytest.approx([0.77, 0.79])
+    assert told["clean_floor"] == {"floor": 0.5, "kept": [True, False], "kept_on_every_seed": False}
+    assert told["further_seeds"] == 2 and "chosen on these validation images" in told["note"]
+
+
+def test_a_confirmation_trains_and_measures(trained):
+    settings = trained.config(SPACE, "tune.finetune.confirm=1", "regimes.Full-AT.epochs=1")
     search = TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0)
     told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
-    assert told["further_seeds"] == 2
-    assert all(len(told[who]["robust"]["values"]) == 2 and "sd" in told[who]["clean"] for who in ("default", "winner"))
-    shutil.rmtree(trained.root / ".scratch", ignore_errors=True)
+    assert told["test"]["beats_default"] is None and 0 <= told["test"]["winner"]["clean"]["mean"] <= 1
+
+
+def scores(differences: list[float]) -> dict:
+    default = [{"robust": 0.5, "clean": 1.0} for _ in differences]
+    return {"default": default, "winner": [{"robust": 0.5 + one, "clean": 1.0} for one in differences]}
+
+
+def test_a_difference_has_the_interval_of_student():
+    """By hand: 0.01, 0.02, 0.03 have mean 0.02 and sd 0.01; t for 2 degrees of freedom is 4.302653, / sqrt(3)."""
+    found = comparison.difference([0.01, 0.02, 0.03])
+    half = 4.302653 * 0.01 / 3**0.5
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.02, 0.02 - half, 0.02 + half), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict", "said"),
+    [
+        ([0.1, 0.11, 0.12], True, "beats the default by more than seed noise: yes; robust +0.11 ("),
+        ([0.1, -0.05, 0.12], False, "beats the default by more than seed noise: no; robust +0.05667 ("),
+        ([-0.1, -0.11, -0.12], False, "beats the default by more than seed noise: no; robust -0.11 ("),
+        ([0.1], None, "beats the default by more than seed noise: not known from one seed; robust +0.1"),
+    ],
+)
+def test_the_verdict_says_whether_the_difference_is_more_than_seed_noise(differences, verdict, said):
+    told = comparison.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.0)
+    assert told["test"]["beats_default"] is verdict and told["validation"]["beats_default"] is verdict
+    printed = searching.further(told)
+    assert [line for line in printed if said in line] == [printed[2], printed[5]] and "below the clean floor" not in str(printed)
+    below = searching.further(comparison.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1))
+    assert below[-1] == f"  warning: the winner is below the clean floor 1.1 on {len(differences)} of {len(differences)} further seeds"
 
 
 def test_hyperband_looks_at_powers_of_three():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Toy:
     two: bool = False
     pruner: Callable[[], optuna.pruners.BasePruner] = nothing_pruned
     metrics: tuple[str, ...] = ("value",)
+    once: tuple[str, ...] = ()
+    confirmation: str = ""  # "slow", "killed", "broken", "refused"
 
     def definition(self) -> Definition:
         return Definition(
@@ -88,5 +91,18 @@ class Toy:
     def proposal(self, values: dict) -> dict:
         return {f"toy.{key}": value for key, value in values.items()}
 
+    def measure(self, name: str) -> dict:
+        return {"of": name}
+
     def confirm(self, values: dict) -> dict:
+        with self.log.open("a") as file:
+            file.write(f"confirm {os.getpid()}\n")
+        if self.confirmation == "slow":
+            time.sleep(60)
+        if self.confirmation == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.confirmation == "refused":
+            raise UserError("there is no test split")
+        if self.confirmation == "broken":
+            raise ValueError("nothing works")
         return {"test": {"value": values["x"] ** 2 + values["n"]}}

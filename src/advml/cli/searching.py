@@ -68,10 +68,14 @@ def _told(outcome: Outcome, metrics: tuple[str, ...]) -> list[str]:
     for split in ("validation", "test"):
         for who, found in (outcome.confirmed or {}).get(split, {}).items():
             lines.append(f"  {split}, {who}: {_figure(found)}")
-    for who, found in (outcome.confirmed or {}).get("confirmed", {}).items():
-        if isinstance(found, dict):
-            lines.append(f"  further seeds, {who}: " + ", ".join(f"{name} {_spread(one)}" for name, one in found.items()))
-    return [*lines, f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}", f"next: advml tune apply {outcome.name}"]
+    if "autoattack" in (outcome.confirmed or {}):
+        lines.append(f"  test, autoattack: {_figure(outcome.confirmed['autoattack']['test'])}")
+    lines += further((outcome.confirmed or {}).get("confirmed", {}))
+    return [
+        *lines,
+        f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}",
+        f"next: advml tune apply {outcome.name}{' --trial N' if len(metrics) > 1 else ''}",
+    ]
 
 
 def _figure(found: dict[str, Any]) -> str:
@@ -79,6 +83,23 @@ def _figure(found: dict[str, Any]) -> str:
         return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f}, n = {found['n']})"
     winner, default = found["broken_by_winner_only"], found["broken_by_default_only"]
     return f"{winner} images broken by the winner only, {default} by the default only, p = {found['p']:.2g}"
+
+
+def further(confirmed: dict[str, Any]) -> list[str]:
+    """What is printed of `advml.tuning.comparison.compare`."""
+    lines = []
+    for split in ("validation", "test") if confirmed else ():
+        found = confirmed[split]
+        for who in ("default", "winner"):
+            lines.append(f"  further seeds, {split}, {who}: " + ", ".join(f"{name} {_spread(one)}" for name, one in found[who].items()))
+        robust, verdict = found["difference"]["robust"], {None: "not known from one seed", True: "yes", False: "no"}[found["beats_default"]]
+        interval = f" ({robust['low']:+.4g} to {robust['high']:+.4g})" if "low" in robust else ""
+        lines.append(f"  {split}: beats the default by more than seed noise: {verdict}; robust {robust['mean']:+.4g}{interval}")
+    floor = confirmed.get("clean_floor", {})
+    if not floor.get("kept_on_every_seed", True):
+        missed = floor["kept"].count(False)
+        lines.append(f"  warning: the winner is below the clean floor {floor['floor']:g} on {missed} of {len(floor['kept'])} further seeds")
+    return lines
 
 
 def _spread(one: dict[str, Any]) -> str:

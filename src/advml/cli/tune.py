@@ -49,7 +49,7 @@ def attack(
     workers: Workers = 1,
     storage: Storage = None,
     name: Name = None,
-    autoattack: Annotated[bool, typer.Option("--autoattack", help="Measure the winner on test beside AutoAttack, too.")] = False,
+    autoattack: Annotated[bool, typer.Option(help="Measure the model under AutoAttack on test, beside the winner.")] = True,
     replace: Replace = False,
     overrides: Overrides = None,
     params: Params = PARAMS,
@@ -114,6 +114,7 @@ def pretrain(
 @app.command()
 def apply(
     name: Annotated[str, typer.Argument(help="Of the study: a folder of reports/tune/.", show_default=False)],
+    trial: Annotated[int | None, typer.Option(min=0, help="Which one of a front, that of --pareto.", show_default="the best")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the difference, change nothing.")] = False,
     params: Params = PARAMS,
 ) -> None:
@@ -121,14 +122,17 @@ def apply(
 
     Writes params.yaml. Next: advml repro
     """
-    from advml.tuning.apply import merge, proposal
+    from advml.tuning.apply import merge, proposal, warnings
 
     load(params)  # what is wrong with the file now must not look like the proposal's fault
-    text, difference = merge(params, proposal(Workspace(params.parent), name))
+    values = proposal(Workspace(params.parent), name, trial=trial)
+    text, difference = merge(params, values)
     if not difference:
         print(f"{params} has these values already")
         return
     print(difference, end="")
+    for line in warnings(difference, values):
+        print(line)
     if dry_run:
         print(f"nothing written; without --dry-run this goes into {params}")
         return

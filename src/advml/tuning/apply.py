@@ -9,32 +9,61 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from advml.config import apply as read
+from advml.config import apply as parse
 from advml.config import validate
 from advml.errors import UserError
-from advml.paths import Workspace
+from advml.paths import Workspace, checked_name
 from advml.rewrite import rewrite
 from advml.tuning.outputs import BEST
 
+# Proposed key -> what else it changes.
+WARNINGS = {
+    "evaluate.steps": "is also the number of steps of pgd-margin in worst_case, and of the attack whose images represent and compare use",
+    "evaluate.step_size": "is a length: it is that long at half of epsilon, too",
+}
 
-def proposal(workspace: Workspace, name: str) -> dict[str, Any]:
+
+def proposal(workspace: Workspace, name: str, *, trial: int | None = None) -> dict[str, Any]:
     """The keys and values of a study's best.yaml.
 
+    Args:
+        trial: which one of a front; None: the best.
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged; or it is a front, and none of its trials is chosen.
     """
-    path = workspace.reports / "tune" / name / BEST
+    path = workspace.reports / "tune" / checked_name(name, option="the study") / BEST
     try:
-        found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["parameters"]
+        read = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        front = {int(one["trial"]): one["parameters"] for one in read.get("front", [])}
+        chosen = _chosen(front, trial, name) if front else _only(read, trial, name)
     except FileNotFoundError:
         known = sorted(other.parent.name for other in workspace.reports.glob(f"tune/*/{BEST}"))
         choices = f"choose from {', '.join(known)}" if known else "make one with: advml tune finetune CL Full-AT"
         raise UserError(f"there is no proposal {name!r}; {choices}") from None
-    except (YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (YAMLError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged; write it again with the command that made it") from None
-    if not isinstance(found, dict):
+    if not isinstance(chosen, dict):
         raise UserError(f"{path}: parameters must be a section of `key: value`")
-    return found
+    return chosen
+
+
+def _chosen(front: dict[int, Any], trial: int | None, name: str) -> Any:
+    if trial not in front:
+        raise UserError(f"{name} proposes a front; choose one of its trials: --trial {', '.join(map(str, front))}")
+    return front[trial]
+
+
+def _only(read: dict[str, Any], trial: int | None, name: str) -> Any:
+    if trial not in (None, read.get("trial")):
+        raise UserError(f"{name} proposes trial {read.get('trial')} alone; leave --trial out")
+    return read["parameters"]
+
+
+def warnings(difference: str, values: dict[str, Any]) -> list[str]:
+    """A line for each key that the difference changes and that means more than the search has looked at."""
+    added = [line[1:].strip().partition(":")[0] for line in difference.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    found = [(key, said) for key, said in WARNINGS.items() if key in values and key.rpartition(".")[2] in added]
+    return [f"warning: {key} = {values[key]} {said}" for key, said in found]
 
 
 def merge(params: Path, values: dict[str, Any]) -> tuple[str, str]:
@@ -44,7 +73,7 @@ def merge(params: Path, values: dict[str, Any]) -> tuple[str, str]:
         UserError: params.yaml does not have one of the keys, or its values do not go together.
     """
     before = params.read_text(encoding="utf-8")
-    raw = read(before, [], source=str(params))
+    raw = parse(before, [], source=str(params))
     changes: dict[str, Any] = {}
     for key, value in values.items():
         section, leaf = _section(raw, key, params)

@@ -1,7 +1,6 @@
 """The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more.
 
-An attack's budget is steps * restarts: the forward and backward passes that an image costs which nothing breaks. (Keeping the
-best iterate costs one more forward pass per restart, reading the prediction another, for every attack alike.)
+No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `advml.tuning.budget`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from advml.runtime.machine import Machine, generator_for
 from advml.stages.context import Context
 from advml.training.loop import batches
 from advml.training.terms import classification_objective
+from advml.tuning.budget import passes
 from advml.tuning.space import Values
 from advml.tuning.worker import Attempt
 
@@ -44,18 +44,23 @@ class Attack:
     restarts: int
 
     @classmethod
-    def of(cls, values: Values, *, budget: int, threat_model: ThreatModel) -> Attack:
+    def of(cls, values: Values, *, steps: int, threat_model: ThreatModel) -> Attack:
         """The attack of a trial; step sizes count in epsilons."""
         adversary = Adversary(
             threat_model=threat_model,
-            steps=max(1, budget // values["restarts"]),
+            steps=steps,
             step_size=values["step_size"] * threat_model.epsilon,
             random_start=values["random_start"],
-            keep="best",
+            keep=values["keep"],
             momentum=values["momentum"],
             schedule=values["schedule"],
         )
         return cls(adversary, values["objective"], values["restarts"])
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """Forward and backward passes of an image that nothing breaks."""
+        return passes(steps=self.adversary.steps, restarts=self.restarts, keep=self.adversary.keep)
 
     def runs(self) -> Iterator[Adversary]:
         """The attack of every restart."""
@@ -112,7 +117,7 @@ class Subject:
         self.threat_model = ThreatModel(search.config.threat_model.norm, search.config.attacked_epsilon)
 
     def attack(self, values: Values) -> Attack:
-        return Attack.of(self.search.default() | values, budget=self.search.budget, threat_model=self.threat_model)
+        return Attack.of(self.search.default() | values, steps=self.search.steps(values), threat_model=self.threat_model)
 
     def under(self, attack: Attack | None, split: Split, *, batch_size: int) -> Iterator[Tensor]:
         seed = self.search.config.evaluate.seed
@@ -148,13 +153,18 @@ def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
     splits = {"validation": subject.validation(), "test": subject.context.dataset.test}
     size = subject.spec.batch_size  # the same random starts as in the trials
     told: dict[str, Any] = {"budget": search.budget, "epsilon": subject.threat_model.epsilon, "norm": subject.threat_model.norm}
+    told["passes"] = {who: attack.passes for who, attack in attacks.items()}
     for name, split in splits.items():
         right = {who: torch.cat(list(subject.under(attack, split, batch_size=size))) for who, attack in attacks.items()}
         told[name] = {"clean": interval(torch.cat(list(subject.under(None, split, batch_size=size))))}
         told[name] |= {who: interval(found) for who, found in right.items()} | {"paired": paired(right["default"], right["winner"])}
-        if search.autoattack and name == "test":
-            told[name]["autoattack"] = interval(_autoattack(subject, split))
     return told
+
+
+def under_autoattack(search: AttackSearch) -> dict[str, Any]:
+    """The model under the whole of AutoAttack on test, which is what all cheaper attacks are to be compared with."""
+    subject = Subject(search)
+    return {"test": interval(_autoattack(subject, subject.context.dataset.test))}
 
 
 def interval(right: Tensor) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def is_killed(trial: FrozenTrial) -> bool:
 
 
 def hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
-    """Whether everything that this command has tried has failed."""
-    tried = sorted(finished(trials), key=lambda trial: trial.datetime_complete)[since:]
-    return len(tried) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in tried)
+    """Whether everything that this command has tried has failed, and nothing of the study has ever worked."""
+    ended = sorted(finished(trials), key=lambda trial: trial.datetime_complete)
+    return len(ended) - since >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended)
 
 
 def feasible(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,17 @@ from optuna.trial import FrozenTrial
 
 from advml import tracking
 from advml.config import Config
-from advml.paths import Workspace
+from advml.errors import Failure
+from advml.paths import Workspace, checked_name
 from advml.tracking.signals import deferred
 from advml.tuning import census, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
 from advml.tuning.storage import address
-from advml.tuning.worker import Orders, Search
+from advml.tuning.worker import Orders, Search, call_and_tell
 
-RUN, CONFIRMED = "mlflow_run", "confirmed"  # attributes of the study
+# Attributes of the study: its run, the winner's measurements, and those that do not depend on the winner
+RUN, CONFIRMED, MEASURED = "mlflow_run", "confirmed", "measured"
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,28 @@ def tune(
         UserError: the storage or the study cannot be used.
         Failure: all trials fail, or all workers die.
     """
+    checked_name(search.name)  # its folders are removed in the end
     url, definition = address(storage, root=workspace.root), search.definition()
     supervisor.processes()  # begins to import torch, beside what this process does
     study = studies.create(definition, url, replace=replace)
     studies.bury(study, url)
-    scratch = workspace.scratch(f"tune/{search.name}").resolve()
+    everything = workspace.scratch(f"tune/{search.name}").resolve()
+    scratch = everything / study.user_attrs.get(studies.IDENTITY, "first")  # trials of another study are numbered alike
     orders = Orders(search, url, trials, len(census.finished(study.get_trials(deepcopy=False))), seed, scratch)
     board = Board(search.name, metrics=search.metrics, directions=definition.directions, total=trials)
     with _tracked(search, config, workspace, study) as run:
         try:
             with board:
                 supervisor.supervise(study, orders, workers=workers, watch=_both(board.show, lambda found: run.show(facts(search, found))))
-            confirmed = _confirmed(search, study, definition.directions)
+            _confirm(search, study, definition.directions)
         except BaseException:
-            so_far = _close(search, study, url, workspace, run, confirmed=None)
+            so_far = _close(search, study, url, workspace, run)
             if so_far.best is not None:
                 told = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
                 print(f"{search.name}: {so_far.finished} of {trials} trials; {told}", file=sys.stderr, flush=True)
             raise
-        outcome = _close(search, study, url, workspace, run, confirmed=confirmed)
-    shutil.rmtree(scratch, ignore_errors=True)
+        outcome = _close(search, study, url, workspace, run)
+    shutil.rmtree(everything, ignore_errors=True)
     return outcome
 
 
@@ -111,28 +114,37 @@ def _tracked(search: Search, config: Config, workspace: Workspace, study: optuna
         yield run
 
 
-def _confirmed(search: Search, study: optuna.Study, directions: Sequence[str]) -> dict[str, Any] | None:
-    """The winner measured once more, unless an earlier command has done so: test images are looked at once."""
+def _confirm(search: Search, study: optuna.Study, directions: Sequence[str]) -> None:
+    """Measure the winner once more, and what else was asked for, but nothing that the study has already: test images are looked at once."""
     best = outputs.best_of(study.get_trials(deepcopy=False), directions)
     if best is None:
-        return None
+        return
     known = study.user_attrs.get(CONFIRMED)
     if known is None or known["trial"] != best.number:
-        told = {"trial": best.number, "times": (known["times"] if known else 0) + 1, "of": in_a_process(search.confirm, best.params)}
-        study.set_user_attr(CONFIRMED, told)
-        known = told
-    return known["of"] | ({"winners_confirmed": known["times"]} if known["times"] > 1 else {})
+        found = in_a_process(search.confirm, best.params)
+        study.set_user_attr(CONFIRMED, {"trial": best.number, "times": (known["times"] if known else 0) + 1, "of": found})
+    for name in search.once:
+        if name not in study.user_attrs.get(MEASURED, {}):
+            study.set_user_attr(MEASURED, study.user_attrs.get(MEASURED, {}) | {name: in_a_process(search.measure, name)})
 
 
-def _close(
-    search: Search, study: optuna.Study, url: str, workspace: Workspace, run: tracking.SearchRun, *, confirmed: dict[str, Any] | None
-) -> Outcome:
+def _confirmed(study: optuna.Study, best: FrozenTrial | None) -> dict[str, Any] | None:
+    """What this command or an earlier one has measured of this winner."""
+    known = study.user_attrs.get(CONFIRMED)
+    if best is None or known is None or known["trial"] != best.number:
+        return None
+    times = {"winners_confirmed": known["times"]} if known["times"] > 1 else {}
+    return known["of"] | study.user_attrs.get(MEASURED, {}) | times
+
+
+def _close(search: Search, study: optuna.Study, url: str, workspace: Workspace, run: tracking.SearchRun) -> Outcome:
     """Files, figures, and the run's last state."""
     trials, directions = study.get_trials(deepcopy=False), search.definition().directions
+    best = outputs.best_of(trials, directions)
+    confirmed = _confirmed(study, best)
     folder = workspace.reports / "tune" / search.name
     files = in_a_process(outputs.write, folder, search, study.study_name, url, confirmed)
     run.show(facts(search, trials))
-    best = outputs.best_of(trials, directions)
     if best is not None:
         run.crown(best.number)
         run.log_metrics({f"best/{name}": value for name, value in outputs.scores(search.metrics, best).items()})
@@ -142,9 +154,35 @@ def _close(
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it where torch and matplotlib are imported already, and not in this process, which stays small."""
-    with ProcessPoolExecutor(1, mp_context=supervisor.processes()) as pool:
-        return pool.submit(function, *arguments).result()
+    """Call it where torch and matplotlib are imported already, and not in this process, which stays small.
+
+    However this ends, the other process does too.
+
+    Raises:
+        Failure: it was killed, or ended with an error, which it has printed.
+    """
+    context = supervisor.processes()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=call_and_tell, args=(theirs, function, *arguments), daemon=True)
+    try:
+        process.start()
+        theirs.close()
+        try:
+            said, result = ours.recv()
+        except EOFError:
+            process.join()
+            why = "ended with an error, which stands above" if process.exitcode == 1 else "was killed, perhaps for want of memory"
+            raise Failure(f"the process that measures and writes {why}; the same command goes on") from None
+    finally:
+        ours.close()
+        if process.pid is not None:
+            process.terminate()
+            process.join(10)
+            process.kill()
+            process.join()
+    if said is not None:
+        raise said(result)
+    return result
 
 
 def facts(search: Search, trials: Sequence[FrozenTrial]) -> list[tracking.Trial]:

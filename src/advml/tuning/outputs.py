@@ -56,6 +56,7 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
     default = census.default_of(trials)
     content = {
         "study": search.name,
+        **({"front": front(search, trials)} if len(search.metrics) > 1 else {}),
         "parameters": search.proposal(best.params),
         "trial": best.number,
         "values": dict(best.params),
@@ -72,6 +73,25 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()
+
+
+def front(search: Search, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+    """The complete trials that no other one beats in one objective without being beaten in another, the best in the first one first."""
+    signs = [1 if direction == "minimize" else -1 for direction in search.definition().directions]
+    costs = {
+        trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        for trial in census.ranked(trials, search.definition().directions)
+    }
+    beaten = {
+        number
+        for number, cost in costs.items()
+        if any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs.values())
+    }
+    return [
+        {"trial": number, "parameters": search.proposal(trials[number].params), "scored": scores(search.metrics, trials[number])}
+        for number in costs
+        if number not in beaten
+    ]
 
 
 def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:

@@ -97,6 +97,10 @@ def _relax(connection: sqlite3.Connection, _: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+class StorageGone(Failure):
+    """The database does not answer: whatever was at work is not to blame."""
+
+
 class PatientStorage(RDBStorage):
     """Optuna's storage, whose single calls wait for a database that is busy, and come back to one that was restarted.
 
@@ -169,7 +173,7 @@ def patiently(action: Callable[[], T]) -> T:
     """`action()`, again and again while the database is busy or away; use it for what may be done twice.
 
     Raises:
-        Failure: it has been so for a minute.
+        StorageGone: it has been so for a minute.
     """
     give_up, pause = time.monotonic() + PATIENCE, 0.01
     while True:
@@ -177,7 +181,7 @@ def patiently(action: Callable[[], T]) -> T:
             return action()
         except (StorageInternalError, sqlalchemy.exc.OperationalError) as error:
             if time.monotonic() > give_up:
-                raise Failure(f"the studies' database does not answer: {_reason(error)}; the same command goes on") from error
+                raise StorageGone(f"the studies' database does not answer: {_reason(error)}; the same command goes on") from error
             time.sleep(pause * random.uniform(0.5, 1.5))  # together with others, so not in step with them
             pause = min(2 * pause, 2.0)
 

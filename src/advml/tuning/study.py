@@ -15,6 +15,7 @@ Trials are handed out, and dead ones buried, under the storage's lock, one proce
 
 from __future__ import annotations
 
+import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from advml.tuning.space import Distributions, Values
 from advml.tuning.storage import connect, lock
 
 FINGERPRINT = "fingerprint"  # attribute of the study
+IDENTITY = "identity"  # attribute of the study: what no other one has, also of the same name and fingerprint
 MOST_KILLS = 10  # in a row without progress: perhaps the system itself kills it, for want of memory
 CARRIED = (ORIGIN, DEFAULT)  # attributes that a retry takes over
 
@@ -97,6 +99,7 @@ def create(definition: Definition, url: str, *, replace: bool = False) -> optuna
                         user_attrs={DEFAULT: True},
                     )
                 )
+            study.set_user_attr(IDENTITY, uuid.uuid4().hex[:16])
             study.set_user_attr(FINGERPRINT, definition.fingerprint)
         elif begun != definition.fingerprint:
             raise UserError(

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from advml.config import Config, digest
+from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.runtime.checkpoint import Checkpoint, Progress, write_atomically
@@ -29,6 +28,7 @@ from advml.training import phases
 from advml.training.loop import Record
 from advml.training.schemes import SCHEMES
 from advml.tuning.attack import evaluation_attack, withstood
+from advml.tuning.comparison import Measured, compare
 from advml.tuning.sampling import Hyperband
 from advml.tuning.space import Values
 from advml.tuning.worker import Attempt
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 # A standard pretraining withstands next to nothing at the whole radius; at half of it, better and worse ones differ.
 RADIUS = {"st": 0.5}
-Measured = dict[str, float]
 
 
 class Bench:
@@ -60,16 +59,23 @@ class Bench:
         network = copy.deepcopy(self.pretrained)
         return phases.finetuning(configuration, self.dataset, self.machine, network, scheme=search.scheme, regime=search.which, seed=seed)
 
-    def measure(self, network: Network) -> Measured:
-        """Clean and robust validation accuracy; an encoder without a classifier first gets a linear one, on clean images."""
+    def measure(self, network: Network, *splits: Split) -> list[Measured]:
+        """Clean and robust accuracy on each split; an encoder without a classifier first gets a linear one, on clean images."""
         spec, search = self.search.config.evaluate, self.search
         if search.kind == "pretrain" and SCHEMES[search.scheme].head != "classifier":
             network = self._with_head(network)
-        measured = {}
-        for name, attack in (("robust", self.attack), ("clean", None)):
-            right = withstood(network, self.dataset.validation, attack, batch_size=spec.batch_size, seed=spec.seed, machine=self.machine)
-            measured[name] = float(torch.cat(list(right)).double().mean())
-        return measured
+        found = []
+        for split in splits:
+            measured = {}
+            for name, attack in (("robust", self.attack), ("clean", None)):
+                right = withstood(network, split, attack, batch_size=spec.batch_size, seed=spec.seed, machine=self.machine)
+                measured[name] = float(torch.cat(list(right)).double().mean())
+            found.append(measured)
+        return found
+
+    def validate(self, network: Network) -> Measured:
+        """What decides between trials."""
+        return self.measure(network, self.dataset.validation)[0]
 
     def _with_head(self, network: Network) -> Network:
         """The encoder under the regime that fine-tunes nothing but a head on clean images."""
@@ -99,7 +105,7 @@ def objective(search: TrainingSearch) -> Callable[[Attempt], Sequence[float]]:
 
     def run(attempt: Attempt) -> Sequence[float]:
         configuration = search.accept(attempt.values)
-        measured = train(bench, configuration, attempt, seed=search.seed)
+        measured = bench.validate(train(bench, configuration, attempt, seed=search.seed))
         attempt.note(measured={"clean": measured["clean"]})
         if search.pareto:
             return measured["robust"], measured["clean"]
@@ -109,23 +115,22 @@ def objective(search: TrainingSearch) -> Callable[[Attempt], Sequence[float]]:
     return run
 
 
-def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -> Measured:
+def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -> Network:
     """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again."""
     search, scratch = bench.search, attempt.scratch
     plan = bench.plan(configuration, seed=seed)
-    rungs = Rungs(scratch / "rungs.json", Hyperband.rungs(plan.phase.epochs) if not search.pareto else ())
+    fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
+    rungs = Rungs(scratch / f"rungs-{fingerprint}.json", Hyperband.rungs(plan.phase.epochs) if not search.pareto else ())
 
     def on_epoch(record: Record) -> None:
         epoch = int(record["epoch"])
         attempt.history.append(dict(record))
         if epoch in rungs.wanted:
-            measured = rungs.at(epoch, lambda: bench.measure(plan.network))
+            measured = rungs.at(epoch, lambda: bench.validate(plan.network))
             attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
             attempt.report(epoch, measured["robust"])
 
-    fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
-    network, _ = phases.fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)
-    return bench.measure(network)
+    return phases.fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)[0]
 
 
 class Rungs:
@@ -157,20 +162,14 @@ def confirm(search: TrainingSearch, values: Values) -> dict[str, Any]:
     """Default and winner trained on further seeds, on the same pretrained encoder: is the difference more than noise?"""
     if not search.spec.confirm:
         return {}
-    bench, scores = Bench(search), {"default": [], "winner": []}
+    bench = Bench(search)
+    splits = {"validation": bench.dataset.validation, "test": bench.dataset.test}
+    scores: dict[str, dict[str, list[Measured]]] = {name: {"default": [], "winner": []} for name in splits}
     for number in range(1, search.spec.confirm + 1):
         seed = derived_seed("tune", search.seed, number)
         for who, chosen in (("default", {}), ("winner", values)):
             scratch = Workspace(search.root).scratch(f"tune/{search.name}/confirm-{who}-{number}")
-            scores[who].append(train(bench, search.accept(chosen), Silent(None, chosen, scratch, True), seed=seed))
-    return {"confirmed": {who: _spread(measured) for who, measured in scores.items()} | {"further_seeds": search.spec.confirm}}
-
-
-def _spread(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Values, mean and standard deviation of each figure."""
-    found = {}
-    for name in measured[0]:
-        values = [one[name] for one in measured]
-        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-        found[name] = {"values": values, "mean": statistics.mean(values)} | ({} if math.isnan(deviation) else {"sd": deviation})
-    return found
+            network = train(bench, search.accept(chosen), Silent(None, chosen, scratch, True), seed=seed)
+            for name, measured in zip(splits, bench.measure(network, *splits.values()), strict=True):
+                scores[name][who].append(measured)
+    return {"confirmed": compare(scores, floor=None if search.pareto else search.spec.clean_floor)}

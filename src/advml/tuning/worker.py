@@ -29,7 +29,7 @@ from advml.errors import Failure, UserError
 from advml.tuning import census
 from advml.tuning import study as studies
 from advml.tuning.space import Values
-from advml.tuning.storage import HEARTBEAT
+from advml.tuning.storage import HEARTBEAT, StorageGone
 
 Record = dict[str, float]
 
@@ -39,6 +39,7 @@ class Search(Protocol):
 
     name: str
     metrics: tuple[str, ...]  # names of the objectives, e.g. ("robust",)
+    once: tuple[str, ...]  # what best.yaml tells of the study whoever wins, e.g. ("autoattack",)
 
     def definition(self) -> studies.Definition: ...
     def open(self) -> Callable[[Attempt], Sequence[float]]: ...  # the costly part: data, networks; then one call per trial
@@ -46,6 +47,7 @@ class Search(Protocol):
     def parameters(self) -> dict[str, Any]: ...  # of the MLflow run: space and budget
     def proposal(self, values: Values) -> dict[str, Any]: ...  # values -> keys of params.yaml
     def confirm(self, values: Values) -> dict[str, Any]: ...  # measures the winner once more, for best.yaml
+    def measure(self, name: str) -> dict[str, Any]: ...  # one of `once`
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,16 @@ def work(orders: Orders, slot: int, parent: Connection | None = None) -> None:
         parent.send((type(error), str(error)))
 
 
+def call_and_tell(parent: Connection, function: Callable[..., Any], *arguments: Any) -> None:
+    """In a process of its own: send (None, what the function returns), or an error that users are to read as (kind, text)."""
+    _leave_with_command()
+    try:
+        told = (None, function(*arguments))
+    except (UserError, Failure) as error:
+        told = (type(error), str(error))
+    parent.send(told)
+
+
 def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt], Sequence[float]], scratch: Path) -> None:
     """One trial from start to end; whatever goes wrong in it is its result."""
     attributes = trial.user_attrs
@@ -126,6 +138,8 @@ def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt],
                 raise Failure(f"its result is {values}")
         except (optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError):
             state = TrialState.PRUNED
+        except StorageGone:  # says nothing about the trial, which the next command takes up
+            raise
         except Exception as error:
             state, values, reason = TrialState.FAIL, None, _reason(error)
         attempt.note(seconds=time.monotonic() - started, **({"history": attempt.history} if attempt.history else {}))

@@ -9,7 +9,8 @@ from typing import Any
 
 from advml.config import Config, digest
 from advml.errors import UserError
-from advml.paths import Workspace, find_model
+from advml.paths import Workspace, checked_name, find_model
+from advml.tuning import budget
 from advml.tuning import space as spaces
 from advml.tuning.sampling import tpe, wilcoxon
 from advml.tuning.searches.files import data_digest, record_of
@@ -18,7 +19,7 @@ from advml.tuning.study import Definition
 from advml.tuning.worker import Attempt
 
 # Keys of the space of attacks; everything of an attack but its budget and its threat model.
-KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start")
+KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start", "keep")
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,20 @@ class AttackSearch:
     root: Path
     model: str  # a name or folder
     folder: Path
-    autoattack: bool = False
+    autoattack: bool = True
     chosen_name: str | None = None
     metrics: tuple[str, ...] = ("robust",)
 
     @classmethod
-    def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = False, name: str | None = None) -> AttackSearch:
+    def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = True, name: str | None = None) -> AttackSearch:
         """Raises UserError: there is no such model, or the space is wrong."""
-        folder = find_model(Workspace(root), model)
-        search = cls(configuration, root.resolve(), folder.name, folder.resolve(), autoattack, name)
+        folder = find_model(Workspace(root), model).resolve()
+        search = cls(configuration, root.resolve(), folder.name, folder, autoattack, name)
+        checked_name(search.name)
+        if search.budget < configuration.evaluate.restarts:
+            raise UserError(
+                f"tune.attack.budget = {search.budget} has no step for each of evaluate.restarts = {configuration.evaluate.restarts}"
+            )
         spaces.check(search.space, search.accept, section="tune.attack.space")
         return search
 
@@ -51,21 +57,28 @@ class AttackSearch:
 
     @property
     def budget(self) -> int:
-        """Forward and backward passes per image."""
+        """Steps times restarts of the default."""
         return self.config.tune.attack.budget or self.config.evaluate.steps * self.config.evaluate.restarts
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of the default per image: no attack has more."""
+        spec = self.config.evaluate
+        return budget.total(steps=self.budget // spec.restarts, restarts=spec.restarts, keep=spec.keep)
+
+    def steps(self, values: Values) -> int:
+        """Steps of each restart that the budget has room for."""
+        found = self.default() | values
+        return budget.steps_within(self.passes, restarts=found["restarts"], keep=found["keep"])
 
     def default(self) -> Values:
         """The attack of `evaluate`, with as many steps as the budget allows."""
         spec = self.config.evaluate
-        steps = max(1, self.budget // spec.restarts)
+        steps = self.budget // spec.restarts
         ordinary = spec.step_size / self.config.attacked_epsilon if spec.step_size else 1.0 if steps == 1 else 2.5 / steps
         return {
             "step_size": ordinary,
-            "schedule": "constant",
-            "momentum": 0.0,
-            "objective": "ce",
-            "restarts": spec.restarts,
-            "random_start": spec.random_start,
+            **{key: getattr(spec, key) for key in KEYS if key != "step_size"},
         }
 
     def missed(self) -> Values:
@@ -80,12 +93,15 @@ class AttackSearch:
             wrong = CHECKS[key](value)
             if wrong:
                 raise UserError(f"{key} = {value!r}; {wrong}")
-        attack = self.default() | values
-        if attack["restarts"] > self.budget:
-            raise UserError(f"restarts = {attack['restarts']} exceed the budget of {self.budget} passes")
+        if not self.steps(values):
+            restarts = (self.default() | values)["restarts"]
+            raise UserError(
+                f"restarts = {restarts} leave none of them a step within the budget's {self.passes} forward and backward passes"
+            )
 
     def definition(self) -> Definition:
-        inputs = (dict(self.space), self.budget, self.config.tune.attack.images, self.config.tune.attack.batch_size)
+        spec = self.config.tune.attack
+        inputs = (dict(self.space), self.budget, spec.images, spec.batch_size, spec.seed)
         return Definition(
             name=self.name,
             directions=("minimize",),
@@ -97,9 +113,16 @@ class AttackSearch:
         )
 
     def _subject(self) -> tuple[Any, ...]:
-        evaluate = self.config.evaluate
-        threat = (self.config.threat_model.norm, self.config.attacked_epsilon, evaluate.steps, evaluate.restarts, evaluate.step_size)
-        return (*threat, record_of(self.folder)["digest"], data_digest(self.root), self.config.runtime.precision)
+        threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
+        return (
+            *threat,
+            self.default(),
+            self.passes,
+            self.config.evaluate.seed,
+            record_of(self.folder)["digest"],
+            data_digest(self.root),
+            self.config.runtime.precision,
+        )
 
     def open(self) -> Callable[[Attempt], Sequence[float]]:
         from advml.tuning import attack
@@ -115,14 +138,24 @@ class AttackSearch:
     def proposal(self, values: Values) -> dict[str, Any]:
         """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
         found = self.default() | values
-        steps = max(1, self.budget // found["restarts"])
         given = {
-            "steps": steps,
+            "steps": self.steps(values),
             "step_size": found["step_size"] * self.config.attacked_epsilon,
             **{key: found[key] for key in KEYS if key != "step_size"},
         }
-        known = type(self.config.evaluate).model_fields
-        return {f"evaluate.{key}": value for key, value in given.items() if key in known}
+        if found["keep"] == self.config.evaluate.keep:
+            del given["keep"]
+        return {f"evaluate.{key}": value for key, value in given.items()}
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        return ("autoattack",) if self.autoattack else ()
+
+    def measure(self, name: str) -> dict[str, Any]:
+        from advml.tuning import attack
+
+        assert name == "autoattack"
+        return attack.under_autoattack(self)
 
     def confirm(self, values: Values) -> dict[str, Any]:
         from advml.tuning import attack
@@ -149,4 +182,5 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "objective": _one_of("ce", "margin", "dlr"),
     "restarts": lambda value: None if isinstance(value, int) and value >= 1 else "must be a whole number, at least 1",
     "random_start": lambda value: None if isinstance(value, bool) else "choose from true, false",
+    "keep": _one_of("best", "last"),
 }

@@ -15,7 +15,7 @@ from advml.tuning.searches.files import record_of
 from advml.tuning.space import Values
 
 # Keys that only a training under attack has a use for.
-UNATTACKED = ("adversarial_weight", "epsilon", "epsilon_warmup", "attack_steps", "loss", "attack.", "threat_model.")
+UNATTACKED = ("adversarial_weight", "epsilon", "epsilon_warmup", "attack_steps", "loss")
 # Where a phase leaves one of these null, the value of the study counts.
 INHERITED = {"epsilon": "threat_model.epsilon", "attack_steps": "attack.steps"}
 
@@ -80,10 +80,17 @@ class Trained:
 
     def accept(self, values: Values) -> Config:
         """The configuration with these values; raises UserError if it refuses them."""
-        for key in values:
-            if key.partition(".")[0] == "view" and self.kind == "finetune":
-                raise UserError(f"unknown key '{key}': a fine-tuning has no views")
         return changed(self.config, self.proposal(values))
+
+    def check_keys(self) -> None:
+        """Raises UserError for a key that is none of what is trained: another section would change what trials are measured by."""
+        known = list(config.Phase.model_fields)
+        if self.kind == "pretrain":
+            views = config.View.model_fields
+            known += ["temperature", *(f"view.{key}" for key in views)]
+        for key in self.given:
+            if key not in known:
+                raise UserError(f"{self.section} has an unknown key {key!r}; choose from {', '.join(known)}")
 
     def without_effect(self) -> tuple[str, ...]:
         """Keys that this scheme, regime or phase has no use for: a space serves them all."""

@@ -11,6 +11,7 @@ import optuna
 
 from advml.config import Config, digest
 from advml.errors import UserError
+from advml.paths import checked_name
 from advml.tuning import space as spaces
 from advml.tuning.sampling import Hyperband, tpe
 from advml.tuning.searches.files import data_digest
@@ -48,12 +49,14 @@ class TrainingSearch(Trained):
     ) -> TrainingSearch:
         """Raises UserError: there is nothing to learn, nothing to start from, or the space is wrong."""
         whole = cls(configuration, root.resolve(), kind, scheme, which, seed, pareto, name)
+        checked_name(whole.name)
         if kind == "finetune" and scheme == "SL" and which in ("ST", "AT"):
             raise UserError(f"SL pretrains its classifier, so {which} has nothing to fine-tune; choose Partial-AT or Full-AT")
         if not whole.given:
             raise UserError(
                 f"{whole.section} is empty; name a key and its range, e.g. {whole.section}.learning_rate: {{log: [1e-4, 1e-1]}}"
             )
+        whole.check_keys()
         whole.record()
         search = cls(configuration, root.resolve(), kind, scheme, which, seed, pareto, name, whole.without_effect())
         spaces.check(search.space, search.accept, section=search.section)
@@ -119,6 +122,13 @@ class TrainingSearch(Trained):
         from advml.tuning import training
 
         return training.objective(self)
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        return ()
+
+    def measure(self, name: str) -> dict[str, Any]:
+        raise NotImplementedError(name)  # nothing stands in `once`
 
     def confirm(self, values: Values) -> dict[str, Any]:
         from advml.tuning import training

@@ -1,0 +1,58 @@
+"""Winner and default on further seeds: is their difference more than the noise of seeds?
+
+Each seed trains both, so the differences d = winner - default are paired. Their mean has the 95 % interval mean +- t * sd / sqrt(S),
+with the quantile t of Student's distribution of S - 1 degrees of freedom (Student 1908). One seed has none.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.stats import t as student
+
+Measured = dict[str, float]  # robust, clean
+NOTE = "the winner was chosen on these validation images, which flatters it there; test images had no part in the choice"
+
+
+def compare(scores: Mapping[str, Mapping[str, Sequence[Measured]]], *, floor: float | None) -> dict[str, Any]:
+    """What best.yaml tells of the further seeds.
+
+    Args:
+        scores: split -> default, winner -> figures, seed by seed.
+        floor: least clean validation accuracy; None: there is none.
+    Returns:
+        Of each split the figures of both, their paired differences, and whether the winner is more robust by more than noise; None
+        with one seed.
+    """
+    told: dict[str, Any] = {"further_seeds": len(scores["validation"]["winner"]), "note": NOTE}
+    for split, both in scores.items():
+        told[split] = {who: _figures(measured) for who, measured in both.items()}
+        pairs = list(zip(both["winner"], both["default"], strict=True))
+        found = {name: difference([one[name] - other[name] for one, other in pairs]) for name in pairs[0][0]}
+        low = found["robust"].get("low")
+        told[split] |= {"difference": found, "beats_default": None if low is None else low > 0}
+    if floor is not None:
+        kept = [measured["clean"] >= floor for measured in scores["validation"]["winner"]]
+        told["clean_floor"] = {"floor": floor, "kept": kept, "kept_on_every_seed": all(kept)}
+    return told
+
+
+def difference(values: Sequence[float]) -> dict[str, Any]:
+    """Values, mean, and from two on the ends of its 95 % interval."""
+    found: dict[str, Any] = {"values": list(values), "mean": statistics.mean(values)}
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        found |= {"low": found["mean"] - half, "high": found["mean"] + half}
+    return found
+
+
+def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Values, mean and standard deviation of each figure."""
+    found = {}
+    for name in measured[0]:
+        values = [one[name] for one in measured]
+        found[name] = {"values": values, "mean": statistics.mean(values)} | ({"sd": statistics.stdev(values)} if len(values) > 1 else {})
+    return found
