@@ -75,17 +75,6 @@ class Workspace:
         return self.root / ".scratch" / stage
 
 
-def checked_name(name: str, *, option: str = "--name") -> str:
-    """A name that may become a folder.
-
-    Raises:
-        UserError: it could lead out of its place, or is not printable everywhere.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise UserError(f"{option} {name!r} is no name for a folder; use letters, digits, points, hyphens and underscores")
-    return name
-
-
 def find_model(workspace: Workspace, model: str) -> Path:
     """The folder of a model, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
 

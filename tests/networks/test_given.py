@@ -172,7 +172,7 @@ def test_a_name_that_leads_elsewhere_or_is_taken_is_refused(make_study, here, na
     study = make_study("named")
     context = study.context()
     before = sorted(study.root.rglob("*"))
-    with pytest.raises(UserError, match=r"is no name for a folder|is a name of this study"):
+    with pytest.raises(UserError, match=r"is no name; use|is a name of this study"):
         evaluate.run_given(context, replace(found("somebodys:good", context.dataset), name=name))
     assert sorted(study.root.rglob("*")) == before
 
