@@ -100,6 +100,41 @@ def test_accuracies_of_other_weights_are_not_shown(workspace, model):
     assert "belongs to other weights; measure again with: advml evaluate CL AT --seed 0" in shown and "97.5" not in shown
 
 
+def transfer(*flags: str, models: tuple[str, ...] = ("SL-ST-s0", "CL-AT-s0"), digest: str = "a" * 64) -> dict:
+    flagged = [{"model": name, "name": "transfer_stronger", "saw": f"saw {name}", "try": "more steps"} for name in flags]
+    return {"models": list(models), "digests": dict.fromkeys(models, digest), "flags": flagged}
+
+
+def test_flags_of_a_transfer_stand_with_the_model_that_they_name(workspace, model):
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
+    blocks = [transfer("SL-ST-s0", "CL-AT-s0"), transfer("SL-ST-s1", models=("SL-ST-s1",))]
+    write(workspace.report("transfer") / "transfer.json", {"rule": "a rule", "seeds": blocks})
+    lines = [line for line in record_of(workspace, "CL-AT-s0").splitlines() if "!" in line]
+    assert lines == ["  ! transfer_stronger: saw CL-AT-s0; try more steps"]
+
+
+def test_without_flags_of_a_transfer_there_is_no_line(workspace, model):
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
+    plain = record_of(workspace, "CL-AT-s0")
+    write(workspace.report("transfer") / "transfer.json", {"rule": "a rule", "seeds": [transfer("SL-ST-s0")]})
+    assert record_of(workspace, "CL-AT-s0") == plain
+
+
+def test_flags_of_a_transfer_of_other_weights_are_not_shown(workspace, model):
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
+    write(workspace.report("transfer") / "transfer.json", {"rule": "a rule", "seeds": [transfer("CL-AT-s0", digest="e" * 64)]})
+    assert "transfer_stronger" not in record_of(workspace, "CL-AT-s0")
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"seeds": [{}]}'], ids=["empty", "too little", "an empty block"])
+def test_a_damaged_transfer_is_one_line(workspace, model, content):
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
+    write(workspace.report("transfer") / "transfer.json", content)
+    with pytest.raises(UserError, match=r"transfer.json is damaged") as stopped:
+        record_of(workspace, "CL-AT-s0")
+    assert "\n" not in str(stopped.value)
+
+
 def test_a_folder_will_do_and_a_trailing_slash_too(workspace, model):
     assert find(workspace, str(model)) == find(workspace, f"{model}/") == find(workspace, "CL-AT-s0") == model
     assert record_of(workspace, str(model)) == record_of(workspace, "CL-AT-s0")

@@ -63,7 +63,12 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
             return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
         figures = evaluation["figures"]
         shown = [line for name, figure in figures.items() for line in (_figure(name, figure), *_cascade(figure))]
-        return ["accuracy on test (95 % intervals)", *shown, *flags_of(evaluation), *_transfer_flags(workspace, record["name"])]
+        return [
+            "accuracy on test (95 % intervals)",
+            *shown,
+            *flags_of(evaluation),
+            *_transfer_flags(workspace, record["name"], digest=record["digest"]),
+        ]
 
 
 def _figure(name: str, figure: dict[str, Any]) -> str:
@@ -86,13 +91,14 @@ def flags_of(evaluation: dict[str, Any]) -> list[str]:
     return lines or ["  diagnostics: no flag"]
 
 
-def _transfer_flags(workspace: Workspace, model: str) -> list[str]:
-    """The same for what `advml transfer` has found."""
+def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[str]:
+    """The same for what `advml transfer` has found of these weights."""
     made = workspace.report("transfer") / "transfer.json"
     if not made.is_file():
         return []
     with _reading(made) as found:
-        flags = [flag for block in found["seeds"] if model in block["models"] for flag in block["flags"] if flag["model"] == model]
+        blocks = [block for block in found["seeds"] if block["digests"].get(model) == digest]
+        flags = [flag for block in blocks for flag in block["flags"] if flag["model"] == model]
         return [f"  ! {flag['name']}: {flag['saw']}; try {flag['try']}" for flag in flags]
 
 
