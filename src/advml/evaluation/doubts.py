@@ -50,7 +50,7 @@ def look(
     raised, found = flags(evidence), {"evidence": evidence.as_record()}
     raised += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in raised) else []
     if spec.minimal:
-        found["minimal"], more = _nearest(network, images, labels, evidence, white, configuration)
+        found["minimal"], more = _nearest(network, images, labels, evidence, survivors(outcomes)[: len(labels)], configuration)
         raised += more
     return {"flags": [flag.as_record() for flag in raised], **found}
 
@@ -75,7 +75,7 @@ def _verdicts(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict
 
 
 def _nearest(
-    network: nn.Module, images: Tensor, labels: Tensor, evidence: Evidence, white: Tensor, configuration: config.Config
+    network: nn.Module, images: Tensor, labels: Tensor, evidence: Evidence, standing: Tensor, configuration: config.Config
 ) -> tuple[dict[str, Any], list[Flag]]:
     """Minimal distances, the security curve they give, beside PGD's at each epsilon."""
     spec, norm, epsilon = configuration.diagnostics, configuration.threat_model.norm, configuration.attacked_epsilon
@@ -91,7 +91,7 @@ def _nearest(
     ]
     found = {"attack": spec.minimal, "library": "foolbox", "steps": spec.minimal_steps, "n": len(labels), "curve": curve}
     found["distances"] = [value if value < torch.inf else None for value in distances.tolist()]
-    nearer = int((white & (distances <= epsilon)).sum())
+    nearer = int((standing & (distances <= epsilon)).sum())
     if not beyond_tolerance(nearer, evidence.n):
         return found, []
     saw = f"{spec.minimal} comes within {epsilon:.4g} of {nearer} of {evidence.n} samples that survive all attacks"
