@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,37 @@ def test_without_a_random_start_the_first_run_begins_at_the_image_and_the_others
     assert torch.equal(*runs["craft"]) and not torch.equal(*runs["again"])
 
 
+def test_pgd_on_the_margin_begins_at_random_whatever_the_other_attacks_do():
+    """It is the first of the cascade, and at the image it would repeat what threat model II has done."""
+    network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.random_start=false", "evaluate.steps=2")
+    images, labels = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+    listed = {figure.name: figure for figure in plan(settings, None, classes=10)}
+    begins = {name: figure.settings["random_start"] for name, figure in listed.items() if "random_start" in figure.settings}
+    assert begins == {"accuracy/threat_model_2": False, "accuracy/threat_model_2_half": False, "worst_case/pgd-margin": True}
+    for name, random in begins.items():
+        first, second = (listed[name].craft(network, images, labels, generator_for(seed)) for seed in (1, 2))
+        assert torch.equal(first, second) is not random
+
+
+@pytest.mark.parametrize("name", ["accuracy/threat_model_1", "accuracy/threat_model_2", "worst_case/pgd-margin"])
+@pytest.mark.parametrize(("key", "value", "usual"), [("momentum", 0.5, 0.0), ("schedule", "linear", "constant"), ("keep", "last", "best")])
+def test_every_attack_of_our_own_is_made_as_evaluate_says(name, key, value, usual):
+    network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=4", f"evaluate.{key}={value}")
+    images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 2, 1, 5])
+    (figure,) = (figure for figure in plan(settings, SCHEMES["SCL"], classes=10) if figure.name == name)
+    adversary = evaluation_adversary(settings, epsilon=settings.threat_model.epsilon)
+    assert figure.settings[key] == getattr(adversary, key) == value
+
+    def attacked_by(adversary):
+        objective = lambda: lambda moved: EXPECTED[name](images, moved, labels, network)  # noqa: E731
+        return adversary.attack(network, objective, images, generator=generator_for("x"))
+
+    found = figure.craft(network, images, labels, generator_for("x"))
+    assert torch.allclose(found, attacked_by(adversary), atol=1e-6)
+    if key != "keep":  # the last iterate of an ascent is often the best
+        assert not torch.allclose(found, attacked_by(replace(adversary, **{key: usual})), atol=1e-3)
+
+
 def undecided(images: torch.Tensor):
     """An untrained network prefers one class; this one is undecided. And its own predictions as labels."""
     network = build(ARCHITECTURE, seed=0).eval()
@@ -240,3 +272,10 @@ def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_
     told = [(step["name"], step["aimed_at"], step["broke"], step["restarts"], step["forward"]) for step in steps]
     assert told == [("threat_model_2", 4, 1, 1, 12), ("pgd-margin", 2, 1, 3, 6), ("square", 1, 0, 1, 3)]
     assert steps[1]["objective"] == "margin" and steps[2]["queries"] == 77 and steps[2]["library"] == "pyautoattack"
+
+
+def test_the_record_of_the_worst_case_holds_the_radius_of_the_attacks_not_that_of_training():
+    settings = configuration("threat_model.epsilon=0.3", "evaluate.epsilon=0.1", "worst_case.attacks=[pgd-margin, square]")
+    listed = [figure for figure in plan(settings, None, classes=10) if figure.name in FOUND]
+    record = describe_worst(listed, FOUND, settings)
+    assert [record["epsilon"], *(step["epsilon"] for step in record["cascade"])] == [0.1] * 4

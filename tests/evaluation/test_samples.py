@@ -10,7 +10,7 @@ import torch
 
 from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.measure import Outcome
+from advml.evaluation.measure import NOT_FINITE, Outcome
 from advml.evaluation.samples import digest_of, read, table, write
 
 NAN = float("nan")
@@ -48,6 +48,16 @@ def test_a_row_tells_who_broke_the_image_first_as_what_and_how_far_away():
     assert [row["forward"] for row in rows] == [40, 140, 140, 40, 40] and rows[1]["backward"] == 70
     assert [row["right/threat_model_2_half"] for row in rows] == [False, True, True, False, False]
     assert not any(name.startswith("right/") and "square" in name for name in rows[0])
+
+
+def test_an_image_broken_by_logits_that_are_no_numbers_keeps_that_class_and_its_distance():
+    split = Split(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), torch.tensor([0, 1]))
+    found = {
+        "accuracy/clean": outcome([0, 1], [True, True], [0, 1], [NAN, NAN], 0),
+        "accuracy/threat_model_2": outcome([0, 1], [False, True], [NOT_FINITE, 1], [0.5, NAN], 1),
+    }
+    told = [(row["broken_by"], row["broken_as"], row["distance"]) for row in table(found, split, about={}).to_pylist()]
+    assert told == [("threat_model_2", NOT_FINITE, 0.5), (None, None, None)]
 
 
 def test_the_same_content_gives_the_same_bytes_and_reads_back(tmp_path):

@@ -1,0 +1,130 @@
+"""One evaluation holds everything: figures, flags, corruptions; and whatever is remembered is not computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from advml import config
+from advml.evaluation import protocol
+from advml.evaluation.measure import _Batch
+from advml.runtime.machine import Machine
+from advml.runtime.memo import Memo
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+CPU = Machine(torch.device("cpu"))
+QUICK = (
+    *("evaluate.steps=2", "evaluate.batch_size=16", "evaluate.adversarial_images=5", "worst_case.attacks=[pgd-margin]"),
+    *("worst_case.restarts=1", "diagnostics.images=8", "diagnostics.steps=2", "corruptions.names=[contrast, fog]"),
+    "corruptions.severities=[1, 5]",
+)
+
+
+@pytest.fixture
+def subject() -> protocol.Subject:
+    linear = nn.Linear(64, 4)
+    linear.weight.data = 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    linear.bias.data.zero_()
+    return protocol.Subject("X", "d" * 64, nn.Sequential(nn.Flatten(), linear))
+
+
+def evaluate(subject, dataset, *overrides: str, folder: Path | None = None, **options) -> protocol.Evaluation:
+    return protocol.evaluate(subject, dataset, config.load(PARAMS, [*QUICK, *overrides]), CPU, memo=Memo(folder), **options)
+
+
+def plant(monkeypatch, *names: str, **more: object) -> dict:
+    found = {"flags": [{"name": name, "saw": "it", "try": "that"} for name in names], **more}
+    monkeypatch.setattr(protocol.doubts, "look", lambda *arguments, **options: found)
+    return found
+
+
+@pytest.mark.parametrize(("names", "verdict"), [(("randomised", "success_lost"), "randomised, success_lost"), ((), "none")])
+def test_the_metrics_count_the_flags_and_the_verdict_names_them(subject, dataset, monkeypatch, names, verdict):
+    planted = plant(monkeypatch, *names, evidence={})
+    found = evaluate(subject, dataset, "corruptions.names=none")
+    assert found.metrics["diagnostics/flags"] == len(names) and found.verdict == verdict and found.record["diagnostics"] == planted
+
+
+def test_a_model_that_could_not_be_judged_has_no_number_of_flags(subject, dataset, monkeypatch):
+    plant(monkeypatch, skipped="it cannot be copied")
+    found = evaluate(subject, dataset, "corruptions.names=none")
+    assert "diagnostics/flags" not in found.metrics and found.verdict == "not judged"
+
+
+def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
+    monkeypatch.setattr(protocol.doubts, "look", forbidden)
+    found = evaluate(subject, dataset, "diagnostics.images=0", "corruptions.names=none")
+    assert "diagnostics/flags" not in found.metrics and found.verdict == "not judged"
+    assert found.record["diagnostics"] == {"flags": [], "skipped": "diagnostics.images = 0"}
+
+
+def test_diagnostics_are_given_the_outcomes_and_the_classes(subject, dataset, monkeypatch):
+    given = {}
+
+    def look(network, split, outcomes, configuration, machine, *, classes):
+        given.update(network=network, split=split, names=list(outcomes), classes=classes)
+        return {"flags": []}
+
+    monkeypatch.setattr(protocol.doubts, "look", look)
+    evaluate(subject, dataset, "corruptions.names=none")
+    figures = ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half", "worst_case/pgd-margin"]
+    assert given == {"network": subject.network, "split": dataset.test, "names": figures, "classes": 4}
+
+
+def test_an_evaluation_holds_accuracies_flags_corruptions_samples_and_images(subject, dataset):
+    found = evaluate(subject, dataset)
+    accuracies = ("accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half", "accuracy/worst_case")
+    shares = (*accuracies, "corruption/contrast", "corruption/fog", "corruption/mean")
+    assert set(found.metrics) == {"diagnostics/flags", *(f"{name}{end}" for name in shares for end in ("", "/low", "/high"))}
+    assert set(found.record["figures"]) == set(accuracies) and set(found.record["corruptions"]) == {"corruption/contrast", "corruption/fog"}
+    for name, described in found.record["corruptions"].items():
+        assert described["severities"] == [1, 5] and described["n"] == len(dataset.test) and described["source"] == "computed"
+        assert found.metrics[name] == pytest.approx(sum(described["accuracies"]) / 2)
+    assert found.metrics["corruption/mean"] == pytest.approx((found.metrics["corruption/contrast"] + found.metrics["corruption/fog"]) / 2)
+    assert found.samples.num_rows == len(dataset.test) and found.images.shape == (5, 1, 8, 8) and found.kept["n"] == 5
+    for name, described in found.record["figures"].items():
+        assert found.metrics[name] == described["correct"] / described["n"]
+
+
+def test_without_corruptions_there_is_nothing_of_them(subject, dataset, monkeypatch):
+    plant(monkeypatch)
+    found = evaluate(subject, dataset, "corruptions.names=none")
+    assert not any(name.startswith("corruption") for name in found.metrics) and found.record["corruptions"] == {}
+
+
+def forbidden(*arguments: object, **options: object) -> None:
+    raise AssertionError("computed although it was remembered")
+
+
+def forbid(monkeypatch) -> None:
+    monkeypatch.setattr(_Batch, "measure", forbidden)
+    monkeypatch.setattr(protocol.doubts, "look", forbidden)
+    monkeypatch.setattr(protocol.corruption, "one", forbidden)
+
+
+def test_what_is_remembered_is_not_computed_again(subject, dataset, monkeypatch, tmp_path):
+    first = evaluate(subject, dataset, folder=tmp_path)
+    forbid(monkeypatch)
+    again = evaluate(subject, dataset, folder=tmp_path)
+    assert again.metrics == first.metrics and again.record == first.record and again.samples.equals(first.samples)
+    assert torch.equal(again.images, first.images) and again.kept == first.kept and again.verdict == first.verdict
+
+
+@pytest.mark.parametrize("part", ["accuracy.clean.batch.0.safetensors", "diagnostics.json", "corruption.fog.safetensors"])
+def test_every_part_is_remembered_by_itself(subject, dataset, monkeypatch, tmp_path, part):
+    evaluate(subject, dataset, folder=tmp_path)
+    (tmp_path / part).unlink()
+    forbid(monkeypatch)
+    with pytest.raises(AssertionError, match=r"although it was remembered"):
+        evaluate(subject, dataset, folder=tmp_path)
+
+
+def test_the_bar_never_goes_back_and_ends_at_all_of_the_work(subject, dataset):
+    told = []
+    found = evaluate(subject, dataset, tell=lambda done, note: told.append((done, note)))
+    counts = [done for done, _ in told]
+    assert counts == sorted(counts) and counts[-1] == protocol.work(config.load(PARAMS, QUICK), subject, dataset) == 6 * len(dataset.test)
+    assert told[-1][1] == f"worst case {100 * found.metrics['accuracy/worst_case']:.1f} %"
