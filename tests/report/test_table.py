@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from advml.errors import UserError
+from advml.evaluation import transfer_files
 from advml.evaluation.accuracy import wilson
-from advml.report.table import COLUMNS, cell, grid_rows, to_csv, to_markdown
+from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_csv, to_markdown
 from advml.stages import report as stage
 from advml.tracking import store as stores
 
@@ -72,14 +73,55 @@ def test_a_cell_is_a_percentage_with_its_interval_or_a_dash():
 
 def test_the_markdown_table_has_a_line_per_model_and_a_column_per_figure(measured):
     header, rule, *lines = to_markdown(grid_rows(measured.config(), measured.workspace)).splitlines()
-    assert header == "| model | clean | I, half epsilon | I | II, half epsilon | II | worst case |"
-    assert rule.count("|") == header.count("|") == 8
-    assert lines[1] == "| SL-ST-s3 | 100.0 [91.2, 100.0] | - | - | 2.5 [0.4, 12.9] | 0.0 [0.0, 8.8] | 0.0 [0.0, 8.8] |"
+    assert header == "| model | clean | I, half epsilon | I | II, half epsilon | II | worst case | corrupted |"
+    assert rule.count("|") == header.count("|") == 9
+    assert lines[1] == "| SL-ST-s3 | 100.0 [91.2, 100.0] | - | - | 2.5 [0.4, 12.9] | 0.0 [0.0, 8.8] | 0.0 [0.0, 8.8] | - |"
     assert lines[2].startswith("| CL-Full-AT-s0 | 97.5 [") and "| 75.0 [" in lines[2]
 
 
 def test_columns_are_metrics_of_the_contract():
-    assert set(COLUMNS.values()) == {f"accuracy/{name}" for name in NAMES}
+    assert set(COLUMNS.values()) == {*(f"accuracy/{name}" for name in NAMES), "corruption/mean"}
+
+
+# Flags
+
+
+def shares(**more: int) -> dict:
+    metrics = ("accuracy/clean", "accuracy/threat_model_2", "accuracy/worst_case", "corruption/mean")
+    return {"model": "X"} | {f"{name}{end}": 0.5 for name in metrics for end in ("", "/low", "/high")} | more
+
+
+@pytest.mark.parametrize(
+    ("flags", "marked"),
+    [
+        ({}, False),
+        ({"diagnostics/flags": 0}, False),
+        ({"diagnostics/flags": 1}, True),
+        ({"transfer/flags": 2}, True),
+        ({"diagnostics/flags": 0, "transfer/flags": 1}, True),
+    ],
+)
+def test_flags_mark_attacked_figures_alone_and_the_footnote_says_where_to_look(flags, marked):
+    row, mark = shares() | flags, " !" if marked else ""
+    assert cell(row, "accuracy/threat_model_2") == cell(row, "accuracy/worst_case") == f"50.0 [50.0, 50.0]{mark}"
+    assert cell(row, "accuracy/clean") == cell(row, "corruption/mean") == "50.0 [50.0, 50.0]"
+    assert cell(row, "accuracy/threat_model_1") == "-"
+    note = "! diagnostics raised flags: see advml show X" if marked else ""
+    assert footnote([shares() | {"model": "A"}, row]) == note
+    last = to_markdown([shares() | {"model": "A"}, row]).splitlines()[-1]
+    assert last == note if marked else last.startswith("| X |")
+
+
+def test_the_footnote_names_the_first_flagged_model():
+    rows = [shares() | {"model": name, "diagnostics/flags": count} for name, count in (("A", 0), ("B", 2), ("C", 1))]
+    assert footnote(rows).endswith("advml show B") and footnote([]) == ""
+
+
+def test_flags_of_a_transfer_are_counted_for_the_models_that_they_name(measured, monkeypatch):
+    flags = [{"model": name} for name in ("SL-ST-s3", "CL-ST-s3", "SL-ST-s3", "SCL-ST-s0")]
+    monkeypatch.setattr(transfer_files, "read", lambda workspace: {"seeds": [{"flags": flags[:2]}, {"flags": flags[2:]}]})
+    rows = {row["model"]: row for row in grid_rows(measured.config(), measured.workspace)}
+    assert {name: row.get("transfer/flags") for name, row in rows.items()} == {"CL-ST-s3": 1, "SL-ST-s3": 2, "CL-Full-AT-s0": None}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
