@@ -57,7 +57,7 @@ def look(
 
 def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
     """The rule on attacks without gradients, on all test images: Square has seen them all."""
-    if SQUARE not in outcomes:
+    if not _square_is_last(outcomes):
         return []
     before = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
     broken, standing = int((before & ~survivors(outcomes)).sum()), int(before.sum())
@@ -67,11 +67,16 @@ def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
     return [Flag(SQUARE_FLAG, saw, "white-box attacks through a smooth substitute of the layer at fault (BPDA), and more queries")]
 
 
+def _square_is_last(outcomes: Mapping[str, Outcome]) -> bool:
+    """What Square breaks before others have had a try says nothing about gradients: they are not aimed at it any more."""
+    return list(outcomes)[-1:] == [SQUARE]
+
+
 def _verdicts(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Of the first images: who survives all attacks by gradients, and who survives Square after them."""
     white = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
     after = survivors(outcomes)
-    return white[:count], {"square": after[:count]} if SQUARE in outcomes else {}
+    return white[:count], {"square": after[:count]} if _square_is_last(outcomes) else {}
 
 
 def _nearest(
