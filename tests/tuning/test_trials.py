@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from advml.attacks import autoattack
 from advml.attacks.threat import ThreatModel
 from advml.cli import searching
 from advml.runtime.checkpoint import Checkpoint
@@ -164,6 +165,17 @@ def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(
     told = search.confirm(second.params)
     assert told["validation"]["default"]["accuracy"] == pytest.approx(first.value)
     assert {split: told[split]["winner"]["n"] for split in ("validation", "test")} == {"validation": 32, "test": 40}
+
+
+def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypatch):
+    finetune.run(trained.context(), scheme="CL", regime="AT", seed=0)
+    search = AttackSearch.of(trained.config("tune.attack.budget=20"), trained.root, "CL-AT-s0")
+    assert search.once == ("autoattack",)  # by default
+    strength, asked, whole = autoattack.Strength, [], autoattack.attack
+    monkeypatch.setattr(autoattack, "Strength", lambda: strength(steps=2, targets=1, queries=2))
+    monkeypatch.setattr(autoattack, "attack", lambda name, *given, **options: asked.append(name) or whole(name, *given, **options))
+    found = search.measure("autoattack")
+    assert found["test"]["n"] == 40 and set(asked) <= {*autoattack.ATTACKS} and asked
 
 
 # Trainings
