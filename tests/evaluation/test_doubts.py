@@ -114,6 +114,14 @@ def test_square_that_wins_on_later_images_is_flagged_beyond_what_chance_makes_of
         assert "Square breaks 3 of 38 test images" in found["flags"][0]["saw"]
 
 
+def test_square_that_comes_before_attacks_by_gradients_says_nothing_about_gradients(dataset):
+    """They are not aimed at what it has broken."""
+    found = outcomes({0, 1}, set(range(2, 12)))
+    found["worst_case/apgd-ce"] = outcome(set(), list(range(12, ALL)))
+    told = look(dataset, Nearest(dataset), found, SMALL)
+    assert names(told) == [] and "square" not in told["evidence"]["black_box"]
+
+
 def planted(monkeypatch, distances: list[float]) -> list:
     calls = []
 
