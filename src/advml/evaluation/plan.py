@@ -22,7 +22,6 @@ from advml.attacks.adversary import Adversary, evaluation_adversary
 from advml.attacks.pgd import Objective
 from advml.attacks.threat import ThreatModel
 from advml.networks.models import Network
-from advml.training.objectives import margin
 from advml.training.schemes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective
 
@@ -97,7 +96,7 @@ def _step(configuration: config.Config, name: str, classes: int) -> Figure:
     spec = configuration.worst_case
     adversary = evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon)
     if name == MARGIN:
-        figure = pgd_figure(f"worst_case/{name}", replace(adversary, random_start=True), _margin, loss="margin")
+        figure = pgd_figure(f"worst_case/{name}", replace(adversary, random_start=True), _classification("margin"), loss="margin")
         return replace(figure, restarts=spec.restarts)
     strength = autoattack.Strength(steps=spec.steps, targets=spec.targets, queries=spec.queries)
 
@@ -138,10 +137,6 @@ def _threat(threat_model: ThreatModel) -> dict[str, Any]:
 
 def _classification(loss: str) -> MakeObjective:
     return lambda network, images, labels: classification_objective(network, labels, loss)
-
-
-def _margin(network: Network, images: Tensor, labels: Tensor) -> Objective:
-    return lambda adversarial: margin(network(adversarial), labels)
 
 
 def _contrastive(groups: Callable[[Tensor], Tensor], temperature: float) -> MakeObjective:

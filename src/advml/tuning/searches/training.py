@@ -128,7 +128,7 @@ class TrainingSearch(Trained):
         return ()
 
     def measure(self, name: str) -> dict[str, Any]:
-        raise NotImplementedError(name)  # nothing stands in `once`
+        raise KeyError(name)  # nothing of a training is measured apart: `once` is empty
 
     def confirm(self, values: Values) -> dict[str, Any]:
         from advml.tuning import training
