@@ -13,6 +13,7 @@ and adversarial inputs and between models come from the same pass. Per batch onl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from advml.similarity.features import Layer, watching
 
 SMALLEST_BATCH = 4  # HSIC_1 divides by n (n - 3)
-CACHED = 2**16  # numbers: 256 KiB
+CACHED = 60_000  # numbers, under 256 KiB; with a power of two the rows of a piece would fight for the same lines of the cache
 WIDE = 4096  # narrower layers gain nothing from rounding, and lose: few errors do not cancel
 GRAM_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,14 +66,22 @@ def _products(flat: Tensor, dtype: torch.dtype) -> Tensor:
     """X X^T of features (n, p) less their mean, float32; on a processor in pieces that fit in its cache, so nothing large is made."""
     n, width = flat.shape
     gram = torch.zeros(n, n, device=flat.device)
+    shares = torch.full((1, n), 1 / n, device=flat.device)  # the mean as a product: one sweep over rows that lie far apart
     for part in flat.split(width if flat.is_cuda else max(1, CACHED // n), dim=1):
-        centred = part.float() - part.float().mean(0)
-        if dtype is torch.float32 or width < WIDE:
-            gram.addmm_(centred, centred.T)
-        else:
+        centred = part.float() - shares @ part.float()
+        if dtype is not torch.float32 and width >= WIDE:
             centred = centred.to(dtype)
+        if centred.dtype is not torch.float32 and _multiplies_bfloat16(flat.device):
             gram += centred @ centred.T
+        else:
+            gram.addmm_(centred.float(), centred.float().T)
     return gram
+
+
+@functools.cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it; a processor without them is faster with the rounded values in float32."""
+    return device.type != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +153,7 @@ def measure(
         rows: the layers to record of each.
         batches: for each batch the images (n, C, H, W) of every (model, kind); the same n images behind every key, in one order.
         pairs: the blocks to keep; None: all.
-        gram: a key of GRAM_TYPES; bfloat16, with errors below 5e-4, is faster on some processors (not on all that have it).
+        gram: a key of GRAM_TYPES; bfloat16, with errors below 5e-4, is faster where the device multiplies in it.
     Raises:
         ValueError: batches with different keys, or of different sizes under one another's keys, or none large enough.
     """
