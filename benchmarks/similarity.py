@@ -172,8 +172,11 @@ def compare(setup: Setup, rounds: int, memory: Callable[[str], float]) -> None:
             share = extra[OURS] / extra[peer]
             print(f"- at most {most} of {peer}'s time, 1/4 of its memory: {times[OURS].over(times[peer])}, {share:.2g}")
     if "pytorch-cka" in PRESENT:
-        print(f"- bfloat16 in at most 0.8 of pytorch-cka's time, errors below 5e-4: {times[ROUNDED].over(times['pytorch-cka'])}, {rounded:.1e}")
-    print(f"\nFloors: a plain pass is {times[PLAIN].over(times[OURS])} of ours; bfloat16 takes {times[ROUNDED].over(times[OURS])} of float32.")
+        ratio = times[ROUNDED].over(times["pytorch-cka"])
+        print(f"- bfloat16 in at most 0.8 of pytorch-cka's time, errors below 5e-4: {ratio}, {rounded:.1e}")
+    print(
+        f"\nFloors: a plain pass is {times[PLAIN].over(times[OURS])} of ours; bfloat16 takes {times[ROUNDED].over(times[OURS])} of float32."
+    )
 
 
 def main() -> None:
