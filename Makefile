@@ -5,6 +5,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PORT ?= 5000
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
+# Else the tests, and every process that they start, would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help repro test ui bench lint lock clean
@@ -23,8 +25,9 @@ help: ## list the targets
 repro: .venv/.stamp ## run the study: JOBS stages at a time, only what has changed
 	@advml repro --jobs $(JOBS)
 
+# worksteal: every worker begins with one stretch of the files, so that what the tests of a module share is made once, not by each worker.
 test: .venv/.stamp ## run the tests
-	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) -m "not gpu and not postgres"
+	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not postgres"
 
 ui: .venv/.stamp ## open the MLflow UI on this repository's runs
 	@advml ui --port $(PORT)

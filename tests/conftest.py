@@ -15,20 +15,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from torch import Tensor
 
 from advml import config as configuration
-from advml.data.datasets import Dataset, Split, channel_statistics, save
-from advml.data.storage import digest
-from advml.networks.models import Architecture, Network, build
 from advml.paths import Workspace
-from advml.stages.context import Context
 from advml.tracking import store as stores
 from advml.warm import ADDRESS, server
+
+if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and its workers wait for it: what needs torch imports it when called
+    from advml.data.datasets import Dataset, Split
+    from advml.networks.models import Network
+    from advml.stages.context import Context
 
 REPOSITORY = Path(__file__).parents[1]
 # What reaches into a process from outside: DVC's, MLflow's and our own variables.
@@ -55,16 +56,23 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def patterns(count: int, *, seed: int, classes: int = 4, channels: int = 1, side: int = 8) -> Split:
     """Noisy copies of one random picture per class: easy to learn, and different under every seed."""
+    import torch
+
+    from advml.data.datasets import Split
+
     pictures = torch.rand(classes, channels, side, side, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(count) % classes
     noise = torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed))
-    images: Tensor = 0.6 * pictures[labels] + 0.4 * noise
+    images = 0.6 * pictures[labels] + 0.4 * noise
     return Split((255 * images).round().to(torch.uint8), labels)
 
 
 @pytest.fixture(scope="session")
 def dataset() -> Dataset:
     """96 training, 32 validation and 40 test images of four classes, 1 x 8 x 8."""
+    from advml.data.datasets import Dataset, channel_statistics
+    from advml.data.storage import digest
+
     splits = {"train": patterns(96, seed=1), "validation": patterns(32, seed=2), "test": patterns(40, seed=3)}
     classes = ("ash", "birch", "cedar", "dogwood")
     mean, std = channel_statistics(splits["train"].images)
@@ -75,6 +83,7 @@ def dataset() -> Dataset:
 @pytest.fixture
 def make_network(dataset: Dataset) -> Callable[..., Network]:
     """make_network(seed=1, projection_size=None) builds a small network for the images of `dataset`, with both heads by default."""
+    from advml.networks.models import Architecture, build
 
     def make(*, seed: int = 0, **changes: object) -> Network:
         values = {
@@ -114,6 +123,8 @@ class Study:
 
     def context(self, *overrides: str) -> Context:
         """What the command line hands to a stage."""
+        from advml.stages.context import Context
+
         return Context(self.config(*overrides), self.workspace)
 
     def runs(self) -> list[tuple[str, str]]:
@@ -134,12 +145,16 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def new_study(dataset: Dataset, empty_store: Path) -> Callable[..., Study]:
     """new_study(folder, "seeds=[1]") makes a study in a new folder, with tiny parameters and these overrides."""
+    from advml.data.datasets import save
+
+    @cache  # writing YAML takes as long as training a step
+    def parameters(*overrides: str) -> str:
+        return configuration.dump(configuration.load(REPOSITORY / "params.yaml", [*TINY, *overrides]))
 
     def make(root: Path, *overrides: str) -> Study:
         study = Study(root)
         study.root.mkdir()
-        text = configuration.dump(configuration.load(REPOSITORY / "params.yaml", [*TINY, *overrides]))
-        study.params.write_text(text, encoding="utf-8")
+        study.params.write_text(parameters(*overrides), encoding="utf-8")
         save(dataset, study.workspace.prepared)
         shutil.copy(empty_store, study.root / "mlflow.db")
         return study

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,6 @@ DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={
 TAGS = {"scheme": "CL", "regime": "AT", "seed": 0}
 HISTORY = [{"epoch": epoch, "train/loss": 1.0 / epoch, "validation/accuracy": 0.1 * epoch} for epoch in range(1, 6)]
 PARAMS = Path(__file__).parents[1] / "params.yaml"
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory):
-    """An empty store; making one runs all of MLflow's migrations, so the tests copy it."""
-    root = tmp_path_factory.mktemp("template")
-    stores.connect(stores.locate(configuration.load(PARAMS), root=root))
-    return root / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +43,8 @@ def config():
 
 
 @pytest.fixture
-def root(tmp_path, template):
-    shutil.copy(template, tmp_path / "mlflow.db")
+def root(tmp_path, empty_store):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path
 
 
@@ -77,27 +70,35 @@ def steps_of(config, root, run_id, key):
     return [point.step for point in store_of(config, root).client.get_metric_history(run_id, key)]
 
 
-def python(code, *arguments, **environment):
-    """A real process that runs `code` with config and root at hand."""
-    setup = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom advml import config as configuration, tracking\n"
-        f"config, root = configuration.load({str(PARAMS)!r}), Path(sys.argv[1])\n"
-        "def open_run(**more):\n"
-        "    return tracking.open_run(config, root=root, name='CL-AT-s0', kind='model', tags={}, params={}, **more)\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", setup + code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+def forked(work):
+    """A process that does `work` and no more, and leaves with its exit code; all that takes seconds to import is there already."""
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads; pytest-xdist has one, which waits
+        child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code
+        finally:
+            os._exit(code)
+    return child
 
 
-def finished(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+def end_of(child):
+    """The exit code of a fork; minus the signal that it died of."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for(condition, child):
+    """Until it is true; the fork must not have ended before."""
+    while not condition():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.005)
 
 
 def write_model(root, name, kind, *, digest, pretraining=None, metrics=None):
@@ -156,10 +157,10 @@ def test_params_yaml_names_the_store_before_the_environment_does(config, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["a b", "a#b", "a%20b", "a?b", "grün"])
-def test_a_folder_with_an_awkward_name_holds_its_store_and_its_artifacts(config, tmp_path, template, name):
+def test_a_folder_with_an_awkward_name_holds_its_store_and_its_artifacts(config, tmp_path, empty_store, name):
     root = tmp_path / name
     root.mkdir()
-    shutil.copy(template, root / "mlflow.db")
+    shutil.copy(empty_store, root / "mlflow.db")
     with open_run(config, root) as run:
         run.log_table([{"a": 1}], "note.json")
     assert record_of(config, root, run.id).info.status == "FINISHED"
@@ -209,23 +210,24 @@ def test_an_artifact_store_that_the_user_chose_stays(config, root, tmp_path_fact
 
 
 def test_four_processes_open_a_fresh_store_at_once(config, tmp_path):
-    code = "with open_run() as run:\n    for epoch in range(20):\n        run.log_epochs([{'epoch': epoch, 'loss': 0.5}])\nprint(run.id)"
-    processes = [python(code, tmp_path) for _ in range(4)]
-    ids = [finished(process).strip() for process in processes]
-    assert len(set(ids)) == 4
-    for run_id in ids:
-        assert record_of(config, tmp_path, run_id).info.status == "FINISHED"
-        assert steps_of(config, tmp_path, run_id, "loss") == list(range(20))
+    def work():
+        with open_run(config, tmp_path) as run:
+            for epoch in range(20):
+                run.log_epochs([{"epoch": epoch, "loss": 0.5}])
+
+    children = [forked(work) for _ in range(4)]
+    assert [end_of(child) for child in children] == [0] * 4
+    runs = all_runs(config, tmp_path)
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    assert all(steps_of(config, tmp_path, run.info.run_id, "loss") == list(range(20)) for run in runs)
 
 
 def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(config, tmp_path, capfd):
-    with python("open_run()", tmp_path) as process:
-        while not any(path.stat().st_size for path in tmp_path.glob("mlflow.db.new")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.kill()
+    child = forked(lambda: open_run(config, tmp_path))
+    wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob("mlflow.db.new")), child)
+    os.kill(child, signal.SIGKILL)
+    assert end_of(child) == -signal.SIGKILL
     assert not (tmp_path / "mlflow.db").exists()
-    importlib.import_module("mlflow")
     logging.getLogger("mlflow").setLevel(logging.INFO)  # as where mlflow was imported before tracking could set it
     with open_run(config, tmp_path) as run:
         pass
@@ -235,8 +237,14 @@ def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(config,
 
 def test_importing_tracking_imports_neither_mlflow_nor_torch_and_sync_needs_no_torch(root):
     write_model(root, "CL-at-s0", "pretrain", digest="a" * 64)
-    code = "assert not {'mlflow', 'torch'} & set(sys.modules)\nprint(tracking.sync(config, root=root))\nassert 'torch' not in sys.modules"
-    assert finished(python(code, root)).strip() == "['CL-at-s0']"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom advml import config, tracking\n"
+        "assert not {'mlflow', 'torch'} & set(sys.modules)\n"
+        f"print(tracking.sync(config.load({str(PARAMS)!r}), root=Path(sys.argv[1])))\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['CL-at-s0']"
 
 
 # --- what a run holds
@@ -446,23 +454,28 @@ def test_a_run_that_ends_badly_says_how(config, root, error, status):
 
 
 def test_sigterm_ends_the_run_as_killed_with_exit_code_143(config, root):
-    code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"  # as the command line does
-    code += "with open_run() as run:\n    print(run.id, flush=True)\n    signal.pause()"
-    with python(code, root) as process:
-        run_id = process.stdout.readline().strip()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 143
-    assert record_of(config, root, run_id).info.status == "KILLED"
+    def work():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line does
+        with open_run(config, root):
+            (root / "begun").touch()
+            signal.pause()
+
+    child = forked(work)
+    wait_for((root / "begun").exists, child)
+    os.kill(child, signal.SIGTERM)
+    assert end_of(child) == 143
+    assert [run.info.status for run in all_runs(config, root)] == ["KILLED"]
 
 
 def test_a_run_killed_outright_resumes_without_double_points_and_without_gaps(config, root):
-    code = (
-        "import json\nhistory = json.loads(sys.argv[2])\nrun = open_run()\n"
-        "run.log_epochs(history[:1])\nrun.log_epochs(history[2:3])\nprint(run.id, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
-    )
-    process = python(code, root, json.dumps(HISTORY))
-    run_id = process.communicate(timeout=60)[0].strip()
-    assert process.returncode == -signal.SIGKILL
+    def work():
+        run = open_run(config, root)
+        run.log_epochs(HISTORY[:1])
+        run.log_epochs(HISTORY[2:3])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert end_of(forked(work)) == -signal.SIGKILL
+    run_id = all_runs(config, root)[0].info.run_id
     assert record_of(config, root, run_id).info.status == "RUNNING"
     with open_run(config, root, run_id=run_id) as run:
         assert run.id == run_id

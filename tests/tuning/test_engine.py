@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -69,7 +70,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from toy_search import Toy
 from advml.tuning import study, supervisor, worker
-supervisor.PRELOADED = []
+supervisor.PRELOADED = ["advml.tuning.study", "advml.tuning.supervisor", "advml.tuning.worker"]
 if __name__ == "__main__":
     toy = Toy(Path({str(toy.log)!r}), pause=0.01)
     url = {address(None, root=tmp_path)!r}
@@ -101,9 +102,10 @@ def test_a_study_whose_workers_are_killed_at_random_finishes_every_trial(toy, ru
     def kill(trials: Sequence[FrozenTrial]) -> None:
         victims = [trial for trial in census.running(trials) if census.pid_of(trial)]
         if victims and len(killed) < 12 and time.monotonic() - last[0] > 0.25:
-            os.kill(census.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
-            killed.append(1)
-            last[0] = time.monotonic()
+            with contextlib.suppress(ProcessLookupError):  # it has ended since the trials were read
+                os.kill(census.pid_of(random_numbers.choice(victims)), signal.SIGKILL)
+                killed.append(1)
+                last[0] = time.monotonic()
 
     trials = run(Toy(toy.log, pause=0.03), total=40, workers=4, watch=kill)
     finished = census.finished(trials)
@@ -220,7 +222,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from toy_search import Toy
 from advml.tuning import study, supervisor, worker
-supervisor.PRELOADED = []
+supervisor.PRELOADED = ["advml.tuning.study", "advml.tuning.supervisor", "advml.tuning.worker"]
 if __name__ == "__main__":
     toy = Toy(Path({str(toy.log)!r}), pause=60)
     url = {address(None, root=tmp_path)!r}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -89,13 +90,19 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _parse_yaml(text: str, *, source: str) -> Any:
+@functools.lru_cache(maxsize=64)  # a params.yaml takes 50 ms, and whoever needs several configurations reads it several times
+def _as_json(text: str) -> str:
+    """The YAML text as JSON: there aliases do not share one object, so that an override would reach them all; dates become text."""
     from ruamel.yaml import YAML
+
+    return json.dumps(YAML(typ="safe", pure=True).load(text), default=str)
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        # Through JSON: aliases share one object, so that an override would reach them all; dates become text.
-        return json.loads(json.dumps(YAML(typ="safe", pure=True).load(text), default=str))
+        return json.loads(_as_json(text))
     except (YAMLError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark and "\n" in text else ""
