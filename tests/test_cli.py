@@ -198,6 +198,20 @@ USER = {
         "models/pretrain/CL-at-s0 holds no model (model.json is missing); train it with: dvc repro",
     ),
     "a missing model": ("evaluate CL AT", "models/finetune/CL-AT-s0 holds no model"),
+    "a model of the study under another name, which is missing": ("evaluate CL AT --name x", "models/finetune/CL-AT-s0 holds no model"),
+    "a scheme without a regime": ("evaluate CL", "evaluate CL: which regime? Choose from ST, AT, Partial-AT, Full-AT"),
+    "a regime of no scheme": (
+        "evaluate test_resnet AT --weights w.safetensors",
+        "evaluate test_resnet AT: a regime goes with SL, CL, SCL; leave out AT",
+    ),
+    "weights of a function": (
+        "evaluate mine:net --weights w.safetensors",
+        "--weights has no meaning for module:function, which takes --name",
+    ),
+    "a seed of a function": ("evaluate mine:net --seed 0", "--seed has no meaning for module:function"),
+    "a normalisation of a scheme": ("evaluate CL ST --normalize timm", "--normalize has no meaning for a scheme with a regime"),
+    "a seed of a model's name": ("evaluate CL-ST-s0 --seed 1", "--seed has no meaning for a trained model, by folder or name"),
+    "a seed of a timm model": ("evaluate resnet18 --seed 1", "--seed has no meaning for a timm name, which takes --weights, --normalize"),
     "a report of nothing": ("report -S seeds=[7]", "holds no metrics.json of any model of the grid"),
     "an unknown backbone": (
         "pretrain CL st --seed 1 -S model.backbone=resnet81",

@@ -31,6 +31,16 @@ def checked_name(name: str, *, option: str = "--name") -> str:
     return name
 
 
+# What lies in reports/ beside a folder per model: files of `report`, folders of other commands.
+REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
+FOLDERS = ("compare", "transfer", "tune")
+
+
+def is_reserved(name: str) -> bool:
+    """Whether `reports/<name>` is something else than a model's folder; in lower case, as some disks see no difference."""
+    return name.lower() in (*REPORT_FILES, *FOLDERS) or name.lower().startswith("compare-")
+
+
 @dataclass(frozen=True)
 class Workspace:
     """The folder tree of one study; `root` is where params.yaml and dvc.yaml lie."""

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from advml.cli.options import PARAMS, Overrides, Params, Seed, context_of
+from advml.cli.options import PARAMS, Overrides, Params, context_of
 from advml.cli.printing import percent, say, show_flags
 from advml.config import RegimeName, SchemeName
 from advml.errors import UserError
-from advml.paths import model_name
+from advml.paths import Workspace, model_name
 
 if TYPE_CHECKING:
     from advml.stages.context import Context
+
+# What there is to evaluate -> the options that mean something for it.
+OPTIONS = {
+    "a scheme with a regime": ("--seed", "--name"),
+    "a trained model, by folder or name": ("--name",),
+    "module:function": ("--name",),
+    "a timm name": ("--weights", "--normalize", "--name"),
+}
+SCHEME, FOLDER, FUNCTION, TIMM = OPTIONS
 
 
 def evaluate(
@@ -28,12 +37,15 @@ def evaluate(
         ),
     ],
     regime: Annotated[RegimeName | None, typer.Argument(help="Of the scheme's model.", show_default=False)] = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the scheme's model.", show_default="0")] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a timm model: a safetensors file with timm's own names.")] = None,
     normalize: Annotated[
-        Literal["timm", "data", "none"], typer.Option(help="A timm model expects images less timm's mean, the data's, or as they are.")
-    ] = "timm",
-    name: Annotated[str | None, typer.Option(help="Of anyone's model, for its files.")] = None,
+        Literal["timm", "data", "none"] | None,
+        typer.Option(help="A timm model expects images less timm's mean, the data's, or as they are.", show_default="timm"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="For the files of anyone's model, or to measure one of the study anew beside it.")
+    ] = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
@@ -41,19 +53,36 @@ def evaluate(
 
     Writes reports/<MODEL>/metrics.json and samples.parquet, records/evaluate/<MODEL>.json. Next: advml show MODEL
     """
-    if target in get_args(SchemeName) and regime is None:
-        raise UserError(f"evaluate {target}: which regime? Choose from {', '.join(get_args(RegimeName))}")
+    kind = _kind(target, regime, Workspace(params.parent))
+    given = {"--seed": seed, "--weights": weights, "--normalize": normalize, "--name": name}
+    for option in (option for option, value in given.items() if value is not None and option not in OPTIONS[kind]):
+        raise UserError(f"evaluate {target}: {option} has no meaning for {kind}, which takes {', '.join(OPTIONS[kind])}; leave it out")
     context = context_of(params, overrides)
     from advml.stages import evaluate as stage
 
-    own = {"scheme": target, "regime": regime, "seed": seed} if regime else stage.of_study(context.workspace, target)
-    if own is None or name:
-        return _evaluate_given(target, weights, normalize, name, context)
-    metrics = stage.run(context, **own)
+    own = {"scheme": target, "regime": regime, "seed": seed or 0} if regime else stage.of_study(context.workspace, target)
+    if own is None:
+        return _evaluate_given(target, weights, normalize or "timm", name, context)
     model = model_name(**own)
+    if name:
+        return _evaluate_given(str(stage.trained(context.workspace, model)), None, "timm", name, context)
+    metrics = stage.run(context, **own)
     print(f"{model}: {percent(metrics)}")
     show_flags(context.workspace.record("evaluate", model))
     return say(str(context.workspace.report(model)), f"advml show {model}")
+
+
+def _kind(target: str, regime: str | None, workspace: Workspace) -> str:
+    """The key of OPTIONS."""
+    if regime is None and target in get_args(SchemeName):
+        raise UserError(f"evaluate {target}: which regime? Choose from {', '.join(get_args(RegimeName))}")
+    if regime is not None and target not in get_args(SchemeName):
+        raise UserError(f"evaluate {target} {regime}: a regime goes with {', '.join(get_args(SchemeName))}; leave out {regime}")
+    if regime:
+        return SCHEME
+    if any((folder / "model.json").is_file() for folder in (Path(target), workspace.model(target))):
+        return FOLDER
+    return FUNCTION if ":" in target else TIMM
 
 
 def _evaluate_given(target: str, weights: Path | None, normalize: Any, name: str | None, context: Context) -> None:
@@ -69,4 +98,4 @@ def _evaluate_given(target: str, weights: Path | None, normalize: Any, name: str
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
     show_flags(context.workspace.report(given.name) / "evaluation.json")
-    say(f"{context.workspace.report(given.name)}/metrics.json, evaluation.json, samples.parquet", "make ui")
+    say(f"{context.workspace.report(given.name)}/metrics.json, evaluation.json, samples.parquet", f"advml show {given.name}")

@@ -52,6 +52,10 @@ def _all_or_none(value: Any) -> Any:
     return value
 
 
+# Attack that looks for the nearest adversarial example -> norms that it works in; how, says `attacks.minimal`.
+MINIMAL_NORMS = {"fmn": ("linf", "l2"), "ddn": ("l2",), "cw": ("l2",)}
+
+
 class Diagnostics(Section):
     """Probes for gradient masking on the first test images; their findings are flags beside the figures."""
 

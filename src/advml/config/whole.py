@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
 
-from advml.config.evaluation import Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
+from advml.config.evaluation import MINIMAL_NORMS, Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
 from advml.config.names import RegimeName, SchemeName
 from advml.config.search import Tune
 from advml.config.study import Data, Grid, Model, Runtime, ThreatModelSection, Tracking
@@ -58,6 +58,10 @@ class Config(Section):
                     f"{key}.epsilon = {epsilon:g} exceeds the whole range of a pixel; "
                     "images live in [0, 1], so write 8/255 for eight grey levels"
                 )
+        minimal, norm = self.diagnostics.minimal, self.threat_model.norm
+        if minimal and norm not in MINIMAL_NORMS[minimal]:
+            able = ", ".join(name for name, norms in MINIMAL_NORMS.items() if norm in norms)
+            raise ValueError(f"diagnostics.minimal = {minimal} does not work in threat_model.norm = {norm}; choose from {able}, null")
         return self
 
     @model_validator(mode="after")

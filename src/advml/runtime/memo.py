@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ class Memo:
     Args:
         folder: of this very job, whose inputs are part of its name, so that a job of other inputs cannot read its parts; None: remembers
             nothing.
+        apart: first word of a part's name -> folder, for parts that depend on something else than the others.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, *, apart: Mapping[str, Path] | None = None) -> None:
+        self.folder, self.apart = folder, apart or {}
 
     def __call__(self, part: str, compute: Callable[[], Parts]) -> Parts:
         """Tensors by name, on the CPU. A damaged file counts as none."""
@@ -53,4 +54,5 @@ class Memo:
             return json.loads(path.read_text(encoding="utf-8"))
 
     def _path(self, part: str, suffix: str) -> Path:
-        return self.folder / f"{re.sub(r'[^a-z0-9_-]+', '.', part.lower())}.{suffix}"
+        folder = self.apart.get(part.split()[0], self.folder)
+        return folder / f"{re.sub(r'[^a-z0-9_-]+', '.', part.lower())}.{suffix}"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from advml import tracking
+from advml import config, tracking
 from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
 from advml.evaluation import protocol, records, samples
 from advml.networks import models
 from advml.networks.given import Given
-from advml.paths import Workspace, checked_name, model_name
+from advml.paths import Workspace, checked_name, is_reserved, model_name
 from advml.progress import Bar
 from advml.runtime.checkpoint import Checkpoint, discard, write_atomically
 from advml.runtime.memo import Memo
@@ -24,8 +24,15 @@ from advml.training.schemes import SCHEMES
 
 KEYS = ("scheme", "regime", "seed")
 GRID = rf"({'|'.join(SCHEMES)})-({'|'.join((*REGIMES, 'st', 'at'))})-s\d+"  # names of the study's models and pretrainings
-TAKEN = ("compare", "transfer", "tune")  # other folders of reports/
-SECTIONS = ("data", "temperature", "threat_model", "evaluate", "worst_case", "diagnostics", "corruptions")
+ATTACKS = ("temperature", "threat_model", "evaluate", "worst_case")
+# Part of an evaluation -> what its figures depend on beside model and test images: parameters, and libraries. Each part is remembered
+# by itself: who corrects a mistake in `diagnostics` keeps the attacks. `corruption` and `diagnostics` are what `protocol` calls its parts.
+PARTS = {
+    "attacks": (ATTACKS, ("torch", "numpy", "timm", "pyautoattack")),
+    "diagnostics": ((*ATTACKS, "diagnostics"), ("torch", "numpy", "timm", "pyautoattack")),
+    "corruption": (("data", "evaluate.batch_size", "corruptions"), ("torch", "numpy", "timm", "scipy", "pillow")),
+}
+SECTIONS = ("data", *ATTACKS, "diagnostics", "corruptions")
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, float]:
@@ -34,12 +41,13 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     workspace, folder = context.workspace, context.workspace.model(name)
     record, network = context.load_network(folder)
     discard(workspace.scratch(f"finetune-{name}"))  # its outputs are in use, so they are safe
-    inputs = _inputs(context, record["digest"])
+    parts = _parts(context, record["digest"])
+    inputs = config.digest(parts)
     stored = workspace.adversarial(name), workspace.samples(name)
     if reuse and all(path.exists() for path in stored) and records.reusable(workspace, "evaluate", name, inputs=inputs):
         return records.publish(workspace, name, digest=record["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
-    memo = Memo(Checkpoint(workspace.scratch(f"evaluate-{name}"), inputs).folder / inputs)
+    memo = _memo(workspace.scratch(f"evaluate-{name}"), parts)
     subject = protocol.Subject(name, record["digest"], network, SCHEMES[scheme], note=f"projection head: {head}")
     found = evaluate(context, subject, memo)
     of = {"model": name, "digest": record["digest"]}
@@ -64,14 +72,19 @@ def of_study(workspace: Workspace, target: str) -> dict[str, Any] | None:
     return None
 
 
+def trained(workspace: Workspace, model: str) -> Path:
+    """The folder of a model of this study; UserError if it is not trained."""
+    models.read_record(workspace.model(model))
+    return workspace.model(model)
+
+
 def run_given(context: Context, given: Given) -> dict[str, float]:
     """Measure a model that is not of the grid: `metrics.json`, `evaluation.json` and `samples.parquet` in `reports/<name>/`."""
-    workspace, config = context.workspace, context.config
-    if checked_name(given.name) in TAKEN or re.fullmatch(GRID, given.name):
+    workspace = context.workspace
+    if is_reserved(checked_name(given.name)) or re.fullmatch(GRID, given.name):
         raise UserError(f"{given.name} is a name of this study, whose results would be written over; choose another: --name")
     folder = workspace.report(given.name)
-    inputs = _inputs(context, given.digest, given.origin)
-    memo = Memo(Checkpoint(workspace.scratch(f"evaluate-{given.name}"), inputs).folder / inputs)
+    memo = _memo(workspace.scratch(f"evaluate-{given.name}"), _parts(context, given.digest, given.origin))
     network = given.network.to(context.machine.device)
     found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme)), memo)
     samples.write(found.samples, workspace.samples(given.name))
@@ -80,7 +93,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     write_atomically(folder / "evaluation.json", records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
     with tracking.open_run(
-        config, root=workspace.root, name=given.name, kind="evaluation", tags={}, params=context.parameters(*SECTIONS)
+        context.config, root=workspace.root, name=given.name, kind="evaluation", tags={}, params=context.parameters(*SECTIONS)
     ) as run:
         run.log_metrics(found.metrics)
         run.set_tag("advml.flags", found.verdict)
@@ -90,13 +103,42 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     return found.metrics
 
 
-def _inputs(context: Context, *parts: object) -> str:
-    """Everything that decides what is measured, files and libraries included that DVC does not watch."""
-    config = context.config
-    published = corruptions.find(config.data, config.corruptions) if config.corruptions.names else None
-    read = [name for name in config.corruptions.names if published and name in published]
-    versions = {name: version(name) for name in ("torch", "pyautoattack")}
-    return context.fingerprint("evaluate", context.parameters(*SECTIONS), context.dataset.digest, read, versions, *parts)
+def _parts(context: Context, *model: object) -> dict[str, str]:
+    """For each of PARTS a fingerprint of everything that decides what is measured, files and libraries included that DVC does not watch.
+
+    Raises:
+        UserError: a library that is asked for is not installed.
+    """
+    spec = context.config.diagnostics
+    more = {"diagnostics": _foolbox(spec.minimal) if spec.images and spec.minimal else None, "corruption": _published(context.config)}
+    return {
+        part: context.fingerprint(
+            part, context.parameters(*keys), context.dataset.digest, {name: version(name) for name in libraries}, more.get(part), *model
+        )
+        for part, (keys, libraries) in PARTS.items()
+    }
+
+
+def _foolbox(minimal: str) -> str:
+    try:
+        return version("foolbox")
+    except PackageNotFoundError:
+        remedy = 'install it with: pip install "advml[foolbox]", or set diagnostics.minimal: null'
+        raise UserError(f"diagnostics.minimal = {minimal} needs foolbox; {remedy}") from None
+
+
+def _published(configuration: config.Config) -> list[list[Any]]:
+    """The published files that are read, by size and date: a digest of theirs would take as long as an evaluation."""
+    spec = configuration.corruptions
+    found = corruptions.find(configuration.data, spec) if spec.names else None
+    files = [found.folder / f"{name}.npy" for name in (*spec.names, "labels") if name in found] if found else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _memo(scratch: Path, parts: dict[str, str]) -> Memo:
+    """Remembers the parts of an evaluation, each as long as what it depends on stays the same."""
+    attacks, *others = (Checkpoint(scratch / part, fingerprint).folder / fingerprint for part, fingerprint in parts.items())
+    return Memo(attacks, apart=dict(zip(list(parts)[1:], others, strict=True)))
 
 
 def evaluate(context: Context, subject: protocol.Subject, memo: Memo) -> protocol.Evaluation:

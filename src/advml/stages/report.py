@@ -9,12 +9,11 @@ from advml.claims.testing import check
 from advml.config import Config
 from advml.errors import UserError
 from advml.figures import charts
+from advml.paths import REPORT_FILES as FILES
 from advml.report import page
 from advml.report import table as tables
 from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
-
-FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
 
 
 def run(context: Context) -> list[tables.Row]:
