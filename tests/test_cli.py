@@ -74,6 +74,7 @@ def study(new_study, tmp_path_factory, advml):
     for line in (
         *("pretrain CL st", "finetune CL ST", "evaluate CL ST", "report", "show CL-ST-s0", "show CL-st-s0"),
         *("attack image.png --model CL-ST-s0 --out seen.png", "sync", "link --port 5555", "train CL ST"),
+        *("evaluate CL-ST-s0 --name beside -S evaluate.steps=1", "show beside"),
     ):
         done = advml(*line.split(), cwd=study.root)
         assert done.returncode == 0, done.stderr
@@ -112,6 +113,14 @@ def test_show_prints_the_record_of_a_model_and_of_an_encoder(study):
     assert "CL-ST-s0" in said["show CL-ST-s0"].splitlines()[0] and "accuracy on test" in said["show CL-ST-s0"]
     assert said["show CL-ST-s0"].splitlines()[-1] == "next: advml attack IMAGE --model CL-ST-s0"
     assert "CL-st-s0" in said["show CL-st-s0"].splitlines()[0] and "accuracy" not in said["show CL-st-s0"]
+
+
+def test_a_model_of_the_study_can_be_measured_beside_itself(study):
+    folder, said = study
+    told = said["evaluate CL-ST-s0 --name beside -S evaluate.steps=1"].splitlines()
+    assert told[0].startswith("beside: clean ") and told[-1] == "next: advml show beside"
+    assert said["show beside"].startswith("beside   (reports/beside)") and " 1 steps" in said["show beside"]
+    assert " 1 steps" not in said["show CL-ST-s0"] and json.loads(folder.workspace.record("evaluate", "CL-ST-s0").read_text())
 
 
 def test_attack_writes_a_picture_and_says_what_happened(study):

@@ -135,6 +135,35 @@ def test_a_damaged_transfer_is_one_line(workspace, model, content):
     assert "\n" not in str(stopped.value)
 
 
+GIVEN = {
+    **{"model": "mine", "digest": "b" * 64, "origin": {"function": "my.models:net"}, "data_digest": "d" * 64, "trained_on": None},
+    "diagnostics": {"flags": [{"name": "dead_gradients", "saw": "zeros", "try": "BPDA"}], "evidence": {}},
+    "figures": EVALUATION["figures"],
+}
+
+
+def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, model):
+    write(workspace.report("mine") / "evaluation.json", GIVEN)
+    told = " | ".join(" ".join(line.split()) for line in record_of(workspace, "mine").splitlines())
+    assert told.startswith(f"mine ({workspace.report('mine')}) | ")
+    for part in (
+        "function my.models:net",
+        "weights bbbbbbbbbbbbbbbb",
+        "trained on unknown",
+        "threat_model_2 50.0 % [35.2, 64.8] of 40 linf",
+    ):
+        assert part in told
+    assert told.endswith("! dead_gradients: zeros; try BPDA")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"], ids=["empty", "too little", "a list"])
+def test_a_damaged_evaluation_of_anyones_model_is_one_line(workspace, content):
+    write(workspace.report("mine") / "evaluation.json", content)
+    with pytest.raises(UserError, match=r"mine/evaluation.json is damaged \(.*\); measure again with: advml evaluate") as stopped:
+        record_of(workspace, "mine")
+    assert "\n" not in str(stopped.value)
+
+
 def test_a_folder_will_do_and_a_trailing_slash_too(workspace, model):
     assert find(workspace, str(model)) == find(workspace, f"{model}/") == find(workspace, "CL-AT-s0") == model
     assert record_of(workspace, str(model)) == record_of(workspace, "CL-AT-s0")

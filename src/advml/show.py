@@ -16,7 +16,14 @@ CHOSEN = {"best": "the best on validation", "last": "the last"}  # by `keep`
 
 
 def record_of(workspace: Workspace, model: str) -> str:
-    """What the model was made from, how, and how well it does, as text."""
+    """What the model was made from, how, and how well it does, as text.
+
+    Args:
+        model: name or folder of a trained model, or the name under which `evaluate` has measured anyone's.
+    """
+    given = evaluation_of(workspace, model)
+    if given.is_file():
+        return _given(given)
     folder = find_model(workspace, model)
     with _reading(folder / "model.json") as record:
         lines = [f"{record['name']}   ({folder})", ""]
@@ -28,14 +35,26 @@ def record_of(workspace: Workspace, model: str) -> str:
     return "\n".join(lines)
 
 
+def evaluation_of(workspace: Workspace, name: str) -> Path:
+    """Where `evaluate` has written what it has measured of anyone's model of this name, if it has."""
+    return workspace.report(name) / "evaluation.json"
+
+
+def _given(made: Path) -> str:
+    with _reading(made, again="measure again with: advml evaluate") as record:
+        about = {**record["origin"], "data digest": record["data_digest"][:16], "weights": record["digest"][:16]}
+        about["trained on"] = (record["trained_on"] or "unknown")[:16]
+        return "\n".join([f"{record['model']}   ({made.parent})", "", *_block("made from", about), *_accuracies(record)])
+
+
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[dict[str, Any]]:
+def _reading(path: Path, *, again: str = "restore it with: dvc checkout") -> Iterator[dict[str, Any]]:
     """The content of a JSON file; whatever it turns out to lack is one line."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged ({reason}); restore it with: dvc checkout") from None
+        raise UserError(f"{path} is damaged ({reason}); {again}") from None
 
 
 def _origin(record: dict[str, Any]) -> dict[str, Any]:
@@ -61,14 +80,12 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
         if evaluation["digest"] != record["digest"]:
             again = f"advml evaluate {record['scheme']} {record['regime']} --seed {record['seed']}"
             return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
-        figures = evaluation["figures"]
-        shown = [line for name, figure in figures.items() for line in (_figure(name, figure), *_cascade(figure))]
-        return [
-            "accuracy on test (95 % intervals)",
-            *shown,
-            *flags_of(evaluation),
-            *_transfer_flags(workspace, record["name"], digest=record["digest"]),
-        ]
+        return [*_accuracies(evaluation), *_transfer_flags(workspace, record["name"], digest=record["digest"])]
+
+
+def _accuracies(evaluation: dict[str, Any]) -> list[str]:
+    shown = [line for name, figure in evaluation["figures"].items() for line in (_figure(name, figure), *_cascade(figure))]
+    return ["accuracy on test (95 % intervals)", *shown, *flags_of(evaluation)]
 
 
 def _figure(name: str, figure: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ AS_PAPER: dict[str, dict[str, Any]] = {
     "clean_adversarial": {"ST": 0.6, "AT": 0.97, "Partial-AT": 0.97, "Full-AT": 0.97},
     "late": {"ST": -0.3, "AT": -0.1, "Partial-AT": -0.1, "Full-AT": -0.1},
     "robust": {"ST": 0.0, "AT": {"SL": 0.7, "CL": 0.4, "SCL": 0.7}, "Partial-AT": 0.7, "Full-AT": 0.72},
+    "worst": {"ST": 0.0, "AT": {"SL": 0.64, "CL": 0.25, "SCL": 0.66}, "Partial-AT": 0.6, "Full-AT": 0.68},
     "cross": {"ST": {"SCL-CL": 0.40, "SL-CL": 0.42, "SL-SCL": 0.44}, "AT": {"SCL-CL": 0.70, "SL-CL": 0.73, "SL-SCL": 0.76}},
     "cross_clean": {"ST": 0.8, "AT": 0.2},
 }
@@ -126,9 +127,8 @@ class Planted:
     ) -> None:
         """Plant one model; `last`, `first`: clean-adversarial CKA of those quarters, instead of the table's."""
         name, table, workspace = model_name(scheme, regime, seed), table or self.table, self.workspace
-        clean, other, similar, late, robust = (
-            value(table, key, scheme, regime) for key in ("redundancy", "redundancy_adversarial", "clean_adversarial", "late", "robust")
-        )
+        quantities = ("redundancy", "redundancy_adversarial", "clean_adversarial", "late", "robust", "worst")
+        clean, other, similar, late, robust, worst = (value(table, key, scheme, regime) for key in quantities)
         diagonal = np.full(LAYERS, similar)
         diagonal[-2:] += late
         diagonal += similar - diagonal.mean()
@@ -143,7 +143,11 @@ class Planted:
         digest = store(workspace.report(name) / "cka.npz", arrays)
         about = {"model": name, "digest": f"weights of {name}", "metrics": {}}
         robustness = attack(name) | {"n": self.n, "correct": round(self.n * robust)}
-        write(workspace.record("evaluate", name), about | {"figures": {"accuracy/threat_model_2": robustness}})
+        steps = [attack(name) | {"name": "threat_model_2"}, attack(name) | {"name": "apgd-ce", "attack": "apgd-ce"}]
+        steps += [attack(name) | {"name": "threat_model_1", "objective": "contrastive"}] if scheme != "SL" else []
+        cascade = robustness | {"attack": "cascade", "correct": round(self.n * worst), "cascade": steps}
+        figures = {"accuracy/threat_model_2": robustness, "accuracy/worst_case": cascade}
+        write(workspace.record("evaluate", name), about | {"figures": figures, "diagnostics": {"flags": [], "evidence": {}}})
         how = {"estimator": ESTIMATOR, "gram": "float32", "n": 359, "batch_sizes": [SIZE] * BATCHES, "counted_in_scalars": NAMES[:LAYERS]}
         write(
             workspace.record("represent", name),

@@ -51,7 +51,7 @@ def test_what_has_a_margin_has_it_on_both_sides():
     bounds = {(part.side, part.bound) for claim in CLAIMS for part in claim.parts}
     assert bounds == {("above", 0.02), ("below", -0.02), ("above", -0.02), ("above", 0.0), ("above", 0.9), ("below", 0.9)}
     assert {part.name for claim in CLAIMS for part in claim.parts if part.bound == 0} == {
-        "CL: robust accuracy, Full-AT minus AT",
-        "the same lift, CL minus SL",
-        "the same lift, CL minus SCL",
+        part
+        for label in ("accuracy under threat model II", "worst-case accuracy")
+        for part in (f"CL: {label}, Full-AT minus AT", *(f"the same lift of {label}, CL minus {scheme}" for scheme in ("SL", "SCL")))
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from advml.claims.hypotheses import AGREE, MARGIN
+from advml.evaluation import transfer_files
 
 MAIN = ("redundancy", "full_fine_tuning_redundancy", "full_fine_tuning_robustness", "clean_adversarial", "convergence")
 
@@ -39,7 +41,9 @@ def test_every_effect_is_the_planted_one(planted):
     expected = {f"{scheme}: redundancy, AT minus ST": 0.2 for scheme in ("SL", "CL", "SCL")}
     expected |= {"CL: redundancy, Full-AT minus AT": -0.1, "CL: long-range CKA, Full-AT minus AT": -0.1}
     expected |= {"SL: redundancy, Full-AT minus AT": 0.0, "SCL: redundancy, Full-AT minus AT": 0.02}
-    expected |= {"CL: robust accuracy, Full-AT minus AT": 0.32, "the same lift, CL minus SL": 0.3, "the same lift, CL minus SCL": 0.3}
+    for label, lift, sl, scl in (("accuracy under threat model II", 0.32, 0.3, 0.3), ("worst-case accuracy", 0.43, 0.39, 0.41)):
+        expected |= {f"CL: {label}, Full-AT minus AT": lift}
+        expected |= {f"the same lift of {label}, CL minus {scheme}": more for scheme, more in (("SL", sl), ("SCL", scl))}
     expected |= {f"{scheme}: clean-adversarial CKA, AT minus ST": 0.37 for scheme in ("SL", "CL", "SCL")}
     expected |= {f"{scheme}: clean-adversarial CKA of ST": 0.6 for scheme in ("SL", "CL", "SCL")}
     expected |= {f"{scheme}: clean-adversarial CKA of AT": 0.97 for scheme in ("SL", "CL", "SCL")}
@@ -85,7 +89,7 @@ def test_representations_agree_above_nine_tenths(planting, tmp_path, similar, ve
 def test_effects_within_their_noise_are_inconclusive(planting, tmp_path):
     flat = {**planting.AS_PAPER, "robust": dict.fromkeys(planting.REGIMES, 0.5)}
     parts = planting.Planted(tmp_path, flat, n=50, noise=0.4).plant().parts()
-    lift, redundancy = parts["CL: robust accuracy, Full-AT minus AT"], parts["SL: redundancy, Full-AT minus AT"]
+    lift, redundancy = parts["CL: accuracy under threat model II, Full-AT minus AT"], parts["SL: redundancy, Full-AT minus AT"]
     assert lift["verdict"] == "inconclusive" and lift["low"] < 0 < lift["high"]
     assert redundancy["verdict"] == "inconclusive" and redundancy["low"] < -0.02 < redundancy["high"]
 
@@ -94,10 +98,48 @@ def test_effects_within_their_noise_are_inconclusive(planting, tmp_path):
 def test_none_and_all_right_vary_as_well(planting, tmp_path, robust):
     """By Jeffreys' estimate, (x + 1/2) / (n + 1)."""
     table = planting.AS_PAPER | {"robust": dict.fromkeys(planting.REGIMES, robust)}
-    part = planting.Planted(tmp_path, table, n=40).plant().parts()["CL: robust accuracy, Full-AT minus AT"]
+    part = planting.Planted(tmp_path, table, n=40).plant().parts()["CL: accuracy under threat model II, Full-AT minus AT"]
     share = 0.5 / 41
     half = 1.959964 * math.sqrt(2 * share * (1 - share) / 40)
     assert part["effect"] == 0 and (part["low"], part["high"]) == pytest.approx((-half, half), abs=1e-5)
+
+
+def test_a_lift_against_one_attack_alone_contradicts_the_claim(planting, tmp_path):
+    table = planting.AS_PAPER | {"worst": dict.fromkeys(planting.REGIMES, 0.5) | {"AT": 0.6}}
+    planted = planting.Planted(tmp_path, table).plant()
+    assert planted.parts()["CL: accuracy under threat model II, Full-AT minus AT"]["verdict"] == "supported"
+    assert planted.verdicts()["full_fine_tuning_robustness"] == "contradicted"
+
+
+def test_worst_cases_over_other_attacks_are_not_compared(planting, planted):
+    path = planted.workspace.record("evaluate", "CL-AT-s0")
+    cascade = json.loads(path.read_text())["figures"]["accuracy/worst_case"]["cascade"]
+    planting.edit(path, **{"figures__accuracy/worst_case__cascade": cascade[:1]})
+    part = planted.parts()["CL: worst-case accuracy, Full-AT minus AT"]
+    assert "were measured with different attacks" in part["missing"] and part["verdict"] == "not tested"
+
+
+FLAG = {"name": "dead_gradients", "saw": "it", "try": "that"}
+
+
+UNSEEN = {"flags": [], "skipped": "it cannot be copied"}
+
+
+@pytest.mark.parametrize(
+    ("diagnostics", "said"),
+    [({"flags": [FLAG], "evidence": {}}, "dead_gradients"), (UNSEEN, "not judged"), ({}, "not judged")],
+)
+def test_a_claim_names_the_models_that_its_accuracies_cannot_be_trusted_of(planting, planted, diagnostics, said):
+    assert not any("doubts" in part for part in planted.parts().values())
+    planting.edit(planted.workspace.record("evaluate", "SL-AT-s0"), diagnostics=diagnostics)
+    doubted = {name for name, part in planted.parts().items() if part.get("doubts") == {"SL-AT-s0": said}}
+    assert doubted == {f"the same lift of {label}, CL minus SL" for label in ("accuracy under threat model II", "worst-case accuracy")}
+
+
+def test_a_flag_of_a_transfer_is_named_too(planted, monkeypatch):
+    flags = [FLAG | {"model": "CL-AT-s0", "name": "transfer_stronger"}]
+    monkeypatch.setattr(transfer_files, "read", lambda workspace: {"seeds": [{"flags": flags}]})
+    assert planted.parts()["CL: worst-case accuracy, Full-AT minus AT"]["doubts"] == {"CL-AT-s0": "transfer_stronger"}
 
 
 def test_errors_that_models_have_in_common_are_taken_off(planting, tmp_path):

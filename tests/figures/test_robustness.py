@@ -36,6 +36,18 @@ def test_a_panel_per_scheme_holds_a_line_per_regime_with_its_numbers_and_its_col
             assert to_hex(line.get_color()) == REGIME_COLOURS.get(regime, OTHER_COLOUR)
 
 
+def test_minimal_distances_are_crosses_in_the_colour_of_their_regime_with_one_entry_in_the_legend():
+    nearest = {"CL": {"ST": points(0.9, 0.2, 0.0), "Full-AT": points(0.8, 0.6, 0.1)}}
+    figure = security_curves(MODELS, epsilon=0.1, chance=0.25, nearest=nearest, attack="FMN")
+    crosses = [[line for line in axes.lines if line.get_marker() == "x"] for axes in figure.axes]
+    assert [len(found) for found in crosses] == [2, 0]
+    for line, (regime, found) in zip(crosses[0], nearest["CL"].items(), strict=True):
+        assert line.get_xdata() == pytest.approx([0, 1, 2])
+        assert line.get_ydata() == pytest.approx([100 * point["accuracy"] for point in found])
+        assert to_hex(line.get_color()) == REGIME_COLOURS[regime]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ST", "Full-AT", "tuned", "by FMN"]
+
+
 def test_the_band_spans_the_interval_in_the_colour_of_its_line():
     axes = security_curves(MODELS, epsilon=0.1, chance=0.25).axes[0]
     for band, (regime, found) in zip(axes.collections, MODELS["CL"].items(), strict=True):

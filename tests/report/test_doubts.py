@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from advml.report.doubts import corruptions, curves, flags
+from advml.report.doubts import corruptions, curves, flags, unjudged
 
 POINTS = [{"epsilon": epsilon, "accuracy": 0.5, "low": 0.4, "high": 0.6} for epsilon in (0.0, 0.2, 1.0)]
 
@@ -41,6 +41,21 @@ def test_the_curves_are_those_of_one_seeds_models_that_were_judged():
     assert drawn["ST"] == drawn["AT"] == [50, 50, 50] and [25, 25] in drawn.values()  # chance, of four classes
     assert figure.axes[0].lines[0].get_xdata()[1] == pytest.approx(1)  # epsilon of the evidence
     assert [axes.get_title(loc="left") for axes in curves(ROWS, EVALUATED, seed=1).axes] == ["SL"]
+
+
+def test_models_that_nobody_could_judge_are_listed_with_the_reason():
+    older = {"SL-AT-s1": {"diagnostics": {"flags": []}}}
+    assert unjudged(EVALUATED | older) == {"SL-ST-s0": "diagnostics.images = 0", "SL-AT-s1": "it was measured by an older version"}
+
+
+def test_minimal_distances_are_drawn_beside_pgd_whoever_else_has_none():
+    nearest = [{"epsilon": point["epsilon"], "accuracy": 0.3, "pgd": 0.5} for point in POINTS]
+    found = record()
+    found["diagnostics"]["minimal"] = {"attack": "fmn", "curve": nearest}
+    figure = curves(ROWS, EVALUATED | {"CL-ST-s0": found}, seed=0)
+    drawn = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert drawn.count([30, 30, 30]) == 1 and drawn.count([50, 50, 50]) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ST", "AT", "by FMN"]
 
 
 def test_there_are_no_curves_where_nobody_was_judged():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advml.report.how import COLUMNS, HEADERS, cascade, rows, steps
+from advml.report.how import COLUMNS, CORRUPTION_HEADERS, HEADERS, cascade, corruptions, rows, steps
 
 PGD = {
     **{"attack": "pgd", "objective": "cross-entropy", "norm": "linf", "epsilon": 8 / 255, "box": [0, 1], "steps": 20},
@@ -61,6 +61,23 @@ def test_a_step_bears_the_seed_of_the_whole_and_only_what_its_attack_has():
     assert {row["seed"] for name, row in found.items() if name.startswith("—")} == {7}
     assert (found["— square"]["steps"], found["— square"]["targets"]) == ("5000 queries", "")
     assert (found["— apgd-t"]["steps"], found["— apgd-t"]["targets"]) == (100, 9)
+
+
+def test_flags_stand_with_every_attacked_figure_and_with_no_other():
+    listed = [dict(zip(HEADERS, row, strict=True)) for row in rows(FIGURES, flags="dead_gradients")]
+    assert [row["figure"] for row in listed if row["flags"] == "dead_gradients"] == ["accuracy/threat_model_2", "accuracy/worst_case"]
+    assert {row["flags"] for row in listed} == {"", "dead_gradients"}
+
+
+def test_a_row_per_corruption_says_how_its_figure_was_made():
+    about = {"n": 40, "kind": "noise", "severities": [1, 5], "accuracies": [0.9, 0.4], "interval": [0.5, 0.8]}
+    computed = about | {"source": "computed", "library": "advml 1.0", "numpy": "2", "scipy": "1", "seed": 3}
+    first, second = corruptions({"corruption/fog": computed, "corruption/snow": about | {"source": "CIFAR-10-C"}})
+    assert dict(zip(CORRUPTION_HEADERS, first, strict=True)) == {
+        **{"figure": "corruption/fog", "n": 40, "accuracy": "65.0", "95 % interval": "[50.0, 80.0]", "at severity": "1: 90.0, 5: 40.0"},
+        **{"images": "computed by advml 1.0", "libraries": "numpy 2, scipy 1", "seed": 3},
+    }
+    assert second[-3:] == ["published, CIFAR-10-C", "", ""]
 
 
 def test_the_steps_are_the_attacks_beyond_the_threat_models_each_once():

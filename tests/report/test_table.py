@@ -25,6 +25,7 @@ def measure(study, name: str, **right: int) -> dict[str, float]:
     for key, count in right.items():
         low, high = wilson(count, 40)
         metrics |= {f"accuracy/{key}": count / 40, f"accuracy/{key}/low": low, f"accuracy/{key}/high": high}
+    metrics |= {"diagnostics/flags": 0}
     path = study.workspace.report(name) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics))
@@ -92,29 +93,32 @@ def shares(**more: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("flags", "marked"),
+    ("flags", "mark", "note"),
     [
-        ({}, False),
-        ({"diagnostics/flags": 0}, False),
-        ({"diagnostics/flags": 1}, True),
-        ({"transfer/flags": 2}, True),
-        ({"diagnostics/flags": 0, "transfer/flags": 1}, True),
+        ({"diagnostics/flags": 0}, "", ""),
+        ({"diagnostics/flags": 1}, " !", "! diagnostics raised flags: see advml show X"),
+        ({"transfer/flags": 2}, " !", "! diagnostics raised flags: see advml show X"),
+        ({"diagnostics/flags": 0, "transfer/flags": 1}, " !", "! diagnostics raised flags: see advml show X"),
+        ({}, " ?", "? not judged by diagnostics: see advml show X"),
     ],
 )
-def test_flags_mark_attacked_figures_alone_and_the_footnote_says_where_to_look(flags, marked):
-    row, mark = shares() | flags, " !" if marked else ""
+def test_doubts_mark_attacked_figures_alone_and_the_footnote_says_where_to_look(flags, mark, note):
+    row = shares() | flags
     assert cell(row, "accuracy/threat_model_2") == cell(row, "accuracy/worst_case") == f"50.0 [50.0, 50.0]{mark}"
     assert cell(row, "accuracy/clean") == cell(row, "corruption/mean") == "50.0 [50.0, 50.0]"
     assert cell(row, "accuracy/threat_model_1") == "-"
-    note = "! diagnostics raised flags: see advml show X" if marked else ""
-    assert footnote([shares() | {"model": "A"}, row]) == note
-    last = to_markdown([shares() | {"model": "A"}, row]).splitlines()[-1]
-    assert last == note if marked else last.startswith("| X |")
+    calm = shares() | {"model": "A", "diagnostics/flags": 0}
+    assert footnote([calm, row]) == note
+    last = to_markdown([calm, row]).splitlines()[-1]
+    assert last == note if note else last.startswith("| X |")
 
 
-def test_the_footnote_names_the_first_flagged_model():
+def test_the_footnote_names_the_first_model_of_each_mark_in_a_line_of_its_own():
     rows = [shares() | {"model": name, "diagnostics/flags": count} for name, count in (("A", 0), ("B", 2), ("C", 1))]
-    assert footnote(rows).endswith("advml show B") and footnote([]) == ""
+    rows += [shares() | {"model": name} for name in ("D", "E")]
+    flagged, unjudged = footnote(rows).splitlines()
+    assert flagged.endswith("advml show B") and unjudged.endswith("advml show D") and footnote([]) == ""
+    assert to_markdown(rows).endswith(f"\n\n{flagged}\n\n{unjudged}\n")
 
 
 def test_flags_of_a_transfer_are_counted_for_the_models_that_they_name(measured, monkeypatch):

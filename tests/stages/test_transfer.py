@@ -105,6 +105,16 @@ def test_the_run_carries_table_and_picture(measured):
     assert store.client.list_artifacts(run.info.run_id, "images")
 
 
+def test_the_runs_of_the_models_say_what_a_transfer_has_flagged_of_them(study, monkeypatch):
+    flag = {"model": "SL-AT-s1", "name": "transfer_stronger", "saw": "it", "try": "that"}
+    real = transfer.describe
+    monkeypatch.setattr(transfer, "describe", lambda found, *, seed: real(found, seed=seed) | {"flags": [flag] * (seed == 1)})
+    transfer.run(study.context())
+    store = stores.connect(stores.locate(study.config(), root=study.root))
+    tags = {run.info.run_name: run.data.tags.get("advml.transfer_flags") for run in store.client.search_runs([store.experiment])}
+    assert tags["SL-AT-s1"] == "transfer_stronger" and {tags["SL-Partial-AT-s1"], tags["SL-AT-s0"]} == {"none"}
+
+
 @pytest.mark.parametrize("models", [1, 0])
 def test_a_grid_of_one_model_is_no_error_and_says_so(study, capsys, models):
     params, grid = study.root / "params.yaml", ["-S", "grid.adversarial_regimes=[AT]"]

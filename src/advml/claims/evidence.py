@@ -16,7 +16,8 @@ import numpy as np
 from advml import config
 from advml.claims.measured import Block, Measured, Missing
 from advml.errors import UserError
-from advml.evaluation import records
+from advml.evaluation import records, transfer_files
+from advml.evaluation.verdict import NONE, transferred, verdict
 from advml.paths import Workspace, model_name
 from advml.similarity import files, panels, representation
 from advml.similarity.estimates import Estimate, Spread
@@ -48,9 +49,9 @@ class Study:
         n, correct = figure["n"], figure["correct"]
         share = (correct + 0.5) / (n + 1)
         found = Estimate(correct / n, np.empty(0), spreads=(Spread(share * (1 - share) / n),))
-        return Measured(
-            name, found, {"data": self._model(name).get("data", {}).get("digest"), "images": n, "attacks": files.settings(figure)}
-        )
+        conditions = {"data": self._model(name).get("data", {}).get("digest"), "images": n, "attacks": _attacks(figure)}
+        said = verdict(record.get("diagnostics", {}), self._transferred.get(name, ()))
+        return Measured(name, found, conditions, {} if said == NONE else {name: said})
 
     def _block(self, scheme: str, regime: str) -> Block:
         """A model's layers against themselves."""
@@ -93,6 +94,10 @@ class Study:
         return Block(pair, found.compared.similarity, *names, rows, columns, conditions)
 
     @cached_property
+    def _transferred(self) -> dict[str, list[dict[str, str]]]:
+        return transferred(transfer_files.read(self.workspace))
+
+    @cached_property
     def _comparison(self) -> panels.Stored | None:
         return panels.stored(self.workspace)
 
@@ -130,6 +135,12 @@ class Study:
         """model.json; nothing where records alone are here, as after a partial `dvc pull`."""
         path = self.workspace.model(name) / "model.json"
         return read_json(path) if path.exists() else {}
+
+
+def _attacks(figure: dict[str, Any]) -> list[dict[str, Any]]:
+    """How a figure was attacked. Of a cascade its steps too, but for threat model I, which the schemes without a projection head lack."""
+    steps = [step for step in figure.get("cascade", ()) if step.get("objective") != "contrastive"]
+    return [files.settings(attack) for attack in (figure, *steps)]
 
 
 def _conditions(how: dict[str, Any], *, data: Any, layers: list[str], attacks: list[dict[str, Any]]) -> dict[str, Any]:

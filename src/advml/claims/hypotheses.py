@@ -23,7 +23,7 @@ from advml.similarity.summary import SCALARS
 SCHEMES = ("SL", "CL", "SCL")
 MARGIN = 0.02  # of CKA: a smaller change counts as none
 AGREE = 0.9  # of CKA: clean and adversarial representations above it agree
-ROBUST = "accuracy/threat_model_2"
+THREAT_MODEL, WORST_CASE = "accuracy/threat_model_2", "accuracy/worst_case"
 
 CROSS = summary.Scalar(summary.mean_off_diagonal, **summary.ADVERSARIAL)
 
@@ -68,12 +68,18 @@ def _changed(quantity: str, scheme: str, before: str, after: str, label: str, **
     return Part(f"{scheme}: {label}, {after} minus {before}", effect, figures[after] - figures[before], **({"bound": MARGIN} | rule))
 
 
-def _lift(scheme: str) -> Effect:
-    return lambda studies: difference(studies[0].accuracy(ROBUST, scheme, "Full-AT"), studies[0].accuracy(ROBUST, scheme, "AT"))
+def _lift(scheme: str, metric: str) -> Effect:
+    return lambda studies: difference(studies[0].accuracy(metric, scheme, "Full-AT"), studies[0].accuracy(metric, scheme, "AT"))
 
 
-def _lift_over(scheme: str) -> Effect:
-    return lambda studies: difference(_lift("CL")(studies), _lift(scheme)(studies))
+def _lift_parts(label: str, metric: str) -> tuple[Part, ...]:
+    """Of CL's lift of one accuracy: that there is one, and that it is larger than those of SL and SCL."""
+
+    def over(scheme: str) -> Effect:
+        return lambda studies: difference(_lift("CL", metric)(studies), _lift(scheme, metric)(studies))
+
+    others = (Part(f"the same lift of {label}, CL minus {scheme}", over(scheme)) for scheme in ("SL", "SCL"))
+    return Part(f"CL: {label}, Full-AT minus AT", _lift("CL", metric)), *others
 
 
 def _agreement(scheme: str, regime: str, **rule: Any) -> Part:
@@ -137,11 +143,8 @@ CLAIMS = (
     Claim(
         "full_fine_tuning_robustness",
         "Full adversarial fine-tuning raises CL's robust accuracy, and by more than that of SL and SCL.",
-        (
-            Part("CL: robust accuracy, Full-AT minus AT", _lift("CL")),
-            Part("the same lift, CL minus SL", _lift_over("SL")),
-            Part("the same lift, CL minus SCL", _lift_over("SCL")),
-        ),
+        # The paper's figure, and the one to quote: what holds against one attack alone does not hold.
+        (*_lift_parts("accuracy under threat model II", THREAT_MODEL), *_lift_parts("worst-case accuracy", WORST_CASE)),
     ),
     Claim(
         "clean_adversarial",

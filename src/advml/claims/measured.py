@@ -6,7 +6,7 @@ Two numbers are subtracted, or averaged over seeds, only if their conditions are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ class Missing(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A number. `conditions` by name, None where it is not known."""
+    """A number. `conditions` by name, None where it is not known. `doubts`: what diagnostics say against it, by model."""
 
     name: str
     estimate: Estimate
     conditions: Mapping[str, Any]
+    doubts: Mapping[str, str] = field(default_factory=dict)
 
 
 def require_alike(first: Measured | Block, second: Measured | Block) -> None:
@@ -41,7 +42,8 @@ def require_alike(first: Measured | Block, second: Measured | Block) -> None:
 def difference(first: Measured, second: Measured) -> Measured:
     """first - second; errors that both have in common are taken off."""
     require_alike(first, second)
-    return Measured(f"{first.name} minus {second.name}", estimates.difference(first.estimate, second.estimate), first.conditions)
+    found = estimates.difference(first.estimate, second.estimate)
+    return Measured(f"{first.name} minus {second.name}", found, first.conditions, {**first.doubts, **second.doubts})
 
 
 def over_seeds(found: Sequence[Measured]) -> Estimate:

@@ -60,15 +60,18 @@ def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Confi
         "paper": None if part.paper is None else round(part.paper, 4),
     }
     try:
-        found = over_seeds([part.effect(_needed(part, found, configuration)) for found in seeds])
+        measured = [part.effect(_needed(part, found, configuration)) for found in seeds]
+        found = over_seeds(measured)
     except Missing as missing:
         return about | {"verdict": verdicts.judge(None, part.side, part.bound), "missing": str(missing)}
     low, high = found.interval
+    doubts = {name: said for each in measured for name, said in each.doubts.items()}
     return about | {
         "effect": _number(found.value),
         "low": _number(low),
         "high": _number(high),
         "verdict": verdicts.judge((low, high), part.side, part.bound),
+        **({"doubts": doubts} if doubts else {}),
     }
 
 

@@ -31,7 +31,10 @@ def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides =
 
 
 def show(
-    model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the name of one that evaluate was given.", show_default=False),
+    ],
     params: Annotated[
         Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")
     ] = PARAMS,
@@ -40,10 +43,12 @@ def show(
 
     Writes nothing. Next: advml attack IMAGE --model MODEL
     """
-    from advml.show import record_of
+    from advml.show import evaluation_of, record_of
 
-    print(record_of(Workspace(params.parent), model))
-    print(f"next: advml attack IMAGE --model {model}")
+    workspace = Workspace(params.parent)
+    print(record_of(workspace, model))
+    given = evaluation_of(workspace, model).is_file()
+    print("next: advml report     (the page shows it beside the study's models)" if given else f"next: advml attack IMAGE --model {model}")
 
 
 def attack(

@@ -15,6 +15,7 @@ from advml.data.datasets import Dataset
 from advml.evaluation import accuracy, corruption, doubts, samples
 from advml.evaluation.measure import Outcome, measure
 from advml.evaluation.plan import Figure, plan
+from advml.evaluation.verdict import verdict
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
 from advml.training.schemes import Scheme
@@ -58,8 +59,7 @@ class Evaluation:
     @property
     def verdict(self) -> str:
         """Names of the flags that the diagnostics raised, or that there are none, or that nobody looked."""
-        found = self.record["diagnostics"]
-        return "not judged" if "skipped" in found else ", ".join(flag["name"] for flag in found["flags"]) or "none"
+        return verdict(self.record["diagnostics"])
 
 
 def evaluate(

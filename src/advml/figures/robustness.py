@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from advml.figures.curves import OTHER_COLOUR, REGIME_COLOURS
 from advml.figures.style import INK, QUIET, styled
@@ -17,13 +18,22 @@ Point = Mapping[str, float]
 
 
 @styled
-def security_curves(models: Mapping[str, Mapping[str, Sequence[Point]]], *, epsilon: float, chance: float) -> Figure:
+def security_curves(
+    models: Mapping[str, Mapping[str, Sequence[Point]]],
+    *,
+    epsilon: float,
+    chance: float,
+    nearest: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
+    attack: str = "",
+) -> Figure:
     """Accuracy against the attack's epsilon: a panel per scheme, a line per regime.
 
     Args:
         models: scheme -> regime -> points with `epsilon`, `accuracy`, `low`, `high`.
         epsilon: of the study, marked.
         chance: accuracy of guessing, to which every honest curve falls.
+        nearest: the same of minimal distances, without intervals; drawn as crosses.
+        attack: what they were found by.
     """
     figure = Figure(figsize=(max(5.6, 0.8 + 2.6 * len(models)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(models)), sharey=True, squeeze=False)[0]
@@ -35,6 +45,10 @@ def security_curves(models: Mapping[str, Mapping[str, Sequence[Point]]], *, epsi
             colour = REGIME_COLOURS.get(regime, OTHER_COLOUR)
             axes.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.plot(place, middle, marker="o", markersize=3, color=colour, label=regime)
+        for regime, points in (nearest or {}).get(scheme, {}).items():
+            place, shares = (np.array([point[key] for point in points]) for key in ("epsilon", "accuracy"))
+            colour = REGIME_COLOURS.get(regime, OTHER_COLOUR)
+            axes.plot(np.sqrt(place / epsilon), 100 * shares, "x-.", markersize=4, linewidth=0.8, color=colour, label=f"_{regime}")
         ticks = sorted({point["epsilon"] for points in regimes.values() for point in points})
         axes.set_xticks(np.sqrt(np.array(ticks) / epsilon), [f"{tick:.2g}" for tick in ticks], rotation=60, fontsize=7)
         axes.axvline(1, color=QUIET, linewidth=0.9, linestyle=":")
@@ -45,6 +59,8 @@ def security_curves(models: Mapping[str, Mapping[str, Sequence[Point]]], *, epsi
         axes.set_xlabel(r"$\epsilon$")
     panels[0].set_ylabel("test accuracy in %, 95 % intervals")
     lines = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
+    if nearest:
+        lines[f"by {attack}"] = Line2D([], [], color=INK, marker="x", markersize=4, linewidth=0.8, linestyle="-.")
     figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=max(1, len(lines)))
     return figure
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 P = ParamSpec("P")
 
 INK, QUIET, GRID = "#222222", "#6b6b6b", "#e3e3e3"
-CLEAN, HALF, FULL, ADVERSARIAL = "#c3cdd6", "#56b4e9", "#0072b2", "#d55e00"
+CLEAN, ATTACKED, FULL, ADVERSARIAL = "#c3cdd6", "#56b4e9", "#0072b2", "#d55e00"
 STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 100,

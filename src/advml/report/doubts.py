@@ -15,15 +15,27 @@ def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{"model": name, **flag} for name, record in evaluated.items() for flag in record.get("diagnostics", {}).get("flags", ())]
 
 
+def unjudged(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Models that diagnostics have not seen, and why."""
+    found = {name: record.get("diagnostics", {}) for name, record in evaluated.items() if record}
+    return {name: about.get("skipped", "it was measured by an older version") for name, about in found.items() if "evidence" not in about}
+
+
 def curves(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]], *, seed: int) -> Figure | None:
-    """Security curves of a seed's models; None where diagnostics were off."""
+    """Security curves of a seed's models, by PGD and by minimal distances where there are any; None where diagnostics were off."""
     found: dict[str, dict[str, Any]] = {}
+    nearest: dict[str, dict[str, Any]] = {}
+    about: dict[str, Any] = {}
     for row in rows:
-        evidence = evaluated.get(row["model"], {}).get("diagnostics", {}).get("evidence")
+        seen = evaluated.get(row["model"], {}).get("diagnostics", {})
+        evidence, minimal = seen.get("evidence"), seen.get("minimal")
         if evidence and row["seed"] == seed:
             found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
-            threat = {"epsilon": evidence["epsilon"], "chance": 1 / evidence["classes"]}
-    return security_curves(found, **threat) if found else None
+            about |= {"epsilon": evidence["epsilon"], "chance": 1 / evidence["classes"]}
+            if minimal:
+                nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]
+                about |= {"attack": minimal["attack"].upper()}
+    return security_curves(found, nearest=nearest, **about) if found else None
 
 
 def corruptions(rows: list[dict[str, Any]]) -> Figure | None:

@@ -1,4 +1,4 @@
-"""How each accuracy was made, from the records: a table per model."""
+"""How each accuracy was made, from the records: a table per model, and one of its corruptions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,31 @@ COLUMNS: dict[str, Any] = {
     "forward": lambda r: f"{r['forward']:,}",
     "backward": lambda r: f"{r['backward']:,}",
 }
-HEADERS = ("figure", "right", "of", "95 % interval", *COLUMNS)
+HEADERS = ("figure", "right", "of", "95 % interval", *COLUMNS, "flags")
+CORRUPTED = {
+    "n": lambda r: r["n"],
+    "accuracy": lambda r: f"{100 * sum(r['accuracies']) / len(r['accuracies']):.1f}",
+    "95 % interval": lambda r: _interval(r),
+    "at severity": lambda r: ", ".join(f"{s}: {100 * share:.1f}" for s, share in zip(r["severities"], r["accuracies"], strict=True)),
+    "images": lambda r: f"computed by {r['library']}" if r["source"] == "computed" else f"published, {r['source']}",
+    "libraries": lambda r: ", ".join(f"{name} {r[name]}" for name in ("numpy", "scipy", "PIL", "torch") if name in r),
+    "seed": lambda r: r["seed"],
+}
+CORRUPTION_HEADERS = ("figure", *CORRUPTED)
 
 
-def rows(figures: dict[str, dict[str, Any]]) -> list[list[Any]]:
-    """A row per figure, and under the worst case one per attack of its cascade: how many it left of how many it was aimed at."""
-    return [row for name, record in figures.items() for row in _rows(name, record)]
+def rows(figures: dict[str, dict[str, Any]], *, flags: str = "") -> list[list[Any]]:
+    """A row per figure, and under the worst case one per attack of its cascade: how many it left of how many it was aimed at.
+
+    Args:
+        flags: of the model, which stand with its attacked figures.
+    """
+    return [row for name, record in figures.items() for row in _rows(name, record, flags)]
+
+
+def corruptions(figures: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    """A row per corruption, under CORRUPTION_HEADERS."""
+    return [[name, *(_cell(fill, record) for fill in CORRUPTED.values())] for name, record in figures.items()]
 
 
 def steps(figures: dict[str, dict[str, Any]]) -> list[str]:
@@ -39,11 +58,15 @@ def cascade(models: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for model in models for name in model["cascade"]))
 
 
-def _rows(name: str, record: dict[str, Any]) -> Iterator[list[Any]]:
-    low, high = record["interval"]
-    yield [name, record["correct"], record["n"], f"[{100 * low:.1f}, {100 * high:.1f}]", *_cells(record)]
+def _rows(name: str, record: dict[str, Any], flags: str) -> Iterator[list[Any]]:
+    yield [name, record["correct"], record["n"], _interval(record), *_cells(record), flags if "attack" in record else ""]
     for step in record.get("cascade", ()):
-        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], "", *_cells(step | {"seed": record["seed"]})]
+        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], "", *_cells(step | {"seed": record["seed"]}), ""]
+
+
+def _interval(record: dict[str, Any]) -> str:
+    low, high = record["interval"]
+    return f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _cells(record: dict[str, Any]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ from matplotlib.figure import Figure
 
 from advml.config import Config
 from advml.evaluation import records, transfer_files
-from advml.figures import charts
+from advml.evaluation.verdict import transferred, verdict
+from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
 from advml.figures.style import to_png
 from advml.figures.transfer import transfer_matrices
-from advml.paths import Workspace, model_name
-from advml.report import doubts
+from advml.paths import Workspace
+from advml.report import doubts, others
 from advml.report import figures as drawn
 from advml.report import how as how_made
-from advml.report.table import COLUMNS, NORM_NAMES, Row, cell
+from advml.report.table import COLUMNS, NORM_NAMES, Row, cell, footnote
 
 REPRESENTATION = {  # column -> metric, and its number of digits
     "redundancy": "cka/redundancy",
@@ -41,28 +41,35 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
-    made = list(_how(config, workspace))
-    transferred = transfer_files.read(workspace)
+    found = transfer_files.read(workspace)
     drawings = _figures(config, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
+    given = others.read(workspace)
+    shown = others.of_data(given, provenance["digest"])
+    made = _how(workspace, evaluated | shown, flags=transferred(found))
     drawings |= {"security": doubts.curves(table, evaluated, seed=config.seeds[0]), "corruptions": doubts.corruptions(table)}
-    drawings["transfer"] = transfer_matrices(transferred["seeds"]) if transferred else None
+    drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
     return template.render(
         config=config,
         norm=NORM_NAMES[config.threat_model.norm],
         accuracy_columns=list(COLUMNS),
         representation_columns=list(REPRESENTATION),
         rows=[_row(row) for row in table],
+        notes=footnote(table).splitlines(),
+        others=[_row(others.row(name, record)) for name, record in shown.items()],
+        elsewhere=sorted(given.keys() - shown.keys()),
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
         images={name: _source(figure) for name, figure in drawings.items() if figure is not None},
         panels={kind: _embedded(path.read_bytes()) for kind, path in drawn.panels(workspace).items()},
         shown=drawn.shown(workspace),
-        transfer=transferred,
-        flags=doubts.flags(evaluated),
-        doubtful=sorted(name for name, record in evaluated.items() if "evidence" in record.get("diagnostics", {})),
+        transfer=found,
+        flags=doubts.flags(evaluated | shown),
+        unjudged=doubts.unjudged(evaluated | shown),
+        judged=[name for name, record in (evaluated | shown).items() if "evidence" in record.get("diagnostics", {})],
         made=made,
         how_headers=how_made.HEADERS,
+        corruption_headers=how_made.CORRUPTION_HEADERS,
         cascade=how_made.cascade(made),
         provenance=provenance,
     )
@@ -71,7 +78,8 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
 def _row(row: Row) -> dict[str, Any]:
     return {
         "model": row["model"],
-        "scheme": row["scheme"],
+        "scheme": row.get("scheme", ""),
+        "attacked": f"{NORM_NAMES[row['norm']]} {row['epsilon']:.4g}" if "norm" in row else "",
         "accuracy": [cell(row, metric) for metric in COLUMNS.values()],
         "representation": [_number(row, metric) for metric in REPRESENTATION.values()],
     }
@@ -91,7 +99,7 @@ def _figures(config: Config, workspace: Workspace, table: list[Row], claims: Map
     seed = config.seeds[0]
     threat = f"{config.attacked_epsilon:.4g} ({NORM_NAMES[config.threat_model.norm]})"
     return {
-        "accuracy": charts.accuracy_chart(table, threat_model=threat),
+        "accuracy": accuracy_chart(table, threat_model=threat),
         "claims": effects(claims["claims"]),
         "clean": drawn.matrices(config, workspace, "clean", seed=seed),
         "clean_adversarial": drawn.matrices(config, workspace, "clean_adversarial", seed=seed),
@@ -107,15 +115,13 @@ def _embedded(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _how(config: Config, workspace: Workspace) -> list[dict[str, Any]]:
-    """How each figure of each model was made, from the records."""
+def _how(workspace: Workspace, evaluated: Mapping[str, Any], *, flags: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How each figure of each model was made, from the records; `flags` of a transfer, by model."""
     found = []
-    for seed, scheme, regime in itertools.product(config.seeds, config.grid.schemes, config.grid.regimes):
-        name = model_name(scheme, regime, seed)
-        evaluated, represented = (records.read(workspace, stage, name) for stage in records.MEASURING)
-        if evaluated:
-            how = represented["how"] if represented else {}
-            figures = how_made.rows(evaluated["figures"])
-            about = {"model": name, "weights": evaluated["digest"][:12], "figures": figures, "representation": how}
-            found.append(about | {"cascade": how_made.steps(evaluated["figures"])})
+    for name, record in ((name, record) for name, record in evaluated.items() if record):
+        represented = records.read(workspace, "represent", name)
+        said = verdict(record.get("diagnostics", {}), flags.get(name, ()))
+        about = {"model": name, "weights": record["digest"][:12], "figures": how_made.rows(record["figures"], flags=said)}
+        about |= {"corruptions": how_made.corruptions(record.get("corruptions", {})), "cascade": how_made.steps(record["figures"])}
+        found.append(about | {"representation": represented["how"] if represented else {}})
     return found

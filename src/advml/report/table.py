@@ -11,6 +11,8 @@ from typing import Any
 from advml.config import Config
 from advml.errors import UserError
 from advml.evaluation import transfer_files
+from advml.evaluation.verdict import transferred
+from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
 from advml.paths import Workspace, model_name
 
 Row = dict[str, Any]
@@ -46,9 +48,9 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
-    flagged = [flag["model"] for block in (transfer_files.read(workspace) or {"seeds": []})["seeds"] for flag in block["flags"]]
+    flagged = transferred(transfer_files.read(workspace))
     for row in found:
-        row |= {"transfer/flags": flagged.count(row["model"])} if row["model"] in flagged else {}
+        row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
     return found
 
 
@@ -63,26 +65,22 @@ def to_csv(table: list[Row]) -> str:
 
 
 def cell(row: Row, metric: str) -> str:
-    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash. A `!` marks attacked figures of a model with flags."""
+    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash. Attacked figures bear the `mark` of their model."""
     if metric not in row:
         return "-"
-    mark = " !" if _flagged(row) and metric not in NOT_ATTACKED else ""
-    return f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]{mark}"
-
-
-def _flagged(row: Row) -> bool:
-    return bool(row.get("diagnostics/flags") or row.get("transfer/flags"))
+    figure = f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
+    return figure if metric in NOT_ATTACKED else f"{figure} {mark(row)}".rstrip()
 
 
 def footnote(table: list[Row]) -> str:
-    """What the mark says, or nothing where no figure bears it."""
-    flagged = [row["model"] for row in table if _flagged(row)]
-    return f"! diagnostics raised flags: see advml show {flagged[0]}" if flagged else ""
+    """What the marks say, a line for each that a figure bears."""
+    marked = {sign: [row["model"] for row in table if mark(row) == sign] for sign in (FLAGGED, UNJUDGED)}
+    return "\n".join(f"{sign} {MEANING[sign]}: see advml show {models[0]}" for sign, models in marked.items() if models)
 
 
 def to_markdown(table: list[Row]) -> str:
     """The table for a README: accuracies in percent with 95 % Wilson intervals."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in table]
-    note = footnote(table)
-    return "\n".join(lines + ([f"\n{note}"] if note else [])) + "\n"
+    notes = [f"\n{note}" for note in footnote(table).splitlines()]  # each a paragraph of its own
+    return "\n".join(lines + notes) + "\n"

@@ -99,7 +99,7 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
 
 
 def _curves(history: list[Record], name: str, selected: int) -> Any:
-    from advml.figures.charts import training_curves  # matplotlib takes half a second to import: after the work, not before
+    from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
 
     return training_curves(history, name, selected=selected)
 

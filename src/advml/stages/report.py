@@ -8,7 +8,8 @@ from advml import __version__, tracking
 from advml.claims.testing import check
 from advml.config import Config
 from advml.errors import UserError
-from advml.figures import charts
+from advml.figures.accuracy import accuracy_chart
+from advml.figures.style import to_png
 from advml.paths import REPORT_FILES as FILES
 from advml.report import page
 from advml.report import table as tables
@@ -27,7 +28,7 @@ def run(context: Context) -> list[tables.Row]:
     about = {"data": data["source"], "digest": data["digest"], "commit": context.provenance["git_commit"], "version": __version__}
     write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
-    write_atomically(reports / "summary.png", charts.to_png(charts.accuracy_chart(table, threat_model=_threat(config))))
+    write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))
     write_atomically(reports / "claims.json", (json.dumps(claims, indent=2) + "\n").encode())
     write_atomically(reports / "report.html", page.render(config, workspace, table, claims, provenance=about).encode())
     with tracking.open_run(config, root=workspace.root, name="study", kind="study", tags={}, params=config.model_dump(mode="json")) as run:

@@ -6,6 +6,7 @@ from advml import tracking
 from advml.evaluation import transfer_files as files
 from advml.evaluation.transfer import evaluated, evaluated_models, transfer
 from advml.evaluation.transfer_findings import RULE, describe
+from advml.evaluation.verdict import NONE, transferred
 from advml.figures.style import to_png
 from advml.figures.transfer import transfer_matrices
 from advml.progress import Bar
@@ -44,6 +45,10 @@ def _block(context: Context, seed: int, names: list[str], bar: Bar) -> files.Blo
 
 def _log(context: Context, blocks: list[files.Block]) -> None:
     folder = context.workspace.report(files.STAGE)
+    flags = transferred({"seeds": blocks})
+    for name in (name for block in blocks for name in block["models"]):
+        with tracking.attach_run(context.config, root=context.workspace.root, folder=context.workspace.model(name)) as run:
+            run.set_tag("advml.transfer_flags", ", ".join(flag["name"] for flag in flags.get(name, ())) or NONE)
     broken = {f"transfer_breaks/{one['model']}": one["transfer_breaks"] for block in blocks for one in block["breaks"]}
     params = {"evaluate": {"batch_size": context.config.evaluate.batch_size}}
     with tracking.open_run(context.config, root=context.workspace.root, name="transfer", kind="comparison", tags={}, params=params) as run:

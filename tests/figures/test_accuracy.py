@@ -1,27 +1,25 @@
-"""Charts: they show the numbers they were given, whatever rows there are, and leave matplotlib as it was."""
+"""The chart of all models shows the numbers it was given, whatever rows there are, and marks what must not be taken as it stands."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 
-import matplotlib
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 from advml.evaluation.accuracy import wilson
-from advml.figures import style
-from advml.figures.charts import MEASURES, accuracy_chart, to_png, training_curves
+from advml.figures.accuracy import MEASURES, accuracy_chart
+from advml.figures.marks import MEANING, mark
+from advml.figures.style import ADVERSARIAL, to_png
 
 METRICS = [measure.metric for measure in MEASURES]
 SHARES = {"SL": (0.99, 0.9, 0.7), "CL": (0.98, 0.5, 0.01), "SCL": (1.0, 0.6, 0.0)}
 
 
 def row(scheme: str, regime: str, *, seed: int = 0, shares: tuple[float, ...] = (0.9, 0.6, 0.3), n: int = 360) -> dict:
-    flat = {"model": f"{scheme}-{regime}-s{seed}", "scheme": scheme, "regime": regime, "seed": seed}
+    flat = {"model": f"{scheme}-{regime}-s{seed}", "scheme": scheme, "regime": regime, "seed": seed, "diagnostics/flags": 0}
     for metric, share in zip(METRICS, shares, strict=True):
         low, high = wilson(round(share * n), n)
         flat |= {metric: share, f"{metric}/low": low, f"{metric}/high": high}
@@ -70,7 +68,7 @@ def test_every_bar_is_as_high_as_its_accuracy_and_carries_its_interval() -> None
 def test_bars_of_one_measure_share_the_colour_of_the_legend() -> None:
     figure = accuracy_chart(grid())
     legend = {text.get_text(): to_rgb(patch.get_facecolor()) for patch, text in zip(*_legend(figure), strict=True)}
-    assert list(legend) == ["clean images", r"attacked, half $\epsilon$", r"attacked, $\epsilon$"]
+    assert list(legend) == ["clean images", "threat model II", "worst case over all attacks"]
     colours = [to_rgb(patch.get_facecolor()) for patch in sorted(figure.axes[0].patches, key=lambda patch: patch.get_x())]
     assert colours == list(legend.values()) * 4
 
@@ -81,8 +79,8 @@ def _legend(figure) -> tuple[list, list]:
 
 
 def test_the_legend_says_what_epsilon_is_where_it_is_told() -> None:
-    texts = _legend(accuracy_chart(grid(), threat_model="8/255 (L-infinity)"))[1]
-    assert [text.get_text() for text in texts][-1] == r"attacked, $\epsilon$ = 8/255 (L-infinity)"
+    (legend,) = accuracy_chart(grid(), threat_model="8/255 (L-infinity)").legends
+    assert legend.get_title().get_text() == r"attacked at $\epsilon$ = 8/255 (L-infinity)"
 
 
 def test_the_legend_of_one_scheme_fits_into_its_narrow_figure() -> None:
@@ -90,6 +88,37 @@ def test_the_legend_of_one_scheme_fits_into_its_narrow_figure() -> None:
     figure.draw_without_rendering()
     inside = figure.bbox.padded(1)
     assert all(inside.contains(*corner) for corner in figure.legends[0].get_window_extent().corners())
+
+
+FLAGGED, UNJUDGED = {"diagnostics/flags": 2}, {"diagnostics/flags": None}
+
+
+def marked(base: dict, changes: dict) -> dict:
+    """A row with other flags; None: nobody has looked."""
+    return {key: value for key, value in (base | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.02])
+@pytest.mark.parametrize(
+    ("seeds", "sign"),
+    [
+        ([{}], ""),
+        ([FLAGGED], "!"),
+        ([{"transfer/flags": 1}], "!"),
+        ([UNJUDGED], "?"),
+        ([UNJUDGED, FLAGGED], "!"),
+        ([{}, UNJUDGED], "?"),
+    ],
+)
+def test_the_worst_case_of_a_doubtful_model_bears_its_mark_and_the_mark_is_explained(seeds, sign, share):
+    doubtful = [marked(row("CL", "AT", seed=k, shares=(0.9, 0.6, share)), changes) for k, changes in enumerate(seeds)]
+    figure = accuracy_chart([row("CL", "ST"), *doubtful])
+    signs = [text for text in figure.axes[0].texts if text.get_text() in MEANING]
+    assert [text.get_text() for text in signs] == [sign] * bool(sign)
+    for text in signs:
+        assert text.get_color() == ADVERSARIAL and text.xy[0] == pytest.approx(bars(figure.axes[0])[-1][0]) and text.xy[1] >= 100 * share
+    told = figure.get_supxlabel()
+    assert all((meaning in told) == (each in {mark(found) for found in doubtful}) for each, meaning in MEANING.items())
 
 
 def test_several_seeds_are_a_mean_with_a_point_for_each() -> None:
@@ -106,9 +135,9 @@ def test_several_seeds_are_a_mean_with_a_point_for_each() -> None:
 def test_what_was_not_measured_is_left_out(missing: float | None) -> None:
     incomplete = row("SL", "ST")
     if missing is None:
-        del incomplete["accuracy/threat_model_2_half"]
+        del incomplete["accuracy/threat_model_2"]
     else:
-        incomplete["accuracy/threat_model_2_half"] = missing
+        incomplete["accuracy/threat_model_2"] = missing
     figure = accuracy_chart([incomplete, row("CL", "AT")])
     assert [len(axes.patches) for axes in figure.axes] == [2, 3]
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["AT"]
@@ -126,65 +155,10 @@ def test_a_scheme_of_ones_own_gets_a_panel_after_the_others() -> None:
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["ST", "Warm"]
 
 
-def history(metric: str, *, epochs: int = 5, adversarial: bool = True) -> list[dict[str, float]]:
-    records = []
-    for epoch in range(1, epochs + 1):
-        record = {"epoch": epoch, "learning_rate": 1e-3 / epoch, "train/loss": 2 / epoch, f"validation/{metric}": 0.1 * epoch}
-        if adversarial:
-            record |= {"train/adversarial_loss": 3 / epoch, f"validation/adversarial_{metric}": 0.05 * epoch}
-        records.append(record)
-    return records
-
-
-def curves(axes: Axes) -> dict[str, list[float]]:
-    return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-
-
-def test_curves_of_a_classifier_are_loss_accuracy_and_learning_rate() -> None:
-    records = history("accuracy")
-    loss, accuracy, rate = training_curves(records, "CL-Full-AT-s0").axes
-    assert curves(loss) == {
-        "train, clean": [record["train/loss"] for record in records],
-        "train, adversarial": [record["train/adversarial_loss"] for record in records],
-    }
-    assert curves(accuracy) == {
-        "validation, clean": [record["validation/accuracy"] for record in records],
-        "validation, adversarial": [record["validation/adversarial_accuracy"] for record in records],
-    }
-    assert list(rate.lines[0].get_ydata()) == [record["learning_rate"] for record in records]
-    assert [axes.get_title(loc="left") for axes in (loss, accuracy, rate)] == ["loss", "accuracy", "learning rate"]
-
-
-def test_curves_of_a_contrastive_pretraining_have_no_accuracy() -> None:
-    loss, _ = training_curves(history("loss"), "CL-at-s0").axes
-    assert list(curves(loss)) == ["train, clean", "train, adversarial", "validation, clean", "validation, adversarial"]
-
-
-def test_the_kept_epoch_is_marked_and_named() -> None:
-    figure = training_curves(history("accuracy", adversarial=False), "SL-ST-s0", selected=4)
-    assert figure.get_suptitle() == "SL-ST-s0   (dotted: epoch 4 was kept)"
-    assert all(list(axes.lines[-1].get_xdata()) == [4, 4] for axes in figure.axes)
-
-
-def test_one_epoch_is_a_visible_point_and_none_is_no_error() -> None:
-    loss = training_curves(history("accuracy", epochs=1), "short").axes[0]
-    assert {line.get_marker() for line in loss.lines} == {"o"}
-    assert to_png(training_curves([], "nothing to learn"))[:4] == b"\x89PNG"
-
-
 def test_the_same_rows_give_the_same_bytes_at_the_width_of_a_readme() -> None:
     first, second = to_png(accuracy_chart(grid())), to_png(accuracy_chart(grid()))
     assert first == second
     assert int.from_bytes(first[16:20], "big") == 1600  # the width in a PNG's header: twice what a README shows
-
-
-def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
-    with matplotlib.rc_context(dict.fromkeys(("font.size", "savefig.dpi"), 77)):
-        before = dict(matplotlib.rcParams)
-        figure = training_curves(history("accuracy"), "title")
-        to_png(figure)
-        assert dict(matplotlib.rcParams) == before
-    assert figure.axes[0].xaxis.label.get_fontsize() == style.STYLE["font.size"]
 
 
 def test_colours_stay_apart_in_grey() -> None:
@@ -193,8 +167,3 @@ def test_colours_stay_apart_in_grey() -> None:
 
     levels = sorted([1.0, *(lightness(measure.colour) for measure in MEASURES)])  # 1: the background
     assert min(high - low for low, high in itertools.pairwise(levels)) > 0.15
-
-
-def test_plots_draw_without_pyplot() -> None:
-    code = "import sys, advml.figures.charts; print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

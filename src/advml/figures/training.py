@@ -1,0 +1,64 @@
+"""The curves of one training phase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from advml.figures.style import ADVERSARIAL, FULL, QUIET, styled
+
+Record = dict[str, float]
+
+CURVES = {"train": "-", "validation": "--"}
+
+
+@styled
+def training_curves(history: list[Record], title: str, *, selected: int | None = None) -> Figure:
+    """Loss, accuracy (where it is the validation score) and learning rate over the epochs of one training phase.
+
+    Args:
+        history: epoch records as in `history.json`: `epoch`, `learning_rate`, `train/loss`, `validation/accuracy` or
+            `validation/loss`, and the same of adversarial images (`train/adversarial_loss`, ...).
+        title: e.g. the model's name.
+        selected: the epoch whose weights were kept; marked by a line.
+    """
+    names = {name for record in history for name in record}
+    quantities = [quantity for quantity in ("loss", "accuracy") if any(name.endswith(quantity) for name in names)]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    kept = "" if selected is None else f"   (dotted: epoch {selected} was kept)"
+    figure.suptitle(title + kept, x=0.01, ha="left", fontweight="bold", fontsize=10)
+    *panels, rate = figure.subplots(1, len(quantities) + 1, width_ratios=[3] * len(quantities) + [1.8], squeeze=False)[0]
+    for axes, quantity in zip(panels, quantities, strict=True):
+        _curves(axes, history, quantity)
+    _line(rate, history, "learning_rate", color=QUIET)
+    rate.set_title("learning rate", loc="left")
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    for axes in (*panels, rate):
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlim(0, 1.05 * max((record["epoch"] for record in history), default=1))
+        axes.set_xlabel("epoch")
+        if selected is not None:
+            axes.axvline(selected, color=QUIET, linewidth=0.9, linestyle=":")
+    shown = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure
+
+
+def _curves(axes: Axes, history: list[Record], quantity: str) -> None:
+    for split, style in CURVES.items():
+        _line(axes, history, f"{split}/{quantity}", color=FULL, linestyle=style, label=f"{split}, clean")
+        _line(axes, history, f"{split}/adversarial_{quantity}", color=ADVERSARIAL, linestyle=style, label=f"{split}, adversarial")
+    axes.set_title(quantity, loc="left")
+    if quantity == "accuracy":
+        axes.set_ylim(0, 1.02)
+
+
+def _line(axes: Axes, history: list[Record], name: str, **style: Any) -> None:
+    """The curve of one metric, over the epochs that have it; a point if there is only one."""
+    points = [(record["epoch"], record[name]) for record in history if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else "", markersize=4, **style)
