@@ -21,7 +21,7 @@ COLUMNS: dict[str, Any] = {
     "forward": lambda r: f"{r['forward']:,}",
     "backward": lambda r: f"{r['backward']:,}",
 }
-HEADERS = ("figure", "right", "of", "95 % interval", *COLUMNS, "flags")
+HEADERS = ("figure", "right", "of", "95 % interval", "flags", *COLUMNS)
 CORRUPTED = {
     "n": lambda r: r["n"],
     "accuracy": lambda r: f"{100 * sum(r['accuracies']) / len(r['accuracies']):.1f}",
@@ -59,9 +59,9 @@ def cascade(models: list[dict[str, Any]]) -> list[str]:
 
 
 def _rows(name: str, record: dict[str, Any], flags: str) -> Iterator[list[Any]]:
-    yield [name, record["correct"], record["n"], _interval(record), *_cells(record), flags if "attack" in record else ""]
+    yield [name, record["correct"], record["n"], _interval(record), flags if "attack" in record else "", *_cells(record)]
     for step in record.get("cascade", ()):
-        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], "", *_cells(step | {"seed": record["seed"]}), ""]
+        yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], "", "", *_cells(step | {"seed": record["seed"]})]
 
 
 def _interval(record: dict[str, Any]) -> str:
