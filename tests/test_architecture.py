@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "src" / "advml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli"),
     ("tuning",),
-    ("stages", "repro", "warm", "show"),
+    ("stages", "repro", "plan", "warm", "show"),
     ("claims", "report", "picture", "presets", "tracking"),
     ("similarity",),
     ("evaluation",),
@@ -40,7 +40,7 @@ OWNERS = {
     "typer": "cli",
     "timm": "networks",
     "matplotlib": ("figures", "picture", "report"),
-    "dvc": (),
+    "dvc": "plan",
     "pyautoattack": "attacks",
     "foolbox": "attacks",
 }

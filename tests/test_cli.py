@@ -72,7 +72,7 @@ def study(new_study, tmp_path_factory, advml):
     Image.new("L", (20, 30), color=80).save(study.root / "image.png")
     said = {}
     for line in (
-        *("pretrain CL st", "finetune CL ST", "evaluate CL ST", "report", "show CL-ST-s0", "show CL-st-s0"),
+        *("pretrain CL st", "finetune CL ST", "evaluate CL ST", "compare", "report", "show CL-ST-s0", "show CL-st-s0"),
         *("attack image.png --model CL-ST-s0 --out seen.png", "sync", "link --port 5555", "train CL ST"),
         *("evaluate CL-ST-s0 --name beside -S evaluate.steps=1", "show beside"),
     ):
@@ -96,8 +96,13 @@ def test_every_stage_says_what_it_wrote_and_the_next_command(study):
 def test_what_a_stage_says_it_wrote_is_there(study):
     folder, said = study
     for line in (line for told in said.values() for line in told.splitlines() if line.startswith("wrote ")):
-        first, *others = (folder.root / path for path in line.removeprefix("wrote ").split(", "))
+        first, *others = (folder.root / path for path in line.removeprefix("wrote ").partition(" (")[0].split(", "))
         assert first.exists() and all(other.exists() or first.with_name(other.name).exists() for other in others), line
+
+
+def test_compare_of_nothing_says_so_and_claims_no_files(study):
+    _, said = study
+    assert said["compare"].splitlines()[0] == "wrote reports/compare/cka.json (the grid has no two trained models that the paper compares)"
 
 
 def test_report_prints_the_table(study):
@@ -253,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(study, advml):
     folder, _ = study
     overrides = [part for key in ("optimizer=sgd", "learning_rate=1e30", "schedule=constant") for part in ("-S", f"pretrain.SL.{key}")]
     assert_one_line(
-        advml("pretrain", "SL", "st", *overrides, cwd=folder.root), 1, "the loss is not finite in epoch 1; lower the learning rate"
+        advml("pretrain", "SL", "st", *overrides, cwd=folder.root), 1, "train/loss is not finite in epoch 1; lower the learning rate"
     )
 
 
@@ -289,6 +294,14 @@ ERRORS = {
         "lower batch_size",
     ),
     "memory of the GPU": (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "lower batch_size"),
+    "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "models"), 1, "models: Read-only file system; once"),
+    "a read-only disk, in safetensors' words": (
+        type("SafetensorError", (Exception,), {})("Read-only\nfile system"),
+        1,
+        "Read-only file system",
+    ),
+    "a broken disk": (OSError(errno.EIO, "Input/output error"), 1, "Input/output error; once that is mended"),
+    "a file for a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", ".scratch/x"), 1, ".scratch/x: Not a directory"),
     "permission": (PermissionError(errno.EACCES, "Permission denied", "models"), 1, "models"),
 }
 
@@ -300,8 +313,9 @@ def test_a_foreseeable_error_is_one_line_with_its_exit_code(capsys, error, code,
 
 def test_an_unforeseen_error_keeps_its_traceback():
     """One line would hide a bug."""
-    with pytest.raises(ZeroDivisionError):
-        guarded(lambda: 1 / 0)
+    for bug in (ZeroDivisionError("division by zero"), OSError(errno.EBADF, "Bad file descriptor")):
+        with pytest.raises(type(bug)):
+            guarded(raising(bug))
 
 
 def test_a_command_without_error_leaves_with_0():

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from advml.networks import models
 from advml.progress import Bar
 from advml.runtime import checkpoint, memo
 from advml.stages import evaluate, finetune, learning, pretrain
+from advml.warm import ADDRESS, TAKEN
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 TIMEOUT = 120.0
@@ -454,6 +456,16 @@ def test_a_command_in_the_background_leaves_ctrl_c_to_others(make_study, advml):
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=TIMEOUT)
     assert process.returncode == 143 and study.runs() == [(PRETRAINING, "KILLED")]
+
+
+def test_clients_that_die_while_they_wait_take_no_other_stage_with_them(warm):
+    """As when stages are killed while the server still imports what they need."""
+    for _ in range(10):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(warm[ADDRESS])
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(warm[ADDRESS])
+        assert client.recv(1) == TAKEN
 
 
 def endless_repro(study) -> subprocess.Popen[str]:

@@ -225,6 +225,12 @@ def test_a_trained_model_is_found_by_name_or_folder_and_its_picture_written(cont
     assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
 
 
+def test_the_picture_is_of_the_radius_that_evaluate_attacks_with(context: Context, tmp_path: Path) -> None:
+    nearer = Context(config.changed(context.config, {"evaluate.epsilon": 0.125}), context.workspace)
+    said = attack_picture(nearer, tmp_path / "photo.png", model="CL-ST-s0", out=tmp_path / "attack.png")
+    assert said.endswith("L-infinity size 0.125, at most 31.9 of 255 grey levels")
+
+
 def test_what_is_no_classifier_is_refused(context: Context, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no model 'CL-AT-s9'; choose from CL-ST-s0"):
         attack_picture(context, tmp_path / "photo.png", model="CL-AT-s9", out=tmp_path / "attack.png")

@@ -127,31 +127,31 @@ def test_without_a_pipeline_dvcs_own_word_is_passed_on(tmp_path):
     (tmp_path / "dvc.yaml").write_text("stages: [no, mapping]\n")
     with pytest.raises(UserError) as stopped:
         repro(tmp_path, jobs=1)
-    assert str(stopped.value).startswith("dvc stage: ") and "\n" not in str(stopped.value)
+    assert str(stopped.value).startswith("dvc: ") and "\n" not in str(stopped.value)
 
 
-# The plan, from DVC's answers
+# The plan
 
 
-def answers(monkeypatch, **told: str) -> None:
-    monkeypatch.setattr(module, "_dvc", lambda root, *arguments: told[arguments[0]])
-
-
-def test_the_graph_reaches_all_the_way_back_and_knows_matrix_names(monkeypatch, tmp_path):
-    arrows = '"prepare" -> "pretrain@CL-0";\n"pretrain@CL-0" -> "finetune@CL-Full-AT-0";\n"data/raw.dvc" -> "prepare";\n'
-    dag = f'strict digraph  {{\n"prepare";\n"alone";\n{arrows}}}\n'
-    answers(monkeypatch, stage="prepare\npretrain@CL-0\nfinetune@CL-Full-AT-0\nalone\n", dag=dag)
-    assert module._graph(tmp_path) == {
-        "prepare": {"data/raw.dvc"},
-        "pretrain@CL-0": {"prepare", "data/raw.dvc"},
-        "finetune@CL-Full-AT-0": {"pretrain@CL-0", "prepare", "data/raw.dvc"},
-        "alone": set(),
-    }
-
-
-def test_what_lies_behind_a_changed_stage_is_outdated_too(monkeypatch, tmp_path):
-    answers(monkeypatch, status='{"b": [{"changed deps": {}}], "elsewhere.dvc": []}')
-    assert module._outdated(tmp_path, {"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"a"}}) == ["b", "c"]
+def test_the_plan_reaches_all_the_way_back_and_knows_matrix_names_and_what_lies_behind_a_change(tmp_path):
+    (tmp_path / "raw").write_text("1")
+    make = {"matrix": {"n": [0, 1]}, "cmd": "cat first > made-${item.n}", "deps": ["first"], "outs": ["made-${item.n}"]}
+    pipeline(
+        tmp_path,
+        {
+            "join": {"cmd": "cat made-0 made-1 > joined", "deps": ["made-0", "made-1"], "outs": ["joined"]},
+            "make": make,
+            "first": {"cmd": "cat raw > first", "deps": ["raw"], "outs": ["first"]},
+            "alone": {"cmd": "echo 1 > alone", "outs": ["alone"]},
+        },
+    )
+    upstream, outdated = module._plan(tmp_path)
+    assert upstream == {"join": {"make@0", "make@1", "first"}, "make@0": {"first"}, "make@1": {"first"}, "first": set(), "alone": set()}
+    assert outdated == ["alone", "first", "join", "make@0", "make@1"]
+    assert repro(tmp_path, jobs=3)[-1] == "join" and module._plan(tmp_path)[1] == []
+    (tmp_path / "made-1").write_text("2")
+    # What turns out to be as it was has not run: once made again, `made-1` is what `join` has seen.
+    assert module._plan(tmp_path)[1] == ["join", "make@1"] and "join" not in repro(tmp_path, jobs=1)
 
 
 # The order, with processes that are no DVC
@@ -167,7 +167,9 @@ class Launcher:
     def __call__(self, root: Path, name: str, environment: dict[str, str]) -> Running:
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(["sh", "-c", self.commands.get(name, "sleep 0.15")], stdout=output, stderr=output)
+            process = subprocess.Popen(
+                ["sh", "-c", f"echo \"Running stage '{name}':\"; {self.commands.get(name, 'sleep 0.15')}"], stdout=output, stderr=output
+            )
         self.order.append(name)
         self.processes.append(process)
         self.most = max(self.most, sum(one.poll() is None for one in self.processes))
@@ -182,8 +184,7 @@ def launcher(monkeypatch, tmp_path) -> Launcher:
 
 
 def plan(monkeypatch, upstream: dict[str, set[str]]) -> None:
-    monkeypatch.setattr(module, "_graph", lambda root: upstream)
-    monkeypatch.setattr(module, "_outdated", lambda root, graph: list(graph))
+    monkeypatch.setattr(module, "_plan", lambda root: (upstream, list(upstream)))
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3])

@@ -44,7 +44,7 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
     folder = find_model(context.workspace, model)
     record, network = models.read_record(folder), models.load_classifier(folder).to(context.machine.device)
     image = load_image(path, channels=network.architecture.channels, size=network.architecture.image_size)
-    adversary = evaluation_adversary(context.config, epsilon=context.config.threat_model.epsilon)
+    adversary = evaluation_adversary(context.config, epsilon=context.config.attacked_epsilon)
     figure, result = attack_figure(network, image, record["classes"], adversary=adversary, seed=context.config.evaluate.seed)
     write_atomically(out, to_png(figure))
     return f"{result['headline']}: {result['size']}"

@@ -233,5 +233,5 @@ def preset(name: str, *, protocol: str = "corrected", overrides: Sequence[str] =
     if not overrides:
         return text
     values = dict(parse_override(override) for override in overrides)
-    validate(apply(text, overrides), source=f"preset {name}")
+    validate(apply(text, overrides), source=f"preset {name}", overrides=overrides)
     return rewrite(text, values, {})

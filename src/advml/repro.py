@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -40,8 +39,7 @@ def repro(root: Path, *, jobs: int) -> list[str]:
         UserError: there is no pipeline here, or dvc.yaml is wrong.
         Failure: a stage failed; those already running are finished first, so that their work is kept.
     """
-    upstream = _graph(root)
-    waiting = _outdated(root, upstream)
+    upstream, waiting = _plan(root)
     running: dict[str, Running] = {}
     ran: list[str] = []
     failed: list[tuple[str, Path]] = []
@@ -57,7 +55,7 @@ def repro(root: Path, *, jobs: int) -> list[str]:
                     board.show(name, _read(job.progress))
                     if job.process.poll() is not None:
                         del running[name]
-                        ran.append(name)
+                        ran += [name] if "Running stage '" in _output(job.log) else []  # else DVC found it unchanged, or made before
                         board.finish(name, ok=job.process.returncode == 0, seconds=time.monotonic() - job.started)
                         job.progress.unlink(missing_ok=True)
                         failed += [(name, job.log)] if job.process.returncode else []
@@ -70,31 +68,25 @@ def repro(root: Path, *, jobs: int) -> list[str]:
     return ran
 
 
-def _dvc(root: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, capture_output=True, text=True, check=False)
+def _plan(root: Path) -> tuple[dict[str, set[str]], list[str]]:
+    """Stage -> the stages it needs, directly or not; and the stages that DVC finds changed, with everything behind them, in order."""
+    done = subprocess.run([sys.executable, "-m", "advml.plan"], cwd=root, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"dvc {arguments[0]}: {_last_line(done.stderr)}")
-    return done.stdout
-
-
-def _graph(root: Path) -> dict[str, set[str]]:
-    """Stage -> the stages it needs, directly or not."""
-    names = [name for name in _dvc(root, "stage", "list", "--name-only").split() if name]
-    direct: dict[str, set[str]] = {name: set() for name in names}
-    for before, after in re.findall(r'"([^"]+)" -> "([^"]+)"', _dvc(root, "dag", "--dot")):
-        direct.setdefault(after, set()).add(before)
+        raise UserError(f"dvc: {_last_line(done.stderr)}")
+    told = json.loads(done.stdout)
+    direct, changed = told["needs"], set(told["changed"])
 
     def all_before(name: str) -> set[str]:
-        before = direct.get(name, set())  # data under `dvc add` are no stages
-        return before.union(*(all_before(one) for one in before))
+        return set(direct[name]).union(*(all_before(one) for one in direct[name]))
 
-    return {name: all_before(name) for name in names}
+    upstream = {name: all_before(name) for name in direct}
+    return upstream, [name for name, before in upstream.items() if name in changed or before & changed]
 
 
-def _outdated(root: Path, upstream: dict[str, set[str]]) -> list[str]:
-    """Stages that DVC finds changed and everything behind them, in pipeline order."""
-    changed = set(json.loads(_dvc(root, "status", "--json", "dvc.yaml")))
-    return [name for name, before in upstream.items() if name in changed or before & changed]
+def _environment(**more: str) -> dict[str, str]:
+    """Of a process that is to run these sources."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
 
 
 def _start(root: Path, name: str, environment: dict[str, str]) -> Running:
@@ -132,9 +124,13 @@ def _read(progress: Path) -> dict[str, object]:
         return {}
 
 
+def _output(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
+
+
 def _reason(log: Path) -> str:
     """The one line that advml printed, or DVC's last word."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in _output(log).splitlines() if line.strip()]
     said = [line.removeprefix("advml: ") for line in lines if line.startswith("advml: ")]
     return said[-1] if said else _last_line("\n".join(lines))
 

@@ -124,7 +124,10 @@ def serve(address: str) -> None:
         connection, _ = listener.accept()
         # DVC records the sources as they are when a stage ends: one that was edited must not be run as it was before.
         is_current = source_digest.__wrapped__() == imported
-        connection.sendall(TAKEN if is_current else REFUSED)
+        try:
+            connection.sendall(TAKEN if is_current else REFUSED)
+        except OSError:  # the client is dead by now; the stages of others must not follow it
+            is_current = False
         if is_current and os.fork() == 0:
             listener.close()
             _work(connection)
@@ -139,9 +142,12 @@ def _leave_with_parent() -> None:
 def _work(connection: socket.socket) -> None:
     """In the child: become the client, run the command, answer with its exit code."""
     server_process = os.getppid()
-    size, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    request = json.loads(_read(connection, int.from_bytes(size, "big")))
+    size, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+    message = _read(connection, int.from_bytes(size, "big"))
+    if not message:  # the client died before it said anything
+        os._exit(1)
+    request = json.loads(message)
     for target, descriptor in enumerate(descriptors):
         os.dup2(descriptor, target)
     os.chdir(request["folder"])

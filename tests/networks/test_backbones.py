@@ -121,3 +121,15 @@ def test_an_option_that_timm_does_not_know_is_refused():
 
 def test_an_encoder_without_one_vector_per_image_is_refused():
     assert "not one vector per image" in refusal("test_resnet", global_pool="")
+
+
+@pytest.mark.parametrize(
+    "option", ["checkpoint_path", "pretrained", "pretrained_cfg", "num_classes", "in_chans", "img_size", "features_only"]
+)
+def test_an_option_that_is_set_elsewhere_is_refused(option):
+    message = refusal("test_resnet", **{option: "x.pth"})
+    assert message.startswith(f"model.options.{option} = 'x.pth' is refused: ") and message.endswith("; leave it out")
+
+
+def test_a_small_stem_of_patches_that_a_network_cuts_is_refused():
+    assert "vit_tiny_r_s16_p8_224, whose patches a network cuts; use model.stem = native" in refusal("vit_tiny_r_s16_p8_224", image_size=32)

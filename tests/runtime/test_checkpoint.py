@@ -15,6 +15,7 @@ from advml.runtime import checkpoint as module
 from advml.runtime.checkpoint import (
     Checkpoint,
     Progress,
+    discard_finished,
     is_unfinished,
     optimizer_state,
     replace_folder,
@@ -156,6 +157,17 @@ def test_a_computation_is_unfinished_from_its_start_until_it_is_noted_as_finishe
     assert not is_unfinished(checkpoint.folder, "other inputs") and not is_unfinished(tmp_path / "nowhere", "these inputs")
     checkpoint.note(finished=True)
     assert not is_unfinished(checkpoint.folder, "these inputs")
+
+
+def test_a_later_stage_discards_the_state_of_the_outputs_that_it_uses_and_no_other(checkpoint):
+    discard_finished(checkpoint.folder, "these inputs")  # at work, or killed
+    assert checkpoint.folder.exists()
+    checkpoint.note(finished=True)
+    for inputs in ("earlier inputs", None):  # of outputs that were there before
+        discard_finished(checkpoint.folder, inputs)
+        assert checkpoint.folder.exists()
+    discard_finished(checkpoint.folder, "these inputs")
+    assert not checkpoint.folder.exists()
 
 
 def test_notes_add_up(checkpoint):

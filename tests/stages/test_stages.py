@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from advml.data import datasets
 from advml.data.storage import digest
 from advml.errors import UserError
 from advml.evaluation.accuracy import wilson
+from advml.runtime.checkpoint import Checkpoint
 from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, represent, train
 from advml.tracking import store as stores
 
@@ -165,6 +167,7 @@ def test_fine_tuning_records_all_that_made_the_model(study):
     record = finetune.run(study.context(), scheme="CL", regime="AT", seed=0)
     pretraining = json.loads((study.workspace.pretrained("CL-at-s0") / "model.json").read_text())
     assert record["parameters"] == pretraining["parameters"] | {"regimes": {"AT": record["parameters"]["regimes"]["AT"]}}
+    assert record["parameters"]["runtime"] == study.config().runtime.model_dump() and record["versions"]["torch"] == torch.__version__
     assert record["parameters"]["threat_model"]["epsilon"] == 0.15 and record["parameters"]["regimes"]["AT"]["epochs"] == 2
 
 
@@ -458,6 +461,16 @@ def test_the_state_of_a_stage_is_kept_until_the_next_stage_has_taken_over(make_s
     assert [path.name for path in scratch.iterdir()] == ["evaluate-CL-ST-s0"]
 
 
+def test_a_later_stage_that_uses_earlier_outputs_leaves_an_unfinished_state_alone(finetuned, monkeypatch):
+    killed = [Checkpoint(finetuned.workspace.scratch(stage), "new inputs") for stage in ("pretrain-CL-at-s0", "finetune-CL-Full-AT-s0")]
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: sys.exit())
+    monkeypatch.setattr(finetune, "learn", lambda *_, **__: None)
+    finetune.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
+    with pytest.raises(SystemExit):
+        evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
+    assert [state.notes for state in killed] == [{"fingerprint": "new inputs"}] * 2
+
+
 def test_every_phase_has_one_finished_run_linked_to_its_pretraining(make_study):
     study = make_study()
     train.run(study.context(), scheme="CL", regime="ST", seed=0)
@@ -470,8 +483,15 @@ def test_every_phase_has_one_finished_run_linked_to_its_pretraining(make_study):
         == json.loads((study.workspace.report("CL-ST-s0") / "metrics.json").read_text())["accuracy/clean"]
     )
     assert pretraining.data.params["pretrain.CL.epochs"] == "2"
-    for key, value in (("pretrain.CL.epochs", "2"), ("temperature", "0.2"), ("evaluate.steps", "2"), ("threat_model.epsilon", "0.15")):
+    for key, value in (
+        ("pretrain.CL.epochs", "2"),
+        ("temperature", "0.2"),
+        ("evaluate.steps", "2"),
+        ("threat_model.epsilon", "0.15"),
+        ("runtime.precision", "fp32"),
+    ):
         assert model.data.params[key] == value
+    assert model.data.params["versions.torch"] == pretraining.data.params["versions.torch"] == torch.__version__
 
 
 # What is missing is named

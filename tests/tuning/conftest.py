@@ -18,9 +18,7 @@ from advml.tuning.worker import Orders, Search
 @pytest.fixture(autouse=True)
 def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests run in other processes needs no torch, and finds imported what it does need."""
-    storing = ["optuna.storages._rdb.models", "alembic.command", "sqlalchemy.dialects.sqlite"]
-    drawing = ["advml.figures.style", "optuna.importance", "optuna.visualization.matplotlib"]  # importance: scikit-learn and pandas
-    monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker", "advml.tuning.outputs", *storing, *drawing])
+    monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker", "advml.tuning.outputs", *supervisor.LAZY])
     monkeypatch.setattr(supervisor, "POLL", 0.05)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -176,13 +177,19 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
     assert text.index(f"value {ranked[0].value:.4g}") < text.index(f"value {ranked[-1].value:.4g}")
 
 
-def test_workers_import_what_searches_need_only_once():
+def test_workers_import_what_searches_need_only_once(tmp_path):
     """The names that the server of workers imports must exist: it passes over those that do not."""
-    import importlib
-
-    source = Path(supervisor.__file__).read_text()
-    names = [part.strip().strip('"') for part in source.split("PRELOADED = [")[1].split("]")[0].split(",")]
-    assert names and all(importlib.import_module(name) for name in names)
+    code = (
+        "import importlib, sys\nfrom pathlib import Path\nfrom advml.tuning import sampling, storage, study, supervisor\n"
+        "for name in supervisor.PRELOADED:\n    importlib.import_module(name)\nbefore = set(sys.modules)\n"
+        "url = storage.address(None, root=Path(sys.argv[1]))\n"
+        "opened = __import__('optuna').create_study(storage=storage.connect(url), sampler=sampling.tpe(0))\n"
+        "opened.optimize(lambda trial: trial.suggest_float('x', 0, 1), n_trials=10)\n"
+        "late = {name.partition('.')[0] for name in set(sys.modules) - before if not name.startswith('alembic.')}\n"
+        "print(sorted(late & {'optuna', 'sqlalchemy', 'alembic', 'mako', 'torch', 'sklearn', 'pandas', 'scipy', 'numpy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_name_that_leads_out_of_its_folder_removes_nothing(tune, toy, study):

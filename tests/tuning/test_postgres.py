@@ -98,7 +98,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from toy_search import Toy
 from advml.tuning import study, supervisor, worker
-supervisor.PRELOADED = []
+supervisor.PRELOADED = ["advml.tuning.worker", *supervisor.LAZY]
 if __name__ == "__main__":
     toy = Toy(Path({str(toy.log)!r}), pause=0.02)
     opened = study.create(toy.definition(), {url!r})

@@ -11,6 +11,8 @@ import typer
 
 from advml.errors import Failure, UserError
 
+OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # of a file whose name the error does not tell
+
 
 def guarded(command: Callable[[], Any]) -> None:
     """Run `command`, turning what people can understand into one line on stderr."""
@@ -43,8 +45,11 @@ def _known(error: Exception) -> str | None:
         return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
-    if isinstance(error, PermissionError):
-        return f"no permission: {error}"
+    if isinstance(error, OSError) and (error.filename or error.errno in OF_THE_DISK):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or text}; once that is mended, the same command goes on"
+    if type(error).__name__ == "SafetensorError":  # an OSError in the words of another language
+        return f"tensors cannot be read or written: {' '.join(text.split())}"
     return None
 
 

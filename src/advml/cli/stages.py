@@ -88,8 +88,9 @@ def compare(
     from advml.stages import compare as stage
 
     out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
-    stage.run(context, chosen=tuple(models or ()), out=out)
-    say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
+    if stage.run(context, chosen=tuple(models or ()), out=out) is None:
+        return say(f"{out}/cka.json ({stage.NOBODY})", "advml train CL Full-AT")
+    return say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
 
 
 def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:

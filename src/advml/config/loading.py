@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
         raise UserError(f"{path} does not exist; write one with: advml preset digits > {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    return validate(apply(text, overrides, source=str(path)), source=str(path))
+    return validate(apply(text, overrides, source=str(path)), source=str(path), overrides=overrides)
 
 
 def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "params.yaml") -> dict[str, Any]:
@@ -46,12 +47,19 @@ def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "p
     return raw
 
 
-def validate(raw: dict[str, Any], *, source: str = "params.yaml") -> Config:
-    """Turn a plain mapping into a Config, or raise UserError with one line."""
+def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Turn a plain mapping, to which `overrides` were applied, into a Config, or raise UserError with one line."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error.errors()[0], Config)}") from None
+        line = explain(error.errors()[0], Config)
+        raise UserError(f"{_culprit(line, overrides) or source}: {line}") from None
+
+
+def _culprit(line: str, overrides: list[str] | tuple[str, ...]) -> str | None:
+    """The last override of the key that an explanation begins with."""
+    key = line.removeprefix("unknown key '")
+    return next((f"-S {one}" for one in reversed(overrides) if re.match(rf"{re.escape(one.partition('=')[0].strip())}\b", key)), None)
 
 
 def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.yaml") -> Config:

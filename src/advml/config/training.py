@@ -51,7 +51,7 @@ class Phase(Section):
     epochs: Count
     batch_size: Annotated[Whole, Field(ge=2)]
     optimizer: Literal["adamw", "adam", "sgd"]  # no defaults here: DVC tracks, and overrides, only what params.yaml writes out
-    learning_rate: Positive
+    learning_rate: Annotated[Number, Field(gt=0, le=1e30)]  # optimisers multiply it, and float32 ends at 3e38
     weight_decay: NonNegative
     schedule: Literal["constant", "cosine", "onecycle"]
     warmup: Share  # share of all steps, linear from 0; `onecycle` has its own

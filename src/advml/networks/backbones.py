@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import HybridEmbed
 from timm.models.convnext import ConvNeXt
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
@@ -60,6 +61,21 @@ SMALL_STEMS: dict[type[nn.Module], Callable[[nn.Module, int], None]] = {
 }
 
 
+UNTRAINED = "encoders start from random weights"
+# Options of timm.create_model that are not the user's to set -> why.
+SET_ELSEWHERE = {
+    "checkpoint_path": f"no pickle is ever loaded, and {UNTRAINED}",
+    "cache_dir": UNTRAINED,
+    "num_classes": "the classifier is added later, for the classes of the data",
+    "in_chans": "the channels are those of the data",
+    "img_size": "the size is that of the data",
+    "features_only": "an encoder gives one vector per image",
+    "scriptable": "the network is not scripted",
+    "exportable": "the network is not exported",
+    "no_jit": "the network is not scripted",
+}
+
+
 def _patches(image_size: int) -> dict[str, Any]:
     """An 8 x 8 grid of patches where the side allows it: 4 pixels for 32, 1 pixel for 8."""
     return {"patch_size": next(size for size in range(max(1, image_size // 8), 0, -1) if image_size % size == 0)}
@@ -81,6 +97,9 @@ def create_encoder(backbone: str, *, stem: str, channels: int, image_size: int, 
     if not timm.is_model(backbone):
         close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
         raise UserError(f"model.backbone = {backbone!r} is no timm model; did you mean {', '.join(close)}?")
+    for key in options:
+        if key in SET_ELSEWHERE or key.startswith("pretrained"):
+            raise UserError(f"model.options.{key} = {options[key]!r} is refused: {SET_ELSEWHERE.get(key, UNTRAINED)}; leave it out")
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": 0, **options}
     family = _family(backbone)
     if issubclass(family, VisionTransformer):
@@ -92,6 +111,8 @@ def create_encoder(backbone: str, *, stem: str, channels: int, image_size: int, 
         encoder = timm.create_model(backbone, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model.backbone = {backbone!r} cannot be built with {arguments}: {' '.join(str(error).split())}") from None
+    if stem == "small" and isinstance(getattr(encoder, "patch_embed", None), HybridEmbed):
+        raise UserError(f"model.stem = 'small' is not known for {backbone}, whose patches a network cuts; use model.stem = native")
     if stem == "small" and family in SMALL_STEMS:
         SMALL_STEMS[family](encoder, channels)
     return encoder, _width(encoder, backbone, stem=stem, channels=channels, image_size=image_size)

@@ -3,7 +3,7 @@
 The state of an unfinished stage lies in `.scratch/<stage>/state.safetensors`, outside of DVC: tensors, with
 everything else as JSON in the file's header. A fingerprint of all inputs (parameters, data, pretrained
 weights, source) ties it to one computation: after any change the stage starts afresh. The state of a finished
-stage stays until a later stage, by starting, proves that the outputs were committed.
+stage stays until a later stage, by starting from those very outputs, proves that they were committed.
 """
 
 from __future__ import annotations
@@ -118,6 +118,17 @@ def is_unfinished(folder: Path, fingerprint: str) -> bool:
 def discard(folder: Path) -> None:
     """Delete a scratch folder; a missing one is fine."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_finished(folder: Path, fingerprint: str | None) -> None:
+    """Delete the state of the computation whose outputs a later stage uses, and no other: an unfinished one still has to end.
+
+    Args:
+        fingerprint: what these outputs were made from, as their record says.
+    """
+    notes = _read_notes(folder)
+    if notes.get("finished") and notes.get("fingerprint") == fingerprint:
+        discard(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

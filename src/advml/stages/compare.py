@@ -24,6 +24,8 @@ from advml.similarity.arrays import to_npz
 from advml.similarity.representation import ESTIMATOR, KINDS
 from advml.stages.context import Context
 
+NOBODY = "the grid has no two trained models that the paper compares"
+
 
 def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> comparison.Comparison | None:
     """Write `cka.npz`, `cka.json` and a figure per kind of input into `out`; returns what was measured.
@@ -84,7 +86,7 @@ def _nothing(out: Path) -> None:
     """Say that there is nothing to compare, and take away what an earlier comparison has left."""
     for name in ("cka.npz", *(f"{kind}.png" for kind in KINDS)):
         (out / name).unlink(missing_ok=True)
-    _write_json(out / "cka.json", {"panels": [], "reason": "the grid has no two trained models that the paper compares"})
+    _write_json(out / "cka.json", {"panels": [], "reason": NOBODY})
 
 
 def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:

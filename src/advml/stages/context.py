@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Context:
         counts = {name: len(split) for name, split in data.splits.items()}
         return {
             "git_commit": git_commit(self.workspace.root),
+            "versions": {"torch": str(torch.__version__), "timm": version("timm")},
             "data": {"digest": data.digest, "source": data.source, "counts": counts},
             "classes": list(data.classes),
             "input": list(data.shape),

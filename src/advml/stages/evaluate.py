@@ -16,7 +16,7 @@ from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, is_reserved, model_name
 from advml.progress import Bar
-from advml.runtime.checkpoint import Checkpoint, discard, write_atomically
+from advml.runtime.checkpoint import Checkpoint, discard, discard_finished, write_atomically
 from advml.runtime.memo import Memo
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES
@@ -40,7 +40,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     name = model_name(scheme, regime, seed)
     workspace, folder = context.workspace, context.workspace.model(name)
     record, network = context.load_network(folder)
-    discard(workspace.scratch(f"finetune-{name}"))  # its outputs are in use, so they are safe
+    discard_finished(workspace.scratch(f"finetune-{name}"), record.get("inputs"))
     parts = _parts(context, record["digest"])
     inputs = config.digest(parts)
     stored = workspace.adversarial(name), workspace.samples(name)

@@ -7,7 +7,7 @@ from typing import Any
 from advml.errors import UserError
 from advml.networks.models import Network
 from advml.paths import model_name, pretraining_name
-from advml.runtime.checkpoint import discard
+from advml.runtime.checkpoint import discard_finished
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
 from advml.training.phases import finetuning
@@ -19,9 +19,15 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     """Write `models/finetune/<MODEL>/`; returns its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
     pretrained, network = load_pretrained(context, scheme=scheme, regime=regime, seed=seed)
-    discard(context.workspace.scratch(f"pretrain-{pretrained['name']}"))  # its outputs are in use, so they are safe
+    discard_finished(context.workspace.scratch(f"pretrain-{pretrained['name']}"), pretrained.get("inputs"))
     learns = plan.finetunes(row)
-    sections = ["data", "model", *([f"regimes.{regime}"] if learns else []), *(["threat_model", "attack"] if plan.attacked else [])]
+    sections = [
+        "data",
+        "model",
+        "runtime",
+        *([f"regimes.{regime}"] if learns else []),
+        *(["threat_model", "attack"] if plan.attacked else []),
+    ]
     job = Job(
         stage="finetune",
         name=model_name(scheme, regime, seed),

@@ -47,7 +47,9 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         selected = checkpoint.load().best_epoch if history else None
         with replace_folder(job.folder) as folder:
             digest = models.save(job.plan.network, folder, {**record, "epoch": selected})
-        write_atomically(context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+        write_atomically(
+            context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1, allow_nan=False) + "\n").encode()
+        )
         if history:
             run.log_figure(_curves(history, job.name, selected), "curves.png")
         run.log_checkpoint(job.folder, digest=digest)
@@ -67,7 +69,7 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
         name=job.name,
         kind=job.identity["kind"],
         tags=tags,
-        params=job.parameters,
+        params=job.parameters | {"versions": context.provenance["versions"]},
         data=tracking.DataInfo(**data),
         run_id=checkpoint.notes.get("run_id"),
     )

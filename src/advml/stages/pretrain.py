@@ -17,6 +17,7 @@ def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = F
     sections = [
         "data",
         "model",
+        "runtime",
         "temperature",
         f"views.{row.view}",
         f"pretrain.{scheme}",

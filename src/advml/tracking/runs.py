@@ -73,7 +73,11 @@ def ui_link(config: Config, *, root: Path, port: int = 5000) -> str:
     """The address of the experiment's table of runs in the UI: a local one on `port`, or the tracking server's."""
     place = stores.locate(config, root=root)
     base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://127.0.0.1:{port}"
-    experiment = stores.attempt(place, lambda store: store.experiment)
+    try:
+        experiment = stores.connect(place).experiment
+    except Exception as error:
+        stores.give_up(place, error, then="the link is that of the server, not of the experiment")
+        experiment = None
     return ui.experiment_link(base, experiment) if experiment else base
 
 

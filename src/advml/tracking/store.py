@@ -108,11 +108,11 @@ def attempt(place: Place, action: Callable[[Store], T]) -> T | None:
         return None
 
 
-def give_up(place: Place, error: Exception) -> None:
-    """One warning line for this store, the first time only."""
+def give_up(place: Place, error: Exception, *, then: str = "training goes on, `advml sync` adds the run later") -> None:
+    """One warning line for this store, the first time only; `then` says what comes of it."""
     if place.uri not in _broken:
         _broken.add(place.uri)
-        print(f"warning: no tracking, {explain(place, error)}; training goes on, `advml sync` adds the run later", file=sys.stderr)
+        print(f"warning: no tracking, {explain(place, error)}; {then}", file=sys.stderr)
 
 
 def explain(place: Place, error: Exception) -> str:

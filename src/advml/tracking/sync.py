@@ -78,9 +78,8 @@ def _import(place: stores.Place, store: stores.Store, workspace: Workspace, fold
     """Write what the stage would have written while it ran; the file's own time stands in for the clock."""
     tags = {key: facts[key] for key in ("scheme", "phase", "regime", "seed") if key in facts}
     tags |= {"synced": "true", "mlflow.source.git.commit": facts.get("git_commit")}
-    known = Facts(
-        facts["name"], facts["kind"], tags, facts["parameters"], DataInfo(*(facts["data"][key] for key in ("digest", "source", "counts")))
-    )
+    params = facts["parameters"] | {"versions": facts.get("versions", {})}
+    known = Facts(facts["name"], facts["kind"], tags, params, DataInfo(*(facts["data"][key] for key in ("digest", "source", "counts"))))
     written = int(1000 * (folder / "model.json").stat().st_mtime)
     record = start(store, known, root=workspace.root, start_time=written)
     with Run(place, store, record, root=workspace.root, strict=True) as run:

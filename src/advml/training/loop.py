@@ -53,7 +53,7 @@ def train(
         checkpoint: written after every epoch; an unfinished run in it is continued.
         on_batch: told (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: the loss is not finite.
+        Failure: a loss, a score or a weight is not finite.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
@@ -62,6 +62,7 @@ def train(
     yield from progress.history
     for epoch in range(progress.epoch + 1, phase.epochs + 1):
         record = {"epoch": epoch, **trainer.epoch(epoch, on_batch), **trainer.validate()}
+        trainer.check(record)
         trainer.select(progress, record)
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
         progress.optimizer = optimizer_state(trainer.optimizer)
@@ -100,11 +101,6 @@ class _Trainer:
                 totals += losses
                 on_batch(epoch, batch + 1, float(losses.sum()))
         totals /= self.batches
-        if not torch.isfinite(totals).all():
-            raise Failure(
-                f"the loss is not finite in epoch {epoch}; lower the learning rate (now {self.phase.learning_rate:g}) "
-                "or set gradient_clip in this phase's section of params.yaml"
-            )
         record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": float(totals[0])}
         return record | ({"train/adversarial_loss": float(totals[1])} if self.adversary else {})
 
@@ -150,6 +146,20 @@ class _Trainer:
         record = {f"validation/{metric}": totals[0] / count}
         return record | ({f"validation/adversarial_{metric}": totals[1] / count} if self.adversary else {})
 
+    def check(self, record: Record) -> None:
+        """Neither a figure of the epoch nor a weight that it ended with may be infinite or NaN: the last step comes after the last loss.
+
+        Raises:
+            Failure: the training has diverged.
+        """
+        broken = [key for key, value in record.items() if not math.isfinite(value)]
+        broken += [key for key, value in self.task.network.state_dict().items() if not torch.isfinite(value).all()]
+        if broken:
+            raise Failure(
+                f"{broken[0]} is not finite in epoch {record['epoch']}; lower the learning rate (now {self.phase.learning_rate:g}) "
+                "or set gradient_clip in this phase's section of params.yaml"
+            )
+
     def select(self, progress: Progress, record: Record) -> None:
         """Keep these weights if they are the best on validation so far, by the adversarial score where there is one; ties: the later epoch.
 
@@ -157,8 +167,7 @@ class _Trainer:
         """
         metric, sign = self.task.metric, 1.0 if self.task.larger_is_better else -1.0
         score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
-        # "not <": the first finite score also beats a NaN that came before it
-        if self.phase.keep == "last" or progress.best_score is None or (math.isfinite(score) and not score < progress.best_score):
+        if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
             progress.best = _copy(self.task.network.state_dict())
 

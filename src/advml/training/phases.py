@@ -107,7 +107,7 @@ def fit(
     Returns:
         The network with the selected weights, and one record per epoch.
     Raises:
-        Failure: the loss is not finite.
+        Failure: a loss, a score or a weight is not finite.
     """
     history: list[Record] = []
     if plan.task:

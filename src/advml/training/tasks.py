@@ -95,12 +95,17 @@ class Classification:
         return classification_objective(self.network, labels)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
-        """1 where the prediction is right (N,)."""
-        return (self.network(images).argmax(1) == labels).float()
+        """1 where the prediction is right (N,); NaN where there is none."""
+        return _hits(self.network(images), labels)
 
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """1 where the prediction survives the attack (N,)."""
-        return (self.network(adversarial).argmax(1) == labels).float()
+        """1 where the prediction survives the attack (N,); NaN where there is none."""
+        return _hits(self.network(adversarial), labels)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """`argmax` finds a class in any logits, also in those of a network that has diverged."""
+    return torch.where(logits.isfinite().all(1), (logits.argmax(1) == labels).float(), torch.nan)
 
 
 class HeadOnly(Classification):

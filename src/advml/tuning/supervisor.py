@@ -27,7 +27,12 @@ from advml.tuning.storage import GRACE
 from advml.tuning.worker import Orders, work
 
 POLL = 0.25  # seconds
-PRELOADED = ["advml.tuning.attack", "advml.tuning.training", "advml.tuning.outputs"]
+# What Optuna and the figures import when they are first used.
+LAZY = [
+    *("optuna.storages._rdb.models", "alembic.command", "sqlalchemy.dialects.sqlite", "sqlalchemy.dialects.postgresql"),
+    *("advml.figures.style", "optuna.importance", "optuna.visualization.matplotlib"),
+]
+PRELOADED = ["advml.tuning.attack", "advml.tuning.training", "advml.tuning.outputs", *LAZY]
 MOST_DEATHS = 20  # of workers in a row without progress
 LOST = 255  # exit code of a process whose end nobody saw
 

@@ -1,0 +1,30 @@
+"""What DVC knows of the pipeline, as JSON: which stage needs which, and which have changed.
+
+`python -m advml.plan` prints it in the folder of dvc.yaml. A process of its own: DVC takes a second to import, and leaves its mark
+on whoever does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+
+def main() -> None:
+    """{"needs": {stage: [stages it needs directly]}, "changed": [stages]}, stages in the order of dvc.yaml."""
+    try:
+        with Repo() as repo:
+            graph = repo.index.graph
+            stages = [stage.addressing for stage in repo.stage.collect("dvc.yaml")]
+            needs = {stage.addressing: sorted(other.addressing for other in graph.successors(stage)) for stage in graph}
+            changed = list(repo.status(targets=["dvc.yaml"]))
+    except DvcException as error:
+        sys.exit(" ".join(str(error).split()))
+    print(json.dumps({"needs": {name: needs[name] for name in stages} | needs, "changed": changed}))
+
+
+if __name__ == "__main__":
+    main()
