@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import optuna
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
 from advml.tuning import attack, budget, census, comparison, training, worker
 from advml.tuning import study as studies
+from advml.tuning.board import reached
+from advml.tuning.sampling import Hyperband
 from advml.tuning.searches import AttackSearch, TrainingSearch
 from advml.tuning.storage import address
 
@@ -192,6 +195,39 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
 
 
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_at_a_rung_the_pruner_is_told_of_the_floor_and_people_of_what_was_measured(trained, monkeypatch, floor):
+    monkeypatch.setattr(training.Bench, "validate", lambda *_: {"robust": 0.6, "clean": 0.9})
+    settings = trained.config(SPACE, f"tune.finetune.clean_floor={floor}")
+    trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
+    assert trial.intermediate_values == {1: pytest.approx({0.0: 0.6, 1.0: -1.1}[floor])}
+    assert trial.user_attrs["history"][0]["validation/robust"] == 0.6
+    assert reached(trial) == ", at 1: robust=0.6 clean=0.9"
+
+
+def test_what_misses_the_floor_prunes_nothing_that_keeps_it():
+    """Best first: feasible by robustness, then the others by what they lack."""
+    ranked = [(0.9, 0.97), (0.0, 0.97), (0.99, 0.96), (0.5, 0.96), (1.0, 0.2), (1.0, 0.0)]
+    values = [training.standing({"robust": robust, "clean": clean}, floor=0.97) for robust, clean in ranked]
+    assert values == sorted(values, reverse=True) and values[1] > values[2] == values[3] > values[4] > values[5]
+
+
+def test_no_trial_that_keeps_the_floor_is_pruned_by_more_robust_ones_below_it():
+    """By Hyperband itself: nine of ten collapse to something robust."""
+    study = optuna.create_study(study_name="floor", direction="maximize", pruner=Hyperband(9)())
+    outcomes = {True: [], False: []}
+    for number in range(60):
+        trial, keeps = study.ask(), number % 10 == 9
+        value = training.standing({"robust": 0.3, "clean": 0.98} if keeps else {"robust": 0.9, "clean": 0.9 - number / 100}, floor=0.97)
+        pruned = False
+        for rung in Hyperband.rungs(9):
+            trial.report(value, rung)
+            pruned = pruned or trial.should_prune()
+        outcomes[keeps].append(pruned)
+        study.tell(trial, value)
+    assert not any(outcomes[True]) and any(outcomes[False])
+
+
 def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit(trained, monkeypatch):
     def search(name: str) -> TrainingSearch:
         settings = trained.config(SPACE, "regimes.Full-AT.epochs=4")
@@ -331,6 +367,4 @@ def test_the_verdict_says_whether_the_difference_is_more_than_seed_noise(differe
 
 
 def test_hyperband_looks_at_powers_of_three():
-    from advml.tuning.sampling import Hyperband
-
     assert [Hyperband.rungs(epochs) for epochs in (1, 3, 4, 10, 40)] == [(1,), (1,), (1, 3), (1, 3, 9), (1, 3, 9, 27)]

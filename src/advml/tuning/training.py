@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +128,16 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -
         if epoch in rungs.wanted:
             measured = rungs.at(epoch, lambda: bench.validate(plan.network))
             attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
-            attempt.report(epoch, measured["robust"])
+            attempt.report(epoch, standing(measured, floor=search.spec.clean_floor), measured)
 
     return phases.fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)[0]
+
+
+def standing(measured: Measured, *, floor: float) -> float:
+    """What the pruner compares, by the rule of feasibility (Deb 2000): those that keep the floor by how robust they are, and before all
+    others; these by how far they are below it. By robustness alone, what can never win would prune what can.
+    """
+    return measured["robust"] if measured["clean"] >= floor else measured["clean"] - floor - 1
 
 
 class Rungs:
@@ -154,7 +161,7 @@ class Rungs:
 class Silent(Attempt):
     """Training outside of a trial: nobody to report to."""
 
-    def report(self, step: int, value: float) -> None:
+    def report(self, step: int, value: float, measured: Mapping[str, float] | None = None) -> None:
         pass
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +32,8 @@ from advml.tuning.space import Values
 from advml.tuning.storage import HEARTBEAT, StorageGone
 
 Record = dict[str, float]
+
+LATEST = "latest"  # attribute of a trial: what it has measured last, for people
 
 
 class Search(Protocol):
@@ -78,12 +80,16 @@ class Attempt:
     is_default: bool
     history: list[Record] = field(default_factory=list)
 
-    def report(self, step: int, value: float) -> None:
+    def report(self, step: int, value: float, measured: Mapping[str, float] | None = None) -> None:
         """Tell how well it goes.
 
+        Args:
+            measured: what people are to read, where `value` only ranks.
         Raises:
             optuna.TrialPruned: compared with the others, not well enough to go on.
         """
+        if measured:
+            self.note(**{LATEST: measured})
         self.trial.report(value, step)
         if not self.is_default and self.trial.should_prune():
             raise optuna.TrialPruned
