@@ -23,7 +23,7 @@ import pytest
 
 from advml import tracking
 from advml.data import adversarial
-from advml.evaluation import measure, records, samples
+from advml.evaluation import measure, records, samples, scoring
 from advml.networks import models
 from advml.progress import Bar
 from advml.runtime import checkpoint, memo
@@ -301,7 +301,7 @@ SMALL_BATCHES = ("evaluate.batch_size=5", "worst_case.restarts=2")
 MOMENTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
     "in an attack": lambda patch, number: patch.setattr(measure, "counted", nth(number, die, measure.counted)),
     "after a prediction": lambda patch, number: patch.setattr(
-        measure._Batch, "_predict", nth(number, after(measure._Batch._predict), measure._Batch._predict)
+        scoring.Scorer, "predict", nth(number, after(scoring.Scorer.predict), scoring.Scorer.predict)
     ),
     "before a part is written": lambda patch, number: patch.setattr(memo, "write_atomically", nth(number, die, memo.write_atomically)),
     "after a part is written": lambda patch, number: patch.setattr(

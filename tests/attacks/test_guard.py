@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advml.attacks.guard import Logits, checked, guarded
+from advml.attacks.guard import Logits, borrowed, checked, guarded
 from advml.errors import Failure
 
 
@@ -86,6 +86,38 @@ def test_outputs_that_are_no_logits_are_a_failure(classes):
     like = torch.rand(3, 1, 2, 2)
     with pytest.raises(Failure, match=r"logits of shape \(3, 1, 2, 2\), an attack needs \(3, (classes|4)\)"):
         Logits(nn.Identity(), like=like, classes=classes)(like)
+
+
+def test_a_gradient_that_is_not_finite_is_zero():
+    like = torch.full((3, 1, 2, 2), 0.5)
+    like[:, 0, 0, 0] = 0
+    images = like.clone().requires_grad_()
+    Logits(Model(lambda images: images.flatten(1).sqrt()), like=like)(images).sum().backward()
+    assert (images.grad[:, 0, 0, 0] == 0).all() and torch.allclose(images.grad.flatten(1)[:, 1:], torch.tensor(0.5**0.5))
+
+
+class Model(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.layer = function, nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def test_a_borrowed_model_is_a_copy_in_eval_mode_and_frozen_or_itself_and_as_before():
+    class Single(Model):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            raise NotImplementedError
+
+    for kind in (Model, Single):
+        model = kind(lambda images: images)
+        before = model.layer.weight.detach().clone()
+        with pytest.raises(ZeroDivisionError), borrowed(model) as own:
+            assert (own is model) is (kind is Single) and not own.training and not own.layer.weight.requires_grad
+            own.layer.weight.data += 1
+            raise ZeroDivisionError
+        assert torch.equal(model.layer.weight, before) and model.training and model.layer.weight.requires_grad
 
 
 def test_the_frozen_model_still_has_a_gradient_where_it_has_one_and_none_is_made_up():

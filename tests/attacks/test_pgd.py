@@ -336,3 +336,12 @@ def test_pgd_works_where_gradients_are_switched_off():
     with torch.no_grad():
         attacked = pgd(lambda x: x.flatten(1).sum(1), images, threat_model=ThreatModel("linf", 0.1), steps=3)
     torch.testing.assert_close(attacked, (images + 0.1).clamp(max=1))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_of_a_gradient_is_not_finite_moves_nothing_and_the_rest_goes_on(norm, momentum):
+    images = torch.full((2, 1, 2, 2), 0.5)
+    images[0, 0, 0, 0] = 0  # where the derivative of the root is infinite
+    moved = pgd(lambda x: (x + 0).sqrt().flatten(1).sum(1), images, threat_model=ThreatModel(norm, 0.1), steps=1, momentum=momentum)
+    assert moved.isfinite().all() and moved[0, 0, 0, 0] == 0 and (moved[0].flatten()[1:] > 0.5).all() and (moved[1] > 0.5).all()

@@ -115,6 +115,24 @@ def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_the
     assert cascade(configuration("worst_case.attacks=[]"), classes=10) == []
 
 
+@pytest.mark.parametrize(
+    ("objective", "attacks", "names"),
+    [
+        ("ce", "[square]", ["pgd-margin", "square"]),
+        ("margin", "[square]", ["pgd-ce", "square"]),
+        ("dlr", "[square]", ["pgd-ce", "pgd-margin", "square"]),
+        ("dlr", "[square, pgd-margin]", ["pgd-ce", "square", "pgd-margin"]),
+        ("margin", "[]", []),
+    ],
+)
+def test_pgd_on_cross_entropy_and_on_the_margin_are_always_in_the_worst_case(objective, attacks, names):
+    found = cascade(configuration(f"evaluate.objective={objective}", f"worst_case.attacks={attacks}"), classes=10)
+    assert [figure.name for figure in found] == [f"worst_case/{name}" for name in names]
+    own = {figure.name: figure for figure in found if "objective" in figure.settings}
+    said = {"worst_case/pgd-ce": "cross-entropy", "worst_case/pgd-margin": "margin"}
+    assert all(figure.settings["objective"] == said[name] and figure.restarts == 3 for name, figure in own.items())
+
+
 EXPECTED = {
     "accuracy/threat_model_1": lambda x, moved, y, net: contrastive_pair(
         net.embed(x), net.embed(moved), y, temperature=configuration().temperature

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from advml import config
 from advml.data.datasets import Dataset
 from advml.errors import UserError
-from advml.evaluation import doubts
+from advml.evaluation import doubts, samples
+from advml.evaluation.accuracy import survivors
+from advml.evaluation.diagnostics.probing import probe
 from advml.evaluation.measure import Outcome
+from advml.evaluation.scoring import Scorer
 from advml.runtime.machine import Machine
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -57,7 +60,7 @@ def outcomes(white: set[int], square: set[int] | None = None) -> dict[str, Outco
 
 def look(dataset: Dataset, network: nn.Module, found: dict[str, Outcome], *overrides: str) -> dict:
     settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "diagnostics.shares=[1]", *overrides])
-    return doubts.look(network, dataset.test, found, settings, CPU, classes=4)
+    return doubts.look(network, Scorer(network, CPU), dataset.test, found, settings, CPU, classes=4)
 
 
 def names(found: dict) -> list[str]:
@@ -69,7 +72,7 @@ SMALL = "threat_model.epsilon=0.001"  # breaks nothing
 
 def test_the_record_holds_the_flags_and_the_evidence_they_rest_on(dataset):
     found = look(dataset, Rounded(dataset), outcomes(set()), "threat_model.epsilon=0.1", "evaluate.epsilon=0.002", "evaluate.seed=5")
-    assert found == json.loads(json.dumps(found, allow_nan=False)) and set(found) == {"flags", "evidence"}
+    assert found == json.loads(json.dumps(found, allow_nan=False)) and set(found) == {"flags", "evidence", "broken"}
     assert "dead_gradients" in names(found) and all(set(flag) == {"name", "saw", "try"} for flag in found["flags"])
     evidence = found["evidence"]
     assert evidence["n"] == evidence["images"] == evidence["zero_clean"] == FIRST and evidence["classes"] == 4
@@ -197,8 +200,67 @@ def test_foolbox_finds_the_boundary_of_a_linear_model(dataset):
     assert found["flags"] == [] and found["minimal"]["curve"][0]["accuracy"] == 1
 
 
-def test_a_model_that_cannot_be_copied_is_not_judged(dataset):
-    network = Nearest(dataset)
+def test_a_model_that_cannot_be_copied_is_judged_all_the_same(dataset):
+    network = Rounded(dataset)
     network.seen = network.linear.weight * 2  # a tensor with a history
-    found = look(dataset, network, outcomes(set(), {20, 21, 22, 23}), "diagnostics.minimal=fmn")
-    assert set(found) == {"flags", "skipped"} and found["flags"] == [] and "cannot be copied" in found["skipped"]
+    found = look(dataset, network, outcomes(set()), SMALL)
+    assert "skipped" not in found and names(found) == names(look(dataset, Rounded(dataset), outcomes(set()), SMALL)) != []
+
+
+def test_a_model_that_fails_on_the_probes_is_not_judged_but_for_what_needs_none(dataset):
+    class Picky(Nearest):
+        def forward(self, images: Tensor) -> Tensor:
+            raise ValueError("not today\nnor tomorrow")
+
+    found = look(dataset, Picky(dataset), outcomes(set(), {20, 21, 22, 23}))
+    assert set(found) == {"flags", "skipped"} and names(found) == ["black_box_stronger"]
+    assert found["skipped"] == "the model fails on a batch of 8x1x8x8 images: ValueError: not today"
+
+
+# What diagnostics break counts
+
+
+def test_what_the_probes_break_is_broken_in_the_worst_case(dataset):
+    network, before = Nearest(dataset), outcomes({0, 1})
+    settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "threat_model.epsilon=0.5"])
+    found = json.loads(json.dumps(doubts.look(network, Scorer(network, CPU), dataset.test, before, settings, CPU, classes=4)))
+    figures, steps = doubts.counted(found, before, settings)
+    assert list(steps) == [figure.name for figure in figures] == [f"worst_case/probe-{kind}" for kind in ("pgd", "step", "noise")]
+    left = survivors(before | steps)
+    assert left[:FIRST].sum() == 0 and left[FIRST:].all()
+    first = steps["worst_case/probe-pgd"]
+    assert first.rows.tolist() == [2, 3, 4, 5, 6, 7] and not steps["worst_case/probe-step"].rows.numel()
+    assert (first.predicted != dataset.test.labels[2:8]).all() and (first.distance <= 0.5 + 1e-5).all() and (first.distance > 0).all()
+    assert found["evidence"]["figure_broken"] == 6 and figures[0].settings["epsilon"] == 0.5
+    table = samples.table(before | steps, dataset.test, about={}).to_pylist()
+    assert [row["broken_by"] for row in table[:4]] == ["threat_model_2", "threat_model_2", "probe-pgd", "probe-pgd"]
+    assert table[3]["distance"] == pytest.approx(float(first.distance[1])) and table[20]["broken_by"] is None
+
+
+def test_what_the_scorer_sees_otherwise_does_not_count(dataset):
+    class Wise(Nearest):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(dataset.test.labels[:1].expand(len(images)), 4).float()
+
+    settings = config.load(PARAMS, ["diagnostics.images=1", "diagnostics.steps=10", "threat_model.epsilon=0.5"])
+    before = outcomes(set())
+    found = doubts.look(Nearest(dataset), Scorer(Wise(dataset), CPU), dataset.test, before, settings, CPU, classes=4)
+    assert survivors(before | doubts.counted(found, before, settings)[1]).all() and found["evidence"]["broken"] == 1
+
+
+def test_nearest_images_within_epsilon_count_and_others_do_not(dataset, monkeypatch):
+    split, wrong = dataset.test, dataset.test.labels.clone()
+    distances = torch.tensor([0.0, 0.125, 0.126, 0.5, *FAR])
+
+    class Scoring(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:  # everything that it is shown is of another class
+            return torch.nn.functional.one_hot((wrong[1:2] + 1) % 4, 4).float().expand(len(images), -1)
+
+    monkeypatch.setattr(doubts.minimal, "minimal_distances", lambda name, network, images, *rest, **how: (distances, images))
+    settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=2", "diagnostics.shares=[1]", *MINIMAL])
+    monkeypatch.setattr(doubts, "probe", lambda *arguments, on_broken, **how: probe(*arguments, **how))
+    monkeypatch.setattr(doubts, "PROBES", {})
+    before = outcomes(set())
+    found = doubts.look(Nearest(dataset), Scorer(Scoring(), CPU), split, before, settings, CPU, classes=4)
+    assert list(found["broken"]) == ["fmn"] and found["broken"]["fmn"]["rows"] == [1]
+    assert doubts.counted(found, before, settings)[1]["worst_case/fmn"].right.tolist() == [True, False, *[True] * 6]

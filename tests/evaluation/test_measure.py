@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
 from advml.errors import Failure
-from advml.evaluation.measure import NOT_FINITE, Effort, Outcome, counted, measure
+from advml.evaluation.measure import Effort, Outcome, measure
+from advml.evaluation.passes import counted
 from advml.evaluation.plan import Figure
+from advml.evaluation.scoring import NOT_FINITE
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
 
@@ -207,6 +209,18 @@ def test_a_remembered_batch_is_not_attacked_again(tmp_path):
     assert again.shown == [[2, 3]]
     for name in ("right", "predicted", "forward", "images"):
         assert torch.equal(getattr(remembered["accuracy/x"], name), getattr(found["accuracy/x"], name))
+
+
+def test_a_remembered_restart_is_not_attacked_again(tmp_path):
+    data, first = split([0, 1, 2, 3]), Scripted([{0}, {1}, {2}])
+    found = run(data, figure(first, restarts=3), memo=Memo(tmp_path))["accuracy/x"]
+    (tmp_path / "accuracy.x.batch.0.restart.2.safetensors").unlink()
+    again = Scripted([{2}])
+    remembered = run(data, figure(again, restarts=3), memo=Memo(tmp_path))["accuracy/x"]
+    assert again.shown == [[2, 3]] and again.draws == first.draws[2:]
+    for name in ("right", "predicted", "forward"):
+        assert torch.equal(getattr(remembered, name), getattr(found, name))
+    assert found.distance[:3].tolist() == remembered.distance[:3].tolist() and found.distance[3].isnan()
 
 
 def test_a_model_that_draws_at_random_gives_the_same_wherever_the_evaluation_goes_on(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 from advml import config
+from advml.errors import UserError
 from advml.evaluation import protocol
 from advml.evaluation.measure import _Batch
+from advml.networks.foreign import Foreign
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
 
@@ -29,6 +32,15 @@ def subject() -> protocol.Subject:
     linear.weight.data = 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     linear.bias.data.zero_()
     return protocol.Subject("X", "d" * 64, nn.Sequential(nn.Flatten(), linear))
+
+
+@pytest.fixture
+def able(subject, dataset) -> protocol.Subject:
+    """A subject that classifies by the nearest of the classes' mean pictures, and is right."""
+    images, labels = dataset.train.images / 255, dataset.train.labels
+    means = torch.stack([images[labels == label].mean(0).flatten() for label in range(4)])
+    subject.network[1].weight.data, subject.network[1].bias.data = means, -means.square().sum(1) / 2
+    return subject
 
 
 def evaluate(subject, dataset, *overrides: str, folder: Path | None = None, **options) -> protocol.Evaluation:
@@ -64,7 +76,7 @@ def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
 def test_diagnostics_are_given_the_outcomes_and_the_classes(subject, dataset, monkeypatch):
     given = {}
 
-    def look(network, split, outcomes, configuration, machine, *, classes):
+    def look(network, scorer, split, outcomes, configuration, machine, *, classes):
         given.update(network=network, split=split, names=list(outcomes), classes=classes)
         return {"flags": []}
 
@@ -128,3 +140,80 @@ def test_the_bar_never_goes_back_and_ends_at_all_of_the_work(subject, dataset):
     counts = [done for done, _ in told]
     assert counts == sorted(counts) and counts[-1] == protocol.work(config.load(PARAMS, QUICK), subject, dataset) == 6 * len(dataset.test)
     assert told[-1][1] == f"worst case {100 * found.metrics['accuracy/worst_case']:.1f} %"
+
+
+def test_the_bar_says_what_of_the_worst_case_stands_so_far(able, dataset):
+    told = []
+    found = evaluate(able, dataset, "threat_model.epsilon=0.2", tell=lambda done, note: told.append(note))
+    so_far = [float(note.removeprefix("worst case so far ").removesuffix(" %")) for note in told if "so far" in note]
+    clean, worst = (100 * found.metrics[f"accuracy/{name}"] for name in ("clean", "worst_case"))
+    assert so_far == sorted(so_far, reverse=True) and so_far[0] > so_far[-1]
+    assert so_far[2] == pytest.approx(clean, abs=0.05)  # after three batches of clean images
+    assert so_far[-1] >= worst - 0.05
+
+
+class Rooted(nn.Module):
+    """sqrt(0): the value is right, its derivative is infinite, and 0 times that is not a number."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images) + 0 * (images - images.detach()).pow(2).flatten(1).sum(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("wall", [lambda network: network, Foreign], ids=["ours", "foreign"])
+def test_gradients_that_are_not_finite_are_flagged_and_stop_no_attack(able, dataset, norm, wall):
+    network = wall(Rooted(able.network))
+    attacks = "worst_case.attacks=[pgd-margin, apgd-ce, apgd-t, fab-t, square]"
+    small = ("threat_model.epsilon=0.001", "worst_case.steps=3", "worst_case.targets=2", "worst_case.queries=3", "corruptions.names=none")
+    found = evaluate(replace(able, network=network), dataset, f"threat_model.norm={norm}", attacks, *small)
+    assert "dead_gradients" in found.verdict and found.record["diagnostics"]["evidence"]["non_finite"] > 0
+    assert found.metrics["accuracy/worst_case"] <= found.metrics["accuracy/clean"]
+
+
+def test_logits_that_are_no_numbers_stop_no_attack(able, dataset):
+    class Holey(Rooted):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.where((images.flatten(1).amax(1) > 0.97)[:, None], torch.nan, self.network(images))
+
+    attacks = "worst_case.attacks=[pgd-margin, apgd-ce, apgd-t, fab-t, square]"
+    small = ("worst_case.steps=3", "worst_case.targets=2", "worst_case.queries=3", "corruptions.names=none")
+    found = evaluate(replace(able, network=Holey(able.network)), dataset, "threat_model.norm=l2", attacks, *small)
+    assert found.metrics["accuracy/worst_case"] <= found.metrics["accuracy/clean"]
+
+
+@pytest.mark.parametrize("most", [2, 15])
+def test_a_model_that_fails_on_a_full_batch_is_one_line_before_any_attack(subject, dataset, monkeypatch, most):
+    class Narrow(Rooted):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert len(images) <= most, "too many"
+            return self.network(images)
+
+    monkeypatch.setattr(protocol, "measure", forbidden)
+    with pytest.raises(UserError, match=r"^their:model fails on a batch of 16x1x8x8 images: AssertionError: too many$"):
+        evaluate(replace(subject, network=Foreign(Narrow(subject.network), "their:model")), dataset)
+
+
+def test_a_model_that_gives_no_logits_for_a_single_image_is_one_line(subject, dataset):
+    class Squeezed(Rooted):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.network(images).squeeze()
+
+    with pytest.raises(UserError, match=r"the model gives \(4,\) for 1 images; attacks need \(1, 4\)"):
+        evaluate(replace(subject, network=Squeezed(subject.network)), dataset)
+
+
+def test_what_the_diagnostics_break_is_in_metrics_record_and_samples(able, dataset):
+    """PGD of a single tiny step breaks nothing; the probes do."""
+    weak = ("evaluate.step_size=1e-9", "evaluate.random_start=false", "worst_case.attacks=[]", "threat_model.epsilon=0.2")
+    found = evaluate(able, dataset, *weak, "corruptions.names=none", "diagnostics.steps=10")
+    clean, worst = (round(len(dataset.test) * found.metrics[f"accuracy/{name}"]) for name in ("clean", "worst_case"))
+    steps = {step["name"]: step["broke"] for step in found.record["figures"]["accuracy/worst_case"]["cascade"]}
+    assert list(steps)[-3:] == ["probe-pgd", "probe-step", "probe-noise"] and steps["probe-pgd"] > 0
+    rows = found.samples.to_pylist()
+    assert sum(row["broken_by"] is None for row in rows) == worst == clean - sum(steps.values())
+    assert all(0 < row["distance"] <= 0.2 + 1e-5 for row in rows if row["broken_by"] == "probe-pgd")
+    assert "figure_too_high" in found.verdict

@@ -209,7 +209,7 @@ def test_our_model_from_elsewhere_gives_the_very_figures_of_its_stage(make_study
     assert evaluate.run_given(context, replace(given, name="other")) == metrics
 
 
-def test_a_module_that_cannot_be_copied_is_measured_all_the_same(make_study):
+def test_a_module_that_cannot_be_copied_is_measured_and_judged_all_the_same(make_study):
     class Stubborn(nn.Module):
         def forward(self, images):
             return images.flatten(1)[:, :4]
@@ -219,4 +219,4 @@ def test_a_module_that_cannot_be_copied_is_measured_all_the_same(make_study):
 
     context = make_study("stubborn").context()
     metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
-    assert "accuracy/worst_case" in metrics and "diagnostics/flags" not in metrics  # nobody could look: that is not "no flag"
+    assert "accuracy/worst_case" in metrics and "diagnostics/flags" in metrics

@@ -118,9 +118,11 @@ def attack(
 ) -> Tensor:
     """Adversarial images of one attack of AutoAttack's standard set.
 
-    Images that the attack breaks come back broken. All others come back as they were: those that it cannot break, and those
-    that are misclassified from the start. The attacks draw their random numbers for the batch as a whole: the result follows from
-    `seed` and the whole batch, and is the same every time on the CPU.
+    Images that the attack breaks come back broken. All others come back as they were: those that it cannot break, those that it
+    has lost to NaN, and those that are misclassified from the start.
+
+    The attacks draw their random numbers for the batch as a whole: the result follows from `seed` and the whole batch, and is the same
+    every time on the CPU.
 
     The model is in eval mode and frozen meanwhile. Everything else is as before, also after an error: global generators, modes,
     `requires_grad`, gradients, grad mode, trace function, warnings, standard output; no file is written.
@@ -152,6 +154,7 @@ def attack(
     with guarded(model, seed=seed), torch.no_grad():  # the attacks switch gradients on where they need them
         found = recipe.build(Logits(model, like=images, classes=classes), strength, common).perturb(inputs, labels.clone())
     found = found.detach().to(images.dtype)
+    found = torch.where(found.isfinite().flatten(1).all(1).view(-1, *[1] * (images.ndim - 1)), found, images.detach())
     _require_inside(name, found, images, threat_model)
     return threat_model.project(found, images.detach())
 

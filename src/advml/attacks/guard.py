@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from advml.attacks.pgd import finite
 from advml.errors import Failure
 from advml.networks.models import under_attack
 
@@ -53,12 +55,36 @@ def guarded(model: nn.Module, *, seed: int) -> Iterator[None]:
             torch.cuda.manual_seed_all(torch.initial_seed())
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of the model; the model itself if it cannot be copied."""
+    try:
+        with torch.no_grad():  # copies of TorchScript's parameters would have a history
+            return copy.deepcopy(model)
+    except Exception:  # a foreign module may hold anything: a tensor with a history, a handle of the operating system
+        return model
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[nn.Module]:
+    """Within: a copy of the model in eval mode, frozen. One that cannot be copied lends itself, and is as before afterwards."""
+    own = copied(model)
+    tensors = [*own.parameters(), *own.buffers()] if own is model else []
+    values = [tensor.detach().clone() for tensor in tensors]
+    try:
+        with under_attack(own):
+            yield own
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+
 class Logits(nn.Module):
     """A model as libraries expect it: any batch in, logits (N, K) in float32 out, connected to the images.
 
     Libraries work on contiguous float32 images; the model gets the type and memory format of `like`. They write into the
     logits: these are a copy. They pass empty batches: no model sees one. They ask for the gradient of a model that ignores its
-    images, or rounds them away: it is zero.
+    images, or rounds them away: it is zero. What of a gradient is not finite is zero too.
 
     Args:
         model: maps images (N, C, H, W) in [0, 1] to logits (N, K).
@@ -78,11 +104,15 @@ class Logits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not len(images) and self.classes is not None:
             return images.new_zeros(0, self.classes)
-        logits = self.model(images.to(self.dtype).contiguous(memory_format=self.memory_format)).float()
+        asked = images.requires_grad and torch.is_grad_enabled()
+        inputs = images.view_as(images)
+        if asked:
+            inputs.register_hook(finite)
+        logits = self.model(inputs.to(self.dtype).contiguous(memory_format=self.memory_format)).float()
         if logits.ndim != 2 or len(logits) != len(images) or self.classes not in (None, logits.shape[1]):
             wanted = f"({len(images)}, {self.classes or 'classes'})"
             raise Failure(f"the model returns logits of shape {tuple(logits.shape)}, an attack needs {wanted}; check the model's classes")
-        if images.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        if asked and not logits.requires_grad:
             return logits + 0 * images.flatten(1).sum(1, keepdim=True)
         return logits.clone()
 

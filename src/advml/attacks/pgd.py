@@ -47,7 +47,7 @@ def pgd(
     With momentum m (Dong et al. 2018, eq. 6) the ascent follows v <- m * v + g / mean|g|, per image, instead of the gradient g;
     the paper divides by the sum, which leaves the direction the same. Under a schedule, step k of n is step_size * schedule(k / n) long.
 
-    Takes exactly `steps` gradients with respect to the images alone; `keep="best"` costs one more
+    What of a gradient is not finite is 0. Takes exactly `steps` gradients with respect to the images alone; `keep="best"` costs one more
     forward pass, for the value of the last iterate. Parameter gradients are neither computed nor touched.
 
     Args:
@@ -74,9 +74,9 @@ def pgd(
             values = objective(adversarial)
             with torch.autocast(images.device.type, enabled=False):  # it would round the float32 parts of a backward pass too
                 (gradient,) = torch.autograd.grad(values.sum(), adversarial)
-        adversarial = adversarial.detach()
+        gradient, adversarial, values = finite(gradient), adversarial.detach(), values.detach()  # and the graph is gone
         if best:
-            best.update(adversarial, values.detach())
+            best.update(adversarial, values)
         if momentum:
             gradient = velocity = accumulate(velocity, gradient, momentum=momentum)
         adversarial = threat_model.ascend(adversarial, gradient, images, step_size=step_size * STEP_SCHEDULES[schedule](step / steps))
@@ -85,6 +85,11 @@ def pgd(
             best.update(adversarial, objective(adversarial))
         return best.images
     return adversarial
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """The gradient with zeros in place of NaN and infinity, which would carry an image out of ball and box."""
+    return gradient.nan_to_num(nan=0, posinf=0, neginf=0)
 
 
 def accumulate(velocity: Tensor | None, gradient: Tensor, *, momentum: float) -> Tensor:

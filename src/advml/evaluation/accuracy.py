@@ -12,7 +12,8 @@ from torch import Tensor
 from advml import config
 from advml.data.datasets import Split
 from advml.evaluation.intervals import wilson
-from advml.evaluation.measure import PASSES, Effort, Outcome, measure
+from advml.evaluation.measure import Effort, Outcome, measure
+from advml.evaluation.passes import PASSES
 from advml.evaluation.plan import Figure, figures
 from advml.networks.models import Network
 from advml.runtime.machine import Machine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,17 +19,30 @@ from advml.evaluation.diagnostics.evidence import Evidence
 from advml.evaluation.diagnostics.flags import Flag, flags
 from advml.evaluation.diagnostics.probing import probe
 from advml.evaluation.diagnostics.rules import beyond_tolerance
+from advml.evaluation.finds import PROBES, Finds, figures_of, outcomes_of
 from advml.evaluation.measure import Outcome
+from advml.evaluation.plan import Figure
+from advml.evaluation.scoring import Scorer
 from advml.runtime.machine import Machine
 
 SQUARE, SQUARE_FLAG = "worst_case/square", "black_box_stronger"
 
 
 def look(
-    network: nn.Module, split: Split, outcomes: Mapping[str, Outcome], configuration: config.Config, machine: Machine, *, classes: int
+    network: nn.Module,
+    scorer: Scorer,
+    split: Split,
+    outcomes: Mapping[str, Outcome],
+    configuration: config.Config,
+    machine: Machine,
+    *,
+    classes: int,
 ) -> dict[str, Any]:
-    """`flags`, the `evidence` they rest on, and where asked for `minimal` distances; JSON-able. A model that cannot be copied has none."""
-    spec, threat_model = configuration.diagnostics, ThreatModel(configuration.threat_model.norm, configuration.attacked_epsilon)
+    """`flags`, the `evidence` they rest on, where asked for `minimal` distances, and what of this was `broken`: see `Finds`. JSON-able.
+
+    Of a model on which the probes fail there is `skipped`, the reason, and only those flags that need no probe.
+    """
+    spec, threat_model, finds = configuration.diagnostics, _threat_model(configuration), Finds()
     images, labels = machine.images(split.images[: spec.images]), split.labels[: spec.images].to(machine.device)
     white, black = _verdicts(outcomes, len(labels))
     try:
@@ -44,15 +58,32 @@ def look(
                 shares=spec.shares,
                 white_box=white,
                 black_box=black,
+                on_broken=finds.add,
             )
     except UserError as reason:
-        return {"flags": [], "skipped": str(reason)}
-    raised, found = flags(evidence), {"evidence": evidence.as_record()}
-    raised += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in raised) else []
+        return {"flags": [flag.as_record() for flag in _square(outcomes)], "skipped": str(reason)}
+    found, raised, standing = {}, [], survivors(outcomes)
     if spec.minimal:
-        found["minimal"], more = _nearest(network, images, labels, evidence, survivors(outcomes)[: len(labels)], configuration)
-        raised += more
-    return {"flags": [flag.as_record() for flag in raised], **found}
+        found["minimal"], raised = _nearest(network, images, labels, evidence, standing[: len(labels)], configuration, finds)
+    how = {"seed": configuration.evaluate.seed, "batch_size": configuration.evaluate.batch_size}
+    broken = finds.scored(scorer, split, standing, threat_model, **how)
+    evidence = replace(evidence, figure_broken=sum(len(broken[kind]["rows"]) for kind in PROBES))
+    judged = flags(evidence)
+    judged += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in judged) else []
+    return {"flags": [flag.as_record() for flag in judged + raised], "evidence": evidence.as_record(), "broken": broken, **found}
+
+
+def counted(
+    found: Mapping[str, Any], outcomes: Mapping[str, Outcome], configuration: config.Config
+) -> tuple[list[Figure], dict[str, Outcome]]:
+    """What `look` has found broken, as further steps of the worst case."""
+    broken, first = found.get("broken", {}), configuration.diagnostics.images
+    clean = next(iter(outcomes.values()))
+    return figures_of(broken, _threat_model(configuration)), outcomes_of(broken, survivors(outcomes), clean, first=first)
+
+
+def _threat_model(configuration: config.Config) -> ThreatModel:
+    return ThreatModel(configuration.threat_model.norm, configuration.attacked_epsilon)
 
 
 def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
@@ -80,13 +111,21 @@ def _verdicts(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict
 
 
 def _nearest(
-    network: nn.Module, images: Tensor, labels: Tensor, evidence: Evidence, standing: Tensor, configuration: config.Config
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    evidence: Evidence,
+    standing: Tensor,
+    configuration: config.Config,
+    finds: Finds,
 ) -> tuple[dict[str, Any], list[Flag]]:
     """Minimal distances, the security curve they give, beside PGD's at each epsilon."""
     spec, norm, epsilon = configuration.diagnostics, configuration.threat_model.norm, configuration.attacked_epsilon
-    distances, _ = minimal.minimal_distances(
+    distances, nearest = minimal.minimal_distances(
         spec.minimal, network, images, labels, norm=norm, steps=spec.minimal_steps, seed=configuration.evaluate.seed
     )
+    (near,) = ((distances > 0) & (distances <= epsilon)).nonzero(as_tuple=True)
+    finds.add(spec.minimal, near, nearest[near])
     distances = distances.cpu()
     epsilons = [point.epsilon for point in evidence.curve]
     accuracies = minimal.security_curve(distances, torch.tensor(epsilons)).tolist()

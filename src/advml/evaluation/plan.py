@@ -83,20 +83,26 @@ def figures(configuration: config.Config, scheme: Scheme | None, *, note: str = 
 
 
 def cascade(configuration: config.Config, *, classes: int) -> list[Figure]:
-    """The attacks of `worst_case.attacks` that exist for so many classes, each on what is left."""
-    names = (name for name in configuration.worst_case.attacks if name == MARGIN or autoattack.applicable(name, classes))
+    """The attacks of `worst_case.attacks` that exist for so many classes, each on what is left; without any there is no cascade.
+
+    PGD on cross-entropy and on the margin are always among the attacks: what neither threat model II nor the list has comes first.
+    """
+    asked, spec = configuration.worst_case.attacks, configuration.evaluate
+    missing = [name for name, loss in OWN.items() if name not in asked and loss != spec.objective] if asked else []
+    names = [*missing, *(name for name in asked if name in OWN or autoattack.applicable(name, classes))]
     return [replace(_step(configuration, name, classes), left_only=True) for name in names]
 
 
-MARGIN = "pgd-margin"
+OWN = {"pgd-ce": "ce", "pgd-margin": "margin"}  # our own attacks of the cascade, and their objectives
 LOSSES = {"ce": "cross-entropy"}  # names of objectives in records, where they differ
 
 
 def _step(configuration: config.Config, name: str, classes: int) -> Figure:
     spec = configuration.worst_case
     adversary = evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon)
-    if name == MARGIN:
-        figure = pgd_figure(f"worst_case/{name}", replace(adversary, random_start=True), _classification("margin"), loss="margin")
+    if name in OWN:
+        make, loss = _classification(OWN[name]), LOSSES.get(OWN[name], OWN[name])
+        figure = pgd_figure(f"worst_case/{name}", replace(adversary, random_start=True), make, loss=loss)
         return replace(figure, restarts=spec.restarts)
     strength = autoattack.Strength(steps=spec.steps, targets=spec.targets, queries=spec.queries)
 
@@ -112,7 +118,7 @@ def _step(configuration: config.Config, name: str, classes: int) -> Figure:
             seed=generator.initial_seed() % 2**31,
         )
 
-    settings = {"attack": name, "library": "pyautoattack", **_threat(adversary.threat_model), **asdict(strength)}
+    settings = {"attack": name, "library": "pyautoattack", **threat_of(adversary.threat_model), **asdict(strength)}
     return Figure(f"worst_case/{name}", craft, threat_model=adversary.threat_model, settings=settings)
 
 
@@ -126,12 +132,13 @@ def pgd_figure(name: str, adversary: Adversary, make: MakeObjective, *, loss: st
 
     attack = asdict(adversary)
     del attack["threat_model"]
-    settings = {"attack": "pgd", "objective": loss, **_threat(adversary.threat_model), **attack}
+    settings = {"attack": "pgd", "objective": loss, **threat_of(adversary.threat_model), **attack}
     again = crafting(replace(adversary, random_start=True))
     return Figure(name, crafting(adversary), again, adversary.threat_model, settings | ({"note": note} if note else {}))
 
 
-def _threat(threat_model: ThreatModel) -> dict[str, Any]:
+def threat_of(threat_model: ThreatModel) -> dict[str, Any]:
+    """The ball and the box, for the record."""
     return {**asdict(threat_model), "box": [0, 1]}
 
 

@@ -10,11 +10,14 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from advml import config
+from advml.attacks.guard import copied
 from advml.data.corruptions import published as corruptions
 from advml.data.datasets import Dataset
 from advml.evaluation import accuracy, corruption, doubts, samples
 from advml.evaluation.measure import Outcome, measure
 from advml.evaluation.plan import Figure, plan
+from advml.evaluation.rehearsal import rehearse
+from advml.evaluation.scoring import Scorer
 from advml.evaluation.verdict import verdict
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
@@ -77,24 +80,29 @@ def evaluate(
         memo: remembers finished parts.
         tell: told how much of `work` is done, and what stands so far.
     """
-    figures = _plan(configuration, subject, dataset)
+    figures, test = _plan(configuration, subject, dataset), dataset.test
+    rehearse(
+        subject.network.eval(), machine.images(test.images[: configuration.evaluate.batch_size]), machine, classes=len(dataset.classes)
+    )
+    scorer = Scorer(copied(subject.network), machine)  # made before any attack
     outcomes = measure(
         subject.network,
         dataset.test,
         figures,
         accuracy.effort(configuration, machine),
         memo=memo,
+        scorer=scorer,
         on_batch=lambda done, standing: tell(done, f"worst case so far {100 * standing:.1f} %"),
     )
-    metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
-    worst, done = f"worst case {100 * metrics[accuracy.WORST]:.1f} %", len(figures) * len(dataset.test)
-    doubted = _doubts(subject, dataset, outcomes, configuration, machine, memo)
-    tell(done + len(dataset.test), worst)
-    done += len(dataset.test)
-    rights = _corrupted(
-        subject, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(dataset.test)), worst)
-    )
+    done = (len(figures) + 1) * len(test)
+    doubted = _doubts(subject, scorer, dataset, outcomes, configuration, memo)
     (kept,) = (figure for figure in figures if figure.kept)
+    more, steps = doubts.counted(doubted, outcomes, configuration)
+    figures, outcomes = figures + more, outcomes | steps
+    metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
+    worst = f"worst case {100 * metrics[accuracy.WORST]:.1f} %"
+    tell(done, worst)
+    rights = _corrupted(subject, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
     about = _about(subject, dataset, configuration)
     published = corruptions.find(configuration.data, configuration.corruptions) if rights else None
     record = {"figures": described, "test_digest": about["test_digest"], "diagnostics": doubted}
@@ -131,12 +139,12 @@ def _about(subject: Subject, dataset: Dataset, configuration: config.Config) -> 
 
 
 def _doubts(
-    subject: Subject, dataset: Dataset, outcomes: Mapping[str, Outcome], configuration: config.Config, machine: Machine, memo: Memo
+    subject: Subject, scorer: Scorer, dataset: Dataset, outcomes: Mapping[str, Outcome], configuration: config.Config, memo: Memo
 ) -> dict[str, Any]:
     if not configuration.diagnostics.images:
         return {"flags": [], "skipped": "diagnostics.images = 0"}
-    classes = len(dataset.classes)
-    return memo.json("diagnostics", lambda: doubts.look(subject.network, dataset.test, outcomes, configuration, machine, classes=classes))
+    given = (subject.network, scorer, dataset.test, outcomes, configuration, scorer.machine)
+    return memo.json("diagnostics", lambda: doubts.look(*given, classes=len(dataset.classes)))
 
 
 def _corrupted(

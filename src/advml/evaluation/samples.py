@@ -6,8 +6,11 @@
 | label, predicted | true class, and the model's on the clean image |
 | broken_by | the first attack that changed a right prediction; `clean`: it was wrong already; null: it survived all |
 | broken_as, distance | the class it was then taken for, and the size of the perturbation in the threat model's norm |
-| forward, backward | passes that all attacks together have spent on it |
+| forward, backward | passes that the attacks have spent on it: of each batch of an attack, divided evenly |
 | right/<figure> | whether it survived that figure's attack, for figures that attack all images |
+
+Within a batch, images leave some attacks of libraries earlier than others (Square, as soon as they are broken), and no library tells
+which: the sum over all images is exact, the share of a single one is not. Passes of the diagnostics are in their record.
 
 The file's metadata hold the model, its weights' digest, the digest of the test images and labels, and the threat model.
 """
@@ -27,7 +30,8 @@ from pyarrow import ArrowException
 
 from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.measure import PASSES, Outcome
+from advml.evaluation.measure import Outcome
+from advml.evaluation.passes import PASSES
 from advml.runtime.checkpoint import write_atomically
 
 CLEAN = "accuracy/clean"

@@ -19,7 +19,7 @@ from advml.data import adversarial
 from advml.data.datasets import Split
 from advml.errors import UserError
 from advml.evaluation import records, samples
-from advml.evaluation.measure import predict
+from advml.evaluation.scoring import predict
 from advml.paths import Workspace, model_name
 from advml.runtime.machine import Machine
 

@@ -21,6 +21,7 @@ from advml import config
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks.backbones import create_encoder
+from advml.networks.foreign import Foreign
 from advml.networks.models import Normalize, load_classifier, read_record
 from advml.runtime.machine import own_randomness
 
@@ -99,8 +100,8 @@ def _timm(name: str, weights: Path, normalization: Normalization, spec: config.M
     }
     mean, std = (_of_channels(values, channels) for values in constants[normalization]())
     origin = {"timm": name, "weights": str(weights), "mean": list(mean), "std": list(std), "stem": spec.stem}
-    whole = nn.Sequential(Normalize(mean, std), network)
-    return Given(f"{name}-{weights.stem}", Foreign(whole), hashlib.sha256(content).hexdigest(), origin | {"options": spec.options})
+    whole = Foreign(nn.Sequential(Normalize(mean, std), network), name)
+    return Given(f"{name}-{weights.stem}", whole, hashlib.sha256(content).hexdigest(), origin | {"options": spec.options})
 
 
 def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -121,7 +122,7 @@ def _python(target: str) -> Given:
         sys.path.remove(here)
     if not isinstance(network, nn.Module):
         raise UserError(f"{target} returns {type(network).__name__}; it must return a torch module that maps images in [0, 1] to logits")
-    return Given(target.replace(":", "-").replace(".", "-"), Foreign(network), _digest(network), {"function": target})
+    return Given(target.replace(":", "-").replace(".", "-"), Foreign(network, target), _digest(network), {"function": target})
 
 
 def _digest(network: nn.Module) -> str:
@@ -157,21 +158,3 @@ def _behaviour(given: Given, dataset: Dataset) -> str:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{given.name} gives {shape} for {len(images)} images; the prepared data need {wanted}: a logit per class")
     return hashlib.sha256(_bytes(logits.float())).hexdigest()[:16]
-
-
-class Foreign(nn.Module):
-    """Somebody's module, as attacks need it: it gets images of its own, contiguous ones, and there is always a gradient.
-
-    Where the module is not differentiable the gradient is zero: attacks fail instead of breaking off, and diagnostics say why.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, K)."""
-        logits = self.module(images.clone(memory_format=torch.contiguous_format))
-        if not isinstance(logits, Tensor) or not images.requires_grad or logits.requires_grad:
-            return logits
-        return logits + 0 * images.flatten(1).sum(1, keepdim=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -112,6 +114,13 @@ class Softmax(Wrapped):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).softmax(1)
+
+
+class UnitLength(Wrapped):
+    """Logits on the unit sphere: saturated where the model is sure."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.model(images), dim=1)
 
 
 class LogSoftmax(Wrapped):
@@ -241,6 +250,25 @@ class BatchDependent(Wrapped):
         return self.model(images)
 
 
+class _Broken(torch.autograd.Function):
+    """The identity, whose backward pass does not work."""
+
+    @staticmethod
+    def forward(ctx: object, images: Tensor) -> Tensor:
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        raise ValueError("no way back\nat all")
+
+
+class BrokenBackward(Wrapped):
+    """An operation that nobody has written a derivative for."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(_Broken.apply(images))
+
+
 class NaNGradient(Wrapped):
     """sqrt(0): the value is right, its derivative is infinite, and 0 times that is not a number."""
 
@@ -267,8 +295,13 @@ MASKED = {
     "softmax": (Softmax, {"softmax_output"}, "every row sums to 1"),
     "log-softmax": (LogSoftmax, {"softmax_output"}, "log-probabilities"),
     "quantised": (Quantised, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
-    "detached": (Detached, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "PyTorch says: Can't call numpy()"),
+    "detached": (
+        Detached,
+        {"curve_above_chance", "black_box_stronger", "dead_gradients"},
+        "RuntimeError: Can't call numpy()",
+    ),
     "no graph": (NoGrad, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
+    "broken backward": (BrokenBackward, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "ValueError: no way back"),
     "random": (RandomLayer, {"randomised"}, "of the largest output, "),
     "shattered": (Shattered, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
     "noisy backward": (NoisyBackward, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
@@ -290,7 +323,7 @@ def test_a_masked_model_raises_its_flags(name):
 def test_a_masked_model_raises_a_flag_when_it_is_robust_and_in_l2_too(name):
     wrap, expected, _ = MASKED[name]
     raised = {flag.name for flag in flags(measure(wrap(trained(convolutional, THREATS["l2"])), "l2"))}
-    assert expected - {"black_box_stronger"} <= raised
+    assert expected - {"black_box_stronger", "curve_above_chance"} <= raised  # noise as wide as the box is of one class
 
 
 def test_a_curve_that_rises_is_flagged_with_the_samples_regained():
@@ -314,6 +347,33 @@ def test_a_loss_that_rises_to_the_last_step_is_flagged_and_more_steps_proposed()
     evidence = measure(Trickle(trained(convolutional)), steps=20)
     flag = next(flag for flag in flags(evidence) if flag.name == "loss_still_rising")
     assert f"on the {evidence.survivors} samples that survive it" in flag.saw and "80 instead of 20" in flag.try_
+
+
+def test_saturated_logits_of_unit_length_are_flagged_and_more_steps_of_the_same_length_do_break_more():
+    """As in the paper's protocol. More but shorter steps would change nothing; what the flag proposes does."""
+    images, labels = digits()
+    images, labels = images[labels < 2], labels[labels < 2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = UnitLength(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2)))
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    model.eval().requires_grad_(False)
+    images, labels, threat_model = images[:100], labels[:100], ThreatModel("l2", 1.2)
+    evidence = probe(model, images, labels, threat_model=threat_model, classes=2, steps=20, seed=0, shares=())
+    (flag,) = (flag for flag in flags(evidence) if flag.name == "loss_still_rising")
+    assert "80 instead of 20, each of 0.15" in flag.try_
+
+    def surviving(step_size: float) -> int:
+        moved = pgd(
+            lambda x: cross_entropy(model(x), labels), images, threat_model=threat_model, steps=80, step_size=step_size, keep="best"
+        )
+        return int((model(moved).argmax(1) == labels).sum())
+
+    assert surviving(0.15) < 0.85 * evidence.survivors < surviving(0.15 / 4)
 
 
 # What was measured
@@ -375,6 +435,60 @@ def test_model_and_random_numbers_stay_as_they_are():
     assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), random)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(learning) == 1 and torch.equal(learning[0].grad, torch.ones_like(learning[0])) and torch.equal(digits()[0], images)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Quantised, RandomLayer], ids=["honest", "quantised", "random"])
+def test_a_model_that_cannot_be_copied_is_judged_itself_and_stays_as_it_is(wrap):
+    class Uncopied(Wrapped):
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            raise NotImplementedError("there is one of me")
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.model.seen += 1
+            return self.model(images)
+
+    model = Uncopied(deepcopy(wrap(trained(convolutional))))
+    model.model.register_buffer("seen", torch.zeros(()), persistent=False)
+    model.train().requires_grad_(True)
+    evidence = measure(model, steps=3)
+    assert replace(evidence, margins=()) == replace(measure(wrap(trained(convolutional)), steps=3), margins=())
+    assert all(module.training for module in model.modules()) and all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.model.seen and all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 1, 8, 8))])
+def test_torchscript_is_judged_as_the_module_that_it_was_made_from(compiled):
+    evidence = measure(compiled(trained(convolutional)), steps=3)
+    plain = measure(trained(convolutional), steps=3)
+    assert [point.right for point in evidence.curve] == [point.right for point in plain.curve] and evidence.zero_clean == 0
+    learning = compiled(linear())  # its parameters take gradients
+    assert measure(learning, steps=3).n and all(parameter.requires_grad for parameter in learning.parameters())
+
+
+def test_always_saying_the_most_frequent_class_is_chance_and_no_flag():
+    class Constant(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.one_hot(torch.zeros(len(images), dtype=torch.long), 2) + images.flatten(1)[:, :2] / 100
+
+    images, labels = digits()[0][SUBSET], (torch.arange(100) % 5 == 0).long()
+    evidence = probe(Constant(), images, labels, threat_model=THREATS["linf"], classes=2, steps=3, seed=0)
+    assert evidence.largest_class == pytest.approx(0.8) and evidence.curve[-1].accuracy == 0.8
+    assert "curve_above_chance" not in [flag.name for flag in flags(evidence)]
+
+
+def test_what_the_probes_break_within_epsilon_is_handed_out():
+    told = []
+    model, threat_model = trained(convolutional), THREATS["l2"]
+    evidence = measure(model, "l2", shares=(0.5, 2), on_broken=lambda *broken: told.append(broken))
+    names, rows, images = zip(*told, strict=True)
+    assert names == ("probe-pgd", "probe-pgd", "probe-step", "probe-noise")
+    half, whole = (evidence.n - point.right for point in evidence.curve[1:3])
+    assert [len(part) for part in rows[:2]] == [half, whole] and len(rows[2]) > 0
+    for row, image in zip(rows, images, strict=True):
+        original, label = (part[SUBSET][row] for part in digits())
+        assert (model(image).argmax(1) != label).all() and (model(original).argmax(1) == label).all()
+        assert ((image - original).flatten(1).norm(dim=1) <= threat_model.epsilon + 1e-5).all()
 
 
 def test_a_model_that_is_never_right_gives_evidence_without_samples():

@@ -30,6 +30,7 @@ SOUND = Evidence(
     steps=20,
     seed=0,
     classes=10,
+    largest_class=0.1,
     images=100,
     n=100,
     curve=curve(100, 80, 60, 0),
@@ -72,8 +73,14 @@ LINES = [
     ("curve_above_chance", {"curve": curve(90, 80, 60, 18)}, {"curve": curve(90, 80, 60, 19)}, "still 0.190 (at least 0.125) at epsilon 1"),
     (
         "curve_above_chance",
-        {"classes": 1000, "curve": curve(9, 9, 9, 11)},
-        {"classes": 1000, "curve": curve(9, 9, 9, 12)},
+        {"largest_class": 0.5, "curve": curve(90, 80, 60, 61)},  # as good as always saying the most frequent class
+        {"largest_class": 0.5, "curve": curve(90, 80, 60, 63)},
+        "chance is 0.5",
+    ),
+    (
+        "curve_above_chance",
+        {"classes": 1000, "largest_class": 0.0, "curve": curve(9, 9, 9, 11)},
+        {"classes": 1000, "largest_class": 0.0, "curve": curve(9, 9, 9, 12)},
         "chance is 0.001",
     ),
     (

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from advml.attacks.pgd import pgd
 from advml.attacks.threat import ThreatModel
-from advml.errors import UserError
 from advml.evaluation.diagnostics.target import Target
 from advml.runtime.machine import own_randomness
 
@@ -83,13 +80,6 @@ def test_lack_of_memory_is_no_property_of_the_model():
 
     with pytest.raises(torch.OutOfMemoryError):
         Target(Lambda(exhausted)).gradient(total, IMAGES)
-
-
-def test_a_model_that_cannot_be_copied_is_refused_in_one_line():
-    model = Lambda(square)
-    model.lock = threading.Lock()
-    with pytest.raises(UserError, match=r"the model cannot be copied \(.*lock.*\); keep"):
-        Target(model)
 
 
 def test_within_own_randomness_draws_follow_the_seed_and_after_it_the_generator_goes_on():

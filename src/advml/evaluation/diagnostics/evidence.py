@@ -35,6 +35,7 @@ class Evidence:
 
     Attributes:
         norm, epsilon, steps, seed, classes: of the probes.
+        largest_class: share of the images that belong to the most frequent class.
         images: size of the subset; the curve's accuracies are shares of it.
         curve: from epsilon 0 up to one at which every image can reach every other, by independent runs of PGD on cross-entropy.
         rise: see `Rise`.
@@ -44,7 +45,7 @@ class Evidence:
         zero_clean, zero_random: samples whose gradient of cross-entropy is exactly 0 at the image, at a random point of the ball.
         zero_margin: the same for the margin objective, at the image.
         non_finite: samples with NaN or infinity in one of these gradients.
-        gradient_error: PyTorch's reason for having no gradient at all, or None.
+        gradient_error: the reason given for having no gradient at all, or None.
         margins: best margin so far (largest wrong logit - right logit) after 0 .. S steps, mean over the survivors.
         survivors: samples that plain PGD at `epsilon` does not break.
         slope_kept: what a step of epsilon / 10 along the margin's gradient gains, as a share of what the gradient promises; median.
@@ -55,7 +56,7 @@ class Evidence:
         output_low, output_sum, output_sum_spread, output_log_sum_exp: smallest output; mean and range of its sum over classes;
             largest |log sum exp|.
         forward, backward: passes per sample, all probes together.
-        figure_broken: samples that survive the attacks behind the figure, and that these probes (PGD, one step, noise) break.
+        figure_broken: images that survive all attacks of the worst case, and that these probes (PGD, one step, noise) break.
     """
 
     norm: str
@@ -63,6 +64,7 @@ class Evidence:
     steps: int
     seed: int
     classes: int
+    largest_class: float
     images: int
     n: int
     curve: tuple[Point, ...]

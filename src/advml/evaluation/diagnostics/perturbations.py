@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from advml.attacks.pgd import default_step_size, pgd
+from advml.attacks.pgd import default_step_size, finite, pgd
 from advml.attacks.threat import NORMS, ThreatModel
 from advml.evaluation.diagnostics.target import Target
 from advml.runtime.machine import generator_for
@@ -64,9 +64,9 @@ class Samples:
         )
         return adversarial, self.target.logits(adversarial), torch.stack(margins).cummax(0).values
 
-    def noise(self, threat_model: ThreatModel) -> Tensor:
-        """bool (n,): right under every one of NOISE_DRAWS draws."""
-        right = torch.ones_like(self.labels, dtype=torch.bool)
+    def noise(self, threat_model: ThreatModel) -> tuple[Tensor, Tensor]:
+        """bool (n,): right under every one of NOISE_DRAWS draws; and (n, C, H, W) the noisy images that are not, else the images."""
+        right, images = torch.ones_like(self.labels, dtype=torch.bool), self.images.clone()
         for draw in range(NOISE_DRAWS):
             generator = generator_for("diagnostics", "noise", self.seed, draw)
             if draw % 2:
@@ -77,7 +77,9 @@ class Samples:
             left = right.nonzero().squeeze(1)
             for rows in (left[part] for part in batches(len(left), self.batch_size)):
                 right[rows] = self.target.logits(noisy[rows]).argmax(1) == self.labels[rows]
-        return right
+            broken = left[~right[left]]
+            images[broken] = noisy[broken]
+        return right, images
 
     def gradients(self, threat_model: ThreatModel) -> dict[str, int]:
         """How many samples have a gradient that is exactly zero or not finite."""
@@ -100,7 +102,7 @@ class Samples:
         for rows in batches(len(self.labels), self.batch_size):
             images, labels = self.images[rows], self.labels[rows]
             _, before, gradient = self.target.gradient(partial(margin, labels=labels), images)
-            gradient = gradient.nan_to_num(nan=0, posinf=0, neginf=0)
+            gradient = finite(gradient)
             moved = threat_model.ascend(images, gradient, images, step_size=SHORT * threat_model.epsilon)
             promised = ((moved - images) * gradient).flatten(1).sum(1)
             gained = margin(self.target.logits(moved), labels) - before

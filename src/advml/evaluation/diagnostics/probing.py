@@ -10,12 +10,13 @@ costs 2 forward passes more.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
+from advml.attacks.guard import borrowed
 from advml.attacks.threat import ThreatModel
 from advml.evaluation.diagnostics.evidence import Evidence, Point, Rise
 from advml.evaluation.diagnostics.perturbations import Attacked, Samples, batches
@@ -39,28 +40,30 @@ def probe(
     white_box: Tensor | None = None,
     black_box: Mapping[str, Tensor] | None = None,
     batch_size: int = 500,
+    on_broken: Callable[[str, Tensor, Tensor], None] = lambda probe, rows, images: None,
 ) -> Evidence:
     """Measure what the rules of `diagnostics` judge. The model, its modes and gradients, and the global RNG stay as they are.
 
     Args:
-        model: maps images (n, C, H, W) in [0, 1] to logits (n, classes); is copied, and judged in eval mode. It need not be
-            differentiable, deterministic, or independent of the batch: that is what is found out.
+        model: maps images (n, C, H, W) in [0, 1] to logits (n, classes); is copied where it can be, and judged in eval mode. It need not
+            be differentiable, deterministic, or independent of the batch: that is what is found out.
         images, labels: the subset, (N, C, H, W) in [0, 1] and (N,), on the model's device.
         threat_model: the ball in which the figure was measured.
         steps: of each PGD, from a random start, with steps of 2.5 * epsilon / steps.
         shares: multiples of epsilon for the curve; epsilon itself and the one that spans the box are always on it.
         white_box: bool (N,), right after all white-box attacks that the figure rests on; None: the probes' own.
         black_box: name -> bool (N,), right after an attack without gradients of this model: Square, or transfer.
+        on_broken: told what "probe-pgd", "probe-step" and "probe-noise" break within epsilon: rows (m,) and images (m, C, H, W).
     Raises:
-        UserError: the model cannot be copied.
+        UserError: the model fails on a batch.
         ValueError: shapes disagree.
     """
     black_box = dict(black_box or {})
     for given in (labels, *black_box.values(), *([] if white_box is None else [white_box])):
         if given.shape != (len(images),):
             raise ValueError(f"one value per image is needed: {len(images)} images, shape {tuple(given.shape)}")
-    with own_randomness(derived_seed("diagnostics", seed), images.device):
-        target, fresh = Target(model), Target(model)
+    with own_randomness(derived_seed("diagnostics", seed), images.device), borrowed(model) as own, borrowed(model) as other:
+        target, fresh = Target(own), Target(other)
         first, second = (torch.cat([target.logits(images[rows]) for rows in batches(len(images), batch_size)]) for _ in range(2))
         if first.shape[1] != classes:
             raise ValueError(f"the model gives {first.shape[1]} outputs, for {classes} classes")
@@ -69,15 +72,19 @@ def probe(
         curve = {size: samples.pgd(ThreatModel(threat_model.norm, size), steps=steps) for size in _epsilons(threat_model, shares, images)}
         plain, single = curve[threat_model.epsilon], samples.pgd(threat_model, steps=1)
         white = plain.right & single.right & (True if white_box is None else white_box.to(images.device)[chosen])
-        after = {RANDOM_NOISE: samples.noise(threat_model)} | {name: right.to(images.device)[chosen] for name, right in black_box.items()}
+        quiet, noisy = samples.noise(threat_model)
+        within = [("probe-pgd", found.right, found.images) for size, found in curve.items() if size <= threat_model.epsilon]
+        for name, right, adversarial in (*within, ("probe-step", single.right, single.images), ("probe-noise", quiet, noisy)):
+            on_broken(name, chosen[~right], adversarial[~right])
+        after = {RANDOM_NOISE: quiet} | {name: right.to(images.device)[chosen] for name, right in black_box.items()}
         again = samples.again(fresh, plain.images)
-        figure = white_box.to(images.device)[chosen] if white_box is not None else white
         return Evidence(
             norm=threat_model.norm,
             epsilon=threat_model.epsilon,
             steps=steps,
             seed=seed,
             classes=classes,
+            largest_class=float(labels.bincount().max() / len(labels)) if len(labels) else 0.0,
             images=len(images),
             n=len(chosen),
             curve=_points(curve, n=len(chosen), images=len(images)),
@@ -102,7 +109,6 @@ def probe(
             output_log_sum_exp=float(first.logsumexp(1).abs().max()),
             forward=(target.forward + fresh.forward) / max(1, len(chosen)),
             backward=target.backward / max(1, len(chosen)),
-            figure_broken=_count(figure & ~(plain.right & single.right & after[RANDOM_NOISE])),
         )
 
 

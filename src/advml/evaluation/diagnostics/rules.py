@@ -5,6 +5,7 @@ No rule fires on a difference that chance explains: counts are tested against it
 
 from __future__ import annotations
 
+from advml.attacks.pgd import default_step_size
 from advml.evaluation.diagnostics.evidence import Evidence
 from advml.evaluation.diagnostics.perturbations import SHORT
 from advml.evaluation.intervals import binomial_tail
@@ -46,13 +47,16 @@ def curve_not_monotone(e: Evidence) -> Finding | None:
 
 
 def curve_above_chance(e: Evidence) -> Finding | None:
-    """Where every image can become every other, no model is better than chance: 1 / K, or CHANCE_FLOOR if that is larger."""
-    last, chance = e.curve[-1], max(1 / e.classes, CHANCE_FLOOR)
-    if binomial_tail(last.right, e.images, share=chance) >= SIGNIFICANCE:
+    """Where every image can become every other, no model is better than one that always says the most frequent class.
+
+    That is right on 1 / K of the images or more; nothing is said below CHANCE_FLOOR.
+    """
+    last, chance = e.curve[-1], max(1 / e.classes, e.largest_class)
+    if binomial_tail(last.right, e.images, share=max(chance, CHANCE_FLOOR)) >= SIGNIFICANCE:
         return None
     return (
         f"accuracy is still {last.accuracy:.3f} (at least {last.low:.3f}) at epsilon {last.epsilon:.4g}, where every image can become "
-        f"every other; chance is {1 / e.classes:.3g}",
+        f"every other; chance is {chance:.3g}",
         "the attack, not the model, fails there: look at the gradients, attack the margin or DLR objective, take Square or more steps",
     )
 
@@ -69,11 +73,12 @@ def single_step_stronger(e: Evidence) -> Finding | None:
 
 
 def figure_too_high(e: Evidence) -> Finding | None:
-    """The attacks behind a figure should break what these cheap probes break."""
+    """The attacks behind a figure should break what these cheap probes break; what these break is counted in the worst case."""
     if not beyond_tolerance(e.figure_broken, e.n):
         return None
     return (
-        f"{e.figure_broken} of {e.n} samples survive the attacks behind the figure, but not {e.steps} steps of PGD, one step, or noise",
+        f"{e.figure_broken} of {e.n} samples survive all attacks of the worst case, but not {e.steps} steps of PGD, one step, or noise; "
+        "they are counted as broken, and on the other test images nobody has looked",
         "a stronger attack in evaluate (step_size: null, more steps, a random start) and the whole cascade in worst_case",
     )
 
@@ -86,8 +91,7 @@ def black_box_stronger(e: Evidence) -> Finding | None:
     listed = ", ".join(f"{name} {count}" for name, count in stronger.items())
     return (
         f"attacks without gradients break samples that survive all white-box attacks: {listed} of {e.n} ({e.white_box_right} survive)",
-        "count them into the worst case; the gradients mislead, so more queries for Square, and white-box attacks through a smooth "
-        "substitute of the layer at fault (BPDA)",
+        "the gradients mislead, so more queries for Square, and white-box attacks through a smooth substitute of the layer at fault (BPDA)",
     )
 
 
@@ -101,7 +105,7 @@ def dead_gradients(e: Evidence) -> Finding | None:
         f"point nearby; not finite for {e.non_finite}"
     )
     if e.gradient_error:
-        saw += f"; PyTorch says: {e.gradient_error}"
+        saw += f"; the reason given: {e.gradient_error}"
     saturated = zero > DEAD_SHARE * e.n and e.zero_margin <= DEAD_SHARE * e.n
     return saw, (
         f"the loss is saturated, the margin is not (zero for {e.zero_margin}): attack the margin or DLR objective, or divide the logits "
@@ -129,6 +133,8 @@ def loss_still_rising(e: Evidence) -> Finding | None:
 
     The margin, though PGD ascends cross-entropy: where the model is right, that is about exp(margin), and grows fastest at the end
     even when the attack comes to rest. Under attacks that converge, the pace was at most 0.4 (digits, 5 to 50 steps, both norms).
+    Logits of unit length raise this flag where they are saturated, and rightly: on digits in L2, three times as many steps more, of the
+    same length, broke 7 of 94 and 8 of 17 survivors.
     """
     last = max(1, round(e.steps / 10))
     if e.survivors < FEWEST_SURVIVORS or len(e.margins) <= last:
@@ -139,7 +145,8 @@ def loss_still_rising(e: Evidence) -> Finding | None:
     return (
         f"the last {last} of {e.steps} steps give {late / total:.0%} of what PGD gains in margin on the {e.survivors} samples that "
         f"survive it ({e.margins[0]:.3g} to {e.margins[-1]:.3g})",
-        f"more steps ({4 * e.steps} instead of {e.steps}) until the loss stands still, or several restarts",
+        f"more steps of the same length ({4 * e.steps} instead of {e.steps}, each of {default_step_size(e.epsilon, e.steps):.3g}) until "
+        "the loss stands still; more but shorter ones come no further",
     )
 
 

@@ -1,65 +1,54 @@
-"""Anyone's model as the target of an attack that must not fail, leave traces, or go uncounted."""
+"""Anyone's model as the target of an attack that must not fail or go uncounted."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from advml.attacks.pgd import Objective
-from advml.errors import UserError
+from advml.attacks.pgd import Objective, finite
+from advml.networks.foreign import Foreign
 
 Loss = Callable[[Tensor], Tensor]  # logits (N, K) -> values (N,)
 
 
 class Target:
-    """A private copy of a model, in eval mode. The model itself is never run, so nothing of it can change.
+    """A model as given, which must be in eval mode and frozen, behind a wall: see `Foreign`.
 
     Some models give no gradient: they round, detach, or compute outside of PyTorch. Here that is a gradient of zero.
 
     Attributes:
         forward, backward: images that have passed so far.
-        error: why a gradient could not be computed, in PyTorch's words; None if every one could.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        try:
-            self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        except (RuntimeError, TypeError) as error:  # a tensor with a history, a handle of the operating system
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the model cannot be copied ({reason}); keep results and open files out of its attributes") from None
+        self.model = model if isinstance(model, Foreign) else Foreign(model, memory_format=torch.preserve_format)
+        self.model.gradient_error = None
         self.forward = self.backward = 0
-        self.error: str | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Why a gradient could not be computed, in its own words; None if every one could."""
+        return self.model.gradient_error
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K), in float32."""
         self.forward += len(images)
-        return self.model(images.clone()).float()  # clone: a model may write into its input
+        return self.model(images).float()
 
     def gradient(self, loss: Loss, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (N, K), values (N,) of `loss(logits)`, and their gradient with respect to the images, zero or non-finite as it may be."""
         images = images.detach().requires_grad_()
-        gradient = None
-        try:
-            with torch.enable_grad():
-                self.forward += len(images)
-                logits = self.model(images.clone()).float()
-                values = loss(logits)
-                if values.requires_grad:
-                    self.backward += len(images)
-                    with torch.autocast(images.device.type, enabled=False):  # as in `pgd`
-                        (gradient,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
-        except torch.OutOfMemoryError:  # is a RuntimeError, and says nothing about the model
-            raise
-        except RuntimeError as error:
-            self.error = str(error).splitlines()[0]
-            with torch.no_grad():
-                logits = self.logits(images.detach())
-                values = loss(logits)
-        return logits.detach(), values.detach(), torch.zeros_like(images.detach()) if gradient is None else gradient
+        self.forward += len(images)
+        self.backward += len(images)
+        with torch.enable_grad():
+            logits = self.model(images).float()
+            values = loss(logits)
+            with torch.autocast(images.device.type, enabled=False):  # as in `pgd`
+                (gradient,) = torch.autograd.grad(values.sum(), images)
+        return logits.detach(), values.detach(), gradient
 
     def objective(self, loss: Loss, *, watch: Callable[[Tensor], None] = lambda logits: None) -> Objective:
         """For `pgd`: values of `loss`. Non-finite parts of a gradient are 0, and a value of NaN is -inf: never the best.
@@ -74,8 +63,7 @@ class Target:
                 values = loss(logits)
             else:
                 logits, values, gradient = self.gradient(loss, images)
-                gradient = gradient.nan_to_num(nan=0, posinf=0, neginf=0)
-                slope = ((images - images.detach()) * gradient).flatten(1).sum(1)  # 0, with that gradient
+                slope = ((images - images.detach()) * finite(gradient)).flatten(1).sum(1)  # 0, with that gradient
             values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
             watch(logits)
             return values + slope
