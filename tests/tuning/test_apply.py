@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,25 @@ def propose(root: Path, name: str, text: str) -> None:
     (folder / "best.yaml").write_text(text)
 
 
+def changed_lines(difference: str) -> list[str]:
+    return [line for line in difference.splitlines() if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))]
+
+
 def test_only_the_proposed_lines_change_and_comments_stay(params):
     values = {"regimes.Full-AT.learning_rate": 0.0031, "evaluate.schedule": "linear", "views.contrastive.shift": 0.2}
-    after, difference = merge(params, values)
-    changed = [line for line in difference.splitlines() if line.startswith(("+", "-")) and not line.startswith(("+++", "---"))]
-    assert len(changed) == 2 * 3
+    merged = merge(params, values)
+    after, difference = merged.text, merged.difference
+    assert len(changed_lines(difference)) == 2 * 3 and merged.changes == values
     assert "+  schedule: linear" in difference and "# of the step size: constant, linear, cosine" in difference
     assert sum("#" in line for line in after.splitlines()) == sum("#" in line for line in PARAMS.read_text().splitlines())
     params.write_text(after)
     loaded = config.flatten(config.load(params).model_dump())
     assert {key: loaded[key] for key in values} == values
-    assert merge(params, values)[1] == ""
+    assert (merge(params, values).difference, merge(params, values).changes) == ("", {})
 
 
 def test_an_option_that_was_not_written_out_is_added(params):
-    after, _ = merge(params, {"views.contrastive.contrast": 0.4})
-    params.write_text(after)
+    params.write_text(merge(params, {"views.contrastive.contrast": 0.4}).text)
     assert config.load(params).views.contrastive.contrast == 0.4 and config.load(params).views.contrastive.rotation == 20
 
 
@@ -91,6 +95,40 @@ def test_what_a_proposed_attack_changes_elsewhere_is_said(params, tmp_path, advm
     assert said[0].startswith("warning: evaluate.steps = 5 is also the number of steps of pgd-margin in worst_case")
     assert said[1].startswith("warning: evaluate.step_size = 0.05 is a length") and "half of epsilon" in said[1]
     unchanged = {"evaluate.steps": 20, "evaluate.restarts": 2}
-    assert not warnings(merge(params, unchanged)[1], unchanged)
+    assert not warnings(merge(params, unchanged).changes)
     with pytest.raises(UserError, match=r"^attack proposes trial 3 alone"):
         proposal(Workspace(tmp_path), "attack", trial=4)
+
+
+def test_the_difference_holds_no_line_that_is_the_same_and_patch_can_apply_it(params, tmp_path):
+    """A whole fine-tuning: many lines of one section, like those of other sections, far beyond difflib's 200 lines."""
+    given = config.load(params).regimes["Full-AT"]
+    values = {"learning_rate": 0.0031, "epochs": 14, "loss": "trades", "adversarial_weight": 3.5, "label_smoothing": 0.07, "epsilon": 0.2}
+    assert all(getattr(given, key) != value for key, value in values.items())
+    merged = merge(params, {f"regimes.Full-AT.{key}": value for key, value in values.items()})
+    lines = changed_lines(merged.difference)
+    removed, added = ([line[1:] for line in lines if line[0] == sign] for sign in "-+")
+    assert len(removed) == len(added) == len(values) and not set(removed) & set(added)
+    patched = subprocess.run(
+        ["git", "apply", "--unidiff-zero", "-p0", "-"],
+        input=merged.difference.replace(f"{params}", "params.yaml").replace("params.yaml (proposed)", "params.yaml"),
+        text=True,
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert patched.returncode == 0, patched.stderr
+    assert params.read_text() == merged.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"regimes.Full-AT.epochs": 12, "regimes.Full-AT.learning_rate": 0.1}, ["regimes.Full-AT counts for every scheme of the grid"]),
+        ({"pretrain.CL.learning_rate": 0.1, "temperature": 0.3}, ["pretrain.CL counts for both", "temperature = 0.3 counts for every"]),
+        ({"views.contrastive.rotation": 9, "views.contrastive.shift": 0.1}, ["views.contrastive counts for every contrastive scheme"]),
+        ({"evaluate.restarts": 4}, []),
+    ],
+)
+def test_what_counts_for_more_than_was_searched_is_said_once(changes, said):
+    found = warnings(changes)
+    assert len(found) == len(said) and all(line.startswith(f"warning: {start}") for line, start in zip(found, said, strict=True))

@@ -126,18 +126,18 @@ def apply(
 
     load(params)  # what is wrong with the file now must not look like the proposal's fault
     values = proposal(Workspace(params.parent), name, trial=trial)
-    text, difference = merge(params, values)
-    if not difference:
+    merged = merge(params, values)
+    if not merged.changes:
         print(f"{params} has these values already")
         return
-    print(difference, end="")
-    for line in warnings(difference, values):
+    print(merged.difference, end="")
+    for line in warnings(merged.changes):
         print(line)
     if dry_run:
         print(f"nothing written; without --dry-run this goes into {params}")
         return
     temporary = params.with_name(f"{params.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(merged.text, encoding="utf-8")
     os.replace(temporary, params)
     print(f"wrote {params}\nnext: advml repro")
 

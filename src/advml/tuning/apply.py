@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,15 @@ from advml.paths import Workspace, checked_name
 from advml.rewrite import rewrite
 from advml.tuning.outputs import BEST
 
-# Proposed key -> what else it changes.
+# Keys or sections of which a proposal means more than its search has looked at -> what else they change.
 WARNINGS = {
-    "evaluate.steps": "is also the number of steps of pgd-margin in worst_case, and of the attack whose images represent and compare use",
-    "evaluate.step_size": "is a length: it is that long at half of epsilon, too",
+    r"evaluate\.steps": "is also the number of steps of pgd-margin in worst_case, and of the attack whose images represent and compare use",
+    r"evaluate\.step_size": "is a length: it is that long at half of epsilon, too",
+    r"regimes\.[^.]+": "counts for every scheme of the grid; the search has looked at one",
+    r"pretrain\.[^.]+": "counts for both phases, st and at; the search has looked at one",
+    r"views\.contrastive": "counts for every contrastive scheme and both phases; the search has looked at one of each",
+    r"views\.supervised": "counts for both phases, st and at; the search has looked at one",
+    r"temperature": "counts for every contrastive scheme, and in threat model I of every evaluation; the search has looked at one scheme",
 }
 
 
@@ -59,35 +66,68 @@ def _only(read: dict[str, Any], trial: int | None, name: str) -> Any:
     return read["parameters"]
 
 
-def warnings(difference: str, values: dict[str, Any]) -> list[str]:
-    """A line for each key that the difference changes and that means more than the search has looked at."""
-    added = [line[1:].strip().partition(":")[0] for line in difference.splitlines() if line.startswith("+") and not line.startswith("+++")]
-    found = [(key, said) for key, said in WARNINGS.items() if key in values and key.rpartition(".")[2] in added]
-    return [f"warning: {key} = {values[key]} {said}" for key, said in found]
+def warnings(changes: dict[str, Any]) -> list[str]:
+    """A line for each key or section that is changed and means more than the search has looked at."""
+    found = []
+    for pattern, said in WARNINGS.items():
+        matches = [(match.group(), key, value) for key, value in changes.items() if (match := re.match(pattern, key))]
+        told = dict.fromkeys(f"{key} = {value}" if what == key else what for what, key, value in matches)
+        found += [f"warning: {one} {said}" for one in told]
+    return found
 
 
-def merge(params: Path, values: dict[str, Any]) -> tuple[str, str]:
-    """The text of params.yaml with other values, comments and all else as they were; and the difference, or ''.
+@dataclass(frozen=True)
+class Merged:
+    """A params.yaml with a proposal in it.
+
+    Attributes:
+        text: comments and all else as they were.
+        changes: the keys that get another value, with it.
+        difference: of the texts, for review; '' without changes.
+    """
+
+    text: str
+    changes: dict[str, Any]
+    difference: str
+
+
+def merge(params: Path, values: dict[str, Any]) -> Merged:
+    """params.yaml with other values; nothing is written.
 
     Raises:
         UserError: params.yaml does not have one of the keys, or its values do not go together.
     """
     before = params.read_text(encoding="utf-8")
     raw = parse(before, [], source=str(params))
-    changes: dict[str, Any] = {}
+    changes, edits = {}, {}
     for key, value in values.items():
         section, leaf = _section(raw, key, params)
         if section.get(leaf) == value and leaf in section:
             continue
+        changes[key] = value
         if leaf in section:
-            changes[key] = value
+            edits[key] = value
         else:  # an option that need not be written out: the section is written anew, with it
-            changes[key.rpartition(".")[0]] = section | {leaf: value}
+            edits[key.rpartition(".")[0]] = section | {leaf: value}
         section[leaf] = value
     validate(raw, source=f"{params} with the proposal")
-    after = rewrite(before, changes, {}) if changes else before
-    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), str(params), f"{params} (proposed)", n=1)
-    return after, "".join(lines)
+    after = rewrite(before, edits, {}) if edits else before
+    return Merged(after, changes, difference(before, after, str(params)))
+
+
+def difference(before: str, after: str, name: str) -> str:
+    """A unified diff with a line of context. difflib's own takes lines that are frequent in a long text, as `epochs: 2`, for noise."""
+    old, new = before.splitlines(), after.splitlines()
+    lines = [f"--- {name}", f"+++ {name} (proposed)"]
+    for group in difflib.SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(1):
+        first, last = group[0], group[-1]
+        lines.append(f"@@ -{first[1] + 1},{last[2] - first[1]} +{first[3] + 1},{last[4] - first[3]} @@")
+        for tag, i, j, k, m in group:
+            if tag == "equal":
+                lines += [f" {line}" for line in old[i:j]]
+            else:
+                lines += [f"-{line}" for line in old[i:j]] + [f"+{line}" for line in new[k:m]]
+    return "".join(f"{line}\n" for line in lines) if len(lines) > 2 else ""
 
 
 def _section(raw: dict[str, Any], key: str, params: Path) -> tuple[dict[str, Any], str]:
