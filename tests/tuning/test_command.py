@@ -22,16 +22,21 @@ from advml.tuning import study as studies
 from advml.tuning.apply import proposal
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_search import Toy
+from toy_search import Toy, written_without_figures
 
 
 @pytest.fixture
 def tune(study, monkeypatch):
-    """tune(toy, trials=3) runs the command in a study's folder."""
+    """tune(toy, trials=3) runs the command in a study's folder. Figures, which take the longest, are drawn if asked for."""
 
-    def run(toy: Toy, *, trials: int, workers: int = 1, overrides: tuple[str, ...] = (), replace: bool = False) -> command.Outcome:
+    def run(
+        toy: Toy, *, trials: int, workers: int = 1, overrides: tuple[str, ...] = (), replace: bool = False, figures: bool = False
+    ) -> command.Outcome:
         config = study.config(*overrides)
-        return command.tune(toy, config, study.workspace, storage=None, trials=trials, workers=workers, seed=0, replace=replace)
+        with monkeypatch.context() as patch:
+            if not figures:
+                patch.setattr(command.outputs, "write", written_without_figures)
+            return command.tune(toy, config, study.workspace, storage=None, trials=trials, workers=workers, seed=0, replace=replace)
 
     return run
 
@@ -54,7 +59,7 @@ def best(outcome: command.Outcome) -> dict:
 
 
 def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
-    outcome = tune(Toy(toy.log, fails="odd"), trials=14, workers=2)
+    outcome = tune(Toy(toy.log, fails="odd"), trials=14, workers=2, figures=True)
     told = best(outcome)
     assert outcome.folder.name == "toy" and told["trial"] == outcome.best.number
     assert told["parameters"] == {f"toy.{key}": value for key, value in outcome.best.params.items()}
@@ -70,7 +75,7 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
 
 
 def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):
-    outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6)
+    outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6, figures=True)
     assert (outcome.folder / "pareto.png").exists()
     opened = studies.create(Toy(toy.log, two=True).definition(), command.address(None, root=study.root))
     assert [one["trial"] for one in best(outcome)["front"]] == [
@@ -86,7 +91,7 @@ def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chos
 def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_them(tune, toy, study):
     tune(Toy(toy.log, fails="odd"), trials=5)
     before = runs(study)
-    outcome = tune(Toy(toy.log, fails="odd"), trials=8)
+    outcome = tune(Toy(toy.log, fails="odd"), trials=8, figures=True)
     after = runs(study)
     assert before.keys() < after.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
     parent = after["toy"]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 P = ParamSpec("P")
@@ -59,5 +60,7 @@ def to_png(figure: Figure, *, dpi: float | None = None) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
     stream = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(stream, format="png", dpi=dpi or STYLE["savefig.dpi"], metadata={"Software": None})
+        canvas = FigureCanvasAgg(figure)
+        figure.set_dpi(dpi or STYLE["savefig.dpi"])
+        canvas.print_png(stream, metadata={"Software": None})  # the bytes that `savefig` writes, which draws twice for the layout
     return stream.getvalue()
