@@ -294,6 +294,11 @@ def test_a_folder_or_a_binary_file_cannot_be_read(tmp_path: Path) -> None:
     assert complaint(tmp_path / "folder").startswith("folder cannot be read: ")
 
 
+def test_yaml_that_libyaml_refuses_is_read_in_python(params: Path) -> None:
+    overrides = ["tracking={uri: http://127.0.0.1:5000, experiment: advml}"]
+    assert config.load(params, overrides).tracking.uri == "http://127.0.0.1:5000"
+
+
 def test_an_override_does_not_leak_through_a_yaml_alias(params: Path) -> None:
     before, _, rest = PARAMS.partition("  ST:\n")
     head, _, rest = rest.partition("  AT:\n")
