@@ -135,7 +135,7 @@ def write_report(root, name, metrics):
     (report / "metrics.json").write_text(json.dumps(metrics))
     made = root / "records" / "evaluate" / f"{name}.json"
     made.parent.mkdir(parents=True, exist_ok=True)
-    made.write_text(json.dumps({"attacks": []}))
+    made.write_text(json.dumps({"parameters": {"evaluate": {"steps": 7}}, "diagnostics": {"evidence": {}, "flags": [{"name": "a flag"}]}}))
 
 
 # --- where the store lies
@@ -613,7 +613,7 @@ def test_sync_rebuilds_everything_from_files_once(config, study):
     record = runs["CL-AT-s0"]
     assert record.info.status == "FINISHED"
     assert (record.info.start_time, record.info.end_time) == (1_000_000_100_000, 1_000_000_100_000)
-    assert record.data.params == {"attack.steps": "5"}
+    assert record.data.params == {"attack.steps": "5", "evaluate.steps": "7"}
     assert record.data.metrics == {"accuracy/clean": 0.9, "train/loss": 0.2, "validation/accuracy": 0.5}
     assert steps_of(config, study, record.info.run_id, "train/loss") == [1, 2, 3, 4, 5]
     expected = {
@@ -646,6 +646,7 @@ def test_sync_leaves_a_run_that_training_made_and_adds_metrics_that_came_later(c
     after = record_of(config, study, run.id)
     assert after.data.metrics == {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4}
     assert steps_of(config, study, run.id, "accuracy/clean") == [0]
+    assert after.data.params["evaluate.steps"] == "7" and after.data.tags["advml.flags"] == "a flag"  # of the record: see write_report
     assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time)
 
 

@@ -53,13 +53,12 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     of = {"model": name, "digest": record["digest"]}
     adversarial.write(adversarial.AdversarialImages(found.images, of | found.kept), workspace.adversarial(name))
     samples.write(found.samples, workspace.samples(name))
-    metrics = records.write(workspace, "evaluate", of | {"inputs": inputs, "metrics": found.metrics} | found.record)
+    parameters = context.parameters(*SECTIONS[2:])
+    metrics = records.write(
+        workspace, "evaluate", of | {"inputs": inputs, "parameters": parameters, "metrics": found.metrics} | found.record
+    )
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
-        run.log_params(context.parameters(*SECTIONS[2:]))
-        run.log_metrics(found.metrics)
-        run.set_tag("advml.flags", found.verdict)
-        run.log_file(workspace.record("evaluate", name), "records/evaluate")
-        run.log_file(workspace.samples(name), "samples")
+        tracking.log_evaluation(run, workspace, name)
     return metrics
 
 

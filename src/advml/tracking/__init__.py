@@ -17,6 +17,7 @@ temporary), the workspace elsewhere. Nothing here imports mlflow (2 s) before a 
 
 from __future__ import annotations
 
+from advml.tracking.evaluations import log_evaluation
 from advml.tracking.representations import log_representation
 from advml.tracking.run import Run
 from advml.tracking.runs import find_run, kill_run, open_run, ui_command, ui_link
@@ -32,6 +33,7 @@ __all__ = [
     "attach_run",
     "find_run",
     "kill_run",
+    "log_evaluation",
     "log_representation",
     "open_run",
     "open_search",

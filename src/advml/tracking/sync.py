@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from advml.errors import Failure
 from advml.paths import Workspace
 from advml.tracking import store as stores
+from advml.tracking.evaluations import log_evaluation
 from advml.tracking.representations import log_representation
 from advml.tracking.run import Run
 from advml.tracking.runs import search
@@ -95,11 +96,10 @@ def _import(place: stores.Place, store: stores.Store, workspace: Workspace, fold
 
 def _add_report(run: Run, workspace: Workspace, name: str) -> None:
     """The final metrics, where the run lacks them: an evaluation that was pulled, or made while the store was down."""
-    metrics, made = workspace.report(name) / "metrics.json", workspace.record("evaluate", name)
-    if metrics.exists() and run.log_metrics(_read(metrics)) and made.exists():
-        run.log_file(made, "records/evaluate")
-        if workspace.samples(name).exists():
-            run.log_file(workspace.samples(name), "samples")
+    metrics = workspace.report(name) / "metrics.json"
+    if metrics.exists():
+        run.log_metrics(_read(metrics))
+    log_evaluation(run, workspace, name)
     log_representation(run, workspace, name)
 
 

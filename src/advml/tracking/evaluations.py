@@ -1,0 +1,30 @@
+"""What `evaluate` has written, in the run of its model: parameters, metrics, flags, the record and the samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+from advml.evaluation.verdict import verdict
+from advml.paths import Workspace
+
+if TYPE_CHECKING:
+    from advml.tracking.run import Run
+
+TAG = "advml.evaluation"  # sha256 of the record, written last: it says that all of it has been logged
+
+
+def log_evaluation(run: Run, workspace: Workspace, name: str) -> None:
+    """Log an evaluation from its files, as the stage does and as `sync` does; nothing if there is none or the run has it already."""
+    made = workspace.record("evaluate", name)
+    if not made.exists() or run.tag(TAG) == (digest := hashlib.sha256(made.read_bytes()).hexdigest()):
+        return
+    record = json.loads(made.read_text(encoding="utf-8"))
+    run.log_params(record.get("parameters", {}))
+    run.log_metrics(record.get("metrics", {}))
+    run.set_tag("advml.flags", verdict(record.get("diagnostics", {})))
+    run.log_file(made, "records/evaluate")
+    if workspace.samples(name).exists():
+        run.log_file(workspace.samples(name), "samples")
+    run.set_tag(TAG, digest)
