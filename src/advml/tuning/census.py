@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 from optuna.trial import FrozenTrial, TrialState
@@ -17,6 +20,7 @@ RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
 KILLS = "kills"  # of processes in a row, without progress
 DEFAULT = "default"  # whether it has the default's values
 
+BOOT, PIDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 HOPELESS = 5  # trials that all fail: so will the next
 
 
@@ -58,24 +62,56 @@ def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
 
 
 def this_process() -> str:
-    """host:pid:start, which no later process shares."""
-    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+    """machine:pid:start, which no later process shares."""
+    return f"{machine()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def described(process: str) -> str:
+    """A process as people know it."""
+    host, _, pid, _ = process.rsplit(":", 3)
+    return f"process {pid} on {host}"
 
 
 def pid_of(trial: FrozenTrial) -> int | None:
     """The process that works, or has worked, on a trial; None on other machines."""
-    host, pid, _ = trial.user_attrs.get(PROCESS, "::").rsplit(":", 2)
-    return int(pid) if host == platform.node() and pid else None
+    where, pid, _ = trial.user_attrs.get(PROCESS, "::").rsplit(":", 2)
+    return int(pid) if where == machine() and pid else None
 
 
 def is_dead(process: str | None) -> bool:
     """Whether a process of this machine is gone; of other machines the heartbeats tell."""
     if process is None:
         return True
-    host, pid, started = process.rsplit(":", 2)
-    if host != platform.node():
+    where, pid, started = process.rsplit(":", 2)
+    if where != machine():
         return False
     try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return _started(int(pid)) != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
+
+
+def machine() -> str:
+    """host:kernel, where process ids mean what they mean here: host names are shared by containers, and clocks are set anew.
+
+    Under Linux the kernel's boot and the namespace of process ids, elsewhere the network card.
+    """
+    return f"{platform.node()}:{_kernel()}"
+
+
+@functools.cache
+def _kernel() -> str:
+    try:
+        return f"{BOOT.read_text().strip()}/{PIDS.stat().st_ino}"
+    except OSError:
+        return f"{uuid.getnode():x}"
+
+
+def _started(pid: int) -> str:
+    """When a process has begun: in clock ticks since the boot, which no setting of the clock changes; elsewhere in seconds.
+
+    Field 22 of proc_pid_stat(5). The second may hold anything, so they are counted from the last parenthesis.
+    """
+    if PIDS.exists():
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return f"{psutil.Process(pid).create_time():.2f}"
