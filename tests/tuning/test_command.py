@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from ruamel.yaml import YAML
 
 from advml.errors import Failure, UserError
 from advml.tracking import store as stores
-from advml.tuning import census, command, supervisor
+from advml.tuning import census, command, supervisor, turn
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
+from advml.tuning.history import History
+from advml.tuning.turn import Turn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy, written_without_figures
@@ -278,3 +281,132 @@ def test_a_new_study_of_the_same_name_has_scratch_folders_of_its_own(tune, toy, 
     tune(Toy(toy.log, version=1), trials=2)
     assert seen[0] == seen[1] and len(set(seen)) == 3
     assert {path.parent for path in seen} == {study.workspace.scratch("tune/toy").resolve()}
+
+
+# Several commands on one study
+
+ELSEWHERE = """
+import sys; sys.path.insert(0, {folder!r})
+from pathlib import Path
+from toy_search import Toy
+from advml.config import load
+from advml.paths import Workspace
+from advml.tuning import command, supervisor
+supervisor.PRELOADED = ["advml.tuning.worker", "advml.tuning.outputs"]
+if __name__ == "__main__":
+    root = Path({root!r})
+    toy = Toy(root / "log", pause=0.05, confirmation="brief")
+    command.tune(toy, load(root / "params.yaml"), Workspace(root), storage=None, trials={trials}, workers=1, seed=1)
+"""
+
+
+def elsewhere(study, *, trials: int) -> subprocess.Popen:
+    """The same command, in a process of its own."""
+    script = study.root / "elsewhere.py"
+    script.write_text(ELSEWHERE.format(folder=str(Path(__file__).parent), root=str(study.root), trials=trials))
+    return subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+
+
+def test_two_commands_confirm_a_winner_once_and_write_one_tree_of_runs(tune, toy, study):
+    other = elsewhere(study, trials=8)
+    outcome = tune(Toy(toy.log, pause=0.05, confirmation="brief"), trials=8)
+    said = other.communicate(timeout=60)[1]
+    assert other.returncode == 0, said
+    lines = toy.log.read_text().splitlines()
+    assert sum(line.startswith("confirm") for line in lines) == 1 and len(lines) == 9
+    assert best(outcome)["test"]["value"] == pytest.approx(outcome.best.value)
+    found = runs(study)  # each name once
+    assert found.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert not study.workspace.scratch("tune/toy").exists()
+
+
+def opened(toy: Toy, study):
+    url = command.address(None, root=study.root)
+    return studies.create(toy.definition(), url), url
+
+
+def test_a_turn_is_one_processes_until_it_gives_it_back_or_dies(toy, study):
+    same, url = opened(toy, study)
+    ours, theirs = Turn(same, url, "confirm"), Turn(same, url, "confirm")
+    assert ours.take() and not theirs.take() and theirs.holder == f"process {os.getpid()} on {platform.node()}"
+    assert Turn(same, url, "mlflow").take()
+    ours.give_back()
+    assert theirs.take() and not ours.take()
+    ours.give_back()  # which it has not got: nothing happens
+    assert not Turn(same, url, "confirm").take()
+    theirs.give_back()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if Turn(*opened(toy, study), "confirm").take() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ours.take()  # from the dead
+
+
+def test_a_turn_on_another_machine_passes_on_when_its_signs_of_life_stop(toy, study, monkeypatch):
+    same, url = opened(toy, study)
+    theirs, ours = Turn(same, url, "confirm"), Turn(same, url, "confirm")
+    monkeypatch.setattr(turn, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(turn, "GRACE", 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(census, "machine", lambda: "elsewhere:1")
+        assert theirs.take()
+        started = time.monotonic()
+        while time.monotonic() - started < 2.0:
+            assert not ours.take()
+            time.sleep(0.1)
+    theirs._ended.set()  # it beats no more
+    time.sleep(0.3)
+    assert not ours.take()
+    time.sleep(1.1)
+    assert ours.take()
+
+
+def test_who_waits_for_a_confirmation_is_told_for_whom_and_measures_nothing_again(tune, toy, study, capfd):
+    tune(Toy(toy.log), trials=1)
+    same, url = opened(toy, study)
+    held = Turn(same, url, "confirm")
+    assert held.take()
+
+    def be_done() -> None:
+        time.sleep(2.0)
+        known = same.user_attrs["confirmed"]
+        same.set_user_attr("measured", {"autoattack": {"of": "theirs"}})
+        assert known["times"] == 1
+        held.give_back()
+
+    thread = threading.Thread(target=be_done)
+    thread.start()
+    outcome = tune(Toy(toy.log, once=("autoattack",)), trials=1)
+    thread.join()
+    assert outcome.confirmed["autoattack"] == {"of": "theirs"}
+    assert f"toy: the winner is being confirmed by process {os.getpid()} on " in capfd.readouterr().err
+
+
+def test_a_command_succeeds_the_one_that_wrote_the_runs(tune, toy, study, capfd):
+    same, url = opened(toy, study)
+    held = History(toy, study.config(), study.workspace, same, url)
+    with held:
+        tune(toy, trials=2)
+        assert runs(study).keys() == {"toy"}  # the other command's
+        assert "toy: its MLflow runs are written by process " in capfd.readouterr().err
+    tune(toy, trials=3)
+    assert runs(study).keys() == {"toy", "toy/0", "toy/1", "toy/2"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "confirmations", "said"),
+    [
+        (0, 2, 2, "trial 0 has been confirmed on 0 further seeds; confirming it on 2"),
+        (3, 2, 1, "trial 0 has been confirmed on 3 further seeds, more than confirm = 2; they stay"),
+        (2, 2, 1, None),
+    ],
+)
+def test_another_number_of_further_seeds_is_heeded_or_the_line_says_why_not(tune, toy, capfd, before, after, confirmations, said):
+    tune(Toy(toy.log, further=before), trials=1)
+    capfd.readouterr()
+    for _ in range(2):
+        outcome = tune(Toy(toy.log, further=after), trials=1)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "further seeds" in line]
+    assert sum(line.startswith("confirm") for line in toy.log.read_text().splitlines()) == confirmations
+    assert lines[:1] == ([f"toy: {said}"] if said else []) and "winners_confirmed" not in best(outcome)

@@ -56,7 +56,8 @@ class Toy:
     pruner: Callable[[], optuna.pruners.BasePruner] = nothing_pruned
     metrics: tuple[str, ...] = ("value",)
     once: tuple[str, ...] = ()
-    confirmation: str = ""  # "slow", "killed", "broken", "refused"
+    confirmation: str = ""  # "slow", "brief", "killed", "broken", "refused"
+    further: int = 0  # seeds of the confirmation
 
     def definition(self) -> Definition:
         return Definition(
@@ -93,7 +94,7 @@ class Toy:
         return {"search": "toy"}
 
     def parameters(self) -> dict:
-        return {"space": SPACE}
+        return {"tune": {"toy": {"space": SPACE, "confirm": self.further}}}
 
     def proposal(self, values: dict) -> dict:
         return {f"toy.{key}": value for key, value in values.items()}
@@ -106,6 +107,8 @@ class Toy:
             file.write(f"confirm {os.getpid()}\n")
         if self.confirmation == "slow":
             time.sleep(60)
+        if self.confirmation == "brief":
+            time.sleep(2)
         if self.confirmation == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.confirmation == "refused":

@@ -1,6 +1,6 @@
 """A search as MLflow shows it: a parent run, and nested in it a run per trial, with parameters, curves and how it ended.
 
-    >>> with open_search(config, root=root, name="attack-SL-AT-s0", tags={}, params=params, run_id=None) as run:
+    >>> with open_search(config, root=root, name="attack-SL-AT-s0", identity="3f2a", tags={}, params=params) as run:
     ...     run.show(trials)                              # again and again; each call logs what has changed
 
 The command's own process writes all of it, from the study's database: workers that are killed leave no run behind.
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from advml.config import Config
 
-PARENT, TRIAL, STATE, BEST = "mlflow.parentRunId", "advml.trial", "advml.state", "advml.best"
+PARENT, STUDY, TRIAL = "mlflow.parentRunId", "advml.study", "advml.trial"
+STATE, BEST = "advml.state", "advml.best"
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 PAGE = 500
 
@@ -115,15 +116,27 @@ def open_search(
     *,
     root: Path,
     name: str,
+    identity: str,
     tags: Mapping[str, Any],
     params: Mapping[str, Any],
     data: DataInfo | None = None,
-    run_id: str | None = None,
 ) -> SearchRun:
-    """Start the parent run of a study, or go on with the one that an earlier command has begun; arguments as of `open_run`."""
-    place, root, facts = stores.locate(config, root=root), Path(root).resolve(), Facts(name, "search", tags, params, data)
-    run = stores.attempt(place, lambda store: SearchRun(place, store, start(store, facts, root=root, run_id=run_id), root=root, name=name))
-    if run is None:
-        run = SearchRun(place, None, None, root=root, name=name)
-        run.id = run_id  # so that a later command finds its run again
-    return run
+    """Start the parent run of a study, or go on with the one that an earlier command has begun; other arguments as of `open_run`.
+
+    Args:
+        identity: what no other study has, also of the same name; a store is asked for the run that carries it.
+    """
+    place, root = stores.locate(config, root=root), Path(root).resolve()
+    facts = Facts(name, "search", {**tags, STUDY: identity}, params, data)
+
+    def begin(store: stores.Store) -> SearchRun:
+        record = start(store, facts, root=root, run_id=_begun(store, identity))
+        return SearchRun(place, store, record, root=root, name=name)
+
+    return stores.attempt(place, begin) or SearchRun(place, None, None, root=root, name=name)
+
+
+def _begun(store: stores.Store, identity: str) -> str | None:
+    """The study's run in this store, unless there is none or it was deleted in the UI."""
+    found = store.client.search_runs([store.experiment], f"tags.`{STUDY}` = '{identity}'", max_results=1)
+    return found[0].info.run_id if found else None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,17 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from advml import tracking
 from advml.config import Config
 from advml.errors import Failure
 from advml.paths import Workspace, checked_name
 from advml.tracking.signals import deferred
-from advml.tuning import census, outputs, supervisor
+from advml.tuning import census, confirmation, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
-from advml.tuning.storage import address
+from advml.tuning.history import History
+from advml.tuning.storage import address, lock
+from advml.tuning.turn import Turn
 from advml.tuning.worker import Orders, Search, call_and_tell
-
-# Attributes of the study: its run, the winner's measurements, and those that do not depend on the winner
-RUN, CONFIRMED, MEASURED = "mlflow_run", "confirmed", "measured"
 
 
 @dataclass(frozen=True)
@@ -78,19 +75,19 @@ def tune(
     scratch = everything / study.user_attrs.get(studies.IDENTITY, "first")  # trials of another study are numbered alike
     orders = Orders(search, url, trials, len(census.finished(study.get_trials(deepcopy=False))), seed, scratch)
     board = Board(search.name, metrics=search.metrics, directions=definition.directions, total=trials)
-    with _tracked(search, config, workspace, study) as run:
+    with History(search, config, workspace, study, url) as history:
         try:
             with board:
-                supervisor.supervise(study, orders, workers=workers, watch=_both(board.show, lambda found: run.show(facts(search, found))))
-            _confirm(search, study, definition.directions)
+                supervisor.supervise(study, orders, workers=workers, watch=_both(board.show, history.show))
+            confirmation.confirm(search, study, url, definition.directions, in_a_process)
         except BaseException:
-            so_far = _close(search, study, url, workspace, run)
+            so_far = _close(search, study, url, workspace, history)
             if so_far.best is not None:
                 told = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
                 print(f"{search.name}: {so_far.finished} of {trials} trials; {told}", file=sys.stderr, flush=True)
             raise
-        outcome = _close(search, study, url, workspace, run)
-    shutil.rmtree(everything, ignore_errors=True)
+        outcome = _close(search, study, url, workspace, history)
+    _tidy(study, url, everything)
     return outcome
 
 
@@ -103,54 +100,25 @@ def _both(*watchers: Callable[[Sequence[FrozenTrial]], None]) -> Callable[[Seque
     return show
 
 
-@contextlib.contextmanager
-def _tracked(search: Search, config: Config, workspace: Workspace, study: optuna.Study) -> Iterator[tracking.SearchRun]:
-    """The study's MLflow run: begun, or taken up where an earlier command has left it."""
-    begun = study.user_attrs.get(RUN)
-    run = tracking.open_search(config, root=workspace.root, name=search.name, tags=search.tags(), params=search.parameters(), run_id=begun)
-    if run.id and run.id != begun:
-        study.set_user_attr(RUN, run.id)
-    with run:
-        yield run
-
-
-def _confirm(search: Search, study: optuna.Study, directions: Sequence[str]) -> None:
-    """Measure the winner once more, and what else was asked for, but nothing that the study has already: test images are looked at once."""
-    best = outputs.best_of(study.get_trials(deepcopy=False), directions)
-    if best is None:
-        return
-    known = study.user_attrs.get(CONFIRMED)
-    if known is None or known["trial"] != best.number:
-        found = in_a_process(search.confirm, best.params)
-        study.set_user_attr(CONFIRMED, {"trial": best.number, "times": (known["times"] if known else 0) + 1, "of": found})
-    for name in search.once:
-        if name not in study.user_attrs.get(MEASURED, {}):
-            study.set_user_attr(MEASURED, study.user_attrs.get(MEASURED, {}) | {name: in_a_process(search.measure, name)})
-
-
-def _confirmed(study: optuna.Study, best: FrozenTrial | None) -> dict[str, Any] | None:
-    """What this command or an earlier one has measured of this winner."""
-    known = study.user_attrs.get(CONFIRMED)
-    if best is None or known is None or known["trial"] != best.number:
-        return None
-    times = {"winners_confirmed": known["times"]} if known["times"] > 1 else {}
-    return known["of"] | study.user_attrs.get(MEASURED, {}) | times
-
-
-def _close(search: Search, study: optuna.Study, url: str, workspace: Workspace, run: tracking.SearchRun) -> Outcome:
-    """Files, figures, and the run's last state."""
+def _close(search: Search, study: optuna.Study, url: str, workspace: Workspace, history: History) -> Outcome:
+    """Files, figures, and the runs' last state."""
     trials, directions = study.get_trials(deepcopy=False), search.definition().directions
     best = outputs.best_of(trials, directions)
-    confirmed = _confirmed(study, best)
+    found = confirmation.confirmed(study, best)
     folder = workspace.reports / "tune" / search.name
-    files = in_a_process(outputs.write, folder, search, study.study_name, url, confirmed)
-    run.show(facts(search, trials))
-    if best is not None:
-        run.crown(best.number)
-        run.log_metrics({f"best/{name}": value for name, value in outputs.scores(search.metrics, best).items()})
-    for file in files:
-        run.log_file(file, "tune")
-    return Outcome(search.name, folder, len(census.finished(trials)), best, census.default_of(trials), confirmed, files)
+    files = in_a_process(outputs.write, folder, search, study.study_name, url, found)
+    history.close(trials, best, files)
+    return Outcome(search.name, folder, len(census.finished(trials)), best, census.default_of(trials), found, files)
+
+
+def _tidy(study: optuna.Study, url: str, scratch: Path) -> None:
+    """Remove the scratch folders, unless another command is at work in them, or will be: it tidies up itself."""
+    turn = Turn(study, url, "confirm")
+    if turn.take():
+        with lock(url):
+            if all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+                shutil.rmtree(scratch, ignore_errors=True)
+        turn.give_back()
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -183,19 +151,3 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     if said is not None:
         raise said(result)
     return result
-
-
-def facts(search: Search, trials: Sequence[FrozenTrial]) -> list[tracking.Trial]:
-    """Trials as the history knows them."""
-    return [
-        tracking.Trial(
-            number=trial.number,
-            state=outputs.state_of(trial),
-            params=search.proposal(trial.params),
-            metrics=outputs.scores(search.metrics, trial),
-            history=trial.user_attrs.get("history", ()),
-            reason=trial.user_attrs.get(census.REASON),
-        )
-        for trial in trials
-        if outputs.state_of(trial) != "waiting" and census.PROCESS in trial.user_attrs
-    ]

@@ -40,7 +40,7 @@ def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str
     if best := best_of(trials, directions):
         texts[BEST] = HEADER.format(name=search.name) + proposal(search, trials, best, confirmed)
     for name, text in texts.items():
-        temporary = folder / f"{name}.part"
+        temporary = folder / f"{name}.{os.getpid()}.part"  # two commands may end at once
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / name)
     return [*(folder / name for name in texts), *draw(folder, study, search.metrics)]
