@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -12,6 +13,9 @@ import torch
 from advml.attacks import autoattack
 from advml.attacks.threat import ThreatModel
 from advml.cli import searching
+from advml.data.datasets import Split
+from advml.errors import Failure
+from advml.evaluation import plan, scoring
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
@@ -48,12 +52,15 @@ def one_trial(search, study, total: int = 9):
 
 
 class Counter(torch.nn.Module):
-    """A linear classifier with hooks that count how often images pass forwards, and gradients come back."""
+    """A linear classifier with hooks that count how often images pass forwards, and gradients come back; in its copies, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.passes = torch.nn.Linear(64, 4), {"forward": 0, "backward": 0}
         self.register_forward_hook(self._count)
+
+    def __deepcopy__(self, memo):
+        return self
 
     def _count(self, module, inputs, output) -> None:
         self.passes["forward"] += 1
@@ -78,6 +85,12 @@ VALUES = {
 }
 
 
+def agreeing(network: torch.nn.Module, split: Split) -> Split:
+    """The images under the labels that the network gives them."""
+    with torch.no_grad():
+        return Split(split.images, network(CPU.images(split.images)).argmax(1))
+
+
 @pytest.mark.parametrize(
     ("restarts", "keep", "steps", "forward"),
     [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
@@ -86,9 +99,7 @@ def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, re
     assert budget.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
     network, values = Counter(), VALUES | {"restarts": restarts, "keep": keep}
     chosen = attack.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
-    with torch.no_grad():
-        labels = network(CPU.images(dataset.validation.images)).argmax(1)
-    split = type(dataset.validation)(dataset.validation.images, labels)
+    split = agreeing(network, dataset.validation)
     network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
     right = torch.cat(list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU)))
     assert right.all()  # nothing breaks, so nothing leaves the batch early
@@ -96,18 +107,59 @@ def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, re
     assert sum(network.passes.values()) <= 12 + 12 + 2
 
 
-def test_only_the_first_run_begins_at_the_image_itself():
+def test_only_the_first_run_begins_at_the_image_itself(dataset):
     chosen = attack.Attack.of(VALUES | {"restarts": 3}, steps=3, threat_model=ThreatModel("linf", 0.1))
-    assert [run.random_start for run in chosen.runs()] == [False, True, True]
+    network, starts = Counter(), []
+    split = agreeing(network, dataset.validation)
+
+    class Noted(ThreatModel):
+        def random_start(self, images, *, generator):
+            starts.append(len(images))
+            return super().random_start(images, generator=generator)
+
+    chosen = replace(chosen, adversary=replace(chosen.adversary, threat_model=Noted("linf", 1e-9)))
+    assert torch.cat(list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))).all()
+    assert starts == [32, 32]  # of three runs
+
+
+def test_attacks_of_trials_are_measured_as_evaluate_measures(dataset, monkeypatch):
+    """Logits that are no numbers are nobody's class, and an attack that leaves its ball counts for nothing."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :4] * torch.nan
+
+    chosen = attack.Attack.of(VALUES, steps=1, threat_model=ThreatModel("linf", 0.1))
+    for tried in (None, chosen):
+        assert not torch.cat(list(attack.withstood(Nothing(), dataset.validation, tried, batch_size=32, seed=0, machine=CPU))).any()
+    monkeypatch.setattr(attack.Adversary, "attack", lambda self, network, objective, images, generator: 1 - images)
+    network = Counter()
+    split = agreeing(network, dataset.validation)
+    with pytest.raises(Failure, match="left its threat model"):
+        list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))
+
+
+def test_random_starts_of_a_batch_are_the_same_for_every_attack_and_differ_between_batches(dataset):
+    seeds, network = {}, Counter()
+
+    class Noted(ThreatModel):
+        def random_start(self, images, *, generator):
+            seeds.setdefault(self.epsilon, []).append(generator.initial_seed())
+            return super().random_start(images, generator=generator)
+
+    split = agreeing(network, dataset.validation)
+    for epsilon, objective in ((0.1, "ce"), (0.2, "margin")):
+        values = VALUES | {"random_start": True, "objective": objective}
+        chosen = attack.Attack.of(values, steps=1, threat_model=Noted("linf", epsilon))
+        list(attack.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU))
+    assert seeds[0.1] == seeds[0.2] and len(set(seeds[0.1])) == 4
 
 
 def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
     """Every restart has random numbers of its own, so that more of them break more."""
     network = Counter()
     torch.nn.init.normal_(network.linear.weight, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        labels = network(CPU.images(dataset.validation.images)).argmax(1)
-    split = type(dataset.validation)(dataset.validation.images, labels)
+    split = agreeing(network, dataset.validation)
     starts = []
 
     class Noted(ThreatModel):
@@ -144,8 +196,8 @@ def test_a_trials_attack_is_what_its_values_say(trained):
 @pytest.mark.parametrize("objective", ["ce", "margin", "dlr"])
 def test_the_objective_of_a_trial_is_the_one_that_is_maximised(dataset, monkeypatch, objective):
     asked = []
-    original = attack.classification_objective
-    monkeypatch.setattr(attack, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
+    original = plan.classification_objective
+    monkeypatch.setattr(plan, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
     chosen = attack.Attack.of(VALUES | {"objective": objective}, steps=1, threat_model=ThreatModel("linf", 0.1))
     list(attack.withstood(Counter(), dataset.validation, chosen, batch_size=32, seed=0, machine=CPU))
     assert asked == [objective]
@@ -171,14 +223,24 @@ def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(
 
 
 def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypatch):
+    """Here nothing breaks, so that each of them is asked about every image that is right; where nothing is right, none is."""
     finetune.run(trained.context(), scheme="CL", regime="AT", seed=0)
     search = AttackSearch.of(trained.config("tune.attack.budget=20"), trained.root, "CL-AT-s0")
     assert search.once == ("autoattack",)  # by default
-    strength, asked, whole = autoattack.Strength, [], autoattack.attack
-    monkeypatch.setattr(autoattack, "Strength", lambda: strength(steps=2, targets=1, queries=2))
-    monkeypatch.setattr(autoattack, "attack", lambda name, *given, **options: asked.append(name) or whole(name, *given, **options))
-    found = search.measure("autoattack")
-    assert found["test"]["n"] == 40 and set(asked) <= {*autoattack.ATTACKS} and asked
+    asked = {}
+
+    def nothing(name, network, images, labels, *, threat_model, classes, strength, seed):
+        asked[name] = asked.get(name, 0) + len(images)
+        assert (threat_model.epsilon, classes, strength) == (0.15, 4, autoattack.Strength())
+        return images
+
+    monkeypatch.setattr(autoattack, "attack", nothing)
+    found = search.measure("autoattack")["test"]
+    assert list(asked) == [name for name in autoattack.ATTACKS if autoattack.applicable(name, 4)] and len(asked) > 2
+    assert found["n"] == 40 and set(asked.values()) == {round(40 * found["accuracy"])} != {0}
+    asked.clear()
+    monkeypatch.setattr(scoring, "predict", lambda network, images, machine: torch.full((len(images),), -1))
+    assert search.measure("autoattack")["test"]["accuracy"] == 0 and not asked
 
 
 # Trainings
@@ -272,7 +334,7 @@ def test_a_training_that_diverges_fails_for_that_reason(trained):
     space = "tune.finetune.space={learning_rate: {log: [1e17, 1e18]}}"
     settings = trained.config(space, "regimes.Full-AT.learning_rate=1e18", "regimes.Full-AT.optimizer=sgd")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
-    assert trial.state.name == "FAIL" and "the loss is not finite in epoch 1" in trial.user_attrs[census.REASON]
+    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[census.REASON]
 
 
 def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained):

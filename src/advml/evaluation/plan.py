@@ -77,7 +77,7 @@ def figures(configuration: config.Config, scheme: Scheme | None, *, note: str = 
             figure = pgd_figure(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", note=note)
             listed.append(replace(figure, restarts=restarts, coupled=True))
         loss = configuration.evaluate.objective
-        figure = pgd_figure(f"accuracy/threat_model_2{suffix}", adversary, _classification(loss), loss=LOSSES.get(loss, loss))
+        figure = pgd_figure(f"accuracy/threat_model_2{suffix}", adversary, classification(loss), loss=LOSSES.get(loss, loss))
         listed.append(replace(figure, restarts=restarts, kept=share == 1))
     return listed
 
@@ -101,10 +101,15 @@ def _step(configuration: config.Config, name: str, classes: int) -> Figure:
     spec = configuration.worst_case
     adversary = evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon)
     if name in OWN:
-        make, loss = _classification(OWN[name]), LOSSES.get(OWN[name], OWN[name])
+        make, loss = classification(OWN[name]), LOSSES.get(OWN[name], OWN[name])
         figure = pgd_figure(f"worst_case/{name}", replace(adversary, random_start=True), make, loss=loss)
         return replace(figure, restarts=spec.restarts)
     strength = autoattack.Strength(steps=spec.steps, targets=spec.targets, queries=spec.queries)
+    return autoattack_figure(name, adversary.threat_model, classes=classes, strength=strength)
+
+
+def autoattack_figure(name: str, threat_model: ThreatModel, *, classes: int, strength: autoattack.Strength) -> Figure:
+    """A figure of one of AutoAttack's attacks."""
 
     def craft(network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         return autoattack.attack(
@@ -112,14 +117,14 @@ def _step(configuration: config.Config, name: str, classes: int) -> Figure:
             network,
             images,
             labels,
-            threat_model=adversary.threat_model,
+            threat_model=threat_model,
             classes=classes,
             strength=strength,
             seed=generator.initial_seed() % 2**31,
         )
 
-    settings = {"attack": name, "library": "pyautoattack", **threat_of(adversary.threat_model), **asdict(strength)}
-    return Figure(f"worst_case/{name}", craft, threat_model=adversary.threat_model, settings=settings)
+    settings = {"attack": name, "library": "pyautoattack", **threat_of(threat_model), **asdict(strength)}
+    return Figure(f"worst_case/{name}", craft, threat_model=threat_model, settings=settings)
 
 
 def pgd_figure(name: str, adversary: Adversary, make: MakeObjective, *, loss: str, note: str = "") -> Figure:
@@ -142,7 +147,8 @@ def threat_of(threat_model: ThreatModel) -> dict[str, Any]:
     return {**asdict(threat_model), "box": [0, 1]}
 
 
-def _classification(loss: str) -> MakeObjective:
+def classification(loss: str) -> MakeObjective:
+    """An objective of the classifier by name: ce, margin, dlr."""
     return lambda network, images, labels: classification_objective(network, labels, loss)
 
 

@@ -13,17 +13,20 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from advml.attacks import autoattack
 from advml.attacks.adversary import Adversary, evaluation_adversary
+from advml.attacks.guard import copied
 from advml.attacks.threat import ThreatModel
 from advml.config import Config
 from advml.data.datasets import Split
 from advml.evaluation.intervals import wilson
+from advml.evaluation.measure import Effort, measure
+from advml.evaluation.plan import Figure, autoattack_figure, classification, pgd_figure
+from advml.evaluation.scoring import Scorer
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.runtime.machine import Machine, generator_for
+from advml.runtime.machine import Machine, derived_seed, generator_for
 from advml.stages.context import Context
-from advml.training.loop import batches
-from advml.training.terms import classification_objective
 from advml.tuning.budget import passes
 from advml.tuning.space import Values
 from advml.tuning.worker import Attempt
@@ -62,40 +65,23 @@ class Attack:
         """Forward and backward passes of an image that nothing breaks."""
         return passes(steps=self.adversary.steps, restarts=self.restarts, keep=self.adversary.keep)
 
-    def runs(self) -> Iterator[Adversary]:
-        """The attack of every restart."""
-        for restart in range(self.restarts):
-            yield self.adversary if restart == 0 else replace(self.adversary, random_start=True)
+    def figure(self) -> Figure:
+        """The attack as `evaluate` measures it: broken images leave the next restart, and examples must lie in the ball."""
+        figure = pgd_figure("tune", self.adversary, classification(self.objective), loss=self.objective)
+        return replace(figure, restarts=self.restarts)
 
 
 def withstood(network: Network, split: Split, attack: Attack | None, *, batch_size: int, seed: int, machine: Machine) -> Iterator[Tensor]:
     """Batch by batch, which images (n,) stay right: clean (`attack=None`), or under every restart of the attack.
 
-    Images that are wrong already leave the batch.
+    Each batch has random starts of its own, and the same ones whatever the attack.
     """
-    network.eval()
-    for number, (images, labels) in enumerate(batches(split, machine, size=batch_size)):
-        right = _right(network, images, labels, machine)
-        for restart, adversary in enumerate(attack.runs() if attack else ()):
-            rows = right.nonzero().squeeze(1)
-            if not len(rows):
-                break
-            generator = generator_for("tune", seed, number, restart)
-            with machine.autocast():
-                found = adversary.attack(
-                    network,
-                    lambda labels=labels[rows]: classification_objective(network, labels, attack.objective),
-                    images[rows],
-                    generator=generator,
-                )
-            right[rows] &= _right(network, found, labels[rows], machine)
-        yield right.cpu()
-
-
-@torch.no_grad()
-def _right(network: Network, images: Tensor, labels: Tensor, machine: Machine) -> Tensor:
-    with machine.autocast():
-        return network(images).argmax(1) == labels
+    figures = [Figure("clean"), *([attack.figure()] if attack else [])]
+    scorer = Scorer(copied(network.eval()), machine)
+    for number, rows in enumerate(torch.arange(len(split.labels)).split(batch_size)):
+        effort = Effort(batch_size, derived_seed("tune", seed, number), machine)
+        outcomes = measure(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
+        yield outcomes[figures[-1].name].right
 
 
 def evaluation_attack(configuration: Config, *, share: float = 1.0) -> Attack:
@@ -182,26 +168,14 @@ def paired(one: Tensor, other: Tensor) -> dict[str, Any]:
 
 def _autoattack(subject: Subject, split: Split) -> Tensor:
     """Which images (N,) the whole of AutoAttack's standard set leaves right."""
-    from advml.attacks import autoattack
-
-    classes, kept = len(subject.context.dataset.classes), []
-    machine, network = subject.context.machine, subject.network.eval()
-    for number, (images, labels) in enumerate(batches(split, machine, size=subject.search.config.evaluate.batch_size)):
-        right = _right(network, images, labels, machine)
-        for name in (name for name in autoattack.ATTACKS if autoattack.applicable(name, classes)):
-            rows = right.nonzero().squeeze(1)
-            if not len(rows):
-                break
-            found = autoattack.attack(
-                name,
-                network,
-                images[rows],
-                labels[rows],
-                threat_model=subject.threat_model,
-                classes=classes,
-                strength=autoattack.Strength(),
-                seed=number,
-            )
-            right[rows] &= _right(network, found, labels[rows], machine)
-        kept.append(right.cpu())
-    return torch.cat(kept)
+    classes, spec = len(subject.context.dataset.classes), subject.search.config.evaluate
+    figures = [
+        replace(autoattack_figure(name, subject.threat_model, classes=classes, strength=autoattack.Strength()), left_only=True)
+        for name in autoattack.ATTACKS
+        if autoattack.applicable(name, classes)
+    ]
+    effort = Effort(spec.batch_size, spec.seed, subject.context.machine)
+    right = torch.ones(len(split.labels), dtype=torch.bool)
+    for outcome in measure(subject.network, split, [Figure("clean"), *figures], effort).values():
+        right[outcome.rows] &= outcome.right
+    return right
