@@ -459,7 +459,7 @@ def test_a_model_that_cannot_be_copied_is_judged_itself_and_stays_as_it_is(wrap)
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, torch.zeros(1, 1, 8, 8))])
 def test_torchscript_is_judged_as_the_module_that_it_was_made_from(compiled):
-    evidence = measure(compiled(trained(convolutional)), steps=3)
+    evidence = measure(compiled(trained(convolutional).eval()), steps=3)  # tracing keeps the mode
     plain = measure(trained(convolutional), steps=3)
     assert [point.right for point in evidence.curve] == [point.right for point in plain.curve] and evidence.zero_clean == 0
     learning = compiled(linear())  # its parameters take gradients
@@ -479,7 +479,7 @@ def test_always_saying_the_most_frequent_class_is_chance_and_no_flag():
 
 def test_what_the_probes_break_within_epsilon_is_handed_out():
     told = []
-    model, threat_model = trained(convolutional), THREATS["l2"]
+    model, threat_model = trained(convolutional).eval(), THREATS["l2"]
     evidence = measure(model, "l2", shares=(0.5, 2), on_broken=lambda *broken: told.append(broken))
     names, rows, images = zip(*told, strict=True)
     assert names == ("probe-pgd", "probe-pgd", "probe-step", "probe-noise")
