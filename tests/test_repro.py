@@ -154,6 +154,14 @@ def test_the_plan_reaches_all_the_way_back_and_knows_matrix_names_and_what_lies_
     assert module._plan(tmp_path)[1] == ["join", "make@1"] and "join" not in repro(tmp_path, jobs=1)
 
 
+def test_other_pipelines_that_need_this_one_are_not_run_with_it(tmp_path):
+    pipeline(tmp_path, {"first": {"cmd": "echo 1 > first", "outs": ["first"]}})
+    (other := tmp_path / "pipelines" / "other").mkdir(parents=True)
+    (other / "dvc.yaml").write_text("stages: {behind: {cmd: cp ../../first behind, deps: [../../first], outs: [behind]}}")
+    assert module._plan(tmp_path) == ({"first": set()}, ["first"])
+    assert repro(tmp_path, jobs=1) == ["first"] and not (other / "behind").exists()
+
+
 # The order, with processes that are no DVC
 
 

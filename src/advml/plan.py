@@ -14,7 +14,7 @@ from dvc.repo import Repo
 
 
 def main() -> None:
-    """{"needs": {stage: [stages it needs directly]}, "changed": [stages]}, stages in the order of dvc.yaml."""
+    """{"stages": [those of dvc.yaml, in order], "needs": {stage: [stages it needs directly]}, "changed": [stages]}."""
     try:
         with Repo() as repo:
             graph = repo.index.graph
@@ -23,7 +23,7 @@ def main() -> None:
             changed = list(repo.status(targets=["dvc.yaml"]))
     except DvcException as error:
         sys.exit(" ".join(str(error).split()))
-    print(json.dumps({"needs": {name: needs[name] for name in stages} | needs, "changed": changed}))
+    print(json.dumps({"stages": stages, "needs": needs, "changed": changed}))
 
 
 if __name__ == "__main__":

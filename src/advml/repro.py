@@ -79,7 +79,7 @@ def _plan(root: Path) -> tuple[dict[str, set[str]], list[str]]:
     def all_before(name: str) -> set[str]:
         return set(direct[name]).union(*(all_before(one) for one in direct[name]))
 
-    upstream = {name: all_before(name) for name in direct}
+    upstream = {name: all_before(name) for name in told["stages"]}  # other pipelines may need ours, and are not asked for
     return upstream, [name for name, before in upstream.items() if name in changed or before & changed]
 
 

@@ -123,7 +123,7 @@ def test_what_is_no_model_or_does_not_fit_is_one_line(here, dataset, target, sai
 
 @pytest.fixture
 def weights(tmp_path):
-    network, _ = create_encoder("test_resnet", stem="small", channels=1, image_size=8, options={"num_classes": 4})
+    network, _ = create_encoder("test_resnet", stem="small", channels=1, image_size=8, options={}, classes=4)
     save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, tmp_path / "mine.safetensors")
     return network.eval(), tmp_path / "mine.safetensors"
 

@@ -81,7 +81,9 @@ def _patches(image_size: int) -> dict[str, Any]:
     return {"patch_size": next(size for size in range(max(1, image_size // 8), 0, -1) if image_size % size == 0)}
 
 
-def create_encoder(backbone: str, *, stem: str, channels: int, image_size: int, options: dict[str, Any]) -> tuple[nn.Module, int]:
+def create_encoder(
+    backbone: str, *, stem: str, channels: int, image_size: int, options: dict[str, Any], classes: int = 0
+) -> tuple[nn.Module, int]:
     """Build a timm encoder that maps normalised images (N, C, S, S) to features (N, D); random weights.
 
     Args:
@@ -89,6 +91,7 @@ def create_encoder(backbone: str, *, stem: str, channels: int, image_size: int, 
         stem: "native" (as timm builds it) or "small" (resolution-keeping; see SMALL_STEMS).
         channels, image_size: of the input.
         options: further keyword arguments of `timm.create_model`.
+        classes: 0, or how many logits timm's own classifier gives instead of features.
     Returns:
         The encoder and its feature size D.
     Raises:
@@ -100,7 +103,7 @@ def create_encoder(backbone: str, *, stem: str, channels: int, image_size: int, 
     for key in options:
         if key in SET_ELSEWHERE or key.startswith("pretrained"):
             raise UserError(f"model.options.{key} = {options[key]!r} is refused: {SET_ELSEWHERE.get(key, UNTRAINED)}; leave it out")
-    arguments: dict[str, Any] = {"in_chans": channels, "num_classes": 0, **options}
+    arguments: dict[str, Any] = {"in_chans": channels, "num_classes": classes, **options}
     family = _family(backbone)
     if issubclass(family, VisionTransformer):
         arguments = {"img_size": image_size, **(_patches(image_size) if stem == "small" else {}), **arguments}

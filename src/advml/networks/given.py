@@ -85,14 +85,14 @@ def _ours(folder: Path) -> Given:
 
 def _timm(name: str, weights: Path, normalization: Normalization, spec: config.Model, dataset: Dataset) -> Given:
     channels, size, _ = dataset.shape
-    options = {**spec.options, "num_classes": len(dataset.classes)}
-    network, _ = create_encoder(name, stem=spec.stem, channels=channels, image_size=size, options=options)
+    classes = len(dataset.classes)
+    network, _ = create_encoder(name, stem=spec.stem, channels=channels, image_size=size, options=spec.options, classes=classes)
     try:
         content = weights.read_bytes()
         network.load_state_dict(safetensors.torch.load(content), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{weights} does not fit {name} with {len(dataset.classes)} classes and stem {spec.stem}: {reason}") from None
+        raise UserError(f"{weights} does not fit {name} with {classes} classes and stem {spec.stem}: {reason}") from None
     constants = {
         "timm": lambda: (network.default_cfg["mean"], network.default_cfg["std"]),
         "data": lambda: (dataset.mean, dataset.std),
