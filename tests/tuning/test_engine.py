@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -17,13 +18,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.errors import Failure, UserError
-from advml.tuning import census, storage, supervisor, worker
+from advml.tuning import census, locking, patience, supervisor, worker
 from advml.tuning import study as studies
-from advml.tuning.storage import StorageGone, address, connect, lock
+from advml.tuning.locking import lock, reach
+from advml.tuning.patience import StorageGone
+from advml.tuning.storage import address, connect
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import DEFAULT, SPACE, Toy, hyperband
@@ -329,13 +333,13 @@ def test_a_database_that_does_not_answer_is_not_the_trials_failure(toy, tmp_path
 
 
 def test_a_database_that_stays_away_is_told_apart_from_other_failures(monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE", 0.0)
 
     def away() -> None:
-        raise StorageInternalError("gone")
+        raise StorageInternalError("optuna's own words") from sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("gone"))
 
     with pytest.raises(StorageGone, match=r"does not answer: gone; the same command goes on$"):
-        storage.patiently(away)
+        patience.patiently(away)
 
 
 def test_what_keeps_workers_from_starting_is_said_in_one_line(toy, run):
@@ -434,6 +438,97 @@ def test_a_server_that_cannot_be_reached_is_named_without_its_password():
     with pytest.raises(UserError, match=r"^--storage postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/x.* cannot be used: ") as caught:
         connect("postgresql+psycopg://me:secret@127.0.0.1:1/x?connect_timeout=1")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_an_address_without_a_file_is_refused(tmp_path, url):
+    with pytest.raises(UserError, match=rf"^--storage '{url}' names no file; write sqlite:///optuna.db$"):
+        address(url, root=tmp_path)
+
+
+def test_a_file_that_cannot_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("/proc/x.db", str(tmp_path / "file" / "x.db")):
+        with pytest.raises(UserError, match=rf"^--storage sqlite:///{path} cannot be used: \w+"), lock(f"sqlite:///{path}"):
+            pass
+
+
+def test_a_lock_that_is_never_given_back_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "LOCK_PATIENCE", 0.2)
+    url = address(None, root=tmp_path)
+    with lock(url), pytest.raises(StorageGone, match=r"optuna.db.lock for 0.2 s; end it, then the same command goes on$"), lock(url):
+        pass
+
+
+def test_a_server_that_cannot_be_reached_costs_no_patience(toy):
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^--storage postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/x cannot be used: .*refused"):
+        studies.create(toy.definition(), "postgresql+psycopg://me:secret@127.0.0.1:1/x")
+    assert time.monotonic() - started < 10
+
+
+def test_the_driver_that_is_absent_is_named(monkeypatch):
+    for url, wanted in {"mysql+pymysql": "pymysql", "mysql": "mysqlclient", "postgresql+psycopg2": "psycopg2-binary"}.items():
+        with pytest.raises(UserError, match=rf"^--storage {re.escape(url)}://me:\*\*\*@h/x needs the driver \w+: pip install '{wanted}'$"):
+            reach(f"{url}://me:secret@h/x")
+
+
+def test_only_what_may_pass_is_waited_for():
+    for error in (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.DataError, sqlalchemy.exc.ProgrammingError):
+        tried = []
+
+        def refused(error=error, tried=tried) -> None:
+            tried.append(1)
+            raise StorageInternalError("optuna's own words") from error("INSERT", {}, Exception("value too long"))
+
+        with pytest.raises(Failure, match=r"^the studies' database refuses: value too long$"):
+            patience.patiently(refused)
+        assert len(tried) == 1
+
+
+@pytest.mark.parametrize(("answer", "given"), [(1, True), (0, False), (None, False)])
+def test_mysqls_answer_is_heeded(monkeypatch, answer, given):
+    """GET_LOCK returns 0 when it is out of time, and NULL after an error."""
+    asked, closed = [], []
+
+    class Session:
+        def execute(self, statement):
+            asked.append(str(statement))
+            return self
+
+        def scalar(self):
+            return answer
+
+        def close(self):
+            closed.append(1)
+
+    class Engine:
+        dialect = type("Dialect", (), {"name": "mysql"})
+        connect = staticmethod(Session)
+
+    monkeypatch.setattr(locking, "_unpooled", lambda url: Engine)
+    with contextlib.ExitStack() as stack:
+        if not given:
+            stack.enter_context(pytest.raises(StorageGone, match="another process holds the lock of the studies' database"))
+        with lock("mysql://me@h/x"):
+            assert given and not closed
+    assert "GET_LOCK" in asked[-1] and closed == [1]
+
+
+def test_curves_of_any_length_fit_into_mysqls_columns(toy, tmp_path):
+    url, definition = address(None, root=tmp_path), toy.definition()
+    study = studies.create(definition, url)
+    records = [{"epoch": epoch, **{f"train/figure-{number}": epoch / 7 for number in range(20)}} for epoch in range(1, 301)]
+
+    def objective(attempt: worker.Attempt) -> tuple[float]:
+        attempt.history.extend(records)
+        return (1.0,)
+
+    worker.run(study, studies.claim(study, definition, url, total=9, since=0, seed=0), objective, tmp_path)
+    trial = study.get_trials()[0]
+    sizes = [len(json.dumps(value)) for value in trial.user_attrs.values()]
+    assert sum(sizes) > 2 * 65_535 and max(sizes) < 65_535
+    assert census.history_of(trial) == records
 
 
 def test_a_file_that_is_no_database_is_refused_in_one_line(tmp_path):

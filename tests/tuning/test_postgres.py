@@ -18,13 +18,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from advml.tuning import census
+from advml.errors import UserError
+from advml.tuning import census, locking
+from advml.tuning import study as studies
+from advml.tuning.patience import StorageGone
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy
@@ -127,6 +131,26 @@ def test_a_study_whose_workers_are_killed_at_random_finishes_every_trial(tmp_pat
     assert len(killed) == 12 and len(finished) == 40
     assert {trial.user_attrs.get(census.REASON, trial.state) for trial in finished} == {TrialState.COMPLETE}
     assert not [trial for trial in trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+
+def test_a_lock_that_is_never_given_back_is_told(url, monkeypatch):
+    kind = locking.LOCKS["postgresql"]
+    hasty = tuple("SET lock_timeout = '300ms'" if "lock_timeout" in statement else statement for statement in kind.before)
+    assert hasty != kind.before
+    monkeypatch.setitem(locking.LOCKS, "postgresql", replace(kind, before=hasty))
+    said = r"^another process holds the lock .* \(SELECT pid FROM pg_locks WHERE locktype = 'advisory'\), then the same command goes on$"
+    with locking.lock(url), pytest.raises(StorageGone, match=said), locking.lock(url):
+        pass
+    with locking.lock(url):
+        pass
+
+
+def test_a_database_that_is_not_there_is_said_at_once_in_the_servers_words(tmp_path, url):
+    wrong = sqlalchemy.make_url(url).set(database="nowhere").render_as_string(hide_password=False)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r'cannot be used: .*database "nowhere" does not exist$'):
+        studies.create(Toy(tmp_path / "log").definition(), wrong)
+    assert time.monotonic() - started < 10
 
 
 def test_a_server_that_restarts_is_waited_for(tmp_path, run, server, url):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from optuna.trial import FrozenTrial, TrialState
@@ -18,9 +20,11 @@ REASON = "reason"  # why its parameters do not work
 ORIGIN = "origin"  # number of the first trial of the parameters that it repeats; names the scratch folder
 RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
 KILLS = "kills"  # of processes in a row, without progress
+HISTORY = "history"  # of its epochs; followed by history/1, history/2, ... where it is long
 DEFAULT = "default"  # whether it has the default's values
 
 BOOT, PIDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+CHUNK = 30_000  # bytes
 HOPELESS = 5  # trials that all fail: so will the next
 
 
@@ -54,6 +58,28 @@ def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[Fro
     """Feasible trials by their first objective, the best first; ties: the earlier one."""
     sign = -1 if directions[0] == "maximize" else 1
     return sorted(feasible(trials), key=lambda trial: (sign * trial.values[0], trial.number))
+
+
+def in_chunks(history: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The curves as attributes of a trial, none of them longer than MySQL's 65,535 bytes."""
+    chunks: list[list[Mapping[str, Any]]] = []
+    room = 0
+    for record in history:
+        size = len(json.dumps(record)) + 2
+        if size > room:
+            chunks.append([])
+            room = CHUNK
+        chunks[-1].append(record)
+        room -= size
+    return {f"{HISTORY}/{number}" if number else HISTORY: chunk for number, chunk in enumerate(chunks)}
+
+
+def history_of(trial: FrozenTrial) -> list[Mapping[str, Any]]:
+    """The curves whole again."""
+    found, number = list(trial.user_attrs.get(HISTORY, ())), 1
+    while (key := f"{HISTORY}/{number}") in trial.user_attrs:
+        found, number = found + trial.user_attrs[key], number + 1
+    return found
 
 
 def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:

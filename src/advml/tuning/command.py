@@ -20,7 +20,8 @@ from advml.tuning import census, confirmation, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
 from advml.tuning.history import History
-from advml.tuning.storage import address, lock
+from advml.tuning.locking import lock
+from advml.tuning.storage import address
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Orders, Search, call_and_tell
 

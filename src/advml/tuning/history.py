@@ -84,7 +84,7 @@ def facts(search: Search, trials: Sequence[FrozenTrial]) -> list[tracking.Trial]
             state=outputs.state_of(trial),
             params=search.proposal(trial.params),
             metrics=outputs.scores(search.metrics, trial),
-            history=trial.user_attrs.get("history", ()),
+            history=census.history_of(trial),
             reason=trial.user_attrs.get(census.REASON),
         )
         for trial in trials

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import random
 import sqlite3
-import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
 import sqlalchemy
-from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 
-from advml.errors import Failure, UserError
+from advml.errors import UserError
+from advml.tuning.locking import LOCKS, SQLITE, told
+from advml.tuning.patience import PATIENCE, patiently, reason, without_password
 
-T = TypeVar("T")
-SQLITE = "sqlite:///"
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life; how long none may come from another machine
-PATIENCE = 60.0  # seconds that a busy or restarting database is waited for
-# How a server gives one session at a time the right to hand out trials. It ends with the session, however that dies.
-LOCKS = {
-    "postgresql": "SELECT pg_advisory_lock(hashtext('advml'))",
-    "mysql": "SELECT GET_LOCK('advml', 600)",
-    "mariadb": "SELECT GET_LOCK('advml', 600)",
-}
 
 
 def address(url: str | None, *, root: Path) -> str:
@@ -45,11 +33,16 @@ def address(url: str | None, *, root: Path) -> str:
         kind = url.partition(":")[0]
     if kind not in ("sqlite", *LOCKS):
         raise UserError(f"--storage {without_password(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
-    return f"{SQLITE}{(root / url.removeprefix(SQLITE)).resolve()}" if kind == "sqlite" else url
+    if kind != "sqlite":
+        return url
+    file = sqlalchemy.make_url(url).database
+    if file in (None, "", ":memory:"):
+        raise UserError(f"--storage {url!r} names no file; write sqlite:///optuna.db")
+    return f"{SQLITE}{(root / file).resolve()}"
 
 
 def connect(url: str, *, made: bool = False) -> RDBStorage:
-    """Open a storage, creating its tables where they are absent; hold `lock` when it may be new.
+    """Open a storage, creating its tables where they are absent; hold `locking.lock` when it may be new.
 
     Args:
         made: whether it is known to be there, and its tables need not be looked at.
@@ -59,7 +52,7 @@ def connect(url: str, *, made: bool = False) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a failed trial is ours to report
     options = {"connect_args": {"timeout": PATIENCE}} if url.startswith(SQLITE) else {"pool_pre_ping": True}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), told(url):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
             if url.startswith(SQLITE) and not Path(url.removeprefix(SQLITE)).exists():
                 _create(Path(url.removeprefix(SQLITE)))
@@ -75,10 +68,8 @@ def connect(url: str, *, made: bool = False) -> RDBStorage:
                 sqlalchemy.event.listen(storage.engine, "connect", _relax)
                 storage.engine.dispose()  # the connections from before
             return storage
-    except ImportError:
-        raise UserError(f"--storage {without_password(url)} needs a driver; for PostgreSQL: pip install 'advml[postgres]'") from None
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-        raise UserError(f"--storage {without_password(url)} cannot be used: {_reason(error)}") from None
+    except (StorageInternalError, RuntimeError) as error:
+        raise UserError(f"--storage {without_password(url)} cannot be used: {reason(error)}") from None
 
 
 def _create(database: Path) -> None:
@@ -95,10 +86,6 @@ def _create(database: Path) -> None:
 def _relax(connection: sqlite3.Connection, _: object) -> None:
     """No waiting for the disk at every commit: with WAL a power cut may take the last ones, and leaves the file whole."""
     connection.execute("PRAGMA synchronous=NORMAL")
-
-
-class StorageGone(Failure):
-    """The database does not answer: whatever was at work is not to blame."""
 
 
 class PatientStorage(RDBStorage):
@@ -125,76 +112,3 @@ class PatientStorage(RDBStorage):
         if not name.startswith(PatientStorage.CALLS):
             return found
         return lambda *arguments, **options: patiently(lambda: found(*arguments, **options))
-
-
-@contextlib.contextmanager
-def lock(url: str) -> Iterator[None]:
-    """One process at a time, on all machines that share the storage: who creates studies, hands out trials, or buries dead ones.
-
-    Raises:
-        UserError: the server cannot be reached.
-    """
-    if url.startswith(SQLITE):
-        with FileLock(f"{url.removeprefix(SQLITE)}.lock"):
-            yield
-        return
-    try:
-        connection = patiently(lambda: _locked(url))
-    except ImportError:
-        raise UserError(f"--storage {without_password(url)} needs a driver; for PostgreSQL: pip install 'advml[postgres]'") from None
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        raise UserError(f"--storage {without_password(url)} cannot be used: {_reason(error)}") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # the server has cut it: the lock is gone already
-            connection.close()
-
-
-def _locked(url: str) -> sqlalchemy.Connection:
-    """A session that holds the lock until it is closed."""
-    engine = _unpooled(url)
-    connection = engine.connect()
-    try:
-        connection.execute(sqlalchemy.text(LOCKS[engine.dialect.name]))
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-@functools.cache
-def _unpooled(url: str) -> sqlalchemy.Engine:
-    """Whose connections are closed after use, and with them the locks that they hold."""
-    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-
-
-def patiently(action: Callable[[], T]) -> T:
-    """`action()`, again and again while the database is busy or away; use it for what may be done twice.
-
-    Raises:
-        StorageGone: it has been so for a minute.
-    """
-    give_up, pause = time.monotonic() + PATIENCE, 0.01
-    while True:
-        try:
-            return action()
-        except (StorageInternalError, sqlalchemy.exc.OperationalError) as error:
-            if time.monotonic() > give_up:
-                raise StorageGone(f"the studies' database does not answer: {_reason(error)}; the same command goes on") from error
-            time.sleep(pause * random.uniform(0.5, 1.5))  # together with others, so not in step with them
-            pause = min(2 * pause, 2.0)
-
-
-def without_password(url: str) -> str:
-    """postgresql://user:password@host -> postgresql://user:***@host"""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what the database said."""
-    cause = error.__cause__ or error
-    return str(getattr(cause, "orig", None) or cause).strip().split("\n")[0]

@@ -38,8 +38,9 @@ from advml.tuning.census import (
     running,
     this_process,
 )
+from advml.tuning.locking import lock, reach
 from advml.tuning.space import Distributions, Values
-from advml.tuning.storage import connect, lock
+from advml.tuning.storage import connect
 
 FINGERPRINT = "fingerprint"  # attribute of the study
 IDENTITY = "identity"  # attribute of the study: what no other one has, also of the same name and fingerprint
@@ -75,8 +76,9 @@ def create(definition: Definition, url: str, *, replace: bool = False) -> optuna
     Args:
         replace: whether one that searched something else is thrown away.
     Raises:
-        UserError: there is a study of this name that searched something else.
+        UserError: there is a study of this name that searched something else, or the storage cannot be used.
     """
+    reach(url)
     with lock(url):
         storage = connect(url)
         if replace and _fingerprint(storage, definition.name) not in (None, definition.fingerprint):

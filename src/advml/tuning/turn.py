@@ -20,7 +20,8 @@ import optuna
 
 from advml.errors import Failure, UserError
 from advml.tuning import census
-from advml.tuning.storage import GRACE, HEARTBEAT, lock
+from advml.tuning.locking import lock
+from advml.tuning.storage import GRACE, HEARTBEAT
 
 POLL = 0.5  # seconds between two looks of who waits
 

@@ -28,8 +28,9 @@ from optuna.trial import TrialState
 from advml.errors import Failure, UserError
 from advml.tuning import census
 from advml.tuning import study as studies
+from advml.tuning.patience import StorageGone
 from advml.tuning.space import Values
-from advml.tuning.storage import HEARTBEAT, StorageGone
+from advml.tuning.storage import HEARTBEAT
 
 Record = dict[str, float]
 
@@ -148,7 +149,7 @@ def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt],
             raise
         except Exception as error:
             state, values, reason = TrialState.FAIL, None, _reason(error)
-        attempt.note(seconds=time.monotonic() - started, **({"history": attempt.history} if attempt.history else {}))
+        attempt.note(seconds=time.monotonic() - started, **census.in_chunks(attempt.history))
         if reason:
             attempt.note(**{census.REASON: reason})
         study.tell(trial, values=values, state=state)
