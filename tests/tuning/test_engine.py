@@ -432,6 +432,8 @@ def test_a_storage_that_is_none_is_refused_in_one_line(tmp_path):
         address("studies.db", root=tmp_path)
     with pytest.raises(UserError, match="is no database"):
         address("redis://here", root=tmp_path)
+    with pytest.raises(UserError, match=r"^--storage 'postgresql://me:\*\*\*@here:port/x' is no database"):
+        address("postgresql://me:secret@here:port/x", root=tmp_path)
 
 
 def test_a_server_that_cannot_be_reached_is_named_without_its_password():

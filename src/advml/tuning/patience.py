@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -52,8 +53,8 @@ def without_password(url: str) -> str:
     """postgresql://user:password@host -> postgresql://user:***@host"""
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return re.sub(r":[^/]*@", ":***@", url)
 
 
 def reason(error: BaseException) -> str:

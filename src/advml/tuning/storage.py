@@ -29,8 +29,8 @@ def address(url: str | None, *, root: Path) -> str:
     url = url or f"{SQLITE}optuna.db"
     try:
         kind = sqlalchemy.make_url(url).get_backend_name()
-    except sqlalchemy.exc.ArgumentError:
-        kind = url.partition(":")[0]
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number
+        kind = None
     if kind not in ("sqlite", *LOCKS):
         raise UserError(f"--storage {without_password(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
     if kind != "sqlite":
