@@ -53,6 +53,17 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A workspace that looks as if everything had been trained."""
+    for name in ("pretrain/CL-at-s0", "pretrain/SL-at-s0", "pretrain/CL-st-s0", "finetune/CL-AT-s0"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "model.json").write_text('{"digest": "1"}')
+    (tmp_path / "data" / "prepared").mkdir(parents=True)
+    (tmp_path / "data" / "prepared" / "dataset.json").write_text('{"digest": "2"}')
+    return tmp_path
+
+
+@pytest.fixture
 def trials_of(tmp_path: Path) -> Callable[[str], list[FrozenTrial]]:
     """What the study of this name holds."""
 

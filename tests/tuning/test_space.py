@@ -53,19 +53,8 @@ def test_every_kind_of_range_becomes_the_distribution_of_that_kind():
 def test_a_range_that_is_none_is_refused_with_its_key(dimension, said):
     with pytest.raises(UserError) as caught:
         load(f"tune.finetune.space.learning_rate={dimension}")
-    assert "params.yaml: tune.finetune.space.learning_rate = " in str(caught.value) and said in str(caught.value)
+    assert ": tune.finetune.space.learning_rate = " in str(caught.value) and said in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def made(tmp_path) -> Path:
-    """A workspace that looks as if everything had been trained."""
-    for name in ("pretrain/CL-at-s0", "pretrain/SL-at-s0", "pretrain/CL-st-s0", "finetune/CL-AT-s0"):
-        (tmp_path / "models" / name).mkdir(parents=True)
-        (tmp_path / "models" / name / "model.json").write_text('{"digest": "1"}')
-    (tmp_path / "data" / "prepared").mkdir(parents=True)
-    (tmp_path / "data" / "prepared" / "dataset.json").write_text('{"digest": "2"}')
-    return tmp_path
 
 
 def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str = "CL") -> TrainingSearch:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.config import Config, changed
-from advml.errors import UserError
+from advml.errors import Failure, UserError
 from advml.paths import Workspace
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def run(
     from advml.tuning.command import tune
 
     if missed := search.missed():
-        told = ", ".join(f"{key} = {value}" for key, value in missed.items())
-        print(f"the space does not reach params.yaml's own {told}: there will be no default to compare with", file=sys.stderr, flush=True)
+        listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
+        print(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with", file=sys.stderr, flush=True)
     outcome = tune(
         search,
         configuration,
@@ -50,17 +50,23 @@ def run(
         seed=seed,
         replace=replace,
     )
-    print("\n".join(_told(outcome, search.metrics)))
+    print("\n".join(told(outcome, search)))
 
 
-def _told(outcome: Outcome, metrics: tuple[str, ...]) -> list[str]:
-    """What the command prints in the end."""
+def told(outcome: Outcome, search: AttackSearch | TrainingSearch) -> list[str]:
+    """What the command prints in the end.
+
+    Raises:
+        Failure: no trial has run to its end.
+        UserError: none keeps the floor.
+    """
     from advml.tuning.board import show
 
+    metrics = search.metrics
+    if outcome.fruitless:
+        raise Failure(f"{outcome.name}: {outcome.fruitless}")
     if outcome.best is None:
-        raise UserError(
-            f"no trial of {outcome.name} keeps the floor of clean accuracy; lower tune.{outcome.name.split('-')[0]}.clean_floor"
-        )
+        raise UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; lower {search.floor_key}")
     lines = [f"{outcome.name}: {outcome.finished} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
     for who, trial in (("best", outcome.best), ("default", outcome.default)):
         if trial is not None:

@@ -28,7 +28,7 @@ from advml.tuning.worker import Orders, Search, call_and_tell
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command leaves behind. `best` is None if no trial keeps the constraints."""
+    """What a command leaves behind. `best` is None if no trial keeps the constraints, or for the reason that `fruitless` gives."""
 
     name: str
     folder: Path
@@ -37,6 +37,7 @@ class Outcome:
     default: FrozenTrial | None
     confirmed: dict[str, Any] | None
     files: list[Path]
+    fruitless: str | None = None
 
 
 def tune(
@@ -109,7 +110,8 @@ def _close(search: Search, study: optuna.Study, url: str, workspace: Workspace, 
     folder = workspace.reports / "tune" / search.name
     files = in_a_process(outputs.write, folder, search, study.study_name, url, found)
     history.close(trials, best, files)
-    return Outcome(search.name, folder, len(census.finished(trials)), best, census.default_of(trials), found, files)
+    default, reason = census.default_of(trials), outputs.fruitless(trials)
+    return Outcome(search.name, folder, len(census.finished(trials)), best, default, found, files, reason)
 
 
 def _tidy(study: optuna.Study, url: str, scratch: Path) -> None:

@@ -51,6 +51,22 @@ def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenT
     return next(iter(census.ranked(trials, directions)), None)
 
 
+def fruitless(trials: Sequence[FrozenTrial]) -> str | None:
+    """Why there is nothing to propose: no trial has run to its end; None: some have."""
+    ended = sorted(census.finished(trials), key=lambda trial: trial.datetime_complete)
+    if any(state_of(trial) == "complete" for trial in trials):
+        return None
+    failed = [trial for trial in ended if state_of(trial) == "failed"]
+    if not failed:
+        return f"none of {len(ended)} trials has run to its end"
+    who = (
+        f"all {len(ended)} trials failed"
+        if len(failed) == len(ended)
+        else f"{len(failed)} of {len(ended)} trials failed, others were pruned"
+    )
+    return f"{who}, the last one: {failed[-1].user_attrs[census.REASON]}"
+
+
 def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
     """best.yaml without its header."""
     default = census.default_of(trials)

@@ -33,6 +33,7 @@ class AttackSearch:
     autoattack: bool = True
     chosen_name: str | None = None
     metrics: tuple[str, ...] = ("robust",)
+    floor_key: str | None = None  # an attack has no floor to keep
 
     @classmethod
     def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = True, name: str | None = None) -> AttackSearch:

@@ -41,6 +41,10 @@ class Trained:
         return f"tune.{self.kind}.space"
 
     @property
+    def floor_key(self) -> str:
+        return f"tune.{self.kind}.clean_floor"
+
+    @property
     def spec(self) -> config.TrainingSearch:
         return getattr(self.config.tune, self.kind)
 

@@ -1,0 +1,110 @@
+"""What the searches of `advml tune` ask of Optuna, and what is said when they find nothing. A search upside down runs as well as any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from advml import config
+from advml.cli.searching import told
+from advml.errors import Failure, UserError
+from advml.tuning import census, outputs
+from advml.tuning.command import Outcome
+from advml.tuning.searches import AttackSearch, TrainingSearch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def search(root: Path, kind: str, which: str = "", **options):
+    """One of the real searches under params.yaml."""
+    loaded = config.load(REPOSITORY / "params.yaml")
+    if kind == "attack":
+        return AttackSearch.of(loaded, root, "CL-AT-s0", **options)
+    return TrainingSearch.of(loaded, root, kind, "CL", which, seed=0, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "pareto", "directions", "pruner"),
+    [
+        ("attack", "", False, ("minimize",), optuna.pruners.WilcoxonPruner),
+        ("finetune", "Full-AT", False, ("maximize",), optuna.pruners.HyperbandPruner),
+        ("finetune", "Full-AT", True, ("maximize", "maximize"), optuna.pruners.NopPruner),
+        ("pretrain", "st", False, ("maximize",), optuna.pruners.HyperbandPruner),
+        ("pretrain", "at", True, ("maximize", "maximize"), optuna.pruners.NopPruner),
+    ],
+)
+def test_an_attack_is_to_leave_little_and_a_training_to_keep_much(made, kind, which, pareto, directions, pruner):
+    chosen = search(made, kind, which, **({"pareto": True} if pareto else {}))
+    definition = chosen.definition()
+    assert definition.directions == directions and len(chosen.metrics) == len(directions) and chosen.metrics[0] == "robust"
+    assert type(definition.pruner()) is pruner and type(definition.sampler(0)) is optuna.samplers.TPESampler
+    assert definition.sampler(2**40)._rng.rng.random() != definition.sampler(1)._rng.rng.random()  # from the seed, of any size
+
+
+def test_hyperbands_resource_is_the_epoch_and_its_largest_that_of_the_space(made):
+    chosen = search(made, "finetune", "Full-AT")
+    pruner = chosen.definition().pruner()
+    assert chosen.most_epochs == 15 == pruner._max_resource and (pruner._min_resource, pruner._reduction_factor) == (1, 3)
+
+
+@pytest.mark.parametrize(("direction", "better", "worse"), [("minimize", 0.1, 0.9), ("maximize", 0.9, 0.1)])
+def test_pruners_stop_the_worse_and_spare_the_better(made, direction, better, worse):
+    """What is reported, the direction and the pruner of each search go together."""
+    chosen = search(made, "attack") if direction == "minimize" else search(made, "finetune", "Full-AT")
+    definition = chosen.definition()
+    assert definition.directions == (direction,)
+
+    def share_stopped(value: float) -> float:
+        study = optuna.create_study(study_name="s", direction=definition.directions[0], pruner=definition.pruner())
+        stopped, drift = 0, (1 if better > worse else -1) * 1e-6  # each a little better than the one before: no ties
+        for number in range(20):
+            trial, mine = study.ask(), value if number >= 10 else 0.5
+            for step in range(6) if direction == "minimize" else (1, 3, 9):
+                trial.report(mine + step / 1000 + number * drift, step)
+                if trial.should_prune():
+                    stopped += number >= 10
+                    study.tell(trial, state=TrialState.PRUNED)
+                    break
+            else:
+                study.tell(trial, mine)
+        return stopped / 10
+
+    assert share_stopped(worse) >= 0.3 and share_stopped(better) <= 0.3
+
+
+def outcome(name: str, trials: list, directions=("maximize",)) -> Outcome:
+    best = outputs.best_of(trials, directions)
+    return Outcome(name, Path("reports"), len(trials), best, None, None, [], outputs.fruitless(trials))
+
+
+def ended(state: TrialState, reason: str | None = None, violation: float | None = None):
+    return create_trial(
+        state=state,
+        values=[0.5] if state == TrialState.COMPLETE else None,
+        user_attrs={census.REASON: reason} if reason else {},
+        constraints=None if violation is None else {"clean_floor": violation},
+    )
+
+
+@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_called(made, kind):
+    chosen = search(made, kind, {"finetune": "Full-AT", "pretrain": "at"}[kind], name="mystudy")
+    missed = [ended(TrialState.COMPLETE, violation=0.1)]
+    with pytest.raises(UserError, match=rf"^no trial of mystudy keeps the floor of clean accuracy; lower tune\.{kind}\.clean_floor$"):
+        told(outcome("mystudy", missed), chosen)
+
+
+@pytest.mark.parametrize(
+    ("trials", "said"),
+    [
+        ([(TrialState.FAIL, "first"), (TrialState.FAIL, "out of memory")], "all 2 trials failed, the last one: out of memory"),
+        ([(TrialState.FAIL, "nan"), (TrialState.PRUNED, None)], "1 of 2 trials failed, others were pruned, the last one: nan"),
+        ([(TrialState.PRUNED, None)], "none of 1 trials has run to its end"),
+    ],
+)
+def test_where_no_trial_has_run_to_its_end_the_reason_is_said_and_no_floor_blamed(made, trials, said):
+    with pytest.raises(Failure, match=f"^mine: {said}$"):
+        told(outcome("mine", [ended(*one) for one in trials]), search(made, "finetune", "Full-AT", name="mine"))
