@@ -21,6 +21,7 @@ import pytest
 from advml import config as configuration
 from advml import tracking
 from advml.errors import Failure
+from advml.paths import REPORT_FILES
 from advml.tracking import store as stores
 
 DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={"train": 1257, "validation": 180, "test": 360})
@@ -644,10 +645,84 @@ def test_sync_leaves_a_run_that_training_made_and_adds_metrics_that_came_later(c
     for _ in range(2):
         assert tracking.sync(config, root=study) == []
     after = record_of(config, study, run.id)
-    assert after.data.metrics == {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4}
+    later = {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4}
+    assert after.data.metrics == later | {"train/loss": 0.2, "validation/accuracy": 0.5}  # of write_report, and of the curves
     assert steps_of(config, study, run.id, "accuracy/clean") == [0]
     assert after.data.params["evaluate.steps"] == "7" and after.data.tags["advml.flags"] == "a flag"  # of the record: see write_report
     assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time)
+
+
+def artifacts(config, root, run_id):
+    return {entry.path for entry in store_of(config, root).client.list_artifacts(run_id)}
+
+
+def test_curves_and_link_that_come_after_the_weights_are_added_once(config, study):
+    """History that was pulled later, or written when the store had gone; a pretraining that the store had missed."""
+    curves = study / "reports" / "CL-AT-s0" / "history.json"
+    history = curves.rename(study / "later.json")
+    with open_run(config, study) as run:
+        run.log_checkpoint(study / "models" / "finetune" / "CL-AT-s0", digest="b" * 64)
+    tracking.sync(config, root=study)
+    assert "curves.png" not in artifacts(config, study, run.id) and steps_of(config, study, run.id, "train/loss") == []
+    history.rename(curves)
+    for _ in range(2):
+        assert tracking.sync(config, root=study) == []
+        assert "curves.png" in artifacts(config, study, run.id) and steps_of(config, study, run.id, "train/loss") == [1, 2, 3, 4, 5]
+    record = record_of(config, study, run.id)
+    assert record.data.tags["advml.pretraining_name"] == "CL-at-s0" and len(record.inputs.model_inputs) == 1
+
+
+def test_a_rebuilt_run_names_the_stage_that_trained_it_not_the_one_that_rebuilds(config, study, monkeypatch):
+    path = study / "models" / "finetune" / "CL-AT-s0" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dvc_stage": "finetune_at@CL-AT-0"}))
+    monkeypatch.setenv("DVC_STAGE", "evaluate_at@CL-AT-0")
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
+    for name, stage in (("CL-AT-s0", "finetune_at@CL-AT-0"), ("CL-Full-AT-s0", None)):
+        with tracking.attach_run(config, root=study, folder=study / "models" / "finetune" / name) as run:
+            tags = record_of(config, study, run.id).data.tags
+        assert tags.get("advml.dvc_stage") == stage and "advml.dvc_experiment" not in tags
+        assert tags["mlflow.source.name"] == (f"dvc repro {stage}" if stage else "advml")
+
+
+@pytest.fixture
+def reported(root):
+    """The files of `report`."""
+    (root / "reports").mkdir()
+    for name in REPORT_FILES:
+        (root / "reports" / name).write_text("model,accuracy/clean,note\nCL-AT-s0,0.9,\n")
+    made = {"git_commit": "c" * 40, "dvc_stage": "report", "parameters": {"seeds": [0]}}
+    (root / "reports" / "claims.json").write_text(json.dumps({"claims": [{"claim": "a", "verdict": "b", "parts": []}], **made}))
+    return root
+
+
+@pytest.mark.parametrize("method", ["log_batch", "log_artifact", "log_dict", "set_tag", "set_terminated"])
+def test_an_outage_in_the_middle_of_a_result_is_mended_by_the_next_sync(config, reported, monkeypatch, method):
+    from mlflow import MlflowClient
+
+    def down(*_, **__):
+        raise ConnectionError("down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, method, down)
+        with pytest.raises(Failure, match="down"):
+            tracking.sync(config, root=reported)
+    assert len(all_runs(config, reported)) == 1
+    tracking.sync(config, root=reported)
+    assert tracking.sync(config, root=reported) == []
+    (record,) = all_runs(config, reported)
+    assert record.info.status == "FINISHED" and record.data.params == {"seeds": "[0]"} and record.data.tags["advml.dvc_stage"] == "report"
+    assert artifacts(config, reported, record.info.run_id) == {*REPORT_FILES, "summary.json", "claims_table.json"}
+    (file,) = (reported / "mlruns").rglob("summary.json")
+    assert json.loads(file.read_text()) == {"columns": ["model", "accuracy/clean"], "data": [["CL-AT-s0", 0.9]]}
+
+
+def test_a_result_of_other_files_is_a_new_run_and_one_that_is_not_whole_waits(config, reported):
+    assert tracking.sync(config, root=reported) == ["study"]
+    (reported / "reports" / "report.html").unlink()
+    assert tracking.sync(config, root=reported) == []
+    (reported / "reports" / "report.html").write_text("other")
+    assert tracking.sync(config, root=reported) == ["study"]
+    assert len(all_runs(config, reported)) == 2
 
 
 def test_sync_makes_a_new_run_for_weights_that_were_trained_anew(config, study):

@@ -1,9 +1,10 @@
-"""Which code made a result: the git commit for people, a digest of the sources for resuming."""
+"""What made a result: the git commit and the DVC stage for people, a digest of the sources for resuming."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def git_commit(root: Path) -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def dvc_stage() -> str | None:
+    """The stage that DVC runs in this process, as it is addressed (`finetune_at@CL-AT-0`); None without DVC."""
+    return os.environ.get("DVC_STAGE") or None
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import json
 import pytest
 from PIL import Image
 
+from advml import paths
 from advml.errors import UserError
 from advml.evaluation import transfer_files
 from advml.evaluation.accuracy import wilson
@@ -159,7 +160,7 @@ def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):
     store = stores.connect(stores.locate(measured.config(), root=measured.root))
     (run,) = store.client.search_runs([store.experiment])
     names = {artifact.path for artifact in store.client.list_artifacts(run.info.run_id)}
-    assert names == {*stage.FILES, "summary.json", "claims_table.json"} and run.data.params["threat_model.epsilon"] == "0.15"
+    assert names == {*paths.REPORT_FILES, "summary.json", "claims_table.json"} and run.data.params["threat_model.epsilon"] == "0.15"
 
 
 def test_a_report_of_nothing_says_how_to_measure(make_study):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from advml import paths
 from advml.attacks.minimal import MINIMAL
 from advml.config.evaluation import MINIMAL_NORMS
 from advml.errors import UserError
 from advml.evaluation import protocol, transfer_files
 from advml.evaluation.measure import _Batch
 from advml.networks.given import Given
-from advml.stages import evaluate, report
+from advml.stages import evaluate
 
 QUICK = ("worst_case.attacks=[pgd-margin]", "corruptions.names=[contrast]")
 
@@ -140,7 +141,7 @@ def test_other_published_files_of_the_same_name_make_corruptions_anew(make_study
     assert {part for part in before if before[part] != after[part]} == {"corruption"}
 
 
-TAKEN = (*report.FILES, transfer_files.STAGE, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
+TAKEN = (*paths.REPORT_FILES, transfer_files.STAGE, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
 
 
 @pytest.mark.parametrize("name", TAKEN)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
@@ -19,9 +23,10 @@ from advml import tracking
 from advml.data import adversarial
 from advml.errors import UserError
 from advml.evaluation import records
+from advml.networks.given import Given
 from advml.report import figures as drawn
 from advml.show import record_of
-from advml.stages import compare, evaluate, finetune, pretrain, report, represent
+from advml.stages import compare, evaluate, finetune, pretrain, report, represent, transfer
 from advml.tracking import store as stores
 
 MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
@@ -32,18 +37,21 @@ SMALL = ("similarity.batch_size=8", "similarity.probe_strengths=[0.1]")
 def measured(new_study, tmp_path_factory):
     """Four models, evaluated, represented and compared."""
     study = new_study(tmp_path_factory.mktemp("represent") / "study", *SMALL)
-    for scheme in ("CL", "SL"):
-        pretrain.run(study.context(), scheme=scheme, phase="at", seed=0)
-    for scheme, regime in MODELS:
-        for stage in (finetune, evaluate, represent):
-            stage.run(study.context(), scheme=scheme, regime=regime, seed=0)
-    compare.run(study.context())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_STAGE", "a stage")
+        for scheme in ("CL", "SL"):
+            pretrain.run(study.context(), scheme=scheme, phase="at", seed=0)
+        for scheme, regime in MODELS:
+            for stage in (finetune, evaluate, represent):
+                stage.run(study.context(), scheme=scheme, regime=regime, seed=0)
+        compare.run(study.context())
     return study
 
 
 @pytest.fixture
-def study(measured, tmp_path):
-    """A copy, for one test."""
+def study(measured, tmp_path, monkeypatch):
+    """A copy, for one test. MLflow remembers for a whole process where the artifacts of a run lie: those of the copy lie elsewhere."""
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._artifact_repos_cache", OrderedDict())
     return replace(measured, root=Path(shutil.copytree(measured.root, tmp_path / "copy")))
 
 
@@ -182,16 +190,69 @@ def test_the_run_carries_the_report_as_artifacts(measured):
     )
 
 
-def test_sync_gives_a_rebuilt_run_the_report_once(study, tmp_path):
-    uri = f"tracking.uri=sqlite:///{tmp_path}/other.db"
-    tracking.sync(study.config(uri), root=study.root)
-    store = stores.connect(stores.locate(study.config(uri), root=study.root))
-    runs = {run.info.run_name: run for run in store.client.search_runs([store.experiment])}
-    names = {each.path for each in store.client.list_artifacts(runs["CL-AT-s0"].info.run_id, "cka")}
-    assert "cka/cka.png" in names and "cka/redundancy" in runs["CL-AT-s0"].data.metrics
-    before = [image.path for image in store.client.list_artifacts(runs["CL-AT-s0"].info.run_id, "images")]
-    tracking.sync(study.config(uri), root=study.root)
-    assert [image.path for image in store.client.list_artifacts(runs["CL-AT-s0"].info.run_id, "images")] == before
+def dump(study, *overrides: str) -> dict[str, dict]:
+    """All that a store holds of a study, by the names of runs; without times, ids and processes, which are those of the store."""
+    store = stores.connect(stores.locate(study.config(*overrides), root=study.root))
+    client, records = store.client, store.client.search_runs([store.experiment])
+    names = {run.info.run_id: run.info.run_name for run in records}
+    found = {}
+    for run in records:
+        where, tags = Path(unquote(urlparse(run.info.artifact_uri).path)), dict(run.data.tags)
+        model = client.get_logged_model(tags["advml.model_id"]) if "advml.model_id" in tags else None
+        tags |= {key: names[tags[key]] for key in ("advml.pretraining_run",) if key in tags}
+        assert run.info.run_name not in found
+        found[run.info.run_name] = {
+            "status": run.info.status,
+            "parameters": run.data.params,
+            "tags": {key: without_ids(value, names) for key, value in tags.items() if key not in OF_THE_STORE},
+            "metrics": {
+                key: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
+                for key in run.data.metrics
+            },
+            "data": run.inputs.dataset_inputs and run.inputs.dataset_inputs[0].dataset.to_dictionary(),
+            "parents": len(run.inputs.model_inputs),
+            "model": model and (model.name, model.params, {metric.key: metric.value for metric in model.metrics or ()}),
+            # the names of images have the time and an id in them
+            "artifacts": sorted(
+                (
+                    re.sub(r"[+%]timestamp[+%]\d+[+%][0-9a-f-]{36}", "", path.relative_to(where).as_posix()),
+                    hashlib.sha256(path.read_bytes()).hexdigest(),
+                )
+                for path in where.rglob("*")
+                if path.is_file()
+            ),
+        }
+    return found
+
+
+OF_THE_STORE = ("advml.process", "advml.synced", "advml.model_id")
+
+
+def without_ids(text: str, names: dict[str, str]) -> str:
+    """A description links the run of the pretraining."""
+    text = re.sub(r"experiments/\d+", "experiments/", text)
+    return re.sub("|".join(names), lambda found: names[found.group()], text)
+
+
+def test_sync_rebuilds_from_files_what_the_stages_have_logged(study, tmp_path, empty_store):
+    (tmp_path / "other").mkdir()
+    shutil.copy(empty_store, tmp_path / "other" / "history.db")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    evaluate.run_given(
+        study.context("diagnostics.images=0", "worst_case.attacks=[]", "corruptions.names=none"), Given("linear", network, "0", {})
+    )
+    transfer.run(study.context())
+    report.run(study.context())
+    live, uri = dump(study), f"tracking.uri=sqlite:///{tmp_path}/other/history.db"
+    models = {*(f"{scheme}-{regime}-s0" for scheme, regime in MODELS), "CL-at-s0", "SL-at-s0"}
+    assert set(live) == models | {"compare", "transfer", "study", "linear"}
+    assert set(tracking.sync(study.config(uri), root=study.root)) == set(live)
+    rebuilt = dump(study, uri)
+    for name in live:
+        for part in live[name]:
+            assert rebuilt[name][part] == live[name][part], f"{name}: {part}"
+    for overrides, whole in (((), live), ((uri,), rebuilt)):
+        assert tracking.sync(study.config(*overrides), root=study.root) == [] and dump(study, *overrides) == whole
 
 
 def test_panels_of_the_grid_are_those_of_the_paper_that_have_models(measured):

@@ -102,7 +102,7 @@ def test_pretraining_writes_an_encoder_with_its_own_head_and_its_record(pretrain
     assert record["data"] == {"digest": dataset.digest, "source": "patterns", "counts": {"train": 96, "validation": 32, "test": 40}}
     assert record["architecture"]["backbone"] == "test_resnet" and record["epoch"] in (1, 2)
     attacks = {"threat_model", "attack"} if phase == "at" else set()
-    assert set(record["parameters"]) == {"data", "model", "temperature", "views", "pretrain"} | attacks
+    assert set(record["parameters"]) == {"data", "model", "runtime", "temperature", "views", "pretrain"} | attacks
     assert list(record["parameters"]["pretrain"]) == [scheme]
     history = json.loads((pretrained_study.workspace.report(name) / "history.json").read_text())
     assert [row["epoch"] for row in history] == [1, 2] and ("train/adversarial_loss" in history[0]) == (phase == "at")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from advml import cli
+from advml import cli, paths
 from advml.data import adversarial
 from advml.errors import UserError
 from advml.evaluation import transfer_files
@@ -100,8 +100,8 @@ def test_the_run_carries_table_and_picture(measured):
     store = stores.connect(stores.locate(measured.config(), root=measured.root))
     (run,) = [run for run in store.client.search_runs([store.experiment]) if run.info.run_name == "transfer"]
     assert run.data.tags["advml.kind"] == "comparison" and "transfer_breaks/SL-AT-s1" in run.data.metrics
-    paths = {each.path for each in store.client.list_artifacts(run.info.run_id, "transfer")}
-    assert paths == {f"transfer/{name}" for name in (*transfer.FILES, "pairs.json")}
+    found = {each.path for each in store.client.list_artifacts(run.info.run_id, "transfer")}
+    assert found == {f"transfer/{name}" for name in (*paths.TRANSFER_FILES, "pairs.json")}
     assert store.client.list_artifacts(run.info.run_id, "images")
 
 
@@ -165,7 +165,7 @@ def test_the_page_shows_the_matrix_and_names_flagged_models(study):
     found = content(study)
     saw = "adversarial images of other models break 9 of 10 images"
     found["seeds"][1]["flags"] = [{"model": "SL-AT-s1", "name": FLAG, "saw": saw, "try": "more"}]
-    transfer_files.write(study.workspace, found["seeds"], rule=found["rule"], picture=b"")
+    transfer_files.write(study.workspace, found["seeds"], rule=found["rule"], picture=b"", made_by={})
     report.run(study.context())
     page = (study.workspace.reports / "report.html").read_text()
     assert f"<strong>SL-AT-s1</strong>: {saw}" in page and "no sign here" not in page

@@ -10,7 +10,7 @@ import typer
 from advml.cli.evaluate import evaluate
 from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
 from advml.cli.printing import say, show_table
-from advml.paths import model_name, pretraining_name
+from advml.paths import TRANSFER_FILES, model_name, pretraining_name
 
 
 def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
@@ -106,7 +106,7 @@ def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
     for block in blocks:
         flagged = ", ".join(flag["model"] for flag in block["flags"]) or "none"
         print(f"seed {block['seed']}: {len(block['models'])} models; flagged because of others' images: {flagged}")
-    files = ", ".join(stage.FILES) if blocks else f"{stage.FILES[0]} ({NOBODY})"
+    files = ", ".join(TRANSFER_FILES) if blocks else f"{TRANSFER_FILES[0]} ({NOBODY})"
     say(f"{context.workspace.report('transfer')}/{files}", "advml report")
 
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advml.errors import UserError
@@ -40,15 +40,16 @@ def rows(blocks: Sequence[Block]) -> list[dict[str, Any]]:
     ]
 
 
-def write(workspace: Workspace, blocks: Sequence[Block], *, rule: str, picture: bytes | None) -> None:
+def write(workspace: Workspace, blocks: Sequence[Block], *, rule: str, picture: bytes | None, made_by: Mapping[str, Any]) -> None:
     """Write the files into `reports/transfer/`, and the record last.
 
     Args:
         rule: of the flags, in words.
         picture: a PNG, where there are blocks.
+        made_by: parameters, git commit and DVC stage, for the MLflow run.
     """
     folder = workspace.report(STAGE)
-    content = {"rule": rule, "seeds": list(blocks)} | ({} if blocks else {"reason": NOBODY})
+    content = {"rule": rule, "seeds": list(blocks), **made_by} | ({} if blocks else {"reason": NOBODY})
     text = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     for name, data in (("transfer.csv", _to_csv(rows(blocks))), ("transfer.png", picture)):
         if data:

@@ -64,12 +64,13 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         bar.advance(1, "similarity")
         compared = comparison.compare(networks, seen, found, context.dataset.test, spec, context.machine)
     described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
+    described |= context.made_by({"similarity": spec.model_dump(mode="json")})
     described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
     digest = _write(out, compared, described | panels.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         _write_json(workspace.record("compare", "panels"), record)
-    _log(context, out, compared)
+    tracking.log_result(context.config, tracking.results.comparison(out), root=workspace.root)
     return compared
 
 
@@ -142,12 +143,3 @@ def _figure(compared: comparison.Comparison, kind: str) -> Any:
         for panel in compared.panels
     ]
     return heatmaps(drawn, title=f"CKA between models, {kind} images", columns=min(3, len(drawn)))
-
-
-def _log(context: Context, out: Path, compared: comparison.Comparison) -> None:
-    params = {"similarity": context.config.similarity.model_dump(mode="json")}
-    with tracking.open_run(context.config, root=context.workspace.root, name=out.name, kind="comparison", tags={}, params=params) as run:
-        for file in ("cka.npz", "cka.json", *(f"{kind}.png" for kind in KINDS)):
-            run.log_file(out / file, "cka")
-        for kind in KINDS:
-            run.log_image(out / f"{kind}.png", key=f"compare-{kind}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from advml.errors import UserError
 from advml.networks import models
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.provenance import git_commit, source_digest
+from advml.provenance import dvc_stage, git_commit, source_digest
 from advml.runtime.machine import Machine, machine
 
 
@@ -59,6 +60,7 @@ class Context:
         counts = {name: len(split) for name, split in data.splits.items()}
         return {
             "git_commit": git_commit(self.workspace.root),
+            "dvc_stage": dvc_stage(),
             "versions": {"torch": str(torch.__version__), "timm": version("timm")},
             "data": {"digest": data.digest, "source": data.source, "counts": counts},
             "classes": list(data.classes),
@@ -75,6 +77,10 @@ class Context:
             else:
                 chosen[head] = everything[head]
         return chosen
+
+    def made_by(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """What a result tells of its making, so that its MLflow run can be rebuilt from the file."""
+        return {"git_commit": git_commit(self.workspace.root), "dvc_stage": dvc_stage(), "parameters": parameters}
 
     def fingerprint(self, *parts: Any) -> str:
         """Of everything that determines a stage's result: parts (parameters, upstream digests), machine settings, sources."""

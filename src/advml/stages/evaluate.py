@@ -88,16 +88,10 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme)), memo)
     samples.write(found.samples, workspace.samples(given.name))
     of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}
-    record = of | {"trained_on": given.data, "metrics": found.metrics} | found.record
+    record = of | {"trained_on": given.data, "metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
     write_atomically(folder / "evaluation.json", records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
-    with tracking.open_run(
-        context.config, root=workspace.root, name=given.name, kind="evaluation", tags={}, params=context.parameters(*SECTIONS)
-    ) as run:
-        run.log_metrics(found.metrics)
-        run.set_tag("advml.flags", found.verdict)
-        for file in ("evaluation.json", "samples.parquet"):
-            run.log_file(folder / file)
+    tracking.log_result(context.config, tracking.results.evaluation(workspace, given.name), root=workspace.root)
     discard(workspace.scratch(f"evaluate-{given.name}"))
     return found.metrics
 

@@ -50,8 +50,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         write_atomically(
             context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1, allow_nan=False) + "\n").encode()
         )
-        if history:
-            run.log_figure(_curves(history, job.name, selected), "curves.png")
+        tracking.log_training(run, context.workspace, job.folder)
         run.log_checkpoint(job.folder, digest=digest)
     checkpoint.note(finished=True)
     return models.read_record(job.folder)
@@ -98,12 +97,6 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
             ),
         )
     return history
-
-
-def _curves(history: list[Record], name: str, selected: int) -> Any:
-    from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
-
-    return training_curves(history, name, selected=selected)
 
 
 def _scores(history: list[Record]) -> str:

@@ -10,7 +10,6 @@ from advml.config import Config
 from advml.errors import UserError
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
-from advml.paths import REPORT_FILES as FILES
 from advml.report import page
 from advml.report import table as tables
 from advml.runtime.checkpoint import write_atomically
@@ -18,12 +17,13 @@ from advml.stages.context import Context
 
 
 def run(context: Context) -> list[tables.Row]:
-    """Write FILES into `reports/`; returns the table's rows."""
+    """Write `paths.REPORT_FILES` into `reports/`; returns the table's rows."""
     config, workspace, reports = context.config, context.workspace, context.workspace.reports
     table = tables.grid_rows(config, workspace)
     if not table:
         raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
-    claims = check(config, workspace)
+    # Whole, as the models' own parameters are; but for the addresses of stores, which change no result and may hold passwords.
+    claims = check(config, workspace) | context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))
     data = context.provenance["data"]
     about = {"data": data["source"], "digest": data["digest"], "commit": context.provenance["git_commit"], "version": __version__}
     write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
@@ -31,11 +31,7 @@ def run(context: Context) -> list[tables.Row]:
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))
     write_atomically(reports / "claims.json", (json.dumps(claims, indent=2) + "\n").encode())
     write_atomically(reports / "report.html", page.render(config, workspace, table, claims, provenance=about).encode())
-    with tracking.open_run(config, root=workspace.root, name="study", kind="study", tags={}, params=config.model_dump(mode="json")) as run:
-        run.log_table(table, "summary.json")
-        run.log_table([{"claim": claim["claim"], "verdict": claim["verdict"]} for claim in claims["claims"]], "claims_table.json")
-        for name in FILES:
-            run.log_file(reports / name)
+    tracking.log_result(config, tracking.results.study(workspace), root=workspace.root)
     return table
 
 

@@ -41,7 +41,6 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in files.HOW}})
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
-        mlflow_run.log_metrics(measures)
         tracking.log_representation(mlflow_run, workspace, name)
     return metrics
 

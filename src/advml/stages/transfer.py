@@ -6,28 +6,26 @@ from advml import tracking
 from advml.evaluation import transfer_files as files
 from advml.evaluation.transfer import evaluated, evaluated_models, transfer
 from advml.evaluation.transfer_findings import RULE, describe
-from advml.evaluation.verdict import NONE, transferred
 from advml.figures.style import to_png
 from advml.figures.transfer import transfer_matrices
 from advml.progress import Bar
 from advml.stages.context import Context
 
-FILES = ("transfer.json", "transfer.csv", "transfer.png")
-
 
 def run(context: Context) -> list[files.Block]:
-    """Write FILES into `reports/transfer/`, and the record; returns what was measured, a block per seed.
+    """Write `paths.TRANSFER_FILES` into `reports/transfer/`, and the record; returns what was measured, a block per seed.
 
     Models of different seeds are not mixed. A grid without two evaluated models is no mistake: then transfer.json says so.
     """
     config, workspace = context.config, context.workspace
     groups = {seed: names for seed in config.seeds if len(names := evaluated_models(config.grid, workspace, seed)) > 1}
+    made_by = context.made_by({"evaluate": {"batch_size": config.evaluate.batch_size}})
     if not groups:
-        files.write(workspace, [], rule=RULE, picture=None)
+        files.write(workspace, [], rule=RULE, picture=None, made_by=made_by)
         return []
     with Bar("transfer", total=sum(len(names) ** 2 for names in groups.values())) as bar:
         blocks = [_block(context, seed, names, bar) for seed, names in groups.items()]
-    files.write(workspace, blocks, rule=RULE, picture=to_png(transfer_matrices(blocks)))
+    files.write(workspace, blocks, rule=RULE, picture=to_png(transfer_matrices(blocks)), made_by=made_by)
     _log(context, blocks)
     return blocks
 
@@ -44,16 +42,8 @@ def _block(context: Context, seed: int, names: list[str], bar: Bar) -> files.Blo
 
 
 def _log(context: Context, blocks: list[files.Block]) -> None:
-    folder = context.workspace.report(files.STAGE)
-    flags = transferred({"seeds": blocks})
+    workspace = context.workspace
     for name in (name for block in blocks for name in block["models"]):
-        with tracking.attach_run(context.config, root=context.workspace.root, folder=context.workspace.model(name)) as run:
-            run.set_tag("advml.transfer_flags", ", ".join(flag["name"] for flag in flags.get(name, ())) or NONE)
-    broken = {f"transfer_breaks/{one['model']}": one["transfer_breaks"] for block in blocks for one in block["breaks"]}
-    params = {"evaluate": {"batch_size": context.config.evaluate.batch_size}}
-    with tracking.open_run(context.config, root=context.workspace.root, name="transfer", kind="comparison", tags={}, params=params) as run:
-        run.log_metrics(broken)
-        run.log_table(files.rows(blocks), "transfer/pairs.json")
-        for name in FILES:
-            run.log_file(folder / name, "transfer")
-        run.log_image(folder / "transfer.png", key="transfer")
+        with tracking.attach_run(context.config, root=workspace.root, folder=workspace.model(name)) as run:
+            tracking.log_transfer(run, workspace, name)
+    tracking.log_result(context.config, tracking.results.transfer(workspace), root=workspace.root)

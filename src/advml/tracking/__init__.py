@@ -17,13 +17,16 @@ temporary), the workspace elsewhere. Nothing here imports mlflow (2 s) before a 
 
 from __future__ import annotations
 
+from advml.tracking import results
 from advml.tracking.evaluations import log_evaluation
 from advml.tracking.representations import log_representation
+from advml.tracking.results import log_result, log_transfer
 from advml.tracking.run import Run
 from advml.tracking.runs import find_run, kill_run, open_run, ui_command, ui_link
 from advml.tracking.searches import SearchRun, Trial, open_search
 from advml.tracking.start import DataInfo
 from advml.tracking.sync import attach_run, sync
+from advml.tracking.training import log_training
 
 __all__ = [
     "DataInfo",
@@ -35,8 +38,12 @@ __all__ = [
     "kill_run",
     "log_evaluation",
     "log_representation",
+    "log_result",
+    "log_training",
+    "log_transfer",
     "open_run",
     "open_search",
+    "results",
     "sync",
     "ui_command",
     "ui_link",

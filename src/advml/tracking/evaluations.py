@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from advml.evaluation.verdict import verdict
 from advml.paths import Workspace
+from advml.tracking.files import digest, read
 
 if TYPE_CHECKING:
     from advml.tracking.run import Run
@@ -18,13 +17,13 @@ TAG = "advml.evaluation"  # sha256 of the record, written last: it says that all
 def log_evaluation(run: Run, workspace: Workspace, name: str) -> None:
     """Log an evaluation from its files, as the stage does and as `sync` does; nothing if there is none or the run has it already."""
     made = workspace.record("evaluate", name)
-    if not made.exists() or run.tag(TAG) == (digest := hashlib.sha256(made.read_bytes()).hexdigest()):
+    if not made.exists() or run.tag(TAG) == (logged := digest(made)):
         return
-    record = json.loads(made.read_text(encoding="utf-8"))
+    record = read(made)
     run.log_params(record.get("parameters", {}))
     run.log_metrics(record.get("metrics", {}))
     run.set_tag("advml.flags", verdict(record.get("diagnostics", {})))
     run.log_file(made, "records/evaluate")
     if workspace.samples(name).exists():
         run.log_file(workspace.samples(name), "samples")
-    run.set_tag(TAG, digest)
+    run.set_tag(TAG, logged)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advml.paths import Workspace
+from advml.tracking.files import read
 
 if TYPE_CHECKING:
     from advml.tracking.run import Run
@@ -19,9 +19,10 @@ def log_representation(run: Run, workspace: Workspace, name: str) -> None:
     folder, made = workspace.report(name), workspace.record("represent", name)
     if not (made.exists() and all((folder / file).exists() for file in FIGURES)):
         return
-    record = json.loads(made.read_text(encoding="utf-8"))
+    record = read(made, needs=("cka", "metrics"))
     if run.tag("advml.cka") == record["cka"]:
         return
+    run.log_metrics(record["metrics"])
     scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1}
     for file in (*(folder / figure for figure in FIGURES), folder / "cka.json", folder / "cka.npz"):
         run.log_file(Path(file), "cka")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.config import flatten
-from advml.provenance import git_commit
+from advml.provenance import dvc_stage, git_commit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -88,17 +88,27 @@ def get(client: MlflowClient, run_id: str) -> Record | None:
     return record if record.info.lifecycle_stage == "active" else None
 
 
+def origin(made: Mapping[str, Any]) -> dict[str, str | None]:
+    """Tags of a run that is made from a file: commit and DVC stage are those of the file's making, not of this process."""
+    return _source(made.get("git_commit"), made.get("dvc_stage")) | {"dvc_experiment": None}
+
+
+def _source(commit: str | None, stage: str | None) -> dict[str, str | None]:
+    return {
+        "mlflow.source.name": f"dvc repro {stage}" if stage else "advml",
+        "mlflow.source.git.commit": commit,
+        "advml.dvc_stage": stage,
+    }
+
+
 def _tags(facts: Facts, root: Path) -> dict[str, str]:
-    stage = os.environ.get("DVC_STAGE")
     found = {
         "mlflow.user": _user(),
-        "mlflow.source.name": f"dvc repro {stage}" if stage else "advml",
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": git_commit(root),
+        **_source(git_commit(root), dvc_stage()),
         "advml.name": facts.name,
         "advml.kind": facts.kind,
         "advml.data_digest": facts.data.digest if facts.data else None,
-        "advml.dvc_stage": stage,
         "advml.dvc_experiment": os.environ.get("DVC_EXP_NAME"),
         PROCESS: f"{platform.node()}:{os.getpid()}",
         **{key if "." in key else f"advml.{key}": value for key, value in facts.tags.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,23 +10,26 @@ from advml.errors import Failure
 from advml.paths import Workspace
 from advml.tracking import store as stores
 from advml.tracking.evaluations import log_evaluation
+from advml.tracking.files import read
 from advml.tracking.representations import log_representation
+from advml.tracking.results import complete, log_transfer, results
 from advml.tracking.run import Run
 from advml.tracking.runs import search
-from advml.tracking.start import PROCESS, DataInfo, Facts, start
+from advml.tracking.start import PROCESS, DataInfo, Facts, origin, start
+from advml.tracking.training import log_training, written
 
 if TYPE_CHECKING:
     from advml.config import Config
 
 
 def sync(config: Config, *, root: Path) -> list[str]:
-    """Make the store complete: a run for every trained model, and final metrics on every run.
+    """Make the store complete: a run for every trained model and for every result in `reports/`, with all that the stages log.
 
-    A run is missing when none carries the name and the weights' sha256 of a folder in `models/`. Running this
+    A run is missing when none carries the name and the sha256 of a folder's weights, or of a result's files. Running this
     twice creates nothing the second time. Runs whose process on this machine is gone are ended too.
 
     Returns:
-        The names of the runs created.
+        The names of the runs created or completed.
     Raises:
         Failure: if the store cannot be opened or written to, or a file is no valid JSON.
     """
@@ -38,7 +40,9 @@ def sync(config: Config, *, root: Path) -> list[str]:
         for folder in _trained(workspace):
             run, is_new = _find_or_import(place, store, workspace, folder)
             created += [run.name] if is_new else []
-            _add_report(run, workspace, folder.name)
+            _add_report(run, workspace, folder)
+        made = (found.name for found in results(workspace) if complete(place, store, found, root=workspace.root, synced=True))
+        created += made
         _end_orphans(store)
     except Failure:
         raise
@@ -68,39 +72,47 @@ def _trained(workspace: Workspace) -> list[Path]:
 
 
 def _find_or_import(place: stores.Place, store: stores.Store, workspace: Workspace, folder: Path) -> tuple[Run, bool]:
-    facts = _read(folder / "model.json", needs=("name", "kind", "digest", "parameters", "data"))
+    facts = read(folder / "model.json", needs=("name", "kind", "digest", "parameters", "data"))
     record = search(store, name=facts["name"], digest=facts["digest"], kind=facts["kind"])
-    if record is not None:
-        return Run(place, store, record, root=workspace.root, attached=True, strict=True), False
-    return _import(place, store, workspace, folder, facts), True
+    if record is None:
+        return _import(place, store, workspace, folder, facts), True
+    run = Run(place, store, record, root=workspace.root, attached=True, strict=True)
+    _link(run, store, facts)
+    return run, False
 
 
 def _import(place: stores.Place, store: stores.Store, workspace: Workspace, folder: Path, facts: dict[str, Any]) -> Run:
     """Write what the stage would have written while it ran; the file's own time stands in for the clock."""
     tags = {key: facts[key] for key in ("scheme", "phase", "regime", "seed") if key in facts}
-    tags |= {"synced": "true", "mlflow.source.git.commit": facts.get("git_commit")}
+    tags |= {"synced": "true"} | origin(facts)
     params = facts["parameters"] | {"versions": facts.get("versions", {})}
     known = Facts(facts["name"], facts["kind"], tags, params, DataInfo(*(facts["data"][key] for key in ("digest", "source", "counts"))))
-    written = int(1000 * (folder / "model.json").stat().st_mtime)
-    record = start(store, known, root=workspace.root, start_time=written)
+    when = written(folder / "model.json")
+    record = start(store, known, root=workspace.root, start_time=when)
     with Run(place, store, record, root=workspace.root, strict=True) as run:
-        curves = workspace.report(facts["name"]) / "history.json"
-        run.log_epochs(_read(curves) if curves.exists() else [], at=written)
-        if facts.get("pretraining"):
-            parent = search(store, kind="pretrain", name=facts["pretraining"]["name"], digest=facts["pretraining"]["digest"])
-            run.link(parent.info.run_id if parent else None)
+        _link(run, store, facts)
+        log_training(run, workspace, folder)
         run.log_checkpoint(folder, digest=facts["digest"])
-        run.finish("FINISHED", end_time=written)
+        run.finish("FINISHED", end_time=when)
     return run
 
 
-def _add_report(run: Run, workspace: Workspace, name: str) -> None:
-    """The final metrics, where the run lacks them: an evaluation that was pulled, or made while the store was down."""
-    metrics = workspace.report(name) / "metrics.json"
+def _link(run: Run, store: stores.Store, facts: dict[str, Any]) -> None:
+    """Link the pretraining, unless the run has been linked; its own run may have come later."""
+    if facts.get("pretraining") and run.tag("advml.pretraining_run") is None:
+        parent = search(store, kind="pretrain", name=facts["pretraining"]["name"], digest=facts["pretraining"]["digest"])
+        run.link(parent.info.run_id if parent else None)
+
+
+def _add_report(run: Run, workspace: Workspace, folder: Path) -> None:
+    """What the run lacks of the files beside it: they were pulled, or made while the store was down."""
+    log_training(run, workspace, folder)
+    metrics = workspace.report(folder.name) / "metrics.json"
     if metrics.exists():
-        run.log_metrics(_read(metrics))
-    log_evaluation(run, workspace, name)
-    log_representation(run, workspace, name)
+        run.log_metrics(read(metrics))
+    log_evaluation(run, workspace, folder.name)
+    log_representation(run, workspace, folder.name)
+    log_transfer(run, workspace, folder.name)
 
 
 def _end_orphans(store: stores.Store) -> None:
@@ -111,14 +123,3 @@ def _end_orphans(store: stores.Store) -> None:
         node, _, process = record.data.tags.get(PROCESS, "").rpartition(":")
         if node == platform.node() and not psutil.pid_exists(int(process)):
             store.client.set_terminated(record.info.run_id, "FINISHED" if "advml.digest" in record.data.tags else "KILLED")
-
-
-def _read(path: Path, *, needs: tuple[str, ...] = ()) -> Any:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in needs if key not in value]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path} cannot be read: {' '.join(str(error).split())}; restore it with: dvc checkout {path.parent}") from None
-    return value

@@ -1,0 +1,48 @@
+"""Reading what runs are rebuilt from."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from advml.errors import Failure
+
+
+def read(path: Path, *, needs: tuple[str, ...] = ()) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        Failure: it is no valid JSON, or lacks one of the keys it `needs`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in needs if key not in value]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path} cannot be read: {' '.join(str(error).split())}; restore it with: dvc checkout {path.parent}") from None
+    return value
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file, numbers as numbers, without empty cells."""
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [{key: _value(text) for key, text in row.items() if text} for row in csv.DictReader(stream)]
+
+
+def digest(*paths: Path) -> str:
+    """sha256 of files; of several, over those of each."""
+    each = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def _value(text: str) -> Any:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

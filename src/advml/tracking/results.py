@@ -1,0 +1,134 @@
+"""The runs of what stands beside the models' own: the study's report, its transfer, comparisons, evaluations of anyone's model.
+
+Each is made from files by one function, which the stage calls as `sync` does. A run carries the sha256 of its files twice: as `advml.files`
+from its start, and as `advml.digest` when all of them are logged. One that lacks the latter was cut short, and is gone on with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.evaluation.verdict import NONE, transferred, verdict
+from advml.paths import REPORT_FILES, TRANSFER_FILES, Workspace
+from advml.tracking import store as stores
+from advml.tracking.files import digest, read, read_table
+from advml.tracking.run import Run
+from advml.tracking.runs import Kind, search
+from advml.tracking.start import Facts, origin, start
+from advml.tracking.training import written
+
+if TYPE_CHECKING:
+    from advml.config import Config
+
+FLAGS = "advml.transfer_flags"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run to be: `files` are in `folder`, the first one tells parameters, git commit and DVC stage; `log` logs the rest."""
+
+    kind: Kind
+    name: str
+    folder: Path
+    files: tuple[str, ...]
+    log: Callable[[Run, Path, dict[str, Any]], None]
+    artifacts: str | None = None  # where the files go
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / file for file in self.files]
+
+
+def study(workspace: Workspace) -> Result:
+    """What `report` has written."""
+    files = ("claims.json", *(file for file in REPORT_FILES if file != "claims.json"))
+    return Result("study", "study", workspace.reports, files, _log_study)
+
+
+def transfer(workspace: Workspace) -> Result:
+    """What `transfer` has written; see also `log_transfer`."""
+    return Result("comparison", "transfer", workspace.report("transfer"), TRANSFER_FILES, _log_transfer, artifacts="transfer")
+
+
+def comparison(folder: Path) -> Result:
+    """What `compare` has written."""
+    return Result(
+        "comparison", folder.name, folder, ("cka.json", "cka.npz", "clean.png", "adversarial.png"), _log_comparison, artifacts="cka"
+    )
+
+
+def evaluation(workspace: Workspace, name: str) -> Result:
+    """What `evaluate` has written of a model that is not of the grid."""
+    return Result("evaluation", name, workspace.report(name), ("evaluation.json", "samples.parquet"), _log_evaluation)
+
+
+def results(workspace: Workspace) -> list[Result]:
+    """Everything of this sort in `reports/`."""
+    compared = [path.parent for pattern in ("compare", "compare-*") for path in sorted(workspace.reports.glob(f"{pattern}/cka.json"))]
+    given = [path.parent.name for path in sorted(workspace.reports.glob("*/evaluation.json"))]
+    return [*map(comparison, compared), transfer(workspace), study(workspace), *(evaluation(workspace, name) for name in given)]
+
+
+def log_result(config: Config, result: Result, *, root: Path) -> None:
+    """Make the run of what a stage has just written. Never raises for the store's sake."""
+    place = stores.locate(config, root=root)
+    stores.attempt(place, lambda store: complete(place, store, result, root=Path(root).resolve()))
+
+
+def complete(place: stores.Place, store: stores.Store, result: Result, *, root: Path, synced: bool = False) -> bool:
+    """Make the run of a result, or what it lacks; False if it lacks nothing, or files are missing (there was nothing to compare)."""
+    if not all(path.exists() for path in result.paths):
+        return False
+    made = digest(*result.paths)
+    record = search(store, kind=result.kind, name=result.name, files=made)
+    if record is not None and record.data.tags.get("advml.digest") == made:
+        if record.info.status == "RUNNING":  # the store went down before the very last word
+            store.client.set_terminated(record.info.run_id, "FINISHED")
+        return False
+    content, when = read(result.paths[0]), written(result.paths[0]) if synced else None
+    tags = origin(content) | {"files": made} | ({"synced": "true"} if synced else {})
+    facts = Facts(result.name, result.kind, tags, content.get("parameters", {}))
+    begun = start(store, facts, root=root, run_id=record.info.run_id if record else None, start_time=when)
+    with Run(place, store, begun, root=root, strict=True) as run:
+        for path in result.paths:
+            run.log_file(path, result.artifacts)
+        result.log(run, result.folder, content)
+        run.set_tag("advml.digest", made)
+        run.finish("FINISHED", end_time=when)
+    return True
+
+
+def log_transfer(run: Run, workspace: Workspace, name: str) -> None:
+    """Tell the run of a model what a transfer has flagged of it; nothing if these weights have not been in one."""
+    path = workspace.report("transfer") / "transfer.json"
+    content = read(path, needs=("seeds",)) if path.exists() else {"seeds": []}
+    scored = {model: weights for block in content["seeds"] for model, weights in block["digests"].items()}
+    if name not in scored or scored[name] != run.tag("advml.digest"):
+        return
+    flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
+    if run.tag(FLAGS) != flags:
+        run.set_tag(FLAGS, flags)
+
+
+def _log_study(run: Run, folder: Path, content: dict[str, Any]) -> None:
+    run.log_table(read_table(folder / "summary.csv"), "summary.json")
+    run.log_table([{key: claim[key] for key in ("claim", "verdict")} for claim in content["claims"]], "claims_table.json")
+
+
+def _log_transfer(run: Run, folder: Path, content: dict[str, Any]) -> None:
+    run.log_metrics({f"transfer_breaks/{one['model']}": one["transfer_breaks"] for block in content["seeds"] for one in block["breaks"]})
+    run.log_table(read_table(folder / "transfer.csv"), "transfer/pairs.json")
+    run.log_image(folder / "transfer.png", key="transfer")
+
+
+def _log_comparison(run: Run, folder: Path, content: dict[str, Any]) -> None:
+    for kind in ("clean", "adversarial"):
+        run.log_image(folder / f"{kind}.png", key=f"compare-{kind}")
+
+
+def _log_evaluation(run: Run, folder: Path, content: dict[str, Any]) -> None:
+    run.log_metrics(content["metrics"])
+    run.set_tag("advml.flags", verdict(content.get("diagnostics", {})))
