@@ -131,12 +131,10 @@ def write_model(root, name, kind, *, digest, pretraining=None, metrics=None):
 
 
 def write_report(root, name, metrics):
-    report = root / "reports" / name
-    report.mkdir(parents=True, exist_ok=True)
-    (report / "metrics.json").write_text(json.dumps(metrics))
-    made = root / "records" / "evaluate" / f"{name}.json"
+    made, model = root / "records" / "evaluate" / f"{name}.json", root / "models" / "finetune" / name / "model.json"
     made.parent.mkdir(parents=True, exist_ok=True)
-    made.write_text(json.dumps({"parameters": {"evaluate": {"steps": 7}}, "diagnostics": {"evidence": {}, "flags": [{"name": "a flag"}]}}))
+    told = {"parameters": {"evaluate": {"steps": 7}}, "diagnostics": {"evidence": {}, "flags": [{"name": "a flag"}]}}
+    made.write_text(json.dumps({"digest": json.loads(model.read_text())["digest"], "metrics": metrics, **told}))
 
 
 # --- where the store lies
@@ -730,6 +728,8 @@ def test_sync_makes_a_new_run_for_weights_that_were_trained_anew(config, study):
     shutil.rmtree(study / "models" / "finetune" / "CL-AT-s0")
     write_model(study, "CL-AT-s0", "model", digest="e" * 64)
     assert tracking.sync(config, root=study) == ["CL-AT-s0"]
+    anew = record_of(config, study, tracking.find_run(config, root=study, digest="e" * 64))
+    assert "accuracy/clean" not in anew.data.metrics and "evaluate.steps" not in anew.data.params  # measured on the weights of before
 
 
 def test_sync_ends_runs_whose_process_is_gone(config, study):

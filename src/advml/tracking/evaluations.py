@@ -15,13 +15,15 @@ TAG = "advml.evaluation"  # sha256 of the record, written last: it says that all
 
 
 def log_evaluation(run: Run, workspace: Workspace, name: str) -> None:
-    """Log an evaluation from its files, as the stage does and as `sync` does; nothing if there is none or the run has it already."""
+    """Log an evaluation from its files, as the stage and `sync` do; nothing if none is of these weights, or the run has it already."""
     made = workspace.record("evaluate", name)
     if not made.exists() or run.tag(TAG) == (logged := digest(made)):
         return
-    record = read(made)
+    record = read(made, needs=("digest", "metrics"))
+    if record["digest"] != run.tag("advml.digest"):  # trained anew, and not yet measured
+        return
     run.log_params(record.get("parameters", {}))
-    run.log_metrics(record.get("metrics", {}))
+    run.log_metrics(record["metrics"])
     run.set_tag("advml.flags", verdict(record.get("diagnostics", {})))
     run.log_file(made, "records/evaluate")
     if workspace.samples(name).exists():

@@ -15,12 +15,12 @@ FIGURES = ("cka.png", "layers.png")
 
 
 def log_representation(run: Run, workspace: Workspace, name: str) -> None:
-    """Log what `represent` has written; nothing if it is not there or the run has it already."""
+    """Log what `represent` has written; nothing if it is not there, of other weights, or the run has it already."""
     folder, made = workspace.report(name), workspace.record("represent", name)
     if not (made.exists() and all((folder / file).exists() for file in FIGURES)):
         return
-    record = read(made, needs=("cka", "metrics"))
-    if run.tag("advml.cka") == record["cka"]:
+    record = read(made, needs=("cka", "digest", "metrics"))
+    if run.tag("advml.cka") == record["cka"] or record["digest"] != run.tag("advml.digest"):
         return
     run.log_metrics(record["metrics"])
     scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1}

@@ -107,9 +107,6 @@ def _link(run: Run, store: stores.Store, facts: dict[str, Any]) -> None:
 def _add_report(run: Run, workspace: Workspace, folder: Path) -> None:
     """What the run lacks of the files beside it: they were pulled, or made while the store was down."""
     log_training(run, workspace, folder)
-    metrics = workspace.report(folder.name) / "metrics.json"
-    if metrics.exists():
-        run.log_metrics(read(metrics))
     log_evaluation(run, workspace, folder.name)
     log_representation(run, workspace, folder.name)
     log_transfer(run, workspace, folder.name)
