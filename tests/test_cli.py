@@ -232,7 +232,7 @@ USER = {
         "model.backbone = 'resnet81' is no timm model; did you mean",
     ),
     "an unknown device": ("pretrain CL st --seed 1 -S runtime.device=tpu", "runtime.device = 'tpu' is not usable here"),
-    "no pipeline": ("repro", "dvc "),
+    "no pipeline": ("repro", "dvc: "),
 }
 
 

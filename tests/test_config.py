@@ -227,7 +227,7 @@ def test_corruptions_are_all_none_or_a_list(params: Path, written: str, names: t
 )
 def test_a_slip_in_the_corruptions_is_met_with_what_is_possible(params: Path, override: str, line: str) -> None:
     key = override.partition("=")[0]
-    assert re.match(rf"params\.yaml: {re.escape(key)}(\[0\])? = {re.escape(line)}", complaint(params, override))
+    assert re.match(rf"(-S .*|params\.yaml): {re.escape(key)}(\[0\])? = {re.escape(line)}", complaint(params, override))
 
 
 def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:
@@ -240,7 +240,7 @@ def test_trades_from_the_image_itself_is_refused(params: Path) -> None:
     """There the divergence is smallest, and flat: the attack would not move."""
     assert config.load(params, ["regimes.Full-AT.loss=trades"]).regimes["Full-AT"].loss == "trades"
     assert complaint(params, "regimes.Full-AT.loss=trades", "attack.random_start=false") == (
-        "params.yaml: regimes.Full-AT.loss = trades needs attack.random_start = true: "
+        "-S regimes.Full-AT.loss=trades: regimes.Full-AT.loss = trades needs attack.random_start = true: "
         "at the image itself its divergence has no gradient to follow"
     )
 
