@@ -232,7 +232,7 @@ def written(tmp_path) -> tuple[Workspace, dict]:
     workspace, block = Workspace(tmp_path), describe(planted([True] * 4, {"a": [True, False, True, True]}), seed=0)
     for name, digest in block["digests"].items():
         put(workspace.record("evaluate", name), {"model": name, "metrics": {}, "digest": digest})
-    write(workspace, [block], rule=RULE, picture=b"picture")
+    write(workspace, [block], rule=RULE, picture=b"picture", made_by={})
     return workspace, block
 
 
@@ -240,7 +240,7 @@ def test_what_was_written_reads_back_and_nobody_leaves_no_older_picture(written)
     workspace, block = written
     assert read(workspace) == {"rule": RULE, "seeds": [block]}
     assert {path.name for path in workspace.report("transfer").iterdir()} == {"transfer.json", "transfer.csv", "transfer.png"}
-    write(workspace, [], rule=RULE, picture=None)
+    write(workspace, [], rule=RULE, picture=None, made_by={})
     assert read(workspace) is None
     assert [path.name for path in workspace.report("transfer").iterdir()] == ["transfer.json"]
     assert "nobody" in json.loads((workspace.report("transfer") / "transfer.json").read_text())["reason"]
