@@ -10,8 +10,8 @@ import typer
 
 from advml.cli.options import PARAMS, Overrides, Params, context_of
 from advml.cli.printing import percent, say, show_flags
-from advml.config import RegimeName, SchemeName
 from advml.errors import UserError
+from advml.names import RegimeName, SchemeName
 from advml.paths import Workspace, model_name
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import typer
 
 from advml.cli.options import PARAMS, Overrides, Params, Regime, Scheme, Seed, context_of
 from advml.cli.printing import percent, say, show_table
-from advml.config import load
 from advml.errors import UserError
 from advml.paths import Workspace, model_name
 
@@ -89,8 +88,10 @@ def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
 
     Writes to the MLflow store only. Next: make ui
     """
-    configuration = load(params, overrides or [])
     from advml import tracking
+    from advml.config import load
+
+    configuration = load(params, overrides or [])
 
     made = tracking.sync(configuration, root=params.parent)
     print(f"{len(made)} runs rebuilt{': ' if made else ''}{', '.join(made)}\nnext: make ui")
@@ -103,8 +104,10 @@ def link(
 
     Writes nothing. Next: make ui
     """
-    configuration = load(params, overrides or [])
     from advml import tracking
+    from advml.config import load
+
+    configuration = load(params, overrides or [])
 
     print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
 
@@ -116,8 +119,10 @@ def ui(
 
     Writes nothing. Next: the link, in a browser
     """
-    configuration = load(params, overrides or [])
     from advml import tracking
+    from advml.config import load
+
+    configuration = load(params, overrides or [])
 
     command = tracking.ui_command(configuration, root=params.parent, port=port)  # before the store is opened, which quietens MLflow
     print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
@@ -141,8 +146,10 @@ def repro(
         raise UserError(
             "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
         )
-    configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    from advml.config import load
     from advml.repro import repro as run
+
+    configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
 
     started = time.monotonic()
     ran = run(params.parent, jobs=jobs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advml.config import PhaseName, RegimeName, SchemeName, dump, load
+from advml.names import PhaseName, RegimeName, SchemeName
 from advml.paths import Workspace
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ PARAMS = Path("params.yaml")
 
 def context_of(params: Path, overrides: list[str] | None) -> Context:
     """Read params.yaml, print it as it counts, and take the folder around it for the study's."""
+    from advml.config import dump, load
+
     configuration = load(params, overrides or [])
     print(f"# resolved configuration\n{dump(configuration)}", file=sys.stderr, flush=True)
     from advml.stages.context import Context

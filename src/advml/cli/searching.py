@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.config import Config, changed
 from advml.errors import Failure, UserError
 from advml.paths import Workspace
 
 if TYPE_CHECKING:
+    from advml.config import Config
     from advml.tuning.command import Outcome
     from advml.tuning.searches import AttackSearch, TrainingSearch
 
@@ -20,6 +20,8 @@ def share_cores(configuration: Config, workers: int) -> Config:
     """Workers share the cores out among themselves, where params.yaml gives a process all of them."""
     if configuration.runtime.threads or workers == 1:
         return configuration
+    from advml.config import changed
+
     return changed(configuration, {"runtime.threads": max(1, (os.cpu_count() or 1) // workers)})
 
 

@@ -11,7 +11,7 @@ import typer
 
 from advml.cli.options import PARAMS, Scheme
 from advml.cli.searching import run, share_cores
-from advml.config import PhaseName, RegimeName, load
+from advml.names import PhaseName, RegimeName
 from advml.paths import Workspace
 
 app = typer.Typer(
@@ -59,8 +59,10 @@ def attack(
     Searches on validation; the winner is measured on test once, beside the default attack.
     Writes reports/tune/attack-<MODEL>/. Next: advml tune apply attack-<MODEL>
     """
-    configuration = load(params, overrides or [])
+    from advml.config import load
     from advml.tuning.searches import AttackSearch
+
+    configuration = load(params, overrides or [])
 
     search = AttackSearch.of(share_cores(configuration, workers), params.parent, model, autoattack=autoattack, name=name)
     spec = configuration.tune.attack
@@ -122,6 +124,7 @@ def apply(
 
     Writes params.yaml. Next: advml repro
     """
+    from advml.config import load
     from advml.tuning.apply import merge, proposal, warnings
 
     load(params)  # what is wrong with the file now must not look like the proposal's fault
@@ -156,8 +159,10 @@ def _train(
     overrides: list[str] | None,
     params: Path,
 ) -> None:
-    configuration = load(params, overrides or [])
+    from advml.config import load
     from advml.tuning.searches import TrainingSearch
+
+    configuration = load(params, overrides or [])
 
     search = TrainingSearch.of(share_cores(configuration, workers), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from advml.config.evaluation import Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
 from advml.config.loading import apply, changed, digest, dump, flatten, load, parse_override, validate
-from advml.config.names import CorruptionName, PhaseName, RegimeName, SchemeName
 from advml.config.search import AttackSearch, TrainingSearch, Tune
 from advml.config.study import Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, OF_THE_ATTACK, WITHOUT_EFFECT, Phase, TrainAttack, View, Views
 from advml.config.values import Section
 from advml.config.whole import Config
+from advml.names import CorruptionName, PhaseName, RegimeName, SchemeName
 
 __all__ = [
     # params.yaml and its sections

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from advml.config.names import CorruptionName
 from advml.config.values import Count, Distinct, NonNegative, Positive, Section, Whole
+from advml.names import CorruptionName
 
 
 class EvaluationAttack(Section):

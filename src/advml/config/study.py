@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from advml.config.names import RegimeName, SchemeName
 from advml.config.values import Count, Distinct, Number, Positive, Section, Whole
+from advml.names import RegimeName, SchemeName
 
 
 class Grid(Section):

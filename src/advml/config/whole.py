@@ -8,11 +8,11 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, model_validator
 
 from advml.config.evaluation import MINIMAL_NORMS, Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
-from advml.config.names import RegimeName, SchemeName
 from advml.config.search import Tune
 from advml.config.study import Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, WITHOUT_EFFECT, Phase, TrainAttack, Views
 from advml.config.values import Distinct, Positive, Section, Whole
+from advml.names import RegimeName, SchemeName
 
 
 def _plain(value: Any) -> str:

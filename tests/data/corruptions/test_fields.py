@@ -53,7 +53,7 @@ def test_bilinear_looks_up_as_scipy_does():
 
 @pytest.mark.parametrize(("angle", "line"), [(0, (0, -1)), (90, (-1, 0)), (-90, (1, 0)), (45, (-1, -1)), (-45, (1, -1))])
 def test_smearing_a_spot_leaves_half_a_normal_curve_on_one_side(angle, line):
-    trail = smear(spot(33), radius=4, sigma=2, angle=angle)
+    (trail,) = smear(spot(33)[None], np.array([angle]), radius=4, sigma=2)
     weights = np.exp(-(np.arange(9) ** 2) / 8)
     weights /= weights.sum()
     reach = 7 if abs(angle) == 45 else 9
@@ -66,7 +66,7 @@ def test_smearing_a_spot_leaves_half_a_normal_curve_on_one_side(angle, line):
 
 
 def test_smearing_repeats_the_border():
-    assert np.allclose(smear(np.full((3, 8, 8), 0.7, np.float32), radius=14, sigma=12, angle=-100), 0.7, atol=1e-6)
+    assert np.allclose(smear(np.full((3, 8, 8), 0.7, np.float32), np.array([-100, 10, 75]), radius=14, sigma=12), 0.7, atol=1e-6)
 
 
 @pytest.mark.parametrize(("radius", "pixels"), [(0.5, 1), (1, 5), (1.5, 9), (3, 29), (10, 317)])

@@ -67,7 +67,7 @@ def _sources(offsets: np.ndarray, reach: int) -> np.ndarray:
 def motion_blur(images: np.ndarray, generators: Generators, radius: float, sigma: float) -> np.ndarray:
     """A trail in a direction uniform in +-45 degrees from the right: see `smear`."""
     angles = uniform(generators, (1,), -45, 45)[:, 0]
-    return np.stack([smear(image, radius=radius, sigma=sigma, angle=angle) for image, angle in zip(images, angles, strict=True)])
+    return smear(images, angles, radius=radius, sigma=sigma)
 
 
 def zoom_blur(images: np.ndarray, generators: Generators, furthest: float, step: float) -> np.ndarray:

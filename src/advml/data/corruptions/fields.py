@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 ROUNDED_FROM = 32  # pixels: the smallest side of a published set
 Generators = Sequence[torch.Generator]  # one per image
@@ -78,21 +79,24 @@ def _mirror(index: np.ndarray, size: int) -> np.ndarray:
     return np.minimum(index, 2 * size - 2 - index)
 
 
-def smear(field: np.ndarray, *, radius: float, sigma: float, angle: float) -> np.ndarray:
-    """Motion blur of one field (..., H, W): sum over i = 0 .. 2 radius of w_i field(p + i u), w_i ~ exp(-i^2 / 2 sigma^2).
+def smear(fields: np.ndarray, angles: np.ndarray, *, radius: float, sigma: float) -> np.ndarray:
+    """Motion blur of each field of (N, ..., H, W): sum over i = 0 .. 2 radius of w_i field(p + i u), w_i ~ exp(-i^2 / 2 sigma^2).
 
-    u points `angle` degrees down from the right; points are rounded to pixels, and the border is repeated outwards. This is
-    ImageMagick's definition, which the published sets are made with: half a normal curve, so an edge drags a trail to one side.
+    u points as many degrees down from the right as `angles` (N,) say; points are rounded to pixels, and the border is repeated
+    outwards. This is ImageMagick's definition, which the published sets are made with: half a normal curve, so an edge drags a
+    trail to one side.
     """
     weights = _half_normal(radius, sigma)
-    steps = np.arange(len(weights))
-    down, right = (np.ceil(steps * part - 0.5).astype(int) for part in (np.sin(np.radians(angle)), np.cos(np.radians(angle))))
-    reach, (height, width) = len(weights), field.shape[-2:]
-    padded = np.pad(field, [(0, 0)] * (field.ndim - 2) + [(reach, reach)] * 2, mode="edge")
-    result = np.zeros_like(field)
-    for weight, y, x in zip(weights, reach + down, reach + right, strict=True):
-        result += weight * padded[..., y : y + height, x : x + width]
-    return result
+    steps, turns = np.arange(len(weights)), np.radians(angles)[:, None]
+    down, right = (np.ceil(steps * part - 0.5).astype(int) for part in (np.sin(turns), np.cos(turns)))  # (N, steps)
+    reach, sides = len(weights), fields.shape[-2:]
+    flat = fields.reshape(len(fields), -1, *sides)
+    padded = np.pad(flat, [(0, 0), (0, 0), (reach, reach), (reach, reach)], mode="edge")
+    shifted = sliding_window_view(padded, sides, axis=(-2, -1))
+    result, every = np.zeros_like(flat), np.arange(len(flat))
+    for weight, y, x in zip(weights, reach + down.T, reach + right.T, strict=True):
+        result += weight * shifted[every, :, y, x]
+    return result.reshape(fields.shape)
 
 
 @cache

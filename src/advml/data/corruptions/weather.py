@@ -32,7 +32,7 @@ def snow(
     flakes = np.clip(zoom(mean + deviation * normal(generators, images.shape[-2:]), size), 0, 1)
     flakes[flakes < threshold] = 0
     angles = uniform(generators, (1,), -135, -45)[:, 0]
-    layers = np.stack([smear(field, radius=radius, sigma=sigma, angle=angle) for field, angle in zip(flakes, angles, strict=True)])
+    layers = smear(flakes, angles, radius=radius, sigma=sigma)
     layers = (layers + layers[:, ::-1, ::-1])[:, None]
     return kept * images + (1 - kept) * np.maximum(images, 1.5 * _grey(images) + 0.5) + layers
 
@@ -48,8 +48,7 @@ def frost(images: np.ndarray, generators: Generators, kept: float, ice: float) -
     tones = PANES[(draws[:, 0] * len(PANES)).astype(int)] / 255
     clouds = plasma(generators, height=height, width=width, decay=1.5)
     layers = normal(generators, (8, height, width))
-    needles = np.stack([_needles(layer, 180 * turns) for layer, turns in zip(layers, draws[:, 1:], strict=True)])
-    texture = _standard(clouds) + _standard(needles)
+    texture = _standard(clouds) + _standard(_needles(layers, 180 * draws[:, 1:]))
     colour = tones[:, :3] if channels == 3 else (tones[:, :3] @ LUMA)[:, None]
     shift = PANE_DEVIATION * normal(generators, (1, 1, 1))
     pane = colour[:, :, None, None] + shift + tones[:, 3, None, None, None] * _standard(texture)[:, None]
@@ -57,10 +56,10 @@ def frost(images: np.ndarray, generators: Generators, kept: float, ice: float) -
 
 
 def _needles(layers: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """The brightest of layers of noise (K, H, W), each drawn out along its own angle: (H, W)."""
+    """The brightest of layers of noise (N, K, H, W), each drawn out along its own angle (N, K): (N, H, W)."""
     length = max(2.0, layers.shape[-1] / 16)
-    drawn = [smear(layer, radius=2 * length, sigma=length, angle=angle) for layer, angle in zip(layers, angles, strict=True)]
-    return np.max(drawn, axis=0)
+    drawn = smear(layers.reshape(-1, *layers.shape[-2:]), angles.ravel(), radius=2 * length, sigma=length)
+    return drawn.reshape(layers.shape).max(1)
 
 
 def _standard(fields: np.ndarray) -> np.ndarray:
