@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advml.networks.models import Network
+from advml.similarity import cka
 from advml.similarity.cka import Similarity, centred_gram, measure
 from advml.similarity.features import Layer, layers
 
@@ -61,6 +62,12 @@ def images(count: int, *, seed: int = 0) -> Tensor:
     """Blurred noise: neighbouring pixels go together, as in photographs."""
     rough = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     return nn.functional.interpolate(rough, size=(32, 32), mode="bilinear")
+
+
+@pytest.fixture
+def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with instructions for it; PyTorch multiplies as such a one does, slowly."""
+    monkeypatch.setattr(cka, "_multiplies_bfloat16", lambda device: True)
 
 
 def rows_of(network: nn.Module) -> list[Layer]:
@@ -163,7 +170,7 @@ def test_rotation_scale_and_offset_change_nothing():
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-17, 1e17, 1e30])
 @pytest.mark.parametrize("gram", ["float32", "bfloat16"])
-def test_squares_out_of_float32s_range_change_nothing(scale, gram):
+def test_squares_out_of_float32s_range_change_nothing(scale, gram, with_bfloat16):
     x, y = gaussian(16, 5000, seed=1), gaussian(16, 5000, seed=2)
     y = x + 0.5 * y
     np.testing.assert_allclose(cka_of(x, scale * y, gram=gram), cka_of(x, y), atol=5e-4, rtol=0)
@@ -192,7 +199,7 @@ def test_a_permutation_of_the_images_changes_nothing_but_of_one_side_everything(
     assert abs(cka_of(x[order], y)[0, 1]) < 0.2 < cka_of(x, y)[0, 1]
 
 
-def test_bfloat16_gram_matrices_of_a_backbone_are_off_by_less_than_5e_4(lively):
+def test_bfloat16_gram_matrices_of_a_backbone_are_off_by_less_than_5e_4(lively, with_bfloat16):
     network = lively(backbone="resnet18")
     exact, rounded = measured(network, sizes=(32,)), measured(network, sizes=(32,), gram="bfloat16")
     for pair in [(CLEAN, CLEAN), (CLEAN, NOISE)]:
@@ -200,7 +207,13 @@ def test_bfloat16_gram_matrices_of_a_backbone_are_off_by_less_than_5e_4(lively):
         assert 1e-7 < difference < 5e-4  # not zero: it must have been used
 
 
-def test_bfloat16_survives_an_offset_that_it_cannot_hold():
+def test_a_device_that_cannot_multiply_bfloat16_is_not_made_to(monkeypatch):
+    monkeypatch.setattr(cka, "_multiplies_bfloat16", lambda device: False)
+    x, y = gaussian(16, 5000, seed=1), gaussian(16, 5000, seed=2)
+    np.testing.assert_array_equal(cka_of(x, x + y, gram="bfloat16"), cka_of(x, x + y))
+
+
+def test_bfloat16_survives_an_offset_that_it_cannot_hold(with_bfloat16):
     """Centred before rounding: 1000 and 1001 are the same number in bfloat16."""
     x, y = (gaussian(32, 8, seed=seed) @ gaussian(8, 5000, seed=seed + 1) for seed in (1, 3))
     y = x + 2 * y
