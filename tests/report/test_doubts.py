@@ -11,7 +11,7 @@ POINTS = [{"epsilon": epsilon, "accuracy": 0.5, "low": 0.4, "high": 0.6} for eps
 
 def record(*names: str, **evidence: object) -> dict:
     found = {"flags": [{"name": name, "saw": f"saw {name}", "try": "more"} for name in names]}
-    return {"diagnostics": found | {"evidence": {"epsilon": 0.2, "classes": 4, "curve": POINTS, **evidence}}}
+    return {"diagnostics": found | {"evidence": {"epsilon": 0.2, "classes": 4, "largest_class": 0.3, "curve": POINTS, **evidence}}}
 
 
 EVALUATED = {
@@ -38,7 +38,7 @@ def test_the_curves_are_those_of_one_seeds_models_that_were_judged():
     figure = curves(ROWS, EVALUATED, seed=0)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["CL"]
     drawn = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
-    assert drawn["ST"] == drawn["AT"] == [50, 50, 50] and [25, 25] in drawn.values()  # chance, of four classes
+    assert drawn["ST"] == drawn["AT"] == [50, 50, 50] and [30, 30] in drawn.values()  # guessing the most frequent of four classes
     assert figure.axes[0].lines[0].get_xdata()[1] == pytest.approx(1)  # epsilon of the evidence
     assert [axes.get_title(loc="left") for axes in curves(ROWS, EVALUATED, seed=1).axes] == ["SL"]
 

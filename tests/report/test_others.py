@@ -29,7 +29,7 @@ def record(name: str, data: str, **diagnostics: object) -> dict:
     return {"model": name, "digest": "b" * 64, "data_digest": data, "metrics": metrics, "figures": figures, "diagnostics": diagnostics}
 
 
-EVIDENCE = {"epsilon": 0.75, "classes": 4, "curve": []}
+EVIDENCE = {"epsilon": 0.75, "classes": 4, "largest_class": 0.25, "curve": []}
 FLAG = {"name": "dead_gradients", "saw": "zeros everywhere", "try": "BPDA"}
 
 

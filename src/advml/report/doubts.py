@@ -31,7 +31,8 @@ def curves(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[st
         evidence, minimal = seen.get("evidence"), seen.get("minimal")
         if evidence and row["seed"] == seed:
             found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
-            about |= {"epsilon": evidence["epsilon"], "chance": 1 / evidence["classes"]}
+            guessing = max(1 / evidence["classes"], evidence["largest_class"])  # the better of both, as the rule has it
+            about |= {"epsilon": evidence["epsilon"], "chance": guessing}
             if minimal:
                 nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]
                 about |= {"attack": minimal["attack"].upper()}
