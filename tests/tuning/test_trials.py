@@ -368,7 +368,8 @@ def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
     search = TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0)
     trainings, measured = [], []
 
-    def train(bench, configuration, attempt, *, seed):
+    def train(bench, configuration, attempt, *, seed, watched):
+        assert not watched  # nobody is told of the rungs
         trainings.append((configuration.regimes["Full-AT"].learning_rate, seed))
         return attempt.values
 

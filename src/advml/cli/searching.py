@@ -68,7 +68,8 @@ def told(outcome: Outcome, search: AttackSearch | TrainingSearch) -> list[str]:
     if outcome.fruitless:
         raise Failure(f"{outcome.name}: {outcome.fruitless}")
     if outcome.best is None:
-        raise UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; lower {search.floor_key}")
+        remedy = f"lower {search.floor_key} and search anew, with --replace or under another --name"
+        raise UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; {remedy}")
     lines = [f"{outcome.name}: {outcome.finished} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
     for who, trial in (("best", outcome.best), ("default", outcome.default)):
         if trial is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advml import config
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
 from advml.evaluation.measure import Outcome
@@ -72,7 +73,8 @@ def outcomes_of(found: Mapping[str, Broken], standing: Tensor, clean: Outcome, *
     return steps
 
 
-def figures_of(found: Mapping[str, Broken], threat_model: ThreatModel) -> list[Figure]:
+def figures_of(found: Mapping[str, Broken], threat_model: ThreatModel, spec: config.Diagnostics) -> list[Figure]:
     """The same steps for the record."""
-    about = {**threat_of(threat_model), "note": "on the images of the diagnostics, which hold its settings and passes"}
+    settings = {"images": spec.images, "steps": spec.steps, "shares": list(spec.shares)}
+    about = {**threat_of(threat_model), **settings, "note": "on the images of the diagnostics, which hold its passes"}
     return [Figure(f"worst_case/{kind}", settings={"attack": PROBES.get(kind, kind), **about}, left_only=True) for kind in found]

@@ -56,11 +56,14 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return inside
 
 
-def to_png(figure: Figure, *, dpi: float | None = None) -> bytes:
-    """The figure as a PNG file; the same figure gives the same bytes."""
+def to_png(figure: Figure, *, dpi: float | None = None, whole: bool = False) -> bytes:
+    """The figure as a PNG file; the same figure gives the same bytes. `whole`: as large as labels that stick out of it need."""
     stream = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         canvas = FigureCanvasAgg(figure)
         figure.set_dpi(dpi or STYLE["savefig.dpi"])
+        if whole:
+            figure.savefig(stream, format="png", bbox_inches="tight", metadata={"Software": None})
+            return stream.getvalue()
         canvas.print_png(stream, metadata={"Software": None})  # the bytes that `savefig` writes, which draws twice for the layout
     return stream.getvalue()

@@ -39,7 +39,7 @@ class Foreign(nn.Module):
         try:
             with torch.enable_grad():
                 return self._called(images)
-        except torch.OutOfMemoryError:  # says nothing about the model
+        except (torch.OutOfMemoryError, UserError):  # the first says nothing about the model
             raise
         except Exception as error:
             self.gradient_error = _first_line(error)
@@ -49,14 +49,17 @@ class Foreign(nn.Module):
     def _logits(self, images: Tensor) -> Tensor:
         try:
             return self._called(images)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # somebody's code may fail in any way; it is no failure of ours
             shape = "x".join(map(str, images.shape))
             raise UserError(f"{self.name} fails on a batch of {shape} images: {_first_line(error)}") from None
 
     def _called(self, images: Tensor) -> Tensor:
-        return self.module(images.clone(memory_format=self.memory_format))
+        logits = self.module(images.clone(memory_format=self.memory_format))
+        if not isinstance(logits, Tensor):  # perhaps with gradients only, as models with auxiliary heads
+            raise UserError(f"{self.name} gives {type(logits).__name__} for {len(images)} images; attacks need a tensor of logits")
+        return logits
 
 
 class _Walled(torch.autograd.Function):

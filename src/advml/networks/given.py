@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from advml import config
 from advml.data.datasets import Dataset
@@ -90,9 +91,15 @@ def _timm(name: str, weights: Path, normalization: Normalization, spec: config.M
     try:
         content = weights.read_bytes()
         network.load_state_dict(safetensors.torch.load(content), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{weights} does not fit {name} with {classes} classes and stem {spec.stem}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{weights} cannot be read: {error.strerror}") from None
+    except SafetensorError as error:
+        raise UserError(f"{weights} is no safetensors file ({error}); write one with safetensors.torch.save_file") from None
+    except RuntimeError as error:
+        hint = "" if spec.stem == "native" else "; a network as timm makes it has its own stem: -S model.stem=native"
+        reason = " ".join(str(error).split())[:160]
+        what = f"{name} with {classes} classes, {channels} channels and stem {spec.stem}"
+        raise UserError(f"{weights} does not fit {what}{hint} ({reason} ...)") from None
     constants = {
         "timm": lambda: (network.default_cfg["mean"], network.default_cfg["std"]),
         "data": lambda: (dataset.mean, dataset.std),
@@ -122,6 +129,8 @@ def _python(target: str) -> Given:
         sys.path.remove(here)
     if not isinstance(network, nn.Module):
         raise UserError(f"{target} returns {type(network).__name__}; it must return a torch module that maps images in [0, 1] to logits")
+    if any(isinstance(value, UninitializedTensorMixin) for value in network.state_dict().values()):
+        raise UserError(f"{target} returns a model with uninitialised parameters; call it on some images before it is returned")
     return Given(target.replace(":", "-").replace(".", "-"), Foreign(network, target), _digest(network), {"function": target})
 
 
@@ -157,4 +166,6 @@ def _behaviour(given: Given, dataset: Dataset) -> str:
     if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{given.name} gives {shape} for {len(images)} images; the prepared data need {wanted}: a logit per class")
+    if not logits.isfinite().any():
+        raise UserError(f"{given.name} gives nothing but NaN or infinities for the first test images: there is nothing to measure")
     return hashlib.sha256(_bytes(logits.float())).hexdigest()[:16]

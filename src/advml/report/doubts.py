@@ -31,7 +31,9 @@ def curves(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[st
         evidence, minimal = seen.get("evidence"), seen.get("minimal")
         if evidence and row["seed"] == seed:
             found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
-            guessing = max(1 / evidence["classes"], evidence["largest_class"])  # the better of both, as the rule has it
+            guessing = max(
+                1 / evidence["classes"], evidence.get("largest_class", 0)
+            )  # the better of both, as the rule has it; older records lack it
             about |= {"epsilon": evidence["epsilon"], "chance": guessing}
             if minimal:
                 nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]

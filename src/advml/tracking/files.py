@@ -11,9 +11,11 @@ from typing import Any
 from advml.errors import Failure
 
 
-def read(path: Path, *, needs: tuple[str, ...] = ()) -> Any:
+def read(path: Path, *, needs: tuple[str, ...] = (), remedy: str | None = None) -> Any:
     """The content of a JSON file.
 
+    Args:
+        remedy: what to do about a damaged one; None: DVC has it.
     Raises:
         Failure: it is no valid JSON, or lacks one of the keys it `needs`.
     """
@@ -22,8 +24,9 @@ def read(path: Path, *, needs: tuple[str, ...] = ()) -> Any:
         missing = [key for key in needs if key not in value]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-    except (OSError, ValueError) as error:
-        raise Failure(f"{path} cannot be read: {' '.join(str(error).split())}; restore it with: dvc checkout {path.parent}") from None
+    except (OSError, ValueError, TypeError) as error:
+        remedy = remedy or f"restore it with: dvc checkout {path.parent}"
+        raise Failure(f"{path} cannot be read: {' '.join(str(error).split())}; {remedy}") from None
     return value
 
 

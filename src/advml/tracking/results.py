@@ -36,6 +36,8 @@ class Result:
     files: tuple[str, ...]
     log: Callable[[Run, Path, dict[str, Any]], None]
     artifacts: str | None = None  # where the files go
+    needs: tuple[str, ...] = ()  # keys of the first file
+    remedy: str | None = None  # for a damaged first file; None: DVC has it
 
     @property
     def paths(self) -> list[Path]:
@@ -45,12 +47,14 @@ class Result:
 def study(workspace: Workspace) -> Result:
     """What `report` has written."""
     files = ("claims.json", *(file for file in REPORT_FILES if file != "claims.json"))
-    return Result("study", "study", workspace.reports, files, _log_study)
+    return Result("study", "study", workspace.reports, files, _log_study, needs=("claims",))
 
 
 def transfer(workspace: Workspace) -> Result:
     """What `transfer` has written; see also `log_transfer`."""
-    return Result("comparison", "transfer", workspace.report("transfer"), TRANSFER_FILES, _log_transfer, artifacts="transfer")
+    return Result(
+        "comparison", "transfer", workspace.report("transfer"), TRANSFER_FILES, _log_transfer, artifacts="transfer", needs=("seeds",)
+    )
 
 
 def comparison(folder: Path) -> Result:
@@ -62,7 +66,9 @@ def comparison(folder: Path) -> Result:
 
 def evaluation(workspace: Workspace, name: str) -> Result:
     """What `evaluate` has written of a model that is not of the grid."""
-    return Result("evaluation", name, workspace.report(name), ("evaluation.json", "samples.parquet"), _log_evaluation)
+    folder, files = workspace.report(name), ("evaluation.json", "samples.parquet")
+    remedy = f"delete {folder} and measure the model again with: advml evaluate"
+    return Result("evaluation", name, folder, files, _log_evaluation, needs=("metrics",), remedy=remedy)
 
 
 def results(workspace: Workspace) -> list[Result]:
@@ -88,7 +94,7 @@ def complete(place: stores.Place, store: stores.Store, result: Result, *, root: 
         if record.info.status == "RUNNING":  # the store went down before the very last word
             store.client.set_terminated(record.info.run_id, "FINISHED")
         return False
-    content, when = read(result.paths[0]), written(result.paths[0]) if synced else None
+    content, when = read(result.paths[0], needs=result.needs, remedy=result.remedy), written(result.paths[0]) if synced else None
     tags = origin(content) | {"files": made} | ({"synced": "true"} if synced else {})
     facts = Facts(result.name, result.kind, tags, content.get("parameters", {}))
     begun = start(store, facts, root=root, run_id=record.info.run_id if record else None, start_time=when)

@@ -19,6 +19,8 @@ COLUMNS = {
     "metrics.`accuracy/clean`": 150,
     "metrics.`accuracy/threat_model_1`": 220,
     "metrics.`accuracy/threat_model_2`": 220,
+    "metrics.`accuracy/worst_case`": 190,
+    "metrics.`diagnostics/flags`": 150,
     "tags.`advml.scheme`": 120,
     "tags.`advml.regime`": 120,
 }

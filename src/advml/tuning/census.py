@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 from optuna.trial import FrozenTrial, TrialState
 
+TURNS = "turn/"  # attributes of a study: whose turn it is to do something for all, see `tuning.turn`
 # Attributes of a trial
 PROCESS = "process"  # that works on it, as `this_process` names it
 REASON = "reason"  # why its parameters do not work

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from advml.config import Config
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.paths import Workspace, checked_name
 from advml.tracking.signals import deferred
 from advml.tuning import census, confirmation, outputs, supervisor
@@ -21,6 +21,7 @@ from advml.tuning import study as studies
 from advml.tuning.board import Board, show
 from advml.tuning.history import History
 from advml.tuning.locking import lock
+from advml.tuning.patience import without_password
 from advml.tuning.storage import address
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Orders, Search, call_and_tell
@@ -72,6 +73,7 @@ def tune(
     url, definition = address(storage, root=workspace.root), search.definition()
     supervisor.processes()  # begins to import torch, beside what this process does
     study = studies.create(definition, url, replace=replace)
+    _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
     studies.bury(study, url)
     everything = workspace.scratch(f"tune/{search.name}").resolve()
     scratch = everything / study.user_attrs.get(studies.IDENTITY, "first")  # trials of another study are numbered alike
@@ -91,6 +93,16 @@ def tune(
         outcome = _close(search, study, url, workspace, history)
     _tidy(study, url, everything)
     return outcome
+
+
+def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: bool) -> None:
+    """Raises UserError if the folder holds the results of a search that this database knows nothing of: they would be written over."""
+    if replace or census.finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
+        return
+    raise UserError(
+        f"{folder} holds the results of a search of which {without_password(url)} knows nothing; "
+        f"give this one a name of its own: --name {study.study_name}-2, or let it write over them: --replace"
+    )
 
 
 def _both(*watchers: Callable[[Sequence[FrozenTrial]], None]) -> Callable[[Sequence[FrozenTrial]], None]:

@@ -43,7 +43,7 @@ def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str
         temporary = folder / f"{name}.{os.getpid()}.part"  # two commands may end at once
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / name)
-    return [*(folder / name for name in texts), *draw(folder, study, search.metrics)]
+    return [*(folder / name for name in texts), *draw(folder, study, search)]
 
 
 def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenTrial | None:
@@ -142,13 +142,14 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     return stream.getvalue()
 
 
-def draw(folder: Path, study: optuna.Study, metrics: Sequence[str]) -> list[Path]:
+def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
     """The figures that the study has enough trials for."""
     os.environ.setdefault("MPLBACKEND", "agg")  # no window
     from optuna.visualization import matplotlib as plots
 
     from advml.figures.style import to_png
 
+    metrics = search.metrics
     first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
     drawings: dict[str, Callable[[], Any]] = {
         "history": lambda: plots.plot_optimization_history(study, **first),
@@ -163,9 +164,25 @@ def draw(folder: Path, study: optuna.Study, metrics: Sequence[str]) -> list[Path
     for name, drawing in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
-            (folder / f"{name}.png").write_bytes(to_png(_figure(drawing()), dpi=120))
+            figure = legible(_figure(drawing()), keys=len(search.space), title=f"{search.name}, {len(complete)} complete trials")
+            (folder / f"{name}.png").write_bytes(to_png(figure, dpi=120, whole=True))
         written.append(folder / f"{name}.png")
     return written
+
+
+def legible(figure: Any, *, keys: int, title: str) -> Any:
+    """Optuna's figure with room for its labels: it makes all of one size, however many keys and however long their names."""
+    from matplotlib.ticker import NullFormatter
+
+    panels = [axes for axes in figure.axes if axes.get_subplotspec() is not None]
+    wide = len(panels) > 1 and len({axes.get_position().x0 for axes in panels}) > 1
+    figure.set_size_inches(max(8.0, 2.6 * len(panels) if wide else 1.3 * keys), 5.0)
+    for axes in figure.axes:
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelrotation=60 if keys > 3 else 0)
+        axes.set_title("")
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def _figure(axes: Any) -> Any:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ def check(space: Space, accept: Callable[[Values], object], *, section: str) -> 
         raise UserError(f"{section} is empty; name a key and its range, e.g. {section}.learning_rate: {{log: [1e-4, 1e-1]}}")
     tried = [[(key, corner) for corner in corners(dimension)] for key, dimension in space.items()]
     alone = [[pair] for pairs in tried for pair in pairs]
+    alone += [[(key, inner)] for key, spread in distributions(space).items() if (inner := _inner(spread)) is not None]
     together = [[one, other] for first, second in itertools.combinations(tried, 2) for one in first for other in second]
     for chosen in (*alone, *together):
         try:
@@ -58,6 +60,13 @@ def check(space: Space, accept: Callable[[Values], object], *, section: str) -> 
         except UserError as error:
             said = ", ".join(f"{key} = {value!r}" for key, value in chosen)
             raise UserError(f"{section} reaches {said}, which is refused: {error}") from None
+
+
+def _inner(spread: BaseDistribution) -> float | None:
+    """What a range of floats holds between its ends: no whole number, where the key wants one."""
+    if not isinstance(spread, FloatDistribution) or spread.low == spread.high:
+        return None
+    return spread.low + (spread.high - spread.low) / math.pi
 
 
 def outside(values: Values, space: Space) -> dict[str, Any]:

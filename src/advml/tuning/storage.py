@@ -12,11 +12,13 @@ import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import NOT_FOUND_MSG
 
-from advml.errors import UserError
+from advml.errors import Failure, UserError
 from advml.tuning.locking import LOCKS, SQLITE, told
 from advml.tuning.patience import PATIENCE, patiently, reason, without_password
 
+GONE = "the study is gone: another command has thrown it away or put another one in its place"
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life; how long none may come from another machine
 
 
@@ -107,8 +109,19 @@ class PatientStorage(RDBStorage):
         "_set_trial_param",
     )
 
+    ASK = ("get_study_id_from_name",)  # whether there is one
+
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
         if not name.startswith(PatientStorage.CALLS):
             return found
-        return lambda *arguments, **options: patiently(lambda: found(*arguments, **options))
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            try:
+                return patiently(lambda: found(*arguments, **options))
+            except KeyError as error:
+                if name in PatientStorage.ASK or error.args != (NOT_FOUND_MSG,):
+                    raise
+                raise Failure(GONE) from error
+
+        return call

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from advml.errors import UserError
+from advml.errors import Failure, UserError
 from advml.tuning.census import (
     DEFAULT,
     KILLS,
@@ -31,6 +31,8 @@ from advml.tuning.census import (
     PROCESS,
     REASON,
     RETRY_OF,
+    TURNS,
+    described,
     finished,
     hopeless,
     is_dead,
@@ -40,7 +42,7 @@ from advml.tuning.census import (
 )
 from advml.tuning.locking import lock, reach
 from advml.tuning.space import Distributions, Values
-from advml.tuning.storage import connect
+from advml.tuning.storage import GONE, connect
 
 FINGERPRINT = "fingerprint"  # attribute of the study
 IDENTITY = "identity"  # attribute of the study: what no other one has, also of the same name and fingerprint
@@ -76,12 +78,14 @@ def create(definition: Definition, url: str, *, replace: bool = False) -> optuna
     Args:
         replace: whether one that searched something else is thrown away.
     Raises:
-        UserError: there is a study of this name that searched something else, or the storage cannot be used.
+        UserError: there is a study of this name that searched something else, or one to be thrown away is at work, or the storage cannot
+            be used.
     """
     reach(url)
     with lock(url):
         storage = connect(url)
         if replace and _fingerprint(storage, definition.name) not in (None, definition.fingerprint):
+            _require_idle(optuna.load_study(study_name=definition.name, storage=storage))
             optuna.delete_study(study_name=definition.name, storage=storage)
         study = optuna.create_study(
             study_name=definition.name,
@@ -118,6 +122,22 @@ def _fingerprint(storage: optuna.storages.BaseStorage, name: str) -> str | None:
         return None
 
 
+def _require_idle(study: optuna.Study) -> None:
+    """Raises UserError while a process works on the study: it would go on in the new one, which may even get the old one's number."""
+    held = [value["process"] for key, value in study.user_attrs.items() if key.startswith(TURNS) and value]
+    at_work = [trial.user_attrs.get(PROCESS) for trial in running(study.get_trials(deepcopy=False))]
+    for process in held + at_work:
+        if not is_dead(process):
+            who = f"{described(process)} is at work on {study.study_name}"
+            raise UserError(f"{who}, which --replace would throw away; end that command first, or give this one a --name of its own")
+
+
+def require_same(study: optuna.Study, definition: Definition) -> None:
+    """Raises Failure if another command has put another study in this one's place."""
+    if study.user_attrs.get(FINGERPRINT) != definition.fingerprint:
+        raise Failure(GONE)
+
+
 def join(definition: Definition, url: str) -> optuna.Study:
     """Open a study that is there, in a worker."""
     return optuna.load_study(study_name=definition.name, storage=connect(url, made=True), pruner=definition.pruner())
@@ -132,6 +152,7 @@ def claim(study: optuna.Study, definition: Definition, url: str, *, total: int, 
         seed: of the sampler, together with the number of trials so far.
     """
     with lock(url):
+        require_same(study, definition)
         trials = study.get_trials(deepcopy=False)
         if len(finished(trials)) + len(running(trials)) >= total or hopeless(trials, since=since):
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +115,16 @@ def objective(search: TrainingSearch) -> Callable[[Attempt], Sequence[float]]:
     return run
 
 
-def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int) -> Network:
-    """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again."""
+def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int, watched: bool = True) -> Network:
+    """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again.
+
+    Args:
+        watched: whether anyone wants reports.
+    """
     search, scratch = bench.search, attempt.scratch
     plan = bench.plan(configuration, seed=seed)
     fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
-    rungs = Rungs(scratch / f"rungs-{fingerprint}.json", Hyperband.rungs(plan.phase.epochs) if not search.pareto else ())
+    rungs = Rungs(scratch / f"rungs-{fingerprint}.json", Hyperband.rungs(plan.phase.epochs) if watched and not search.pareto else ())
 
     def on_epoch(record: Record) -> None:
         epoch = int(record["epoch"])
@@ -158,13 +162,6 @@ class Rungs:
         return self.known[str(epoch)]
 
 
-class Silent(Attempt):
-    """Training outside of a trial: nobody to report to."""
-
-    def report(self, step: int, value: float, measured: Mapping[str, float] | None = None) -> None:
-        pass
-
-
 def confirm(search: TrainingSearch, values: Values) -> dict[str, Any]:
     """Default and winner trained on further seeds, on the same pretrained encoder: is the difference more than noise?"""
     if not search.spec.confirm:
@@ -176,7 +173,7 @@ def confirm(search: TrainingSearch, values: Values) -> dict[str, Any]:
         seed = derived_seed("tune", search.seed, number)
         for who, chosen in (("default", {}), ("winner", values)):
             scratch = Workspace(search.root).scratch(f"tune/{search.name}/confirm-{who}-{number}")
-            network = train(bench, search.accept(chosen), Silent(None, chosen, scratch, True), seed=seed)
+            network = train(bench, search.accept(chosen), Attempt(None, chosen, scratch, True), seed=seed, watched=False)
             for name, measured in zip(splits, bench.measure(network, *splits.values()), strict=True):
                 scores[name][who].append(measured)
     return {"confirmed": compare(scores, floor=None if search.pareto else search.spec.clean_floor)}

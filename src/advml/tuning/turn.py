@@ -30,7 +30,7 @@ class Turn:
     """One process's view of a turn. `holder` says, for people, who has it if `take` did not get it."""
 
     def __init__(self, study: optuna.Study, url: str, name: str) -> None:
-        self._study, self._url, self._key = study, url, f"turn/{name}"
+        self._study, self._url, self._key = study, url, f"{census.TURNS}{name}"
         self._token, self._ended = uuid.uuid4().hex, threading.Event()
         self._seen: tuple[dict | None, float] = None, 0.0  # the last sign of life, and when it was first seen
         self.holder: str | None = None
