@@ -7,11 +7,13 @@ import itertools
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -105,6 +107,13 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_when(condition: Callable[[], bool]) -> None:
+    """At whatever moment it comes true."""
+    while not condition():
+        time.sleep(0.005)
+    die()
+
+
 def nth(number: int, action: Callable[..., object], otherwise: Callable[..., object]) -> Callable[..., object]:
     """A function that does `action` in its n-th call and `otherwise` in all before."""
     calls = []
@@ -143,6 +152,12 @@ def progressed(study, steps: int) -> Callable[[], bool]:
     return condition
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """The picture of the curves in MLflow takes as long as the training, and no kill has to do with it."""
+    monkeypatch.setattr(tracking.Run, "log_figure", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(new_study, tmp_path_factory):
     """A study whose stages ran from start to end."""
@@ -173,6 +188,37 @@ def finetuned(uninterrupted, pretrained):
     return pretrained
 
 
+def copied(study, folder: Path):
+    """The same in another folder."""
+    return replace(study, root=Path(shutil.copytree(study.root, folder)))
+
+
+@pytest.fixture(scope="module")
+def killed_once(new_study, tmp_path_factory):
+    """A study whose pretraining was killed in its third epoch, which no test changes."""
+    study = new_study(tmp_path_factory.mktemp("interruption") / "killed", *EPOCHS)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_pretraining(study, patch)
+    return study
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """A study of one's own whose pretraining was killed in its third epoch."""
+    return copied(killed_once, tmp_path / "killed")
+
+
+@pytest.fixture(scope="module")
+def late(new_study, uninterrupted, tmp_path_factory):
+    """A study whose fine-tuning was killed after two of three epochs, which no test changes."""
+    study = new_study(tmp_path_factory.mktemp("interruption") / "late", *EPOCHS)
+    shutil.copytree(uninterrupted.workspace.pretrained(PRETRAINING), study.workspace.pretrained(PRETRAINING))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoint, "save", nth(2, after(checkpoint.Checkpoint.save), checkpoint.Checkpoint.save))
+        fork_and_die(lambda: finetune.run(study.context(), scheme="CL", regime="Full-AT", seed=0))
+    return study
+
+
 # At any moment
 
 
@@ -196,13 +242,16 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_bits(begun, uninter
 
 
 def test_a_command_started_and_killed_without_any_help_goes_on(begun, uninterrupted, advml):
-    """`python -m advml` as a user starts it: no server, no fork."""
-    command = [sys.executable, "-m", "advml", "pretrain", "CL", "at"]
-    process = subprocess.Popen(command, cwd=begun.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert wait_for(progressed(begun, 2), process), process.communicate()
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    """`python -m advml` without the server of `advml repro`, here in a process that has imported what it needs."""
+    two_more = progressed(begun, 2)
+
+    def command() -> None:
+        os.chdir(begun.root)
+        sys.argv = ["advml", "pretrain", "CL", "at"]
+        threading.Thread(target=die_when, args=(two_more,), daemon=True).start()
+        runpy.run_module("advml", run_name="__main__")
+
+    fork_and_die(command)
     assert begun.runs() == [(PRETRAINING, "RUNNING")]
     assert advml("pretrain", "CL", "at", cwd=begun.root).returncode == 0
     assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
@@ -217,12 +266,10 @@ def half_a_file(tensors: object, path: Path, metadata: object) -> None:
     die()
 
 
-MOMENTS = {
-    "in the middle of an epoch": lambda patch: patch.setattr(Bar, "reach", nth(8, die, lambda *_: None)),
-    "while a state is written": lambda patch: patch.setattr(checkpoint, "save_file", nth(3, half_a_file, checkpoint.save_file)),
-    "when the last state is in place": lambda patch: patch.setattr(
-        checkpoint.Checkpoint, "save", nth(3, after(checkpoint.Checkpoint.save), checkpoint.Checkpoint.save)
-    ),
+MOMENTS = {  # of the last of three epochs, and after
+    "in the middle of an epoch": lambda patch: patch.setattr(Bar, "reach", nth(2, die, lambda *_: None)),
+    "while a state is written": lambda patch: patch.setattr(checkpoint, "save_file", half_a_file),
+    "when the last state is in place": lambda patch: patch.setattr(checkpoint.Checkpoint, "save", after(checkpoint.Checkpoint.save)),
     "when the model is written but not in its place": lambda patch: patch.setattr(models, "save", after(models.save)),
     "between model and history": lambda patch: patch.setattr(learning, "write_atomically", die),
     "between history and MLflow": lambda patch: patch.setattr(tracking.Run, "log_checkpoint", die),
@@ -232,18 +279,20 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
-def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(pretrained, uninterrupted, monkeypatch, moment):
+def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(late, tmp_path, uninterrupted, monkeypatch, moment):
+    study = copied(late, tmp_path / "study")
+
     def work() -> None:
-        finetune.run(pretrained.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
+        finetune.run(study.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
 
     with monkeypatch.context() as patch:
         moment(patch)
         fork_and_die(work)
     work()
-    assert results(pretrained, PRETRAINING, MODEL).keys() == results(uninterrupted, PRETRAINING, MODEL).keys() - LATER
-    assert results(pretrained, PRETRAINING, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
-    assert not leftovers(pretrained)
-    assert pretrained.runs() == [(MODEL, "FINISHED")]
+    assert results(study, PRETRAINING, MODEL).keys() == results(uninterrupted, PRETRAINING, MODEL).keys() - LATER
+    assert results(study, PRETRAINING, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
+    assert not leftovers(study)
+    assert study.runs() == [(MODEL, "FINISHED")]
 
 
 SEARCHED = {
@@ -298,7 +347,7 @@ def evaluation(study, *overrides: str) -> Callable[[], object]:
 
 SMALL_BATCHES = ("evaluate.batch_size=5", "worst_case.restarts=2")
 # What the end of a process may fall upon.
-MOMENTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
+ENDS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
     "in an attack": lambda patch, number: patch.setattr(measure, "counted", nth(number, die, measure.counted)),
     "after a prediction": lambda patch, number: patch.setattr(
         scoring.Scorer, "predict", nth(number, after(scoring.Scorer.predict), scoring.Scorer.predict)
@@ -311,9 +360,10 @@ MOMENTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
 
 
 def test_an_evaluation_killed_again_and_again_ends_as_if_nothing_had_been(finetuned, tmp_path, monkeypatch):
-    calm = replace(finetuned, root=Path(shutil.copytree(finetuned.root, tmp_path / "calm")))
+    calm = copied(finetuned, tmp_path / "calm")
     evaluation(calm, *SMALL_BATCHES)()
-    ends, work = list(itertools.product(MOMENTS.values(), (1, 2, 3))), evaluation(finetuned, *SMALL_BATCHES)
+    ends, work = list(itertools.product(ENDS.values(), (1, 1, 2, 2, 3))), evaluation(finetuned, *SMALL_BATCHES)
+    assert len(ends) == 20
     random.Random(0).shuffle(ends)
     for moment, number in ends:
         with monkeypatch.context() as patch:
@@ -327,13 +377,13 @@ def test_an_evaluation_killed_again_and_again_ends_as_if_nothing_had_been(finetu
 LAST_WRITES = {"the images": adversarial, "the samples": samples, "the record": records}
 
 
-@pytest.mark.parametrize("moment", LAST_WRITES)
-def test_a_finished_part_is_not_measured_again(finetuned, uninterrupted, monkeypatch, moment):
-    """Killed before the first of the results is written, there is nothing left to attack."""
-    with monkeypatch.context() as patch:
-        patch.setattr(LAST_WRITES[moment], "write_atomically", die)
-        fork_and_die(evaluation(finetuned))
-    monkeypatch.setattr(measure._Batch, "measure", None)
+def test_a_finished_part_is_not_measured_again(finetuned, uninterrupted, monkeypatch):
+    """Killed before the first of the results is written, there is nothing left to attack; nor after the next, and the last."""
+    for module in LAST_WRITES.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_atomically", die)
+            fork_and_die(evaluation(finetuned))
+        monkeypatch.setattr(measure._Batch, "measure", None)
     evaluation(finetuned)()
     assert results(finetuned, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
     assert len(evaluated(finetuned)) == 4
@@ -357,23 +407,36 @@ def test_a_changed_parameter_starts_afresh_and_ends_the_orphaned_run(begun, unin
     assert begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 something else", None], ids=["empty", "another file", "cut short"])
-def test_a_damaged_state_starts_afresh_within_the_same_run(begun, uninterrupted, monkeypatch, content):
-    killed_pretraining(begun, monkeypatch)
-    state = begun.workspace.scratch(f"pretrain-{PRETRAINING}") / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-1000] if content is None else content)
-    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
-    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
-    assert begun.runs() == [(PRETRAINING, "FINISHED")]
-
-
-def test_another_version_of_the_sources_starts_afresh(begun, monkeypatch):
-    killed_pretraining(begun, monkeypatch)
-    monkeypatch.setattr("advml.stages.context.source_digest", lambda: "other sources")
+def first_step(study, monkeypatch) -> int:
+    """Which step a pretraining that is interrupted right after it begins with."""
     steps = []
-    monkeypatch.setattr(Bar, "reach", lambda bar, done, note=None: steps.append(done))
-    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
-    assert steps[0] == 1 and begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
+
+    def stop(bar: Bar, done: int, note: object = None) -> None:
+        steps.append(done)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Bar, "reach", stop)
+        pretrain.run(study.context(), scheme="CL", phase="at", seed=0)
+    return steps[0]
+
+
+def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted, monkeypatch, tmp_path):
+    state = state_file(killed).read_bytes()
+    assert first_step(copied(killed, tmp_path / "whole"), monkeypatch) == 7  # of the third epoch: an undamaged one goes on
+    for content in (b"", b"PK\x03\x04 something else", state[:-1000]):
+        state_file(killed).write_bytes(content)
+        assert first_step(killed, monkeypatch) == 1
+    state_file(killed).write_bytes(state[:-1000])
+    pretrain.run(killed.context(), scheme="CL", phase="at", seed=0)
+    assert results(killed, PRETRAINING) == results(uninterrupted, PRETRAINING)
+    assert killed.runs() == [(PRETRAINING, "FINISHED")]
+
+
+def test_another_version_of_the_sources_starts_afresh(killed, monkeypatch):
+    monkeypatch.setattr("advml.stages.context.source_digest", lambda: "other sources")
+    assert first_step(killed, monkeypatch) == 1
+    assert killed.runs() == [(PRETRAINING, "KILLED")] * 2
 
 
 # Polite ends
@@ -424,7 +487,7 @@ ENDLESS = (*EPOCHS, "pretrain.CL.epochs=100000")  # on a busy machine a signal m
 def test_a_signal_ends_the_run_as_killed_and_the_command_goes_on_later(make_study, advml, monkeypatch, number, code, words):
     study, reference = make_study("study", *ENDLESS), make_study("reference", *ENDLESS)
     reached = []
-    for epochs in (5, 1):  # the second time: one more; starting afresh would not get there
+    for epochs in (3, 1):  # the second time: one more; starting afresh would not get there
         with killed_in_the_end(advml.start("pretrain", "CL", "at", cwd=study.root), study.root) as process:
             assert wait_for(progressed(study, epochs), process), process.communicate()
             process.send_signal(number)

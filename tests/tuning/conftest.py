@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,21 +10,55 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial
 
-from advml.tuning import census, supervisor
+from advml.tuning import census, storage, supervisor
 from advml.tuning import study as studies
 from advml.tuning.storage import address
-from advml.tuning.worker import Orders, Search
+from advml.tuning.worker import Orders, Search, work
 
 
 @pytest.fixture(autouse=True)
 def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these tests run in other processes needs no torch, and finds imported what it does need."""
     monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker", "advml.tuning.outputs", *supervisor.LAZY])
-    monkeypatch.setattr(supervisor, "POLL", 0.05)
+    monkeypatch.setattr(supervisor, "POLL", 0.1)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A studies' database without studies."""
+    path = tmp_path_factory.mktemp("database") / "optuna.db"
+    storage._create(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def copied_database(request: pytest.FixtureRequest, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the tables takes half a second, so new databases are copies, unless a test asks for `fresh_database`."""
+    if "fresh_database" not in request.fixturenames:
+        monkeypatch.setattr(storage, "_create", lambda database: shutil.copy(empty_database, database))
+
+
+@pytest.fixture
+def fresh_database() -> None:
+    """The tables of new databases are made, as they are for users."""
+
+
 Run = Callable[..., list[FrozenTrial]]
+
+
+@pytest.fixture
+def run_here(tmp_path: Path) -> Run:
+    """run_here(search, total=8) -> the same as `run` by one worker, which is this process: for what does not depend on who works."""
+
+    def go(search: Search, *, total: int) -> list[FrozenTrial]:
+        where = address(None, root=tmp_path)
+        study = studies.create(search.definition(), where)
+        studies.bury(study, where)
+        work(Orders(search, where, total, len(census.finished(study.get_trials())), 0, tmp_path / "scratch"), 0)
+        return study.get_trials()
+
+    return go
 
 
 @pytest.fixture

@@ -18,27 +18,47 @@ from ruamel.yaml import YAML
 
 from advml.errors import Failure, UserError
 from advml.tracking import store as stores
-from advml.tuning import census, command, supervisor, turn
+from advml.tuning import census, command, confirmation, supervisor, turn
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
 from advml.tuning.history import History
 from advml.tuning.turn import Turn
+from advml.tuning.worker import Orders, work
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy, written_without_figures
 
 
+class NoHistory(History):
+    """Another command writes the runs, and does not end."""
+
+    def __enter__(self) -> History:
+        return self
+
+    def _is_ours(self) -> bool:
+        return False
+
+
 @pytest.fixture
 def tune(study, monkeypatch):
-    """tune(toy, trials=3) runs the command in a study's folder. Figures, which take the longest, are drawn if asked for."""
+    """tune(toy, trials=3) runs the command in a study's folder. Figures and MLflow runs, which take the longest, are made if asked for."""
 
     def run(
-        toy: Toy, *, trials: int, workers: int = 1, overrides: tuple[str, ...] = (), replace: bool = False, figures: bool = False
+        toy: Toy,
+        *,
+        trials: int,
+        workers: int = 1,
+        overrides: tuple[str, ...] = (),
+        replace: bool = False,
+        figures: bool = False,
+        history: bool = False,
     ) -> command.Outcome:
         config = study.config(*overrides)
         with monkeypatch.context() as patch:
             if not figures:
                 patch.setattr(command.outputs, "write", written_without_figures)
+            if not history:
+                patch.setattr(command, "History", NoHistory)
             return command.tune(toy, config, study.workspace, storage=None, trials=trials, workers=workers, seed=0, replace=replace)
 
     return run
@@ -61,8 +81,8 @@ def best(outcome: command.Outcome) -> dict:
     return YAML(typ="safe").load((outcome.folder / "best.yaml").read_text())
 
 
-def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
-    outcome = tune(Toy(toy.log, fails="odd"), trials=14, workers=2, figures=True)
+def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
+    outcome = tune(Toy(toy.log, fails="odd"), trials=14, workers=2, figures=True, history=True)
     told = best(outcome)
     assert outcome.folder.name == "toy" and told["trial"] == outcome.best.number
     assert told["parameters"] == {f"toy.{key}": value for key, value in outcome.best.params.items()}
@@ -75,6 +95,8 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy):
         *("best.yaml", "trials.csv", "history.png", "importance.png", "parallel.png", "slice.png")
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
+    artifacts = stores.connect(stores.locate(study.config(), root=study.root)).client.list_artifacts(runs(study)["toy"].info.run_id, "tune")
+    assert {file.path for file in artifacts} == {f"tune/{path.name}" for path in outcome.files}
 
 
 def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):
@@ -92,9 +114,9 @@ def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chos
 
 
 def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_them(tune, toy, study):
-    tune(Toy(toy.log, fails="odd"), trials=5)
+    tune(Toy(toy.log, fails="odd"), trials=5, history=True)
     before = runs(study)
-    outcome = tune(Toy(toy.log, fails="odd"), trials=8, figures=True)
+    outcome = tune(Toy(toy.log, fails="odd"), trials=8, history=True)
     after = runs(study)
     assert before.keys() < after.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
     parent = after["toy"]
@@ -111,18 +133,16 @@ def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_
     store = stores.connect(stores.locate(study.config(), root=study.root))
     curve = store.client.get_metric_history(after["toy/0"].info.run_id, "value")
     assert sorted({point.step for point in curve}) == [0, 1, 2, 3]  # the epochs, and the final score
-    artifacts = {file.path for file in store.client.list_artifacts(parent.info.run_id, "tune")}
-    assert {"tune/best.yaml", "tune/history.png", "tune/importance.png", "tune/parallel.png", "tune/slice.png"} <= artifacts
 
 
 def test_the_winner_is_confirmed_once_and_a_new_winner_again(tune, toy, monkeypatch):
     asked = []
     whole = command.in_a_process
     monkeypatch.setattr(command, "in_a_process", lambda function, *rest: asked.append(function.__name__) or whole(function, *rest))
-    first = tune(toy, trials=3)
-    tune(toy, trials=3)
+    first = tune(toy, trials=1)
+    tune(toy, trials=1)
     assert asked.count("confirm") == 1
-    last = tune(toy, trials=20)
+    last = tune(toy, trials=3)
     assert last.best.number != first.best.number and asked.count("confirm") == 2
     assert best(last)["winners_confirmed"] == 2
 
@@ -135,26 +155,26 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        tune(Toy(toy.log, pause=0.05), trials=200, workers=2)
+        tune(Toy(toy.log, pause=0.05), trials=200, workers=2, history=True)
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
     assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
     trials = studies.create(toy.definition(), command.address(None, root=study.root)).get_trials()
     assert not census.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
     done = len(census.finished(trials))
-    outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, workers=2)
+    outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, workers=2, history=True)
     assert outcome.finished == done + 3 and runs(study)["toy"].info.status == "FINISHED"
 
 
 def test_a_dead_tracking_server_costs_a_warning_only(tune, toy, capfd):
-    outcome = tune(toy, trials=3, overrides=("tracking.uri=http://127.0.0.1:9",))
+    outcome = tune(toy, trials=3, overrides=("tracking.uri=http://127.0.0.1:9",), history=True)
     assert outcome.finished == 3 and best(outcome)["trials"]["complete"] == 3
     assert capfd.readouterr().err.count("warning: no tracking") == 1
 
 
 def test_a_study_in_which_everything_fails_still_leaves_its_table(tune, toy, study):
     with pytest.raises(Failure, match="trials all failed"):
-        tune(Toy(toy.log, fails="all"), trials=9)
+        tune(Toy(toy.log, fails="all"), trials=9, history=True)
     folder = study.workspace.reports / "tune" / "toy"
     assert (folder / "trials.csv").exists() and not (folder / "best.yaml").exists()
     assert runs(study)["toy"].info.status == "FAILED"
@@ -186,10 +206,11 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
 
 
 def test_workers_import_what_searches_need_only_once(tmp_path):
-    """The names that the server of workers imports must exist: it passes over those that do not."""
+    """The names that the server of workers imports must exist: it passes over those that do not. Trials themselves need no torch."""
     code = (
-        "import importlib, sys\nfrom pathlib import Path\nfrom advml.tuning import sampling, storage, study, supervisor\n"
-        "for name in supervisor.PRELOADED:\n    importlib.import_module(name)\nbefore = set(sys.modules)\n"
+        "import importlib.util, sys\nfrom pathlib import Path\nfrom advml.tuning import sampling, storage, study, supervisor\n"
+        "for name in supervisor.PRELOADED:\n    assert importlib.util.find_spec(name)\n"
+        "for name in ('advml.tuning.outputs', *supervisor.LAZY):\n    importlib.import_module(name)\nbefore = set(sys.modules)\n"
         "url = storage.address(None, root=Path(sys.argv[1]))\n"
         "opened = __import__('optuna').create_study(storage=storage.connect(url), sampler=sampling.tpe(0))\n"
         "opened.optimize(lambda trial: trial.suggest_float('x', 0, 1), n_trials=10)\n"
@@ -230,17 +251,17 @@ def test_ctrl_c_during_the_confirmation_ends_at_once_and_the_child_with_it(tune,
     assert best(tune(toy, trials=2))["test"]["value"]
 
 
-@pytest.mark.parametrize(
-    ("confirmation", "kind", "said"),
-    [
-        ("killed", Failure, r"^the process that measures and writes was killed, perhaps for want of memory; the same command goes on$"),
-        ("broken", Failure, r"^the process that measures and writes ended with an error, which stands above; the same command goes on$"),
-        ("refused", UserError, r"^there is no test split$"),
-    ],
+BREAKING = (
+    ("killed", Failure, r"^the process that measures and writes was killed, perhaps for want of memory; the same command goes on$"),
+    ("broken", Failure, r"^the process that measures and writes ended with an error, which stands above; the same command goes on$"),
+    ("refused", UserError, r"^there is no test split$"),
 )
-def test_a_confirmation_that_breaks_is_one_line_and_the_same_command_goes_on(tune, toy, confirmation, kind, said):
-    with pytest.raises(kind, match=said):
-        tune(Toy(toy.log, confirmation=confirmation), trials=2)
+
+
+def test_a_confirmation_that_breaks_is_one_line_and_the_same_command_goes_on(tune, toy):
+    for how, kind, said in BREAKING:
+        with pytest.raises(kind, match=said):
+            tune(Toy(toy.log, confirmation=how), trials=2)
     assert best(tune(toy, trials=2))["test"]["value"]
 
 
@@ -309,7 +330,7 @@ def elsewhere(study, *, trials: int) -> subprocess.Popen:
 
 def test_two_commands_confirm_a_winner_once_and_write_one_tree_of_runs(tune, toy, study):
     other = elsewhere(study, trials=8)
-    outcome = tune(Toy(toy.log, pause=0.05, confirmation="brief"), trials=8)
+    outcome = tune(Toy(toy.log, pause=0.05, confirmation="brief"), trials=8, history=True)
     said = other.communicate(timeout=60)[1]
     assert other.returncode == 0, said
     lines = toy.log.read_text().splitlines()
@@ -387,26 +408,25 @@ def test_a_command_succeeds_the_one_that_wrote_the_runs(tune, toy, study, capfd)
     same, url = opened(toy, study)
     held = History(toy, study.config(), study.workspace, same, url)
     with held:
-        tune(toy, trials=2)
+        tune(toy, trials=2, history=True)
         assert runs(study).keys() == {"toy"}  # the other command's
         assert "toy: its MLflow runs are written by process " in capfd.readouterr().err
-    tune(toy, trials=3)
+    tune(toy, trials=3, history=True)
     assert runs(study).keys() == {"toy", "toy/0", "toy/1", "toy/2"}
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "confirmations", "said"),
-    [
-        (0, 2, 2, "trial 0 has been confirmed on 0 further seeds; confirming it on 2"),
-        (3, 2, 1, "trial 0 has been confirmed on 3 further seeds, more than confirm = 2; they stay"),
-        (2, 2, 1, None),
-    ],
-)
-def test_another_number_of_further_seeds_is_heeded_or_the_line_says_why_not(tune, toy, capfd, before, after, confirmations, said):
-    tune(Toy(toy.log, further=before), trials=1)
-    capfd.readouterr()
-    for _ in range(2):
-        outcome = tune(Toy(toy.log, further=after), trials=1)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "further seeds" in line]
-    assert sum(line.startswith("confirm") for line in toy.log.read_text().splitlines()) == confirmations
-    assert lines[:1] == ([f"toy: {said}"] if said else []) and "winners_confirmed" not in best(outcome)
+def test_another_number_of_further_seeds_is_heeded_or_the_line_says_why_not(toy, study, capfd):
+    same, url = opened(toy, study)
+    work(Orders(toy, url, 1, 0, 0, study.root / "scratch"), 0)
+
+    def confirm(seeds: int) -> tuple[int, str]:
+        """Confirmations so far, and what is said."""
+        search = Toy(toy.log, further=seeds)
+        confirmation.confirm(search, same, url, search.definition().directions, lambda function, *rest: function(*rest))
+        return sum(line.startswith("confirm") for line in toy.log.read_text().splitlines()), capfd.readouterr().err
+
+    assert confirm(0) == (1, "")
+    assert confirm(2) == (2, "toy: trial 0 has been confirmed on 0 further seeds; confirming it on 2\n")
+    assert confirm(2) == (2, "")
+    assert confirm(1) == (2, "toy: trial 0 has been confirmed on 2 further seeds, more than confirm = 1; they stay\n")
+    assert "winners_confirmed" not in confirmation.confirmed(same, same.get_trials()[0])

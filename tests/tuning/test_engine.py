@@ -51,13 +51,12 @@ def states(trials: Sequence[FrozenTrial]) -> dict[str, int]:
 # Every trial once
 
 
-@pytest.mark.parametrize("round_number", range(3))
-def test_four_workers_on_a_fresh_database_run_every_trial_once(toy, run, round_number):
-    trials = run(toy, total=12, workers=4)
-    assert states(trials) == {"COMPLETE": 12}
-    assert sorted(started(toy)) == list(range(12))
+def test_four_workers_on_a_fresh_database_run_every_trial_once(toy, run, fresh_database):
+    trials = run(toy, total=16, workers=4)
+    assert states(trials) == {"COMPLETE": 16}
+    assert sorted(started(toy)) == list(range(16))
     assert trials[0].params == DEFAULT and census.default_of(trials).number == 0
-    assert len({str(trial.params) for trial in trials}) == 12  # no two workers draw the same numbers
+    assert len({str(trial.params) for trial in trials}) == 16  # no two workers draw the same numbers
 
 
 def test_the_number_of_trials_is_a_total_over_repeated_commands(toy, run):
@@ -68,7 +67,7 @@ def test_the_number_of_trials_is_a_total_over_repeated_commands(toy, run):
     assert sorted(started(toy)) == list(range(5))
 
 
-def test_the_same_command_in_two_places_keeps_to_one_total(toy, tmp_path, run):
+def test_the_same_command_in_two_places_keeps_to_one_total(toy, tmp_path, run, fresh_database):
     """As on two machines that share a database."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -91,10 +90,10 @@ if __name__ == "__main__":
     assert states(trials) == {"COMPLETE": 16} and sorted(started(toy)) == list(range(16))
 
 
-def test_a_search_that_starts_again_proposes_the_same(tmp_path, toy, run):
-    first = [trial.params for trial in run(Toy(toy.log, name="one"), total=8)]
-    second = run(Toy(toy.log, name="two"), total=4)
-    second = run(Toy(toy.log, name="two"), total=8)
+def test_a_search_that_starts_again_proposes_the_same(toy, run_here):
+    first = [trial.params for trial in run_here(Toy(toy.log, name="one"), total=8)]
+    second = run_here(Toy(toy.log, name="two"), total=4)
+    second = run_here(Toy(toy.log, name="two"), total=8)
     assert [trial.params for trial in second] == first
 
 
@@ -237,7 +236,8 @@ def test_a_process_is_told_from_a_later_one_of_the_same_number():
     assert census.is_dead(f"{where}:{pid}:{int(started) - 1}")
 
 
-def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_with_a_reason(toy, tmp_path):
+def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_with_a_reason(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "MOST_KILLS", 3)
     url = address(None, root=tmp_path)
     definition = toy.definition()
     study = studies.create(definition, url)
@@ -249,7 +249,8 @@ def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_with_a_reason(toy, 
     assert last.params == DEFAULT and census.finished(study.get_trials()) == [last]
 
 
-def test_a_trial_that_gets_further_every_time_is_never_given_up(toy, tmp_path):
+def test_a_trial_that_gets_further_every_time_is_never_given_up(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "MOST_KILLS", 3)
     url = address(None, root=tmp_path)
     definition = toy.definition()
     study = studies.create(definition, url)
@@ -292,8 +293,8 @@ if __name__ == "__main__":
 # Failures
 
 
-def test_trials_that_fail_are_recorded_with_their_reason_and_do_not_end_the_study(toy, run):
-    trials = run(Toy(toy.log, fails="odd"), total=16, workers=2)
+def test_trials_that_fail_are_recorded_with_their_reason_and_do_not_end_the_study(toy, run_here):
+    trials = run_here(Toy(toy.log, fails="odd"), total=16)
     assert len(trials) == 16
     for trial in trials:
         assert (trial.state == TrialState.FAIL) == (trial.params["kind"] == "odd")
@@ -312,8 +313,8 @@ def test_a_study_in_which_everything_fails_stops_and_says_why(toy, run, trials_o
     assert states(fixed)["COMPLETE"] >= 2
 
 
-def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(toy, run):
-    run(toy, total=2)
+def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(toy, run, run_here):
+    run_here(toy, total=2)
     trials = run(Toy(toy.log, fails="all"), total=2 + census.HOPELESS + 2)
     assert states(trials) == {"COMPLETE": 2, "FAIL": census.HOPELESS + 2}
 
@@ -361,8 +362,8 @@ def test_workers_that_only_die_are_not_replaced_for_ever(toy, run, monkeypatch):
 # What is searched, and what wins
 
 
-def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path, run):
-    run(toy, total=2)
+def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path, run_here):
+    run_here(toy, total=2)
     url = address(None, root=tmp_path)
     with pytest.raises(UserError, match=r"^the study toy searched another space.*--name toy-2, or throw that one away: --replace$"):
         studies.create(Toy(toy.log, version=1).definition(), url)
@@ -370,8 +371,8 @@ def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path,
     assert states(studies.create(Toy(toy.log, version=1).definition(), url, replace=True).get_trials()) == {"WAITING": 1}
 
 
-def test_the_winner_keeps_the_constraint(toy, run):
-    trials = run(Toy(toy.log, floor=1.0), total=25, workers=2)
+def test_the_winner_keeps_the_constraint(toy, run_here):
+    trials = run_here(Toy(toy.log, floor=1.0), total=20)
     best = census.ranked(trials, ("minimize",))[0]
     assert best.params["x"] >= 1.0
     infeasible = [trial for trial in trials if trial.params["x"] < 1.0]
@@ -379,16 +380,16 @@ def test_the_winner_keeps_the_constraint(toy, run):
     assert best.value == min(trial.value for trial in trials if trial.params["x"] >= 1.0)
 
 
-def test_poor_trials_are_pruned_but_never_the_default(toy, run):
-    trials = run(Toy(toy.log, steps=4, pruner=hyperband), total=20)
+def test_poor_trials_are_pruned_but_never_the_default(toy, run_here):
+    trials = run_here(Toy(toy.log, steps=4, pruner=hyperband), total=20)
     assert states(trials)["PRUNED"] >= 3
     assert trials[0].state == TrialState.COMPLETE
     assert all(trial.last_step < 4 for trial in trials if trial.state == TrialState.PRUNED)
 
 
-def test_two_objectives_are_searched_without_pruning(toy, run):
-    trials = run(Toy(toy.log, two=True, metrics=("value", "x")), total=10, workers=2)
-    assert states(trials) == {"COMPLETE": 10} and all(len(trial.values) == 2 for trial in trials)
+def test_two_objectives_are_searched_without_pruning(toy, run_here):
+    trials = run_here(Toy(toy.log, two=True, metrics=("value", "x")), total=8)
+    assert states(trials) == {"COMPLETE": 8} and all(len(trial.values) == 2 for trial in trials)
 
 
 def test_scratch_is_the_trials_own_found_again_by_its_retry_and_gone_when_it_ends(toy, tmp_path):
@@ -544,7 +545,7 @@ def test_a_relative_database_lies_in_the_workspace(tmp_path):
     assert address("sqlite:///other.db", root=tmp_path) == f"sqlite:///{tmp_path / 'other.db'}"
 
 
-def test_a_kill_while_the_database_is_made_does_no_harm(tmp_path, monkeypatch):
+def test_a_kill_while_the_database_is_made_does_no_harm(tmp_path, fresh_database):
     url = address(None, root=tmp_path)
     (tmp_path / "optuna.db.new").write_text("half")
     with lock(url):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
 import pytest
@@ -30,12 +32,19 @@ CPU = Machine(torch.device("cpu"))
 SPACE = "tune.finetune.space={learning_rate: {log: [1e-4, 1e-2]}, epochs: {int: [2, 4]}}"
 
 
-@pytest.fixture
-def trained(make_study):
-    """A study with CL-at pretrained."""
-    study = make_study()
+@pytest.fixture(scope="module")
+def stages(new_study, tmp_path_factory):
+    """A study with CL-at pretrained and CL-AT trained, which no test changes."""
+    study = new_study(tmp_path_factory.mktemp("trials") / "study")
     pretrain.run(study.context(), scheme="CL", phase="at", seed=0)
+    finetune.run(study.context(), scheme="CL", regime="AT", seed=0)
     return study
+
+
+@pytest.fixture
+def trained(stages, tmp_path):
+    """A study of one's own with CL-at pretrained and CL-AT trained."""
+    return replace(stages, root=Path(shutil.copytree(stages.root, tmp_path / "study")))
 
 
 def one_trial(search, study, total: int = 9):
@@ -183,7 +192,6 @@ def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
 
 
 def test_a_trials_attack_is_what_its_values_say(trained):
-    finetune.run(trained.context(), scheme="CL", regime="AT", seed=0)
     search = AttackSearch.of(trained.config("tune.attack.budget=8"), trained.root, "CL-AT-s0")
     values = {"schedule": "linear", "momentum": 0.75, "objective": "margin", "restarts": 2, "random_start": False, "step_size": 0.5}
     made = attack.Subject(search).attack(values)
@@ -211,7 +219,6 @@ def test_the_pairs_of_a_comparison_are_tested_exactly():
 
 
 def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(trained):
-    finetune.run(trained.context(), scheme="CL", regime="AT", seed=0)
     settings = ("tune.attack.batch_size=8", "tune.attack.budget=4", "tune.attack.space.restarts={choice: [1, 2]}")
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
     first, second = one_trial(search, trained), one_trial(search, trained)
@@ -224,7 +231,6 @@ def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(
 
 def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypatch):
     """Here nothing breaks, so that each of them is asked about every image that is right; where nothing is right, none is."""
-    finetune.run(trained.context(), scheme="CL", regime="AT", seed=0)
     search = AttackSearch.of(trained.config("tune.attack.budget=20"), trained.root, "CL-AT-s0")
     assert search.once == ("autoattack",)  # by default
     asked = {}
