@@ -106,14 +106,14 @@ def directly(name: str, network: nn.Module, images: Tensor, labels: Tensor, *, n
         "apgd-ce": lambda: APGDAttack(network, n_iter=8, n_restarts=2, **common),
         "apgd-t": lambda: APGDAttack_targeted(network, n_iter=8, n_restarts=2, n_target_classes=targets, **common),
         "fab-t": lambda: FABAttack_PT(network, n_iter=8, n_restarts=2, targeted=True, n_target_classes=targets, **common),
-        "square": lambda: SquareAttack(network, n_queries=60, n_restarts=2, p_init=0.8, resc_schedule=False, **common),
+        "square": lambda: SquareAttack(network, n_queries=20, n_restarts=2, p_init=0.8, resc_schedule=False, **common),
     }[name]()
     return made.perturb(images.clone(), labels.clone()).detach()
 
 
 @BOTH
 @EVERY
-@pytest.mark.parametrize("classes", [2, 3, 4, 10, 100])
+@pytest.mark.parametrize("classes", [2, 3, 4, 100])
 def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name, norm, classes):
     network = small_network(classes)
     images, labels = batch(network)
@@ -122,7 +122,7 @@ def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name
             run(name, network, images, labels, norm=norm, classes=classes)
         return
     theirs = directly(name, network, images, labels, norm=norm, targets=min(3, classes - 1))
-    ours = run(name, network, images, labels, norm=norm, classes=classes, strength=replace(QUICK, restarts=2, targets=3))
+    ours = run(name, network, images, labels, norm=norm, classes=classes, strength=replace(QUICK, restarts=2, targets=3, queries=20))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert torch.equal(broken(network, ours, labels), broken(network, theirs, labels))
 
