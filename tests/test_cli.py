@@ -64,11 +64,13 @@ def test_what_needs_no_network_answers_without_importing_torch(arguments, tmp_pa
 
 # A whole study
 
+PLAIN = ("grid.schemes=[CL]", "grid.adversarial_regimes=[]", "worst_case.attacks=[]", "corruptions.names=none")
+
 
 @pytest.fixture(scope="module")
 def study(new_study, tmp_path_factory, advml):
     """A study in which every command has run; `said` holds what each printed."""
-    study = new_study(tmp_path_factory.mktemp("cli") / "study", "grid.schemes=[CL]", "grid.adversarial_regimes=[]")
+    study = new_study(tmp_path_factory.mktemp("cli") / "study", *PLAIN)
     Image.new("L", (20, 30), color=80).save(study.root / "image.png")
     said = {}
     for line in (

@@ -28,6 +28,7 @@ from advml.training.schemes import SCHEMES
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]
 SMALL = ("grid.schemes=[SL]", "grid.standard_regimes=[ST]", "grid.adversarial_regimes=[]", "data.max_train=60", "data.max_test=40")
+GRID = "grid.schemes=[SL, SCL]"  # the third is a row of the same matrix
 QUICK = ("attack.steps=1", "evaluate.steps=1", "pretrain.SL.epochs=1", "regimes.ST.epochs=1", "runtime.device=cpu")
 LAST = "evaluate_st@SL-ST-0"  # and what it needs; stages that gather many models are not for one
 
@@ -62,8 +63,8 @@ def parts(stage: str) -> tuple[str, str, str, str, str]:
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory) -> Path:
-    """The study as it stands, taken by DVC for done: every output is a placeholder."""
-    root = repository(tmp_path_factory.mktemp("pipeline").resolve() / "committed")
+    """The study as it stands, but for a scheme, taken by DVC for done: every output is a placeholder."""
+    root = repository(tmp_path_factory.mktemp("pipeline").resolve() / "committed", GRID)
     with opened(root) as repo:
         for output in (Path(output.fs_path) for stage in repo.index.stages for output in stage.outs):
             file = output if output.suffix else output / "model.json"
@@ -75,7 +76,7 @@ def committed(tmp_path_factory) -> Path:
 
 def after_edit(root: Path, *overrides: str) -> tuple[set[str], set[str], set[str]]:
     """All stages; those that DVC finds changed by these parameters; those together with everything behind them."""
-    write_params(root, *overrides)
+    write_params(root, GRID, *overrides)
     with opened(root) as repo:
         changed, graph = set(repo.status()), repo.index.graph  # the graph leads from a stage to what it needs
         needs = {stage.addressing: {one.addressing for one in networkx.descendants(graph, stage)} for stage in graph}
@@ -103,7 +104,7 @@ def test_stages_and_outputs_are_named_as_the_contract_says(committed):
         assert f"advml {kind} {scheme} {regime or phase} --seed {seed}" in commands[stage]
         expected = {"pretrain": space.pretrained(name), "finetune": space.model(name), "evaluate": space.record("evaluate", name)}
         assert kind not in expected or expected[kind] in found
-    assert committed / "models/finetune/CL-Full-AT-s0" in outputs["finetune_at@CL-Full-AT-0"]
+    assert committed / "models/finetune/SCL-Full-AT-s0" in outputs["finetune_at@SCL-Full-AT-0"]
 
 
 # What an edit runs again

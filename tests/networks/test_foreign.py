@@ -69,6 +69,19 @@ def test_without_a_gradient_it_is_zero_and_the_reason_is_kept(function, reason):
     assert network.gradient_error is None if reason is None else network.gradient_error.startswith(reason)
 
 
+def test_what_is_no_tensor_is_told_also_where_gradients_alone_make_it_so():
+    """As of models with auxiliary heads."""
+
+    def several(images: Tensor) -> object:
+        return (logits(images), logits(images)) if torch.is_grad_enabled() else logits(images)
+
+    network = Foreign(Lambda(several), "mine:model")
+    with torch.no_grad():
+        assert len(network(IMAGES)) == len(IMAGES)
+    with pytest.raises(UserError, match=r"^mine:model gives tuple for 3 images; attacks need a tensor of logits$"):
+        network(IMAGES.clone().requires_grad_())
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_an_error_is_one_line_with_the_name_and_the_batch(grad):
     def fails(images: Tensor) -> Tensor:

@@ -63,6 +63,15 @@ def leaving():
 def lost():
     return {}["key"]
 
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+
+def nothing():
+    class Nothing(Reshaping):
+        def forward(self, images):
+            return super().forward(images) * float("nan")
+    return Nothing()
+
 def narrow():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
@@ -108,6 +117,8 @@ def test_a_function_gives_a_model_in_eval_mode_with_a_digest_of_its_weights(here
         "somebodys:broken": "gives no model: RuntimeError: no such file",
         "somebodys:leaving": "gives no model: SystemExit: bye",
         "somebodys:lost": "gives no model: KeyError",
+        "somebodys:lazy": "uninitialised parameters; call it on some images",
+        "somebodys:nothing": "nothing but NaN or infinities",
         "somebodys:number": "returns int; it must return a torch module",
         "somebodys:narrow": r"gives \(2, 3\) for 2 images; the prepared data need \(2, 4\)",
         "somebodys:large": "does not take 1x8x8 images",
@@ -142,8 +153,13 @@ def test_a_timm_model_is_built_around_its_weights_and_its_normalisation(weights,
 def test_weights_that_do_not_fit_are_one_line(weights, dataset, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(weights[1].read_bytes()[:100])
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    for name in ("cut", "other", "missing"):
-        with pytest.raises(UserError, match=rf"{name}.safetensors does not fit test_resnet with 4 classes and stem small") as stopped:
+    said = {
+        "cut": "is no safetensors file",
+        "other": "does not fit test_resnet with 4 classes, 1 channels and stem small; .* -S model.stem=native",
+        "missing": "cannot be read: No such file",
+    }
+    for name, words in said.items():
+        with pytest.raises(UserError, match=rf"{name}.safetensors {words}") as stopped:
             found("test_resnet", dataset, weights=tmp_path / f"{name}.safetensors")
         assert "\n" not in str(stopped.value)
 

@@ -61,7 +61,7 @@ def test_the_page_has_a_section_of_other_models(study):
     doubts = page.partition("<h2>Can these figures be believed?</h2>")[2].partition("<h2>")[0]
     assert "<strong>bent</strong>: zeros everywhere. To try: BPDA." in doubts
     assert "<strong>stiff</strong> was not judged (no copy of it)" in doubts
-    made = page.partition("<h2>How each number was made</h2>")[2]
+    made = page.partition('<h2 id="how">How each number was made</h2>')[2]
     for name, said in (("bent", "dead_gradients"), ("stiff", "not judged")):
         assert f"<td>{said}</td>" in made.partition(f"<summary>{name} <small>weights bbbbbbbbbbbb</small>")[2].partition("</details>")[0]
 

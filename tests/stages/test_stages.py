@@ -30,6 +30,7 @@ from advml.tracking import store as stores
 
 REPOSITORY = Path(__file__).parents[2]
 REGIMES = {"ST": "st", "AT": "at", "Partial-AT": "at", "Full-AT": "at"}
+PLAIN = ("diagnostics.images=0", "worst_case.attacks=[]", "corruptions.names=none")  # an evaluation that need not show all it can
 COLUMNS = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
 
 
@@ -340,7 +341,7 @@ def test_a_stage_reads_no_parameter_that_dvc_does_not_track(finetuned, stage, it
     name, _, phase = stage.partition("_")
     arguments = {"seed": 0, **item, **({"phase": phase} if name == "pretrain" else {})} if item else {}
     if name == "report":
-        evaluate.run(finetuned.context(), scheme="SL", regime="ST", seed=0)
+        evaluate.run(finetuned.context(*PLAIN), scheme="SL", regime="ST", seed=0)
     seen: set[str] = set()
     context = replace(finetuned.context(), config=Watched(finetuned.config(), seen))
     {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate, "report": report}[name].run(context, **arguments)
@@ -374,7 +375,7 @@ def trained(monkeypatch) -> list[str]:
 
 
 def test_train_does_what_is_missing_or_out_of_date_and_nothing_else(make_study, trained):
-    study = make_study()
+    study = make_study("study", *PLAIN)
 
     def run(regime: str, *overrides: str) -> list[str]:
         trained.clear()
@@ -402,7 +403,7 @@ def test_train_does_what_is_missing_or_out_of_date_and_nothing_else(make_study, 
 
 
 def test_train_prepares_data_that_are_missing_or_of_other_parameters(make_study, monkeypatch, dataset):
-    study = make_study("prepared", "pretrain.SL.epochs=1")
+    study = make_study("prepared", *PLAIN, "pretrain.SL.epochs=1")
     prepared = []
 
     def spy(context):
@@ -451,7 +452,7 @@ def test_the_prepared_data_are_the_same_bytes_whenever_the_images_were_written(m
 
 
 def test_the_state_of_a_stage_is_kept_until_the_next_stage_has_taken_over(make_study):
-    study = make_study()
+    study = make_study("study", *PLAIN)
     scratch = study.root / ".scratch"
     pretrain.run(study.context(), scheme="CL", phase="st", seed=0)
     assert [path.name for path in scratch.iterdir()] == ["pretrain-CL-st-s0"]
@@ -472,7 +473,7 @@ def test_a_later_stage_that_uses_earlier_outputs_leaves_an_unfinished_state_alon
 
 
 def test_every_phase_has_one_finished_run_linked_to_its_pretraining(make_study):
-    study = make_study()
+    study = make_study("study", *PLAIN)
     train.run(study.context(), scheme="CL", regime="ST", seed=0)
     assert study.runs() == [("CL-st-s0", "FINISHED"), ("CL-ST-s0", "FINISHED")]
     store = stores.connect(stores.locate(study.config(), root=study.root))
@@ -511,7 +512,7 @@ def test_missing_prepared_data_are_named(study):
 
 def test_a_model_record_of_an_earlier_version_is_made_anew(make_study, trained):
     """A model.json without `inputs` may stand for anything."""
-    study = make_study("old", "pretrain.SL.epochs=1")
+    study = make_study("old", *PLAIN, "pretrain.SL.epochs=1")
     train.run(study.context(), scheme="SL", regime="ST", seed=0)
     path = study.workspace.pretrained("SL-st-s0") / "model.json"
     record = json.loads(path.read_text())

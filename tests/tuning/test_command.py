@@ -135,6 +135,17 @@ def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_
     assert sorted({point.step for point in curve}) == [0, 1, 2, 3]  # the epochs, and the final score
 
 
+def test_results_of_a_search_that_the_database_does_not_know_are_not_written_over_unasked(tune, toy, study):
+    tune(toy, trials=2)
+    kept = (study.workspace.reports / "tune" / "toy" / "best.yaml").read_text()
+    for file in study.root.glob("optuna.db*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"holds the results of a search of which sqlite:.* knows nothing; .*--name toy-2.*--replace$"):
+        tune(toy, trials=3)
+    assert (study.workspace.reports / "tune" / "toy" / "best.yaml").read_text() == kept
+    assert tune(toy, trials=3, replace=True).finished == 3
+
+
 def test_the_winner_is_confirmed_once_and_a_new_winner_again(tune, toy, monkeypatch):
     asked = []
     whole = command.in_a_process

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 import sqlalchemy
@@ -28,6 +29,7 @@ from advml.tuning import study as studies
 from advml.tuning.locking import lock, reach
 from advml.tuning.patience import StorageGone
 from advml.tuning.storage import address, connect
+from advml.tuning.turn import Turn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import DEFAULT, SPACE, Toy, hyperband
@@ -369,6 +371,32 @@ def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path,
         studies.create(Toy(toy.log, version=1).definition(), url)
     assert len(studies.create(toy.definition(), url, replace=True).get_trials()) == 2
     assert states(studies.create(Toy(toy.log, version=1).definition(), url, replace=True).get_trials()) == {"WAITING": 1}
+
+
+@pytest.mark.parametrize("works", ["on a trial", "on the winner"])
+def test_a_study_that_somebody_works_on_is_not_thrown_away(toy, tmp_path, works):
+    """Its processes would go on in the new study, which may get the old one's number."""
+    url, other = address(None, root=tmp_path), Toy(toy.log, version=1).definition()
+    study = studies.create(toy.definition(), url)
+    turn = Turn(study, url, "confirm")
+    if works == "on a trial":
+        trial = studies.claim(study, toy.definition(), url, total=1, since=0, seed=0)
+    else:
+        assert turn.take()
+    with pytest.raises(UserError, match=rf"^process {os.getpid()} on .* is at work on toy, which --replace would throw away; end that"):
+        studies.create(other, url, replace=True)
+    study.tell(trial, 1.0) if works == "on a trial" else turn.give_back()
+    assert states(studies.create(other, url, replace=True).get_trials()) == {"WAITING": 1}
+    with pytest.raises(Failure, match="another command has thrown it away or put another one in its place"):
+        studies.claim(study, toy.definition(), url, total=9, since=0, seed=0)
+
+
+def test_a_study_that_was_deleted_is_one_line(toy, tmp_path):
+    url = address(None, root=tmp_path)
+    study = studies.create(toy.definition(), url)
+    optuna.delete_study(study_name="toy", storage=url)
+    with pytest.raises(Failure, match="the study is gone"):
+        study.get_trials()
 
 
 def test_the_winner_keeps_the_constraint(toy, run_here):

@@ -15,7 +15,6 @@ from optuna.trial import FrozenTrial
 from advml.config import Config
 from advml.errors import Failure, UserError
 from advml.paths import Workspace, checked_name
-from advml.tracking.signals import deferred
 from advml.tuning import census, confirmation, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
@@ -107,9 +106,8 @@ def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: 
 
 def _both(*watchers: Callable[[Sequence[FrozenTrial]], None]) -> Callable[[Sequence[FrozenTrial]], None]:
     def show(trials: Sequence[FrozenTrial]) -> None:
-        with deferred():  # a Ctrl-C in the middle of a drawing or a transaction would leave half of it
-            for watch in watchers:
-                watch(trials)
+        for watch in watchers:
+            watch(trials)
 
     return show
 

@@ -147,9 +147,10 @@ def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
     os.environ.setdefault("MPLBACKEND", "agg")  # no window
     from optuna.visualization import matplotlib as plots
 
+    from advml.figures.searches import legible
     from advml.figures.style import to_png
 
-    metrics = search.metrics
+    metrics, keys = search.metrics, len(search.definition().distributions)
     first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
     drawings: dict[str, Callable[[], Any]] = {
         "history": lambda: plots.plot_optimization_history(study, **first),
@@ -164,25 +165,10 @@ def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
     for name, drawing in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
-            figure = legible(_figure(drawing()), keys=len(search.space), title=f"{search.name}, {len(complete)} complete trials")
+            figure = legible(_figure(drawing()), keys=keys, title=f"{search.name}, {len(complete)} complete trials")
             (folder / f"{name}.png").write_bytes(to_png(figure, dpi=120, whole=True))
         written.append(folder / f"{name}.png")
     return written
-
-
-def legible(figure: Any, *, keys: int, title: str) -> Any:
-    """Optuna's figure with room for its labels: it makes all of one size, however many keys and however long their names."""
-    from matplotlib.ticker import NullFormatter
-
-    panels = [axes for axes in figure.axes if axes.get_subplotspec() is not None]
-    wide = len(panels) > 1 and len({axes.get_position().x0 for axes in panels}) > 1
-    figure.set_size_inches(max(8.0, 2.6 * len(panels) if wide else 1.3 * keys), 5.0)
-    for axes in figure.axes:
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="x", labelrotation=60 if keys > 3 else 0)
-        axes.set_title("")
-    figure.suptitle(title, fontsize=11)
-    return figure
 
 
 def _figure(axes: Any) -> Any:

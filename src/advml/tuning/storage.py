@@ -82,6 +82,8 @@ def _create(database: Path) -> None:
     RDBStorage(f"{SQLITE}{fresh}").engine.dispose()
     with contextlib.closing(sqlite3.connect(fresh)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")  # kept in the file: readers and writers do not wait for each other
+    for stale in ("-wal", "-shm"):  # of a file that somebody has removed: SQLite would play its last transactions into this one
+        database.with_name(f"{database.name}{stale}").unlink(missing_ok=True)
     fresh.replace(database)
 
 

@@ -21,6 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from advml.errors import Failure
+from advml.tracking.signals import deferred
 from advml.tuning import census
 from advml.tuning import study as studies
 from advml.tuning.storage import GRACE
@@ -65,24 +66,31 @@ def supervise(study: optuna.Study, orders: Orders, *, workers: int, watch: Calla
     buried = time.monotonic()
     try:
         while True:
-            trials = study.get_trials(deepcopy=False)
-            watch(trials)
-            done, at_work = len(census.finished(trials)), len(census.running(trials))
-            if census.hopeless(trials, since=orders.since):
-                said = census.finished(trials)[-1].user_attrs[census.REASON]
-                raise Failure(f"the first {census.HOPELESS} trials all failed, the last one: {said}")
-            if done >= orders.total:
-                return
-            crew.fill(min(workers, crew.at_work_on(trials) + orders.total - done - at_work))
+            # A Ctrl-C waits for the pause: it would leave half of a drawing or a transaction, or be swallowed by a finalizer.
+            with deferred():
+                trials = study.get_trials(deepcopy=False)
+                at_work = len(census.running(trials))
+                progress = len(census.finished(trials)) + sum(len(trial.intermediate_values) for trial in trials)
+                if crew.deaths_since(progress) or (at_work and time.monotonic() - buried > GRACE / 2):
+                    studies.bury(study, orders.url)
+                    buried, trials = time.monotonic(), study.get_trials(deepcopy=False)
+                watch(trials)
+                if _is_done(trials, orders):
+                    return
+                missing = orders.total - len(census.finished(trials)) - len(census.running(trials))
+                crew.fill(min(workers, crew.at_work_on(trials) + missing))
             time.sleep(POLL)
-            if crew.deaths_since(done + sum(len(trial.intermediate_values) for trial in trials)) or (
-                at_work and time.monotonic() - buried > GRACE / 2
-            ):
-                studies.bury(study, orders.url)
-                buried = time.monotonic()
     finally:
         crew.dismiss()
         studies.bury(study, orders.url)
+
+
+def _is_done(trials: Sequence[FrozenTrial], orders: Orders) -> bool:
+    """Whether enough trials have finished. Raises Failure if all have failed."""
+    if census.hopeless(trials, since=orders.since):
+        said = census.finished(trials)[-1].user_attrs[census.REASON]
+        raise Failure(f"the first {census.HOPELESS} trials all failed, the last one: {said}")
+    return len(census.finished(trials)) >= orders.total
 
 
 class Crew:
