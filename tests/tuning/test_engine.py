@@ -399,6 +399,16 @@ def test_a_study_that_was_deleted_is_one_line(toy, tmp_path):
         study.get_trials()
 
 
+def test_a_database_that_was_removed_leaves_nothing_to_the_next(toy, tmp_path, run_here, fresh_database):
+    """SQLite keeps the last transactions in a file beside it."""
+    run_here(toy, total=2)
+    study = studies.create(toy.definition(), address(None, root=tmp_path))  # holds it open
+    (tmp_path / "optuna.db").unlink()
+    assert (tmp_path / "optuna.db-wal").exists()
+    assert states(studies.create(toy.definition(), address(None, root=tmp_path)).get_trials()) == {"WAITING": 1}
+    del study
+
+
 def test_the_winner_keeps_the_constraint(toy, run_here):
     trials = run_here(Toy(toy.log, floor=1.0), total=20)
     best = census.ranked(trials, ("minimize",))[0]
