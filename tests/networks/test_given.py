@@ -121,7 +121,7 @@ def test_a_function_gives_a_model_in_eval_mode_with_a_digest_of_its_weights(here
         "somebodys:nothing": "nothing but NaN or infinities",
         "somebodys:number": "returns int; it must return a torch module",
         "somebodys:narrow": r"gives \(2, 3\) for 2 images; the prepared data need \(2, 4\)",
-        "somebodys:large": "does not take 1x8x8 images",
+        "somebodys:large": "somebodys:large fails on a batch of 2x1x8x8 images",
         "nonsense": "there is no model 'nonsense'; give a folder",
         "resnet18": "add --weights",
     }.items(),

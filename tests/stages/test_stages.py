@@ -248,6 +248,8 @@ def test_the_test_split_is_read_by_evaluate_alone(study):
     for regime in ("AT", "Full-AT"):
         finetune.run(blind(study.context(), "test"), scheme="CL", regime=regime, seed=1)
     evaluate.run(blind(study.context(), "train", "validation"), scheme="CL", regime="AT", seed=1)
+    with pytest.raises(AssertionError, match="this stage must not read the split's"):  # as any of the stages above would
+        evaluate.run(blind(study.context(), "test"), scheme="CL", regime="AT", seed=1)
 
 
 def test_evaluation_is_the_same_twice_and_depends_on_its_seed(finetuned):

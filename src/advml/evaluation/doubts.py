@@ -79,9 +79,8 @@ def counted(
     """What `look` has found broken, as further steps of the worst case."""
     broken, first = found.get("broken", {}), configuration.diagnostics.images
     clean = next(iter(outcomes.values()))
-    return figures_of(broken, _threat_model(configuration), configuration.diagnostics), outcomes_of(
-        broken, survivors(outcomes), clean, first=first
-    )
+    figures = figures_of(broken, _threat_model(configuration), configuration.diagnostics)
+    return figures, outcomes_of(broken, survivors(outcomes), clean, first=first)
 
 
 def _threat_model(configuration: config.Config) -> ThreatModel:

@@ -21,7 +21,7 @@ def rehearse(network: nn.Module, images: Tensor, machine: Machine, *, classes: i
             asked = batch.detach().clone().requires_grad_()
             with machine.autocast():
                 logits = own(asked)
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            found = tuple(logits.shape)
             if found != (len(batch), classes):
                 raise UserError(
                     f"the model gives {found} for {len(batch)} images; attacks need ({len(batch)}, {classes}): a logit per class"

@@ -158,14 +158,15 @@ def _behaviour(given: Given, dataset: Dataset) -> str:
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             logits = given.network(images)
+    except UserError:  # of somebody's code: it says so itself
+        raise
     except Exception as error:
         raise UserError(
             f"{given.name} does not take {'x'.join(map(str, dataset.shape))} images: {' '.join(str(error).split())[:300]}"
         ) from None
-    wanted = (len(images), len(dataset.classes))
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"{given.name} gives {shape} for {len(images)} images; the prepared data need {wanted}: a logit per class")
+    found, wanted = tuple(logits.shape), (len(images), len(dataset.classes))
+    if found != wanted:
+        raise UserError(f"{given.name} gives {found} for {len(images)} images; the prepared data need {wanted}: a logit per class")
     if not logits.isfinite().any():
         raise UserError(f"{given.name} gives nothing but NaN or infinities for the first test images: there is nothing to measure")
     return hashlib.sha256(_bytes(logits.float())).hexdigest()[:16]

@@ -31,9 +31,7 @@ def curves(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[st
         evidence, minimal = seen.get("evidence"), seen.get("minimal")
         if evidence and row["seed"] == seed:
             found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
-            guessing = max(
-                1 / evidence["classes"], evidence.get("largest_class", 0)
-            )  # the better of both, as the rule has it; older records lack it
+            guessing = max(1 / evidence["classes"], evidence.get("largest_class", 0))  # the rule's; older records lack the second
             about |= {"epsilon": evidence["epsilon"], "chance": guessing}
             if minimal:
                 nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]

@@ -70,20 +70,8 @@ def arrays(measured: Representation) -> dict[str, np.ndarray]:
 
 # Of the record of an attack, what it was; the rest says what came of it.
 SETTINGS = (
-    "attack",
-    "objective",
-    "norm",
-    "epsilon",
-    "box",
-    "steps",
-    "step_size",
-    "random_start",
-    "keep",
-    "mode",
-    "seed",
-    "batch_size",
-    "images",
-    "shares",
+    *("attack", "objective", "norm", "epsilon", "box", "steps", "step_size", "random_start", "keep", "mode", "seed", "batch_size"),
+    *("images", "shares"),  # of the diagnostics' probes
 )
 
 

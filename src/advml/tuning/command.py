@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from advml.config import Config
 from advml.errors import Failure, UserError
 from advml.paths import Workspace, checked_name
-from advml.tuning import census, confirmation, outputs, supervisor
+from advml.tuning import census, confirmation, identity, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
 from advml.tuning.history import History
@@ -75,7 +75,7 @@ def tune(
     _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
     studies.bury(study, url)
     everything = workspace.scratch(f"tune/{search.name}").resolve()
-    scratch = everything / study.user_attrs.get(studies.IDENTITY, "first")  # trials of another study are numbered alike
+    scratch = everything / study.user_attrs.get(identity.IDENTITY, "first")  # trials of another study are numbered alike
     orders = Orders(search, url, trials, len(census.finished(study.get_trials(deepcopy=False))), seed, scratch)
     board = Board(search.name, metrics=search.metrics, directions=definition.directions, total=trials)
     with History(search, config, workspace, study, url) as history:

@@ -9,8 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from advml.tuning import outputs
-from advml.tuning.study import require_same
+from advml.tuning import identity, outputs
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Search
 
@@ -31,7 +30,7 @@ def confirm(search: Search, study: optuna.Study, url: str, directions: Sequence[
     if not _is_missing(search, study, directions):
         return
     with Turn(study, url, "confirm").waited_for(tell):
-        require_same(study, search.definition())
+        identity.require_same(study, fingerprint=search.definition().fingerprint)
         best = outputs.best_of(study.get_trials(deepcopy=False), directions)
         if _is_due(search, study, best):
             known = study.user_attrs.get(CONFIRMED) or {"trial": None, "times": 0}

@@ -15,8 +15,7 @@ from advml import tracking
 from advml.config import Config, digest
 from advml.paths import Workspace
 from advml.tracking.store import locate, without_password
-from advml.tuning import census, outputs
-from advml.tuning import study as studies
+from advml.tuning import census, identity, outputs
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Search
 
@@ -28,7 +27,7 @@ class History:
 
     def __init__(self, search: Search, config: Config, workspace: Workspace, study: optuna.Study, url: str) -> None:
         self._search, self._config, self._root = search, config, workspace.root
-        self._identity = study.user_attrs.get(studies.IDENTITY, study.study_name)
+        self._identity = study.user_attrs.get(identity.IDENTITY, study.study_name)
         place = locate(config, root=workspace.root)
         owner = (place.uri, census.machine()) if place.database else (without_password(place.uri),)  # a file is one machine's
         self._turn, self._next = Turn(study, url, f"mlflow/{digest(*owner)[:16]}"), 0.0

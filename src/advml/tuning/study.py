@@ -15,7 +15,6 @@ Trials are handed out, and dead ones buried, under the storage's lock, one proce
 
 from __future__ import annotations
 
-import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from advml.errors import Failure, UserError
+from advml.errors import UserError
+from advml.tuning import identity
 from advml.tuning.census import (
     DEFAULT,
     KILLS,
@@ -31,8 +31,6 @@ from advml.tuning.census import (
     PROCESS,
     REASON,
     RETRY_OF,
-    TURNS,
-    described,
     finished,
     hopeless,
     is_dead,
@@ -42,10 +40,8 @@ from advml.tuning.census import (
 )
 from advml.tuning.locking import lock, reach
 from advml.tuning.space import Distributions, Values
-from advml.tuning.storage import GONE, connect
+from advml.tuning.storage import connect
 
-FINGERPRINT = "fingerprint"  # attribute of the study
-IDENTITY = "identity"  # attribute of the study: what no other one has, also of the same name and fingerprint
 MOST_KILLS = 10  # in a row without progress: perhaps the system itself kills it, for want of memory
 CARRIED = (ORIGIN, DEFAULT)  # attributes that a retry takes over
 
@@ -84,9 +80,8 @@ def create(definition: Definition, url: str, *, replace: bool = False) -> optuna
     reach(url)
     with lock(url):
         storage = connect(url)
-        if replace and _fingerprint(storage, definition.name) not in (None, definition.fingerprint):
-            _require_idle(optuna.load_study(study_name=definition.name, storage=storage))
-            optuna.delete_study(study_name=definition.name, storage=storage)
+        if replace:
+            identity.discard_other(storage, definition.name, fingerprint=definition.fingerprint)
         study = optuna.create_study(
             study_name=definition.name,
             storage=storage,
@@ -94,7 +89,7 @@ def create(definition: Definition, url: str, *, replace: bool = False) -> optuna
             pruner=definition.pruner(),
             load_if_exists=True,
         )
-        begun = study.user_attrs.get(FINGERPRINT)
+        begun = identity.fingerprint(study)
         if begun is None:  # new, or its creator was killed right here
             if definition.default is not None and not study.get_trials(deepcopy=False):
                 study.add_trial(
@@ -105,37 +100,13 @@ def create(definition: Definition, url: str, *, replace: bool = False) -> optuna
                         user_attrs={DEFAULT: True},
                     )
                 )
-            study.set_user_attr(IDENTITY, uuid.uuid4().hex[:16])
-            study.set_user_attr(FINGERPRINT, definition.fingerprint)
+            identity.give(study, fingerprint=definition.fingerprint)
         elif begun != definition.fingerprint:
             raise UserError(
                 f"the study {definition.name} searched another space, or under other parameters, data or weights; "
                 f"give this one a name of its own: --name {definition.name}-2, or throw that one away: --replace"
             )
     return study
-
-
-def _fingerprint(storage: optuna.storages.BaseStorage, name: str) -> str | None:
-    try:
-        return optuna.load_study(study_name=name, storage=storage).user_attrs.get(FINGERPRINT)
-    except KeyError:
-        return None
-
-
-def _require_idle(study: optuna.Study) -> None:
-    """Raises UserError while a process works on the study: it would go on in the new one, which may even get the old one's number."""
-    held = [value["process"] for key, value in study.user_attrs.items() if key.startswith(TURNS) and value]
-    at_work = [trial.user_attrs.get(PROCESS) for trial in running(study.get_trials(deepcopy=False))]
-    for process in held + at_work:
-        if not is_dead(process):
-            who = f"{described(process)} is at work on {study.study_name}"
-            raise UserError(f"{who}, which --replace would throw away; end that command first, or give this one a --name of its own")
-
-
-def require_same(study: optuna.Study, definition: Definition) -> None:
-    """Raises Failure if another command has put another study in this one's place."""
-    if study.user_attrs.get(FINGERPRINT) != definition.fingerprint:
-        raise Failure(GONE)
 
 
 def join(definition: Definition, url: str) -> optuna.Study:
@@ -152,7 +123,7 @@ def claim(study: optuna.Study, definition: Definition, url: str, *, total: int, 
         seed: of the sampler, together with the number of trials so far.
     """
     with lock(url):
-        require_same(study, definition)
+        identity.require_same(study, fingerprint=definition.fingerprint)
         trials = study.get_trials(deepcopy=False)
         if len(finished(trials)) + len(running(trials)) >= total or hopeless(trials, since=since):
             return None
