@@ -15,12 +15,11 @@ from torch import Tensor
 
 import advml
 from advml.errors import UserError
+from advml.networks.dual import DualBatchNorm, clean_statistics
 from advml.networks.models import (
     Architecture,
-    DualBatchNorm,
     Network,
     build,
-    clean_statistics,
     is_whole,
     load,
     read_record,

@@ -18,7 +18,8 @@ from advml.attacks.adversary import Adversary, training_adversary
 from advml.data.datasets import Dataset, Split
 from advml.data.views import view
 from advml.errors import Failure
-from advml.networks.models import DualBatchNorm, Network
+from advml.networks.dual import DualBatchNorm
+from advml.networks.models import Network
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine, generator_for
 from advml.training.loop import train

@@ -12,8 +12,9 @@ from torch import Tensor
 from advml import config
 from advml.data.views import view
 from advml.errors import UserError
+from advml.networks.dual import DualBatchNorm
 from advml.networks.layers import batch_norms
-from advml.networks.models import DualBatchNorm, under_attack
+from advml.networks.models import under_attack
 from advml.runtime.machine import Machine
 from advml.training.objectives import OBJECTIVES, contrastive_pair, cross_entropy, divergence
 from advml.training.regimes import REGIMES

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.attacks.frozen import FrozenBatchNorm
 from advml.attacks.pgd import Objective, default_step_size, pgd
 from advml.attacks.threat import ThreatModel
 from advml.networks.models import Network, under_attack
@@ -53,7 +52,7 @@ class Adversary:
             images: (N, C, H, W) in [0, 1].
             generator: draws the random start, on the CPU.
         """
-        with under_attack(network, mode=self.mode), FrozenBatchNorm():
+        with under_attack(network, mode=self.mode):
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None
             return pgd(
                 objective(),

@@ -6,7 +6,6 @@ So epsilon means the same thing in every file, and an exported model attacks cor
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from advml.errors import UserError
 from advml.networks.backbones import create_encoder
+from advml.networks.dual import dual
+from advml.networks.folding import folded
 from advml.paths import Workspace
 
 
@@ -55,19 +56,6 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-class DualBatchNorm(nn.Module):
-    """Two sets of statistics: one for clean batches, one for adversarial batches and for inference (Xie et al. 2020)."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.adversarial = layer
-        self.clean = copy.deepcopy(layer)
-        self.use_clean = False
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (self.clean if self.use_clean else self.adversarial)(features)
-
-
 class Network(nn.Module):
     """Encoder with a classifier, a projection head, or both.
 
@@ -80,7 +68,7 @@ class Network(nn.Module):
         a = self.architecture = architecture
         self.normalize = Normalize(a.mean, a.std)
         encoder, width = create_encoder(a.backbone, stem=a.stem, channels=a.channels, image_size=a.image_size, options=a.options)
-        self.encoder = _dual(encoder) if a.dual_batch_norm else encoder
+        self.encoder = dual(encoder) if a.dual_batch_norm else encoder
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -131,33 +119,14 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _dual(module: nn.Module) -> nn.Module:
-    """Replace every batch norm below `module`, in place."""
-    for name, child in module.named_children():
-        setattr(module, name, DualBatchNorm(child) if isinstance(child, _BatchNorm) else _dual(child))
-    return module
-
-
-@contextlib.contextmanager
-def clean_statistics(network: nn.Module) -> Iterator[None]:
-    """Within: dual batch norms use (and update) the clean statistics. Nothing to do for single ones."""
-    duals = [module for module in network.modules() if isinstance(module, DualBatchNorm)]
-    for module in duals:
-        module.use_clean = True
-    try:
-        yield
-    finally:
-        for module in duals:
-            module.use_clean = False
-
-
 @contextlib.contextmanager
 def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     """Within: the network's parameters take no gradient. After: everything is as it was.
 
     In mode "eval" batch-norm statistics cannot move. Mode "train", the paper's protocol, leaves batch norms as they are:
     of a network that learns they move, of a frozen encoder or a network in validation they do not. Dropout and stochastic
-    depth are off in both: an attack draws from its own generator alone.
+    depth are off in both: an attack draws from its own generator alone. Batch norms that cannot move are `folded`, in a `Network`:
+    of anyone else's module nothing is known.
     """
     modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -168,7 +137,8 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        yield
+        with folded(network.encoder) if isinstance(network, Network) else contextlib.nullcontext():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -23,8 +23,9 @@ from advml import config
 from advml.attacks.pgd import Objective
 from advml.data.datasets import Split
 from advml.data.views import view
+from advml.networks.dual import clean_statistics
 from advml.networks.layers import batch_norms
-from advml.networks.models import Network, clean_statistics
+from advml.networks.models import Network
 from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.regimes import Regime

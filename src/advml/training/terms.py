@@ -18,7 +18,8 @@ from torch import Tensor
 
 from advml.attacks.pgd import Objective
 from advml.errors import UserError
-from advml.networks.models import Network, clean_statistics
+from advml.networks.dual import clean_statistics
+from advml.networks.models import Network
 from advml.training.objectives import OBJECTIVES, contrastive_pair, cross_entropy, divergence
 
 

@@ -1,0 +1,248 @@
+"""Folded batch norms change no function, step aside where they do not apply, and leave no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advml.networks.dual import DualBatchNorm, clean_statistics
+from advml.networks.folding import folded
+from advml.networks.models import Architecture, Network, build, under_attack
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unlike_new(module: nn.Module) -> nn.Module:
+    """Statistics and parameters of batch norms as training leaves them: all different."""
+    generator = seeded(1)
+    for layer in norms(module):
+        for tensor in filter(torch.is_floating_point, [*layer.parameters(), *layer.buffers()]):
+            tensor.data.uniform_(0.5, 1.5, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+def small_network(backbone: str = "test_resnet", *, dual: bool = False) -> Network:
+    architecture = Architecture(backbone, "small", {}, 3, 8, (0.5,) * 3, (0.3,) * 3, 10, 7, False, dual)
+    return unlike_new(build(architecture, seed=0)).double()
+
+
+def norms(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def some_images(count: int = 4) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+
+
+def values_and_gradient(function, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    inputs = inputs.detach().requires_grad_()
+    values = function(inputs)
+    return values.detach(), torch.autograd.grad(values.square().sum(), inputs)[0]
+
+
+def assert_the_same_when_folded(module: nn.Module, function, inputs: Tensor) -> None:
+    """To rounding in double precision, relative to the largest number."""
+    expected = values_and_gradient(function, inputs)
+    with folded(module):
+        found = values_and_gradient(function, inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
+
+
+@pytest.fixture
+def native_calls(monkeypatch) -> list[int]:
+    """Counts PyTorch's own batch norms."""
+    calls, original = [], torch.batch_norm
+    monkeypatch.setattr(torch, "batch_norm", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnet18", "test_efficientnet", "mobilenetv3_small_050", "regnetx_002", "test_vit"])
+def test_a_network_keeps_its_function_and_its_batch_norms_do_not_run(backbone, native_calls):
+    network = small_network(backbone)
+    assert_the_same_when_folded(network.encoder, network, some_images())
+    native_calls.clear()
+    with folded(network.encoder):
+        network(some_images())
+    assert native_calls == []
+    network(some_images())
+    assert len(native_calls) == len(norms(network))
+
+
+def test_dual_batch_norms_change_sides_within():
+    """TRADES looks at the clean images while the network is attacked."""
+    network = small_network(dual=True)
+    for layer in network.modules():
+        if isinstance(layer, DualBatchNorm):
+            layer.clean.running_mean += 1
+    assert_the_same_when_folded(network.encoder, network, some_images())
+    with clean_statistics(network):
+        assert_the_same_when_folded(network.encoder, network, some_images())
+        expected = network(some_images())
+    with folded(network.encoder), clean_statistics(network):
+        assert torch.equal(network(some_images()), expected)
+
+
+LAYERS = {
+    "plain": (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)),
+    "a bias, groups, dilation, circular padding": (
+        nn.Conv2d(3, 6, 3, groups=3, dilation=2, padding=2, padding_mode="circular"),
+        nn.BatchNorm2d(6),
+    ),
+    "without parameters": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)),
+    "a large epsilon": (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.3)),
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_every_pair_keeps_its_function_and_is_folded(layers, native_calls):
+    module = unlike_new(nn.Sequential(*copy.deepcopy(layers), nn.ReLU(inplace=True))).double()
+    assert_the_same_when_folded(module, module, some_images())
+    assert native_calls == [1]  # of the expected values
+
+
+class Watched(nn.Module):
+    """The output of the convolution goes to two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        return self.norm(features) + features
+
+
+class Shared(Watched):
+    """One convolution, with and without the norm."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.conv(images)) + self.conv(images)
+
+
+class Undecided(Watched):
+    """Its path depends on the images: no tracer can follow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.conv(images)) if images.mean() > 0.4 else self.conv(images)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a mind of its own."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.conv2d(images, self.weight / self.weight.std())
+
+
+UNTOUCHED = {
+    "two uses of the output": Watched(),
+    "two uses of the convolution": Shared(),
+    "control flow": Undecided(),
+    "another kind of convolution": nn.Sequential(Standardised(3, 3, 1), nn.BatchNorm2d(3)),
+    "no convolution before": nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)),
+    "an activation between": nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
+    "without statistics": nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
+}
+
+
+@pytest.mark.parametrize("module", UNTOUCHED.values(), ids=UNTOUCHED)
+def test_where_folding_would_be_wrong_or_is_unknown_pytorchs_own_runs(module, native_calls):
+    module = unlike_new(copy.deepcopy(module)).double()
+    expected = module(some_images())
+    native_calls.clear()
+    with folded(module):
+        found = module(some_images())
+    assert native_calls == [1] and torch.equal(found, expected)
+
+
+def test_a_batch_norm_in_train_mode_is_left_to_pytorch(native_calls):
+    module = unlike_new(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    module[1].train()
+    expected = copy.deepcopy(module)
+    with folded(module):
+        found = module(some_images())
+    assert native_calls == [1] and torch.equal(found, expected(some_images()))
+    assert torch.equal(module[1].running_mean, expected[1].running_mean) and module[1].num_batches_tracked == 1
+
+
+def test_constants_follow_the_network_and_leave_with_the_context():
+    network, images = small_network(), some_images()
+    layers = dict(network.named_modules())
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with folded(network.encoder):
+        network(images)
+        assert network.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    assert not any("forward" in vars(layer) for layer in layers.values())
+    for layer in norms(network):
+        layer.running_mean += 1
+    network.encoder.conv1.weight.data *= 2
+    assert_the_same_when_folded(network.encoder, network, images)
+
+
+def test_an_error_within_leaves_no_trace():
+    network = small_network()
+    with pytest.raises(ZeroDivisionError), folded(network.encoder):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(layer) for layer in network.modules())
+
+
+def test_one_within_another_changes_nothing():
+    network, images = small_network(), some_images()
+    with folded(network.encoder):
+        once = network(images)
+        with folded(network.encoder):
+            assert torch.equal(network(images), once)
+        assert torch.equal(network(images), once)
+    assert not any("forward" in vars(layer) for layer in network.modules())
+
+
+def test_hooks_see_what_they_saw():
+    module = unlike_new(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    seen: list[Tensor] = []
+    module[1].register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    expected = module(some_images())
+    with folded(module):
+        module(some_images())
+    torch.testing.assert_close(seen[1], expected)
+
+
+def test_channels_last_features_stay_so():
+    module = unlike_new(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).to(memory_format=torch.channels_last)
+    with folded(module):
+        features = module(some_images().float().to(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_mixed_precision_keeps_its_type():
+    network, images = small_network().float(), some_images().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = network(images)
+        with folded(network.encoder):
+            found = network(images)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05 * float(expected.float().abs().max()))
+
+
+def test_no_gradient_reaches_the_parameters():
+    module, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval(), some_images().requires_grad_()
+    with folded(module):
+        module(images).sum().backward()
+    assert images.grad is not None and all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_networks_are_folded_under_attack_and_other_modules_are_not(native_calls):
+    network, images = small_network(), some_images()
+    native_calls.clear()
+    with under_attack(network):
+        network(images)
+    assert native_calls == []
+    module = unlike_new(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).double()
+    with under_attack(module):
+        module(images)
+    assert native_calls == [1]
