@@ -21,6 +21,7 @@ from advml.attacks import autoattack
 from advml.attacks.autoattack import ATTACKS, Recipe, Strength, applicable, attack
 from advml.attacks.threat import NORMS, ThreatModel
 from advml.errors import Failure, UserError
+from advml.networks.models import Architecture, build
 
 QUICK = Strength(steps=8, queries=60)
 GRADIENT, BLIND = {"linf": 0.04, "l2": 0.3}, {"linf": 0.1, "l2": 0.9}  # break some of the images of `batch`, not all
@@ -234,6 +235,15 @@ def test_the_seed_alone_decides(name):
     assert torch.equal(first, second) and torch.equal(first, third)
     # FAB has a random start from the second restart on only
     assert torch.equal(run(name, network, images, labels, norm="l2", seed=8), first) == (name == "fab-t")
+
+
+@EVERY
+def test_networks_of_ours_whose_batch_norms_are_folded_are_attacked_in_inference_mode_too(name):
+    network = build(Architecture("test_resnet", "small", {}, 3, 8, (0.5,) * 3, (0.3,) * 3, 4, None, False, False), seed=0).eval()
+    images, labels = batch(network)
+    with torch.inference_mode():
+        inside = run(name, network, images.clone(), labels.clone())
+    assert torch.equal(inside, run(name, network, images, labels))
 
 
 # Side effects

@@ -75,6 +75,11 @@ class Network(nn.Module):
         if a.projection_size is not None:
             self.projection_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, a.projection_size))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the network is for."""
+        return self.architecture.channels, self.architecture.image_size, self.architecture.image_size
+
     def attach_classifier(self, classes: int, *, seed: int) -> None:
         """Put a fresh linear classifier on the encoder; its weights depend on `seed` alone."""
         self.architecture = replace(self.architecture, classes=classes)
@@ -137,7 +142,7 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        with folded(network.encoder) if isinstance(network, Network) else contextlib.nullcontext():
+        with folded(network.encoder, network.image_shape) if isinstance(network, Network) else contextlib.nullcontext():
             yield
     finally:
         for module, training in modes.items():
