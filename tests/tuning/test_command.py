@@ -17,6 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from advml.errors import Failure, UserError
+from advml.runtime import processes
 from advml.tracking import store as stores
 from advml.tuning import census, command, confirmation, supervisor, turn
 from advml.tuning import study as studies
@@ -381,7 +382,7 @@ def test_a_turn_on_another_machine_passes_on_when_its_signs_of_life_stop(toy, st
     monkeypatch.setattr(turn, "HEARTBEAT", 0.1)
     monkeypatch.setattr(turn, "GRACE", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(census, "machine", lambda: "elsewhere:1")
+        patch.setattr(processes, "machine", lambda: "elsewhere:1")
         assert theirs.take()
         started = time.monotonic()
         while time.monotonic() - started < 2.0:

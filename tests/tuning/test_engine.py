@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.errors import Failure, UserError
+from advml.runtime import processes
 from advml.tuning import census, locking, patience, supervisor, worker
 from advml.tuning import study as studies
 from advml.tuning.locking import lock, reach
@@ -188,7 +188,7 @@ def test_a_trial_of_a_machine_that_is_gone_is_taken_up_when_its_heartbeats_stop(
     definition = toy.definition()
     study = studies.create(definition, url)
     with monkeypatch.context() as patch:
-        patch.setattr(census, "machine", lambda: "elsewhere:1")
+        patch.setattr(processes, "machine", lambda: "elsewhere:1")
         studies.claim(study, definition, url, total=9, since=0, seed=0)
     studies.bury(study, url)
     assert states(study.get_trials()) == {"RUNNING": 1}
@@ -196,46 +196,6 @@ def test_a_trial_of_a_machine_that_is_gone_is_taken_up_when_its_heartbeats_stop(
     time.sleep(2.1)  # the database counts in seconds
     studies.bury(study, url)
     assert states(study.get_trials()) == {"FAIL": 1, "WAITING": 1}
-
-
-def test_a_step_of_the_clock_makes_nobody_dead(toy, monkeypatch):
-    me = census.this_process()
-    whole = psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: whole(self) + 3600)
-    assert not census.is_dead(me) and census.this_process() == me
-
-
-def test_containers_of_one_name_do_not_judge_each_others_processes(monkeypatch, tmp_path):
-    me = census.this_process()
-    pid = os.getpid()
-    theirs = me.replace(f":{pid}:", ":999999999:")
-    assert census.is_dead(theirs)
-    namespace = tmp_path / "pid"
-    namespace.touch()
-    monkeypatch.setattr(census, "PIDS", namespace)  # as in another container: the same boot, another inode
-    census._kernel.cache_clear()
-    try:
-        assert census.this_process() != me and not census.is_dead(theirs)
-    finally:
-        census._kernel.cache_clear()
-
-
-def test_where_there_is_no_proc_a_process_is_known_by_its_network_card_and_start(monkeypatch, tmp_path):
-    monkeypatch.setattr(census, "BOOT", tmp_path / "none")
-    monkeypatch.setattr(census, "PIDS", tmp_path / "none")
-    census._kernel.cache_clear()
-    try:
-        assert f"{uuid.getnode():x}:{os.getpid()}:{psutil.Process().create_time():.2f}" in census.this_process()
-        assert not census.is_dead(census.this_process())
-        assert census.is_dead(census.this_process().replace(f":{os.getpid()}:", ":999999999:"))
-    finally:
-        census._kernel.cache_clear()
-
-
-def test_a_process_is_told_from_a_later_one_of_the_same_number():
-    where, pid, started = census.this_process().rsplit(":", 2)
-    assert int(started) == int(Path(f"/proc/{pid}/stat").read_text().split()[21])
-    assert census.is_dead(f"{where}:{pid}:{int(started) - 1}")
 
 
 def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_with_a_reason(toy, tmp_path, monkeypatch):

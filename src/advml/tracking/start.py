@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from advml.config import flatten
 from advml.provenance import dvc_stage, git_commit
+from advml.runtime.processes import this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,8 +71,12 @@ def new_params(params: Mapping[str, Any], *, known: Mapping[str, str]) -> list[P
     """Nested or flat parameters as MLflow stores them, without those that a run has already: MLflow refuses to change one."""
     from mlflow.entities import Param
 
-    texts = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in flatten(dict(params)).items()}
-    return [Param(key, text) for key, text in texts.items() if key not in known]
+    return [Param(key, text) for key, text in texts_of(params).items() if key not in known]
+
+
+def texts_of(params: Mapping[str, Any]) -> dict[str, str]:
+    """Nested or flat parameters as the texts that MLflow keeps, by flat key."""
+    return {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in flatten(dict(params)).items()}
 
 
 def get(client: MlflowClient, run_id: str) -> Record | None:
@@ -110,7 +114,7 @@ def _tags(facts: Facts, root: Path) -> dict[str, str]:
         "advml.kind": facts.kind,
         "advml.data_digest": facts.data.digest if facts.data else None,
         "advml.dvc_experiment": os.environ.get("DVC_EXP_NAME"),
-        PROCESS: f"{platform.node()}:{os.getpid()}",
+        PROCESS: this_process(),
         **{key if "." in key else f"advml.{key}": value for key, value in facts.tags.items()},
     }
     return {key: str(value) for key, value in found.items() if value not in (None, "", "unknown")}  # unknown: no git

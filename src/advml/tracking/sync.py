@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.errors import Failure
 from advml.paths import Workspace
+from advml.runtime.processes import is_orphaned
 from advml.tracking import store as stores
 from advml.tracking.evaluations import log_evaluation
 from advml.tracking.files import read
@@ -114,9 +114,6 @@ def _add_report(run: Run, workspace: Workspace, folder: Path) -> None:
 
 def _end_orphans(store: stores.Store) -> None:
     """A process killed outright leaves its run RUNNING; one that had recorded its weights had finished."""
-    import psutil
-
     for record in store.client.search_runs([store.experiment], "attributes.status = 'RUNNING'", max_results=1000):
-        node, _, process = record.data.tags.get(PROCESS, "").rpartition(":")
-        if node == platform.node() and not psutil.pid_exists(int(process)):
+        if is_orphaned(record.data.tags.get(PROCESS, "")):
             store.client.set_terminated(record.info.run_id, "FINISHED" if "advml.digest" in record.data.tags else "KILLED")

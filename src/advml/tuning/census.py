@@ -1,22 +1,18 @@
-"""What trials say by their states and attributes: which of them count, which is best, and whose process works on them."""
+"""What trials say by their states and attributes: which of them count, which is best, and who works on them."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import platform
-import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 from optuna.trial import FrozenTrial, TrialState
+
+from advml.runtime import processes
 
 TURNS = "turn/"  # attributes of a study: whose turn it is to do something for all, see `tuning.turn`
 # Attributes of a trial
-PROCESS = "process"  # that works on it, as `this_process` names it
+PROCESS = "process"  # that works on it, as `processes.this_process` names it
 REASON = "reason"  # why its parameters do not work
 ORIGIN = "origin"  # number of the first trial of the parameters that it repeats; names the scratch folder
 RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
@@ -24,7 +20,6 @@ KILLS = "kills"  # of processes in a row, without progress
 HISTORY = "history"  # of its epochs; followed by history/1, history/2, ... where it is long
 DEFAULT = "default"  # whether it has the default's values
 
-BOOT, PIDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 CHUNK = 30_000  # bytes
 HOPELESS = 5  # trials that all fail: so will the next
 
@@ -88,57 +83,6 @@ def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     return next((trial for trial in trials if trial.user_attrs.get(DEFAULT) and trial.state == TrialState.COMPLETE), None)
 
 
-def this_process() -> str:
-    """machine:pid:start, which no later process shares."""
-    return f"{machine()}:{os.getpid()}:{_started(os.getpid())}"
-
-
-def described(process: str) -> str:
-    """A process as people know it."""
-    host, _, pid, _ = process.rsplit(":", 3)
-    return f"process {pid} on {host}"
-
-
 def pid_of(trial: FrozenTrial) -> int | None:
     """The process that works, or has worked, on a trial; None on other machines."""
-    where, pid, _ = trial.user_attrs.get(PROCESS, "::").rsplit(":", 2)
-    return int(pid) if where == machine() and pid else None
-
-
-def is_dead(process: str | None) -> bool:
-    """Whether a process of this machine is gone; of other machines the heartbeats tell."""
-    if process is None:
-        return True
-    where, pid, started = process.rsplit(":", 2)
-    if where != machine():
-        return False
-    try:
-        return _started(int(pid)) != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def machine() -> str:
-    """host:kernel, where process ids mean what they mean here: host names are shared by containers, and clocks are set anew.
-
-    Under Linux the kernel's boot and the namespace of process ids, elsewhere the network card.
-    """
-    return f"{platform.node()}:{_kernel()}"
-
-
-@functools.cache
-def _kernel() -> str:
-    try:
-        return f"{BOOT.read_text().strip()}/{PIDS.stat().st_ino}"
-    except OSError:
-        return f"{uuid.getnode():x}"
-
-
-def _started(pid: int) -> str:
-    """When a process has begun: in clock ticks since the boot, which no setting of the clock changes; elsewhere in seconds.
-
-    Field 22 of proc_pid_stat(5). The second may hold anything, so they are counted from the last parenthesis.
-    """
-    if PIDS.exists():
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    return f"{psutil.Process(pid).create_time():.2f}"
+    return processes.pid_of(trial.user_attrs.get(PROCESS, ""))

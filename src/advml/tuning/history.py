@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 from advml import tracking
 from advml.config import Config, digest
 from advml.paths import Workspace
+from advml.runtime import processes
 from advml.tracking.store import locate, without_password
 from advml.tuning import census, identity, outputs
 from advml.tuning.turn import Turn
@@ -29,7 +30,7 @@ class History:
         self._search, self._config, self._root = search, config, workspace.root
         self._identity = study.user_attrs.get(identity.IDENTITY, study.study_name)
         place = locate(config, root=workspace.root)
-        owner = (place.uri, census.machine()) if place.database else (without_password(place.uri),)  # a file is one machine's
+        owner = (place.uri, processes.machine()) if place.database else (without_password(place.uri),)  # a file is one machine's
         self._turn, self._next = Turn(study, url, f"mlflow/{digest(*owner)[:16]}"), 0.0
         self._ending = contextlib.ExitStack()
         self._run: tracking.SearchRun | None = None

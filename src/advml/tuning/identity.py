@@ -8,7 +8,8 @@ import optuna
 from optuna.storages import BaseStorage
 
 from advml.errors import Failure, UserError
-from advml.tuning.census import PROCESS, TURNS, described, is_dead, running
+from advml.runtime.processes import described, is_dead
+from advml.tuning.census import PROCESS, TURNS, running
 from advml.tuning.storage import GONE
 
 # Attributes of a study

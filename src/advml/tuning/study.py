@@ -23,6 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from advml.errors import UserError
+from advml.runtime.processes import is_dead, this_process
 from advml.tuning import identity
 from advml.tuning.census import (
     DEFAULT,
@@ -33,10 +34,8 @@ from advml.tuning.census import (
     RETRY_OF,
     finished,
     hopeless,
-    is_dead,
     is_killed,
     running,
-    this_process,
 )
 from advml.tuning.locking import lock, reach
 from advml.tuning.space import Distributions, Values

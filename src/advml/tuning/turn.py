@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import optuna
 
 from advml.errors import Failure, UserError
+from advml.runtime import processes
 from advml.tuning import census
 from advml.tuning.locking import lock
 from advml.tuning.storage import GRACE, HEARTBEAT
@@ -40,7 +41,7 @@ class Turn:
         with lock(self._url):
             held = self._study.user_attrs.get(self._key)
             if held and not self._is_abandoned(held):
-                self.holder = census.described(held["process"])
+                self.holder = processes.described(held["process"])
                 return False
             self._show(0)
         self._ended.clear()
@@ -71,13 +72,13 @@ class Turn:
     def _is_abandoned(self, held: dict) -> bool:
         if held != self._seen[0]:
             self._seen = held, time.monotonic()
-        return census.is_dead(held["process"]) or time.monotonic() - self._seen[1] > GRACE
+        return processes.is_dead(held["process"]) or time.monotonic() - self._seen[1] > GRACE
 
     def _is_ours(self) -> bool:
         return (self._study.user_attrs.get(self._key) or {}).get("token") == self._token
 
     def _show(self, beat: int) -> None:
-        self._study.set_user_attr(self._key, {"process": census.this_process(), "token": self._token, "beat": beat})
+        self._study.set_user_attr(self._key, {"process": processes.this_process(), "token": self._token, "beat": beat})
 
     def _beat(self) -> None:
         beat = 0
