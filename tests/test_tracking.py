@@ -22,6 +22,7 @@ from advml import config as configuration
 from advml import tracking
 from advml.errors import Failure
 from advml.paths import REPORT_FILES
+from advml.runtime import processes
 from advml.tracking import store as stores
 
 DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={"train": 1257, "validation": 180, "test": 360})
@@ -321,6 +322,22 @@ def test_parameters_of_a_later_stage_are_added_and_none_is_changed(config, root,
             run.log_params({"evaluate": {"steps": steps, "epsilon": None}, "attack": {"steps": 7}})
     expected = {"attack.steps": "5", "attack.step_size": "null", "evaluate.steps": "20", "evaluate.epsilon": "null"}
     assert record_of(config, root, run.id).data.params == expected
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parameters_that_have_changed_since_are_tags_and_part_of_the_description(config, root, capfd):
+    def told() -> tuple[dict[str, str], str]:
+        tags = record_of(config, root, run.id).data.tags
+        return {key: value for key, value in tags.items() if key.startswith("advml.now.")}, tags.get("mlflow.note.content", "")
+
+    with open_run(config, root) as run:
+        run.log_params({"evaluate": {"steps": 20, "epsilon": None}})
+        assert told()[0] == {} and "last measurement" not in told()[1]
+        run.log_params({"evaluate": {"steps": 40, "epsilon": None}})
+        assert told()[0] == {"advml.now.evaluate.steps": "40"} and told()[1].endswith("The last measurement took: `evaluate.steps` 40")
+    with open_run(config, root, run_id=run.id) as run:
+        run.log_params({"evaluate": {"steps": 20}})
+        assert told()[0] == {} and "last measurement" not in told()[1]
     assert capfd.readouterr() == ("", "")
 
 
@@ -738,8 +755,9 @@ def test_sync_ends_runs_whose_process_is_gone(config, study):
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     client = store_of(config, study).client
-    for run, node in ((orphan, platform.node()), (done, platform.node()), (distant, "elsewhere")):
-        client.set_tag(run.id, "advml.process", f"{node}:{process.pid}")
+    here = processes.machine()
+    for run, machine in ((orphan, here), (done, here), (distant, here.replace(platform.node(), "elsewhere", 1))):
+        client.set_tag(run.id, "advml.process", f"{machine}:{process.pid}:1")
     tracking.sync(config, root=study)
     ends = [record_of(config, study, run.id).info.status for run in (orphan, done, alive, distant)]
     assert ends == ["KILLED", "FINISHED", "RUNNING", "RUNNING"]

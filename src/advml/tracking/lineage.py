@@ -11,6 +11,8 @@ from advml.tracking import ui
 if TYPE_CHECKING:
     from advml.tracking.store import Store
 
+NOW = "advml.now."  # tags: values of parameters that the last measurement took otherwise than MLflow's columns say
+
 
 def add_model(store: Store, run_id: str, tags: Mapping[str, str], *, folder: Path, digest: str) -> str:
     """Create the external model of a run and return its id.
@@ -55,4 +57,7 @@ def describe(store: Store, tags: Mapping[str, str]) -> str:
     if path := tags.get("advml.path"):
         load = f'; load it with `advml.load_model("{path}")`' if tags["advml.kind"] == "model" else ""
         lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}")
+    now = [f"`{key.removeprefix(NOW)}` {value}" for key, value in sorted(tags.items()) if key.startswith(NOW)]
+    if now:
+        lines.append(f"The columns of parameters keep the first values. The last measurement took: {', '.join(now)}")
     return "\n\n".join(lines)

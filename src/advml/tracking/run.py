@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from advml.tracking import lineage
 from advml.tracking import store as stores
-from advml.tracking.start import new_params
+from advml.tracking.start import new_params, texts_of
 from advml.tracking.writer import Writer, guarded
 
 if TYPE_CHECKING:
@@ -96,10 +96,21 @@ class Run(Writer):
 
     @guarded
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Add the parameters, nested or flat, that the run lacks; those it has stay as they are."""
+        """Add the parameters, nested or flat, that the run lacks. MLflow changes none that it has: their values of today are tags."""
         fresh = new_params(params, known=self._params)
         self._store.client.log_batch(self.id, params=fresh, synchronous=True)
         self._params |= {param.key: param.value for param in fresh}
+        self._tell_now({f"{lineage.NOW}{key}": text if text != self._params[key] else None for key, text in texts_of(params).items()})
+
+    def _tell_now(self, values: Mapping[str, str | None]) -> None:
+        """Tags of parameters whose values differ from the columns'; None: they don't, or not any more."""
+        self._tag({key: text for key, text in values.items() if text is not None and self._tags.get(key) != text})
+        for key in [key for key, text in values.items() if text is None and key in self._tags]:
+            self._store.client.delete_tag(self.id, key)
+            del self._tags[key]
+        described = lineage.describe(self._store, self._tags)
+        if described != self._tags.get("mlflow.note.content", ""):
+            self._tag({"mlflow.note.content": described})
 
     @guarded
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
