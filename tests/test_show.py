@@ -88,6 +88,24 @@ def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(worksp
     )
 
 
+def test_figures_tell_their_seed_and_what_an_image_has_cost(workspace, model):
+    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"seed": 7, "forward": 2480, "backward": 2400}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2": figure}})
+    assert record_of(workspace, "CL-AT-s0").endswith("worst of 3 runs, seed 7, 62 forward and 60 backward passes an image")
+
+
+def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
+    metrics = {"corruption/fog": 0.5, "corruption/snow": 0.25, "corruption/mean": 0.375}
+    metrics |= {f"{name}/{end}": value + step for name, value in metrics.items() for end, step in (("low", -0.1), ("high", 0.1))}
+    found = {key: {"n": 40, "severities": [1, 3]} for key in ("corruption/fog", "corruption/snow")}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"corruptions": found, "metrics": metrics})
+    write(workspace.report("transfer") / "transfer.json", {"rule": "a rule", "seeds": [transfer("CL-AT-s0")]})
+    flag, _, title, *lines = record_of(workspace, "CL-AT-s0").splitlines()[-6:]
+    assert "transfer_stronger" in flag
+    assert title == "accuracy under corruptions (means over severities 1, 3; 95 % intervals)"
+    assert [" ".join(line.split()) for line in lines] == ["mean 37.5 % [27.5, 47.5]", "snow 25.0 % [15.0, 35.0]", "fog 50.0 % [40.0, 60.0]"]
+
+
 def test_restarts_of_1_are_a_single_run(workspace, model):
     figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"restarts": 1}
     write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2": figure}})

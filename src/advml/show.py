@@ -44,7 +44,9 @@ def _given(made: Path) -> str:
     with _reading(made, again="measure again with: advml evaluate") as record:
         about = {**record["origin"], "data digest": record["data_digest"][:16], "weights": record["digest"][:16]}
         about["trained on"] = (record["trained_on"] or "unknown")[:16]
-        return "\n".join([f"{record['model']}   ({made.parent})", "", *_block("made from", about), *_accuracies(record)])
+        return "\n".join(
+            [f"{record['model']}   ({made.parent})", "", *_block("made from", about), *_accuracies(record), *_corruptions(record)]
+        )
 
 
 @contextlib.contextmanager
@@ -80,7 +82,8 @@ def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
         if evaluation["digest"] != record["digest"]:
             again = f"advml evaluate {record['scheme']} {record['regime']} --seed {record['seed']}"
             return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
-        return [*_accuracies(evaluation), *_transfer_flags(workspace, record["name"], digest=record["digest"])]
+        flags = _transfer_flags(workspace, record["name"], digest=record["digest"])
+        return [*_accuracies(evaluation), *flags, *_corruptions(evaluation)]
 
 
 def _accuracies(evaluation: dict[str, Any]) -> list[str]:
@@ -93,8 +96,28 @@ def _figure(name: str, figure: dict[str, Any]) -> str:
     attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
     how = f"   {figure['norm']} {attack}" if "norm" in figure else ""
     how += f", {figure['steps']} steps, {_runs(figure['restarts'])}" if "steps" in figure else ""
+    how += f", seed {figure['seed']}, {_passes(figure)} an image" if "forward" in figure else ""
     share = figure["correct"] / figure["n"]
     return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
+
+
+def _passes(figure: dict[str, Any]) -> str:
+    forward, backward = (figure[direction] / figure["n"] for direction in ("forward", "backward"))
+    return f"{forward:.0f} forward and {backward:.0f} backward passes"
+
+
+def _corruptions(evaluation: dict[str, Any]) -> list[str]:
+    """Their mean, and each by itself, the worst first."""
+    found = evaluation.get("corruptions")
+    if not found:
+        return []
+    metrics = evaluation["metrics"]
+    lines = []
+    for name in ("corruption/mean", *sorted(found, key=metrics.__getitem__)):
+        share, low, high = (100 * metrics[f"{name}{end}"] for end in ("", "/low", "/high"))
+        lines.append(f"  {name.removeprefix('corruption/'):22} {share:5.1f} % [{low:.1f}, {high:.1f}]")
+    severities = next(iter(found.values()))["severities"]
+    return ["", f"accuracy under corruptions (means over severities {', '.join(map(str, severities))}; 95 % intervals)", *lines]
 
 
 def flags_of(evaluation: dict[str, Any]) -> list[str]:
