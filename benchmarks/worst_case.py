@@ -64,7 +64,7 @@ class Plain(nn.Module):
 def one_after_another(network: nn.Module, split: Split, figures: list[Figure], effort: Effort) -> Tensor:
     """Which images survive: every attack on all of them."""
     alone = [replace(figure, left_only=False, coupled=True, kept=False) for figure in figures]  # coupled: no image leaves the batch
-    return survivors(measure(Plain(network), split, alone, effort))
+    return survivors(measure(network, split, alone, effort))
 
 
 def compare(
@@ -74,7 +74,8 @@ def compare(
     verdicts: dict[str, Tensor] = {}
     tasks = {
         "cascade": lambda: verdicts.update(cascade=survivors(measure(network, split, figures, effort))),
-        "one after another": lambda: verdicts.update(peer=one_after_another(network, split, figures, effort)),
+        "one after another": lambda: verdicts.update(peer=one_after_another(Plain(network), split, figures, effort)),
+        "the same, folded": lambda: one_after_another(network, split, figures, effort),
         "PGD-CE alone": lambda: measure(network, split, figures[:2], effort),
     }
     return interleaved(tasks, rounds, warm_up=0), verdicts
@@ -100,12 +101,13 @@ def main() -> None:
         )
         figures = [figure for figure in plan(attacked, None, classes=len(dataset.classes)) if not figure.name.endswith("_half")]
         times, verdicts = compare(networks[phase], dataset.test, figures, effort, options.rounds)
-        ratio, floor = (times[key].over(times["one after another"]) for key in ("cascade", "PGD-CE alone"))
+        ratio, folding, floor = (times[key].over(times["one after another"]) for key in ("cascade", "the same, folded", "PGD-CE alone"))
         same = int((verdicts["cascade"] == verdicts["peer"]).sum())
         target = "no target" if wanted is None else f"wanted: at most {wanted}"
         print(
             f"{phase}, epsilon {attacked.attacked_epsilon:g}: cascade {times['cascade'].show()} s, one after another "
-            f"{times['one after another'].show()} s: {ratio} of it ({target}; PGD-CE alone is {floor}); worst case "
+            f"{times['one after another'].show()} s: {ratio} of it "
+            f"({target}; the peer on folded batch norms is {folding}, PGD-CE alone {floor}); worst case "
             f"{100 * float(verdicts['cascade'].float().mean()):.1f} % and {100 * float(verdicts['peer'].float().mean()):.1f} %, "
             f"same verdict on {same} of {len(dataset.test)} images"
         )
