@@ -52,17 +52,6 @@ def trained(configuration: config.Config, dataset: Dataset, machine: Machine, ph
     return network.to(memory_format=torch.channels_last).eval()
 
 
-class Plain(nn.Module):
-    """Anyone's module, of which nothing is known."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
-
-
 def one_after_another(network: nn.Module, split: Split, figures: list[Figure], effort: Effort) -> Tensor:
     """Which images survive: every attack on all of them."""
     alone = [replace(figure, left_only=False, coupled=True, kept=False) for figure in figures]  # coupled: no image leaves the batch
@@ -74,9 +63,10 @@ def compare(
 ) -> tuple[dict[str, Timing], dict[str, Tensor]]:
     """Times and verdicts of the cascade, of its peer and of the floor."""
     verdicts: dict[str, Tensor] = {}
+    anyones = nn.Sequential(network)  # a module of which nothing is known: its batch norms are not folded
     tasks = {
         "cascade": lambda: verdicts.update(cascade=survivors(measure(network, split, figures, effort))),
-        "one after another": lambda: verdicts.update(peer=one_after_another(Plain(network), split, figures, effort)),
+        "one after another": lambda: verdicts.update(peer=one_after_another(anyones, split, figures, effort)),
         "the same, folded": lambda: one_after_another(network, split, figures, effort),
         "PGD-CE alone": lambda: measure(network, split, figures[:2], effort),
     }

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from advml.networks.dual import DualBatchNorm, clean_statistics, dual
 from advml.networks.folding import folded
+from advml.networks.layers import batch_norms
 from advml.networks.models import Architecture, Network, build, under_attack
 
 SHAPE = (3, 8, 8)
@@ -25,7 +26,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def unlike_new(module: nn.Module) -> nn.Module:
     """Statistics and parameters of batch norms as training leaves them: all different."""
     generator = seeded(1)
-    for layer in norms(module):
+    for layer in batch_norms(module):
         for tensor in filter(torch.is_floating_point, [*layer.parameters(), *layer.buffers()]):
             tensor.data.uniform_(0.5, 1.5, generator=generator)
     return module.eval().requires_grad_(False)
@@ -34,10 +35,6 @@ def unlike_new(module: nn.Module) -> nn.Module:
 def small_network(backbone: str = "test_resnet", *, dual: bool = False) -> Network:
     architecture = Architecture(backbone, "small", {}, 3, 8, (0.5,) * 3, (0.3,) * 3, 10, 7, False, dual)
     return unlike_new(build(architecture, seed=0)).double()
-
-
-def norms(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
 def some_images(count: int = 4) -> Tensor:
@@ -73,16 +70,21 @@ def native_calls(monkeypatch) -> list[int]:
     return calls
 
 
+def assert_none_runs(module: nn.Module, function, calls: list[int]) -> None:
+    """No batch norm of PyTorch's, once the pairs are known."""
+    calls.clear()
+    with folded(module, SHAPE):
+        function(some_images())
+    assert calls == []
+
+
 @pytest.mark.parametrize("backbone", ["test_resnet", "resnet18", "test_efficientnet", "mobilenetv3_small_050", "regnetx_002", "test_vit"])
 def test_a_network_keeps_its_function_and_its_batch_norms_do_not_run(backbone, native_calls):
     network = small_network(backbone)
     assert_the_same_when_folded(network.encoder, network, some_images())
-    native_calls.clear()
-    with folded(network.encoder, SHAPE):
-        network(some_images())
-    assert native_calls == []
+    assert_none_runs(network.encoder, network, native_calls)
     network(some_images())
-    assert len(native_calls) == len(norms(network))
+    assert len(native_calls) == len(batch_norms(network))
 
 
 def test_dual_batch_norms_change_sides_within():
@@ -114,10 +116,7 @@ LAYERS = {
 def test_every_pair_keeps_its_function_and_is_folded(layers, native_calls):
     module = unlike_new(nn.Sequential(*copy.deepcopy(layers), nn.ReLU(inplace=True))).double()
     assert_the_same_when_folded(module, module, some_images())
-    native_calls.clear()
-    with folded(module, SHAPE):
-        module(some_images())
-    assert native_calls == []
+    assert_none_runs(module, module, native_calls)
 
 
 class Watched(nn.Module):
@@ -206,7 +205,7 @@ def test_constants_follow_the_network_and_leave_with_the_context():
         assert network.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
     assert not any("forward" in vars(layer) for layer in layers.values())
-    for layer in norms(network):
+    for layer in batch_norms(network):
         layer.running_mean += 1
     network.encoder.conv1.weight.data *= 2
     assert_the_same_when_folded(network.encoder, network, images)
@@ -261,10 +260,7 @@ def test_who_watches_the_convolution_sees_its_output(native_calls):
         module(some_images())
     assert native_calls == [1] and torch.equal(seen[0], module[0](some_images()))
     handle.remove()
-    native_calls.clear()
-    with folded(module, SHAPE):
-        module(some_images())
-    assert native_calls == []
+    assert_none_runs(module, module, native_calls)
 
 
 class Optional(nn.Module):
@@ -307,8 +303,8 @@ def test_a_copy_made_within_is_a_network_like_any_other(backbone, native_calls):
         twin = copy.deepcopy(network)
     native_calls.clear()
     torch.testing.assert_close(twin(some_images()), expected)
-    assert len(native_calls) == len(norms(twin))
-    for layer in norms(twin):
+    assert len(native_calls) == len(batch_norms(twin))
+    for layer in batch_norms(twin):
         layer.weight.data *= 2
     assert not torch.allclose(twin(some_images()), expected)
     assert torch.equal(network(some_images()), expected)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from advml.networks.dual import DualBatchNorm
+from advml.networks.layers import batch_norms
 
 Layer = Callable[[Tensor], Tensor]
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -125,9 +126,9 @@ def _stranger(module: nn.Module) -> nn.Module:
     for layer in tried.modules():
         for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
             hooks.clear()
-        if isinstance(layer, _BatchNorm):
-            for tensor in filter(torch.is_floating_point, [*layer.parameters(), *layer.buffers()]):
-                tensor.data.uniform_(0.5, 1.5, generator=generator)
+    for layer in batch_norms(tried):
+        for tensor in filter(torch.is_floating_point, [*layer.parameters(), *layer.buffers()]):
+            tensor.data.uniform_(0.5, 1.5, generator=generator)
     return tried
 
 
