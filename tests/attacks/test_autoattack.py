@@ -1,4 +1,4 @@
-"""The library's attacks: sample by sample what the library gives, for every number of classes, and nothing else changes."""
+"""The library's attacks: what the library gives for each image alone, for every number of classes, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import copy
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from advml.attacks import autoattack
 from advml.attacks.autoattack import ATTACKS, Recipe, Strength, applicable, attack
+from advml.attacks.draws import PerImage
 from advml.attacks.threat import NORMS, ThreatModel
 from advml.errors import Failure, UserError
 from advml.networks.models import Architecture, build
@@ -83,31 +86,55 @@ class Constant(nn.Module):
 # The library's results
 
 
+class Exact(nn.Module):
+    """A network in double precision between floats, so that its outputs do not depend on what else is in the batch."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = copy.deepcopy(network).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.double()).float()
+
+
+def alone(name: str, images: Tensor, labels: Tensor, perturb: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """What the library makes of each image alone, with the seed that ours gives it."""
+    seeds = [PerImage(7).seed_of(image) if name.startswith("apgd") else 7 for image in images]
+    each = zip(images.split(1), labels.split(1), seeds, strict=True)
+    return torch.cat([perturb(image.clone(), label.clone(), seed) for image, label, seed in each])
+
+
 @BOTH
 @EVERY
 def test_the_standard_attacks_are_the_librarys_sample_by_sample(name, norm):
     """At the standard strength, but for Square's queries: the library can be told those afterwards."""
-    network = small_network()
+    network = Exact(small_network())
     images, labels = batch(network)
-    library = AutoAttack(
-        network, attacks=[ATTACKS[name].library], norm=LIBRARY_NORM[norm], eps=EPSILON[name][norm], seed=7, version="custom"
-    )
-    library.apgd.n_restarts, library.square.n_queries = 1, 60
-    library.fab.n_target_classes = library.apgd_targeted.n_target_classes = 3
-    theirs, _ = library.run_standard_evaluation(images.clone(), labels.clone())
+
+    def perturb(image: Tensor, label: Tensor, seed: int) -> Tensor:
+        library = AutoAttack(
+            network, attacks=[ATTACKS[name].library], norm=LIBRARY_NORM[norm], eps=EPSILON[name][norm], seed=seed, version="custom"
+        )
+        library.apgd.n_restarts, library.square.n_queries = 1, 60
+        library.fab.n_target_classes = library.apgd_targeted.n_target_classes = 3
+        return library.run_standard_evaluation(image, label)[0]
+
+    theirs = alone(name, images, labels, perturb)
     ours = run(name, network, images, labels, norm=norm, strength=Strength(queries=60))
     assert 0 < broken(network, ours[:-1], labels[:-1]).sum() <= 5
     assert torch.equal(broken(network, ours, labels), broken(network, theirs, labels))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def directly(name: str, network: nn.Module, images: Tensor, labels: Tensor, *, norm: str, targets: int) -> Tensor:
-    common = {"norm": LIBRARY_NORM[norm], "eps": EPSILON[name][norm], "seed": 7, "device": "cpu"}
+def directly(
+    name: str, network: nn.Module, images: Tensor, labels: Tensor, seed: int = 7, *, norm: str, targets: int, restarts: int = 2
+) -> Tensor:
+    common = {"norm": LIBRARY_NORM[norm], "eps": EPSILON[name][norm], "seed": seed, "device": "cpu", "n_restarts": restarts}
     made = {
-        "apgd-ce": lambda: APGDAttack(network, n_iter=8, n_restarts=2, **common),
-        "apgd-t": lambda: APGDAttack_targeted(network, n_iter=8, n_restarts=2, n_target_classes=targets, **common),
-        "fab-t": lambda: FABAttack_PT(network, n_iter=8, n_restarts=2, targeted=True, n_target_classes=targets, **common),
-        "square": lambda: SquareAttack(network, n_queries=20, n_restarts=2, p_init=0.8, resc_schedule=False, **common),
+        "apgd-ce": lambda: APGDAttack(network, n_iter=8, **common),
+        "apgd-t": lambda: APGDAttack_targeted(network, n_iter=8, n_target_classes=targets, **common),
+        "fab-t": lambda: FABAttack_PT(network, n_iter=8, targeted=True, n_target_classes=targets, **common),
+        "square": lambda: SquareAttack(network, n_queries=20, p_init=0.8, resc_schedule=False, **common),
     }[name]()
     return made.perturb(images.clone(), labels.clone()).detach()
 
@@ -116,14 +143,17 @@ def directly(name: str, network: nn.Module, images: Tensor, labels: Tensor, *, n
 @EVERY
 @pytest.mark.parametrize("classes", [2, 3, 4, 100])
 def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name, norm, classes):
-    network = small_network(classes)
+    network = Exact(small_network(classes))
     images, labels = batch(network)
     if not applicable(name, classes):
         with pytest.raises(UserError, match=f"{name} needs at least 4 classes, and the model has {classes}"):
             run(name, network, images, labels, norm=norm, classes=classes)
         return
-    theirs = directly(name, network, images, labels, norm=norm, targets=min(3, classes - 1))
-    ours = run(name, network, images, labels, norm=norm, classes=classes, strength=replace(QUICK, restarts=2, targets=3, queries=20))
+    restarts = 1 if name == "fab-t" else 2  # it draws for the batch from the second on
+    run_alone = partial(directly, name, network, norm=norm, targets=min(3, classes - 1), restarts=restarts)
+    theirs = alone(name, images, labels, run_alone)
+    strength = replace(QUICK, restarts=restarts, targets=3, queries=20)
+    ours = run(name, network, images, labels, norm=norm, classes=classes, strength=strength)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert torch.equal(broken(network, ours, labels), broken(network, theirs, labels))
 
@@ -219,6 +249,25 @@ def test_a_model_in_double_precision_gets_its_images_so(name):
 
 
 # Randomness
+
+
+@BOTH
+@EVERY
+def test_the_company_of_an_image_decides_nothing(name, norm):
+    network = Exact(small_network())
+    images, labels = batch(network, 12)
+    together = run(name, network, images, labels, norm=norm)
+    chosen = torch.tensor([7, 2, 11, 3, 0])
+    torch.testing.assert_close(run(name, network, images[chosen], labels[chosen], norm=norm), together[chosen], atol=1e-6, rtol=0)
+    assert broken(network, together, labels).sum() > 2
+
+
+def test_restarts_of_fab_draw_for_the_batch_as_the_librarys_do():
+    network = small_network()
+    images, labels = batch(network)
+    theirs = directly("fab-t", network, images, labels, norm="l2", targets=3)
+    ours = run("fab-t", network, images, labels, norm="l2", strength=replace(QUICK, restarts=2, targets=3))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @EVERY

@@ -10,15 +10,17 @@ import torch
 from scipy.stats import binomtest
 
 from advml import config
+from advml.attacks import autoattack
 from advml.attacks.adversary import evaluation_adversary
+from advml.attacks.draws import PerImage
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
 from advml.evaluation.accuracy import attacked, describe, describe_worst, effort, metrics, survivors
 from advml.evaluation.intervals import wilson
-from advml.evaluation.measure import Outcome, measure
+from advml.evaluation.measure import Effort, Outcome, measure
 from advml.evaluation.plan import cascade, figures, plan
 from advml.networks.models import Architecture, build
-from advml.runtime.machine import Machine, generator_for
+from advml.runtime.machine import Machine, derived_seed, generator_for
 from advml.training.objectives import contrastive_pair, cross_entropy, margin
 from advml.training.schemes import SCHEMES
 
@@ -217,14 +219,41 @@ def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_
     assert found["accuracy/clean"].right.all() and 0 < found["accuracy/threat_model_2"].right.sum() < 12
     for figure in listed[1:3]:
         expected = []
-        for number, (x, y) in enumerate(zip((images / 255).split(5), labels.split(5), strict=True)):
-            moved = figure.craft(network, x, y, generator_for(figure.name, 3, number, 0))
+        for x, y in zip((images / 255).split(5), labels.split(5), strict=True):
+            moved = figure.craft(network, x, y, PerImage(derived_seed(figure.name, 3, 0)))
             expected.append(network(moved).argmax(1) == y)
         assert torch.equal(found[figure.name].right, torch.cat(expected))
     worst = survivors(found)
     for outcome in found.values():
         assert not (worst[outcome.rows] & ~outcome.right).any()
     assert worst.sum() < found["accuracy/threat_model_2"].right.sum()  # the cascade breaks more
+
+
+def test_neither_the_batch_nor_who_has_left_it_changes_a_verdict():
+    """In double precision, where rounding does not either: the cascade, and every attack on all images in batches of every size."""
+    settings = configuration("evaluate.steps=1", "evaluate.step_size=1e-6", "worst_case.restarts=2", *WEAK, "evaluate.epsilon=0.03")
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network, labels = undecided(images)
+    own = network.double()
+    exact = torch.nn.Sequential(Cast(torch.float64), own, Cast(torch.float32))
+    listed, split = plan(settings, None, classes=10), Split(images, labels)
+    everyone = [replace(figure, left_only=False, coupled=True) for figure in listed]
+    cascade, together, apart = (
+        measure(exact, split, listed_, Effort(size, 0, CPU)) for listed_, size in ((listed, 7), (everyone, 40), (everyone, 5))
+    )
+    for figure in listed:
+        assert torch.equal(together[figure.name].right, apart[figure.name].right)
+    assert torch.equal(survivors(cascade), survivors(together))
+    assert survivors(cascade).any() and all(not together[f"worst_case/{name}"].right.all() for name in ("pgd-margin", *autoattack.ATTACKS))
+
+
+class Cast(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.dtype)
 
 
 WEAK = ("worst_case.steps=2", "worst_case.targets=2", "worst_case.queries=5")

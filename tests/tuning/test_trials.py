@@ -148,20 +148,20 @@ def test_attacks_of_trials_are_measured_as_evaluate_measures(dataset, monkeypatc
         list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))
 
 
-def test_random_starts_of_a_batch_are_the_same_for_every_attack_and_differ_between_batches(dataset):
+def test_random_starts_of_an_image_are_the_same_for_every_attack_and_batch_and_differ_between_images(dataset):
     seeds, network = {}, Counter()
 
     class Noted(ThreatModel):
         def random_start(self, images, *, generator):
-            seeds.setdefault(self.epsilon, []).append(generator.initial_seed())
+            seeds.setdefault(self.epsilon, []).extend(generator.seed_of(image) for image in images)
             return super().random_start(images, generator=generator)
 
     split = agreeing(network, dataset.validation)
-    for epsilon, objective in ((0.1, "ce"), (0.2, "margin")):
+    for epsilon, objective, size in ((0.1, "ce", 8), (0.2, "margin", 32)):
         values = VALUES | {"random_start": True, "objective": objective}
         chosen = attack.Attack.of(values, steps=1, threat_model=Noted("linf", epsilon))
-        list(attack.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU))
-    assert seeds[0.1] == seeds[0.2] and len(set(seeds[0.1])) == 4
+        list(attack.withstood(network, split, chosen, batch_size=size, seed=0, machine=CPU))
+    assert seeds[0.1] == seeds[0.2] and len(set(seeds[0.1])) == 32
 
 
 def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
@@ -173,7 +173,7 @@ def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
 
     class Noted(ThreatModel):
         def random_start(self, images, *, generator):
-            starts.append(generator.initial_seed())
+            starts.append(generator.seed)
             return super().random_start(images, generator=generator)
 
     def standing(restarts: int) -> torch.Tensor:
@@ -183,10 +183,10 @@ def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
         return torch.cat(list(attack.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU)))
 
     once = standing(1)
-    assert len(set(starts)) == 4  # one for each batch
+    assert len(starts) == 4 and len(set(starts)) == 1  # four batches
     starts.clear()
     often = standing(4)
-    assert len(set(starts)) == len(starts) > 4
+    assert len(starts) > 4 and len(set(starts)) == 4
     assert not (often & ~once).any()
     assert often.sum() < once.sum()
 

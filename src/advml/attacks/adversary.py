@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from advml import config
+from advml.attacks.draws import Randomness
 from advml.attacks.pgd import Objective, default_step_size, pgd
 from advml.attacks.threat import ThreatModel
 from advml.networks.models import Network, under_attack
@@ -42,7 +42,7 @@ class Adversary:
         threat_model = replace(self.threat_model, epsilon=share * self.threat_model.epsilon)
         return replace(self, threat_model=threat_model, step_size=share * self.step_size)
 
-    def attack(self, network: Network, objective: Callable[[], Objective], images: Tensor, *, generator: torch.Generator) -> Tensor:
+    def attack(self, network: Network, objective: Callable[[], Objective], images: Tensor, *, generator: Randomness) -> Tensor:
         """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG stay as they are.
 
         Args:
@@ -50,7 +50,7 @@ class Adversary:
             objective: builds the objective; called once, under attack conditions, so that whatever stays
                 constant over the steps (the clean embedding) is computed there, once.
             images: (N, C, H, W) in [0, 1].
-            generator: draws the random start, on the CPU.
+            generator: draws the random start, on the CPU; for the batch, or `PerImage`.
         """
         with under_attack(network, mode=self.mode):
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from torch import Tensor, nn
 
+from advml.attacks.apgd import APGD, TargetedAPGD
 from advml.attacks.guard import Logits, checked, guarded
 from advml.attacks.square import Square
 from advml.attacks.threat import NORMS, ThreatModel
@@ -74,14 +74,14 @@ ATTACKS: dict[str, Recipe] = {
     "apgd-ce": Recipe(
         "apgd-ce",
         2,
-        lambda model, strength, common: APGDAttack(
+        lambda model, strength, common: APGD(
             model, loss="ce", n_iter=strength.steps, n_restarts=strength.restarts, logger=_SILENT, **common
         ),
     ),
     "apgd-t": Recipe(
         "apgd-t",
         4,
-        lambda model, strength, common: APGDAttack_targeted(
+        lambda model, strength, common: TargetedAPGD(
             model, n_iter=strength.steps, n_restarts=strength.restarts, n_target_classes=strength.targets, logger=_SILENT, **common
         ),
     ),
@@ -121,8 +121,8 @@ def attack(
     Images that the attack breaks come back broken. All others come back as they were: those that it cannot break, those that it
     has lost to NaN, and those that are misclassified from the start.
 
-    The attacks draw their random numbers for the batch as a whole: the result follows from `seed` and the whole batch, and is the same
-    every time on the CPU.
+    What becomes of an image follows from the image and `seed`, up to rounding, and not from the rest of the batch; only what FAB-T
+    does from its second restart on is drawn for the batch. On the CPU the result is the same every time.
 
     The model is in eval mode and frozen meanwhile. Everything else is as before, also after an error: global generators, modes,
     `requires_grad`, gradients, grad mode, trace function, warnings, standard output; no file is written.

@@ -1,4 +1,4 @@
-"""The Square Attack of the AutoAttack library, where the library itself fails: some image sizes, and ties."""
+"""The Square Attack of the AutoAttack library, also where the library itself fails: some image sizes, and ties."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _starts(height: int, width: int) -> bool:
 
 
 class Square(SquareAttack):
-    """As the library's, for images of any size and for models whose logits tie.
+    """As the library's on each image alone, for images of any size and for models whose logits tie.
 
     Deviation: in L2, images whose size the library cannot take are padded on the right and below to the next side that it can, and
     cropped before they reach the model. What it spends on the margin is lost: the attack is a little weaker than it could be.
@@ -37,6 +37,10 @@ class Square(SquareAttack):
             return super().perturb(F.pad(x, (0, side - width, 0, side - height)), y)[..., :height, :width]
         finally:
             self.predict = whole
+
+    def random_choice(self, shape: list[int]) -> Tensor:
+        """Signs, the same for all images of a batch, as the library's windows are: the company decides nothing about an image."""
+        return super().random_choice([1, *shape[1:]]).expand(shape) if len(shape) == 4 else super().random_choice(shape)
 
     # The library goes on with no image at all where the first try leaves ties only; its own two functions cannot take that.
 

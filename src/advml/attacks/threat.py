@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from advml.attacks.draws import Randomness, Sample, drawn
+
 
 def _over_images(norms: Tensor, like: Tensor) -> Tensor:
     """(N,) -> (N, 1, 1, 1), so that it multiplies images."""
@@ -40,7 +42,7 @@ class Norm:
 
     steepest: Callable[[Tensor], Tensor]  # gradient -> direction of unit norm that ascends fastest
     shrink: Callable[[Tensor, float], Tensor]  # perturbation -> nearest one in the ball
-    sample: Callable[[Tensor, torch.Generator], Tensor]  # uniform in the unit ball, drawn on the CPU
+    sample: Sample  # uniform in the unit ball
     size: Callable[[Tensor], Tensor]  # perturbation -> norms (N,)
 
 
@@ -80,7 +82,7 @@ class ThreatModel:
         """One projected step of norm `step_size` in the direction of steepest ascent."""
         return self.project(adversarial + step_size * NORMS[self.norm].steepest(gradient), images)
 
-    def random_start(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+    def random_start(self, images: Tensor, *, generator: Randomness) -> Tensor:
         """A point drawn uniformly from the ball, then clipped to the box. The draw is on the CPU: the same on any device."""
-        delta = NORMS[self.norm].sample(images, generator).to(images)
+        delta = drawn(NORMS[self.norm].sample, images, generator).to(images)
         return self.project(images + self.epsilon * delta, images)

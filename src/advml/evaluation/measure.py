@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from advml.attacks.draws import PerImage
 from advml.attacks.guard import copied
 from advml.data.datasets import Split
 from advml.evaluation.passes import PASSES, counted
 from advml.evaluation.plan import Figure
 from advml.evaluation.scoring import Scorer
-from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
+from advml.runtime.machine import Machine, derived_seed, own_randomness
 from advml.runtime.memo import Memo, Parts
 
 NOTED = ("right", "predicted", "distance", *PASSES)  # of every image
@@ -64,7 +65,8 @@ def measure(
     """The outcome of every figure, by name; the first figure must be the clean one.
 
     Images that are broken leave a figure's next restart, and images broken by any figure leave those with `left_only`: but only
-    where the objective is per sample. A contrastive one couples the batch.
+    where the objective is per sample. A contrastive one couples the batch. Random numbers are each image's own (`PerImage`): what an
+    attack does to an image does not depend on what else is in the batch, up to rounding.
 
     Args:
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
@@ -159,10 +161,10 @@ class _Batch:
         return len(self.rows) if limit is None else min(len(self.rows), max(0, limit - int(self.rows[0])))
 
     def _attack(self, images: Tensor, labels: Tensor, restart: int) -> tuple[Tensor, dict[str, int]]:
-        generator = generator_for(self.figure.name, self.effort.seed, self.number, restart)
+        draws = PerImage(derived_seed(self.figure.name, self.effort.seed, restart))
         with self.effort.machine.autocast(), counted(self.network) as passes:
             craft = self.figure.craft if restart == 0 else self.figure.again or self.figure.craft
-            adversarial = craft(self.network, images, labels, generator)
+            adversarial = craft(self.network, images, labels, draws)
         return adversarial, passes
 
     def _note(self, found: Parts, chosen: Tensor, adversarial: Tensor, images: Tensor, labels: Tensor) -> None:

@@ -13,20 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from advml import config
 from advml.attacks import autoattack
 from advml.attacks.adversary import Adversary, evaluation_adversary
+from advml.attacks.draws import PerImage
 from advml.attacks.pgd import Objective
 from advml.attacks.threat import ThreatModel
 from advml.networks.models import Network
 from advml.training.schemes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective
 
-# (network, images, labels, generator) -> adversarial images
-Craft = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+# (network, images, labels, draws) -> adversarial images
+Craft = Callable[[nn.Module, Tensor, Tensor, PerImage], Tensor]
 # (network, images, labels) -> objective; built anew for every batch of images.
 MakeObjective = Callable[[Network, Tensor, Tensor], Objective]
 
@@ -111,7 +111,7 @@ def _step(configuration: config.Config, name: str, classes: int) -> Figure:
 def autoattack_figure(name: str, threat_model: ThreatModel, *, classes: int, strength: autoattack.Strength) -> Figure:
     """A figure of one of AutoAttack's attacks."""
 
-    def craft(network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def craft(network: nn.Module, images: Tensor, labels: Tensor, draws: PerImage) -> Tensor:
         return autoattack.attack(
             name,
             network,
@@ -120,7 +120,7 @@ def autoattack_figure(name: str, threat_model: ThreatModel, *, classes: int, str
             threat_model=threat_model,
             classes=classes,
             strength=strength,
-            seed=generator.initial_seed() % 2**31,
+            seed=draws.seed % 2**31,
         )
 
     settings = {"attack": name, "library": "pyautoattack", **threat_of(threat_model), **asdict(strength)}
@@ -131,8 +131,8 @@ def pgd_figure(name: str, adversary: Adversary, make: MakeObjective, *, loss: st
     """A figure of our own PGD."""
 
     def crafting(adversary: Adversary) -> Craft:
-        return lambda network, images, labels, generator: adversary.attack(
-            network, lambda: make(network, images, labels), images, generator=generator
+        return lambda network, images, labels, draws: adversary.attack(
+            network, lambda: make(network, images, labels), images, generator=draws
         )
 
     attack = asdict(adversary)

@@ -74,12 +74,12 @@ class Attack:
 def withstood(network: Network, split: Split, attack: Attack | None, *, batch_size: int, seed: int, machine: Machine) -> Iterator[Tensor]:
     """Batch by batch, which images (n,) stay right: clean (`attack=None`), or under every restart of the attack.
 
-    Each batch has random starts of its own, and the same ones whatever the attack.
+    An image has the same random starts whatever the attack.
     """
     figures = [Figure("clean"), *([attack.figure()] if attack else [])]
     scorer = Scorer(copied(network.eval()), machine)
-    for number, rows in enumerate(torch.arange(len(split.labels)).split(batch_size)):
-        effort = Effort(batch_size, derived_seed("tune", seed, number), machine)
+    effort = Effort(batch_size, derived_seed("tune", seed), machine)
+    for rows in torch.arange(len(split.labels)).split(batch_size):
         outcomes = measure(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
         yield outcomes[figures[-1].name].right
 
@@ -105,9 +105,9 @@ class Subject:
     def attack(self, values: Values) -> Attack:
         return Attack.of(self.search.default() | values, steps=self.search.steps(values), threat_model=self.threat_model)
 
-    def under(self, attack: Attack | None, split: Split, *, batch_size: int) -> Iterator[Tensor]:
-        seed = self.search.config.evaluate.seed
-        return withstood(self.network, split, attack, batch_size=batch_size, seed=seed, machine=self.context.machine)
+    def under(self, attack: Attack | None, split: Split) -> Iterator[Tensor]:
+        seed, size = self.search.config.evaluate.seed, self.spec.batch_size
+        return withstood(self.network, split, attack, batch_size=size, seed=seed, machine=self.context.machine)
 
     def validation(self) -> Split:
         """The validation images of the search, shuffled: classes must not come one after another."""
@@ -123,7 +123,7 @@ def objective(search: AttackSearch) -> Callable[[Attempt], Sequence[float]]:
 
     def run(attempt: Attempt) -> Sequence[float]:
         right = total = 0
-        for number, batch in enumerate(subject.under(subject.attack(attempt.values), split, batch_size=subject.spec.batch_size)):
+        for number, batch in enumerate(subject.under(subject.attack(attempt.values), split)):
             right, total = right + int(batch.sum()), total + len(batch)
             attempt.history.append({"epoch": number, "robust": right / total})
             attempt.report(number, float(batch.double().mean()))
@@ -137,12 +137,11 @@ def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
     subject = Subject(search)
     attacks = {"default": subject.attack({}), "winner": subject.attack(values)}
     splits = {"validation": subject.validation(), "test": subject.context.dataset.test}
-    size = subject.spec.batch_size  # the same random starts as in the trials
     told: dict[str, Any] = {"budget": search.budget, "epsilon": subject.threat_model.epsilon, "norm": subject.threat_model.norm}
     told["passes"] = {who: attack.passes for who, attack in attacks.items()}
     for name, split in splits.items():
-        right = {who: torch.cat(list(subject.under(attack, split, batch_size=size))) for who, attack in attacks.items()}
-        told[name] = {"clean": interval(torch.cat(list(subject.under(None, split, batch_size=size))))}
+        right = {who: torch.cat(list(subject.under(attack, split))) for who, attack in attacks.items()}
+        told[name] = {"clean": interval(torch.cat(list(subject.under(None, split))))}
         told[name] |= {who: interval(found) for who, found in right.items()} | {"paired": paired(right["default"], right["winner"])}
     return told
 
