@@ -127,9 +127,9 @@ def test_the_standard_attacks_are_the_librarys_sample_by_sample(name, norm):
 
 
 def directly(
-    name: str, network: nn.Module, images: Tensor, labels: Tensor, seed: int = 7, *, norm: str, targets: int, restarts: int = 2
+    name: str, network: nn.Module, images: Tensor, labels: Tensor, seed: int, *, norm: str, targets: int, epsilon: float | None = None
 ) -> Tensor:
-    common = {"norm": LIBRARY_NORM[norm], "eps": EPSILON[name][norm], "seed": seed, "device": "cpu", "n_restarts": restarts}
+    common = {"norm": LIBRARY_NORM[norm], "eps": epsilon or EPSILON[name][norm], "seed": seed, "device": "cpu"}
     made = {
         "apgd-ce": lambda: APGDAttack(network, n_iter=8, **common),
         "apgd-t": lambda: APGDAttack_targeted(network, n_iter=8, n_target_classes=targets, **common),
@@ -149,11 +149,8 @@ def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name
         with pytest.raises(UserError, match=f"{name} needs at least 4 classes, and the model has {classes}"):
             run(name, network, images, labels, norm=norm, classes=classes)
         return
-    restarts = 1 if name == "fab-t" else 2  # it draws for the batch from the second on
-    run_alone = partial(directly, name, network, norm=norm, targets=min(3, classes - 1), restarts=restarts)
-    theirs = alone(name, images, labels, run_alone)
-    strength = replace(QUICK, restarts=restarts, targets=3, queries=20)
-    ours = run(name, network, images, labels, norm=norm, classes=classes, strength=strength)
+    theirs = alone(name, images, labels, partial(directly, name, network, norm=norm, targets=min(3, classes - 1)))
+    ours = run(name, network, images, labels, norm=norm, classes=classes, strength=replace(QUICK, targets=3, queries=20))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert torch.equal(broken(network, ours, labels), broken(network, theirs, labels))
 
@@ -259,15 +256,51 @@ def test_the_company_of_an_image_decides_nothing(name, norm):
     together = run(name, network, images, labels, norm=norm)
     chosen = torch.tensor([7, 2, 11, 3, 0])
     torch.testing.assert_close(run(name, network, images[chosen], labels[chosen], norm=norm), together[chosen], atol=1e-6, rtol=0)
-    assert broken(network, together, labels).sum() > 2
+    assert (broken(network, together, labels) & ~broken(network, images, labels)).sum() > 2
 
 
-def test_restarts_of_fab_draw_for_the_batch_as_the_librarys_do():
-    network = small_network()
-    images, labels = batch(network)
-    theirs = directly("fab-t", network, images, labels, norm="l2", targets=3)
-    ours = run("fab-t", network, images, labels, norm="l2", strength=replace(QUICK, restarts=2, targets=3))
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+class Unbroken(nn.Module):
+    """Always right, and keeps what it was shown."""
+
+    def __init__(self, network: nn.Module, label: int):
+        super().__init__()
+        self.network, self.bias, self.seen = network, 100.0 * torch.eye(4)[label], []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.detach().clone())
+        return self.network(images) + self.bias
+
+
+@BOTH
+@EVERY
+def test_every_image_is_seen_as_the_library_shows_it_alone(name, norm):
+    """Every query and iterate of every target, also where nothing comes of it: so every random number is the library's."""
+    network, images = Exact(small_network()), torch.rand(5, 3, 8, 8, generator=seeded())
+    images[4] = images[0]
+    label, steps = 2, {"strength": replace(QUICK, targets=3, queries=20)}
+    labels = torch.full((5,), label)
+    together = Unbroken(network, label)
+    assert torch.equal(run(name, together, images, labels, norm=norm, **steps), images)
+    singly = []
+
+    def perturb(image: Tensor, label_: Tensor, seed: int) -> Tensor:
+        singly.append(Unbroken(network, label))
+        return directly(name, singly[-1], image, label_, seed, norm=norm, targets=3)
+
+    alone(name, images, labels, perturb)
+    for row, single in enumerate(singly):
+        assert len(single.seen) == len(together.seen)
+        for ours, theirs in zip(together.seen, single.seen, strict=True):
+            torch.testing.assert_close(ours[row : row + 1], theirs, atol=1e-6, rtol=0)
+
+
+def test_every_run_of_an_attack_begins_elsewhere_for_every_image():
+    network, images = Exact(small_network()), torch.rand(5, 3, 8, 8, generator=seeded())
+    together = Unbroken(network, 2)
+    run("apgd-t", together, images, torch.full((5,), 2), strength=Strength(steps=1, targets=3))
+    starts = torch.stack([shown - images for shown in together.seen if not torch.equal(shown, images)][::2])
+    assert starts.shape == (3, 5, 3, 8, 8)
+    assert len({tuple(start.flatten().tolist()) for start in starts.flatten(0, 1)}) == 15
 
 
 @EVERY

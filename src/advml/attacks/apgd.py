@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor
 
 from advml.attacks.draws import PerImage, Sample
+from advml.attacks.threat import NORMS
 
-# The library's own draws, by its name of the norm; it stretches them to the surface of the ball.
+# What the library draws, by its name of the norm, before it stretches that to the surface of the ball.
 SAMPLES: dict[str, Sample] = {
-    "Linf": lambda like, generator: 2 * torch.rand(like.shape, generator=generator) - 1,
+    "Linf": NORMS["linf"].sample,
     "L2": lambda like, generator: torch.randn(like.shape, generator=generator),
 }
 
 
 class _OwnStarts:
-    """Gives each run of the library's loop the start that the library would draw for an image that it attacks alone.
+    """Gives each run of the library's loop the starts that the library would draw for each image alone, one run after another.
 
-    `seed` of the library's attack is then `PerImage(seed).seed_of(image)`.
+    `seed` of the library's attack on an image alone is then `PerImage(seed).seed_of(image)`. For L-infinity and L2.
     """
 
-    def __init__(self, *arguments: Any, seed: int, **settings: Any) -> None:
-        super().__init__(*arguments, seed=seed, **settings)
-        self.draws = PerImage(seed)
+    def perturb(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adversarial images (N, C, H, W) of x in [0, 1] with classes y (N,); those that do not break come back as they were."""
+        self.draws = PerImage(self.seed)
+        return super().perturb(x, y)
 
-    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if x_init is None:
-            x_init = x + self.eps * self.normalize(self.draws.draw(SAMPLES[self.norm], x).to(x))
-        return super().attack_single_run(x, y, x_init)
+    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The library draws a start for the batch as well, and passes it over for this one."""
+        start = x + self.eps * self.normalize(self.draws.draw(SAMPLES[self.norm], x).to(x))
+        return super().attack_single_run(x, y, start)
 
 
 class APGD(_OwnStarts, APGDAttack):

@@ -34,15 +34,13 @@ class Strength:
     """How hard to try; the defaults are AutoAttack's standard.
 
     Attributes:
-        steps: of APGD-CE, APGD-T and FAB-T, for each restart and target.
+        steps: of APGD-CE, and of APGD-T and FAB-T for each target.
         targets: classes that APGD-T and FAB-T aim at, one after another; at most K - 1.
-        restarts: of each attack, and for each target.
-        queries: of Square, for each restart.
+        queries: of Square.
     """
 
     steps: int = 100
     targets: int = 9
-    restarts: int = 1
     queries: int = 5000
 
 
@@ -74,30 +72,26 @@ ATTACKS: dict[str, Recipe] = {
     "apgd-ce": Recipe(
         "apgd-ce",
         2,
-        lambda model, strength, common: APGD(
-            model, loss="ce", n_iter=strength.steps, n_restarts=strength.restarts, logger=_SILENT, **common
-        ),
+        lambda model, strength, common: APGD(model, loss="ce", n_iter=strength.steps, logger=_SILENT, **common),
     ),
     "apgd-t": Recipe(
         "apgd-t",
         4,
         lambda model, strength, common: TargetedAPGD(
-            model, n_iter=strength.steps, n_restarts=strength.restarts, n_target_classes=strength.targets, logger=_SILENT, **common
+            model, n_iter=strength.steps, n_target_classes=strength.targets, logger=_SILENT, **common
         ),
     ),
     "fab-t": Recipe(
         "fab-t",
         2,
         lambda model, strength, common: FABAttack_PT(
-            model, targeted=True, n_iter=strength.steps, n_restarts=strength.restarts, n_target_classes=strength.targets, **common
+            model, targeted=True, n_iter=strength.steps, n_target_classes=strength.targets, **common
         ),
     ),
     "square": Recipe(
         "square",
         2,
-        lambda model, strength, common: Square(
-            model, p_init=0.8, resc_schedule=False, n_queries=strength.queries, n_restarts=strength.restarts, **common
-        ),
+        lambda model, strength, common: Square(model, p_init=0.8, resc_schedule=False, n_queries=strength.queries, **common),
     ),
 }
 
@@ -121,8 +115,8 @@ def attack(
     Images that the attack breaks come back broken. All others come back as they were: those that it cannot break, those that it
     has lost to NaN, and those that are misclassified from the start.
 
-    What becomes of an image follows from the image and `seed`, up to rounding, and not from the rest of the batch; only what FAB-T
-    does from its second restart on is drawn for the batch. On the CPU the result is the same every time.
+    Of a model that draws no random numbers and judges each image by itself, what becomes of an image follows from the image and
+    `seed`, up to rounding, and not from the rest of the batch. On the CPU the result is the same every time.
 
     The model is in eval mode and frozen meanwhile. Everything else is as before, also after an error: global generators, modes,
     `requires_grad`, gradients, grad mode, trace function, warnings, standard output; no file is written.
@@ -134,7 +128,7 @@ def attack(
         labels: true classes (N,).
         threat_model: ball and box; L-infinity or L2.
         classes: K.
-        strength: steps, targets, restarts, queries.
+        strength: steps, targets, queries.
         seed: of everything random.
     Returns:
         Images (N, C, H, W), detached, inside the threat model.

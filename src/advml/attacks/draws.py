@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advml.runtime.machine import derived_seed
 
-# (images (N, C, H, W), of which only the shape matters; generator) -> random numbers, drawn on the CPU
+# (images (N, C, H, W), of which only the shape matters; generator) -> random numbers (N, C, H, W), drawn on the CPU
 Sample = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -21,7 +21,7 @@ class PerImage:
     """Stands where a generator could stand, and has one for each image. Like a generator, it goes on where the last draw ended.
 
     Args:
-        seed: any number. Together with an image's pixels it seeds that image's generator; equal images draw alike.
+        seed: any number. Together with an image's grey levels it seeds that image's generator; equal images draw alike.
     """
 
     def __init__(self, seed: int) -> None:
@@ -29,17 +29,17 @@ class PerImage:
         self._generators: dict[str, torch.Generator] = {}
 
     def seed_of(self, image: Tensor) -> int:
-        """The seed of this image's (C, H, W) generator: the same for any memory layout, precision that holds it, and device."""
-        return derived_seed(self.seed, _fingerprint(image.detach().cpu().float().contiguous()))
+        """The seed of the generator of an image (C, H, W) in [0, 1]: the same on every device, in every layout and precision."""
+        (name,) = _names(image[None])
+        return derived_seed(self.seed, name)
 
     def draw(self, sample: Sample, images: Tensor) -> Tensor:
-        """`sample` for each of the images (N, C, H, W)."""
-        pixels, drawn = images.detach().cpu().float().contiguous(), {}
-        names = [_fingerprint(image) for image in pixels]
+        """`sample` for each of the images (N, C, H, W) in [0, 1] -> (N, C, H, W) on the CPU."""
+        names, found = _names(images), {}
         for row, name in enumerate(names):
-            if name not in drawn:
-                drawn[name] = sample(images[row : row + 1], self._generator(name))
-        return torch.cat([drawn[name] for name in names]) if names else torch.zeros(images.shape)
+            if name not in found:
+                found[name] = sample(images[row : row + 1], self._generator(name))
+        return torch.cat([found[name] for name in names]) if names else torch.zeros(images.shape)
 
     def _generator(self, name: str) -> torch.Generator:
         if name not in self._generators:
@@ -50,11 +50,12 @@ class PerImage:
 Randomness = torch.Generator | PerImage  # one for the whole batch, or one for each image
 
 
-def drawn(sample: Sample, images: Tensor, source: Randomness) -> Tensor:
+def drawn(sample: Sample, images: Tensor, generator: Randomness) -> Tensor:
     """What `sample` gives for the images (N, C, H, W), on the CPU."""
-    return source.draw(sample, images) if isinstance(source, PerImage) else sample(images, source)
+    return generator.draw(sample, images) if isinstance(generator, PerImage) else sample(images, generator)
 
 
-def _fingerprint(pixels: Tensor) -> str:
-    """Of contiguous float32 pixels on the CPU."""
-    return hashlib.blake2b(pixels.numpy(), digest_size=16).hexdigest()
+def _names(images: Tensor) -> list[str]:
+    """A hash of the grey levels of each image. Of those, not of the floats: devices divide by 255 with different rounding."""
+    levels = (255 * images.detach().float()).round().clamp(0, 255).to(device="cpu", dtype=torch.uint8).contiguous()
+    return [hashlib.blake2b(image.numpy(), digest_size=16).hexdigest() for image in levels]

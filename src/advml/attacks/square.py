@@ -39,7 +39,10 @@ class Square(SquareAttack):
             self.predict = whole
 
     def random_choice(self, shape: list[int]) -> Tensor:
-        """Signs, the same for all images of a batch, as the library's windows are: the company decides nothing about an image."""
+        """Signs of this shape, the same for all images of a batch, as the library's windows are: company decides nothing about an image.
+
+        The library asks for (C, 1, 1), which all images get, or for (N, C, ...), and only reads what it gets.
+        """
         return super().random_choice([1, *shape[1:]]).expand(shape) if len(shape) == 4 else super().random_choice(shape)
 
     # The library goes on with no image at all where the first try leaves ties only; its own two functions cannot take that.

@@ -33,7 +33,7 @@ def attacked(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Adversarial images of the first test images as `evaluate` would store them, and the record of their attack."""
     count, size = configuration.evaluate.adversarial_images, configuration.evaluate.batch_size
-    whole = None if count is None else size * math.ceil(count / size)  # whole batches: random starts are drawn for a batch at a time
+    whole = None if count is None else size * math.ceil(count / size)  # whole batches: others would round differently
     some = Split(split.images[:whole], split.labels[:whole])
     clean, kept = (figure for figure in figures(configuration, scheme) if figure.craft is None or figure.kept)
     once = replace(kept, restarts=1)

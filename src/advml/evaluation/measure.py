@@ -65,8 +65,8 @@ def measure(
     """The outcome of every figure, by name; the first figure must be the clean one.
 
     Images that are broken leave a figure's next restart, and images broken by any figure leave those with `left_only`: but only
-    where the objective is per sample. A contrastive one couples the batch. Random numbers are each image's own (`PerImage`): what an
-    attack does to an image does not depend on what else is in the batch, up to rounding.
+    where the objective is per sample. A contrastive one couples the batch. Random numbers of attacks are each image's own
+    (`PerImage`): what one on a per-sample objective does to an image does not depend on the rest of the batch, up to rounding.
 
     Args:
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
