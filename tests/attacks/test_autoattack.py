@@ -272,12 +272,12 @@ class Unbroken(nn.Module):
 
 
 @BOTH
-@EVERY
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "square"])  # which leaves idle queries out: test_square.py
 def test_every_image_is_seen_as_the_library_shows_it_alone(name, norm):
-    """Every query and iterate of every target, also where nothing comes of it: so every random number is the library's."""
+    """Every iterate of every target, also where nothing comes of it: so every random number is the library's."""
     network, images = Exact(small_network()), torch.rand(5, 3, 8, 8, generator=seeded())
     images[4] = images[0]
-    label, steps = 2, {"strength": replace(QUICK, targets=3, queries=20)}
+    label, steps = 2, {"strength": replace(QUICK, targets=3)}
     labels = torch.full((5,), label)
     together = Unbroken(network, label)
     assert torch.equal(run(name, together, images, labels, norm=norm, **steps), images)

@@ -73,6 +73,47 @@ def test_where_the_library_works_it_is_the_library_on_each_image_alone(norm, eps
     assert (ours != images).flatten(1).any(1).sum() >= 2
 
 
+class Watched:
+    """A model that keeps the images it is shown."""
+
+    def __init__(self, network: nn.Module):
+        self.network, self.seen = network, []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen.extend(images.clone())
+        return self.network(images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.1), ("L2", 1.0)])
+def test_every_query_of_the_library_but_the_idle_ones_is_put_to_the_model(norm, epsilon, channels):
+    """Also where nothing comes of it: the best found, after as many queries, is the library's, and what it has seen, too."""
+    images = torch.rand(4, channels, 8, 8, generator=seeded()).round(decimals=1)
+    layer = nn.Linear(channels * 64, 4, dtype=torch.float64).requires_grad_(False)
+    layer.weight.copy_(torch.randn(layer.weight.shape, generator=seeded(1)) / 8)
+    network = lambda batch: layer(batch.double().flatten(1)).float()  # noqa: E731 - whose rounding does not depend on the batch
+    labels = network(images).argmax(1)
+    together = made(Square, network, norm, epsilon=epsilon, queries=300)
+    together.init_hyperparam(images)
+    torch.manual_seed(5)
+    queries, best = together.attack_single_run(images.clone(), labels)
+    idle = 0
+    for row, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
+        ours, theirs = (made(kind, Watched(network), norm, epsilon=epsilon, queries=300) for kind in (Square, SquareAttack))
+        for attack in (ours, theirs):
+            attack.init_hyperparam(image)
+            torch.manual_seed(5)
+            alone = attack.attack_single_run(image.clone(), label)
+            assert alone[0] == queries[row]
+            torch.testing.assert_close(alone[1], best[row : row + 1], atol=1e-6, rtol=0)
+        left = iter(theirs.predict.seen)
+        assert all(any(torch.equal(seen, shown) for shown in left) for seen in ours.predict.seen)  # in the same order
+        shown = {tuple(seen.flatten().tolist()) for seen in theirs.predict.seen}
+        assert shown == {tuple(seen.flatten().tolist()) for seen in ours.predict.seen}
+        idle += len(theirs.predict.seen) - len(ours.predict.seen)
+    assert (idle > 20) is ((norm, channels) == ("Linf", 1))  # with more channels, all signs must agree
+
+
 @pytest.mark.parametrize("size", [(4, 9), (12, 12), (14, 14), (24, 24), (12, 8)])
 def test_company_decides_nothing_about_a_padded_image_either(size):
     network, images, labels = problem(*size)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advml.attacks.draws import PerImage
 from advml.attacks.threat import ThreatModel
 from advml.data.datasets import Split
 from advml.errors import Failure
@@ -43,13 +44,13 @@ class Scripted:
     breaks: list[set[int]]
     by: float = STEP
     shown: list[list[int]] = field(default_factory=list)
-    draws: list[float] = field(default_factory=list)
+    draws: list[list[float]] = field(default_factory=list)
 
-    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, draws: PerImage) -> Tensor:
         classes = (images.flatten() * 25.5).round().int().tolist()
         broken = self.breaks[len(self.shown)]
         self.shown.append(classes)
-        self.draws.append(float(torch.rand(1, generator=generator)))
+        self.draws.append(draws.draw(lambda like, generator: torch.rand(like.shape, generator=generator), images).flatten().tolist())
         network(images)  # so that there is something to count
         moved = torch.tensor([self.by if label in broken else 0.0 for label in classes])
         return images + moved.view(-1, 1, 1, 1)
@@ -146,12 +147,21 @@ def test_the_cascade_is_aimed_at_what_all_before_it_have_left():
     assert third.shown == [[2, 4]] and found["worst_case/z"].rows.tolist() == [2, 4]
 
 
-def test_every_batch_and_every_restart_draws_its_own_random_numbers():
+def test_every_image_and_every_restart_draws_its_own_random_numbers():
     attack, again, other = (Scripted([set()] * 6) for _ in range(3))
     for scripted, seed in ((attack, 0), (again, 0), (other, 1)):
         right(split([0, 1, 2, 3, 4]), scripted, batch_size=2, restarts=2, seed=seed)
-    assert len(set(attack.draws)) == 6 and attack.draws == again.draws
-    assert not set(attack.draws) & set(other.draws)
+    drawn, others = ({number for batch in scripted.draws for number in batch} for scripted in (attack, other))
+    assert len(drawn) == 10 and attack.draws == again.draws and not drawn & others
+
+
+def test_an_image_draws_the_same_in_any_batch_and_whoever_has_left():
+    together, apart, fewer = Scripted([set(), set()]), Scripted([set()] * 4), Scripted([{0, 2}, set()])
+    right(split([0, 1, 2, 3]), together, restarts=2)
+    right(split([0, 1, 2, 3]), apart, batch_size=2, restarts=2)
+    right(split([0, 1, 2, 3]), fewer, restarts=2)
+    first, second = together.draws
+    assert apart.draws == [first[:2], second[:2], first[2:], second[2:]] and fewer.draws == [first, [second[1], second[3]]]
 
 
 # What is noted
