@@ -1,16 +1,16 @@
 """What the worst case costs: the cascade, against the same attacks one after another on the full batch.
 
-    python benchmarks/worst_case.py [--quick] [--threads 1] [--rounds 1] [--seed 0]
+    python benchmarks/worst_case.py [CL-ST CL-AT ...] [--quick] [--threads 1] [--rounds 3] [--seed 0]
 
-Networks of the digits study are trained here: contrastive and supervised (CL, SL), in the standard way and adversarially (ST, AT). The
-cascade aims every attack at what all before it have left standing; the peer aims every attack, restarts included, at all test images and
-keeps what survives all. Same attacks, same settings, same library, same network; an image draws the same random numbers in both, so that
-verdicts can differ by rounding only. Epsilon is the study's. Attacks at AutoAttack's standard strength, or with --quick at a tenth of it.
-The floor is what PGD on cross-entropy alone takes.
+Networks of the digits study are trained here, of any scheme under ST or AT. The cascade aims every attack at what all before it have left
+standing; the peer aims every attack, restarts included, at all test images and keeps what survives all. Same attacks, same settings,
+same library, same network; an image draws the same random numbers in both, so that verdicts can differ by rounding only. Epsilon is the
+study's. Attacks at AutoAttack's standard strength, or with --quick at a tenth of it. The floor is what PGD on cross-entropy alone takes.
 
 The library's attacks, too, drop what they have broken, target by target: what the cascade saves depends on how many images survive. The
-targets are about the contrastive networks, of which PGD leaves hardly anything (ST) and about half (AT). Of the supervised ones a few
-images survive everything under ST, and take cascade and peer through all of it in small batches; under AT three in four survive.
+targets are about the contrastive networks, of which PGD leaves hardly anything (CL-ST), and all attacks together half (CL-AT), as of
+natural images. Of SL-ST a few images survive everything, and take cascade and peer through all of it in small batches; of SL-AT three
+in four survive.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from advml.runtime.machine import Machine
 from advml.training.phases import fit_phase
 from advml.training.regimes import REGIMES
 
-CASES = (("CL", "ST", 0.05), ("CL", "AT", 0.8), ("SL", "ST", None), ("SL", "AT", None))  # and the most of the peer's time that is wanted
+WANTED = {"CL-ST": 0.05, "CL-AT": 0.8}  # at most so much of the peer's time
 STANDARD = ("worst_case.restarts=5", "worst_case.steps=100", "worst_case.targets=9", "worst_case.queries=5000")
 QUICK = ("worst_case.restarts=2", "worst_case.steps=10", "worst_case.targets=9", "worst_case.queries=500")
 
@@ -72,9 +72,10 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(WANTED), help="scheme and regime, ST or AT")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -85,14 +86,14 @@ def main() -> None:
     epsilon, hardware = configuration.attacked_epsilon, hardware_line("pyautoattack")
     print(f"worst case of {len(dataset.test)} digits at epsilon {epsilon:g}; {hardware}; seed {options.seed}")
     figures = [figure for figure in plan(configuration, None, classes=len(dataset.classes)) if not figure.name.endswith("_half")]
-    for scheme, regime, wanted in CASES:
-        network = trained(configuration, dataset, machine, scheme, regime, options.seed)
+    for model in options.models:
+        network = trained(configuration, dataset, machine, *model.split("-"), options.seed)
         times, verdicts = compare(network, dataset.test, figures, effort, options.rounds)
         ratio, floor = (times[key].over(times["one after another"]) for key in ("cascade", "PGD-CE alone"))
         same = int((verdicts["cascade"] == verdicts["peer"]).sum())
-        target = "no target" if wanted is None else f"wanted: at most {wanted}"
+        target = f"wanted: at most {WANTED[model]}" if model in WANTED else "no target"
         print(
-            f"{scheme}-{regime}: cascade {times['cascade'].show()} s, one after another "
+            f"{model}: cascade {times['cascade'].show()} s, one after another "
             f"{times['one after another'].show()} s: {ratio} of it "
             f"({target}; PGD-CE alone {floor}); worst case "
             f"{100 * float(verdicts['cascade'].float().mean()):.1f} % and {100 * float(verdicts['peer'].float().mean()):.1f} %, "
