@@ -2,7 +2,7 @@
 
     python benchmarks/worst_case.py [CL-ST CL-AT ...] [--quick] [--threads 1] [--rounds 3] [--seed 0]
 
-Networks of the digits study are trained here, of any scheme under ST or AT. The cascade aims every attack at what all before it have left
+Networks of the digits study are trained here, of any scheme and regime. The cascade aims every attack at what all before it have left
 standing; the peer aims every attack, restarts included, at all test images and keeps what survives all. Same attacks, same settings,
 same library, same network; an image draws the same random numbers in both, so that verdicts can differ by rounding only. Epsilon is the
 study's. Attacks at AutoAttack's standard strength, or with --quick at a tenth of it. The floor is what PGD on cross-entropy alone takes.
@@ -72,7 +72,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(WANTED), help="scheme and regime, ST or AT")
+    parser.add_argument("models", nargs="*", default=list(WANTED), help="SCHEME-REGIME")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -87,7 +87,8 @@ def main() -> None:
     print(f"worst case of {len(dataset.test)} digits at epsilon {epsilon:g}; {hardware}; seed {options.seed}")
     figures = [figure for figure in plan(configuration, None, classes=len(dataset.classes)) if not figure.name.endswith("_half")]
     for model in options.models:
-        network = trained(configuration, dataset, machine, *model.split("-"), options.seed)
+        scheme, _, regime = model.partition("-")
+        network = trained(configuration, dataset, machine, scheme, regime, options.seed)
         times, verdicts = compare(network, dataset.test, figures, effort, options.rounds)
         ratio, floor = (times[key].over(times["one after another"]) for key in ("cascade", "PGD-CE alone"))
         same = int((verdicts["cascade"] == verdicts["peer"]).sum())
