@@ -126,10 +126,8 @@ def test_the_standard_attacks_are_the_librarys_sample_by_sample(name, norm):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def directly(
-    name: str, network: nn.Module, images: Tensor, labels: Tensor, seed: int, *, norm: str, targets: int, epsilon: float | None = None
-) -> Tensor:
-    common = {"norm": LIBRARY_NORM[norm], "eps": epsilon or EPSILON[name][norm], "seed": seed, "device": "cpu"}
+def directly(name: str, network: nn.Module, images: Tensor, labels: Tensor, seed: int, *, norm: str, targets: int) -> Tensor:
+    common = {"norm": LIBRARY_NORM[norm], "eps": EPSILON[name][norm], "seed": seed, "device": "cpu"}
     made = {
         "apgd-ce": lambda: APGDAttack(network, n_iter=8, **common),
         "apgd-t": lambda: APGDAttack_targeted(network, n_iter=8, n_target_classes=targets, **common),
@@ -264,7 +262,7 @@ class Unbroken(nn.Module):
 
     def __init__(self, network: nn.Module, label: int):
         super().__init__()
-        self.network, self.bias, self.seen = network, 100.0 * torch.eye(4)[label], []
+        self.network, self.bias, self.seen = network, 10.0 * torch.eye(4)[label], []
 
     def forward(self, images: Tensor) -> Tensor:
         self.seen.append(images.detach().clone())
@@ -277,10 +275,10 @@ def test_every_image_is_seen_as_the_library_shows_it_alone(name, norm):
     """Every iterate of every target, also where nothing comes of it: so every random number is the library's."""
     network, images = Exact(small_network()), torch.rand(5, 3, 8, 8, generator=seeded())
     images[4] = images[0]
-    label, steps = 2, {"strength": replace(QUICK, targets=3)}
+    label, strength = 2, replace(QUICK, targets=3)
     labels = torch.full((5,), label)
     together = Unbroken(network, label)
-    assert torch.equal(run(name, together, images, labels, norm=norm, **steps), images)
+    assert torch.equal(run(name, together, images, labels, norm=norm, strength=strength), images)
     singly = []
 
     def perturb(image: Tensor, label_: Tensor, seed: int) -> Tensor:
@@ -292,6 +290,22 @@ def test_every_image_is_seen_as_the_library_shows_it_alone(name, norm):
         assert len(single.seen) == len(together.seen)
         for ours, theirs in zip(together.seen, single.seen, strict=True):
             torch.testing.assert_close(ours[row : row + 1], theirs, atol=1e-6, rtol=0)
+
+
+def test_no_model_is_asked_about_nothing_where_a_query_changes_the_only_image_left_in_nothing():
+    class Asked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.asked = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert len(images)
+            self.asked.append(len(images))
+            return images.view(len(images), -1)[:, :4] + torch.tensor([9.0, 0, 0, 0])
+
+    network, image = Asked(), torch.zeros(1, 1, 2, 2)
+    assert torch.equal(run("square", network, image, torch.tensor([0]), strength=Strength(queries=300)), image)
+    assert 10 < len(network.asked) < 250
 
 
 def test_every_run_of_an_attack_begins_elsewhere_for_every_image():

@@ -89,7 +89,7 @@ def test_no_image_draws_nothing():
 def test_starts_of_many_images_spread_as_those_of_a_generator(norm):
     """Means and variances of pixels, and correlations between pixels and between one image and the next."""
     count, threat_model = 3000, ThreatModel(norm, 0.3)
-    images = 0.4 + 0.2 * torch.rand(count, 1, 1, 3, generator=seeded(1))
+    images = torch.rand(count, 1, 1, 3, generator=seeded(1)) * 0.4 + 0.3
     own, common = (threat_model.random_start(images, generator=source) - images for source in (PerImage(0), seeded(0)))
     own, common = own.view(count, 3), common.view(count, 3)
     assert (own.mean(0).abs() < 4 * common.std(0) / count**0.5).all()

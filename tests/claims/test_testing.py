@@ -122,7 +122,7 @@ def test_worst_cases_over_other_attacks_are_not_compared(planting, planted):
 FLAG = {"name": "dead_gradients", "saw": "it", "try": "that"}
 
 
-UNSEEN = {"flags": [], "skipped": "it cannot be copied"}
+UNSEEN = {"flags": [], "skipped": "it fails on a batch"}
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.03), ("l2", 0.2)])
 def test_neither_the_batch_nor_who_has_left_it_changes_anything(norm, epsilon):
-    """In double precision, where rounding does not either: the cascade, and every attack on all images in batches of two sizes.
+    """In double precision, where rounding does not either: the cascade, and every attack on all images in batches of another size.
 
     Steps of 1e-6 leave PGD with its random starts, and the images that are found tell more than verdicts.
     """

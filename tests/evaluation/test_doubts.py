@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
+from advml.attacks.guard import copied
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.evaluation import doubts, samples
@@ -60,7 +61,7 @@ def outcomes(white: set[int], square: set[int] | None = None) -> dict[str, Outco
 
 def look(dataset: Dataset, network: nn.Module, found: dict[str, Outcome], *overrides: str) -> dict:
     settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "diagnostics.shares=[1]", *overrides])
-    return doubts.look(network, Scorer(network, CPU), dataset.test, found, settings, CPU, classes=4)
+    return doubts.look(network, Scorer(copied(network), CPU), dataset.test, found, settings, CPU, classes=4)
 
 
 def names(found: dict) -> list[str]:
@@ -68,6 +69,22 @@ def names(found: dict) -> list[str]:
 
 
 SMALL = "threat_model.epsilon=0.001"  # breaks nothing
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["judged", "probes fail"])
+def test_a_model_that_decides_itself_bears_a_flag_for_it(dataset, fails, monkeypatch):
+    if fails:
+        monkeypatch.setattr(doubts, "probe", lambda *_, **__: raising(UserError("it fails")))
+    network, settings = Rounded(dataset), config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=2", SMALL])
+    found = {
+        who: names(doubts.look(network, Scorer(scorer, CPU), dataset.test, outcomes(set()), settings, CPU, classes=4))
+        for who, scorer in {"copy": copied(network), "itself": network}.items()
+    }
+    assert found["itself"] == [*found["copy"], "not_copied"]
+
+
+def raising(error: Exception):
+    raise error
 
 
 def test_the_record_holds_the_flags_and_the_evidence_they_rest_on(dataset):
@@ -204,7 +221,8 @@ def test_a_model_that_cannot_be_copied_is_judged_all_the_same(dataset):
     network = Rounded(dataset)
     network.seen = network.linear.weight * 2  # a tensor with a history
     found = look(dataset, network, outcomes(set()), SMALL)
-    assert "skipped" not in found and names(found) == names(look(dataset, Rounded(dataset), outcomes(set()), SMALL)) != []
+    honest = names(look(dataset, Rounded(dataset), outcomes(set()), SMALL))
+    assert "skipped" not in found and honest and names(found) == [*honest, "not_copied"]
 
 
 def test_a_model_that_fails_on_the_probes_is_not_judged_but_for_what_needs_none(dataset):

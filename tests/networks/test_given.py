@@ -236,3 +236,5 @@ def test_a_module_that_cannot_be_copied_is_measured_and_judged_all_the_same(make
     context = make_study("stubborn").context()
     metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
     assert "accuracy/worst_case" in metrics and "diagnostics/flags" in metrics
+    record = json.loads((context.workspace.report("stubborn") / "evaluation.json").read_text())
+    assert "not_copied" in [flag["name"] for flag in record["diagnostics"]["flags"]]

@@ -1,7 +1,8 @@
 """AutoAttack's standard four attacks, through its library (Croce and Hein 2020, "Reliable evaluation of adversarial robustness").
 
 What an image costs that nothing breaks, in (forward, backward) passes at the standard strength for K = 10 and either norm: APGD-CE
-(102, 101), APGD-T (919, 909), FAB-T (1828, 900), Square (5003, 0) or less, as idle queries are left out. Counted by a network of two
+(102, 101), APGD-T (919, 909), FAB-T (1828, 900), Square (5003, 0) or less: queries that change nothing are not put
+to the model. Counted by a network of two
 linear layers that adds up the rows of every batch that it is given, and of every gradient that reaches its logits; its bias for the
 true class is 100.
 """
@@ -37,7 +38,7 @@ class Strength:
     Attributes:
         steps: of APGD-CE, and of APGD-T and FAB-T for each target.
         targets: classes that APGD-T and FAB-T aim at, one after another; at most K - 1.
-        queries: of Square.
+        queries: that Square tries; those that change nothing are not put to the model.
     """
 
     steps: int = 100

@@ -21,7 +21,8 @@ class PerImage:
     """Stands where a generator could stand, and has one for each image. Like a generator, it goes on where the last draw ended.
 
     Args:
-        seed: any number. Together with an image's grey levels it seeds that image's generator; equal images draw alike.
+        seed: any number. Together with an image's grey levels it seeds that image's generator; images of equal grey levels (to half
+            a level, where pixels are finer) draw alike.
     """
 
     def __init__(self, seed: int) -> None:

@@ -25,7 +25,12 @@ class Square(SquareAttack):
 
     Deviation: in L2, images whose size the library cannot take are padded on the right and below to the next side that it can, and
     cropped before they reach the model. What it spends on the margin is lost: the attack is a little weaker than it could be.
+
+    Deviation: a query that leaves an image as it is, is not put to the model. A model that judges images one by one, and draws nothing,
+    would say the same again; one that draws has fewer chances to err.
     """
+
+    _shown: tuple[Tensor, ...] = ()
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -47,12 +52,15 @@ class Square(SquareAttack):
         return super().random_choice([1, *shape[1:]]).expand(shape) if len(shape) == 4 else super().random_choice(shape)
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._shown: list[Tensor] = []
-        return super().attack_single_run(x, y)
+        self._shown = ()
+        try:
+            return super().attack_single_run(x, y)
+        finally:
+            self._shown = ()
 
     def check_shape(self, x: Tensor) -> Tensor:
-        """The library passes here, for every query in turn: the images, the best found for them, and what it is about to try."""
-        self._shown = [*self._shown[-2:], super().check_shape(x)]
+        """The library passes here thrice for every query, in this order: the images, the best found for them, what it is about to try."""
+        self._shown = (*self._shown[-2:], super().check_shape(x))
         return self._shown[-1]
 
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +76,8 @@ class Square(SquareAttack):
         if new.all():
             return super().margin_and_loss(x, y)
         margin, loss = x.new_ones(len(x)), x.new_full((len(x),), torch.finfo(x.dtype).max)
-        margin[new], loss[new] = super().margin_and_loss(x[new], y[new])
+        if new.any():
+            margin[new], loss[new] = super().margin_and_loss(x[new], y[new])
         return margin, loss
 
     # The library goes on with no image at all where the first try leaves ties only; its own two functions cannot take that.

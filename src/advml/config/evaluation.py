@@ -35,7 +35,7 @@ class WorstCase(Section):
     restarts: Count  # of pgd-margin, whose steps are those of `evaluate`
     steps: Count  # of APGD and FAB-T
     targets: Count  # other classes that APGD-T and FAB-T aim at, as far as there are so many
-    queries: Count  # of Square
+    queries: Count  # that Square tries; those that change nothing are not put to the model
 
 
 def _one_or_many(value: Any) -> Any:

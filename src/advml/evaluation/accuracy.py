@@ -80,7 +80,7 @@ def describe_worst(plan: Sequence[Figure], outcomes: Mapping[str, Outcome], conf
         outcome = outcomes[figure.name]
         broken = int((standing[outcome.rows] & ~outcome.right).sum())
         standing[outcome.rows] &= outcome.right
-        attack = {**figure.settings, "restarts": figure.settings.get("restarts", 1) * figure.restarts}
+        attack = {**figure.settings, "restarts": figure.restarts}
         steps.append({"name": figure.name.split("/")[1], "aimed_at": len(outcome.rows), "broke": broken, **attack, **_passes(outcome)})
     threat = {name: plan[1].settings[name] for name in ("norm", "box")} | {"epsilon": configuration.attacked_epsilon}
     spent = {name: sum(step[name] for step in steps) for name in PASSES}

@@ -26,6 +26,11 @@ from advml.evaluation.scoring import Scorer
 from advml.runtime.machine import Machine
 
 SQUARE, SQUARE_FLAG = "worst_case/square", "black_box_stronger"
+NOT_COPIED = Flag(
+    "not_copied",
+    "the model cannot be copied: what decides whether an attack has succeeded is the very model that has been attacked",
+    "make copy.deepcopy(model) work (no open files, no handles, no tensors with a history), then evaluate again",
+)
 
 
 def look(
@@ -40,11 +45,13 @@ def look(
 ) -> dict[str, Any]:
     """`flags`, the `evidence` they rest on, where asked for `minimal` distances, and what of this was `broken`: see `Finds`. JSON-able.
 
-    Of a model on which the probes fail there is `skipped`, the reason, and only those flags that need no probe.
+    Of a model on which the probes fail there is `skipped`, the reason, and only those flags that need no probe: `not_copied`, where the
+    scorer has nothing but the model itself, and what Square says.
     """
     spec, threat_model, finds = configuration.diagnostics, _threat_model(configuration), Finds()
     images, labels = machine.images(split.images[: spec.images]), split.labels[: spec.images].to(machine.device)
     white, black = _verdicts(outcomes, len(labels))
+    own = [NOT_COPIED] if scorer.network is network else []
     try:
         with machine.autocast():
             evidence = probe(
@@ -61,7 +68,7 @@ def look(
                 on_broken=finds.add,
             )
     except UserError as reason:
-        return {"flags": [flag.as_record() for flag in _square(outcomes)], "skipped": str(reason)}
+        return {"flags": [flag.as_record() for flag in _square(outcomes) + own], "skipped": str(reason)}
     found, raised, standing = {}, [], survivors(outcomes)
     if spec.minimal:
         found["minimal"], raised = _nearest(network, images, labels, evidence, standing[: len(labels)], configuration, finds)
@@ -70,7 +77,7 @@ def look(
     evidence = replace(evidence, figure_broken=sum(len(broken[kind]["rows"]) for kind in PROBES))
     judged = flags(evidence)
     judged += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in judged) else []
-    return {"flags": [flag.as_record() for flag in judged + raised], "evidence": evidence.as_record(), "broken": broken, **found}
+    return {"flags": [flag.as_record() for flag in judged + raised + own], "evidence": evidence.as_record(), "broken": broken, **found}
 
 
 def counted(

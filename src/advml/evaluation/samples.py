@@ -9,8 +9,9 @@
 | forward, backward | passes that the attacks have spent on it: of each batch of an attack, divided evenly |
 | right/<figure> | whether it survived that figure's attack, for figures that attack all images |
 
-Within a batch, images leave some attacks of libraries earlier than others (Square, as soon as they are broken), and no library tells
-which: the sum over all images is exact, the share of a single one is not. Passes of the diagnostics are in their record.
+Within a batch, images leave some attacks of libraries earlier than others (Square, as soon as they are broken), or are left alone where
+a query changes nothing, and no library tells which: the sum over all images is exact, the share of a single one is not. Passes of the
+diagnostics are in their record.
 
 The file's metadata hold the model, its weights' digest, the digest of the test images and labels, and the threat model.
 """

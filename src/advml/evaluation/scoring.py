@@ -1,4 +1,7 @@
-"""Whether an example counts: what a copy of the model, which no attack can have touched, takes it for, and how far it lies."""
+"""Whether an example counts: what a copy of the model, which no attack can have touched, takes it for, and how far it lies.
+
+A model that cannot be copied decides itself, and gets the flag `not_copied`.
+"""
 
 from __future__ import annotations
 

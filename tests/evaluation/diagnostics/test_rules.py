@@ -122,7 +122,6 @@ LINES = [
     ),
     ("success_lost", {"lost": 4}, {"lost": 5}, "5 of the 40 samples that PGD breaks are right again"),
     ("success_lost", {"batch_difference": 0.02}, {"batch_difference": 0.021}, "differ by up to 0.021 of the largest"),
-    ("not_copied", {"copied": True}, {"copied": False}, "the very one that has been attacked"),
     (
         "randomised",
         {"output_difference": 1e-4},

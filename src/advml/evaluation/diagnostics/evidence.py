@@ -56,7 +56,6 @@ class Evidence:
         output_low, output_sum, output_sum_spread, output_log_sum_exp: smallest output; mean and range of its sum over classes;
             largest |log sum exp|.
         forward, backward: passes per sample, all probes together.
-        copied: whether the model can be copied, so that a copy which no attack has touched gives the verdicts.
         figure_broken: images that survive all attacks of the worst case, and that these probes (PGD, one step, noise) break.
     """
 
@@ -93,7 +92,6 @@ class Evidence:
     output_log_sum_exp: float
     forward: float
     backward: float
-    copied: bool = True
     figure_broken: int = 0
 
     def as_record(self) -> dict[str, Any]:

@@ -30,7 +30,6 @@ RULES: tuple[tuple[str, Callable[[Evidence], rules.Finding | None]], ...] = (
     ("misleading_gradients", rules.misleading_gradients),
     ("loss_still_rising", rules.loss_still_rising),
     ("success_lost", rules.success_lost),
-    ("not_copied", rules.not_copied),
     ("randomised", rules.randomised),
     ("softmax_output", rules.softmax_output),
 )

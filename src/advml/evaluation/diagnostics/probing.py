@@ -107,7 +107,6 @@ def probe(
             output_sum=float(first.sum(1).mean()),
             output_sum_spread=float(first.sum(1).amax() - first.sum(1).amin()),
             output_log_sum_exp=float(first.logsumexp(1).abs().max()),
-            copied=other is not model,
             forward=(target.forward + fresh.forward) / max(1, len(chosen)),
             backward=target.backward / max(1, len(chosen)),
         )

@@ -164,16 +164,6 @@ def success_lost(e: Evidence) -> Finding | None:
     )
 
 
-def not_copied(e: Evidence) -> Finding | None:
-    """Success is scored in a fresh copy, lest an attack, or a state that the model keeps, decides about it."""
-    if e.copied:
-        return None
-    return (
-        "the model cannot be copied: verdicts come from the very one that has been attacked",
-        "make copy.deepcopy(model) work (no open files, no handles, no tensors with a history), then evaluate again",
-    )
-
-
 def randomised(e: Evidence) -> Finding | None:
     """Two equal passes differ by more than REPEATABLE of the largest output, or in a prediction."""
     if e.output_difference <= REPEATABLE and not e.predictions_changed:
