@@ -80,6 +80,7 @@ class Watched:
         self.network, self.seen = network, []
 
     def __call__(self, images: Tensor) -> Tensor:
+        assert len(images)
         self.seen.extend(images.clone())
         return self.network(images)
 
