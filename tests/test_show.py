@@ -128,7 +128,7 @@ def test_flags_of_a_transfer_stand_with_the_model_that_they_name(workspace, mode
     blocks = [transfer("SL-ST-s0", "CL-AT-s0"), transfer("SL-ST-s1", models=("SL-ST-s1",))]
     write(workspace.report("transfer") / "transfer.json", {"rule": "a rule", "seeds": blocks})
     lines = [line for line in record_of(workspace, "CL-AT-s0").splitlines() if "!" in line]
-    assert lines == ["  ! transfer_stronger: saw CL-AT-s0; try more steps"]
+    assert lines == ["  ! transfer_stronger: saw CL-AT-s0; to try: more steps"]
 
 
 def test_without_flags_of_a_transfer_there_is_no_line(workspace, model):
@@ -171,7 +171,7 @@ def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, mod
         "threat_model_2 50.0 % [35.2, 64.8] of 40 linf",
     ):
         assert part in told
-    assert told.endswith("! dead_gradients: zeros; try BPDA")
+    assert told.endswith("! dead_gradients: zeros; to try: BPDA")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"], ids=["empty", "too little", "a list"])

@@ -51,7 +51,8 @@ def evaluate(
 ) -> None:
     """Measure clean, robust and worst-case accuracy on the test split.
 
-    Writes reports/<MODEL>/metrics.json and samples.parquet, records/evaluate/<MODEL>.json. Next: advml show MODEL
+    Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json, for anyone's model
+    in reports/<NAME>/evaluation.json. Next: advml show MODEL
     """
     kind = _kind(target, regime, Workspace(params.parent))
     given = {"--seed": seed, "--weights": weights, "--normalize": normalize, "--name": name}

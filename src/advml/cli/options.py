@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,11 +31,13 @@ PARAMS = Path("params.yaml")
 
 
 def context_of(params: Path, overrides: list[str] | None) -> Context:
-    """Read params.yaml, print it as it counts, and take the folder around it for the study's."""
-    from advml.config import dump, load
+    """Read params.yaml, say how overrides were understood, and take the folder around it for the study's."""
+    from advml.config import load
 
     configuration = load(params, overrides or [])
-    print(f"# resolved configuration\n{dump(configuration)}", file=sys.stderr, flush=True)
+    for key in (override.partition("=")[0] for override in overrides or []):
+        value = reduce(lambda inner, name: inner[name] if isinstance(inner, dict) else None, key.split("."), configuration.model_dump())
+        print(f"# {key} = {value}", file=sys.stderr, flush=True)
     from advml.stages.context import Context
 
     return Context(configuration, Workspace(params.parent))

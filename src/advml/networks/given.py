@@ -124,7 +124,8 @@ def _python(target: str) -> Given:
         make: Callable[[], Any] = getattr(importlib.import_module(module), function)
         network = make()
     except (Exception, SystemExit) as error:  # somebody's code may fail in any way; it is no failure of ours
-        raise UserError(f"{target} gives no model: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        where = f" (it may lie in {here})" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"{target} gives no model: {type(error).__name__}: {' '.join(str(error).split())}{where}") from None
     finally:
         sys.path.remove(here)
     if not isinstance(network, nn.Module):

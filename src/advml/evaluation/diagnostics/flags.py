@@ -29,8 +29,8 @@ RULES: tuple[tuple[str, Callable[[Evidence], rules.Finding | None]], ...] = (
     ("dead_gradients", rules.dead_gradients),
     ("misleading_gradients", rules.misleading_gradients),
     ("loss_still_rising", rules.loss_still_rising),
-    ("success_lost", rules.success_lost),
     ("randomised", rules.randomised),
+    ("success_lost", rules.success_lost),
     ("softmax_output", rules.softmax_output),
 )
 

@@ -160,7 +160,7 @@ def success_lost(e: Evidence) -> Finding | None:
     return (
         f"{e.lost} of the {e.broken} samples that PGD breaks are right again in a fresh copy of the model, in other batches; outputs "
         f"differ by up to {e.batch_difference:.2g} of the largest",
-        "the verdict depends on the batch, on a state or on chance: freeze batch norms and buffers (eval mode), then attack again",
+        "freeze batch norms and buffers (eval mode), then attack again: the verdict depends on the batch, on a state or on chance",
     )
 
 
