@@ -167,7 +167,8 @@ def _representation(workspace: Workspace, record: dict[str, Any]) -> list[str]:
             return []
         metrics = represented["metrics"]
         named = [name for name in metrics if name.count("/") == 1]
-        shown = [f"  {name:34} {metrics[name]:8.3f} [{metrics[f'{name}/low']:.3f}, {metrics[f'{name}/high']:.3f}]" for name in named]
+        width = max((len(name) for name in named), default=0)
+        shown = [f"  {name:{width}} {metrics[name]:8.3f} [{metrics[f'{name}/low']:.3f}, {metrics[f'{name}/high']:.3f}]" for name in named]
         return ["", "representation on test (95 % intervals)", *shown]
 
 
