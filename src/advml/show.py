@@ -127,8 +127,12 @@ def flags_of(evaluation: dict[str, Any]) -> list[str]:
         return [f"  diagnostics: not judged ({diagnostics['skipped']})"]
     if "evidence" not in diagnostics:
         return []
-    lines = [f"  ! {flag['name']}: {flag['saw']}; to try: {flag['try']}" for flag in diagnostics["flags"]]
+    lines = [_flag(flag) for flag in diagnostics["flags"]]
     return lines or ["  diagnostics: no flag"]
+
+
+def _flag(flag: dict[str, str]) -> str:
+    return f"  ! {flag['name']}: {flag['saw']}; to try: {flag['try']}"
 
 
 def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[str]:
@@ -139,7 +143,7 @@ def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[st
     with _reading(made) as found:
         blocks = [block for block in found["seeds"] if block["digests"].get(model) == digest]
         flags = [flag for block in blocks for flag in block["flags"] if flag["model"] == model]
-        return [f"  ! {flag['name']}: {flag['saw']}; to try: {flag['try']}" for flag in flags]
+        return [_flag(flag) for flag in flags]
 
 
 def _cascade(figure: dict[str, Any]) -> list[str]:

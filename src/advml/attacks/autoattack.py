@@ -1,10 +1,9 @@
 """AutoAttack's standard four attacks, through its library (Croce and Hein 2020, "Reliable evaluation of adversarial robustness").
 
 What an image costs that nothing breaks, in (forward, backward) passes at the standard strength for K = 10 and either norm: APGD-CE
-(102, 101), APGD-T (919, 909), FAB-T (1828, 900), Square (5003, 0) or less: queries that change nothing are not put
-to the model. Counted by a network of two
-linear layers that adds up the rows of every batch that it is given, and of every gradient that reaches its logits; its bias for the
-true class is 100.
+(102, 101), APGD-T (919, 909), FAB-T (1828, 900), Square (5003, 0) or less: queries that change nothing are not put to the model.
+Counted by a network of two linear layers that adds up the rows of every batch that it is given, and of every gradient that reaches
+its logits; its bias for the true class is 100.
 """
 
 from __future__ import annotations

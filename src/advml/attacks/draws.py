@@ -32,7 +32,7 @@ class PerImage:
     def seed_of(self, image: Tensor) -> int:
         """The seed of the generator of an image (C, H, W) in [0, 1]: the same on every device, in every layout and precision."""
         (name,) = _names(image[None])
-        return derived_seed(self.seed, name)
+        return self._generator(name).initial_seed()
 
     def draw(self, sample: Sample, images: Tensor) -> Tensor:
         """`sample` for each of the images (N, C, H, W) in [0, 1] -> (N, C, H, W) on the CPU."""

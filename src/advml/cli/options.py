@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,12 +31,13 @@ PARAMS = Path("params.yaml")
 
 def context_of(params: Path, overrides: list[str] | None) -> Context:
     """Read params.yaml, say how overrides were understood, and take the folder around it for the study's."""
-    from advml.config import load
+    from advml.config import flatten, load
 
     configuration = load(params, overrides or [])
-    for key in (override.partition("=")[0] for override in overrides or []):
-        value = reduce(lambda inner, name: inner[name] if isinstance(inner, dict) else None, key.split("."), configuration.model_dump())
-        print(f"# {key} = {value}", file=sys.stderr, flush=True)
+    values = flatten(configuration.model_dump(mode="json")) if overrides else {}
+    for name in (override.partition("=")[0] for override in overrides or []):
+        for key in (key for key in values if f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
+            print(f"# {key} = {values[key]}", file=sys.stderr, flush=True)
     from advml.stages.context import Context
 
     return Context(configuration, Workspace(params.parent))
