@@ -13,10 +13,12 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from advml import config as configuration
 from advml.claims.testing import check
+from advml.evaluation import samples
 from advml.paths import Workspace, model_name
 from advml.similarity.arrays import to_npz
 from advml.similarity.comparison import SCHEME_PAIRS
@@ -147,7 +149,10 @@ class Planted:
         steps += [attack(name) | {"name": "threat_model_1", "objective": "contrastive"}] if scheme != "SL" else []
         cascade = robustness | {"attack": "cascade", "correct": round(self.n * worst), "cascade": steps}
         figures = {"accuracy/threat_model_2": robustness, "accuracy/worst_case": cascade}
-        write(workspace.record("evaluate", name), about | {"figures": figures, "diagnostics": {"flags": [], "evidence": {}}})
+        evaluated = about | {"test_digest": "test digits", "figures": figures, "diagnostics": {"flags": [], "evidence": {}}}
+        write(workspace.record("evaluate", name), evaluated)
+        order = np.random.default_rng(number).permutation(self.n)
+        self.samples(name, order < robustness["correct"], order < cascade["correct"])
         how = {"estimator": ESTIMATOR, "gram": "float32", "n": 359, "batch_sizes": [SIZE] * BATCHES, "counted_in_scalars": NAMES[:LAYERS]}
         write(
             workspace.record("represent", name),
@@ -155,6 +160,13 @@ class Planted:
         )
         trained = {"parameters": {"threat_model": {"epsilon": self.epsilon}}} if regime != "ST" else {"parameters": {}}
         write(workspace.model(name) / "model.json", {"digest": about["digest"], "data": {"digest": "digits"}} | trained)
+
+    def samples(self, name: str, robust: np.ndarray, worst: np.ndarray, **about: str) -> None:
+        """Plant which images of a model survive threat model II and all attacks."""
+        columns = {"index": np.arange(len(robust)), "right/threat_model_2": robust}
+        columns |= {"broken_by": pa.array(np.where(worst, None, "apgd-ce"), pa.string())}
+        metadata = {samples.METADATA: json.dumps({"digest": f"weights of {name}", "test_digest": "test digits"} | about).encode()}
+        samples.write(pa.table(columns).replace_schema_metadata(metadata), self.workspace.samples(name))
 
     def comparison(self, seeds: tuple[int, ...] = (0,), *, source: str | None = None) -> None:
         panels = [

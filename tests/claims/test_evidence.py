@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from advml.errors import UserError
+from advml.evaluation import samples
 
 
 def missing(planted, claim: int, *overrides: str) -> str:
@@ -28,14 +31,14 @@ def test_panels_of_other_weights_are_no_evidence(planting, planted):
     for stage in ("evaluate", "represent"):
         planting.edit(planted.workspace.record(stage, "CL-ST-s0"), digest="new weights")
     assert "CL-ST-s0 has been trained anew" in missing(planted, 4)
-    assert planted.verdicts()["redundancy"] == "supported"
+    assert planted.verdicts()["redundancy"] == "supported for this seed"
 
 
 def test_records_without_models_are_taken_as_they_are(planting, planted):
     """After a partial `dvc pull`."""
     for path in planted.workspace.models.glob("*/model.json"):
         path.unlink()
-    assert planted.verdicts() == {**dict.fromkeys(planting.MAIN, "supported"), "epsilon": "not tested"}
+    assert planted.verdicts() == {**dict.fromkeys(planting.MAIN, "supported for this seed"), "epsilon": "not tested"}
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,65 @@ def test_models_measured_in_different_ways_are_not_compared(planting, planted, k
     assert f"measured with different {told}" in said and "SL-AT-s0" in said and "dvc repro" in said
 
 
-@pytest.mark.parametrize(("key", "other"), [("n", 300), ("steps", 5)])
-def test_accuracies_measured_in_different_ways_are_not_compared(planting, planted, key, other):
-    path = planted.workspace.record("evaluate", "SL-AT-s0")
-    figures = json.loads(path.read_text())["figures"]
-    figures["accuracy/threat_model_2"][key] = other
-    planting.edit(path, figures=figures)
-    assert "different" in missing(planted, 2)
+def test_accuracies_under_different_attacks_are_not_compared(planting, planted):
+    planting.edit(planted.workspace.record("evaluate", "SL-AT-s0"), **{"figures__accuracy/threat_model_2__steps": 5})
+    assert "different attacks" in missing(planted, 2)
+
+
+def test_accuracies_are_paired_by_the_place_of_an_image_in_the_test_split(planting, tmp_path):
+    """Both models have the same images right; one file has its rows in another order."""
+    part, right = "CL: accuracy under threat model II, Full-AT minus AT", np.arange(100) < 50
+    planted = planting.Planted(tmp_path, planting.changed("robust", AT=0.5, Full_AT=0.5), n=100).plant()
+    apart = planted.parts()[part]
+    for name in ("CL-AT-s0", "CL-Full-AT-s0"):
+        planted.samples(name, right, right)
+    alike = planted.parts()[part]
+    assert alike["high"] == pytest.approx(1.959964 * math.sqrt(2) / 100, abs=1e-6) and apart["high"] > 4 * alike["high"]
+    path = planted.workspace.samples("CL-AT-s0")
+    table, _ = samples.read(path)
+    samples.write(table.take(np.random.default_rng(0).permutation(100)), path)
+    assert planted.parts()[part] == alike
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        ({"digest": "weights of SL-AT-s0"}, "other weights or test images than the record of CL-AT-s0"),
+        ({"test_digest": "other digits"}, "other weights or test images than the record of CL-AT-s0"),
+        ({}, "999 of 2000 images right under accuracy/threat_model_2, its record 800 of 2000"),
+    ],
+)
+def test_samples_that_are_not_the_records_are_not_paired(planted, about, told):
+    right = np.arange(planted.n) < (800 if about else 999)
+    planted.samples("CL-AT-s0", right, np.arange(planted.n) < 500, **about)
+    said = missing(planted, 2)
+    assert told in said and "dvc repro" in said and "samples.parquet" in said
+
+
+def test_models_that_saw_other_test_images_are_not_compared(planting, planted):
+    name = "CL-AT-s0"
+    planted.samples(name, np.arange(planted.n) < 800, np.arange(planted.n) < 500, test_digest="other digits")
+    planting.edit(planted.workspace.record("evaluate", name), test_digest="other digits")
+    assert "different test images" in missing(planted, 2)
+
+
+def test_without_samples_accuracies_are_not_compared(planted):
+    planted.workspace.samples("CL-Full-AT-s0").unlink()
+    assert "CL-Full-AT-s0/samples.parquet" in missing(planted, 2)
+    assert planted.verdicts()["redundancy"] == "supported for this seed"
+
+
+@pytest.mark.parametrize("fault", ["another column", "an image twice", "no table"])
+def test_damaged_samples_are_one_line(planted, fault):
+    path = planted.workspace.samples("CL-AT-s0")
+    table, _ = samples.read(path)
+    if fault == "no table":
+        path.write_bytes(b"no table")
+    else:
+        samples.write(table.drop_columns("index") if fault == "another column" else table.take([0, 0, *range(2, len(table))]), path)
+    with pytest.raises(UserError, match=r"samples\.parquet") as refused:
+        planted.check()
+    assert "measure again" in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("stage", ["represent", "evaluate"])

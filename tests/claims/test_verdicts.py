@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from advml.claims.verdicts import judge, overall
+from advml.claims.verdicts import judge, overall, worded
 
 CASES = {
     "wholly above": ((0.01, 0.2), "above", 0.0, "supported"),
@@ -43,3 +43,14 @@ def test_a_part_is_judged_by_where_its_whole_interval_lies(interval, side, bound
 )
 def test_a_claim_is_as_strong_as_its_weakest_part(parts, verdict):
     assert overall(parts) == overall(parts[::-1]) == verdict
+
+
+@pytest.mark.parametrize("verdict", ["supported", "contradicted", "inconclusive"])
+def test_the_verdict_of_one_training_says_so_in_the_word(verdict):
+    assert worded(verdict, seeds=1) == f"{verdict} for this seed"
+    assert worded(verdict, seeds=2) == worded(verdict, seeds=10) == verdict
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_was_not_tested_is_that_of_no_seed(seeds):
+    assert worded("not tested", seeds=seeds) == "not tested"

@@ -16,7 +16,7 @@ from advml.figures.style import FULL
 
 def part(name: str, **changes: object) -> dict:
     about = {"name": name, "effect": 0.1, "low": 0.05, "high": 0.2, "side": "above", "bound": 0.02, "claimed": "above 0.02", "paper": 0.3}
-    return about | {"verdict": "supported"} | changes
+    return about | {"verdict": "supported for this seed", "seeds": 1} | changes
 
 
 def claims() -> list[dict]:
@@ -38,7 +38,7 @@ def test_every_title_lies_inside_the_canvas_and_clear_of_the_others():
 
 
 def test_effect_interval_bound_and_the_papers_figure_are_drawn_where_they_are():
-    (axes,) = effects([{"claim": "a", "parts": [part("x", bound=-0.02, verdict="contradicted")]}]).axes
+    (axes,) = effects([{"claim": "a", "parts": [part("x", bound=-0.02, verdict="contradicted for this seed")]}]).axes
     bound, interval, effect, paper = axes.get_lines()
     np.testing.assert_allclose(bound.get_xdata(), [-0.02, -0.02])
     np.testing.assert_allclose(interval.get_xdata(), [0.05, 0.2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from advml.similarity import summary
 from advml.similarity.cka import Similarity, centred_gram
-from advml.similarity.estimates import Estimate, Spread, difference, jackknife, over_seeds
+from advml.similarity.estimates import Estimate, Spread, difference, jackknife, over_seeds, share
 
 LAYERS, SIZE, POOL = 6, 30, 400
 KEY = ("net", "clean")
@@ -115,3 +116,94 @@ def test_a_small_last_batch_does_not_pass_for_a_whole_one():
 def test_a_value_without_anything_behind_it_has_no_interval():
     assert np.isnan(Estimate(0.5, np.empty(0)).interval).all()
     assert np.isnan(Estimate(0.5, np.array([0.1, np.nan, 0, 0, 0]), 4).interval).all()
+
+
+# Accuracies on the same images
+
+IMAGES = 359
+
+
+def outcomes(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two models, by how many images both, only one, or neither has right."""
+    counts = (both, first, second, neither)
+    return tuple(np.repeat(np.array(right, dtype=bool), counts) for right in ([1, 1, 0, 0], [1, 0, 1, 0]))
+
+
+@cache
+def paired(first: int, second: int, n: int = IMAGES) -> tuple[float, float]:
+    """The interval where `first` images are right under the first model alone, `second` under the second alone."""
+    return difference(*map(share, outcomes(0, first, second, n - first - second))).interval
+
+
+def coverage(p: float, q: float, correlation: float) -> float:
+    """How often the interval of p - q holds it, exactly: summed over all numbers of images that only one model has right."""
+    both = p * q + correlation * math.sqrt(p * (1 - p) * q * (1 - q))
+    one, other = p - both, q - both
+    held, seen = 0.0, 0.0
+    bulk = scipy.stats.binom(IMAGES, one)
+    for first in range(int(bulk.ppf(1e-5)), int(bulk.ppf(1 - 1e-5)) + 1):
+        rest = scipy.stats.binom(IMAGES - first, other / (1 - one))
+        seconds = np.arange(int(rest.ppf(1e-5)), int(rest.ppf(1 - 1e-5)) + 1)
+        weights = bulk.pmf(first) * rest.pmf(seconds)
+        inside = [low <= p - q <= high for low, high in (paired(first, int(second)) for second in seconds)]
+        held, seen = held + float(weights[inside].sum()), seen + float(weights.sum())
+    return held / seen
+
+
+@pytest.mark.parametrize("correlation", [0, 0.5, 0.8])
+@pytest.mark.parametrize(("p", "q"), [(0.98, 0.97), (0.75, 0.75), (0.75, 0.7), (0.5, 0.45)])
+def test_intervals_of_paired_differences_hold_the_truth(p, q, correlation):
+    """Near 1, and correlated, hardly any image tells two models apart, and the pseudo-images make the interval a little wide."""
+    assert 0.94 <= coverage(p, q, correlation) <= (0.96 if p < 0.9 else 0.98)
+
+
+def test_the_more_alike_models_are_the_narrower_is_the_interval_of_their_difference():
+    """At .75 each: no correlation, .5, .8 and 1. Taken as independent, all would have the first one's width."""
+    apart = [round(IMAGES * 0.75 * 0.25 * (1 - correlation)) for correlation in (0, 0.5, 0.8, 1)]
+    widths = [np.diff(paired(each, each)).item() for each in apart]
+    independent = 2 * 1.959964 * math.sqrt(2 * 0.75 * 0.25 / IMAGES)
+    assert [width / independent for width in widths] == pytest.approx([1.01, 0.72, 0.46, 0.12], abs=0.01)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_of_differences_of_paired_differences_hold_the_truth(seeds):
+    """Four models see images of the same difficulty; seeds shift a model's skill, all images share the seeds. (AT - ST) - (AT' - ST')."""
+    random, trials, skills, between = np.random.default_rng(0), 1000, np.array([0.9, 0.3, 0.8, 0.6]), 0.15 * (seeds > 1)
+    normal = scipy.stats.norm()
+    truth = float(normal.cdf(skills / math.sqrt(1 + 3 + between**2)) @ [1, -1, -1, 1])
+    hits = 0
+    for _ in range(trials):
+        difficulty = random.normal(0, math.sqrt(3), IMAGES)
+        each = []
+        for _ in range(seeds):
+            skill = skills + random.normal(0, between, 4) if between else skills
+            first, second, third, fourth = (share(difficulty + random.normal(size=IMAGES) < own) for own in skill)
+            each.append(difference(difference(first, second), difference(third, fourth)))
+        low, high = over_seeds(each).interval
+        hits += low <= truth <= high
+    assert 0.94 <= hits / trials <= (0.965 if seeds == 1 else 0.995)
+
+
+@pytest.mark.parametrize("counts", [(200, 40, 25, 94), (0, 3, 0, 20), (30, 0, 0, 0)])
+def test_the_interval_is_that_of_a_paired_t_test_with_two_pseudo_images(counts):
+    first, second = outcomes(*counts)
+    n, discordant = len(first), counts[1] + counts[2]
+    found = difference(share(first), share(second))
+    assert found.value == pytest.approx((counts[1] - counts[2]) / n)
+    plain = scipy.stats.ttest_rel(first.astype(float), second.astype(float)).confidence_interval() if discordant else (0.0, 0.0)
+    half = math.hypot((plain[1] - plain[0]) / 2, 1.959964 * math.sqrt(2) / n)
+    assert found.interval == pytest.approx((found.value - half, found.value + half))
+
+
+def test_with_many_images_the_interval_is_bonetts_and_prices():
+    """Around (b - c) / (n + 2), with variance ((b + c + 2) / (n + 2) - ((b - c) / (n + 2))^2) / (n + 2)."""
+    b, c, n = 60, 25, 2000
+    centre = (b - c) / (n + 2)
+    half = 1.959964 * math.sqrt(((b + c + 2) / (n + 2) - centre**2) / (n + 2))
+    assert paired(b, c, n) == pytest.approx((centre - half, centre + half), abs=1e-4)
+
+
+def test_which_images_a_model_has_right_decides_not_how_many():
+    right = np.arange(100) < 80
+    same, other = difference(share(right), share(right)), difference(share(right), share(right[::-1]))
+    assert same.value == other.value == 0 and np.diff(same.interval).item() < 0.3 * np.diff(other.interval).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -212,10 +213,13 @@ def test_the_objective_of_a_trial_is_the_one_that_is_maximised(dataset, monkeypa
 
 
 def test_the_pairs_of_a_comparison_are_tested_exactly():
-    """Against the binomial by hand: 5 to 0 is 2 * 0.5^5."""
+    """Against the binomial by hand: 5 to 0 is 2 * 0.5^5. The difference is of the accuracies, and its interval of the same pairs."""
     one, other = torch.tensor([True] * 5 + [False, True]), torch.tensor([False] * 5 + [False, True])
-    assert attack.paired(one, other) == {"broken_by_winner_only": 5, "broken_by_default_only": 0, "p": pytest.approx(2 * 0.5**5)}
-    assert attack.paired(one, one)["p"] == 1.0
+    found = attack.paired(one, other)
+    assert (found["broken_by_winner_only"], found["broken_by_default_only"], found["p"]) == (5, 0, pytest.approx(2 * 0.5**5))
+    half = math.sqrt((2.4469 * math.sqrt(5 / 7 * 2 / 7 / 6)) ** 2 + (1.96 * math.sqrt(2) / 7) ** 2)
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((-5 / 7, -5 / 7 - half, -5 / 7 + half), abs=1e-4)
+    assert attack.paired(one, one)["p"] == 1.0 and attack.paired(one, one)["high"] > 0
 
 
 def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(trained):

@@ -11,16 +11,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from advml import config
 from advml.claims.measured import Block, Measured, Missing
 from advml.errors import UserError
-from advml.evaluation import records, transfer_files
+from advml.evaluation import records, samples, transfer_files
 from advml.evaluation.verdict import NONE, transferred, verdict
 from advml.paths import Workspace, model_name
-from advml.similarity import files, panels, representation
-from advml.similarity.estimates import Estimate, Spread
+from advml.similarity import estimates, files, panels, representation
+from advml.similarity.estimates import Estimate
 
 HALF = "_half"  # metrics at half of the epsilon end in it
 
@@ -39,19 +37,35 @@ class Study:
         self.block = cache(self._block)
 
     def accuracy(self, metric: str, scheme: str, regime: str) -> Measured:
-        """An accuracy x / n. Its variance is that of Jeffreys' estimate (x + 1/2) / (n + 1), which 0 % and 100 % have too."""
+        """An accuracy, and on which test images: differences between models are paired by image."""
         name = model_name(scheme, regime, self.seed)
         record = self._record("evaluate", name)
         figure = record.get("figures", {}).get(metric)
         if figure is None:
             raise Missing(name)
         self._require_attack(name, figure, share=0.5 if metric.endswith(HALF) else 1.0)
-        n, correct = figure["n"], figure["correct"]
-        share = (correct + 0.5) / (n + 1)
-        found = Estimate(correct / n, np.empty(0), spreads=(Spread(share * (1 - share) / n),))
-        conditions = {"data": self._model(name).get("data", {}).get("digest"), "images": n, "attacks": _attacks(figure)}
+        found, images = self._by_image(name, metric, record)
+        data = self._model(name).get("data", {}).get("digest")
+        conditions = {"data": data, "images": figure["n"], "test images": images, "attacks": _attacks(figure)}
         said = verdict(record.get("diagnostics", {}), self._transferred.get(name, ()))
         return Measured(name, found, conditions, {} if said == NONE else {name: said})
+
+    def _by_image(self, name: str, metric: str, record: dict[str, Any]) -> tuple[Estimate, str]:
+        """A figure from samples.parquet, if that is the file of the record; and the digest of the test images."""
+        path, figure, again = self.workspace.samples(name), record["figures"][metric], "measure again with: dvc repro"
+        if not path.is_file():
+            raise Missing(f"{path}, without which accuracies cannot be paired image by image; restore it with: dvc pull, or {again}")
+        table, about = samples.read(path)
+        try:
+            right, digest, images = samples.right(table, metric), about["digest"], about["test_digest"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); {again}") from None
+        if (digest, images) != (record["digest"], record.get("test_digest")):
+            raise Missing(f"{path} is of other weights or test images than the record of {name}; {again}")
+        if (len(right), int(right.sum())) != (figure["n"], figure["correct"]):
+            counts = f"{int(right.sum())} of {len(right)} images right under {metric}, its record {figure['correct']} of {figure['n']}"
+            raise Missing(f"{path} has {counts}; {again}")
+        return estimates.share(right), images
 
     def _block(self, scheme: str, regime: str) -> Block:
         """A model's layers against themselves."""

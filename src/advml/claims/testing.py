@@ -16,15 +16,17 @@ PIPELINE = "pipelines/epsilon/dvc.yaml"
 RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
     "inconclusive: the bound lies within, or there are too few batches for an interval. "
+    "One seed is one training, which can neither support nor contradict a paper: its verdicts are 'for this seed'. "
     "A claim is contradicted if any part is, supported if all are; not tested if a model is missing, or was measured in another way. "
     f"Two bounds are ours: a change of CKA by {MARGIN:g} counts as none, so a rise is above {MARGIN:g}, a fall below -{MARGIN:g}, "
     f"and no fall above -{MARGIN:g}; and representations agree above {AGREE:g}, which is between the paper's ST (0.59 to 0.79) "
     "and AT networks (0.98 to 0.99)."
 )
+OVER_IMAGES = "jackknife over batches for CKA; differences of accuracies paired by image"
 INTERVALS = {
-    1: "over test images alone (jackknife over batches for CKA, binomial for accuracies), not over what another training would give",
-    2: "over two seeds, a t interval of one degree of freedom, which is very wide unless they agree, and over test images",
-    3: "over seeds, a t interval, and over test images (jackknife over batches for CKA, binomial for accuracies)",
+    1: f"over test images alone ({OVER_IMAGES}), not over what another training would give",
+    2: f"over two seeds, a t interval of one degree of freedom, which is very wide unless they agree, and over test images ({OVER_IMAGES})",
+    3: f"over seeds, a t interval, and over test images ({OVER_IMAGES})",
 }
 
 
@@ -46,12 +48,18 @@ def check(configuration: config.Config, workspace: Workspace) -> dict[str, Any]:
 
 
 def _test(claim: Claim, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
-    parts = [_test_part(part, seeds, configuration) for part in claim.parts]
-    verdict = verdicts.overall([part["verdict"] for part in parts])
-    return {"key": claim.key, "claim": claim.sentence, "verdict": verdict, "parts": parts}
+    tested = [_test_part(part, seeds, configuration) for part in claim.parts]
+    about = {"key": claim.key, "claim": claim.sentence}
+    verdict = verdicts.overall([verdict for verdict, _ in tested])
+    return about | _worded(verdict, len(seeds)) | {"parts": [part | _worded(verdict, len(seeds)) for verdict, part in tested]}
 
 
-def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
+def _worded(verdict: verdicts.Verdict, seeds: int) -> dict[str, Any]:
+    """A verdict as claims.json has it, and the number of seeds behind it."""
+    return {"verdict": verdicts.worded(verdict, seeds=seeds), "seeds": 0 if verdict == "not tested" else seeds}
+
+
+def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Config) -> tuple[verdicts.Verdict, dict[str, Any]]:
     about = {
         "name": part.name,
         "claimed": f"{part.side} {part.bound:g}",
@@ -63,16 +71,11 @@ def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Confi
         measured = [part.effect(_needed(part, found, configuration)) for found in seeds]
         found = over_seeds(measured)
     except Missing as missing:
-        return about | {"verdict": verdicts.judge(None, part.side, part.bound), "missing": str(missing)}
+        return verdicts.judge(None, part.side, part.bound), about | {"missing": str(missing)}
     low, high = found.interval
     doubts = {name: said for each in measured for name, said in each.doubts.items()}
-    return about | {
-        "effect": _number(found.value),
-        "low": _number(low),
-        "high": _number(high),
-        "verdict": verdicts.judge((low, high), part.side, part.bound),
-        **({"doubts": doubts} if doubts else {}),
-    }
+    numbers = {"effect": _number(found.value), "low": _number(low), "high": _number(high)}
+    return verdicts.judge((low, high), part.side, part.bound), about | numbers | ({"doubts": doubts} if doubts else {})
 
 
 def _needed(part: Part, found: list[Study], configuration: config.Config) -> list[Study]:

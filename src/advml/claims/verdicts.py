@@ -6,6 +6,9 @@ A claim has parts, each a number and a bound, such as "redundancy of AT minus th
   interval is on the other side, else `inconclusive`. Without an interval (one batch, one image) it is `inconclusive`.
 - A part whose models are missing is `not tested`.
 - A claim is `not tested` if any part is not; else `contradicted` if any part is; `supported` if all are; else `inconclusive`.
+
+With one seed the interval is over test images alone, so another training, or the same one on another processor, may end in another
+verdict: `worded` says "for this seed" in the word itself.
 """
 
 from __future__ import annotations
@@ -38,3 +41,12 @@ def overall(parts: Sequence[Verdict]) -> Verdict:
         if verdict in parts:
             return verdict
     return "supported" if set(parts) == {"supported"} else "inconclusive"
+
+
+def worded(verdict: Verdict, *, seeds: int) -> str:
+    """The verdict as it is written everywhere, e.g. `supported for this seed`; of two seeds and more, `supported`.
+
+    Args:
+        seeds: number of trainings that the interval is over.
+    """
+    return f"{verdict} for this seed" if seeds == 1 and verdict != "not tested" else verdict

@@ -91,7 +91,11 @@ def _figure(found: dict[str, Any]) -> str:
     if "accuracy" in found:
         return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f}, n = {found['n']})"
     winner, default = found["broken_by_winner_only"], found["broken_by_default_only"]
-    return f"{winner} images broken by the winner only, {default} by the default only, p = {found['p']:.2g}"
+    told = f"{winner} images broken by the winner only, {default} by the default only, p = {found['p']:.2g}"
+    if "difference" not in found:  # confirmed by an older version
+        return told
+    ends = " to ".join(f"{100 * found[end]:+.1f}" for end in ("low", "high"))
+    return f"winner minus default {100 * found['difference']:+.1f} points ({ends}); {told}"
 
 
 def further(confirmed: dict[str, Any]) -> list[str]:

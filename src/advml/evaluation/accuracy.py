@@ -15,11 +15,10 @@ from advml.evaluation.intervals import wilson
 from advml.evaluation.measure import Effort, Outcome, measure
 from advml.evaluation.passes import PASSES
 from advml.evaluation.plan import Figure, figures
+from advml.evaluation.samples import WORST
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
 from advml.training.schemes import Scheme
-
-WORST = "accuracy/worst_case"
 
 
 def effort(configuration: config.Config, machine: Machine) -> Effort:

@@ -100,7 +100,7 @@ def evaluate(
     more, steps = doubts.counted(doubted, outcomes, configuration)
     figures, outcomes = figures + more, outcomes | steps
     metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
-    worst = f"worst case {100 * metrics[accuracy.WORST]:.1f} %"
+    worst = f"worst case {100 * metrics[samples.WORST]:.1f} %"
     tell(done, worst)
     rights = _corrupted(subject, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
     about = _about(subject, dataset, configuration)
@@ -130,7 +130,7 @@ def _described(figures: list[Figure], outcomes: Mapping[str, Outcome], configura
     """Records of the figures that stand for themselves, and of the worst case, whose steps the others are."""
     alone = [figure for figure in figures if not figure.left_only]
     described = {figure.name: accuracy.describe(figure, outcomes[figure.name], configuration) for figure in alone}
-    return described | {accuracy.WORST: accuracy.describe_worst(figures, outcomes, configuration)}
+    return described | {samples.WORST: accuracy.describe_worst(figures, outcomes, configuration)}
 
 
 def _about(subject: Subject, dataset: Dataset, configuration: config.Config) -> dict[str, Any]:

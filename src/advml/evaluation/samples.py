@@ -22,20 +22,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
-from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.measure import Outcome
 from advml.evaluation.passes import PASSES
 from advml.runtime.checkpoint import write_atomically
 
-CLEAN = "accuracy/clean"
+if TYPE_CHECKING:
+    from advml.data.datasets import Split
+    from advml.evaluation.measure import Outcome
+
+CLEAN, WORST = "accuracy/clean", "accuracy/worst_case"
 METADATA = b"advml"
 
 
@@ -95,6 +97,28 @@ def write(samples: pa.Table, path: Path) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(samples, sink)
     write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def right(samples: pa.Table, figure: str) -> np.ndarray:
+    """Which test images a figure counts as right: bool (N,), in the order of the test split.
+
+    Args:
+        figure: CLEAN, WORST, or the accuracy under an attack on all images, e.g. `accuracy/threat_model_2`.
+    Raises:
+        KeyError: the table lacks a column.
+        ValueError: its rows are not the N images of a test split, each once.
+    """
+    index = samples["index"].to_numpy()
+    order = np.argsort(index)
+    if not np.array_equal(index[order], np.arange(len(index))):
+        raise ValueError("its index does not name every test image once")
+    if figure == CLEAN:
+        found = samples["predicted"].to_numpy() == samples["label"].to_numpy()
+    elif figure == WORST:
+        found = samples["broken_by"].is_null().to_numpy()
+    else:
+        found = samples[f"right/{figure.removeprefix('accuracy/')}"].to_numpy()
+    return found[order]
 
 
 def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:

@@ -72,8 +72,7 @@ def evaluated(workspace: Workspace, name: str, network: nn.Module, test: Split, 
     if about.get("digest") != digest or about.get("test_digest") != samples.digest_of(test):
         raise UserError(f"{path} is of other weights or test images than {name} has now; measure again with: dvc repro, or advml evaluate")
     try:
-        clean = torch.tensor(table["predicted"].to_numpy() == table["label"].to_numpy())
-        survived = torch.tensor(table["broken_by"].is_null().to_numpy())
+        clean, survived = (torch.tensor(samples.right(table, figure)) for figure in (samples.CLEAN, samples.WORST))
         threat = str(about["norm"]), float(about["epsilon"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro, or advml evaluate") from None

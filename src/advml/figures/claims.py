@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
+# By how the word of a verdict begins: that of one seed goes on with "for this seed".
 COLOURS = {"supported": "#009e73", "contradicted": ADVERSARIAL, "inconclusive": QUIET}
 LINE = 0.27  # inches per part
 EDGE = 0.01  # share of the figure's width left of the titles
@@ -31,14 +32,24 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
     panels = figure.subplots(len(tested), 1, squeeze=False, height_ratios=heights)[:, 0] if tested else []
     for axes, (claim, parts) in zip(panels, tested, strict=True):
         _panel(axes, claim, parts)
+    words = dict.fromkeys(_label(part) for _, parts in tested for part in parts)
     marks = [
-        *(Line2D([], [], color=colour, marker="o", markersize=5, label=verdict) for verdict, colour in COLOURS.items()),
+        *(Line2D([], [], color=_colour(word), marker="o", markersize=5, label=word) for word in words),
         Line2D([], [], color=FULL, marker="D", markersize=4.5, linestyle="", markerfacecolor="white", label="the paper"),
         Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="claimed bound"),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
     _align_titles(figure)
     return figure
+
+
+def _label(part: Mapping[str, Any]) -> str:
+    """`supported (3 seeds)`."""
+    return f"{part['verdict']} ({part['seeds']} seed{'s' if part['seeds'] > 1 else ''})"
+
+
+def _colour(verdict: str) -> str:
+    return next(colour for word, colour in COLOURS.items() if verdict.startswith(word))
 
 
 def _align_titles(figure: Figure) -> None:
@@ -53,7 +64,7 @@ def _align_titles(figure: Figure) -> None:
 def _panel(axes: Axes, claim: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title(claim["claim"], loc="left", fontsize=8.5)
     for place, part in enumerate(reversed(parts)):
-        colour = COLOURS.get(part["verdict"], QUIET)
+        colour = _colour(part["verdict"])
         axes.plot([part["bound"], part["bound"]], [place - 0.42, place + 0.42], color=INK, linewidth=0.9, linestyle=":")
         if part["low"] is not None and part["high"] is not None:
             axes.plot([part["low"], part["high"]], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")

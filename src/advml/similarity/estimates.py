@@ -1,11 +1,12 @@
-"""Estimates with 95 % intervals: jackknife over batches, t quantiles, differences that stay paired, means over seeds.
+"""Estimates with 95 % intervals: jackknife over batches or images, t quantiles, differences that stay paired, means over seeds.
 
     deviation of batch b:  d_b = p_b - mean(p),  p_b = B value - (B - 1) value_without_b      (Tukey's pseudo-values)
     variance over batches: sum_b d_b^2 / (B (B - 1)),  degrees of freedom B - 1
     interval:              value -+ sqrt( sum_k (t_k^2 variance_k) )                          (Howe 1974, two and more sources)
 
 A bootstrap over few batches holds the truth too seldom (5 batches: 83 %, 12: 90 %); this one 94 to 96 %, see
-docs/decisions/0010. Whole batches are left out, never images, which would break the U-statistic of a batch.
+docs/decisions/0010. For CKA whole batches are left out, never images, which would break the U-statistic of a batch. An accuracy is a mean
+over images, so its batches are the single images: differences of accuracies are paired image by image.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Estimate:
     """A value and what it may be off by.
 
     Attributes:
-        deviations: (B,) of the pseudo-values from their mean, batch by batch: what estimates on the same batches have in common.
+        deviations: (B,) of the pseudo-values from their mean, batch by batch: what estimates on the same batches have in common. Of an
+            accuracy image by image, see `share`.
             Empty where nothing was measured in batches, NaN where there are too few.
         degrees: of freedom of the variance over batches.
         spreads: further sources, independent of the batches.
@@ -70,8 +72,29 @@ def jackknife(value: float, without: np.ndarray, sizes: Sequence[int]) -> Estima
     return Estimate(value, pseudo - pseudo.mean(), float(weights.sum() ** 2 / np.square(weights).sum()) - 1)
 
 
+def share(right: np.ndarray) -> Estimate:
+    """An accuracy, image by image: `difference` of two of them is the paired one, also a difference of such differences.
+
+        values (N,): v_i = first_i - second_i;  interval:  mean(v) -+ sqrt( t^2 s^2 / N + z^2 2 / N^2 )
+
+    s^2 is the sample variance of v, t Student's quantile of N - 1 degrees of freedom. 2 / N^2, 1 / N^2 for each accuracy, is what the two
+    pseudo-images of Bonett & Price (2012, J. Educ. Behav. Stat. 37:479) add, one that the first model alone has right and one that the
+    second alone has: without them two models that agree on every image would differ by 0 -+ 0.
+
+    Coverage, exact, N = 359, correlations 0, .5 and .8: of .5 and .75 against the same or .05 less 95.1 to 95.8 %; of .98 against .97 96.1,
+    96.7 and 97.4 %; of .98 against .98 96.6, 98.4 and 99.8 %, where seven, and three images tell the models apart. Width at .75 relative
+    to that of models taken as independent: 1.01, .72 and .46. Newcombe's method 10 (1998) and Tango's score interval (1998) come out alike
+    between .4 and .99, but neither is defined for a difference of differences or a mean over seeds.
+
+    Args:
+        right: (N,) bool, whether each image is classified correctly, in the order that all models share.
+    """
+    count = len(right)
+    return Estimate(float(right.mean()), right - right.mean(), count - 1, (Spread(1 / count**2),))
+
+
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """first - second; what befalls both in a batch is taken off.
+    """first - second; what befalls both in a batch, or on an image, is taken off.
 
     Raises:
         ValueError: they were measured on different numbers of batches.

@@ -121,7 +121,7 @@ def log_transfer(run: Run, workspace: Workspace, name: str) -> None:
 
 def _log_study(run: Run, folder: Path, content: dict[str, Any]) -> None:
     run.log_table(read_table(folder / "summary.csv"), "summary.json")
-    run.log_table([{key: claim[key] for key in ("claim", "verdict")} for claim in content["claims"]], "claims_table.json")
+    run.log_table([{key: claim.get(key) for key in ("claim", "verdict", "seeds")} for claim in content["claims"]], "claims_table.json")
 
 
 def _log_transfer(run: Run, folder: Path, content: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from advml.evaluation.scoring import Scorer
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.runtime.machine import Machine, derived_seed, generator_for
+from advml.similarity import estimates
 from advml.stages.context import Context
 from advml.tuning.budget import passes
 from advml.tuning.space import Values
@@ -158,11 +159,24 @@ def interval(right: Tensor) -> dict[str, Any]:
     return {"accuracy": float(right.double().mean()), "low": low, "high": high, "n": len(right)}
 
 
-def paired(one: Tensor, other: Tensor) -> dict[str, Any]:
-    """McNemar's exact test on the same images: those that only one of the two attacks breaks, and a two-sided p (McNemar 1947)."""
-    only_other, only_one = int((one & ~other).sum()), int((~one & other).sum())
-    p = binomtest(only_one, only_one + only_other).pvalue if only_one + only_other else 1.0
-    return {"broken_by_winner_only": only_other, "broken_by_default_only": only_one, "p": float(p)}
+def paired(default: Tensor, winner: Tensor) -> dict[str, Any]:
+    """Two attacks on the same images: those that only one of them breaks, with the two-sided p of McNemar's exact test (McNemar 1947).
+
+    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `estimates.share`.
+
+    Args:
+        default, winner: (N,) bool, which images each attack leaves right.
+    """
+    winner_only, default_only = int((default & ~winner).sum()), int((~default & winner).sum())
+    p = binomtest(default_only, default_only + winner_only).pvalue if default_only + winner_only else 1.0
+    found = estimates.difference(estimates.share(winner.numpy()), estimates.share(default.numpy()))
+    low, high = found.interval
+    return {
+        "broken_by_winner_only": winner_only,
+        "broken_by_default_only": default_only,
+        "p": float(p),
+        **{"difference": found.value, "low": low, "high": high},
+    }
 
 
 def _autoattack(subject: Subject, split: Split) -> Tensor:

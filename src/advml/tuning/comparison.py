@@ -1,7 +1,8 @@
 """Winner and default on further seeds: is their difference more than the noise of seeds?
 
 Each seed trains both, so the differences d = winner - default are paired. Their mean has the 95 % interval mean +- t * sd / sqrt(S),
-with the quantile t of Student's distribution of S - 1 degrees of freedom (Student 1908). One seed has none.
+with the quantile t of Student's distribution of S - 1 degrees of freedom (Student 1908). One seed has none. The interval is over trainings
+alone, on the images at hand.
 """
 
 from __future__ import annotations
