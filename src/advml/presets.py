@@ -229,9 +229,19 @@ def preset(name: str, *, protocol: str = "corrected", overrides: Sequence[str] =
         raise UserError(f"preset = {name!r} has no protocol {protocol!r}; choose the preset from {able}")
     template = Path(__file__).with_name("digits.yaml").read_text(encoding="utf-8")
     chosen = PRESETS[name][protocol]
+    if chosen.values:
+        _require_phases(template, chosen.values, name)
     text = chosen.header + rewrite(template, chosen.values, chosen.remarks) if chosen.values else template
     if not overrides:
         return text
     values = dict(parse_override(override) for override in overrides)
     validate(apply(text, overrides), source=f"preset {name}", overrides=overrides)
     return rewrite(text, values, {})
+
+
+def _require_phases(template: str, values: dict[str, Any], name: str) -> None:
+    """Raises UserError for a phase of the template that the preset says nothing of: it would be trained with the digits' values."""
+    sections = apply(template, [], source="digits.yaml")
+    for key in (f"{kind}.{phase}" for kind in ("pretrain", "regimes") for phase in sections[kind]):
+        if key not in values:
+            raise UserError(f"preset = {name!r} has no values for {key}; add {key!r} to the phases of {__name__}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from advml.figures.curves import OTHER_COLOUR, REGIME_COLOURS
+from advml.figures.curves import OTHER_COLOURS, REGIME_COLOURS
 from advml.figures.robustness import corruption_matrix, security_curves
 from advml.figures.style import to_png
 
@@ -33,7 +33,7 @@ def test_a_panel_per_scheme_holds_a_line_per_regime_with_its_numbers_and_its_col
         for regime, line in lines(axes).items():
             assert line.get_xdata() == pytest.approx([0, 1, 2])  # the root of epsilon, as a multiple of the study's
             assert line.get_ydata() == pytest.approx([100 * point["accuracy"] for point in regimes[regime]])
-            assert to_hex(line.get_color()) == REGIME_COLOURS.get(regime, OTHER_COLOUR)
+            assert to_hex(line.get_color()) == REGIME_COLOURS.get(regime, OTHER_COLOURS[0])
 
 
 def test_minimal_distances_are_crosses_in_the_colour_of_their_regime_with_one_entry_in_the_legend():

@@ -19,9 +19,11 @@ from advml.cli import searching
 from advml.data.datasets import Split
 from advml.errors import Failure
 from advml.evaluation import plan, scoring
+from advml.networks import models
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
+from advml.training.regimes import REGIMES, Regime
 from advml.tuning import attack, budget, census, comparison, training, worker
 from advml.tuning import study as studies
 from advml.tuning.board import reached
@@ -265,6 +267,19 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     assert trial.user_attrs["history"][-1]["epoch"] == 2 and record["epoch"] in (1, 2)
     assert (trial.value, trial.user_attrs["measured"]["clean"]) == (measured["robust"], measured["clean"])
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
+
+
+def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch):
+    """A regime that no list of names holds: attacked, on a standard encoder."""
+    monkeypatch.setitem(REGIMES, "new", Regime("new", pretraining="st", attacked=True, encoder_learns=True))
+    pretrain.run(trained.context(), scheme="CL", phase="st", seed=0)
+    settings = trained.config()
+    settings = settings.model_copy(update={"regimes": settings.regimes | {"new": settings.regimes["Full-AT"]}})
+    bench = training.Bench(TrainingSearch(settings, trained.root, "finetune", "CL", "new", 0))
+    planned = bench.plan(settings, seed=0)
+    standard = models.load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
+    assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
+    assert planned.adversary is not None and planned.adversary.threat_model.epsilon == settings.threat_model.epsilon
 
 
 @pytest.mark.parametrize("floor", [0.0, 1.0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,13 @@ class Curve:
 
 
 REGIME_COLOURS = {"ST": "#6b6b6b", "AT": "#e69f00", "Partial-AT": "#56b4e9", "Full-AT": "#0072b2"}
-OTHER_COLOUR = "#cc79a7"
+OTHER_COLOURS = ("#cc79a7", "#009e73", "#d55e00", "#f0e442")
+
+
+def regime_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for every regime: those above have their own, others take OTHER_COLOURS in the order of their names."""
+    others = [name for name in dict.fromkeys(names) if name not in REGIME_COLOURS]
+    return REGIME_COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False))
 
 
 def _along(curve: Curve) -> np.ndarray:
@@ -99,13 +106,15 @@ def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
     """
     figure = Figure(figsize=(9.6, 2.3 * len(groups) + 0.7), layout="constrained")
     grid = figure.subplots(len(groups), 3, squeeze=False)
+    colours = regime_colours(curve.label for curves in groups.values() for curve in curves)
     titles = ("CKA, clean with adversarial images", "linear probe on clean images, %", "linear probe on adversarial images, %")
     for line, (group, curves) in zip(grid, groups.items(), strict=True):
         for axes, values in zip(line, ("clean_adversarial", "clean", "adversarial"), strict=True):
             scale = 1 if values == "clean_adversarial" else 100
             for curve in curves:
-                colour = REGIME_COLOURS.get(curve.label, OTHER_COLOUR)
-                axes.plot(_along(curve), scale * np.asarray(getattr(curve, values)), color=colour, linewidth=1.3, label=curve.label)
+                axes.plot(
+                    _along(curve), scale * np.asarray(getattr(curve, values)), color=colours[curve.label], linewidth=1.3, label=curve.label
+                )
             _depth_axis(axes, [curve.names for curve in curves])
             axes.set_ylim(_lowest([scale * np.asarray(getattr(curve, values)) for curve in curves], margin=0.02 * scale), 1.03 * scale)
             axes.grid(axis="y")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from advml.figures.curves import OTHER_COLOUR, REGIME_COLOURS
+from advml.figures.curves import regime_colours
 from advml.figures.style import INK, QUIET, styled
 from advml.figures.transfer import COLOURS, ink
 
@@ -37,18 +37,18 @@ def security_curves(
     """
     figure = Figure(figsize=(max(5.6, 0.8 + 2.6 * len(models)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(models)), sharey=True, squeeze=False)[0]
+    colours = regime_colours(regime for regimes in (*models.values(), *(nearest or {}).values()) for regime in regimes)
     for axes, (scheme, regimes) in zip(panels, models.items(), strict=True):
         for regime, points in regimes.items():
             at = np.array([point["epsilon"] for point in points])
             place = np.sqrt(at / epsilon)  # epsilon itself at 1, room for the small ones, the whole box still in sight
             low, middle, high = (100 * np.array([point[key] for point in points]) for key in ("low", "accuracy", "high"))
-            colour = REGIME_COLOURS.get(regime, OTHER_COLOUR)
-            axes.fill_between(place, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(place, middle, marker="o", markersize=3, color=colour, label=regime)
+            axes.fill_between(place, low, high, color=colours[regime], alpha=0.15, linewidth=0)
+            axes.plot(place, middle, marker="o", markersize=3, color=colours[regime], label=regime)
         for regime, points in (nearest or {}).get(scheme, {}).items():
             place, shares = (np.array([point[key] for point in points]) for key in ("epsilon", "accuracy"))
-            colour = REGIME_COLOURS.get(regime, OTHER_COLOUR)
-            axes.plot(np.sqrt(place / epsilon), 100 * shares, "x-.", markersize=4, linewidth=0.8, color=colour, label=f"_{regime}")
+            style = {"markersize": 4, "linewidth": 0.8, "color": colours[regime]}
+            axes.plot(np.sqrt(place / epsilon), 100 * shares, "x-.", label=f"_{regime}", **style)
         ticks = sorted({point["epsilon"] for points in regimes.values() for point in points})
         axes.set_xticks(np.sqrt(np.array(ticks) / epsilon), [f"{tick:.2g}" for tick in ticks], rotation=60, fontsize=7)
         axes.axvline(1, color=QUIET, linewidth=0.9, linestyle=":")

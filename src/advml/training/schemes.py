@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Scheme:
 
 def instances(labels: Tensor) -> Tensor:
     """Every image is a group of its own: SimCLR is SupCon whose labels are the instance ids."""
+    import torch  # not above: searches read the table in a process that must start at once
+
     return torch.arange(len(labels), device=labels.device)
 
 

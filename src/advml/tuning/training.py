@@ -26,6 +26,7 @@ from advml.stages.context import Context
 from advml.stages.finetune import load_pretrained
 from advml.training import phases
 from advml.training.loop import Record
+from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
 from advml.tuning.attack import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
@@ -80,7 +81,8 @@ class Bench:
     def _with_head(self, network: Network) -> Network:
         """The encoder under the regime that fine-tunes nothing but a head on clean images."""
         search = self.search
-        regime = "ST" if search.which == "st" else "AT"
+        rows = (row for row in REGIMES.values() if row.pretraining == search.which and not row.attacked and not row.encoder_learns)
+        regime = next(rows).name
         probed = copy.deepcopy(network)
         plan = phases.finetuning(search.config, self.dataset, self.machine, probed, scheme=search.scheme, regime=regime, seed=search.seed)
         return phases.fit(plan, self.dataset, self.machine, checkpoint=Unkept())[0]

@@ -9,7 +9,10 @@ from typing import Any, Literal
 from advml import config
 from advml.config import Config, changed, flatten
 from advml.errors import UserError
+from advml.names import PhaseName
 from advml.paths import Workspace, pretraining_name
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.searches.files import record_of
 from advml.tuning.space import Values
@@ -59,12 +62,13 @@ class Trained:
 
     @property
     def attacked(self) -> bool:
-        return self.which in ("at", "Partial-AT", "Full-AT")
+        """Whether what is trained here is trained under attack."""
+        return self.which == "at" if self.kind == "pretrain" else REGIMES[self.which].attacked
 
     @property
-    def pretraining(self) -> str:
-        """What a fine-tuning starts from."""
-        return pretraining_name(self.scheme, "st" if self.which == "ST" else "at", self.seed)
+    def start(self) -> PhaseName:
+        """The phase of the pretraining that a fine-tuning starts from."""
+        return REGIMES[self.which].pretraining
 
     def proposal(self, values: Values) -> dict[str, Any]:
         """Values -> keys of params.yaml: `learning_rate` of the phase, `view.shift` of the scheme's views, all others in full."""
@@ -74,7 +78,7 @@ class Trained:
         if key in config.Phase.model_fields:
             return f"{self.phase}.{key}"
         head, _, tail = key.partition(".")
-        return f"views.{'contrastive' if self.scheme != 'SL' else 'supervised'}.{tail}" if head == "view" else key
+        return f"views.{SCHEMES[self.scheme].view}.{tail}" if head == "view" else key
 
     def base(self, key: str) -> Any:
         """The value that params.yaml gives a key of the space; null, where a phase takes over a value of the study, is that value."""
@@ -103,7 +107,7 @@ class Trained:
     def _is_idle(self, key: str) -> bool:
         if not self.attacked and key.startswith(UNATTACKED):
             return True
-        if key == "temperature" and self.scheme == "SL":
+        if key == "temperature" and SCHEMES[self.scheme].groups is None:
             return True
         refusals = [self._refusal(key, corner) for corner in spaces.corners(self.given[key])]
         return any(refusals) and all(said is None or " has no effect" in said for said in refusals)
@@ -119,8 +123,7 @@ class Trained:
         """Of the pretrained encoder that a fine-tuning starts from."""
         if self.kind == "pretrain":
             return {}
-        folder = Workspace(self.root).pretrained(self.pretraining)
+        folder = Workspace(self.root).pretrained(pretraining_name(self.scheme, self.start, self.seed))
         if not (folder / "model.json").is_file():
-            phase = "st" if self.which == "ST" else "at"
-            raise UserError(f"there is no {folder}; make it with: advml pretrain {self.scheme} {phase} --seed {self.seed}")
+            raise UserError(f"there is no {folder}; make it with: advml pretrain {self.scheme} {self.start} --seed {self.seed}")
         return record_of(folder)

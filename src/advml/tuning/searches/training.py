@@ -12,6 +12,8 @@ import optuna
 from advml.config import Config, digest
 from advml.errors import UserError
 from advml.paths import checked_name
+from advml.training.regimes import REGIMES
+from advml.training.schemes import SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.sampling import Hyperband, tpe
 from advml.tuning.searches.files import data_digest
@@ -50,8 +52,9 @@ class TrainingSearch(Trained):
         """Raises UserError: there is nothing to learn, nothing to start from, or the space is wrong."""
         whole = cls(configuration, root.resolve(), kind, scheme, which, seed, pareto, name)
         checked_name(whole.name)
-        if kind == "finetune" and scheme == "SL" and which in ("ST", "AT"):
-            raise UserError(f"SL pretrains its classifier, so {which} has nothing to fine-tune; choose Partial-AT or Full-AT")
+        if kind == "finetune" and not REGIMES[which].finetunes(SCHEMES[scheme]):
+            able = ", ".join(name for name, regime in REGIMES.items() if regime.finetunes(SCHEMES[scheme]))
+            raise UserError(f"{scheme} pretrains its classifier, so {which} has nothing to fine-tune; choose from {able}")
         if not whole.given:
             raise UserError(
                 f"{whole.section} is empty; name a key and its range, e.g. {whole.section}.learning_rate: {{log: [1e-4, 1e-1]}}"
