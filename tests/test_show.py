@@ -227,3 +227,30 @@ def test_a_damaged_evaluation_is_one_line(workspace, model, content):
     with pytest.raises(UserError) as stopped:
         record_of(workspace, "CL-AT-s0")
     assert "CL-AT-s0.json" in str(stopped.value) and "dvc checkout" in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+REPRESENTED = {"digest": "a" * 64, "how": {"intervals": {"cka": "none: 3 batches of test images, and an interval needs 5"}}}
+
+
+@pytest.mark.parametrize("gap", [{}, {"cka/redundancy/low": None, "cka/redundancy/high": None}])
+def test_an_interval_that_is_not_finite_is_a_dash_with_its_reason(workspace, model, gap):
+    """Null in the record, or absent in one of an older version."""
+    probe = {"probe/clean": 0.9, "probe/clean/low": 0.8, "probe/clean/high": 0.95}
+    write(workspace.record("represent", "CL-AT-s0"), REPRESENTED | {"metrics": {"cka/redundancy": 0.75, **gap, **probe}})
+    scalar, read, reason = record_of(workspace, "CL-AT-s0").splitlines()[-3:]
+    assert scalar.split() == ["cka/redundancy", "0.750", "[-,", "-]"] and read.split() == ["probe/clean", "0.900", "[0.800,", "0.950]"]
+    assert "none: 3 batches" in reason
+
+
+def test_a_scalar_that_is_not_finite_is_a_dash_and_the_constant_layers_are_named(workspace, model):
+    metrics = {"cka/redundancy": None, "cka/redundancy/low": None, "cka/redundancy/high": None}
+    how = {"intervals": {"cka": "95 %"}, "dead_layers": {"clean": ["conv1"], "adversarial": []}}
+    write(workspace.record("represent", "CL-AT-s0"), REPRESENTED | {"how": how, "metrics": metrics})
+    scalar, reason = record_of(workspace, "CL-AT-s0").splitlines()[-2:]
+    assert scalar.split() == ["cka/redundancy", "-", "[-,", "-]"] and "conv1" in reason
+
+
+def test_where_all_is_finite_no_reason_is_given(workspace, model):
+    probe = {"probe/clean": 0.9, "probe/clean/low": 0.8, "probe/clean/high": 0.95}
+    write(workspace.record("represent", "CL-AT-s0"), REPRESENTED | {"metrics": probe})
+    assert "not finite" not in record_of(workspace, "CL-AT-s0")

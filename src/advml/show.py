@@ -172,8 +172,24 @@ def _representation(workspace: Workspace, record: dict[str, Any]) -> list[str]:
         metrics = represented["metrics"]
         named = [name for name in metrics if name.count("/") == 1]
         width = max((len(name) for name in named), default=0)
-        shown = [f"  {name:{width}} {metrics[name]:8.3f} [{metrics[f'{name}/low']:.3f}, {metrics[f'{name}/high']:.3f}]" for name in named]
-        return ["", "representation on test (95 % intervals)", *shown]
+        shown, gaps = [], False
+        for name in named:
+            value, low, high = (metrics.get(f"{name}{end}") for end in ("", "/low", "/high"))
+            gaps |= None in (value, low, high)
+            shown.append(f"  {name:{width}} {_finite(value):>8} [{_finite(low)}, {_finite(high)}]")
+        return ["", "representation on test (95 % intervals)", *shown, *(_why_not_finite(represented.get("how", {})) if gaps else [])]
+
+
+def _finite(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _why_not_finite(how: dict[str, Any]) -> list[str]:
+    """What the record says about numbers that it lacks."""
+    dead = {layer for layers in how.get("dead_layers", {}).values() for layer in layers}
+    reasons = [f"intervals of CKA: {how['intervals']['cka']}"] if "intervals" in how else []
+    reasons += [f"constant layers, which have no CKA: {', '.join(sorted(dead))}"] if dead else []
+    return [f"  -: not finite ({'; '.join(reasons) or 'the record does not say why'})"]
 
 
 def _block(title: str, values: dict[str, Any]) -> list[str]:

@@ -160,8 +160,8 @@ def test_a_regime_that_was_added_as_the_documents_say_is_searched_by_its_row(mad
         from advml.tuning.searches import TrainingSearch
         settings = load(Path("params.yaml"), [])
         search = TrainingSearch.of(settings, Path(), "finetune", "CL", "ST-Full-AT", seed=0)
-        told = {"attacked": search.attacked, "from": search.record(), "space": list(search.space), "proposes": search.proposal({"epsilon": 0.1})}
-        print(json.dumps(told | {"grid": settings.grid.regimes, "torch": "torch" in sys.modules}))
+        told = {"attacked": search.attacked, "from": search.record(), "space": list(search.space), "grid": settings.grid.regimes}
+        print(json.dumps(told | {"proposes": search.proposal({"epsilon": 0.1}), "torch": "torch" in sys.modules}))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from advml.errors import UserError
@@ -27,14 +28,13 @@ def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str,
     return publish(workspace, record["model"], digest=record["digest"])
 
 
-def to_json(record: dict[str, Any]) -> bytes:
-    """A record as the text of its file."""
-    return (json.dumps(_without_nan(record), indent=2, allow_nan=False) + "\n").encode()
+def to_json(content: Mapping[str, Any], *, indent: int = 2) -> bytes:
+    """A result as the text of its file. JSON has no NaN and no infinity: what could not be measured is null."""
+    return (json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n").encode()
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: what could not be measured is null."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]

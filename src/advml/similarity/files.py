@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from advml.errors import UserError
 from advml.evaluation.intervals import wilson
 from advml.similarity import probes, summary
 from advml.similarity.cka import Similarity
+from advml.similarity.estimates import FEWEST_BATCHES
 from advml.similarity.features import Layer
 from advml.similarity.representation import ESTIMATOR, KINDS, MATRICES, MODEL, Representation
 
@@ -36,7 +36,7 @@ HOW = (
 
 
 def metrics(measured: Representation) -> dict[str, float]:
-    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>`, each with /low and /high; what has no value is left out.
+    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>`, each with /low and /high; NaN where there is no value.
 
     RankMe and the probe are of the last recorded layer of the encoder. Intervals: jackknife over batches, for probes Wilson.
     """
@@ -49,7 +49,7 @@ def metrics(measured: Representation) -> dict[str, float]:
     last = measured.probes[measured.last]
     for kind in KINDS:
         flat |= _with_interval(f"probe/{kind}", last.accuracy[kind], wilson(last.correct[kind], measured.tested))
-    return {name: found for name, found in flat.items() if math.isfinite(found)}
+    return flat
 
 
 def _with_interval(name: str, value: float, interval: Any) -> dict[str, float]:
@@ -119,6 +119,8 @@ def describe(measured: Representation, spec: config.Similarity, *, of: dict[str,
         of: `model`, `digest` of its weights.
         attack: the record of the adversarial images.
     """
+    batches = len(measured.similarity.sizes)
+    none = f"none: {batches} batches of test images, and an interval needs {FEWEST_BATCHES}" if batches < FEWEST_BATCHES else None
     diagonals = {kind: measured.similarity.norms[MODEL, kind].sum(0) for kind in KINDS}
     return {
         **of,
@@ -137,8 +139,8 @@ def describe(measured: Representation, spec: config.Similarity, *, of: dict[str,
         "left_out_of_cka": measured.similarity.left_out,
         "adversarial_source": attack,
         "intervals": {
-            "cka": f"95 %, jackknife over {len(measured.similarity.sizes)} batches, t quantiles",
-            "rankme": "95 %, jackknife over as many blocks of images, t quantiles",
+            "cka": none or f"95 %, jackknife over {batches} batches, t quantiles",
+            "rankme": none or "95 %, jackknife over as many blocks of images, t quantiles",
             "probe": "95 %, Wilson",
         },
         "probes": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from advml import tracking
 from advml.errors import UserError
+from advml.evaluation.records import to_json
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.networks import models
@@ -133,7 +133,7 @@ def _write(out: Path, compared: comparison.Comparison, described: Mapping[str, A
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(path, to_json(content, indent=1))
 
 
 def _figure(compared: comparison.Comparison, kind: str) -> Any:

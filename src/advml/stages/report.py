@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from advml import __version__, tracking
 from advml.claims.testing import check
 from advml.config import Config
 from advml.errors import UserError
+from advml.evaluation.records import to_json
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.report import page
@@ -29,7 +28,7 @@ def run(context: Context) -> list[tables.Row]:
     write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))
-    write_atomically(reports / "claims.json", (json.dumps(claims, indent=2) + "\n").encode())
+    write_atomically(reports / "claims.json", to_json(claims))
     write_atomically(reports / "report.html", page.render(config, workspace, table, claims, provenance=about).encode())
     tracking.log_result(config, tracking.results.study(workspace), root=workspace.root)
     return table

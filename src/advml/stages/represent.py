@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ def _write(folder: Path, measured: representation.Representation, described: dic
     """Write the files of one model; returns the sha256 of cka.npz."""
     arrays, names = to_npz(files.arrays(measured)), [layer.name for layer in measured.layers]
     write_atomically(folder / "cka.npz", arrays)
-    write_atomically(folder / "cka.json", (json.dumps(described, indent=1) + "\n").encode())
+    write_atomically(folder / "cka.json", records.to_json(described, indent=1))
     panels = [
         Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names, *(kind if pair[0] != pair[1] else "" for kind in pair))
         for pair in representation.MATRICES.values()

@@ -23,7 +23,7 @@ def log_representation(run: Run, workspace: Workspace, name: str) -> None:
     if run.tag("advml.cka") == record["cka"] or record["digest"] != run.tag("advml.digest"):
         return
     run.log_metrics(record["metrics"])
-    scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1}
+    scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1 and value is not None}
     for file in (*(folder / figure for figure in FIGURES), folder / "cka.json", folder / "cka.npz"):
         run.log_file(Path(file), "cka")
     run.log_image(folder / "cka.png", key="cka")
