@@ -37,6 +37,19 @@ def test_every_title_lies_inside_the_canvas_and_clear_of_the_others():
     assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
 
 
+@pytest.mark.parametrize(("suffix", "seeds", "told"), [(" for this seed", 1, " for this seed (1 seed)"), ("", 3, " (3 seeds)")])
+def test_the_legend_has_the_words_of_the_verdicts_their_seeds_and_colours_within_the_canvas(suffix, seeds, told):
+    parts = [part(word, verdict=f"{word}{suffix}", seeds=seeds) for word in COLOURS]
+    figure = effects([{"claim": "a", "parts": parts}])
+    (legend,) = figure.legends
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    found = dict(zip((text.get_text() for text in legend.get_texts()), (line.get_color() for line in legend.get_lines()), strict=True))
+    assert {f"{word}{told}": colour for word, colour in COLOURS.items()}.items() <= found.items()
+    box = legend.get_window_extent(renderer)
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+
+
 def test_effect_interval_bound_and_the_papers_figure_are_drawn_where_they_are():
     (axes,) = effects([{"claim": "a", "parts": [part("x", bound=-0.02, verdict="contradicted for this seed")]}]).axes
     bound, interval, effect, paper = axes.get_lines()

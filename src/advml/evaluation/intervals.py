@@ -1,4 +1,4 @@
-"""Confidence intervals of shares, and how likely a count is by chance."""
+"""Confidence intervals of shares, and how likely a count is by chance. Of a difference of shares of the same images: `similarity.estimates`."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
     tested = [(claim, [part for part in claim["parts"] if "effect" in part]) for claim in claims]
     tested = [(claim, parts) for claim, parts in tested if parts]
     heights = [len(parts) + 1.6 for _, parts in tested]
-    figure = Figure(figsize=(8.4, LINE * sum(heights) + 0.7), layout="constrained")
+    figure = Figure(figsize=(8.4, LINE * sum(heights) + 0.9), layout="constrained")
     panels = figure.subplots(len(tested), 1, squeeze=False, height_ratios=heights)[:, 0] if tested else []
     for axes, (claim, parts) in zip(panels, tested, strict=True):
         _panel(axes, claim, parts)
@@ -38,7 +38,7 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
         Line2D([], [], color=FULL, marker="D", markersize=4.5, linestyle="", markerfacecolor="white", label="the paper"),
         Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="claimed bound"),
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8)
     _align_titles(figure)
     return figure
 
