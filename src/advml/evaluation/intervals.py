@@ -1,4 +1,7 @@
-"""Confidence intervals of shares, and how likely a count is by chance. Of a difference of shares of the same images: `similarity.estimates`."""
+"""Confidence intervals of shares, and how likely a count is by chance.
+
+Of a difference of shares of the same images: `advml.similarity.estimates.share`.
+"""
 
 from __future__ import annotations
 
