@@ -157,7 +157,8 @@ def test_a_stage_is_a_command_and_a_file(stage):
     commands = [command.name or command.callback.__name__ for command in app.registered_commands]
     assert name in commands
     assert stage_module(stage) in MODULES
-    assert f"python -m advml {name}" in pipeline()[stage]["cmd"]
+    command = 'stage "$DVC_STAGE"' if "matrix" in pipeline()[stage] else name
+    assert pipeline()[stage]["cmd"] == f"PYTHONPATH=src python -m advml {command}"
 
 
 def test_a_file_in_stages_is_a_command():

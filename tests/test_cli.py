@@ -35,9 +35,10 @@ def help_of(*arguments: str) -> str:
 def test_help_lists_every_command_in_its_panel():
     shown = help_of()
     stages, beside = shown.index("Stages of the pipeline"), shown.index("Beside the pipeline")
-    for name in ("prepare", "pretrain", "finetune", "evaluate", "represent", "compare", "transfer", "report"):
+    of_stages = ("check", "prepare", "pretrain", "finetune", "evaluate", "represent", "compare", "transfer", "report", "stage")
+    for name in of_stages:
         assert stages < shown.index(f"{name} ") < beside
-    for name in set(COMMANDS) - {"prepare", "pretrain", "finetune", "evaluate", "represent", "compare", "transfer", "report"}:
+    for name in set(COMMANDS) - set(of_stages):
         assert shown.index(f" {name} ", beside) > beside
 
 

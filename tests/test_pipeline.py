@@ -1,4 +1,5 @@
-"""The DVC pipeline: what an edit runs again and what it leaves alone, what is called what, and one real reproduction.
+"""The DVC pipeline: what an edit runs again and what it leaves alone, what is called what, that bare DVC commands work, that nothing
+in params.yaml is run as a command, and one real reproduction.
 
 Stages are addressed as `finetune_at@CL-Full-AT-0`: kind, phase, and the item of the matrix. The expectations are rules
 on these names, so a new kind of stage does not have to be listed here.
@@ -18,16 +19,24 @@ from pathlib import Path
 
 import networkx
 import pytest
+from dvc import cli
+from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo
+from ruamel.yaml import YAML
 
 from advml import config
+from advml.cli.stages import stage_arguments
+from advml.errors import UserError
 from advml.paths import Workspace, model_name, pretraining_name
+from advml.stages import check
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]
+yaml = YAML(typ="safe")
 SMALL = ("grid.schemes=[SL]", "grid.standard_regimes=[ST]", "grid.adversarial_regimes=[]", "data.max_train=60", "data.max_test=40")
+MADE = ("data", "models", "reports", "records", "mlruns", "mlflow.db*", "dvc.lock", ".scratch", "cache", "tmp", "eps-*")  # by pipelines
 GRID = "grid.schemes=[SL, SCL]"  # the third is a row of the same matrix
 QUICK = ("attack.steps=1", "evaluate.steps=1", "pretrain.SL.epochs=1", "regimes.ST.epochs=1", "runtime.device=cpu")
 LAST = "evaluate_st@SL-ST-0"  # and what it needs; stages that gather many models are not for one
@@ -39,6 +48,7 @@ def repository(root: Path, *overrides: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     shutil.copytree(REPOSITORY / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "pipelines", root / "pipelines", symlinks=True, ignore=shutil.ignore_patterns(*MADE))
     write_params(root, *overrides)
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     return root
@@ -64,7 +74,10 @@ def parts(stage: str) -> tuple[str, str, str, str, str]:
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory) -> Path:
     """The study as it stands, but for a scheme, taken by DVC for done: every output is a placeholder."""
-    root = repository(tmp_path_factory.mktemp("pipeline").resolve() / "committed", GRID)
+    return with_placeholders(repository(tmp_path_factory.mktemp("pipeline").resolve() / "committed", GRID))
+
+
+def with_placeholders(root: Path) -> Path:
     with opened(root) as repo:
         for output in (Path(output.fs_path) for stage in repo.index.stages for output in stage.outs):
             file = output if output.suffix else output / "model.json"
@@ -72,6 +85,14 @@ def committed(tmp_path_factory) -> Path:
             file.write_text(f'{{"of": "{output.name}"}}')
         repo.commit(force=True)
     return root
+
+
+@pytest.fixture
+def copied(committed, tmp_path) -> Path:
+    """For tests that change more of it than parameters."""
+    shutil.copytree(committed, tmp_path / "copied", symlinks=True)
+    write_params(tmp_path / "copied", GRID)
+    return tmp_path / "copied"
 
 
 def after_edit(root: Path, *overrides: str) -> tuple[set[str], set[str], set[str]]:
@@ -101,7 +122,8 @@ def test_stages_and_outputs_are_named_as_the_contract_says(committed):
         assert scheme in SCHEMES and (not regime or phase in ("", REGIMES[regime].pretraining))
         name = model_name(scheme, regime, int(seed)) if regime else pretraining_name(scheme, phase, int(seed))
         assert all(name in (path.stem, path.parent.name) for path in found), stage
-        assert f"advml {kind} {scheme} {regime or phase} --seed {seed}" in commands[stage]
+        assert stage_arguments(stage) == [kind, scheme, regime or phase, "--seed", seed]
+        assert commands[stage] == 'PYTHONPATH=src python -m advml stage "$DVC_STAGE"'
         expected = {"pretrain": space.pretrained(name), "finetune": space.model(name), "evaluate": space.record("evaluate", name)}
         assert kind not in expected or expected[kind] in found
     assert committed / "models/finetune/SCL-Full-AT-s0" in outputs["finetune_at@SCL-Full-AT-0"]
@@ -131,19 +153,123 @@ def test_an_edited_training_attack_leaves_standard_models_alone(committed):
     assert {stage for stage in reached if parts(stage)[1]} == {stage for stage in stages if parts(stage)[1] == "at"}
 
 
+# Nothing in params.yaml is a command
+
+PLANTED = """0; touch PWNED; $(touch PWNED) `touch PWNED` '; touch PWNED; ' "; touch PWNED; " #"""
+PIPELINES = sorted({path.resolve() for path in [REPOSITORY / "dvc.yaml", *REPOSITORY.glob("pipelines/*/dvc.yaml")]})
+
+
+def interpolated(pipeline: Path) -> set[str]:
+    """The keys of params.yaml that a dvc.yaml puts into its stages."""
+    return {key for key in re.findall(r"\$\{(.*?)\}", pipeline.read_text(encoding="utf-8")) if not key.startswith("item.")}
+
+
+def plant(root: Path, *keys: str) -> None:
+    """Commands in place of these lists of params.yaml."""
+    values = yaml.load(root / "params.yaml")
+    for section, _, key in (key.rpartition(".") for key in keys):
+        (values[section] if section else values)[key] = [f"{PLANTED} {key}"]
+    yaml.dump(values, root / "params.yaml")
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_command_holds_a_value_of_params(pipeline):
+    commands = [stage["cmd"] for stage in yaml.load(pipeline)["stages"].values()]
+    assert commands and not any("${" in str(command) for command in commands)
+
+
+@pytest.mark.parametrize("key", sorted(interpolated(REPOSITORY / "dvc.yaml")))
+def test_a_value_that_would_name_stages_and_files_is_refused_by_its_key(copied, key):
+    plant(copied, key)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(copied / 'params.yaml'))}: {re.escape(key)}\[0\] = [^\n]*$"):
+        check.run(copied / "params.yaml")
+
+
+@pytest.mark.parametrize("seed", ["../../x", "0/x", "0 ", "1_000", "0"])
+def test_a_seed_is_a_number_and_no_text_that_would_be_part_of_a_path(copied, seed):
+    with pytest.raises(UserError, match=r"seeds\[0\] = .* whole number"):
+        config.load(copied / "params.yaml", [f'seeds=["{seed}"]'])
+
+
+def test_every_stage_waits_for_the_check_of_all_that_is_interpolated(committed):
+    watched = yaml.load(REPOSITORY / "dvc.yaml")["stages"]["check"]["params"]
+    assert {key.partition(".")[0] for key in interpolated(REPOSITORY / "dvc.yaml")} <= set(watched)
+    with opened(committed) as repo:
+        graph = repo.index.graph
+        (first,) = repo.stage.collect("check")
+        assert set(graph) == {first} | networkx.ancestors(graph, first)
+
+
+def test_a_planted_command_is_not_run_with_the_check_nor_without_it(copied, dvc):
+    plant(copied, *interpolated(REPOSITORY / "dvc.yaml"))
+    said = dvc(copied, "repro", code=255)
+    (line,) = re.findall(r"^advml: .*", said, flags=re.MULTILINE)
+    assert line.startswith("advml: params.yaml: seeds[0] = ")
+    write_params(copied, GRID)
+    plant(copied, "seeds")
+    said = dvc(copied, "repro", "--single-item", f"pretrain_st@SL-{PLANTED} seeds", code=255)
+    assert "advml: 'pretrain_st@SL-0; touch PWNED" in said
+    assert not list(copied.rglob("PWNED"))
+
+
+# Bare commands
+
+BARE = ("pull", "checkout", "status", "data status", "metrics show", "metrics diff", "gc -w -f")
+
+
+def test_bare_commands_work_in_a_clone(tmp_path, monkeypatch, capsys):
+    """Pipelines that have not run are not part of the repository that they lie in."""
+    root = with_placeholders(repository(tmp_path / "origin", *SMALL))
+    (root / ".dvc" / "config").write_text(f"[core]\n    remote = store\n['remote \"store\"']\n    url = {tmp_path / 'store'}\n")
+    (tmp_path / "store").mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["add", "."], ["commit", "-qm", "all"], ["clone", "-q", ".", str(tmp_path / "clone")]):
+        subprocess.run([*git, *command], cwd=root, check=True)
+    assert (tmp_path / "clone" / "dvc.lock").is_file() and (tmp_path / "clone" / "pipelines" / "smoke" / "dvc.yaml").is_file()
+    said = {}
+    for folder, commands in (("origin", ["push"]), ("clone", BARE)):
+        monkeypatch.chdir(tmp_path / folder)
+        for command in commands:
+            code, said[command] = cli.main(command.split()), capsys.readouterr().out
+            assert code == 0, (folder, command, said[command])
+    assert "up to date" in said["status"] and "No changes" in said["data status"]
+    assert subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_the_committed_lock_is_of_the_committed_stages_and_parameters(tmp_path):
+    """`dvc pull` and `dvc metrics diff` go by it. Sources are not compared: an edit of them need not change a result."""
+
+    def at_head(name: str) -> bytes | None:
+        done = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=REPOSITORY, capture_output=True, check=False)
+        return done.stdout if done.returncode == 0 else None
+
+    if at_head("dvc.lock") is None:
+        pytest.skip("no dvc.lock is committed")
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".dvc/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(at_head(name))
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    with opened(tmp_path) as repo:
+        stages = repo.index.stages
+        params = {dep: stage.addressing for stage in stages for dep in stage.deps if isinstance(dep, ParamsDependency)}
+        assert yaml.load(tmp_path / "dvc.lock")["stages"].keys() == {stage.addressing for stage in stages}
+        assert [stage.addressing for stage in stages if stage.changed_stage()] == []  # their commands
+        assert {stage: dep.status() for dep, stage in params.items() if dep.status()} == {}
+
+
 # For real
 
 
 @pytest.fixture(scope="module")
 def dvc(warm):
-    """dvc(root, "repro") -> stdout of the real command; its stages are forked from a warm process."""
+    """dvc(root, "repro") -> what the real command prints; its stages are forked from a warm process."""
 
-    def run(root: Path, *arguments: str) -> str:
+    def run(root: Path, *arguments: str, code: int = 0) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # stages say `python`
         command = [sys.executable, "-m", "dvc", *arguments]
         done = subprocess.run(command, cwd=root, env={**os.environ, **warm, "PATH": path}, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     return run
 
@@ -154,7 +280,7 @@ def reproduced(tmp_path_factory, dvc, empty_store) -> Path:
     root = repository(tmp_path_factory.mktemp("pipeline").resolve() / "reproduced", *SMALL, *QUICK)
     shutil.copy(empty_store, root / "mlflow.db")
     ran = re.findall(r"Running stage '(.*)'", dvc(root, "repro", LAST))
-    assert ran == ["prepare", "pretrain_st@SL-0", "finetune_st@SL-ST-0", LAST]
+    assert ran == ["check", "prepare", "pretrain_st@SL-0", "finetune_st@SL-ST-0", LAST]
     return root
 
 

@@ -53,6 +53,10 @@ class Workspace:
         return self.root / "data" / "prepared"
 
     @property
+    def checked(self) -> Path:
+        return self.root / "data" / "checked"
+
+    @property
     def reports(self) -> Path:
         return self.root / "reports"
 

@@ -10,18 +10,21 @@ from pathlib import Path
 
 
 @functools.cache
-def git_commit(root: Path) -> str:
-    """The commit checked out at `root`, with `-dirty` behind it if tracked files differ; "unknown" outside of git."""
+def git_commit(root: Path) -> str | None:
+    """The commit checked out at `root`, with `-dirty` behind it if tracked files differ; None outside of git.
+
+    A dvc.lock does not count: DVC writes it while it runs a pipeline, so the second stage would seem to run other sources.
+    """
+    tracked = ["--untracked-files=no", "--", ":(top)", ":(top,exclude,glob)**/dvc.lock"]
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],  # no tag: always the plain commit
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "--no-optional-locks", "status", "--porcelain", *tracked)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def dvc_stage() -> str | None:

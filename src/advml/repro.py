@@ -72,14 +72,18 @@ def _plan(root: Path) -> tuple[dict[str, set[str]], list[str]]:
     """Stage -> the stages it needs, directly or not; and the stages that DVC finds changed, with everything behind them, in order."""
     done = subprocess.run([sys.executable, "-m", "advml.plan"], cwd=root, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"dvc: {_last_line(done.stderr)}")
+        reason = _last_line(done.stderr)
+        remedy = (
+            "; say: git init, or, to do without git: dvc config --local core.no_scm true" if "is not a git repository" in reason else ""
+        )
+        raise UserError(f"dvc: {reason}{remedy}")
     told = json.loads(done.stdout)
     direct, changed = told["needs"], set(told["changed"])
 
     def all_before(name: str) -> set[str]:
         return set(direct[name]).union(*(all_before(one) for one in direct[name]))
 
-    upstream = {name: all_before(name) for name in told["stages"]}  # other pipelines may need ours, and are not asked for
+    upstream = {name: all_before(name) for name in told["stages"]}
     return upstream, [name for name, before in upstream.items() if name in changed or before & changed]
 
 

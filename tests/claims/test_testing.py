@@ -255,7 +255,7 @@ def test_folders_may_be_given_from_the_root_and_the_main_study_is_not_one_of_the
 
 def test_what_is_missing_for_the_last_claim_is_named(planted):
     missing = planted.check()["claims"][-1]["parts"][0]["missing"]
-    assert "similarity.epsilon_studies is null" in missing and "dvc repro pipelines/epsilon/dvc.yaml" in missing and "\n" not in missing
+    assert "similarity.epsilon_studies is null" in missing and "python pipelines/epsilon/run.py" in missing and "\n" not in missing
 
 
 def test_a_model_of_another_epsilon_than_its_study_is_no_evidence(planting, tmp_path):

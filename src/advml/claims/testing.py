@@ -12,7 +12,7 @@ from advml.claims.hypotheses import AGREE, CLAIMS, MARGIN, Claim, Part, paper
 from advml.claims.measured import Missing, over_seeds
 from advml.paths import Workspace
 
-PIPELINE = "pipelines/epsilon/dvc.yaml"
+EPSILONS = "python pipelines/epsilon/run.py 0.05 0.3"
 RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
     "inconclusive: the bound lies within, or there are too few batches for an interval. "
@@ -86,7 +86,7 @@ def _needed(part: Part, found: list[Study], configuration: config.Config) -> lis
         pattern = configuration.similarity.epsilon_studies
         state = f"{pattern!r}, where no AT models of another epsilon lie" if pattern else "null"
         raise Missing(
-            f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: dvc repro {PIPELINE}, "
+            f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
             "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. After later changes of theirs: advml report"
         )
     return found

@@ -1,7 +1,8 @@
-"""One command per stage of dvc.yaml. Commands import what they need: nothing heavy up here."""
+"""One command per kind of stage of dvc.yaml. Commands import what they need: nothing heavy up here."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,18 @@ import typer
 from advml.cli.evaluate import evaluate
 from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
 from advml.cli.printing import say, show_table
+from advml.errors import UserError
 from advml.paths import TRANSFER_FILES, model_name, pretraining_name
+
+
+def check(params: Params = PARAMS) -> None:
+    """Validate params.yaml.
+
+    Writes data/checked, on which all other stages depend. Next: advml prepare
+    """
+    from advml.stages import check as stage
+
+    say(str(stage.run(params)), "advml prepare")
 
 
 def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
@@ -126,5 +138,31 @@ def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     )
 
 
+def stage(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="As dvc.yaml makes it, e.g. finetune_at@CL-Full-AT-0.", show_default=False)],
+) -> int | None:
+    """Run a stage of one model by its name in dvc.yaml.
+
+    DVC puts the name into the environment, so that the shell does not read what params.yaml says.
+
+    Writes what that stage writes. Next: dvc repro
+    """
+    return context.parent.command.main(stage_arguments(name), standalone_mode=False)
+
+
+def stage_arguments(name: str) -> list[str]:
+    """finetune_at@CL-Full-AT-0 -> finetune CL Full-AT --seed 0
+
+    Raises:
+        UserError: the name has no such form.
+    """
+    parts = re.fullmatch(r"([a-z]+)_(st|at)@([^-]+)-(?:(.+)-)?(\d+)", name)
+    if not parts:
+        raise UserError(f"{name!r} is not the name of a model's stage, such as finetune_at@CL-Full-AT-0 or pretrain_st@SL-0")
+    kind, phase, scheme, regime, seed = parts.groups()
+    return [kind, scheme, regime or phase, "--seed", seed]
+
+
 # In the order in which `advml --help` lists them.
-COMMANDS = (prepare, pretrain, finetune, evaluate, represent, compare, transfer, report)
+COMMANDS = (check, prepare, pretrain, finetune, evaluate, represent, compare, transfer, report, stage)

@@ -23,7 +23,7 @@ def _plain(value: Any) -> str:
 class Config(Section):
     """All of params.yaml."""
 
-    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1), Distinct]
+    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0, strict=True)], ...], Field(min_length=1), Distinct]
     grid: Grid
     data: Data
     model: Model

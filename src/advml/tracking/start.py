@@ -117,7 +117,7 @@ def _tags(facts: Facts, root: Path) -> dict[str, str]:
         PROCESS: this_process(),
         **{key if "." in key else f"advml.{key}": value for key, value in facts.tags.items()},
     }
-    return {key: str(value) for key, value in found.items() if value not in (None, "", "unknown")}  # unknown: no git
+    return {key: str(value) for key, value in found.items() if value not in (None, "")}
 
 
 def _log_data(client: MlflowClient, run_id: str, data: DataInfo) -> None:

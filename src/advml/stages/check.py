@@ -1,0 +1,24 @@
+"""`check`: params.yaml is valid, in particular all that dvc.yaml makes names of stages and files from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from advml.config import load
+from advml.paths import Workspace
+
+
+def run(params: Path) -> Path:
+    """Validate params.yaml and write `data/checked`, on which `prepare` and so every stage depends.
+
+    DVC empties a stage's outputs before it starts the command, so a seed `../x` must stop it one stage earlier. The file
+    is always the same: other seeds do not make `prepare` run again.
+
+    Raises:
+        UserError: params.yaml is not valid.
+    """
+    load(params)
+    checked = Workspace(params.parent).checked
+    checked.parent.mkdir(parents=True, exist_ok=True)
+    checked.write_text("params.yaml was valid when the stage `check` ran\n", encoding="utf-8")
+    return checked
