@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def natural_order(names: Iterable[str]) -> list[str]:
@@ -16,6 +16,11 @@ def natural_order(names: Iterable[str]) -> list[str]:
     ImageFolder, and this project, sort as text. Names that compare equal (`a1`, `A01`) are sorted as text among themselves.
     """
     return sorted(names, key=lambda name: (_parts(name), name))
+
+
+def few(classes: Sequence[str], *, shown: int = 3) -> str:
+    """A number of classes and the first names: `10 classes (0, 1, 2, ...)`."""
+    return f"{len(classes)} classes ({', '.join(map(str, classes[:shown]))}{', ...' if len(classes) > shown else ''})"
 
 
 def _parts(name: str) -> list[str | int]:
