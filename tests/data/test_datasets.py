@@ -725,6 +725,14 @@ def test_what_is_saved_is_loaded_again(tmp_path, digits):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["prepared"]
 
 
+def test_a_dataset_of_an_earlier_version_which_knew_no_remarks_is_loaded(tmp_path, digits):
+    save(dataclasses.replace(digits, remarks=("a line",)), tmp_path / "out")
+    assert load(tmp_path / "out").remarks == ("a line",)
+    path = tmp_path / "out" / "dataset.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "remarks"}))
+    assert load(tmp_path / "out").remarks == ()
+
+
 def test_the_files_are_those_that_others_rely_on(tmp_path):
     dataset = prepare(photos(broken_tree(tmp_path / "p"), skip_corrupt=True, max_train=9))
     save(dataset, tmp_path / "out")

@@ -27,9 +27,9 @@ class Data(Section):
 
     name: Literal["digits", "cifar10", "cifar100", "folder"]
     path: str | None = None
-    layout: Literal["auto", "classes", "splits"] = "auto"  # of a folder: what its top folders are
     image_size: Annotated[Whole, Field(ge=4)] | None = None
     channels: Literal[1, 3] | None = None
+    layout: Literal["auto", "classes", "splits"] = "auto"  # of a folder: what its top folders are
     validation: Annotated[Number, Field(gt=0, lt=1)]
     test: Annotated[Number, Field(gt=0, lt=1)]
     max_train: Count | None = None
@@ -39,8 +39,6 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Data:
-        if "\0" in (self.path or ""):
-            raise ValueError(f"data.path = {self.path!r} holds a NUL character, which no path can")
         if self.name == "folder" and not self.path:
             raise ValueError("data.path is missing: data.name = 'folder' needs the folder of images, e.g. -S data.path=photos")
         if self.name == "folder" and self.image_size is None:

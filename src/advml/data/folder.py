@@ -24,9 +24,9 @@ def folder(data: Data) -> Source:
         UserError: the tree is missing, cannot be listed, is no tree of at least two classes, or may be meant in several ways.
     """
     root = given_path(data.path)
-    if not os.path.isdir(root):
+    if not os.path.isdir(root):  # which, unlike Path.is_dir, takes what cannot be a path as missing
         problem = "is a file; unpack it if it is an archive, and" if os.path.isfile(root) else "does not exist;"
-        raise UserError(f"data.path = '{data.path}' {problem} name the folder of images in params.yaml, or with -S data.path=FOLDER")
+        raise UserError(f"data.path = {data.path!r} {problem} name the folder of images in params.yaml, or with -S data.path=FOLDER")
     tree = list_tree(root)
     for error in tree.errors:
         raise UserError(f"data.path: {error.filename} cannot be listed ({error.strerror}); give the right to read it")

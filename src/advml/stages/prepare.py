@@ -45,9 +45,11 @@ def is_current(context: Context) -> bool:
 def _check_place(context: Context) -> None:
     """Else the figures of reports would be images, and `.` a data set of folders called `src` and `docs`."""
     data = context.config.data
-    place = Path(os.path.realpath(given_path(data.path))) if data.name == "folder" and data.path else None
+    if data.name != "folder" or not os.path.isdir(given := given_path(data.path)):
+        return
+    place = Path(os.path.realpath(given))
     for ours in (Path(os.path.realpath(path)) for path in context.workspace.written):
-        if place and (place.is_relative_to(ours) or ours.is_relative_to(place)):
+        if place.is_relative_to(ours) or ours.is_relative_to(place):
             relation = "lies in" if place.is_relative_to(ours) else "holds"
             raise UserError(
                 f"data.path = '{data.path}' {relation} {ours}, which the study writes; give the images a folder of their own, e.g. photos"
