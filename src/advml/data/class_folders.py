@@ -85,5 +85,7 @@ def remarks_on_names(classes: Iterable[str]) -> list[str]:
         remarks.append(f"the class names '{one}' and '{other}' differ in capitals only and are two classes")
     if natural_order(names) != names:
         numbers = ", ".join(f"{label} -> {name}" for label, name in enumerate(names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
-        remarks.append(f"labels follow the class names as text, not as numbers: {numbers}; a model from elsewhere may count otherwise")
+        remarks.append(
+            f"labels follow the text order of the class names: {numbers}; a model from elsewhere may follow natural order (1, 2, 10)"
+        )
     return remarks

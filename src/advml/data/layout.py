@@ -48,10 +48,11 @@ def read_layout(root: Folder, layout: str) -> Layout:
     place, splits, remarks = root, _splits(root, layout), []
     while not splits and (inner := _only_folder(place)) and any(folder.holds_images for folder in inner.folders):
         place, splits = inner, _splits(inner, layout)
+    if layout == "splits" and not splits:
+        raise UserError(f"data.layout = 'splits', but {place.path} holds no folder for training; call it train")
     if place is not root:
         remarks.append(f"{place.path} is read, as {root.path} holds nothing else")
     if splits:
-        remarks.append("splits: " + ", ".join(f"{split} = {folder.path.name}" for split, folder in splits.items()))
         remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in splits.values()]
     found: dict[str, Classes] = {}
     tables: list[Path] = []
@@ -67,10 +68,13 @@ def read_layout(root: Folder, layout: str) -> Layout:
                 check_meaning(inner, layout="splits" if splits else "classes")
             remarks += _remarks_on_folders(inner, found[split])
         elif split == "test":
-            remarks.append(f"{len(inner.images)} images in {inner.path} have no labels: left out; a share of train is the test split")
+            remarks.append(f"{len(inner.images)} images in {inner.path} have no labels: left out")
         else:
             raise UserError(_without_labels(inner) + (f"; or, {REMEDY}" if splits else ""))
     _check_classes(found, splits or {"train": place})
+    if splits:
+        shares = [f"{split}: a share of train" for split in ("validation", "test") if split not in found]
+        remarks.insert(0, "; ".join(["splits: " + ", ".join(f"{split} = {splits[split].path.name}" for split in found), *shares]))
     return Layout(found, tables, remarks + remarks_on_names(found["train"]))
 
 
@@ -110,13 +114,10 @@ def _splits(root: Folder, layout: str) -> dict[str, Folder]:
     named = [group for group in groups.values() if len(group.keys() - {"unlabelled"}) > 1]  # `seg_train` alone may be anything
     plain = {split: places for split, places in groups.get("", {}).items() if split != "unlabelled"}
     nested = any(below.holds_images for places in plain.values() for place in places for below in place.folders)
-    if plain and not named and (nested or layout == "splits" or len(folders) == 1):
+    alone = len(folders) == sum(map(len, groups[""].values()))
+    if plain and not named and (nested or alone or layout == "splits"):
         named = [groups[""]]  # beside other classes, one that is called `train` is a class: its images lie in it directly
-    if not named:
-        if layout == "splits":
-            raise UserError(f"data.layout = 'splits', but {root.path} holds no folder called train; rename it")
-        return {}
-    return _one_folder_each(root, folders, named)
+    return _one_folder_each(root, folders, named) if named else {}
 
 
 def _one_folder_each(root: Folder, folders: list[Folder], named: list[dict[str, list[Folder]]]) -> dict[str, Folder]:
