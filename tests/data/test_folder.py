@@ -125,6 +125,11 @@ def test_data_layout_says_that_top_folders_are_splits_whatever_the_classes_hold(
         read(plant(tmp_path / "q", "cats=3", "dogs=3"), layout="splits")
 
 
+def test_classes_may_be_called_like_splits_where_their_images_lie_in_them(tmp_path):
+    source = read(plant(tmp_path / "p", "train=3", "predictions=2", "bus=4"))
+    assert source.classes == ("bus", "predictions", "train") and counts(source) == {"train": [4, 2, 3]}
+
+
 def test_classes_in_different_unicode_forms_are_one_class_also_across_splits(tmp_path):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     root = plant(tmp_path / "p", f"train/{composed}=3", "train/zebra=2", f"test/{decomposed}=1", "test/zebra=1")
@@ -409,6 +414,13 @@ def test_an_image_that_vanishes_while_it_is_looked_at_is_a_change(tmp_path, monk
 
     monkeypatch.setattr(Path, "stat", gone)
     assert fingerprint(settings(root)) not in (before, None)
+
+
+def test_a_tree_that_has_become_doubtful_is_a_change(tmp_path):
+    root = plant(tmp_path / "p", "cats=3", "dogs=3")
+    before = fingerprint(settings(root))
+    (root / "owls").mkdir()
+    assert fingerprint(settings(root)) != before
 
 
 def test_changed_labels_change_the_fingerprint_and_other_text_does_not(tmp_path):

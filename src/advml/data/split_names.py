@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 # split -> words for it, written without separators. `unlabelled` is no split: such a folder beside splits is left out.
 WORDS = {
@@ -32,7 +31,7 @@ def split_of(name: str) -> tuple[str | None, str]:
 
     The rest tells names of one data set's splits (`seg_train`, `seg_test`) from classes in which a word for a split occurs (`toy train`).
     """
-    parts = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", unicodedata.normalize("NFC", name))  # CamelCase is two words
+    parts = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)  # CamelCase is two words
     words = [part.casefold() for part in parts]
     if whole := _WORD.fullmatch("".join(words)):  # hold-out, PublicTest
         return _SPLIT_OF_WORD[whole[1]], ""
