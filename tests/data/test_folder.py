@@ -84,7 +84,7 @@ DOUBTFUL = {  # tree -> a part of the line
     "groups, deeper": (("one/a/cats=3", "one/a/dogs=3", "two/b/cats=3"), "data.layout=classes"),
     "groups in splits": (("train/one/cats=3", "train/one/dogs=3", "train/two/cats=3", "train/two/dogs=3"), "data.layout=splits"),
     "a split of each class": (("cats/train=3", "cats/test=1", "dogs/train=3", "dogs/test=1"), "data.layout=classes"),
-    "splits in one of several": (("pets/train/cats=3", "pets/test/cats=3", "others=4"), "give their parent"),
+    "splits in one of several": (("pets/train/cats=3", "pets/test/cats=3", "others=4"), "give it alone as data.path"),
     "splits of each class side by side": (("cats_train=3", "cats_test=3", "dogs_train=3", "dogs_test=3"), "both names for test"),
     "two words for a split": (
         ("train/cats=3", "train/dogs=3", "eval/cats=3", "eval/dogs=1", "test/cats=3", "test/dogs=1"),
@@ -96,7 +96,7 @@ DOUBTFUL = {  # tree -> a part of the line
     "flat splits": (("train=3", "test=3"), "data.layout=classes"),
     "flat validation": (("train/cats=3", "train/dogs=4", "val=3"), "val/labels.csv"),
     "a class in one spelling": (("train/cats=3", "train/dogs=3", "test/Cats=3", "test/dogs=3"), "class 'Cats' is in"),
-    "names that differ in spaces": (("cats=3", "cats =3"), "differ in spaces only"),
+    "names that differ in spaces": (("Cats=3", "cats=3", "cats =3"), "differ in spaces only"),
     "a name that cannot be printed": (("cats=3", "do\x1b[31mgs=3"), "control characters"),
     "flat": (("=5",), "labels.csv"),
     "flat in a folder": (("images=5", "readme.md"), "labels.csv"),

@@ -50,7 +50,10 @@ def check_meaning(place: Folder, *, layout: str) -> None:
     for folder in place.folders:
         for part in folder.below():
             if len(splits := _splits_in(part)) > 1:
-                raise UserError(f"{part.path} holds the splits {', '.join(splits)}; give their parent folder as data.path, or, {remedy}")
+                raise UserError(
+                    f"{part.path} holds {' and '.join(splits)}, which are names of splits; give it alone as data.path, "
+                    f"or arrange the images as {splits[0]}/CLASS/1.jpg, or, {remedy}"
+                )
             if part is not folder and part.images:
                 holders[part.name.casefold()].setdefault(folder.name, part.path)
     shared = [list(places.values()) for places in holders.values() if len(places) > 1]
@@ -74,15 +77,16 @@ def remarks_on_names(classes: Iterable[str]) -> list[str]:
         UserError: two names differ in spaces only, or one cannot be printed.
     """
     names, remarks = list(classes), []
-    alike: dict[str, list[str]] = defaultdict(list)
+    trimmed: dict[str, str] = {}
+    lowered: dict[str, str] = {}
     for name in names:
-        alike[" ".join(name.split()).casefold()].append(name)
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise UserError(f"the class name {name!r} has control characters or broken UTF-8 in it; rename it")
-    for one, other, *_ in (group for group in alike.values() if len(group) > 1):
-        if "".join(one.split()) == "".join(other.split()):
-            raise UserError(f"the class names '{one}' and '{other}' differ in spaces only; rename one or put their images together")
-        remarks.append(f"the class names '{one}' and '{other}' differ in capitals only and are two classes")
+        plain = " ".join(name.split())
+        if (other := trimmed.setdefault(plain, name)) != name:
+            raise UserError(f"the class names '{other}' and '{name}' differ in spaces only; rename one or put their images together")
+        if (other := lowered.setdefault(plain.casefold(), name)) != name:
+            remarks.append(f"the class names '{other}' and '{name}' differ in capitals only and are two classes")
     if natural_order(names) != names:
         numbers = ", ".join(f"{label} -> {name}" for label, name in enumerate(names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
         remarks.append(
