@@ -111,6 +111,16 @@ def test_what_is_doubtful_is_refused_in_a_line_with_the_remedy(tmp_path, tree):
     assert part in str(error.value) and str(error.value).isprintable()
 
 
+def test_images_are_numbered_by_folder_and_file_name_on_which_the_division_depends(tmp_path):
+    source = read(plant(tmp_path / "p", "train/cats=1", "train/dogs=2", "dev/cats=1", "dev/dogs=1", "test/cats=1", "test/dogs=1"))
+    assert {split: indices.tolist() for split, indices in source.given.items()} == {
+        "validation": [0, 1],
+        "test": [2, 3],
+        "train": [4, 5, 6],
+    }
+    assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 1]
+
+
 def test_data_layout_says_that_top_folders_are_classes_whatever_they_are_called_and_hold(tmp_path):
     root = plant(tmp_path / "p", "Train/a=3", "Train/b=1", "Test/a=3", "Bus/b=5")
     assert read(root, layout="classes").classes == ("Bus", "Test", "Train")

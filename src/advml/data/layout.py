@@ -75,6 +75,7 @@ def read_layout(root: Folder, layout: str) -> Layout:
     if splits:
         shares = [f"{split}: a share of train" for split in ("validation", "test") if split not in found]
         remarks.insert(0, "; ".join(["splits: " + ", ".join(f"{split} = {splits[split].path.name}" for split in found), *shares]))
+        found = dict(sorted(found.items(), key=lambda item: splits[item[0]].path.name))  # images are numbered, and so dealt, in this order
     return Layout(found, tables, remarks + remarks_on_names(found["train"]))
 
 
