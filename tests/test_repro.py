@@ -70,14 +70,14 @@ class Seen(module.Board):
 # With DVC
 
 
-def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_on(tmp_path, monkeypatch):
+def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "Board", Seen)
     (tmp_path / "reporting.py").write_text(REPORTING)
     bad = f"{AWAIT.format('after')}; test -e mended || {{ echo 'advml: boom; mend it' >&2; exit 2; }}; echo bad > bad"
     pipeline(
         tmp_path,
         {
-            "left": {"cmd": MEET.format("left", "right"), "outs": ["left"]},
+            "left": {"cmd": "echo 'note: odd images'; " + MEET.format("left", "right"), "outs": ["left"]},
             "right": {"cmd": MEET.format("right", "left"), "outs": ["right"]},
             "after": {"cmd": "touch after.begun; python reporting.py", "deps": ["right"], "outs": ["after"]},
             "bad": {"cmd": bad, "deps": ["left"], "outs": ["bad"]},
@@ -89,6 +89,7 @@ def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_o
     log = tmp_path / ".scratch" / "repro" / "bad.log"
     assert str(failed.value) == f"stage bad failed: boom; mend it (whole output: {log}); after mending, the same command goes on"
     assert "boom" in log.read_text()
+    assert "note: odd images" in capsys.readouterr().err.splitlines()
     # What ran beside it was finished and is kept; what needs it was not begun.
     assert Seen.planned == 5 and sorted(Seen.ended) == [("after", True), ("bad", False), ("left", True), ("right", True)]
     assert set(YAML(typ="safe").load(tmp_path / "dvc.lock")["stages"]) == {"left", "right", "after"}

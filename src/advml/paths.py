@@ -57,6 +57,11 @@ class Workspace:
         return self.root / "data" / "checked"
 
     @property
+    def written(self) -> tuple[Path, ...]:
+        """Folders that the stages write, none of which is a place for a user's images."""
+        return (*(self.root / name for name in ("models", "reports", "records", ".scratch", "data/adversarial")), self.prepared)
+
+    @property
     def reports(self) -> Path:
         return self.root / "reports"
 
@@ -105,7 +110,14 @@ def find_model(workspace: Workspace, model: str) -> Path:
 
 
 def given_path(path: str) -> Path:
-    """A path of params.yaml. A relative one that is not here starts at DVC_ROOT: a queue worker runs in a copy, without untracked data."""
-    given = Path(path).expanduser()
+    """A path of params.yaml. A relative one that is not here starts at DVC_ROOT: a queue worker runs in a copy, without untracked data.
+
+    Raises:
+        UserError: it begins with the home folder of a user that does not exist.
+    """
+    try:
+        given = Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"'{path}' names the home folder of an unknown user; write the folder out, or begin with ./~") from None
     root = os.environ.get("DVC_ROOT")
-    return given if root is None or given.exists() else Path(root) / given
+    return given if root is None or os.path.exists(given) else Path(root) / given

@@ -43,6 +43,7 @@ def repro(root: Path, *, jobs: int) -> list[str]:
     running: dict[str, Running] = {}
     ran: list[str] = []
     failed: list[tuple[str, Path]] = []
+    notes: list[str] = []
     with server(root) if waiting else contextlib.nullcontext({}) as warm, Board(total=len(waiting)) as board:
         try:
             while running or (waiting and not failed):
@@ -57,11 +58,14 @@ def repro(root: Path, *, jobs: int) -> list[str]:
                         del running[name]
                         ran += [name] if "Running stage '" in _output(job.log) else []  # else DVC found it unchanged, or made before
                         board.finish(name, ok=job.process.returncode == 0, seconds=time.monotonic() - job.started)
+                        notes += [line for line in _output(job.log).splitlines() if line.startswith("note: ")]
                         job.progress.unlink(missing_ok=True)
                         failed += [(name, job.log)] if job.process.returncode else []
         finally:
             for job in running.values():
                 _terminate(job.process)
+    for note in notes:  # what a stage has said to be read would otherwise stay in its log
+        print(note, file=sys.stderr, flush=True)
     if failed:
         name, log = failed[0]
         raise Failure(f"stage {name} failed: {_reason(log)} (whole output: {log}); after mending, the same command goes on")

@@ -85,6 +85,42 @@ def test_prepare_writes_the_dataset_that_params_yaml_names(make_study, tmp_path)
     assert files(study.workspace.prepared) == {"dataset.json", "train.safetensors", "validation.safetensors", "test.safetensors"}
 
 
+def test_prepare_says_and_records_what_a_user_may_not_expect_of_the_images(make_study, tmp_path, capsys):
+    study = photo_study(make_study, tmp_path)
+    (tmp_path / "photos" / "dogs").rename(tmp_path / "photos" / "Cats")
+    (tmp_path / "photos" / "cats" / "@eaDir").mkdir()
+    made = prepare.run(study.context())
+    told = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("note: ") for line in told] == list(made.remarks)
+    assert "'Cats' and 'cats'" in told[0] and "@eaDir" in told[-1]
+    recorded = json.loads((study.workspace.prepared / "dataset.json").read_text())
+    assert recorded["remarks"] == list(made.remarks) == list(datasets.load(study.workspace.prepared).remarks)
+
+
+@pytest.mark.parametrize("place", ["", "data", "data/prepared", "reports", "models/finetune", ".scratch/x"])
+def test_images_do_not_lie_where_the_study_writes_nor_around_it(make_study, tmp_path, place):
+    study = photo_study(make_study, tmp_path)
+    (study.root / place).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match=r"data\.path = .* which the study writes"):
+        prepare.run(study.context(f"data.path={study.root / place}"))
+
+
+def test_images_may_lie_beside_what_the_study_writes(make_study, tmp_path):
+    study = photo_study(make_study, tmp_path)
+    (tmp_path / "photos").rename(study.root / "data" / "photos")
+    assert prepare.run(study.context(f"data.path={study.root / 'data' / 'photos'}")).classes == ("cats", "dogs")
+
+
+@pytest.mark.parametrize(
+    "path", ['"a\\0b"', "~no_such_user_/x", "''", "no/such/folder", "x" * 900], ids=["NUL", "user", "empty", "none", "long"]
+)
+def test_a_path_that_is_no_folder_is_one_line(make_study, tmp_path, path):
+    study = photo_study(make_study, tmp_path)
+    with pytest.raises(UserError) as error:
+        prepare.run(study.context(f"data.path={path}"))
+    assert str(error.value).isprintable() and ("data.path" in str(error.value) or path in str(error.value))
+
+
 # pretrain
 
 

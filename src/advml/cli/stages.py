@@ -31,12 +31,14 @@ def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
     Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
     """
     context = context_of(params, overrides)
+    from advml.data.class_order import few
     from advml.stages import prepare as stage
 
     dataset = stage.run(context)
     counts = ", ".join(f"{len(getattr(dataset, split).labels)} {split}" for split in ("train", "validation", "test"))
     skipped = f"; {len(dataset.skipped)} unreadable images left out" if dataset.skipped else ""
-    print(f"{dataset.source}: {counts} images of {len(dataset.classes)} classes{skipped}")
+    ignored = f"; {dataset.ignored} other files left out" if dataset.ignored else ""
+    print(f"{dataset.source}: {counts} images of {few(dataset.classes, shown=10)}{skipped}{ignored}")
     say(str(context.workspace.prepared), "advml pretrain SL st")
 
 

@@ -29,6 +29,7 @@ class Data(Section):
     path: str | None = None
     image_size: Annotated[Whole, Field(ge=4)] | None = None
     channels: Literal[1, 3] | None = None
+    layout: Literal["auto", "classes", "splits"] = "auto"  # of a folder: what its top folders are
     validation: Annotated[Number, Field(gt=0, lt=1)]
     test: Annotated[Number, Field(gt=0, lt=1)]
     max_train: Count | None = None
@@ -38,7 +39,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Data:
-        if self.name == "folder" and self.path is None:
+        if self.name == "folder" and not self.path:
             raise ValueError("data.path is missing: data.name = 'folder' needs the folder of images, e.g. -S data.path=photos")
         if self.name == "folder" and self.image_size is None:
             raise ValueError("data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64")

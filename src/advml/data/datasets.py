@@ -89,6 +89,7 @@ def prepare(data: Data) -> Dataset:
         std=std,
         skipped=tuple(sorted(unreadable.values())),
         ignored=source.ignored,
+        remarks=source.remarks,
         parameters=data.model_dump(mode="json"),
     )
 

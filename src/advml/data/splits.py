@@ -26,7 +26,8 @@ class Source:
         labels: int64, (N,): indices into `classes`.
         read: indices (n,) -> images (uint8, n x C x H x W) and `{position: 'path: reason'}` of the unreadable ones.
         given: the splits the data come with, as indices; without `train`, all images are divided.
-        ignored: number of files that are no images.
+        ignored: number of files that are no images, or lie where no class is.
+        remarks: what a user may not expect, a line each.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source:
     read: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
     ignored: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 def divide(source: Source, data: Data) -> dict[str, np.ndarray]:

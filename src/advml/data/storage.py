@@ -47,7 +47,8 @@ class Dataset:
         digest: sha256 (hex) of class names, shapes, pixels and labels; the same on every machine and under every path.
         mean, std: per channel over the training images, in [0, 1] units.
         skipped: `path: reason` of the images left out because they could not be read.
-        ignored: number of files that are no images.
+        ignored: number of files that are no images, or lie where no class is.
+        remarks: what a user may not expect of these data, a line each.
         parameters: the `data` section that made it.
     """
 
@@ -61,6 +62,7 @@ class Dataset:
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
     ignored: int = 0
+    remarks: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -118,7 +120,7 @@ def load(folder: str | Path) -> Dataset:
         splits = {name: _read_split(folder / f"{name}.safetensors", about["counts"][name], about["shape"]) for name in SPLITS}
         if digest(splits, tuple(about["classes"])) != about["digest"]:
             raise ValueError("the digest does not match")
-        lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")}
+        lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")} | {"remarks": tuple(about.get("remarks", ()))}
         return Dataset(**splits, **lists, **{key: about[key] for key in ("source", "digest", "ignored", "parameters")})
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} is broken ({_reason(error)}); make it again with: advml prepare") from None
@@ -146,6 +148,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "std": dataset.std,
         "skipped": dataset.skipped,
         "ignored": dataset.ignored,
+        "remarks": dataset.remarks,
         "parameters": dict(dataset.parameters),
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from advml import tracking
+from advml.data.class_order import few
 from advml.errors import UserError
 from advml.evaluation.records import to_json
 from advml.figures.layers import Heatmap, heatmaps
@@ -103,7 +104,7 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
         raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
     if list(record.get("classes", ())) != list(data.classes):
         raise UserError(
-            f"{name} tells {_few(record['classes'])} apart, data/prepared holds {_few(data.classes)}; compare models of one data set"
+            f"{name} tells {few(record['classes'])} apart, data/prepared holds {few(data.classes)}; compare models of one data set"
         )
     if (there := record["data"]["digest"]) != data.digest:
         told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
@@ -111,10 +112,6 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
             raise UserError(f"{told}; run: dvc repro")
         print(f"note: {told}: it may have learnt from these test images", file=sys.stderr)
     return record
-
-
-def _few(classes: Any) -> str:
-    return f"{len(classes)} classes ({', '.join(map(str, list(classes)[:3]))}{', ...' if len(classes) > 3 else ''})"
 
 
 def _network(context: Context, folder: Path) -> models.Network:

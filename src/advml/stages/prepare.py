@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from advml.data import datasets
 from advml.errors import UserError
+from advml.paths import given_path
 from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
 
 
 def run(context: Context) -> datasets.Dataset:
-    """Write `data/prepared/`; returns the dataset."""
+    """Write `data/prepared/`; returns the dataset.
+
+    Raises:
+        UserError: the data cannot be read, or `data.path` overlaps with what the study writes.
+    """
+    _check_place(context)
     seen = _fingerprint(context)  # before they are read: what changes meanwhile is a change
     dataset = datasets.prepare(context.config.data)
     datasets.save(dataset, context.workspace.prepared)
     if seen:
         write_atomically(_note(context), f"{seen} {dataset.digest}\n".encode())
+    for remark in dataset.remarks:
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     return dataset
 
 
@@ -26,9 +36,24 @@ def is_current(context: Context) -> bool:
         prepared = datasets.load(context.workspace.prepared)
     except UserError:
         return False
+    if prepared.parameters != context.config.data.model_dump(mode="json"):
+        return False
     seen = _fingerprint(context)
-    same = seen is None or (_note(context).is_file() and _note(context).read_text(encoding="utf-8").split() == [seen, prepared.digest])
-    return same and prepared.parameters == context.config.data.model_dump(mode="json")
+    return seen is None or (_note(context).is_file() and _note(context).read_text(encoding="utf-8").split() == [seen, prepared.digest])
+
+
+def _check_place(context: Context) -> None:
+    """Else the figures of reports would be images, and `.` a data set of folders called `src` and `docs`."""
+    data = context.config.data
+    if data.name != "folder" or not os.path.isdir(given := given_path(data.path)):
+        return
+    place = Path(os.path.realpath(given))
+    for ours in (Path(os.path.realpath(path)) for path in context.workspace.written):
+        if place.is_relative_to(ours) or ours.is_relative_to(place):
+            relation = "lies in" if place.is_relative_to(ours) else "holds"
+            raise UserError(
+                f"data.path = '{data.path}' {relation} {ours}, which the study writes; give the images a folder of their own, e.g. photos"
+            )
 
 
 def _fingerprint(context: Context) -> str | None:

@@ -1,0 +1,154 @@
+"""Which folders of a tree are splits, which are classes, and which images belong to them.
+
+    photos/cats/1.jpg                           classes
+    photos/Training/cats/1.jpg                  splits, under any usual name (`split_names`), of classes
+    photos/dataset/train/cats/1.jpg             either of them in a folder beside which there is nothing else
+    val/images/1.jpg, val/val_annotations.txt   a split whose labels are in a text file (`labels`); a flat tree likewise
+
+What may be meant in two ways is refused: if splits were taken for classes, a network would learn to tell train from test.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from advml.data.class_folders import Classes, check_meaning, images_by_class, remarks_on_names
+from advml.data.labels import read_labels
+from advml.data.split_names import split_of
+from advml.data.tree import Folder
+from advml.errors import UserError
+
+REMEDY = "if they are classes all of them, set data.layout=classes"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The images of `train`, and of `validation` and `test` if there are such folders, by class.
+
+    Attributes:
+        tables: the files that gave labels.
+        remarks: what a user may not expect, a line each.
+    """
+
+    splits: dict[str, Classes]
+    tables: list[Path]
+    remarks: list[str]
+
+
+def read_layout(root: Folder, layout: str) -> Layout:
+    """Sort the images of a tree into splits and classes.
+
+    Args:
+        layout: what the top folders are: 'classes', 'splits', or 'auto', which goes by their names and refuses what is doubtful.
+    Raises:
+        UserError: the tree has no two classes, its splits have not the same ones, or it may be meant in several ways.
+    """
+    place, splits, remarks = root, _splits(root, layout), []
+    while not splits and (inner := _only_folder(place)) and any(folder.holds_images for folder in inner.folders):
+        place, splits = inner, _splits(inner, layout)
+    if layout == "splits" and not splits:
+        raise UserError(f"data.layout = 'splits', but {place.path} holds no folder for training; call it train")
+    if place is not root:
+        remarks.append(f"{place.path} is read, as {root.path} holds nothing else")
+    if splits:
+        remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in splits.values()]
+    found: dict[str, Classes] = {}
+    tables: list[Path] = []
+    for split, folder in (splits or {"train": place}).items():
+        inner, labels = _labelled(folder, known=found.get("train", {}))
+        if labels:
+            table, found[split] = labels
+            tables.append(table)
+            remarks.append(f"labels of {split} are read from {table}")
+        elif inner.folders:
+            found[split] = images_by_class(inner)
+            if layout == "auto":
+                check_meaning(inner, layout="splits" if splits else "classes")
+            remarks += _remarks_on_folders(inner, found[split])
+        elif split == "test":
+            remarks.append(f"{len(inner.images)} images in {inner.path} have no labels: left out")
+        else:
+            raise UserError(_without_labels(inner) + (f"; or, {REMEDY}" if splits else ""))
+    _check_classes(found, splits or {"train": place})
+    if splits:
+        shares = [f"{split}: a share of train" for split in ("validation", "test") if split not in found]
+        remarks.insert(0, "; ".join(["splits: " + ", ".join(f"{split} = {splits[split].path.name}" for split in found), *shares]))
+        found = dict(sorted(found.items(), key=lambda item: splits[item[0]].path.name))  # images are numbered, and so dealt, in this order
+    return Layout(found, tables, remarks + remarks_on_names(found["train"]))
+
+
+def _remarks_on_folders(place: Folder, classes: Classes) -> list[str]:
+    remarks = []
+    if merged := len(place.folders) - len(classes):
+        remarks.append(f"{merged} class folders in {place.path} are named like another in another Unicode form: read as one class")
+    if place.images:
+        remarks.append(f"{len(place.images)} images in {place.path} lie beside the class folders: left out")
+    return remarks
+
+
+def _without_labels(place: Folder) -> str:
+    file = f", or name the class of each of its {len(place.images)} images in {place.path}/labels.csv: 1.jpg,cats" if place.images else ""
+    return f"{place.path} holds no class folders; put the images of each class into a folder of its own, e.g. {place.path}/cats/1.jpg{file}"
+
+
+def _check_classes(found: dict[str, Classes], folders: dict[str, Folder]) -> None:
+    """At least two, and the same in every split."""
+    train, place = found["train"], folders["train"].path
+    if len(train) < 2:
+        raise UserError(f"{place} holds one class only ('{next(iter(train))}'); put the images of each class into a folder of its own")
+    for split, classes in found.items():
+        if different := sorted(train.keys() ^ classes.keys()):
+            here, there = (place, folders[split].path) if different[0] in train else (folders[split].path, place)
+            raise UserError(f"class '{different[0]}' is in {here} but not in {there}; both need the same classes, spelt alike")
+
+
+def _splits(root: Folder, layout: str) -> dict[str, Folder]:
+    """Split -> its folder, `train` first; nothing if the folders are classes."""
+    folders = [folder for folder in root.subfolders if folder.holds_images]
+    groups: dict[str, dict[str, list[Folder]]] = defaultdict(lambda: defaultdict(list))
+    for folder in folders if layout != "classes" else ():
+        split, rest = split_of(folder.name)
+        if split:
+            groups[rest][split].append(folder)
+    named = [group for group in groups.values() if len(group.keys() - {"unlabelled"}) > 1]  # `seg_train` alone may be anything
+    plain = {split: places for split, places in groups.get("", {}).items() if split != "unlabelled"}
+    nested = any(below.holds_images for places in plain.values() for place in places for below in place.folders)
+    alone = len(folders) == sum(map(len, groups[""].values()))
+    if plain and not named and (nested or alone or layout == "splits"):
+        named = [groups[""]]  # beside other classes, one that is called `train` is a class: its images lie in it directly
+    return _one_folder_each(root, folders, named) if named else {}
+
+
+def _one_folder_each(root: Folder, folders: list[Folder], named: list[dict[str, list[Folder]]]) -> dict[str, Folder]:
+    chosen = [(split, folder) for group in named for split, places in group.items() for folder in places]
+    splits = {split: folder for split, folder in chosen if split != "unlabelled"}
+    for split, folder in chosen:
+        if split != "unlabelled" and splits[split] is not folder:
+            raise UserError(
+                f"{root.path} holds '{splits[split].path.name}' beside '{folder.path.name}', both names for {split}; "
+                f"arrange the images as {split}/CLASS/1.jpg, or, {REMEDY}"
+            )
+    if "train" not in splits:
+        raise UserError(f"{root.path} holds '{chosen[0][1].path.name}' but no 'train' folder; add it, or, {REMEDY}")
+    if other := [folder for folder in folders if folder not in [one for _, one in chosen]]:
+        names = ", ".join(sorted(folder.path.name for folder in splits.values()))
+        raise UserError(f"{root.path} holds '{other[0].path.name}' beside {names}; remove it, or, {REMEDY}")
+    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+
+
+def _only_folder(place: Folder, known: Classes | None = None) -> Folder | None:
+    """The one folder that is all there is in `place`, unless it is a class."""
+    folders = place.subfolders
+    alone = len(folders) == 1 and not place.images and folders[0].holds_images and folders[0].name not in (known or {})
+    return folders[0] if alone else None
+
+
+def _labelled(folder: Folder, *, known: Classes) -> tuple[Folder, tuple[Path, Classes] | None]:
+    """Where the class folders are or, if there are none, the images; these with what a text file says of them."""
+    tables = list(folder.tables)
+    while inner := _only_folder(folder, known):
+        folder = inner
+        tables += folder.tables
+    return folder, None if any(one.holds_images for one in folder.subfolders) else read_labels(tables, folder.images)
