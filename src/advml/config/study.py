@@ -34,6 +34,8 @@ class Data(Section):
     max_train: Count | None = None
     max_test: Count | None = None
     skip_corrupt: bool = False
+    duplicates: Literal["keep", "drop"] = "keep"  # images with the same pixels as another
+    white_level: Positive | None = None  # of images with more than 8 bits; None: the smallest 2^k - 1 that no value exceeds
     seed: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")

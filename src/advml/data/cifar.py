@@ -19,7 +19,7 @@ from urllib.error import URLError
 import numpy as np
 
 from advml.config import Data
-from advml.data.images import fit_arrays
+from advml.data.images import Pixels, fit_arrays
 from advml.data.splits import Source
 from advml.errors import Failure, UserError
 from advml.paths import given_path
@@ -91,8 +91,8 @@ def cifar(data: Data, archive: Archive) -> Source:
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     train = len(archive.train) * archive.train_rows
 
-    def read(chosen: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        return fit_arrays(images[chosen], size=data.image_size, channels=data.channels), {}
+    def read(chosen: np.ndarray) -> Pixels:
+        return Pixels(fit_arrays(images[chosen], size=data.image_size, channels=data.channels))
 
     return Source(archive.name, classes, labels, read, {"train": np.arange(train), "test": np.arange(train, len(labels))})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from advml.config import Data, digest
-from advml.data.images import SUFFIXES, decode, read_all
+from advml.data.images import SUFFIXES, Pixels, read_files
 from advml.data.splits import Source
 from advml.errors import UserError
 from advml.paths import given_path
@@ -72,15 +72,15 @@ def _source(root: Path, data: Data) -> Source:
             paths += images
             labels += [label] * len(images)
         given[name] = np.arange(start, len(paths))
-    size, channels = data.image_size, data.channels or 3
 
-    def read(chosen: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        images, unreadable = read_all(
-            lambda i: decode(paths[chosen[i]], size=size, channels=channels), len(chosen), size=size, channels=channels
-        )
-        return images, {i: f"{paths[chosen[i]].relative_to(root).as_posix()}: {reason}" for i, reason in unreadable.items()}
+    def read(chosen: np.ndarray) -> Pixels:
+        files = [paths[index] for index in chosen]
+        return read_files(files, size=data.image_size, channels=data.channels or 3, white=data.white_level)
 
-    return Source(f"folder {root.name or root}", classes, np.array(labels), read, given, ignored)
+    def title(index: int) -> str:
+        return paths[index].relative_to(root).as_posix()
+
+    return Source(f"folder {root.name or root}", classes, np.array(labels), read, given, ignored, title)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from advml.config import Data
+from advml.data.images import Pixels
 from advml.errors import UserError
 
 
@@ -24,17 +25,19 @@ class Source:
     Attributes:
         name: where they come from, for people.
         labels: int64, (N,): indices into `classes`.
-        read: indices (n,) -> images (uint8, n x C x H x W) and `{position: 'path: reason'}` of the unreadable ones.
+        read: indices (n,) -> the pixels of these images.
         given: the splits the data come with, as indices; without `train`, all images are divided.
         ignored: number of files that are no images.
+        title: index -> what people know an image by, e.g. its path below `data.path`.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray
-    read: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
+    read: Callable[[np.ndarray], Pixels]
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
     ignored: int = 0
+    title: Callable[[int], str] = "image {}".format
 
 
 def divide(source: Source, data: Data) -> dict[str, np.ndarray]:

@@ -48,6 +48,8 @@ class Dataset:
         mean, std: per channel over the training images, in [0, 1] units.
         skipped: `path: reason` of the images left out because they could not be read.
         ignored: number of files that are no images.
+        duplicates: images with equal pixels, as `duplicates.describe` counts them, `dropped` per split, and `examples`.
+        depth: of images with more than 8 bits per channel: `images`, `largest`, `white_level`.
         parameters: the `data` section that made it.
     """
 
@@ -61,6 +63,8 @@ class Dataset:
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
     ignored: int = 0
+    duplicates: Mapping[str, Any] | None = None  # None: written by an older version, which did not look
+    depth: Mapping[str, Any] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,7 +123,8 @@ def load(folder: str | Path) -> Dataset:
         if digest(splits, tuple(about["classes"])) != about["digest"]:
             raise ValueError("the digest does not match")
         lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")}
-        return Dataset(**splits, **lists, **{key: about[key] for key in ("source", "digest", "ignored", "parameters")})
+        plain = {key: about[key] for key in ("source", "digest", "ignored", "parameters")}
+        return Dataset(**splits, **lists, **plain, duplicates=about.get("duplicates"), depth=about.get("depth"))
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} is broken ({_reason(error)}); make it again with: advml prepare") from None
 
@@ -146,6 +151,8 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "std": dataset.std,
         "skipped": dataset.skipped,
         "ignored": dataset.ignored,
+        "duplicates": dataset.duplicates,
+        "depth": dataset.depth,
         "parameters": dict(dataset.parameters),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from advml.data import datasets
@@ -11,10 +12,12 @@ from advml.stages.context import Context
 
 
 def run(context: Context) -> datasets.Dataset:
-    """Write `data/prepared/`; returns the dataset."""
+    """Write `data/prepared/` and print what was found about the pixels; returns the dataset."""
     seen = _fingerprint(context)  # before they are read: what changes meanwhile is a change
     dataset = datasets.prepare(context.config.data)
     datasets.save(dataset, context.workspace.prepared)
+    for remark in datasets.remarks(dataset):
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     if seen:
         write_atomically(_note(context), f"{seen} {dataset.digest}\n".encode())
     return dataset
