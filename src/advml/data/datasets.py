@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from advml.config import Data
 from advml.data import depth, duplicates
-from advml.data.cifar import CIFAR10, CIFAR100, cifar
+from advml.data.cifar import cifar
+from advml.data.cifar_archives import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON
 from advml.data.folder import fingerprint, folder
 from advml.data.images import Pixels, fit_arrays
 from advml.data.splits import Source, divide
@@ -51,8 +51,8 @@ def digits(data: Data) -> Source:
 
 DATASETS: dict[str, Callable[[Data], Source]] = {
     "digits": digits,
-    "cifar10": partial(cifar, archive=CIFAR10),
-    "cifar100": partial(cifar, archive=CIFAR100),
+    "cifar10": lambda data: cifar(data, CIFAR10, CIFAR10_PYTHON),
+    "cifar100": lambda data: cifar(data, CIFAR100, CIFAR100_PYTHON),
     "folder": folder,
 }
 # Of datasets that may change under the same parameters: what tells that they have.

@@ -86,7 +86,7 @@ def decode(path: Path, *, size: int, channels: int, white: float | None = None) 
         white: value of white if it is grey with more than 8 bits; None: by the range in use, as for a data set.
     """
     with opened(path, size=size) as (image, _):
-        if white is None and image.mode in GREY:
+        if image.mode in GREY:
             white = settle([largest(image, white=white)], white=white).white_level
         return fit(eight_bits(image, white=white), size=size, channels=channels)
 
