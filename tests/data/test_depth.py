@@ -186,10 +186,22 @@ def test_colours_that_use_all_16_bits_are_taken(tmp_path):
     assert dataset.depth["white_level"] == 65535 and pictures(dataset)[0].max() == 255
 
 
-def test_a_format_that_says_its_range_needs_no_level(tmp_path):
-    content = b"P5 8 8 4095\n" + ramp(1000).astype(">u2").tobytes()
-    dataset = prepared(write(tmp_path / "p", content, suffix="pgm"))
-    assert dataset.depth is None and pictures(dataset)[0].max() == round(1000 * 255 / 4095)
+PGM = {"binary": (b"P5", ramp(1000).astype(">u2").tobytes()), "plain": (b"P2", " ".join(map(str, ramp(1000).flatten())).encode())}
+
+
+@pytest.mark.parametrize("kind", PGM)
+def test_a_pgm_file_says_its_range_unless_it_calls_all_16_bits_its_own(tmp_path, kind):
+    magic, values = PGM[kind]
+    says = prepared(write(tmp_path / "says", magic + b" 8 8 4095\n" + values, suffix="pgm"), white_level=77)
+    assert says.depth is None and pictures(says)[0].max() == round(1000 * 255 / 4095)
+    silent = prepared(write(tmp_path / "silent", magic + b" 8 8 65535\n" + values, suffix="pgm"))
+    assert silent.depth["white_level"] == 1023 and pictures(silent)[0].max() == round(1000 * 255 / 1023)
+
+
+def test_a_jpeg_2000_file_of_16_bits_with_12_in_use_is_seen(tmp_path):
+    Image.fromarray(ramp(3000)).save(tmp_path / "x.jp2", irreversible=False)
+    dataset = prepared(write(tmp_path / "p", (tmp_path / "x.jp2").read_bytes(), suffix="jp2"))
+    assert dataset.depth["white_level"] == 4095 and pictures(dataset)[0].max() == round(3000 * 255 / 4095)
 
 
 def test_a_photo_for_a_model_is_read_with_the_level_of_its_training_data(tmp_path):

@@ -85,6 +85,18 @@ def test_prepare_writes_the_dataset_that_params_yaml_names(make_study, tmp_path)
     assert files(study.workspace.prepared) == {"dataset.json", "train.safetensors", "validation.safetensors", "test.safetensors"}
 
 
+def test_prepare_says_what_it_found_about_the_pixels_in_a_line_each(make_study, tmp_path, capsys):
+    study = photo_study(make_study, tmp_path)
+    shutil.copy(tmp_path / "photos" / "cats" / "3.png", tmp_path / "photos" / "dogs" / "copy.png")
+    for number in range(3):
+        Image.new("I;16", (9, 9), color=1000 + 11 * number).save(tmp_path / "photos" / "cats" / f"deep{number}.png")
+    prepare.run(study.context())
+    deep, copies = capsys.readouterr().err.splitlines()
+    assert "3 of the images" in deep and "1022" in deep and "1023" in deep
+    assert "2 identical images" in copies and "cats/3.png" in copies and "dogs/copy.png" in copies
+    assert study.context().provenance["white_level"] == 1023
+
+
 # pretrain
 
 

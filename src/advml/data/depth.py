@@ -17,7 +17,6 @@ from PIL import Image
 from advml.errors import UserError
 
 FULL = 65535
-DECLARED = ("PPM", "JPEG2000")  # these files say their range, and Pillow stretches it to 16 bits
 GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of one channel with more than 8 bits
 PHOTOMETRIC = 262  # TIFF's tag; 0: the smallest value is white
 
@@ -46,8 +45,16 @@ class Largest:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image that is open, but not loaded, has more than 8 bits per channel and does not say what is white."""
-    return image.format not in DECLARED and (image.mode in GREY or ";16" in str(image.tile))
+    """Whether an image that is open, but not loaded, has more than 8 bits per channel and does not say what is white.
+
+    PPM files say it: Pillow stretches what they call their largest value to 65535.
+    """
+    if not image.tile:
+        return image.mode in GREY
+    codec, _, _, form = image.tile[0]
+    if image.format == "PPM" and codec != "raw":
+        return form[-1] == FULL
+    return image.mode in GREY or ";16" in str(form)
 
 
 def largest(image: Image.Image, *, white: float | None) -> Largest:
@@ -89,12 +96,11 @@ def settle(found: Collection[Largest], *, white: float | None) -> Depth:
     return Depth(len(found), top, level)
 
 
-def eight_bits(image: Image.Image, *, white: float | None) -> Image.Image:
+def eight_bits(image: Image.Image, *, white: float) -> Image.Image:
     """A loaded image of any mode with 8 bits per channel: round(255 * value / white), cut off at 255."""
     if image.mode not in GREY:
         return image
-    level = FULL if image.format in DECLARED else white
-    values = np.rint(np.asarray(image) * (255 / level)).clip(0, 255).astype(np.uint8)
+    values = np.rint(np.asarray(image) * (255 / white)).clip(0, 255).astype(np.uint8)
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # Pillow turns 8-bit pixels only
         values = 255 - values
     return Image.fromarray(values)

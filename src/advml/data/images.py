@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from advml.data.depth import GREY, Depth, Largest, eight_bits, largest, settle
+from advml.data.depth import FULL, GREY, Depth, Largest, eight_bits, largest, settle
 from advml.data.opening import opened
 from advml.errors import Failure
 from advml.runtime import memory
@@ -68,7 +68,7 @@ def read_files(paths: Sequence[Path], *, size: int, channels: int, white: float 
                 found[index] = largest(image, white=white)
                 if white is None:
                     return np.zeros((size, size, channels), dtype=np.uint8)
-            return fit(eight_bits(image, white=white), size=size, channels=channels)
+            return fit(eight_bits(image, white=white if deep else FULL), size=size, channels=channels)
 
     images, unreadable = read_all(read, len(paths), size=size, channels=channels)
     if not found:
@@ -85,10 +85,10 @@ def decode(path: Path, *, size: int, channels: int, white: float | None = None) 
     Args:
         white: value of white if it is grey with more than 8 bits; None: by the range in use, as for a data set.
     """
-    with opened(path, size=size) as (image, _):
-        if image.mode in GREY:
-            white = settle([largest(image, white=white)], white=white).white_level
-        return fit(eight_bits(image, white=white), size=size, channels=channels)
+    with opened(path, size=size) as (image, deep):
+        unknown = deep and image.mode in GREY
+        level = settle([largest(image, white=white)], white=white).white_level if unknown else FULL
+        return fit(eight_bits(image, white=level), size=size, channels=channels)
 
 
 def fit(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
