@@ -146,6 +146,23 @@ def test_a_class_of_copies_alone_is_an_error_once_they_are_dropped(tmp_path):
         prepare(data)
 
 
+def test_a_data_set_without_a_readable_image_is_an_error(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            (tmp_path / label / f"{number}.png").touch()
+    with pytest.raises(UserError, match="class 'a' has no image left in train"):
+        prepare(Data(name="folder", path=str(tmp_path), image_size=8, validation=0.1, test=0.2, skip_corrupt=True))
+
+
+def test_an_odd_file_name_leaves_the_sentence_one_line_of_text(tmp_path):
+    for number in range(8):
+        for label in ("a", "b"):
+            photo(tmp_path / label / f"{number}\n\x1b[31m\udcff.png", number)
+    (said,) = remarks(prepare(Data(name="folder", path=str(tmp_path), image_size=8, validation=0.1, test=0.2)))
+    assert said.isprintable() and said.encode()
+
+
 def test_an_older_prepared_data_set_is_read_and_says_nothing_of_copies(monkeypatch, tmp_path):
     save(made(monkeypatch), tmp_path / "out")
     about = json.loads((tmp_path / "out" / "dataset.json").read_text())

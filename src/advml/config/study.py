@@ -35,7 +35,7 @@ class Data(Section):
     max_test: Count | None = None
     skip_corrupt: bool = False
     duplicates: Literal["keep", "drop"] = "keep"  # images with the same pixels as another
-    white_level: Positive | None = None  # of images with more than 8 bits; None: the smallest 2^k - 1 that no value exceeds
+    white_level: Annotated[Number, Field(ge=1e-6, le=2**32)] | None = None  # beyond 8 bits; None: found from the range in use
     seed: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ A new dataset is a function from the `data` section to a `Source`, and a row of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +71,14 @@ def prepare(data: Data) -> Dataset:
     source = DATASETS[data.name](data)
     parts = divide(source, data)
     chosen = np.concatenate(list(parts.values()))
-    split = np.repeat(np.arange(len(parts)), [len(indices) for indices in parts.values()])
     pixels = source.read(chosen)
     skipped = tuple(sorted(f"{source.title(chosen[position])}: {reason}" for position, reason in pixels.unreadable.items()))
     if skipped and not data.skip_corrupt:
         raise UserError(_list_unreadable(data, skipped))
-    readable = ~np.isin(np.arange(len(chosen)), list(pixels.unreadable))
-    images, chosen, split = _squeeze(pixels.images, readable), chosen[readable], split[readable]
-    copies = duplicates.find(images, labels=source.labels[chosen], split=split)
-    stays = duplicates.unique(copies) if data.duplicates == "drop" else np.ones(len(chosen), dtype=bool)
-    found = duplicates.describe(copies) | {
-        "dropped": dict(zip(SPLITS, np.bincount(split[~stays], minlength=len(SPLITS)).tolist(), strict=True))
-    }
-    found["examples"] = [[_listed(source, chosen[at], SPLITS[split[at]]) for at in group] for group in duplicates.examples(copies)]
-    images, chosen, split = _squeeze(images, stays), chosen[stays], split[stays]
-    splits, start = {}, 0
-    for name, size in zip(SPLITS, np.bincount(split, minlength=len(SPLITS)), strict=True):
-        labels = source.labels[chosen[start : start + size]]
-        splits[name] = Split(torch.from_numpy(images[start : start + size]), torch.from_numpy(labels))  # a slice copies nothing
-        start += size
+    rows = Rows(pixels.images, chosen, np.repeat(np.arange(len(parts)), [len(indices) for indices in parts.values()]))
+    rows = rows.keep(~np.isin(np.arange(len(chosen)), list(pixels.unreadable)))
+    rows, found = _treat_duplicates(rows, source, drop=data.duplicates == "drop")
+    splits = rows.divided(source.labels)
     _check_classes(splits, source.classes)
     mean, std = channel_statistics(splits["train"].images)
     return Dataset(
@@ -105,6 +94,43 @@ def prepare(data: Data) -> Dataset:
         depth=asdict(pixels.depth) if pixels.depth else None,
         parameters=data.model_dump(mode="json"),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Images with their indices in the source and the numbers of their splits in SPLITS, in ascending order."""
+
+    images: np.ndarray
+    indices: np.ndarray
+    split: np.ndarray
+
+    def keep(self, stays: np.ndarray) -> Rows:
+        """Those that stay (bool, (N,)), moved to the front in place: for a copy there may be no memory."""
+        kept = np.flatnonzero(stays)
+        for row in np.flatnonzero(kept != np.arange(len(kept))):
+            self.images[row] = self.images[kept[row]]
+        return Rows(self.images[: len(kept)], self.indices[stays], self.split[stays])
+
+    def divided(self, labels: np.ndarray) -> dict[str, Split]:
+        """The splits, in the memory of `images`; `labels` are those of the whole source."""
+        ends = np.searchsorted(self.split, np.arange(1, len(SPLITS)))
+        parts = zip(SPLITS, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
+        return {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
+
+
+def _treat_duplicates(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, Any]]:
+    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them."""
+
+    def listed(at: int) -> dict[str, str]:
+        index = rows.indices[at]
+        return {"image": source.title(index), "split": SPLITS[rows.split[at]], "class": source.classes[source.labels[index]]}
+
+    copies = duplicates.find(rows.images, labels=source.labels[rows.indices], split=rows.split)
+    stays = duplicates.unique(copies) if drop else np.ones(len(rows.split), dtype=bool)
+    dropped = np.bincount(rows.split[~stays], minlength=len(SPLITS)).tolist()
+    examples = [[listed(at) for at in group] for group in duplicates.examples(copies)]
+    found = duplicates.describe(copies) | {"dropped": dict(zip(SPLITS, dropped, strict=True)), "examples": examples}
+    return rows.keep(stays), found
 
 
 def remarks(dataset: Dataset) -> list[str]:
@@ -137,18 +163,6 @@ def channel_statistics(images: Tensor, *, batch: int | None = None) -> tuple[tup
     mean = tuple(t / count / 255 for t, _ in sums)
     std = tuple(max((count * s - t * t) ** 0.5 / count, 1.0) / 255 for t, s in sums)
     return mean, std
-
-
-def _squeeze(images: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """The images that stay, moved to the front in place: for a copy there may be no memory."""
-    rows = np.flatnonzero(stays)
-    for row in np.flatnonzero(rows != np.arange(len(rows))):
-        images[row] = images[rows[row]]
-    return images[: len(rows)]
-
-
-def _listed(source: Source, index: int, split: str) -> dict[str, Any]:
-    return {"image": source.title(index), "split": split, "class": source.classes[source.labels[index]]}
 
 
 def _check_classes(splits: dict[str, Split], classes: tuple[str, ...]) -> None:

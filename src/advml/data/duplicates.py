@@ -35,13 +35,13 @@ class Copies:
     @property
     def counts(self) -> np.ndarray:
         """(pictures, splits): how often each picture occurs in each split."""
-        shape = (self.picture.max() + 1, len(SPLITS))
+        shape = (self.picture.max(initial=-1) + 1, len(SPLITS))
         return np.bincount(self.picture * shape[1] + self.split, minlength=shape[0] * shape[1]).reshape(shape)
 
     @property
     def contradictory(self) -> np.ndarray:
         """(pictures,): whether a picture stands under more than one label."""
-        labels = self.label.max() + 1
+        labels = self.label.max(initial=0) + 1
         return np.bincount(np.unique(self.picture * labels + self.label) // labels) > 1
 
 
@@ -49,7 +49,7 @@ def find(images: np.ndarray, *, labels: np.ndarray, split: np.ndarray) -> Copies
     """Group images (uint8, N x C x H x W) by their pixels; `labels` and `split` are (N,)."""
     numbers: dict[bytes, int] = {}
     picture = [numbers.setdefault(hashlib.sha256(np.ascontiguousarray(image)).digest(), len(numbers)) for image in images]
-    return Copies(split, labels, np.array(picture))
+    return Copies(split, labels, np.array(picture, dtype=np.int64))
 
 
 def describe(copies: Copies) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     parts = [f"{count} in both {pair}" for pair, count in found["between"].items() if count]
     parts += [f"{found['labels']} under more than one label"] if found["labels"] else []
     parts += [f"{count} surplus in {name}" for name, count in found["within"].items() if count]
-    first, second = (one["image"] for one in found["examples"][0][:2])
+    first, second = ("".join(letter if letter.isprintable() else "?" for letter in one["image"]) for one in found["examples"][0][:2])
     dropped = [f"{count} from {name}" for name, count in found["dropped"].items() if count]
     done = f"left out: {', '.join(dropped)}" if dropped else "kept; leave them out with -S data.duplicates=drop"
     plural = "picture occurs" if found["pictures"] == 1 else "pictures occur"
