@@ -11,9 +11,8 @@ A new dataset is a function from the `data` section to a `Source`, and a row of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from advml.data.cifar import cifar
 from advml.data.cifar_archives import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON
 from advml.data.folder import fingerprint, folder
 from advml.data.images import Pixels, fit_arrays
-from advml.data.splits import Source, divide
-from advml.data.storage import SPLITS, Dataset, Split, digest, load, save
+from advml.data.splits import Rows, Source, divide
+from advml.data.storage import Dataset, Split, digest, load, save
 from advml.errors import UserError
 from advml.paths import Workspace
 
@@ -77,7 +76,7 @@ def prepare(data: Data) -> Dataset:
         raise UserError(_list_unreadable(data, skipped))
     rows = Rows(pixels.images, chosen, np.repeat(np.arange(len(parts)), [len(indices) for indices in parts.values()]))
     rows = rows.keep(~np.isin(np.arange(len(chosen)), list(pixels.unreadable)))
-    rows, found = _treat_duplicates(rows, source, drop=data.duplicates == "drop")
+    rows, found = duplicates.treat(rows, source, drop=data.duplicates == "drop")
     splits = rows.divided(source.labels)
     _check_classes(splits, source.classes)
     mean, std = channel_statistics(splits["train"].images)
@@ -94,43 +93,6 @@ def prepare(data: Data) -> Dataset:
         depth=asdict(pixels.depth) if pixels.depth else None,
         parameters=data.model_dump(mode="json"),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Images with their indices in the source and the numbers of their splits in SPLITS, in ascending order."""
-
-    images: np.ndarray
-    indices: np.ndarray
-    split: np.ndarray
-
-    def keep(self, stays: np.ndarray) -> Rows:
-        """Those that stay (bool, (N,)), moved to the front in place: for a copy there may be no memory."""
-        kept = np.flatnonzero(stays)
-        for row in np.flatnonzero(kept != np.arange(len(kept))):
-            self.images[row] = self.images[kept[row]]
-        return Rows(self.images[: len(kept)], self.indices[stays], self.split[stays])
-
-    def divided(self, labels: np.ndarray) -> dict[str, Split]:
-        """The splits, in the memory of `images`; `labels` are those of the whole source."""
-        ends = np.searchsorted(self.split, np.arange(1, len(SPLITS)))
-        parts = zip(SPLITS, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
-        return {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
-
-
-def _treat_duplicates(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, Any]]:
-    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them."""
-
-    def listed(at: int) -> dict[str, str]:
-        index = rows.indices[at]
-        return {"image": source.title(index), "split": SPLITS[rows.split[at]], "class": source.classes[source.labels[index]]}
-
-    copies = duplicates.find(rows.images, labels=source.labels[rows.indices], split=rows.split)
-    stays = duplicates.unique(copies) if drop else np.ones(len(rows.split), dtype=bool)
-    dropped = np.bincount(rows.split[~stays], minlength=len(SPLITS)).tolist()
-    examples = [[listed(at) for at in group] for group in duplicates.examples(copies)]
-    found = duplicates.describe(copies) | {"dropped": dict(zip(SPLITS, dropped, strict=True)), "examples": examples}
-    return rows.keep(stays), found
 
 
 def remarks(dataset: Dataset) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from advml.data.splits import Rows, Source
 from advml.data.storage import SPLITS
 
 EXAMPLES = 10  # pictures whose copies dataset.json lists
@@ -91,6 +92,21 @@ def unique(copies: Copies) -> np.ndarray:
     stays = np.zeros(len(order), dtype=bool)
     stays[order[first]] = True
     return stays & ~copies.contradictory[copies.picture]
+
+
+def treat(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, Any]]:
+    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them."""
+
+    def listed(at: int) -> dict[str, str]:
+        index = rows.indices[at]
+        return {"image": source.title(index), "split": SPLITS[rows.split[at]], "class": source.classes[source.labels[index]]}
+
+    copies = find(rows.images, labels=source.labels[rows.indices], split=rows.split)
+    stays = unique(copies) if drop else np.ones(len(rows.split), dtype=bool)
+    dropped = np.bincount(rows.split[~stays], minlength=len(SPLITS)).tolist()
+    few = [[listed(at) for at in group] for group in examples(copies)]
+    found = describe(copies) | {"dropped": dict(zip(SPLITS, dropped, strict=True)), "examples": few}
+    return rows.keep(stays), found
 
 
 def sentence(found: Mapping[str, Any]) -> str:

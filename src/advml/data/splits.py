@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from advml.config import Data
 from advml.data.images import Pixels
+from advml.data.storage import SPLITS, Split
 from advml.errors import UserError
 
 
@@ -38,6 +40,28 @@ class Source:
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
     ignored: int = 0
     title: Callable[[int], str] = "image {}".format
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Images with their indices in the source and the numbers of their splits in SPLITS, in ascending order."""
+
+    images: np.ndarray
+    indices: np.ndarray
+    split: np.ndarray
+
+    def keep(self, stays: np.ndarray) -> Rows:
+        """Those that stay (bool, (N,)), moved to the front in place: for a copy there may be no memory."""
+        kept = np.flatnonzero(stays)
+        for row in np.flatnonzero(kept != np.arange(len(kept))):
+            self.images[row] = self.images[kept[row]]
+        return Rows(self.images[: len(kept)], self.indices[stays], self.split[stays])
+
+    def divided(self, labels: np.ndarray) -> dict[str, Split]:
+        """The splits, in the memory of `images`; `labels` are those of the whole source."""
+        ends = np.searchsorted(self.split, np.arange(1, len(SPLITS)))
+        parts = zip(SPLITS, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
+        return {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
 
 
 def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
