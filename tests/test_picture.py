@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,16 @@ def test_a_trained_model_is_found_by_name_or_folder_and_its_picture_written(cont
     again = attack_picture(context, tmp_path / "photo.png", model=str(context.workspace.model("CL-ST-s0")), out=tmp_path / "again.png")
     assert again == said
     assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+
+
+def test_a_photo_of_12_bits_is_as_bright_as_the_data_that_the_model_has_learnt_from(context: Context, tmp_path: Path) -> None:
+    folder, levels = context.workspace.model("CL-ST-s0"), np.arange(120, dtype=np.uint8).reshape(12, 10)
+    (folder / "model.json").write_text(json.dumps(json.loads((folder / "model.json").read_text()) | {"white_level": 4095.0}))
+    Image.fromarray(levels).save(tmp_path / "eight.png")
+    Image.fromarray(np.rint(levels * (4095 / 255)).astype(np.uint16)).save(tmp_path / "twelve.png")  # at most 1911: 11 bits
+    for name in ("eight", "twelve"):
+        attack_picture(context, tmp_path / f"{name}.png", model="CL-ST-s0", out=tmp_path / f"{name}-attack.png")
+    assert (tmp_path / "eight-attack.png").read_bytes() == (tmp_path / "twelve-attack.png").read_bytes()
 
 
 def test_the_picture_is_of_the_radius_that_evaluate_attacks_with(context: Context, tmp_path: Path) -> None:

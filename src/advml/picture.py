@@ -43,16 +43,19 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
         raise UserError(f"--out {out}: only .png is written, e.g. --out {out.with_suffix('.png')}")
     folder = find_model(context.workspace, model)
     record, network = models.read_record(folder), models.load_classifier(folder).to(context.machine.device)
-    image = load_image(path, channels=network.architecture.channels, size=network.architecture.image_size)
+    architecture = network.architecture
+    image = load_image(path, channels=architecture.channels, size=architecture.image_size, white=record.get("white_level"))
     adversary = evaluation_adversary(context.config, epsilon=context.config.attacked_epsilon)
     figure, result = attack_figure(network, image, record["classes"], adversary=adversary, seed=context.config.evaluate.seed)
     write_atomically(out, to_png(figure))
     return f"{result['headline']}: {result['size']}"
 
 
-def load_image(path: str | Path, *, channels: int, size: int) -> Tensor:
+def load_image(path: str | Path, *, channels: int, size: int, white: float | None = None) -> Tensor:
     """An image file as a dataset would hold it: float (1, C, size, size) in [0, 1].
 
+    Args:
+        white: value of white in an image of more than 8 bits, of the model's training data; None: by the image's own range.
     Raises:
         UserError: if there is no such file, or it is no image.
     """
@@ -60,7 +63,7 @@ def load_image(path: str | Path, *, channels: int, size: int) -> Tensor:
     if not path.is_file():
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give an image file")
     try:
-        pixels = decode(path, size=size, channels=channels)
+        pixels = decode(path, size=size, channels=channels, white=white)
     except Exception as error:  # a broken file may raise anything: OSError, SyntaxError, struct.error, ...
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())}); save it as PNG or JPEG") from None
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None].float() / 255

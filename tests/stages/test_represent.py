@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import advml
 from advml import tracking
-from advml.data import adversarial
+from advml.data import adversarial, datasets, duplicates
 from advml.errors import UserError
 from advml.evaluation import records
 from advml.networks.given import Given
@@ -397,6 +397,14 @@ def test_the_page_stands_without_representations(study):
     shutil.rmtree(study.root / "records" / "compare")
     report.run(study.context())
     assert "Layers within a network" not in (study.workspace.reports / "report.html").read_text()
+
+
+def test_the_page_says_which_images_are_identical(study):
+    copies = duplicates.find(np.zeros((3, 1), np.uint8), labels=np.array([0, 1, 0]), split=np.array([0, 0, 2]))
+    found = duplicates.describe(copies) | {"dropped": {}, "examples": [[{"image": "one.png"}, {"image": "other.png"}]]}
+    datasets.save(replace(study.context().dataset, duplicates=found), study.workspace.prepared)
+    report.run(study.context())
+    assert duplicates.sentence(found) in (study.workspace.reports / "report.html").read_text()
 
 
 def test_the_same_figures_give_the_same_page(study, drawing):

@@ -35,6 +35,8 @@ class Data(Section):
     max_train: Count | None = None
     max_test: Count | None = None
     skip_corrupt: bool = False
+    duplicates: Literal["keep", "drop"] = "keep"  # images with the same pixels as another
+    white_level: Annotated[Number, Field(ge=1e-6, le=2**32)] | None = None  # beyond 8 bits; None: found from the range in use
     seed: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ A new dataset is a function from the `data` section to a `Source`, and a row of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from advml.config import Data
-from advml.data.cifar import CIFAR10, CIFAR100, cifar
+from advml.data import depth, duplicates
+from advml.data.cifar import cifar
+from advml.data.cifar_archives import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON
 from advml.data.folder import fingerprint, folder
-from advml.data.images import fit_arrays
-from advml.data.splits import Source, divide
+from advml.data.images import Pixels, fit_arrays
+from advml.data.splits import Rows, Source, divide
 from advml.data.storage import Dataset, Split, digest, load, save
 from advml.errors import UserError
 from advml.paths import Workspace
 
-__all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepare", "save"]
+__all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepare", "remarks", "save"]
 
 
 def digits(data: Data) -> Source:
@@ -40,16 +42,16 @@ def digits(data: Data) -> Source:
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
 
-    def read(chosen: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        return fit_arrays(images[chosen], size=data.image_size, channels=data.channels), {}
+    def read(chosen: np.ndarray) -> Pixels:
+        return Pixels(fit_arrays(images[chosen], size=data.image_size, channels=data.channels))
 
     return Source("scikit-learn load_digits", tuple(str(name) for name in bunch.target_names), bunch.target.astype(np.int64), read)
 
 
 DATASETS: dict[str, Callable[[Data], Source]] = {
     "digits": digits,
-    "cifar10": partial(cifar, archive=CIFAR10),
-    "cifar100": partial(cifar, archive=CIFAR100),
+    "cifar10": lambda data: cifar(data, CIFAR10, CIFAR10_PYTHON),
+    "cifar100": lambda data: cifar(data, CIFAR100, CIFAR100_PYTHON),
     "folder": folder,
 }
 # Of datasets that may change under the same parameters: what tells that they have.
@@ -68,16 +70,14 @@ def prepare(data: Data) -> Dataset:
     source = DATASETS[data.name](data)
     parts = divide(source, data)
     chosen = np.concatenate(list(parts.values()))
-    images, unreadable = source.read(chosen)
-    if unreadable and not data.skip_corrupt:
-        raise UserError(_list_unreadable(data, sorted(unreadable.values())))
-    splits, start = {}, 0
-    for name, indices in parts.items():
-        kept = np.array([position for position in range(start, start + len(indices)) if position not in unreadable], dtype=np.int64)
-        whole = len(kept) == len(indices)
-        pixels = images[start : start + len(indices)] if whole else images[kept]  # a slice copies nothing
-        splits[name] = Split(torch.from_numpy(pixels), torch.from_numpy(source.labels[chosen[kept]]))
-        start += len(indices)
+    pixels = source.read(chosen)
+    skipped = tuple(sorted(f"{source.title(chosen[position])}: {reason}" for position, reason in pixels.unreadable.items()))
+    if skipped and not data.skip_corrupt:
+        raise UserError(_list_unreadable(data, skipped))
+    rows = Rows(pixels.images, chosen, np.repeat(np.arange(len(parts)), [len(indices) for indices in parts.values()]))
+    rows = rows.keep(~np.isin(np.arange(len(chosen)), list(pixels.unreadable)))
+    rows, found = duplicates.treat(rows, source, drop=data.duplicates == "drop")
+    splits = rows.divided(source.labels)
     _check_classes(splits, source.classes)
     mean, std = channel_statistics(splits["train"].images)
     return Dataset(
@@ -87,19 +87,34 @@ def prepare(data: Data) -> Dataset:
         digest=digest(splits, source.classes),
         mean=mean,
         std=std,
-        skipped=tuple(sorted(unreadable.values())),
+        skipped=skipped,
         ignored=source.ignored,
         remarks=source.remarks,
+        duplicates=found,
+        depth=asdict(pixels.depth) if pixels.depth else None,
         parameters=data.model_dump(mode="json"),
     )
 
 
-def channel_statistics(images: Tensor, *, batch: int = 4096) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def remarks(dataset: Dataset) -> list[str]:
+    """What a user may not expect: of the folder, the range of the pixels and identical images; without capital and full stop."""
+    white, said = dataset.parameters.get("white_level"), list(dataset.remarks)
+    if dataset.depth:
+        said.append(depth.sentence(dataset.depth, chosen=white is not None))
+    elif white is not None:
+        said.append(f"data.white_level = {white:g} has no effect: no image has more than 8 bits per channel")
+    if dataset.duplicates:
+        said.append(duplicates.sentence(dataset.duplicates))
+    return said
+
+
+def channel_statistics(images: Tensor, *, batch: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of every channel of uint8 images (N, C, H, W), in [0, 1] units.
 
     From sums of whole numbers, so exact and the same on every machine, and without a float copy. A constant channel
     gets one grey level, 1/255, instead of 0, so that a model may divide by it.
     """
+    batch = batch or max(1, 2**24 // images[0].numel())  # 64 MiB of whole numbers at a time
     total = torch.zeros(images.shape[1], dtype=torch.int64)
     squares = torch.zeros_like(total)
     for part in images.split(batch):
@@ -114,14 +129,17 @@ def channel_statistics(images: Tensor, *, batch: int = 4096) -> tuple[tuple[floa
 
 
 def _check_classes(splits: dict[str, Split], classes: tuple[str, ...]) -> None:
-    """Every class may have been there before unreadable images were left out."""
+    """Every class was there before unreadable images and duplicates were left out."""
     for name, split in splits.items():
         empty = torch.nonzero(torch.bincount(split.labels, minlength=len(classes)) == 0).flatten().tolist()
         if empty:
-            raise UserError(f"class '{classes[empty[0]]}' has no readable image left in {name}; mend its images or remove the class")
+            raise UserError(
+                f"class '{classes[empty[0]]}' has no image left in {name} without unreadable ones and duplicates; "
+                "mend its images or remove the class"
+            )
 
 
-def _list_unreadable(data: Data, unreadable: list[str], *, shown: int = 3) -> str:
+def _list_unreadable(data: Data, unreadable: tuple[str, ...], *, shown: int = 3) -> str:
     """One line for the screen; a long list goes to a file."""
     paths = [str(Path(data.path or "") / line) for line in unreadable]
     listed = "; ".join(paths[:shown])

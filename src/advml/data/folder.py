@@ -9,7 +9,7 @@ import numpy as np
 
 from advml.config import Data, digest
 from advml.data.class_folders import SHOWN
-from advml.data.images import decode, read_all
+from advml.data.images import Pixels, read_files
 from advml.data.layout import Layout, read_layout
 from advml.data.splits import Source
 from advml.data.tree import Tree, list_tree
@@ -70,13 +70,13 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
             paths += images[name]
             labels += [label] * len(images[name])
         given[split] = np.arange(start, len(paths))
-    size, channels = data.image_size, data.channels or 3
 
-    def read(chosen: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        images, unreadable = read_all(
-            lambda i: decode(paths[chosen[i]], size=size, channels=channels), len(chosen), size=size, channels=channels
-        )
-        return images, {i: f"{paths[chosen[i]].relative_to(root).as_posix()}: {reason}" for i, reason in unreadable.items()}
+    def read(chosen: np.ndarray) -> Pixels:
+        files = [paths[index] for index in chosen]
+        return read_files(files, size=data.image_size, channels=data.channels or 3, white=data.white_level)
+
+    def title(index: int) -> str:
+        return paths[index].relative_to(root).as_posix()
 
     everything = sum(len(place.images) + len(place.tables) + len(place.lost) + place.others for place in tree.root.below())
     return Source(
@@ -87,6 +87,7 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
         given,
         ignored=everything - len(paths),
         remarks=(*layout.remarks, *_left_out(tree)),
+        title=title,
     )
 
 

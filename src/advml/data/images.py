@@ -1,7 +1,7 @@
 """Pictures of any format, mode and size -> uint8 arrays of one size.
 
 Everything goes through Pillow, whose resampling is integer arithmetic: the same bytes on every machine. A picture
-is turned upright (EXIF), brought to 8 bits, laid on white where it is transparent, turned grey (ITU-R 601 luma) or
+is turned upright (EXIF), brought to 8 bits (see `depth`), laid on white where it is transparent, turned grey (ITU-R 601 luma) or
 RGB (CMYK without colour profile), scaled so that its shorter side fits (bilinear with antialias), and cropped at
 its centre. Of animations and multi-page files the first frame counts.
 """
@@ -12,10 +12,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,28 +23,72 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from advml.data.depth import FULL, GREY, Depth, Largest, eight_bits, largest, settle
+from advml.data.opening import opened
 from advml.errors import Failure
+from advml.runtime import memory
 
 # A file with one of these names is meant to be a picture: if it cannot be read (HEIC among them), that is said.
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-# Pillow goes by content, not by name. EPS and the like stay out: they would start an interpreter.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 CHUNK = 64  # pictures per task: enough to make its overhead vanish
 SMALL = 2.5e-4  # seconds per picture below which threads only wait for each other (measured: 32 x 32 JPEGs, 30 % slower with two)
 
 
-def decode(path: Path, *, size: int, channels: int) -> np.ndarray:
-    """The picture at `path` as uint8 (size, size, channels); raises whatever Pillow raises if it is broken."""
-    if path.stat().st_size == 0:
-        raise ValueError("empty file")
-    with Image.open(path, formats=_formats()) as image:
-        image.draft(None, (2 * size, 2 * size))  # JPEG only: decodes large photographs at 1/2, 1/4 or 1/8
-        image.load()
-        _turn_upright(image)
-        return fit(_eight_bits(image), size=size, channels=channels)
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images as they were read.
+
+    Attributes:
+        images: uint8, (n, C, H, W).
+        unreadable: `{position: reason}` of those that could not be read; their pixels mean nothing.
+        depth: of the images that had more than 8 bits per channel.
+    """
+
+    images: np.ndarray
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+    depth: Depth | None = None
+
+
+def read_files(paths: Sequence[Path], *, size: int, channels: int, white: float | None) -> Pixels:
+    """The pictures at `paths`, brought to one size.
+
+    Args:
+        white: `data.white_level`; None: pictures with more than 8 bits are read twice, first to find the range in use.
+    Raises:
+        UserError: they do not fit into memory, or colours of 16 bits cannot be stretched as `white` asks.
+    """
+    found: dict[int, Largest] = {}
+
+    def read(index: int, white: float | None = white) -> np.ndarray:
+        with opened(paths[index], size=size) as (image, deep):
+            if deep:
+                found[index] = largest(image, white=white)
+                if white is None:
+                    return np.zeros((size, size, channels), dtype=np.uint8)
+            return fit(eight_bits(image, white=white if deep else FULL), size=size, channels=channels)
+
+    images, unreadable = read_all(read, len(paths), size=size, channels=channels)
+    if not found:
+        return Pixels(images, unreadable)
+    depth = settle(found.values(), white=white)
+    if white is None:
+        unreadable |= _fill(images, partial(read, white=depth.white_level), sorted(found))
+    return Pixels(images, unreadable, depth)
+
+
+def decode(path: Path, *, size: int, channels: int, white: float | None = None) -> np.ndarray:
+    """The picture at `path` as uint8 (size, size, channels); raises whatever Pillow raises if it is broken.
+
+    Args:
+        white: value of white if it is grey with more than 8 bits; None: by the range in use, as for a data set.
+    """
+    with opened(path, size=size) as (image, deep):
+        unknown = deep and image.mode in GREY
+        level = settle([largest(image, white=white)], white=white).white_level if unknown else FULL
+        return fit(eight_bits(image, white=level), size=size, channels=channels)
 
 
 def fit(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
@@ -78,63 +122,47 @@ def read_all(read: Callable[[int], np.ndarray], count: int, *, size: int, channe
     Returns:
         Images (uint8, count x channels x size x size) and `{index: reason}` of those that could not be read.
     Raises:
-        Failure: if they do not fit into memory.
+        UserError: they do not fit into the memory that is available.
+        Failure: the memory was refused nevertheless.
     """
+    need, remedy = count * channels * size**2, "lower data.image_size or set data.max_train"
+    memory.require(need, what=f"{count} images of {channels}x{size}x{size}", remedy=remedy)
+    try:
+        images = np.empty((count, channels, size, size), dtype=np.uint8)
+        return images, _fill(images, read, range(count))
+    except MemoryError:
+        raise Failure(f"{count} images of {channels}x{size}x{size} need {need / 2**30:.1f} GiB of memory; {remedy}") from None
+
+
+def _fill(images: np.ndarray, read: Callable[[int], np.ndarray], indices: Sequence[int]) -> dict[int, str]:
+    """Write `read(index)` to `images[index]`; returns `{index: reason}` of those that could not be read."""
     unreadable: dict[int, str] = {}
 
-    def work(start: int, images: np.ndarray) -> int:
-        for index in range(start, stop := min(start + CHUNK, count)):
+    def work(start: int) -> int:
+        chunk = indices[start : start + CHUNK]
+        for index in chunk:
             try:
                 images[index] = read(index).transpose(2, 0, 1)
             except MemoryError:
                 raise
             except Exception as error:  # a broken file may raise anything: OSError, SyntaxError, struct.error, ...
                 unreadable[index] = _reason(error)
-        return stop - start
+        return len(chunk)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with warnings.catch_warnings(), Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-        task = progress.add_task("reading images", total=count)
-        pool = None
+        task = progress.add_task("reading images", total=len(indices))
+        began = time.perf_counter()
+        progress.advance(task, work(0))
+        small = time.perf_counter() - began < SMALL * CHUNK
+        pool = ThreadPoolExecutor(1 if small else min(16, os.cpu_count() or 1))
         try:
-            images = np.empty((count, channels, size, size), dtype=np.uint8)
-            began = time.perf_counter()
-            progress.advance(task, work(0, images))
-            small = time.perf_counter() - began < SMALL * CHUNK
-            pool = ThreadPoolExecutor(1 if small else min(16, os.cpu_count() or 1))
-            for done in pool.map(partial(work, images=images), range(CHUNK, count, CHUNK)):
+            for done in pool.map(work, range(CHUNK, len(indices), CHUNK)):
                 progress.advance(task, done)
-        except MemoryError:
-            raise Failure(
-                f"{count} images of {channels}x{size}x{size} need {count * channels * size**2 / 2**30:.1f} GiB of memory; "
-                "lower data.image_size or set data.max_train"
-            ) from None
-        finally:
-            if pool:  # after Ctrl-C, do not decode the rest first
-                pool.shutdown(cancel_futures=True)
-    return images, dict(sorted(unreadable.items()))
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with; it stumbles over others."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _turn_upright(image: Image.Image) -> None:
-    with suppress(Exception):  # pixels can be sound while their EXIF block is not: then taken as upright, as viewers do
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey by 255/65535: by the range of the type, not by what one picture happens to use of it."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 16-bit PGM comes as 32 bits
-        return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels of unknown range; save it with 8 or 16 bits")
-    return image
+        finally:  # after Ctrl-C, do not decode the rest first
+            pool.shutdown(cancel_futures=True)
+    return dict(sorted(unreadable.items()))
 
 
 def _reason(error: Exception) -> str:

@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from advml.config import Data
+from advml.data.images import Pixels
+from advml.data.storage import SPLITS, Split
 from advml.errors import UserError
 
 
@@ -24,19 +27,43 @@ class Source:
     Attributes:
         name: where they come from, for people.
         labels: int64, (N,): indices into `classes`.
-        read: indices (n,) -> images (uint8, n x C x H x W) and `{position: 'path: reason'}` of the unreadable ones.
+        read: indices (n,) -> the pixels of these images.
         given: the splits the data come with, as indices; without `train`, all images are divided.
         ignored: number of files that are no images, or lie where no class is.
         remarks: what a user may not expect, a line each.
+        title: index -> what people know an image by, e.g. its path below `data.path`.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray
-    read: Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
+    read: Callable[[np.ndarray], Pixels]
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
     ignored: int = 0
     remarks: tuple[str, ...] = ()
+    title: Callable[[int], str] = "image {}".format
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Images with their indices in the source and the numbers of their splits in SPLITS, in ascending order."""
+
+    images: np.ndarray
+    indices: np.ndarray
+    split: np.ndarray
+
+    def keep(self, stays: np.ndarray) -> Rows:
+        """Those that stay (bool, (N,)), moved to the front in place: for a copy there may be no memory."""
+        kept = np.flatnonzero(stays)
+        for row in np.flatnonzero(kept != np.arange(len(kept))):
+            self.images[row] = self.images[kept[row]]
+        return Rows(self.images[: len(kept)], self.indices[stays], self.split[stays])
+
+    def divided(self, labels: np.ndarray) -> dict[str, Split]:
+        """The splits, in the memory of `images`; `labels` are those of the whole source."""
+        ends = np.searchsorted(self.split, np.arange(1, len(SPLITS)))
+        parts = zip(SPLITS, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
+        return {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
 
 
 def divide(source: Source, data: Data) -> dict[str, np.ndarray]:

@@ -49,6 +49,8 @@ class Dataset:
         skipped: `path: reason` of the images left out because they could not be read.
         ignored: number of files that are no images, or lie where no class is.
         remarks: what a user may not expect of these data, a line each.
+        duplicates: images with equal pixels, as `duplicates.describe` counts them, `dropped` per split, and `examples`.
+        depth: of images with more than 8 bits per channel: `images`, `largest`, `white_level`.
         parameters: the `data` section that made it.
     """
 
@@ -63,6 +65,8 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     ignored: int = 0
     remarks: tuple[str, ...] = ()
+    duplicates: Mapping[str, Any] | None = None  # None: written by an older version, which did not look
+    depth: Mapping[str, Any] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,7 +125,8 @@ def load(folder: str | Path) -> Dataset:
         if digest(splits, tuple(about["classes"])) != about["digest"]:
             raise ValueError("the digest does not match")
         lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")} | {"remarks": tuple(about.get("remarks", ()))}
-        return Dataset(**splits, **lists, **{key: about[key] for key in ("source", "digest", "ignored", "parameters")})
+        plain = {key: about[key] for key in ("source", "digest", "ignored", "parameters")}
+        return Dataset(**splits, **lists, **plain, duplicates=about.get("duplicates"), depth=about.get("depth"))
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} is broken ({_reason(error)}); make it again with: advml prepare") from None
 
@@ -149,6 +154,8 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "skipped": dataset.skipped,
         "ignored": dataset.ignored,
         "remarks": dataset.remarks,
+        "duplicates": dataset.duplicates,
+        "depth": dataset.depth,
         "parameters": dict(dataset.parameters),
     }
 

@@ -37,7 +37,7 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     Args:
         table: the grid's rows.
         claims: the content of claims.json.
-        provenance: `data`, `commit` (None: made outside of git), `version`.
+        provenance: `data`, `digest`, `remarks` on the data, `commit` (None: made outside of git), `version`.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))

@@ -54,6 +54,11 @@ class Context:
         return record, models.load(folder).to(self.machine.device, memory_format=torch.channels_last)
 
     @property
+    def remarks(self) -> list[str]:
+        """Sentences on the data, e.g. on identical images."""
+        return datasets.remarks(self.dataset)
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What a model was made from, for model.json."""
         data = self.dataset
@@ -65,6 +70,7 @@ class Context:
             "data": {"digest": data.digest, "source": data.source, "counts": counts},
             "classes": list(data.classes),
             "input": list(data.shape),
+            **({"white_level": data.depth["white_level"]} if data.depth else {}),
         }
 
     def parameters(self, *sections: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from advml.stages.context import Context
 
 
 def run(context: Context) -> datasets.Dataset:
-    """Write `data/prepared/`; returns the dataset.
+    """Write `data/prepared/` and print what a user may not expect of the data; returns the dataset.
 
     Raises:
         UserError: the data cannot be read, or `data.path` overlaps with what the study writes.
@@ -23,10 +23,10 @@ def run(context: Context) -> datasets.Dataset:
     seen = _fingerprint(context)  # before they are read: what changes meanwhile is a change
     dataset = datasets.prepare(context.config.data)
     datasets.save(dataset, context.workspace.prepared)
+    for remark in datasets.remarks(dataset):
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     if seen:
         write_atomically(_note(context), f"{seen} {dataset.digest}\n".encode())
-    for remark in dataset.remarks:
-        print(f"note: {remark}", file=sys.stderr, flush=True)
     return dataset
 
 

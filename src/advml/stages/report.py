@@ -24,7 +24,8 @@ def run(context: Context) -> list[tables.Row]:
     # Whole, as the models' own parameters are; but for the addresses of stores, which change no result and may hold passwords.
     claims = check(config, workspace) | context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))
     data = context.provenance["data"]
-    about = {"data": data["source"], "digest": data["digest"], "commit": context.provenance["git_commit"], "version": __version__}
+    about = {"data": data["source"], "digest": data["digest"], "remarks": context.remarks}
+    about |= {"commit": context.provenance["git_commit"], "version": __version__}
     write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))

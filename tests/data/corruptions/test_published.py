@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from advml.config import Corruptions, Data
-from advml.data import cifar
+from advml.data import cifar_archives
+from advml.data.cifar import cifar
 from advml.data.corruptions import published as module
 from advml.data.corruptions.published import find, published
 from advml.data.datasets import DATASETS
@@ -95,7 +96,10 @@ def test_the_files_are_looked_for_beside_the_download(tmp_path, monkeypatch, nam
     assert "fog" in found and "snow" not in found
 
 
-@pytest.mark.parametrize("changes", [{"name": "digits"}, {"name": "folder", "image_size": 32}, {"image_size": 64}, {"channels": 1}])
+OTHER = ({"name": "digits"}, {"name": "folder", "image_size": 32}, {"image_size": 64}, {"channels": 1}, {"duplicates": "drop"})
+
+
+@pytest.mark.parametrize("changes", OTHER)
 def test_other_data_have_no_published_files(tmp_path, changes):
     write(tmp_path / "CIFAR-10-C")
     assert find(data(tmp_path, **changes), SPEC) is None
@@ -113,7 +117,7 @@ def test_a_folder_that_is_named_must_exist(tmp_path):
 @pytest.fixture
 def archive(tmp_path, monkeypatch) -> np.ndarray:
     """CIFAR-10 with 20 training images per file and 40 test images, that of the published files; returns the test labels."""
-    small = cifar.Archive(**{**vars(cifar.CIFAR10), "train_rows": 20, "test_rows": TEST})
+    small = cifar_archives.Archive(**{**vars(cifar_archives.CIFAR10), "train_rows": 20, "test_rows": TEST})
     images, labels = write(tmp_path / "CIFAR-10-C")
     folder = tmp_path / small.folder
     folder.mkdir()
@@ -121,12 +125,12 @@ def archive(tmp_path, monkeypatch) -> np.ndarray:
     generator = np.random.default_rng(1)
     for name, rows in small.rows.items():
         test = name == small.test
-        records = generator.integers(0, 255, (rows, 1 + cifar.PIXELS)).astype(np.uint8)
+        records = generator.integers(0, 255, (rows, 1 + cifar_archives.PIXELS)).astype(np.uint8)
         records[:, 0] = labels[:TEST] if test else generator.permutation(rows) % 10
         if test:
             records[:, 1:] = np.moveaxis(images[0], -1, 1).reshape(TEST, -1)  # the clean image is severity 1, for the comparison
         records.tofile(folder / name)
-    monkeypatch.setitem(DATASETS, "cifar10", lambda section: cifar.cifar(section, small))
+    monkeypatch.setitem(DATASETS, "cifar10", lambda section: cifar(section, small))
     monkeypatch.setitem(module.SETS, "cifar10", ("CIFAR-10-C", small))
     return labels[:TEST]
 
@@ -138,6 +142,6 @@ def test_the_files_rows_are_put_in_the_order_of_the_prepared_test_split(tmp_path
     chosen = divide(source, section)["test"]
     found = find(section, SPEC)
     split = found.read("fog", 1)
-    assert torch.equal(split.images, torch.from_numpy(source.read(chosen)[0]))
+    assert torch.equal(split.images, torch.from_numpy(source.read(chosen).images))
     assert split.labels.tolist() == source.labels[chosen].tolist()
     assert found.read("fog", 5).images[:, 0, 0, 0].sub(40).tolist() == split.images[:, 0, 0, 0].tolist()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from advml.config import Corruptions, Data
-from advml.data.cifar import CIFAR10, CIFAR100
+from advml.data.cifar_archives import CIFAR10, CIFAR100
+from advml.data.images import Pixels
 from advml.data.splits import Source, divide
 from advml.data.storage import Split
 from advml.errors import UserError
@@ -61,19 +62,20 @@ def find(data: Data, spec: Corruptions) -> Published | None:
     classes = int(test.max()) + 1
     known = np.concatenate([np.arange(train) % classes, test])
     given = {"train": np.arange(train), "test": np.arange(train, len(known))}
-    source = Source(archive.name, tuple(map(str, range(classes))), known, lambda chosen: (chosen, {}), given)
+    source = Source(archive.name, tuple(map(str, range(classes))), known, Pixels, given)
     return Published(folder, divide(source, data)["test"] - train)
 
 
 def _folder(data: Data, spec: Corruptions) -> Path | None:
-    fits = data.name in SETS and data.image_size in (None, 32) and data.channels in (None, 3)
+    whole = data.duplicates == "keep"  # else test images may be missing from the middle
+    fits = data.name in SETS and data.image_size in (None, 32) and data.channels in (None, 3) and whole
     if spec.folder is None:
         usual = given_path(data.path or "data/raw") / SETS[data.name][0] if fits else None
         return usual if usual and usual.is_dir() else None
     if not fits:
         raise UserError(
             f"corruptions.folder = {spec.folder!r} has no use: there are published files of {', '.join(SETS)} "
-            "in colour at 32 pixels only; set it to null"
+            "in colour at 32 pixels only, and with data.duplicates = keep; set it to null"
         )
     folder = given_path(spec.folder)
     if not folder.is_dir():

@@ -1,0 +1,123 @@
+"""Images with exactly the same pixels: in two splits, under two labels, or twice in one split.
+
+A test image that was trained on measures memory, and one picture under two labels has a wrong label. Pixels are
+compared as they are prepared (decoded, resized and cropped), by the sha256 of each image's tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from advml.data.splits import Rows, Source
+from advml.data.storage import SPLITS
+
+EXAMPLES = 10  # pictures whose copies dataset.json lists
+PRECEDENCE = ("test", "validation", "train")  # which copy stays
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Images grouped by their pixels.
+
+    Attributes:
+        split, label, picture: (N,), for each image the number of its split in SPLITS, its label, the number of its group.
+    """
+
+    split: np.ndarray
+    label: np.ndarray
+    picture: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(pictures, splits): how often each picture occurs in each split."""
+        shape = (self.picture.max(initial=-1) + 1, len(SPLITS))
+        return np.bincount(self.picture * shape[1] + self.split, minlength=shape[0] * shape[1]).reshape(shape)
+
+    @property
+    def contradictory(self) -> np.ndarray:
+        """(pictures,): whether a picture stands under more than one label."""
+        labels = self.label.max(initial=0) + 1
+        return np.bincount(np.unique(self.picture * labels + self.label) // labels) > 1
+
+
+def find(images: np.ndarray, *, labels: np.ndarray, split: np.ndarray) -> Copies:
+    """Group images (uint8, N x C x H x W) by their pixels; `labels` and `split` are (N,)."""
+    numbers: dict[bytes, int] = {}
+    picture = [numbers.setdefault(hashlib.sha256(np.ascontiguousarray(image)).digest(), len(numbers)) for image in images]
+    return Copies(split, labels, np.array(picture, dtype=np.int64))
+
+
+def describe(copies: Copies) -> dict[str, Any]:
+    """Numbers for dataset.json.
+
+    Returns:
+        `pictures`: different pictures that occur more than once; `images`: all their occurrences; `between`: pictures
+        that two splits share; `labels`: pictures under more than one label; `within`: surplus occurrences in a split.
+    """
+    counts = copies.counts
+    repeated = counts.sum(1) > 1
+    columns = dict(zip(SPLITS, counts.T, strict=True))
+    return {
+        "pictures": int(repeated.sum()),
+        "images": int(counts[repeated].sum()),
+        "between": {f"{one} and {other}": int(((columns[one] > 0) & (columns[other] > 0)).sum()) for one, other in combinations(SPLITS, 2)},
+        "labels": int(copies.contradictory.sum()),
+        "within": {name: int(np.maximum(column - 1, 0).sum()) for name, column in columns.items()},
+    }
+
+
+def examples(copies: Copies) -> list[np.ndarray]:
+    """Positions of all occurrences of a few repeated pictures: those under two labels first, then those in several splits."""
+    counts = copies.counts
+    repeated = np.flatnonzero(counts.sum(1) > 1)
+    rank = 2 * copies.contradictory + ((counts > 0).sum(1) > 1)
+    chosen = repeated[np.argsort(-rank[repeated], kind="stable")][:EXAMPLES]
+    return [np.flatnonzero(copies.picture == picture) for picture in chosen]
+
+
+def unique(copies: Copies) -> np.ndarray:
+    """Whether each image stays, bool (N,), if no picture may occur twice.
+
+    The copy in test stays, else the one in validation, else the one in train; within a split, the first. A picture
+    under two labels goes altogether, because nothing says which label is right.
+    """
+    order = np.array([PRECEDENCE.index(name) for name in SPLITS])[copies.split].argsort(kind="stable")
+    _, first = np.unique(copies.picture[order], return_index=True)
+    stays = np.zeros(len(order), dtype=bool)
+    stays[order[first]] = True
+    return stays & ~copies.contradictory[copies.picture]
+
+
+def treat(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, Any]]:
+    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them."""
+
+    def listed(at: int) -> dict[str, str]:
+        index = rows.indices[at]
+        return {"image": source.title(index), "split": SPLITS[rows.split[at]], "class": source.classes[source.labels[index]]}
+
+    copies = find(rows.images, labels=source.labels[rows.indices], split=rows.split)
+    stays = unique(copies) if drop else np.ones(len(rows.split), dtype=bool)
+    dropped = np.bincount(rows.split[~stays], minlength=len(SPLITS)).tolist()
+    few = [[listed(at) for at in group] for group in examples(copies)]
+    found = describe(copies) | {"dropped": dict(zip(SPLITS, dropped, strict=True)), "examples": few}
+    return rows.keep(stays), found
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """The `duplicates` of dataset.json in words, without capital and full stop."""
+    if not found["pictures"]:
+        return "no two images are identical"
+    parts = [f"{count} in both {pair}" for pair, count in found["between"].items() if count]
+    parts += [f"{found['labels']} under more than one label"] if found["labels"] else []
+    parts += [f"{count} surplus in {name}" for name, count in found["within"].items() if count]
+    first, second = ("".join(letter if letter.isprintable() else "?" for letter in one["image"]) for one in found["examples"][0][:2])
+    dropped = [f"{count} from {name}" for name, count in found["dropped"].items() if count]
+    done = f"left out: {', '.join(dropped)}" if dropped else "kept; leave them out with -S data.duplicates=drop"
+    plural = "picture occurs" if found["pictures"] == 1 else "pictures occur"
+    return f"{found['pictures']} {plural} as {found['images']} identical images ({', '.join(parts)}; e.g. {first} and {second}); {done}"
