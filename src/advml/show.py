@@ -121,14 +121,12 @@ def _corruptions(evaluation: dict[str, Any]) -> list[str]:
 
 
 def flags_of(evaluation: dict[str, Any]) -> list[str]:
-    """Why the attacked figures should not be believed as they stand; a line if diagnostics found nothing."""
+    """A line per flag, whatever else is said; then a line if the probes were not run, or if nothing was found."""
     diagnostics = evaluation.get("diagnostics", {})
+    lines = [_flag(flag) for flag in diagnostics.get("flags", ())]
     if "skipped" in diagnostics:
-        return [f"  diagnostics: not judged ({diagnostics['skipped']})"]
-    if "evidence" not in diagnostics:
-        return []
-    lines = [_flag(flag) for flag in diagnostics["flags"]]
-    return lines or ["  diagnostics: no flag"]
+        return [*lines, f"  diagnostics: not judged ({diagnostics['skipped']})"]
+    return lines or (["  diagnostics: no flag"] if "evidence" in diagnostics else [])
 
 
 def _flag(flag: dict[str, str]) -> str:

@@ -84,7 +84,7 @@ def evaluate(
     rehearse(
         subject.network.eval(), machine.images(test.images[: configuration.evaluate.batch_size]), machine, classes=len(dataset.classes)
     )
-    scorer = Scorer(copied(subject.network), machine)  # made before any attack
+    scorer, untouched = Scorer(copied(subject.network), machine), copied(subject.network)  # made before any attack
     outcomes = measure(
         subject.network,
         dataset.test,
@@ -102,14 +102,14 @@ def evaluate(
     metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
     worst = f"worst case {100 * metrics[accuracy.WORST]:.1f} %"
     tell(done, worst)
-    rights = _corrupted(subject, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
+    rights = _corrupted(untouched, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
     about = _about(subject, dataset, configuration)
     published = corruptions.find(configuration.data, configuration.corruptions) if rights else None
     record = {"figures": described, "test_digest": about["test_digest"], "diagnostics": doubted}
     record |= {"corruptions": corruption.describe(rights, configuration.corruptions, published=published)}
     images = outcomes[kept.name].images
     return Evaluation(
-        metrics | ({} if "skipped" in doubted else {"diagnostics/flags": len(doubted["flags"])}) | corruption.metrics(rights),
+        metrics | _counted(doubted) | corruption.metrics(rights),
         record,
         samples.table(outcomes, dataset.test, about=about),
         images,
@@ -142,22 +142,31 @@ def _doubts(
     subject: Subject, scorer: Scorer, dataset: Dataset, outcomes: Mapping[str, Outcome], configuration: config.Config, memo: Memo
 ) -> dict[str, Any]:
     if not configuration.diagnostics.images:
-        return {"flags": [], "skipped": "diagnostics.images = 0"}
+        return doubts.unprobed(subject.network, scorer, outcomes, reason="diagnostics.images = 0")
     given = (subject.network, scorer, dataset.test, outcomes, configuration, scorer.machine)
     return memo.json("diagnostics", lambda: doubts.look(*given, classes=len(dataset.classes)))
 
 
+def _counted(doubted: Mapping[str, Any]) -> dict[str, int]:
+    """The number of flags; of a model that was not judged, only where there are some: no number is no clean bill."""
+    return {"diagnostics/flags": len(doubted["flags"])} if doubted["flags"] or "skipped" not in doubted else {}
+
+
 def _corrupted(
-    subject: Subject, dataset: Dataset, configuration: config.Config, machine: Machine, memo: Memo, *, tell: Callable[[float], None]
+    untouched: nn.Module, dataset: Dataset, configuration: config.Config, machine: Machine, memo: Memo, *, tell: Callable[[float], None]
 ) -> dict[str, Tensor]:
-    """Which images are right under each corruption, (severities, images) by name."""
+    """Which images are right under each corruption, (severities, images) by name.
+
+    Each is scored by a copy of its own of the model that no attack has touched: nothing that the model remembers of an attack, or of
+    another corruption, changes it.
+    """
     spec, rights = configuration.corruptions, {}
     how = {"machine": machine, "batch_size": configuration.evaluate.batch_size}
     how |= {"published": corruptions.find(configuration.data, spec) if spec.names else None}
     for name in spec.names:
 
         def one(name: str = name) -> dict[str, Tensor]:
-            return {"right": corruption.one(subject.network, dataset.test, spec, name, **how)}
+            return {"right": corruption.one(copied(untouched), dataset.test, spec, name, **how)}
 
         rights[name] = memo(f"corruption {name}", one)["right"]
         tell(len(rights) / len(spec.names))
