@@ -16,7 +16,7 @@ from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.evaluation import samples
 from advml.networks.backbones import create_encoder
-from advml.networks.given import Given, load
+from advml.networks.given import Given, Wishes, load
 from advml.stages import evaluate, finetune, pretrain
 
 SPEC = config.Model(backbone="resnet18", stem="small", options={}, projection_size=8, normalize_logits=False, batch_norm="single")
@@ -87,7 +87,7 @@ def broken():
 
 
 def found(target: str, dataset: Dataset, **how) -> Given:
-    return load(target, **{"weights": None, "normalization": "timm", "spec": SPEC, "dataset": dataset} | how)
+    return load(target, Wishes(**how), spec=SPEC, dataset=dataset)
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def weights(tmp_path):
     return network.eval(), tmp_path / "mine.safetensors"
 
 
-@pytest.mark.parametrize(("normalization", "mean", "std"), [("none", 0.0, 1.0), ("data", None, None), ("timm", 0.5, 0.5)])
-def test_a_timm_model_is_built_around_its_weights_and_its_normalisation(weights, dataset, normalization, mean, std):
+@pytest.mark.parametrize(("name", "mean", "std"), [("none", 0.0, 1.0), ("data", None, None), ("timm", 0.5, 0.5)])
+def test_a_timm_model_is_built_around_its_weights_and_its_normalisation(weights, dataset, name, mean, std):
     network, file = weights
-    given = found("test_resnet", dataset, weights=file, normalization=normalization)
+    given = found("test_resnet", dataset, weights=file, mean=name)
     images = torch.rand(3, 1, 8, 8)
     mean, std = (dataset.mean[0], dataset.std[0]) if mean is None else (mean, std)
     with torch.no_grad():

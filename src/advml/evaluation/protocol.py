@@ -14,6 +14,7 @@ from advml.attacks.guard import copied
 from advml.data.corruptions import published as corruptions
 from advml.data.datasets import Dataset
 from advml.evaluation import accuracy, corruption, doubts, samples
+from advml.evaluation.diagnostics.flags import Flag
 from advml.evaluation.measure import Outcome, measure
 from advml.evaluation.plan import Figure, plan
 from advml.evaluation.rehearsal import rehearse
@@ -33,6 +34,7 @@ class Subject:
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
         scheme: whose projection head it has; None: of nobody's.
         note: on that head, for the record.
+        flags: raised before it is measured.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Subject:
     network: nn.Module
     scheme: Scheme | None = None
     note: str = ""
+    flags: tuple[Flag, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,7 @@ def evaluate(
     )
     done = (len(figures) + 1) * len(test)
     doubted = _doubts(subject, scorer, dataset, outcomes, configuration, memo)
+    doubted = doubted | {"flags": [*(flag.as_record() for flag in subject.flags), *doubted["flags"]]}
     (kept,) = (figure for figure in figures if figure.kept)
     more, steps = doubts.counted(doubted, outcomes, configuration)
     figures, outcomes = figures + more, outcomes | steps

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from advml import config, tracking
 from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
-from advml.evaluation import protocol, records, samples
+from advml.evaluation import expectations, protocol, records, samples
 from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, is_reserved, model_name
@@ -85,15 +88,28 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     folder = workspace.report(given.name)
     memo = _memo(workspace.scratch(f"evaluate-{given.name}"), _parts(context, given.digest, given.origin))
     network = given.network.to(context.machine.device)
-    found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme)), memo)
+    expected = _expected(context, given, network)
+    for flag in expected.flags:  # before the hours that it takes to attack the wrong model
+        print(f"warning: {given.name}: {flag.saw}; to try: {flag.try_}", file=sys.stderr, flush=True)
+    found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme), flags=expected.flags), memo)
     samples.write(found.samples, workspace.samples(given.name))
     of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}
-    record = of | {"trained_on": given.data, "metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
+    of |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
+    record = of | {"metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
     write_atomically(folder / "evaluation.json", records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
     tracking.log_result(context.config, tracking.results.evaluation(workspace, given.name), root=workspace.root)
     discard(workspace.scratch(f"evaluate-{given.name}"))
     return found.metrics
+
+
+def _expected(context: Context, given: Given, network: nn.Module) -> expectations.Expectations:
+    """Whether it seems to be measured on the images and labels that it expects; a network of ours says so itself."""
+    if given.constants is None:
+        return expectations.Expectations((), {})
+    size = context.config.evaluate.batch_size
+    about = {"constants": given.constants, "classes": given.classes}
+    return expectations.look(network, context.dataset, context.machine, **about, batch_size=size)
 
 
 def _parts(context: Context, *model: object) -> dict[str, str]:
