@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advml.data.class_order import natural_order
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks import class_names
@@ -52,6 +53,10 @@ def fit(
         adapter = replace(adapter, binary=True)
         _check_logit(READINGS[reading](_output(module, adapter, _spread(dataset.validation.images).to(device), name)), name)
         lines.append(f"{name}: its one logit z is taken for that of class {dataset.classes[1]!r}; logits are (0, z)")
+    natural = natural_order(dataset.classes)
+    if names is None and natural != list(dataset.classes):
+        here, there = (", ".join(order[:3]) for order in (dataset.classes, natural))
+        lines.append(f"{name}: classes are in the order {here}, ...; if its logits are in the order {there}, ..., say --classes natural")
     if names is not None:
         order = tuple(class_names.positions(names, dataset.classes, of="--classes"))
         if order != tuple(sorted(order)):

@@ -161,6 +161,8 @@ def _python(target: str) -> Given:
         raise UserError(f"{target} returns {type(network).__name__}; it must return a torch module that maps images in [0, 1] to logits")
     if any(isinstance(value, UninitializedTensorMixin) for value in network.state_dict().values()):
         raise UserError(f"{target} returns a model with uninitialised parameters; call it on some images before it is returned")
+    if any(isinstance(value, Tensor) and value.is_meta for value in network.state_dict().values()):
+        raise UserError(f"{target} returns a model whose parameters have no values (device meta); load its weights before it is returned")
     origin = {"function": target, "mode": "training" if network.training else "eval"}  # that it came in; it is measured in eval mode
     return Given(target.replace(":", "-").replace(".", "-"), network, _digest(network), origin, constants=NONE)
 
