@@ -131,6 +131,16 @@ def test_an_edited_training_attack_leaves_standard_models_alone(committed):
     assert {stage for stage in reached if parts(stage)[1]} == {stage for stage in stages if parts(stage)[1] == "at"}
 
 
+def test_an_evaluation_of_a_model_from_elsewhere_runs_the_report_again_and_nothing_else(committed):
+    """`dvc repro` would otherwise restore a page without it."""
+    made = Workspace(committed).given("mine")
+    made.parent.mkdir()
+    made.write_text("{}")
+    assert after_edit(committed)[1] == {"report"}
+    shutil.rmtree(made.parent)
+    assert after_edit(committed)[1] == set()
+
+
 # For real
 
 

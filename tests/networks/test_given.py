@@ -358,7 +358,7 @@ def test_strangers_that_need_contiguous_images_change_them_or_have_no_gradient_a
     study = make_study(name)
     context = study.context("diagnostics.images=40")
     metrics = evaluate.run_given(context, found(f"somebodys:{name}", context.dataset))
-    record = json.loads((study.workspace.report(f"somebodys-{name}") / "evaluation.json").read_text())
+    record = json.loads(study.workspace.given(f"somebodys-{name}").read_text())
     assert "accuracy/worst_case" in metrics and record["figures"]["accuracy/threat_model_2"]["forward"] > 0
     assert ("dead_gradients" in {flag["name"] for flag in record["diagnostics"]["flags"]}) == (name == "rounding")
 
@@ -379,7 +379,7 @@ def test_anyones_model_gets_the_figures_of_the_grid_but_threat_model_1(make_stud
     given = found("somebodys:good", context.dataset)
     metrics = evaluate.run_given(context, given)
     folder = study.workspace.report("somebodys-good")
-    record = json.loads((folder / "evaluation.json").read_text())
+    record = json.loads(study.workspace.given("somebodys-good").read_text())
     assert json.loads((folder / "metrics.json").read_text()) == metrics == record["metrics"]
     names = {f"accuracy/{name}" for name in ("clean", "threat_model_2", "threat_model_2_half", "worst_case")}
     assert set(record["figures"]) == names == {name for name in metrics if name.startswith("accuracy/") and name.count("/") == 1}
@@ -430,6 +430,15 @@ def test_our_model_of_other_classes_is_refused_by_name_unless_names_are_given(da
     assert found(folder, dataset, classes="ash,birch,cedar,dogwood").remarks == ()
 
 
+def test_our_model_that_a_function_returns_is_adapted_as_any_other(here, dataset, make_network):
+    saved(here / "other", make_network().eval(), dataset)
+    (here / "loading.py").write_text("import advml\n\ndef make():\n    return advml.load_model('other')\n")
+    given, folder = found("loading:make", dataset, mean="half"), found(str(here / "other"), dataset)
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.allclose(given.network(images), folder.network((images - 0.5) / 0.5), atol=1e-5)
+    sys.modules.pop("loading", None)
+
+
 def test_our_model_of_other_sizes_is_measured_with_a_remark(dataset, make_network, tmp_path):
     given = found(saved(tmp_path / "other", make_network(), dataset, input=[1, 16, 16]), dataset)
     assert any("1 x 16 x 16" in line and "1 x 8 x 8" in line for line in given.remarks)
@@ -453,7 +462,7 @@ def test_a_model_that_expects_other_input_is_told_before_the_attacks_and_flagged
     metrics = evaluate.run_given(context, given)
     said = capsys.readouterr().err
     assert 0 < said.index("--mean levels") < said.index("attacks") and metrics["diagnostics/flags"] == 1
-    record = json.loads((study.workspace.report("levels-make") / "evaluation.json").read_text())
+    record = json.loads(study.workspace.given("levels-make").read_text())
     (flag,) = record["diagnostics"]["flags"]
     assert flag["name"] == "other_normalization" and record["expected"]["accuracy"]["levels"]["as given"] > 0.9
     assert any("other_normalization" in line for line in flags_of(record))
@@ -485,5 +494,5 @@ def test_a_module_that_cannot_be_copied_is_measured_and_judged_all_the_same(make
     context = make_study("stubborn").context()
     metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
     assert "accuracy/worst_case" in metrics and "diagnostics/flags" in metrics
-    record = json.loads((context.workspace.report("stubborn") / "evaluation.json").read_text())
+    record = json.loads(context.workspace.given("stubborn").read_text())
     assert "not_copied" in [flag["name"] for flag in record["diagnostics"]["flags"]]

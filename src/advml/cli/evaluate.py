@@ -66,7 +66,7 @@ def evaluate(
     """Measure clean, robust and worst-case accuracy on the test split.
 
     Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json, for anyone's model
-    in reports/<NAME>/evaluation.json. Next: advml show MODEL
+    in records/given/<NAME>.json. Next: advml show MODEL
     """
     kind = _kind(target, regime, Workspace(params.parent))
     given = {"--seed": seed, "--weights": weights, "--mean": mean, "--std": std, "--classes": classes, "--name": name}
@@ -115,5 +115,6 @@ def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, conte
         print(f"note: {remark}", file=sys.stderr, flush=True)
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
-    show_flags(context.workspace.report(given.name) / "evaluation.json")
-    say(f"{context.workspace.report(given.name)}/metrics.json, evaluation.json, samples.parquet", f"advml show {given.name}")
+    made = context.workspace.given(given.name)
+    show_flags(made)
+    say(f"{context.workspace.report(given.name)}/metrics.json, samples.parquet, {made}", f"advml show {given.name}")

@@ -185,7 +185,13 @@ def _normalization_flag(helping: Mapping[str, Tensor], given: Tensor, candidates
 def _order_flag(order: str, names: Sequence[str], better: Tensor, given: Tensor, classes: Sequence[str]) -> Flag:
     listed = ",".join(names)
     short = len(listed) <= 120 and not any("," in name for name in names)
-    option = order if order in ORDERS else listed if short else "FILE with the names that evaluation.json holds under expected.classes"
+    option = (
+        order
+        if order in ORDERS
+        else listed
+        if short
+        else "FILE with the names that its record (records/given/) holds under expected.classes"
+    )
     return Flag(
         "other_class_order",
         f"of {len(given)} validation images {_percent(given)} are right if logits are in the order of the data's classes "

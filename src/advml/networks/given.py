@@ -24,7 +24,7 @@ from advml.networks import weights as files
 from advml.networks.backbones import create_encoder
 from advml.networks.fitting import REORDERED, WRAP, fit
 from advml.networks.foreign import Foreign
-from advml.networks.models import Network, load_classifier, read_record
+from advml.networks.models import load_classifier, read_record
 from advml.networks.normalization import KNOWN, NONE, Constants, constants
 from advml.runtime.machine import own_randomness
 
@@ -98,7 +98,7 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
             f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
         )
     given = _placed(given, device)
-    if not isinstance(given.network, Network):
+    if given.constants is not None:
         given = _adapted(given, wishes, dataset, device)
     return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset, device)})
 
@@ -140,7 +140,7 @@ def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:
     if prefix:
         origin |= {"prefix": prefix}
         remarks = (f"{file}: the prefix {prefix!r} of the weights' names was stripped",)
-    published = Constants(*(tuple(network.default_cfg[key]) for key in ("mean", "std")))
+    published = Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
     digest = hashlib.sha256(content).hexdigest()
     return Given(f"{name}-{file.stem}", network, digest, origin, constants=published, remarks=remarks)
 

@@ -81,7 +81,7 @@ def trained(workspace: Workspace, model: str) -> Path:
 
 
 def run_given(context: Context, given: Given) -> dict[str, float]:
-    """Measure a model that is not of the grid: `metrics.json`, `evaluation.json` and `samples.parquet` in `reports/<name>/`."""
+    """Measure a model that is not of the grid: `metrics.json` and `samples.parquet` in `reports/<name>/`, and its record."""
     workspace = context.workspace
     if is_reserved(checked_name(given.name)) or re.fullmatch(GRID, given.name):
         raise UserError(f"{given.name} is a name of this study, whose results would be written over; choose another: --name")
@@ -96,8 +96,9 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}
     of |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
     record = of | {"metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
-    write_atomically(folder / "evaluation.json", records.to_json(record))
+    write_atomically(workspace.given(given.name), records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
+    (folder / "evaluation.json").unlink(missing_ok=True)  # of an older version, which wrote the record there
     tracking.log_result(context.config, tracking.results.evaluation(workspace, given.name), root=workspace.root)
     discard(workspace.scratch(f"evaluate-{given.name}"))
     return found.metrics
