@@ -78,6 +78,9 @@ def nothing():
 def narrow():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
+def wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9))
+
 def large():
     return nn.Sequential(nn.Flatten(), nn.Linear(65, 4))
 
@@ -420,6 +423,14 @@ def test_our_model_of_the_same_classes_in_another_order_is_measured_by_their_nam
     assert given.classes == tuple(names) and given.network.embed(images).shape == (3, 16)  # for threat model I
     order, other_data = given.remarks
     assert "order of the data's classes" in order and "trained on other data" in other_data
+
+
+def test_names_that_are_not_as_many_as_logits_are_refused(here, dataset, make_network):
+    """Four of more logits would pass for logits of the four classes."""
+    names, folder = ",".join(dataset.classes), saved(here / "other", make_network(classes=5), dataset, classes=list("abcde"))
+    for target, count in (("somebodys:wide", 9), ("somebodys:narrow", 3), (folder, 5)):
+        with pytest.raises(UserError, match=rf"name 4 classes, but the model gives {count} logits"):
+            found(target, dataset, classes=names)
 
 
 @pytest.mark.parametrize("names", [["oak", "birch", "cedar", "dogwood"], ["ash", "birch", "cedar"]], ids=["another", "fewer"])

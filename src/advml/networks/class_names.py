@@ -30,15 +30,16 @@ def read(text: str, classes: Sequence[str]) -> list[str]:
     return [name.strip() for name in given if name.strip()]
 
 
-def positions(names: Sequence[str], classes: Sequence[str], *, of: str) -> list[int]:
+def positions(names: Sequence[str], classes: Sequence[str], *, of: str, logits: int | None = None) -> list[int]:
     """For each class of the data the position of its logit: `logits[:, positions(...)]` are in the data's order.
 
     Args:
         names: of the classes, in the order of the model's logits; compared as Unicode, composed (NFC).
         classes: of the data, in their order.
         of: whose names they are, for errors.
+        logits: that the model gives, where that is known.
     Raises:
-        UserError: a name occurs twice, or the names are not those of the data.
+        UserError: there are not as many names as logits, a name occurs twice, or the names are not those of the data.
     """
     known, wanted = ([unicodedata.normalize("NFC", name) for name in given] for given in (names, classes))
     if twice := [name for name in known if known.count(name) > 1]:
@@ -54,4 +55,6 @@ def positions(names: Sequence[str], classes: Sequence[str], *, of: str) -> list[
                 f"{of} name {len(known)} classes, among them one that {where}: {unknown[0]!r}{more} (nearest: {close[0]!r}); "
                 "name them as the data do, in the order of the model's logits: --classes a,b,c or --classes FILE"
             )
+    if logits not in (None, len(known)):
+        raise UserError(f"{of} name {len(known)} classes, but the model gives {logits} logits; each logit needs a name")
     return [known.index(name) for name in wanted]

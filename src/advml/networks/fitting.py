@@ -58,7 +58,7 @@ def fit(
         here, there = (", ".join(order[:3]) for order in (dataset.classes, natural))
         lines.append(f"{name}: classes are in the order {here}, ...; if its logits are in the order {there}, ..., say --classes natural")
     if names is not None:
-        order = tuple(class_names.positions(names, dataset.classes, of="--classes"))
+        order = tuple(class_names.positions(names, dataset.classes, of="--classes", logits=_width(READINGS[reading](output), adapter)))
         if order != tuple(sorted(order)):
             adapter = replace(adapter, positions=order)
             lines.append(REORDERED.format(name))
@@ -73,6 +73,11 @@ def _output(module: nn.Module, adapter: Adapter, images: Tensor, name: str) -> A
             return Adapted(module, adapter).output(images)
     except Exception as error:  # somebody's code may fail in any way; it is no failure of ours
         raise failed(name, images, error) from None
+
+
+def _width(logits: Tensor, adapter: Adapter) -> int | None:
+    """Of logits (N, K) K; of another shape None, which is refused elsewhere."""
+    return 2 if adapter.binary else logits.shape[1] if logits.ndim == 2 else None
 
 
 def _spread(images: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
     name, data = folder.resolve().name, record.get("data", {}).get("digest")
     classes, remarks = class_names.read(wishes.classes, dataset.classes) if wishes.classes is not None else record.get("classes"), []
     if classes:
-        order = class_names.positions(classes, dataset.classes, of=name)
+        order = class_names.positions(classes, dataset.classes, of=name, logits=network.architecture.classes)
         with torch.no_grad():
             for tensor in network.classifier.parameters():
                 tensor.copy_(tensor[order])

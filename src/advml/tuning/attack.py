@@ -149,10 +149,10 @@ def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
     attacks = {"default": subject.default(), "winner": subject.attack(values)}
     splits = {"validation": subject.validation(), "test": subject.context.dataset.test}
     told: dict[str, Any] = {"budget": search.budget, "epsilon": subject.threat_model.epsilon, "norm": subject.threat_model.norm}
-    fewer = (
+    other = (
         "" if attacks["default"] == evaluation_attack(search.config) else f", with the {search.budget} steps of tune.attack.budget in all"
     )
-    told["default_is"] = f"the attack of evaluate{fewer}"
+    told["default_is"] = f"the attack of evaluate{other}"
     told["passes"] = {who: attack.passes for who, attack in attacks.items()}
     for name, split in splits.items():
         right = {who: torch.cat(list(subject.under(attack, split))) for who, attack in attacks.items()}
