@@ -161,9 +161,9 @@ GIVEN = {
 
 
 def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, model):
-    write(workspace.report("mine") / "evaluation.json", GIVEN)
+    write(workspace.given("mine"), GIVEN)
     told = " | ".join(" ".join(line.split()) for line in record_of(workspace, "mine").splitlines())
-    assert told.startswith(f"mine ({workspace.report('mine')}) | ")
+    assert told.startswith(f"mine ({workspace.given('mine')}) | ")
     for part in (
         "function my.models:net",
         "weights bbbbbbbbbbbbbbbb",
@@ -176,8 +176,8 @@ def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, mod
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"], ids=["empty", "too little", "a list"])
 def test_a_damaged_evaluation_of_anyones_model_is_one_line(workspace, content):
-    write(workspace.report("mine") / "evaluation.json", content)
-    with pytest.raises(UserError, match=r"mine/evaluation.json is damaged \(.*\); measure again with: advml evaluate") as stopped:
+    write(workspace.given("mine"), content)
+    with pytest.raises(UserError, match=r"given/mine.json is damaged \(.*\); measure again with: advml evaluate") as stopped:
         record_of(workspace, "mine")
     assert "\n" not in str(stopped.value)
 

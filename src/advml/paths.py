@@ -90,13 +90,22 @@ class Workspace:
         """How a stage made its figures: settings, counts, seeds. The report depends on this folder."""
         return self.root / "records" / stage / f"{name}.json"
 
+    def given(self, name: str) -> Path:
+        """The record of an evaluation of a model that is not of the study. The report depends on it as on all of `records/`."""
+        return self.record("given", name)
+
+    def evaluations_of_given(self) -> dict[str, Path]:
+        """These records by name; those that older versions wrote as reports/<NAME>/evaluation.json, too."""
+        older = {path.parent.name: path for path in sorted(self.reports.glob("*/evaluation.json"))}
+        return older | {path.stem: path for path in sorted(self.given("x").parent.glob("*.json"))}
+
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
         return self.root / ".scratch" / stage
 
 
 def find_model(workspace: Workspace, model: str) -> Path:
-    """The folder of a model, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
+    """The folder of a model that advml has trained, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
 
     Raises:
         UserError: naming the models that exist.
@@ -106,7 +115,9 @@ def find_model(workspace: Workspace, model: str) -> Path:
             return folder
     names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
     choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
-    raise UserError(f"there is no model {model!r}; {choices}")
+    elsewhere = ":" in model or model in workspace.evaluations_of_given()
+    only = " that advml has trained (models from elsewhere are for advml evaluate alone)" if elsewhere else ""
+    raise UserError(f"there is no model {model!r}{only}; {choices}")
 
 
 def given_path(path: str) -> Path:

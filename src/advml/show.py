@@ -21,8 +21,7 @@ def record_of(workspace: Workspace, model: str) -> str:
     Args:
         model: name or folder of a trained model, or the name under which `evaluate` has measured anyone's.
     """
-    given = evaluation_of(workspace, model)
-    if given.is_file():
+    if given := workspace.evaluations_of_given().get(model):
         return _given(given)
     folder = find_model(workspace, model)
     with _reading(folder / "model.json") as record:
@@ -35,18 +34,11 @@ def record_of(workspace: Workspace, model: str) -> str:
     return "\n".join(lines)
 
 
-def evaluation_of(workspace: Workspace, name: str) -> Path:
-    """Where `evaluate` has written what it has measured of anyone's model of this name, if it has."""
-    return workspace.report(name) / "evaluation.json"
-
-
 def _given(made: Path) -> str:
     with _reading(made, again="measure again with: advml evaluate") as record:
         about = {**record["origin"], "data digest": record["data_digest"][:16], "weights": record["digest"][:16]}
         about["trained on"] = (record["trained_on"] or "unknown")[:16]
-        return "\n".join(
-            [f"{record['model']}   ({made.parent})", "", *_block("made from", about), *_accuracies(record), *_corruptions(record)]
-        )
+        return "\n".join([f"{record['model']}   ({made})", "", *_block("made from", about), *_accuracies(record), *_corruptions(record)])
 
 
 @contextlib.contextmanager
@@ -121,14 +113,12 @@ def _corruptions(evaluation: dict[str, Any]) -> list[str]:
 
 
 def flags_of(evaluation: dict[str, Any]) -> list[str]:
-    """Why the attacked figures should not be believed as they stand; a line if diagnostics found nothing."""
+    """A line per flag, whatever else is said; then a line if the probes were not run, or if nothing was found."""
     diagnostics = evaluation.get("diagnostics", {})
+    lines = [_flag(flag) for flag in diagnostics.get("flags", ())]
     if "skipped" in diagnostics:
-        return [f"  diagnostics: not judged ({diagnostics['skipped']})"]
-    if "evidence" not in diagnostics:
-        return []
-    lines = [_flag(flag) for flag in diagnostics["flags"]]
-    return lines or ["  diagnostics: no flag"]
+        return [*lines, f"  diagnostics: not judged ({diagnostics['skipped']})"]
+    return lines or (["  diagnostics: no flag"] if "evidence" in diagnostics else [])
 
 
 def _flag(flag: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from advml.evaluation.measure import _Batch
 from advml.networks.foreign import Foreign
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
+from advml.show import flags_of
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 CPU = Machine(torch.device("cpu"))
@@ -71,6 +72,52 @@ def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
     found = evaluate(subject, dataset, "diagnostics.images=0", "corruptions.names=none")
     assert "diagnostics/flags" not in found.metrics and found.verdict == "not judged"
     assert found.record["diagnostics"] == {"flags": [], "skipped": "diagnostics.images = 0"}
+
+
+@pytest.mark.parametrize("images", [0, 8], ids=["off", "failing"])
+def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_were_not_run(subject, dataset, monkeypatch, images):
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("it fails on a batch")
+
+    class Stubborn(nn.Sequential):
+        def __deepcopy__(self, memo: dict) -> None:
+            raise TypeError("cannot be copied")
+
+    monkeypatch.setattr(protocol.doubts, "probe", fail)
+    stubborn = replace(subject, network=Stubborn(*subject.network))
+    found = evaluate(stubborn, dataset, f"diagnostics.images={images}", "corruptions.names=none")
+    assert found.verdict == "not_copied" and found.metrics["diagnostics/flags"] == 1
+    first, second = flags_of(found.record)
+    assert "! not_copied" in first and "not judged" in second
+
+
+class Remembering(nn.Module):
+    """Gives the opposite logits once a gradient with respect to its images has been asked for, or an image is out of the ordinary."""
+
+    def __init__(self, network: nn.Module, ordinary: float = 1.0) -> None:
+        super().__init__()
+        self.network, self.ordinary, self.attacked = network, ordinary, False
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.attacked |= images.requires_grad or bool(images.mean() > self.ordinary)
+        return self.network(images) * (-1 if self.attacked else 1)
+
+
+def test_corruptions_are_scored_on_a_model_that_remembers_no_attack(able, dataset):
+    plain = evaluate(able, dataset, "diagnostics.images=0")
+    found = evaluate(replace(able, network=Remembering(able.network)), dataset, "diagnostics.images=0")
+    shares = {name: value for name, value in plain.metrics.items() if name.startswith("corruption/") or name == "accuracy/clean"}
+    assert shares["corruption/mean"] > 0.5 and {name: found.metrics[name] for name in shares} == shares
+
+
+def test_a_corruption_is_scored_alike_whichever_comes_before_it(able, dataset):
+    bright = float((dataset.test.images / 255).mean()) + 0.1
+
+    def contrast(names: str) -> float:
+        remembering = replace(able, network=Remembering(able.network, ordinary=bright))
+        return evaluate(remembering, dataset, "diagnostics.images=0", f"corruptions.names=[{names}]").metrics["corruption/contrast"]
+
+    assert contrast("contrast") == contrast("brightness, contrast") > 0.5
 
 
 def test_diagnostics_are_given_the_outcomes_and_the_classes(subject, dataset, monkeypatch):

@@ -19,6 +19,7 @@ from advml.cli import searching
 from advml.data.datasets import Split
 from advml.errors import Failure
 from advml.evaluation import plan, scoring
+from advml.evaluation.measure import Effort, measure
 from advml.networks import models
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -32,6 +33,7 @@ from advml.tuning.searches import AttackSearch, TrainingSearch
 from advml.tuning.storage import address
 
 CPU = Machine(torch.device("cpu"))
+FEW = "tune.attack.space.restarts={choice: [1, 2]}"
 SPACE = "tune.finetune.space={learning_rate: {log: [1e-4, 1e-2]}, epochs: {int: [2, 4]}}"
 
 
@@ -225,7 +227,7 @@ def test_the_pairs_of_a_comparison_are_tested_exactly():
 
 
 def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(trained):
-    settings = ("tune.attack.batch_size=8", "tune.attack.budget=4", "tune.attack.space.restarts={choice: [1, 2]}")
+    settings = ("tune.attack.batch_size=8", "tune.attack.budget=4", FEW)
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
     first, second = one_trial(search, trained), one_trial(search, trained)
     assert first.params["restarts"] == 1 and len(first.intermediate_values) == 4
@@ -233,6 +235,31 @@ def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(
     told = search.confirm(second.params)
     assert told["validation"]["default"]["accuracy"] == pytest.approx(first.value)
     assert {split: told[split]["winner"]["n"] for split in ("validation", "test")} == {"validation": 32, "test": 40}
+
+
+def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_study(trained):
+    """Steps that lead nowhere from random starts: what breaks depends on these alone."""
+    settings = (
+        "evaluate.step_size=1e-6",
+        "evaluate.restarts=2",
+        "evaluate.seed=4",
+        "threat_model.epsilon=0.5",
+        "tune.attack.batch_size=8",
+        FEW,
+    )
+    search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
+    subject = attack.Subject(search)
+    test, configuration = subject.context.dataset.test, search.config
+    effort = Effort(configuration.evaluate.batch_size, configuration.evaluate.seed, subject.context.machine)
+    study = measure(subject.network, test, plan.figures(configuration, None), effort)["accuracy/threat_model_2"].right
+    assert torch.equal(torch.cat(list(subject.under(subject.default(), test))), study) and 0 < study.sum() < len(study)
+    told = search.confirm({"step_size": 1.0})
+    assert told["test"]["default"]["accuracy"] == float(study.double().mean()) and told["default_is"] == "the attack of evaluate"
+
+
+def test_a_default_of_another_budget_is_told(trained):
+    search = AttackSearch.of(trained.config("tune.attack.budget=5", FEW), trained.root, "CL-AT-s0")
+    assert "5 steps of tune.attack.budget" in search.confirm({"step_size": 1.0})["default_is"]
 
 
 def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # What there is to evaluate -> the options that mean something for it.
 OPTIONS = {
     "a scheme with a regime": ("--seed", "--name"),
-    "a trained model, by folder or name": ("--name",),
-    "module:function": ("--name",),
-    "a timm name": ("--weights", "--normalize", "--name"),
+    "a trained model, by folder or name": ("--classes", "--name"),
+    "module:function": ("--mean", "--std", "--classes", "--name"),
+    "a timm name": ("--weights", "--mean", "--std", "--classes", "--name"),
 }
 SCHEME, FOLDER, FUNCTION, TIMM = OPTIONS
 
@@ -39,9 +39,23 @@ def evaluate(
     regime: Annotated[RegimeName | None, typer.Argument(help="Of the scheme's model.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the scheme's model.", show_default="0")] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a timm model: a safetensors file with timm's own names.")] = None,
-    normalize: Annotated[
-        Literal["timm", "data", "none"] | None,
-        typer.Option(help="A timm model expects images less timm's mean, the data's, or as they are.", show_default="timm"),
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the normalisation that the model expects: one number or one per channel, or a name for mean and std: imagenet, "
+            "cifar10, cifar100, clip, half (-1 to 1), mnist, levels (0 to 255), data (of the training images), none, of a timm model timm.",
+            show_default="none; timm of a timm model",
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="The same for the standard deviation.", show_default="of the name that --mean gives")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the model's logits, in their order: a,b,c, a file with one per line, or natural (1, 2, 10).",
+            show_default="the order of the data's classes",
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="For the files of anyone's model, or to measure one of the study anew beside it.")
@@ -52,21 +66,24 @@ def evaluate(
     """Measure clean, robust and worst-case accuracy on the test split.
 
     Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json, for anyone's model
-    in reports/<NAME>/evaluation.json. Next: advml show MODEL
+    in records/given/<NAME>.json. Next: advml show MODEL
     """
     kind = _kind(target, regime, Workspace(params.parent))
-    given = {"--seed": seed, "--weights": weights, "--normalize": normalize, "--name": name}
+    given = {"--seed": seed, "--weights": weights, "--mean": mean, "--std": std, "--classes": classes, "--name": name}
     for option in (option for option, value in given.items() if value is not None and option not in OPTIONS[kind]):
         raise UserError(f"evaluate {target}: {option} has no meaning for {kind}, which takes {', '.join(OPTIONS[kind])}; leave it out")
     context = context_of(params, overrides)
     from advml.stages import evaluate as stage
 
     own = {"scheme": target, "regime": regime, "seed": seed or 0} if regime else stage.of_study(context.workspace, target)
+    wishes = {"weights": weights, "mean": mean, "std": std, "classes": classes}
     if own is None:
-        return _evaluate_given(target, weights, normalize or "timm", name, context)
+        return _evaluate_given(target, wishes, name, context)
     model = model_name(**own)
     if name:
-        return _evaluate_given(str(stage.trained(context.workspace, model)), None, "timm", name, context)
+        return _evaluate_given(str(stage.trained(context.workspace, model)), wishes, name, context)
+    if classes is not None:
+        raise UserError(f"evaluate {target}: --classes has no meaning for a model of this study, whose classes are known; leave it out")
     metrics = stage.run(context, **own)
     print(f"{model}: {percent(metrics)}")
     show_flags(context.workspace.record("evaluate", model))
@@ -86,17 +103,18 @@ def _kind(target: str, regime: str | None, workspace: Workspace) -> str:
     return FUNCTION if ":" in target else TIMM
 
 
-def _evaluate_given(target: str, weights: Path | None, normalize: Any, name: str | None, context: Context) -> None:
+def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, context: Context) -> None:
     from dataclasses import replace
 
-    from advml.networks.given import load
+    from advml.networks.given import Wishes, load
     from advml.stages import evaluate as stage
 
-    given = load(target, weights=weights, normalization=normalize, spec=context.config.model, dataset=context.dataset)
+    given = load(target, Wishes(**wishes), spec=context.config.model, dataset=context.dataset, device=context.machine.device)
     given = replace(given, name=name) if name else given
-    if given.data and given.data != context.dataset.digest:
-        print(f"{given.name} was trained on other data: test images may be among those it has learnt from", file=sys.stderr)
+    for remark in given.remarks:
+        print(f"note: {remark}", file=sys.stderr, flush=True)
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
-    show_flags(context.workspace.report(given.name) / "evaluation.json")
-    say(f"{context.workspace.report(given.name)}/metrics.json, evaluation.json, samples.parquet", f"advml show {given.name}")
+    made = context.workspace.given(given.name)
+    show_flags(made)
+    say(f"{context.workspace.report(given.name)}/metrics.json, samples.parquet, {made}", f"advml show {given.name}")

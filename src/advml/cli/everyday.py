@@ -42,11 +42,11 @@ def show(
 
     Writes nothing. Next: advml attack IMAGE --model MODEL
     """
-    from advml.show import evaluation_of, record_of
+    from advml.show import record_of
 
     workspace = Workspace(params.parent)
     print(record_of(workspace, model))
-    given = evaluation_of(workspace, model).is_file()
+    given = model in workspace.evaluations_of_given()
     print("next: advml report     (the page shows it beside the study's models)" if given else f"next: advml attack IMAGE --model {model}")
 
 

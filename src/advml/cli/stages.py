@@ -88,13 +88,16 @@ def represent(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrid
 def compare(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Names or folders of models, each compared with each; none: the panels of the paper.", show_default=False),
+        typer.Argument(
+            help="Models that advml has trained, by name or folder, each compared with each; none: the panels of the paper.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="reports/compare")] = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Measure how alike the layers of different models are (CKA), on clean and on adversarial images.
+    """Measure how alike the layers of models that advml has trained are (CKA), on clean and on adversarial images.
 
     Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png. Next: advml report
     """

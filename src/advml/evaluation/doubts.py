@@ -45,13 +45,12 @@ def look(
 ) -> dict[str, Any]:
     """`flags`, the `evidence` they rest on, where asked for `minimal` distances, and what of this was `broken`: see `Finds`. JSON-able.
 
-    Of a model on which the probes fail there is `skipped`, the reason, and only those flags that need no probe: `not_copied`, where the
-    scorer has nothing but the model itself, and what Square says.
+    Of a model on which the probes fail there is what `unprobed` gives: `not_copied`, where the scorer has nothing but the model itself,
+    and what Square says.
     """
     spec, threat_model, finds = configuration.diagnostics, _threat_model(configuration), Finds()
     images, labels = machine.images(split.images[: spec.images]), split.labels[: spec.images].to(machine.device)
     white, black = _verdicts(outcomes, len(labels))
-    own = [NOT_COPIED] if scorer.network is network else []
     try:
         with machine.autocast():
             evidence = probe(
@@ -68,7 +67,7 @@ def look(
                 on_broken=finds.add,
             )
     except UserError as reason:
-        return {"flags": [flag.as_record() for flag in _square(outcomes) + own], "skipped": str(reason)}
+        return unprobed(network, scorer, outcomes, reason=str(reason))
     found, raised, standing = {}, [], survivors(outcomes)
     if spec.minimal:
         found["minimal"], raised = _nearest(network, images, labels, evidence, standing[: len(labels)], configuration, finds)
@@ -77,7 +76,14 @@ def look(
     evidence = replace(evidence, figure_broken=sum(len(broken[kind]["rows"]) for kind in PROBES))
     judged = flags(evidence)
     judged += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in judged) else []
-    return {"flags": [flag.as_record() for flag in judged + raised + own], "evidence": evidence.as_record(), "broken": broken, **found}
+    judged += raised + _not_copied(network, scorer)
+    return {"flags": [flag.as_record() for flag in judged], "evidence": evidence.as_record(), "broken": broken, **found}
+
+
+def unprobed(network: nn.Module, scorer: Scorer, outcomes: Mapping[str, Outcome], *, reason: str) -> dict[str, Any]:
+    """The same without probes: `skipped`, the reason, and the flags that need none."""
+    judged = _square(outcomes) + _not_copied(network, scorer)
+    return {"flags": [flag.as_record() for flag in judged], "skipped": reason}
 
 
 def counted(
@@ -88,6 +94,10 @@ def counted(
     clean = next(iter(outcomes.values()))
     figures = figures_of(broken, _threat_model(configuration), configuration.diagnostics)
     return figures, outcomes_of(broken, survivors(outcomes), clean, first=first)
+
+
+def _not_copied(network: nn.Module, scorer: Scorer) -> list[Flag]:
+    return [NOT_COPIED] if scorer.network is network else []
 
 
 def _threat_model(configuration: config.Config) -> ThreatModel:

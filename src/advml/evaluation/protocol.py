@@ -14,6 +14,7 @@ from advml.attacks.guard import copied
 from advml.data.corruptions import published as corruptions
 from advml.data.datasets import Dataset
 from advml.evaluation import accuracy, corruption, doubts, samples
+from advml.evaluation.diagnostics.flags import Flag
 from advml.evaluation.measure import Outcome, measure
 from advml.evaluation.plan import Figure, plan
 from advml.evaluation.rehearsal import rehearse
@@ -33,6 +34,7 @@ class Subject:
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
         scheme: whose projection head it has; None: of nobody's.
         note: on that head, for the record.
+        flags: raised before it is measured.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Subject:
     network: nn.Module
     scheme: Scheme | None = None
     note: str = ""
+    flags: tuple[Flag, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ def evaluate(
     rehearse(
         subject.network.eval(), machine.images(test.images[: configuration.evaluate.batch_size]), machine, classes=len(dataset.classes)
     )
-    scorer = Scorer(copied(subject.network), machine)  # made before any attack
+    scorer, untouched = Scorer(copied(subject.network), machine), copied(subject.network)  # made before any attack
     outcomes = measure(
         subject.network,
         dataset.test,
@@ -96,20 +99,21 @@ def evaluate(
     )
     done = (len(figures) + 1) * len(test)
     doubted = _doubts(subject, scorer, dataset, outcomes, configuration, memo)
+    doubted = doubted | {"flags": [*(flag.as_record() for flag in subject.flags), *doubted["flags"]]}
     (kept,) = (figure for figure in figures if figure.kept)
     more, steps = doubts.counted(doubted, outcomes, configuration)
     figures, outcomes = figures + more, outcomes | steps
     metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
     worst = f"worst case {100 * metrics[samples.WORST]:.1f} %"
     tell(done, worst)
-    rights = _corrupted(subject, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
+    rights = _corrupted(untouched, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
     about = _about(subject, dataset, configuration)
     published = corruptions.find(configuration.data, configuration.corruptions) if rights else None
     record = {"figures": described, "test_digest": about["test_digest"], "diagnostics": doubted}
     record |= {"corruptions": corruption.describe(rights, configuration.corruptions, published=published)}
     images = outcomes[kept.name].images
     return Evaluation(
-        metrics | ({} if "skipped" in doubted else {"diagnostics/flags": len(doubted["flags"])}) | corruption.metrics(rights),
+        metrics | _counted(doubted) | corruption.metrics(rights),
         record,
         samples.table(outcomes, dataset.test, about=about),
         images,
@@ -142,22 +146,31 @@ def _doubts(
     subject: Subject, scorer: Scorer, dataset: Dataset, outcomes: Mapping[str, Outcome], configuration: config.Config, memo: Memo
 ) -> dict[str, Any]:
     if not configuration.diagnostics.images:
-        return {"flags": [], "skipped": "diagnostics.images = 0"}
+        return doubts.unprobed(subject.network, scorer, outcomes, reason="diagnostics.images = 0")
     given = (subject.network, scorer, dataset.test, outcomes, configuration, scorer.machine)
     return memo.json("diagnostics", lambda: doubts.look(*given, classes=len(dataset.classes)))
 
 
+def _counted(doubted: Mapping[str, Any]) -> dict[str, int]:
+    """The number of flags; of a model that was not judged, only where there are some: no number is no clean bill."""
+    return {"diagnostics/flags": len(doubted["flags"])} if doubted["flags"] or "skipped" not in doubted else {}
+
+
 def _corrupted(
-    subject: Subject, dataset: Dataset, configuration: config.Config, machine: Machine, memo: Memo, *, tell: Callable[[float], None]
+    untouched: nn.Module, dataset: Dataset, configuration: config.Config, machine: Machine, memo: Memo, *, tell: Callable[[float], None]
 ) -> dict[str, Tensor]:
-    """Which images are right under each corruption, (severities, images) by name."""
+    """Which images are right under each corruption, (severities, images) by name.
+
+    Each is scored by a copy of its own of the model that no attack has touched: nothing that the model remembers of an attack, or of
+    another corruption, changes it.
+    """
     spec, rights = configuration.corruptions, {}
     how = {"machine": machine, "batch_size": configuration.evaluate.batch_size}
     how |= {"published": corruptions.find(configuration.data, spec) if spec.names else None}
     for name in spec.names:
 
         def one(name: str = name) -> dict[str, Tensor]:
-            return {"right": corruption.one(subject.network, dataset.test, spec, name, **how)}
+            return {"right": corruption.one(copied(untouched), dataset.test, spec, name, **how)}
 
         rights[name] = memo(f"corruption {name}", one)["right"]
         tell(len(rights) / len(spec.names))

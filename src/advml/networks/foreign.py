@@ -11,7 +11,8 @@ from advml.errors import UserError
 
 
 class Foreign(nn.Module):
-    """Anyone's module behind a wall. It gets images of its own, contiguous ones unless told otherwise.
+    """Anyone's module behind a wall. It gets images of its own, contiguous ones unless told otherwise; its logits come back on the
+    images' device, in their type.
 
     Where it is not differentiable, or its backward pass raises an error, the gradient is zero: attacks fail instead of breaking off,
     and diagnostics say why.
@@ -52,14 +53,13 @@ class Foreign(nn.Module):
         except (torch.OutOfMemoryError, UserError):
             raise
         except Exception as error:  # somebody's code may fail in any way; it is no failure of ours
-            shape = "x".join(map(str, images.shape))
-            raise UserError(f"{self.name} fails on a batch of {shape} images: {_first_line(error)}") from None
+            raise failed(self.name, images, error) from None
 
     def _called(self, images: Tensor) -> Tensor:
         logits = self.module(images.clone(memory_format=self.memory_format))
         if not isinstance(logits, Tensor):  # perhaps with gradients only, as models with auxiliary heads
             raise UserError(f"{self.name} gives {type(logits).__name__} for {len(images)} images; attacks need a tensor of logits")
-        return logits
+        return logits.to(images)
 
 
 class _Walled(torch.autograd.Function):
@@ -82,6 +82,11 @@ class _Walled(torch.autograd.Function):
         except Exception as error:
             ctx.foreign.gradient_error = _first_line(error)
         return torch.zeros_like(ctx.images) if gradient is None else gradient, None
+
+
+def failed(name: str, images: Tensor, error: Exception) -> UserError:
+    """One line for an error that a module has raised on images (N, C, H, W)."""
+    return UserError(f"{name} fails on a batch of {'x'.join(map(str, images.shape))} images: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

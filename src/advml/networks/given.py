@@ -9,24 +9,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from advml import config
 from advml.data.datasets import Dataset
 from advml.errors import UserError
+from advml.networks import class_names
+from advml.networks import weights as files
 from advml.networks.backbones import create_encoder
+from advml.networks.fitting import REORDERED, WRAP, fit
 from advml.networks.foreign import Foreign
-from advml.networks.models import Normalize, load_classifier, read_record
+from advml.networks.models import load_classifier, read_record
+from advml.networks.normalization import KNOWN, NONE, Constants, constants
 from advml.runtime.machine import own_randomness
-
-Normalization = Literal["timm", "data", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +35,14 @@ class Given:
 
     Attributes:
         name: for files and runs.
-        network: maps float images (N, C, H, W) in [0, 1] to logits (N, K), in eval mode.
+        network: maps float images (N, C, H, W) in [0, 1] to logits (N, K) in the order of the data's classes, in eval mode.
         digest: sha256 of its weights.
-        origin: where it came from, for the record.
+        origin: where it came from, and what was put between it and its use, for the record.
         scheme: of ours; None: unknown.
         data: digest of the data it was trained on; None: unknown.
+        constants: of the normalisation that was put in front of it; None: a network of ours, which knows its own.
+        classes: names of the logits in the model's own order, where they are known.
+        remarks: what its user should know, a line each.
     """
 
     name: str
@@ -48,72 +51,98 @@ class Given:
     origin: dict[str, Any]
     scheme: str | None = None
     data: str | None = None
+    constants: Constants | None = None
+    classes: tuple[str, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
 
-def load(target: str, *, weights: Path | None, normalization: Normalization, spec: config.Model, dataset: Dataset) -> Given:
-    """The model that `target` names.
+@dataclass(frozen=True)
+class Wishes:
+    """What is known of a model beside the model itself.
+
+    Attributes:
+        weights: of a timm model, a safetensors file with the names of timm or these behind a prefix.
+        mean, std: of the normalisation that it expects, as `normalization.constants` reads them, "data" (of the training images) and
+            "timm" (those published for a timm model, whose default they are) among the names.
+        classes: names of its logits, as `class_names.read` reads them.
+    """
+
+    weights: Path | None = None
+    mean: str | None = None
+    std: str | None = None
+    classes: str | None = None
+
+
+def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset: Dataset, device: torch.device | str = "cpu") -> Given:
+    """The model that `target` names, in eval mode, on the device.
 
     Args:
         target: a folder with model.json; a timm name, with `weights`; or `module:function`, importable from here, whose call without
             arguments returns a torch module.
-        weights: a safetensors file with timm's own names, classifier included.
-        normalization: what the timm model expects: "timm" its published mean and std, "data" those of the training images, "none".
         spec: `stem` and `options` of the timm model.
+        dataset: the prepared data, on which it will be measured.
     Raises:
         UserError: there is no such model, or it does not map the prepared images to a logit per class.
     """
     if (Path(target) / "model.json").is_file():
-        given = _ours(Path(target))
+        given = _ours(Path(target), wishes, dataset)
     elif re.fullmatch(r"[\w.]+:\w+", target):
         given = _python(target)
-    elif timm.is_model(target) and weights is not None:
-        given = _timm(target, weights, normalization, spec, dataset)
+    elif timm.is_model(target) and wishes.weights is not None:
+        given = _timm(target, wishes.weights, spec, dataset)
+    elif Path(target).suffix in files.PICKLES:
+        raise UserError(files.how_to_convert(Path(target)) + "; then: advml evaluate TIMM_NAME --weights FILE.safetensors")
     else:
         missing = "; its weights are missing: add --weights FILE.safetensors" if timm.is_model(target) else ""
         raise UserError(
             f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
         )
-    given.network.eval()
-    return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset)})
+    given = _placed(given, device)
+    if given.constants is not None:
+        given = _adapted(given, wishes, dataset, device)
+    return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset, device)})
 
 
-def _ours(folder: Path) -> Given:
-    record = read_record(folder)
-    network = load_classifier(folder)
-    data = record.get("data", {}).get("digest")
-    return Given(folder.resolve().name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data)
+def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
+    """A network of ours; logits of the same classes in another order are put into the data's, in the classifier itself."""
+    record, network = read_record(folder), load_classifier(folder)
+    name, data = folder.resolve().name, record.get("data", {}).get("digest")
+    classes, remarks = class_names.read(wishes.classes, dataset.classes) if wishes.classes is not None else record.get("classes"), []
+    if classes:
+        order = class_names.positions(classes, dataset.classes, of=name, logits=network.architecture.classes)
+        with torch.no_grad():
+            for tensor in network.classifier.parameters():
+                tensor.copy_(tensor[order])
+        remarks += [REORDERED.format(name)] if order != sorted(order) else []
+    if (theirs := tuple(record.get("input", dataset.shape))) != dataset.shape:
+        shapes = [" x ".join(map(str, shape)) for shape in (theirs, dataset.shape)]
+        remarks.append(f"{name} was trained on {shapes[0]} images; those of the prepared data are {shapes[1]}")
+    if data and data != dataset.digest:
+        remarks.append(f"{name} was trained on other data: test images may be among those it has learnt from")
+    names = tuple(classes) if classes else None
+    return Given(
+        name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data, classes=names, remarks=tuple(remarks)
+    )
 
 
-def _timm(name: str, weights: Path, normalization: Normalization, spec: config.Model, dataset: Dataset) -> Given:
+def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:
     channels, size, _ = dataset.shape
     classes = len(dataset.classes)
     network, _ = create_encoder(name, stem=spec.stem, channels=channels, image_size=size, options=spec.options, classes=classes)
+    content, remarks = files.read(file), ()
     try:
-        content = weights.read_bytes()
-        network.load_state_dict(safetensors.torch.load(content), strict=True)
-    except OSError as error:
-        raise UserError(f"{weights} cannot be read: {error.strerror}") from None
-    except SafetensorError as error:
-        raise UserError(f"{weights} is no safetensors file ({error}); write one with safetensors.torch.save_file") from None
-    except RuntimeError as error:
+        prefix = files.fill(network, content)
+    except ValueError as error:
         hint = "" if spec.stem == "native" else "; a network as timm makes it has its own stem: -S model.stem=native"
-        reason = " ".join(str(error).split())[:160]
         what = f"{name} with {classes} classes, {channels} channels and stem {spec.stem}"
-        raise UserError(f"{weights} does not fit {what}{hint} ({reason} ...)") from None
-    constants = {
-        "timm": lambda: (network.default_cfg["mean"], network.default_cfg["std"]),
-        "data": lambda: (dataset.mean, dataset.std),
-        "none": lambda: ((0.0,) * channels, (1.0,) * channels),
-    }
-    mean, std = (_of_channels(values, channels) for values in constants[normalization]())
-    origin = {"timm": name, "weights": str(weights), "mean": list(mean), "std": list(std), "stem": spec.stem}
-    whole = Foreign(nn.Sequential(Normalize(mean, std), network), name)
-    return Given(f"{name}-{weights.stem}", whole, hashlib.sha256(content).hexdigest(), origin | {"options": spec.options})
-
-
-def _of_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Published constants are of RGB; grey images take their mean."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+        raise UserError(f"{file} does not fit {what}{hint} ({error})") from None
+    origin = {"timm": name, "weights": str(file), "stem": spec.stem, "options": spec.options}
+    if prefix:
+        origin |= {"prefix": prefix}
+        remarks = (f"{file}: the prefix {prefix!r} of the weights' names was stripped",)
+    published = Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
+    digest = hashlib.sha256(content).hexdigest()
+    return Given(f"{name}-{file.stem}", network, digest, origin, constants=published, remarks=remarks)
 
 
 def _python(target: str) -> Given:
@@ -132,7 +161,36 @@ def _python(target: str) -> Given:
         raise UserError(f"{target} returns {type(network).__name__}; it must return a torch module that maps images in [0, 1] to logits")
     if any(isinstance(value, UninitializedTensorMixin) for value in network.state_dict().values()):
         raise UserError(f"{target} returns a model with uninitialised parameters; call it on some images before it is returned")
-    return Given(target.replace(":", "-").replace(".", "-"), Foreign(network, target), _digest(network), {"function": target})
+    if any(isinstance(value, Tensor) and value.is_meta for value in network.state_dict().values()):
+        raise UserError(f"{target} returns a model whose parameters have no values (device meta); load its weights before it is returned")
+    origin = {"function": target, "mode": "training" if network.training else "eval"}  # that it came in; it is measured in eval mode
+    return Given(target.replace(":", "-").replace(".", "-"), network, _digest(network), origin, constants=NONE)
+
+
+def _placed(given: Given, device: torch.device | str) -> Given:
+    """In eval mode, on the device."""
+    try:
+        given.network.eval()
+        return replace(given, network=given.network.to(device))
+    except Exception as error:  # of somebody's code, or weights that lie nowhere (meta)
+        raise UserError(f"{given.name} cannot be moved to {device}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _adapted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
+    """Somebody's module behind what it lacks, which goes into the record."""
+    known = KNOWN | {"data": Constants(dataset.mean, dataset.std)} | ({"timm": given.constants} if "timm" in given.origin else {})
+    channels, name = dataset.shape[0], given.origin.get("function", given.name)
+    before = (constants(wishes.mean, wishes.std, known=known, channels=channels) or given.constants).of_channels(channels)
+    names = tuple(class_names.read(wishes.classes, dataset.classes)) if wishes.classes is not None else None
+    adapter, remarks = fit(given.network, name, constants=before, names=names, dataset=dataset, device=device)
+    return replace(
+        given,
+        network=Foreign(adapter.around(given.network), name).eval(),
+        origin=given.origin | {"mean": list(before.mean), "std": list(before.std)} | adapter.as_record(),
+        constants=before,
+        classes=names,
+        remarks=(*given.remarks, *remarks),
+    )
 
 
 def _digest(network: nn.Module) -> str:
@@ -149,13 +207,13 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _behaviour(given: Given, dataset: Dataset) -> str:
+def _behaviour(given: Given, dataset: Dataset, device: torch.device | str) -> str:
     """A digest of the logits of two images: the same weights under other code are another model.
 
     Raises:
         UserError: the model does not take the images, or gives no logit per class.
     """
-    images = dataset.test.images[:2].float() / 255
+    images = (dataset.test.images[:2].float() / 255).to(device)
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             logits = given.network(images)
@@ -167,7 +225,8 @@ def _behaviour(given: Given, dataset: Dataset) -> str:
         ) from None
     found, wanted = tuple(logits.shape), (len(images), len(dataset.classes))
     if found != wanted:
-        raise UserError(f"{given.name} gives {found} for {len(images)} images; the prepared data need {wanted}: a logit per class")
+        wrap = f"; if its logits are elsewhere, wrap it: {WRAP}" if "reading" in given.origin else ""
+        raise UserError(f"{given.name} gives {found} for {len(images)} images; the prepared data need {wanted}: a logit per class{wrap}")
     if not logits.isfinite().any():
         raise UserError(f"{given.name} gives nothing but NaN or infinities for the first test images: there is nothing to measure")
     return hashlib.sha256(_bytes(logits.float())).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Anyone's models that `advml evaluate` has measured, beside those of the grid: `reports/<NAME>/evaluation.json`."""
+"""Anyone's models that `advml evaluate` has measured, beside those of the grid: `records/given/<NAME>.json`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def read(workspace: Workspace) -> dict[str, dict[str, Any]]:
         UserError: a file is damaged.
     """
     found = {}
-    for path in sorted(workspace.reports.glob("*/evaluation.json")):
+    for name, path in sorted(workspace.evaluations_of_given().items()):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             missing = [key for key in NEEDS if key not in record]
         except (OSError, ValueError, TypeError) as error:
             missing = [str(error)]
         if missing:
-            raise UserError(f"{path} is damaged ({', '.join(missing)}); measure again with: advml evaluate, or remove {path.parent}")
-        found[path.parent.name] = record
+            raise UserError(f"{path} is damaged ({', '.join(missing)}); measure again with: advml evaluate, or remove {path}")
+        found[name] = record
     return found
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from advml import config, tracking
 from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
-from advml.evaluation import protocol, records, samples
+from advml.evaluation import expectations, protocol, records, samples
 from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, is_reserved, model_name
@@ -78,22 +81,36 @@ def trained(workspace: Workspace, model: str) -> Path:
 
 
 def run_given(context: Context, given: Given) -> dict[str, float]:
-    """Measure a model that is not of the grid: `metrics.json`, `evaluation.json` and `samples.parquet` in `reports/<name>/`."""
+    """Measure a model that is not of the grid: `metrics.json` and `samples.parquet` in `reports/<name>/`, and its record."""
     workspace = context.workspace
     if is_reserved(checked_name(given.name)) or re.fullmatch(GRID, given.name):
         raise UserError(f"{given.name} is a name of this study, whose results would be written over; choose another: --name")
     folder = workspace.report(given.name)
     memo = _memo(workspace.scratch(f"evaluate-{given.name}"), _parts(context, given.digest, given.origin))
     network = given.network.to(context.machine.device)
-    found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme)), memo)
+    expected = _expected(context, given, network)
+    for flag in expected.flags:  # before the hours that it takes to attack the wrong model
+        print(f"warning: {given.name}: {flag.saw}; to try: {flag.try_}", file=sys.stderr, flush=True)
+    found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme), flags=expected.flags), memo)
     samples.write(found.samples, workspace.samples(given.name))
     of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}
-    record = of | {"trained_on": given.data, "metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
-    write_atomically(folder / "evaluation.json", records.to_json(record))
+    of |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
+    record = of | {"metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
+    write_atomically(workspace.given(given.name), records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
+    (folder / "evaluation.json").unlink(missing_ok=True)  # of an older version, which wrote the record there
     tracking.log_result(context.config, tracking.results.evaluation(workspace, given.name), root=workspace.root)
     discard(workspace.scratch(f"evaluate-{given.name}"))
     return found.metrics
+
+
+def _expected(context: Context, given: Given, network: nn.Module) -> expectations.Expectations:
+    """Whether it seems to be measured on the images and labels that it expects; a network of ours says so itself."""
+    if given.constants is None:
+        return expectations.Expectations((), {})
+    size = context.config.evaluate.batch_size
+    about = {"constants": given.constants, "classes": given.classes}
+    return expectations.look(network, context.dataset, context.machine, **about, batch_size=size)
 
 
 def _parts(context: Context, *model: object) -> dict[str, str]:

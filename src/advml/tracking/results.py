@@ -66,15 +66,16 @@ def comparison(folder: Path) -> Result:
 
 def evaluation(workspace: Workspace, name: str) -> Result:
     """What `evaluate` has written of a model that is not of the grid."""
-    folder, files = workspace.report(name), ("evaluation.json", "samples.parquet")
-    remedy = f"delete {folder} and measure the model again with: advml evaluate"
-    return Result("evaluation", name, folder, files, _log_evaluation, needs=("metrics",), remedy=remedy)
+    made = workspace.evaluations_of_given()[name]
+    files = tuple(str(path.relative_to(workspace.root)) for path in (made, workspace.samples(name)))
+    remedy = f"delete {made} and measure the model again with: advml evaluate"
+    return Result("evaluation", name, workspace.root, files, _log_evaluation, needs=("metrics",), remedy=remedy)
 
 
 def results(workspace: Workspace) -> list[Result]:
     """Everything of this sort in `reports/`."""
     compared = [path.parent for pattern in ("compare", "compare-*") for path in sorted(workspace.reports.glob(f"{pattern}/cka.json"))]
-    given = [path.parent.name for path in sorted(workspace.reports.glob("*/evaluation.json"))]
+    given = sorted(workspace.evaluations_of_given())
     return [*map(comparison, compared), transfer(workspace), study(workspace), *(evaluation(workspace, name) for name in given)]
 
 

@@ -25,7 +25,7 @@ from advml.evaluation.plan import Figure, autoattack_figure, classification, pgd
 from advml.evaluation.scoring import Scorer
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.runtime.machine import Machine, derived_seed, generator_for
+from advml.runtime.machine import Machine, generator_for
 from advml.similarity import estimates
 from advml.stages.context import Context
 from advml.tuning.budget import passes
@@ -34,6 +34,11 @@ from advml.tuning.worker import Attempt
 
 if TYPE_CHECKING:
     from advml.tuning.searches import AttackSearch
+
+
+# The figure of `evaluate` that searches measure. Random numbers follow from its name and `evaluate.seed`, so the same attack on the same
+# images gives the study's own figure.
+STUDIED = "accuracy/threat_model_2"
 
 
 @dataclass(frozen=True)
@@ -68,18 +73,18 @@ class Attack:
 
     def figure(self) -> Figure:
         """The attack as `evaluate` measures it: broken images leave the next restart, and examples must lie in the ball."""
-        figure = pgd_figure("tune", self.adversary, classification(self.objective), loss=self.objective)
+        figure = pgd_figure(STUDIED, self.adversary, classification(self.objective), loss=self.objective)
         return replace(figure, restarts=self.restarts)
 
 
 def withstood(network: Network, split: Split, attack: Attack | None, *, batch_size: int, seed: int, machine: Machine) -> Iterator[Tensor]:
     """Batch by batch, which images (n,) stay right: clean (`attack=None`), or under every restart of the attack.
 
-    An image has the same random starts whatever the attack.
+    An image has the same random starts whatever the attack: those of `evaluate`, as `seed` is `evaluate.seed`.
     """
     figures = [Figure("clean"), *([attack.figure()] if attack else [])]
     scorer = Scorer(copied(network.eval()), machine)
-    effort = Effort(batch_size, derived_seed("tune", seed), machine)
+    effort = Effort(batch_size, seed, machine)
     for rows in torch.arange(len(split.labels)).split(batch_size):
         outcomes = measure(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
         yield outcomes[figures[-1].name].right
@@ -105,6 +110,12 @@ class Subject:
 
     def attack(self, values: Values) -> Attack:
         return Attack.of(self.search.default() | values, steps=self.search.steps(values), threat_model=self.threat_model)
+
+    def default(self) -> Attack:
+        """The attack of `evaluate`; where the budget is another, with as many steps as that allows."""
+        spec = self.search.config.evaluate
+        same = self.search.budget == spec.steps * spec.restarts
+        return evaluation_attack(self.search.config) if same else self.attack({})
 
     def under(self, attack: Attack | None, split: Split) -> Iterator[Tensor]:
         seed, size = self.search.config.evaluate.seed, self.spec.batch_size
@@ -136,9 +147,13 @@ def objective(search: AttackSearch) -> Callable[[Attempt], Sequence[float]]:
 def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
     """Winner and default at the same budget, on validation and, once, on test."""
     subject = Subject(search)
-    attacks = {"default": subject.attack({}), "winner": subject.attack(values)}
+    attacks = {"default": subject.default(), "winner": subject.attack(values)}
     splits = {"validation": subject.validation(), "test": subject.context.dataset.test}
     told: dict[str, Any] = {"budget": search.budget, "epsilon": subject.threat_model.epsilon, "norm": subject.threat_model.norm}
+    other = (
+        "" if attacks["default"] == evaluation_attack(search.config) else f", with the {search.budget} steps of tune.attack.budget in all"
+    )
+    told["default_is"] = f"the attack of evaluate{other}"
     told["passes"] = {who: attack.passes for who, attack in attacks.items()}
     for name, split in splits.items():
         right = {who: torch.cat(list(subject.under(attack, split))) for who, attack in attacks.items()}

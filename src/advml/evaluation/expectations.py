@@ -1,0 +1,204 @@
+"""What a foreign model seems to expect: images under another normalisation, or classes in another order than it is measured with.
+
+A model that is given the wrong ones is right about as often as chance, and nothing in its accuracy says why. So, before it is measured, it
+classifies validation images under every normalisation of a table, and its answers are compared with the labels under every order of the
+classes that could be meant. One that is far better than what it is measured with raises a flag, which names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from advml.attacks.guard import borrowed
+from advml.data.datasets import Dataset
+from advml.errors import UserError
+from advml.evaluation.diagnostics.flags import Flag
+from advml.evaluation.diagnostics.rules import SIGNIFICANCE
+from advml.evaluation.intervals import binomial_tail
+from advml.evaluation.scoring import predict
+from advml.networks.class_names import ORDERS
+from advml.networks.normalization import KNOWN, Constants
+from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
+
+IMAGES = 512  # of validation, at most
+FAR = 0.05  # a gain in accuracy below which nothing is said
+GIVEN, FITTED = "as given", "fitted"
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """What was found.
+
+    Attributes:
+        flags: none, `other_normalization`, `other_class_order`, or both.
+        record: validation accuracy under each normalisation and order, JSON-able; `classes`, the names of the logits in the order that a
+            flag is about.
+    """
+
+    flags: tuple[Flag, ...]
+    record: dict[str, Any]
+
+
+def look(
+    network: nn.Module,
+    dataset: Dataset,
+    machine: Machine,
+    *,
+    constants: Constants,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 512,
+) -> Expectations:
+    """Compare the model as it is measured with other normalisations and orders of classes, on validation images.
+
+    Args:
+        network: maps images in [0, 1] to logits, having normalised them by `constants`; is copied where it can be.
+        constants: a number per channel.
+        classes: names in the order of the model's own logits, where they were given; None: the data's.
+    """
+    chosen = torch.randperm(len(dataset.validation), generator=generator_for("expectations"))[:IMAGES]
+    images, labels = dataset.validation.images[chosen], dataset.validation.labels[chosen]
+    guesses = _guesses(network, images, machine, constants, _candidates(constants, dataset), batch_size)
+    orders = {GIVEN: torch.arange(len(dataset.classes))} | {name: _places(dataset.classes, order) for name, order in ORDERS.items()}
+    places, right = {}, {}
+    for normalization, guessed in guesses.items():
+        for order, fixed in orders.items():
+            places[normalization, order], right[normalization, order] = fixed, _mapped(guessed, fixed) == labels
+        places[normalization, FITTED], right[normalization, FITTED] = _fitted(guessed, labels, count=len(dataset.classes))
+    best = max(right, key=lambda how: int(right[how].sum()))  # the first of equals: what is given
+    normalization, order = best
+    flags, record = [], {"images": len(labels), "accuracy": _accuracies(right)}
+    if _far_better(right[best], right[GIVEN, order], of=len(guesses)):
+        helping = {name: right[name, order] for name in guesses if _far_better(right[name, order], right[GIVEN, order], of=len(guesses))}
+        flags.append(_normalization_flag(helping, right[GIVEN, order], _candidates(constants, dataset)))
+    if _far_better(right[best], right[normalization, GIVEN], of=len(orders)) and _holds_for_the_moved(places[best], right[best], labels):
+        record["classes"] = [dataset.classes[places[best][dataset.classes.index(name)]] for name in classes or dataset.classes]
+        flags.append(_order_flag(order, record["classes"], right[best], right[normalization, GIVEN], dataset.classes))
+    return Expectations(tuple(flags), record)
+
+
+def _candidates(constants: Constants, dataset: Dataset) -> dict[str, Constants]:
+    """Normalisations by name, a number per channel; first the given one, which occurs once."""
+    known = KNOWN | {"data": Constants(dataset.mean, dataset.std)}
+    channels = dataset.shape[0]
+    return {GIVEN: constants} | {name: found for name in known if (found := known[name].of_channels(channels)) != constants}
+
+
+@torch.no_grad()
+def _guesses(
+    network: nn.Module, images: Tensor, machine: Machine, constants: Constants, candidates: Mapping[str, Constants], batch_size: int
+) -> dict[str, Tensor]:
+    """The predicted classes (N,) under each candidate; of one on which the network fails there are none.
+
+    The network normalises by m0, s0: it sees images that are normalised by m, s when it is given s0 (x - m) / s + m0.
+    """
+    found = {}
+    m0, s0 = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in constants)
+    for name, candidate in candidates.items():
+        mean, std = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in candidate)
+        with borrowed(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
+            try:
+                found[name] = torch.cat(
+                    [
+                        predict(own, x if candidate == constants else s0 * (x - mean) / std + m0, machine).cpu()
+                        for x in map(machine.images, images.split(batch_size))
+                    ]
+                )
+            except UserError:
+                if name == GIVEN:
+                    raise
+    return found
+
+
+def _places(classes: Sequence[str], order: Callable[[Sequence[str]], Sequence[str]]) -> Tensor:
+    """For each logit the label that it stands for, if logits are in another order of the classes."""
+    return torch.tensor([classes.index(name) for name in order(classes)])
+
+
+def _mapped(guessed: Tensor, places: Tensor) -> Tensor:
+    """Predictions under another order; NOT_FINITE stays."""
+    return torch.where(guessed < 0, guessed, places[guessed])
+
+
+def _fitted(guessed: Tensor, labels: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """The one-to-one assignment of logits to labels that is right most often, and whether (N,) it is right when fitted on other images.
+
+    Each half of the images is judged by the assignment that fits the other half: fitted and judged on the same images, many classes and
+    few images would always find one that looks good. Where images do not decide, a logit keeps its label.
+    """
+
+    def assignment(rows: slice) -> Tensor:
+        known = guessed[rows] >= 0
+        confusion = torch.bincount(count * guessed[rows][known] + labels[rows][known], minlength=count**2).view(count, count).double()
+        return torch.from_numpy(linear_sum_assignment(confusion + 0.5 * torch.eye(count), maximize=True)[1])
+
+    halves, right = (slice(0, None, 2), slice(1, None, 2)), torch.zeros(len(labels), dtype=torch.bool)
+    for own, other in (halves, halves[::-1]):
+        right[own] = _mapped(guessed[own], assignment(other)) == labels[own]
+    return assignment(slice(None)), right
+
+
+def _far_better(one: Tensor, other: Tensor, *, of: int) -> bool:
+    """Of the same images `one` (N,) has FAR more right than `other`, and more than chance makes of the best of `of` candidates.
+
+    One-sided sign test on the images that only one of them has right, corrected for the number of candidates (Bonferroni).
+    """
+    more, fewer = int((one & ~other).sum()), int((~one & other).sum())
+    return more - fewer >= FAR * len(one) and binomial_tail(more, more + fewer, share=0.5) * of < SIGNIFICANCE
+
+
+def _holds_for_the_moved(places: Tensor, right: Tensor, labels: Tensor) -> bool:
+    """Most images of the classes that change places are right: a poor model's most frequent mistakes are no order."""
+    moved = places[places != torch.arange(len(places))]
+    rows = torch.isin(labels, moved)
+    return bool(rows.any()) and bool(right[rows].double().mean() > 0.5)
+
+
+def _accuracies(right: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, float]]:
+    """By normalisation, then by order."""
+    found: dict[str, dict[str, float]] = {}
+    for (normalization, order), values in right.items():
+        found.setdefault(normalization, {})[order] = float(values.double().mean())
+    return found
+
+
+def _percent(right: Tensor) -> str:
+    return f"{100 * float(right.double().mean()):.1f} %"
+
+
+def _normalization_flag(helping: Mapping[str, Tensor], given: Tensor, candidates: Mapping[str, Constants]) -> Flag:
+    ranked = sorted(helping, key=lambda name: -int(helping[name].sum()))
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in candidates[ranked[0]])
+    shares = ", ".join(f"{_percent(helping[name])} with {name}" for name in ranked[:3])
+    return Flag(
+        "other_normalization",
+        f"of {len(given)} validation images {_percent(given)} are right as the model is given them, {shares}: it expects other input",
+        f"advml evaluate again with --mean {ranked[0]} (mean {mean}; std {std})",
+    )
+
+
+def _order_flag(order: str, names: Sequence[str], better: Tensor, given: Tensor, classes: Sequence[str]) -> Flag:
+    listed = ",".join(names)
+    short = len(listed) <= 120 and not any("," in name for name in names)
+    option = (
+        order
+        if order in ORDERS
+        else listed
+        if short
+        else "FILE with the names that its record (records/given/) holds under expected.classes"
+    )
+    return Flag(
+        "other_class_order",
+        f"of {len(given)} validation images {_percent(given)} are right if logits are in the order of the data's classes "
+        f"({_few(classes)}), {_percent(better)} if in the order {_few(names)}: labels are permuted",
+        f"advml evaluate again with --classes {option}",
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
