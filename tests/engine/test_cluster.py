@@ -80,9 +80,10 @@ def scheduler(start, tmp_path) -> str:
     return YAML(typ="safe").load(file)["address"]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -102,11 +103,11 @@ def driver(study: Path, where: str, options: str = "") -> subprocess.Popen[str]:
 
 def test_a_killed_worker_costs_the_stage_nothing_but_time_and_a_killed_driver_leaves_nothing_at_work(study, scheduler):
     process = driver(study, scheduler)
-    wait_for(lambda: pid(study) is not None)
+    wait_for(lambda: pid(study) is not None, process)
     first = psutil.Process(pid(study))
     worker = next(one for one in first.parents() if "multiprocessing" in " ".join(one.cmdline()))
     worker.kill()
-    wait_for(lambda: pid(study) not in (None, first.pid))
+    wait_for(lambda: pid(study) not in (None, first.pid), process)
     second = psutil.Process(pid(study))
     assert not first.is_running()
 
@@ -115,7 +116,7 @@ def test_a_killed_worker_costs_the_stage_nothing_but_time_and_a_killed_driver_le
     assert psutil.wait_procs([second], timeout=TIMEOUT)[1] == []
 
     process = driver(study, scheduler)
-    wait_for(lambda: pid(study) not in (None, first.pid, second.pid))
+    wait_for(lambda: pid(study) not in (None, first.pid, second.pid), process)
     (study / "go").touch()
     told, said = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, told.strip()) == (0, "['one']"), said
@@ -124,7 +125,7 @@ def test_a_killed_worker_costs_the_stage_nothing_but_time_and_a_killed_driver_le
 
 def test_an_interrupted_driver_ends_the_stage_on_the_worker(study, scheduler):
     process = driver(study, scheduler)
-    wait_for(lambda: pid(study) is not None)
+    wait_for(lambda: pid(study) is not None, process)
     stage = psutil.Process(pid(study))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=TIMEOUT)

@@ -59,7 +59,8 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         UserError: there is no such place.
         Failure: a worker does not see `root`.
     """
-    from distributed import Client, CommClosedError, LocalCluster
+    from distributed import Client, LocalCluster
+    from distributed.comm import CommClosedError
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
     token = uuid.uuid4().hex
