@@ -1,7 +1,7 @@
 """Shared by all tests: a clean environment, tiny data, a study in a temporary folder, and the real command line.
 
 Starting `python -m advml` costs seconds of imports. The tests therefore run it as `advml repro` does: every command
-is a process of its own, forked from a server that has imported torch, timm and mlflow once (see `advml.warm`).
+is a process of its own, forked from a server that has imported torch, timm and mlflow once (see `advml.engine.fork_server`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from advml import config as configuration
+from advml.engine.fork_server import ADDRESS, server
 from advml.paths import Workspace
 from advml.tracking import store as stores
-from advml.warm import ADDRESS, server
 
 if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and its workers wait for it: what needs torch imports it when called
     from advml.data.datasets import Dataset, Split

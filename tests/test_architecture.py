@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "src" / "advml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli"),
     ("tuning",),
-    ("stages", "repro", "plan", "warm", "show"),
+    ("stages", "repro", "engine", "show"),
     ("claims", "report", "picture", "presets", "tracking"),
     ("similarity",),
     ("evaluation",),
@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 EXCEPTIONS = {
     "advml.picture": {"advml.stages.context"},  # the type of an argument
-    "advml.warm": {"advml.cli"},  # a forked child runs the command line, as __main__ does
+    "advml.engine.fork_server": {"advml.cli"},  # a forked child runs the command line, as __main__ does
 }
 # Library -> the only modules that may import it, anywhere in the file.
 OWNERS = {
@@ -40,11 +40,19 @@ OWNERS = {
     "typer": "cli",
     "timm": "networks",
     "matplotlib": ("figures", "picture", "report"),
-    "dvc": "plan",
+    "dvc": "engine",
+    "distributed": ("engine", "repro"),
     "pyautoattack": "attacks",
     "foolbox": "attacks",
 }
-AT_ONCE = ("advml", "advml.cli", "advml.errors", "advml.names", "advml.paths", "advml.warm")  # what `advml --help` reads, in 0.3 s
+AT_ONCE = (
+    "advml",
+    "advml.cli",
+    "advml.errors",
+    "advml.names",
+    "advml.paths",
+    "advml.engine.fork_server",
+)  # what `advml --help` reads, in 0.3 s
 LIGHT = (*AT_ONCE, "advml.config", "advml.progress", "advml.repro", "advml.show")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 

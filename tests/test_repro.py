@@ -7,7 +7,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,9 +17,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from advml import repro as module
+from advml.engine import stage_task
+from advml.engine.cluster import Slots
 from advml.errors import Failure, UserError
 from advml.presets import preset
-from advml.repro import Running, repro
+from advml.repro import repro
 
 # A stage waits until the other one has begun: they end only if they overlap.
 MEET = "touch {0}.begun; for i in $(seq 300); do test -e {1}.begun && echo {0} > {0} && exit 0; sleep 0.1; done; exit 1"
@@ -103,7 +107,7 @@ def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_o
     (tmp_path / "mended").touch()
     assert repro(tmp_path, jobs=2) == ["bad", "behind"]
     assert (tmp_path / "behind").read_text() == f"bad\n{sys.executable}\n"
-    assert repro(tmp_path, jobs=2) == [] and Seen.planned == 0
+    assert repro(tmp_path, jobs=2) == []
 
 
 # `advml repro` without the server, which would import torch for a stage that needs none.
@@ -174,33 +178,58 @@ def test_other_pipelines_that_need_this_one_are_not_run_with_it(tmp_path):
     assert repro(tmp_path, jobs=1) == ["first"] and not (other / "behind").exists()
 
 
-# The order, with processes that are no DVC
+# The order, with commands in place of DVC
 
 
-class Launcher:
-    """Stages as short shell commands; remembers their order and how many were alive at once."""
+class Finished:
+    """What the driver sees of a task that `FakeClient` runs in a thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, work: Callable[[], int]) -> None:
+        self.code: int | None = None
+        self.thread = threading.Thread(target=lambda: setattr(self, "code", work()))
+        self.thread.start()
+
+    status = "finished"
+
+    def done(self) -> bool:
+        return self.code is not None
+
+    def result(self) -> int:
+        return self.code
+
+
+class FakeClient:
+    """Runs stages as short shell commands; remembers their order and how many ran at once."""
+
+    def __init__(self, slots: int) -> None:
         self.commands = {"fails": "echo 'ERROR: it broke'; exit 3", "slow": "sleep 0.6"}
-        self.folder, self.order, self.most, self.processes = folder, [], 0, []
+        self.slots, self.order, self.most, self.tasks = slots, [], 0, []
 
-    def __call__(self, root: Path, name: str, environment: dict[str, str]) -> Running:
-        log = self.folder / f"{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                ["sh", "-c", f"echo \"Running stage '{name}':\"; {self.commands.get(name, 'sleep 0.15')}"], stdout=output, stderr=output
-            )
+    def nthreads(self) -> dict[str, int]:
+        return {"worker": self.slots}
+
+    def submit(self, _: object, name: str, *, root: str, **__: object) -> Finished:
+        def work() -> int:
+            with (Path(root) / stage_task.FOLDER / f"{name}.log").open("wb") as output:
+                command = f"echo \"Running stage '{name}':\"; {self.commands.get(name, 'sleep 0.15')}"
+                return subprocess.run(["sh", "-c", command], stdout=output, check=False).returncode
+
         self.order.append(name)
-        self.processes.append(process)
-        self.most = max(self.most, sum(one.poll() is None for one in self.processes))
-        return Running(process, log, self.folder / f"{name}.progress", time.monotonic())
+        self.tasks.append(Finished(work))
+        self.most = max(self.most, sum(not task.done() for task in self.tasks))
+        return self.tasks[-1]
+
+    def cancel(self, _: object) -> None: ...
+
+    def run(self, _: object) -> None: ...
 
 
 @pytest.fixture
-def launcher(monkeypatch, tmp_path) -> Launcher:
-    launcher = Launcher(tmp_path)
-    monkeypatch.setattr(module, "_start", launcher)
-    return launcher
+def client(monkeypatch, tmp_path) -> FakeClient:
+    client = FakeClient(2)
+    (tmp_path / stage_task.FOLDER).mkdir(parents=True)
+    monkeypatch.setattr(module, "connect", lambda *_, **__: contextlib.nullcontext(Slots(client, "token")))
+    return client
 
 
 def plan(monkeypatch, upstream: dict[str, set[str]]) -> None:
@@ -208,39 +237,37 @@ def plan(monkeypatch, upstream: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 3])
-def test_never_more_stages_than_jobs_and_never_one_before_what_it_needs(monkeypatch, tmp_path, launcher, jobs):
+def test_never_more_stages_than_slots_and_never_one_before_what_it_needs(monkeypatch, tmp_path, client, jobs):
     upstream = {"a": set(), "b": set(), "c": set(), "d": {"a", "b"}, "e": {"d", "a", "b"}}
     plan(monkeypatch, upstream)
+    client.slots = jobs
     ran = repro(tmp_path, jobs=jobs)
-    assert sorted(ran) == sorted(upstream) and launcher.order[:3] == ["a", "b", "c"] and launcher.most == jobs
+    assert sorted(ran) == sorted(upstream) and client.order[:3] == ["a", "b", "c"] and client.most == jobs
     assert all(ran.index(name) > ran.index(before) for name, needed in upstream.items() for before in needed)
 
 
-def test_a_needed_stage_that_is_up_to_date_holds_nobody_up(monkeypatch, tmp_path, launcher):
+def test_a_needed_stage_that_is_up_to_date_delays_nothing(monkeypatch, tmp_path, client):
     plan(monkeypatch, {"b": {"a"}})
     assert repro(tmp_path, jobs=2) == ["b"]
 
 
-def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatch, tmp_path, launcher):
+def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatch, tmp_path, client):
     plan(monkeypatch, {"slow": set(), "fails": set(), "c": set(), "d": {"fails"}})
     with pytest.raises(Failure, match=r"^stage fails failed: it broke \(whole output: "):
         repro(tmp_path, jobs=2)
-    assert launcher.order == ["slow", "fails"] and [process.returncode for process in launcher.processes] == [0, 3]
+    assert client.order == ["slow", "fails"] and [task.code for task in client.tasks] == [0, 3]
 
 
-def test_an_interruption_ends_the_stages_at_work(monkeypatch, tmp_path, launcher):
-    launcher.commands = {"long": "sleep 300"}
-    plan(monkeypatch, {"long": set()})
-    real_sleep = time.sleep
-
-    def interrupted(seconds: float) -> None:
-        real_sleep(seconds)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("end", ["kill -9 $$", "echo 'ERROR: failed to run: x, exited with -9'; exit 1"], ids=["DVC", "its command"])
+def test_a_killed_stage_runs_again_but_not_for_ever(monkeypatch, tmp_path, client, end):
+    plan(monkeypatch, {"killed": set()})
+    monkeypatch.setattr(module, "MOST_RETRIES", 2)
+    client.commands = {"killed": f"echo >> {tmp_path}/times; test $(wc -l < {tmp_path}/times) = 2 || {{ {end}; }}"}
+    assert repro(tmp_path, jobs=1) == ["killed"] and client.order == ["killed"] * 2
+    client.commands = {"killed": end}
+    with pytest.raises(Failure, match="killed"):
         repro(tmp_path, jobs=1)
-    assert launcher.processes[0].poll() is not None
+    assert len(client.order) == 2 + 3
 
 
 # Words

@@ -3,10 +3,10 @@
 import os
 import sys
 
-from advml import warm
+from advml.engine import fork_server
 
-# Under `advml repro` another process has already imported torch; see advml.warm.
-code = warm.forward(os.environ[warm.ADDRESS], sys.argv[1:]) if warm.ADDRESS in os.environ else None
+# Under `advml repro` another process has already imported torch; see advml.engine.fork_server.
+code = fork_server.forward(os.environ[fork_server.ADDRESS], sys.argv[1:]) if fork_server.ADDRESS in os.environ else None
 if code is None:
     from advml.cli import main
 

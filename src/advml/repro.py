@@ -1,7 +1,6 @@
-"""`advml repro`: what `dvc repro` does, several stages at a time, with one board of progress bars.
+"""`advml repro`: what `dvc repro` does, several stages at a time, on one machine or many, with one board of progress bars.
 
-DVC runs one stage after another; small networks leave most cores idle. Here every stage whose inputs are
-ready runs as its own `dvc repro --single-item`, so DVC alone decides what is up to date and records results.
+Every stage whose inputs are ready runs as its own `dvc repro --single-item`, so DVC alone decides what is up to date and records results.
 """
 
 from __future__ import annotations
@@ -9,72 +8,131 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
-
+from advml.config import Cluster
+from advml.engine import stage_task
+from advml.engine.cluster import Slots, connect
+from advml.engine.fork_server import server
 from advml.errors import Failure, UserError
-from advml.progress import BOARD, Board
-from advml.warm import server
+from advml.progress import Board
+
+if TYPE_CHECKING:
+    from distributed import Future
+
+# DVC's words for a command that a signal has ended (137: through a shell), and for one of a killed worker that is still ending.
+PASSING = re.compile(r"exited with (-9|137|-15|143)\b|process killed|tmp/rwlock")
+MOST_RETRIES = 10  # of a stage whose worker is lost, or that is killed itself
 
 
 @dataclass
 class Running:
-    """A stage at work; its output goes to `log`, its progress to `progress`."""
+    """A stage that has been submitted."""
 
-    process: subprocess.Popen[bytes]
+    future: Future
     log: Path
     progress: Path
     started: float
 
 
-def repro(root: Path, *, jobs: int) -> list[str]:
+def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster | None = None) -> list[str]:
     """Bring the pipeline in `root` up to date; returns the stages that ran.
 
+    Args:
+        jobs: stages at a time.
+        cluster: see `advml.engine.cluster.connect`.
+        options: the section `cluster` of params.yaml.
     Raises:
-        UserError: there is no pipeline here, or dvc.yaml is wrong.
+        UserError: there is no pipeline here, dvc.yaml is wrong, or the cluster cannot be used.
         Failure: a stage failed; those already running are finished first, so that their work is kept.
     """
     upstream, waiting = _plan(root)
+    if not waiting:
+        return []
     running: dict[str, Running] = {}
+    retries: dict[str, int] = {}
     ran: list[str] = []
-    failed: list[tuple[str, Path]] = []
+    failed: list[tuple[str, str]] = []
     notes: list[str] = []
-    with server(root) if waiting else contextlib.nullcontext({}) as warm, Board(total=len(waiting)) as board:
+    announced = False
+    place = connect(cluster, root=root, jobs=jobs, options=options or Cluster())
+    with place as slots, server(root) if cluster is None else contextlib.nullcontext({}) as found, Board(total=len(waiting)) as board:
+        environment = found | {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
         try:
             while running or (waiting and not failed):
+                count = slots.count()
+                if not count and not announced:
+                    announced = True
+                    print("waiting for a worker of the cluster", file=sys.stderr, flush=True)
                 ready = [name for name in waiting if not upstream[name] & (set(waiting) | set(running))]
-                for name in [] if failed else ready[: jobs - len(running)]:
+                for name in [] if failed else ready[: max(0, count - len(running))]:
                     waiting.remove(name)
-                    running[name] = _start(root, name, warm)
+                    running[name] = _submit(slots, root, name, environment)
                 time.sleep(0.1)
                 for name, job in list(running.items()):
                     board.show(name, _read(job.progress))
-                    if job.process.poll() is not None:
-                        del running[name]
-                        ran += [name] if "Running stage '" in _output(job.log) else []  # else DVC found it unchanged, or made before
-                        board.finish(name, ok=job.process.returncode == 0, seconds=time.monotonic() - job.started)
-                        notes += [line for line in _output(job.log).splitlines() if line.startswith("note: ")]
-                        job.progress.unlink(missing_ok=True)
-                        failed += [(name, job.log)] if job.process.returncode else []
+                    if not job.future.done():
+                        continue
+                    del running[name]
+                    job.progress.unlink(missing_ok=True)
+                    ok, reason = _outcome(job)
+                    if reason is None and retries.get(name, 0) < MOST_RETRIES:
+                        retries[name] = retries.get(name, 0) + 1
+                        waiting.insert(0, name)
+                        continue
+                    ran += [name] if "Running stage '" in _output(job.log) else []  # else DVC found it unchanged, or made before
+                    board.finish(name, ok=ok, seconds=time.monotonic() - job.started)
+                    notes += [line for line in _output(job.log).splitlines() if line.startswith("note: ")]
+                    failed += [] if ok else [(name, f"{reason or 'killed again and again'} (whole output: {job.log})")]
         finally:
-            for job in running.values():
-                _terminate(job.process)
+            slots.client.cancel([job.future for job in running.values()])
+            slots.client.run(stage_task.wait_for_stages)
     for note in notes:  # what a stage has said to be read would otherwise stay in its log
         print(note, file=sys.stderr, flush=True)
     if failed:
-        name, log = failed[0]
-        raise Failure(f"stage {name} failed: {_reason(log)} (whole output: {log}); after mending, the same command goes on")
+        name, why = failed[0]
+        raise Failure(f"stage {name} failed: {why}; after mending, the same command goes on")
     return ran
+
+
+def _submit(slots: Slots, root: Path, name: str, environment: dict[str, str]) -> Running:
+    folder = root / stage_task.FOLDER
+    log = folder / f"{name}.log"
+    log.write_bytes(b"")
+    future = slots.client.submit(
+        stage_task.run_stage,
+        name,
+        root=str(root.resolve()),
+        token=slots.token,
+        environment=environment,
+        key=f"{name}-{time.time_ns()}",
+        pure=False,
+    )
+    return Running(future, log, folder / f"{name}.progress", time.monotonic())
+
+
+def _outcome(job: Running) -> tuple[bool, str | None]:
+    """Whether a stage ended well, and otherwise why; no reason: it or its worker was killed, and it is to run again."""
+    if job.future.status == "finished":
+        code = job.future.result()
+        return code == 0, None if code < 0 or (code and PASSING.search(_output(job.log))) else _reason(job.log)
+    error = job.future.exception() if job.future.status == "error" else None
+    if error is None or type(error).__name__ == "KilledWorker":
+        return False, None
+    return False, " ".join(str(error).split())
 
 
 def _plan(root: Path) -> tuple[dict[str, set[str]], list[str]]:
     """Stage -> the stages it needs, directly or not; and the stages that DVC finds changed, with everything behind them, in order."""
-    done = subprocess.run([sys.executable, "-m", "advml.plan"], cwd=root, env=_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "advml.engine.dvc_graph"], cwd=root, env=_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         reason = _last_line(done.stderr)
         remedy = (
@@ -91,38 +149,10 @@ def _plan(root: Path) -> tuple[dict[str, set[str]], list[str]]:
     return upstream, [name for name, before in upstream.items() if name in changed or before & changed]
 
 
-def _environment(**more: str) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Of a process that is to run these sources."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
-
-
-def _start(root: Path, name: str, environment: dict[str, str]) -> Running:
-    folder = root / ".scratch" / "repro"
-    folder.mkdir(parents=True, exist_ok=True)
-    log, progress = folder / f"{name}.log", (folder / f"{name}.progress").resolve()
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # stages say `python`: this one
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment, "PATH": path, BOARD: str(progress)},
-        )
-    return Running(process, log, progress, time.monotonic())
-
-
-def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """End DVC and what it has started: DVC alone would leave the stage's command at work."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.terminate()
-        psutil.wait_procs(family, timeout=10)  # for MLflow runs to be ended
-    process.wait()
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _read(progress: Path) -> dict[str, object]:
@@ -137,7 +167,7 @@ def _output(log: Path) -> str:
 
 
 def _reason(log: Path) -> str:
-    """The one line that advml printed, or DVC's last word."""
+    """The one line that advml printed, or DVC's last line."""
     lines = [line for line in _output(log).splitlines() if line.strip()]
     said = [line.removeprefix("advml: ") for line in lines if line.startswith("advml: ")]
     return said[-1] if said else _last_line("\n".join(lines))

@@ -5,6 +5,7 @@ Nothing heavy is imported up here: `advml --help` must answer at once. Commands 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -42,4 +43,8 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if parent := os.environ.get("ADVML_PARENT"):
+        from advml.engine.parent import end_with
+
+        end_with(int(parent))
     guarded(lambda: app(args=sys.argv[1:] or ["--help"], standalone_mode=False))

@@ -135,6 +135,13 @@ def ui(
 
 def repro(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Dask scheduler (tcp://host:8786), or a queue to submit jobs to: slurm, pbs, sge, lsf, oar, htcondor.",
+            show_default="this machine",
+        ),
+    ] = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
@@ -152,7 +159,7 @@ def repro(
     configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
 
     started = time.monotonic()
-    ran = run(params.parent, jobs=jobs)
+    ran = run(params.parent, jobs=jobs, cluster=cluster, options=configuration.cluster)
     print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
     rows = show_table(configuration, Workspace(params.parent))
     print("next: open reports/report.html     the whole study on one page")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from advml.config.evaluation import Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
 from advml.config.loading import apply, changed, digest, dump, flatten, load, parse_override, validate
 from advml.config.search import AttackSearch, TrainingSearch, Tune
-from advml.config.study import Data, Grid, Model, Runtime, ThreatModelSection, Tracking
+from advml.config.study import Cluster, Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, OF_THE_ATTACK, WITHOUT_EFFECT, Phase, TrainAttack, View, Views
 from advml.config.values import Section
 from advml.config.whole import Config
@@ -42,6 +42,7 @@ __all__ = [
     "TrainingSearch",
     "Tracking",
     "Runtime",
+    "Cluster",
     # names to choose from
     "SchemeName",
     "RegimeName",

@@ -82,3 +82,16 @@ class Runtime(Section):
     device: str = "auto"
     threads: Annotated[Whole, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class Cluster(Section):
+    """A job of the queue that `advml repro --cluster slurm` (pbs, lsf, ...) submits to. Every job runs stages until all are done."""
+
+    slots: Count = 1  # stages at a time in a job
+    cores: Count = 2
+    memory: str = "8GB"
+    gpus: Annotated[Whole, Field(ge=0)] = 0
+    walltime: str | None = None
+    queue: str | None = None
+    account: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)  # passed on to dask_jobqueue's class

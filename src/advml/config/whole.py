@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from advml.config.evaluation import MINIMAL_NORMS, Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
 from advml.config.search import Tune
-from advml.config.study import Data, Grid, Model, Runtime, ThreatModelSection, Tracking
+from advml.config.study import Cluster, Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, WITHOUT_EFFECT, Phase, TrainAttack, Views
 from advml.config.values import Distinct, Positive, Section, Whole
 from advml.names import RegimeName, SchemeName
@@ -41,6 +41,7 @@ class Config(Section):
     tune: Tune
     tracking: Tracking
     runtime: Runtime
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _complete(self) -> Config:

@@ -1,6 +1,6 @@
 """What DVC knows of the pipeline, as JSON: which stage needs which, and which have changed.
 
-`python -m advml.plan` prints it in the folder of dvc.yaml. A process of its own: DVC takes a second to import, and leaves its mark
+`python -m advml.engine.dvc_graph` prints it in the folder of dvc.yaml. A process of its own: DVC takes a second to import, and leaves its mark
 on whoever does.
 """
 

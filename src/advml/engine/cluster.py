@@ -1,0 +1,141 @@
+"""Slots to run stages in: on this machine, with a running Dask scheduler, or as jobs of a cluster's queue."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.config import Cluster
+from advml.engine.stage_task import FOLDER, require_shared
+from advml.errors import Failure, UserError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# --cluster NAME -> the class of dask_jobqueue, and what it calls the account and a job's number of cores.
+QUEUES = {
+    "slurm": ("SLURMCluster", "account", "job_cpu"),
+    "pbs": ("PBSCluster", "account", None),
+    "sge": ("SGECluster", "project", None),
+    "lsf": ("LSFCluster", "project", "ncpus"),
+    "oar": ("OARCluster", "project", None),
+    "htcondor": ("HTCondorCluster", None, None),
+    "local": ("LocalCluster", None, None),  # jobs are processes of this machine: to try the section `cluster`
+}
+LOCALHOST = "127.0.0.1:0"  # of Dask's pages about itself, which it cannot do without; any free port
+PATIENCE = 30.0  # seconds to wait for a running scheduler
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where stages run. `token` is the content of the study's token file, by which a worker knows that it sees the folder."""
+
+    client: Client
+    token: str
+
+    def count(self) -> int:
+        """Stages that can run at once now: one per thread of each worker. 0: no worker has come yet."""
+        return sum(self.client.nthreads().values())
+
+
+@contextlib.contextmanager
+def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> Iterator[Slots]:
+    """Slots for the stages of the study in `root`, until the context ends.
+
+    Args:
+        where: None: this machine, in this process; an address such as tcp://host:8786: the scheduler there and its workers;
+            a name in `QUEUES`: jobs that are submitted to that queue now and end with the context.
+        jobs: number of slots; a running scheduler has its own.
+        options: the section `cluster` of params.yaml, for jobs of a queue.
+    Raises:
+        UserError: there is no such place.
+        Failure: a worker does not see `root`.
+    """
+    from distributed import Client, LocalCluster
+    from distributed.comm import CommClosedError
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
+    token = uuid.uuid4().hex
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    (root / FOLDER / "token").write_text(token)
+    with contextlib.ExitStack() as stack:
+        if where is None:
+            ports = {"dashboard_address": LOCALHOST, "worker_dashboard_address": LOCALHOST}
+            target: Any = stack.enter_context(LocalCluster(processes=False, n_workers=1, threads_per_worker=jobs, **ports))
+        elif "://" in where:
+            target = where
+        else:
+            target = stack.enter_context(_jobs(where, root=root, jobs=jobs, options=options))
+        try:
+            client = stack.enter_context(Client(target, timeout=PATIENCE, set_as_default=False))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--cluster {where}: no Dask scheduler answers there ({' '.join(str(error).split())})") from None
+        try:
+            for answer in client.run(_sees, str(root.resolve()), token).values():
+                if answer:
+                    raise Failure(answer)
+            yield Slots(client, token)
+        except CommClosedError:
+            raise Failure(f"the Dask scheduler ({where}) is gone; once it is back, the same command goes on") from None
+
+
+def _sees(root: str, token: str) -> str | None:
+    try:
+        require_shared(root, token)
+    except Failure as error:
+        return str(error)
+
+
+def _jobs(name: str, *, root: Path, jobs: int, options: Cluster) -> Any:
+    """A cluster whose workers are jobs of a queue; lost jobs are submitted again.
+
+    Raises:
+        UserError: no such queue, or the section `cluster` does not fit it.
+    """
+    if name not in QUEUES:
+        raise UserError(f"--cluster {name!r}: choose from {', '.join(QUEUES)}, or give a scheduler's address such as tcp://host:8786")
+    kind, account, cores = QUEUES[name]
+    wanted = {
+        "queue": options.queue,
+        "walltime": options.walltime,
+        account or "account": options.account,
+        cores or "cores of a job": options.cores if cores else None,
+        "job_extra_directives": [f"--gres=gpu:{options.gpus}"] if options.gpus and name == "slurm" else None,
+    }
+    if options.gpus and name != "slurm" and "job_extra_directives" not in options.options:
+        raise UserError(f"cluster.gpus = {options.gpus}: for {name}, ask for them in cluster.options.job_extra_directives")
+    logs = root / FOLDER / "jobs"
+    logs.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "cores": options.slots,
+        "processes": 1,
+        "memory": options.memory,
+        "python": sys.executable,
+        "log_directory": str(logs.resolve()),
+        "scheduler_options": {"dashboard_address": LOCALHOST},
+        # Certificates of this command alone: whoever else reaches the port can run nothing.
+        "protocol": "tls://",
+        "security": True,
+        "shared_temp_directory": str(logs.resolve()),
+        **{key: value for key, value in wanted.items() if value is not None},
+        **options.options,
+    }
+    make = getattr(importlib.import_module(f"dask_jobqueue.{name}"), kind)
+    known = {key for part in (*make.job_cls.__mro__, *make.__mro__) for key in inspect.signature(part.__init__).parameters}
+    if strange := settings.keys() - known:
+        raise UserError(f"params.yaml: cluster.options has {min(strange)!r}, which dask_jobqueue.{kind} does not take")
+    try:
+        cluster = make(**settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--cluster {name}: the section `cluster` of params.yaml does not fit: {' '.join(str(error).split())}") from None
+    wanted_jobs = -(-jobs // options.slots)
+    cluster.adapt(minimum_jobs=wanted_jobs, maximum_jobs=wanted_jobs)
+    return cluster

@@ -1,0 +1,98 @@
+"""One stage as a task of a Dask worker: `dvc repro --single-item NAME` in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from advml.engine.devices import one_device
+from advml.engine.parent import PARENT
+from advml.errors import Failure
+from advml.progress import BOARD
+
+FOLDER = Path(".scratch") / "repro"  # in the study: logs and progress of stages
+GRACE = 15.0  # seconds for a stage to end its MLflow run after SIGTERM
+_at_work: set[int] = set()  # processes of this worker
+
+
+def run_stage(name: str, *, root: str, token: str, environment: dict[str, str]) -> int:
+    """Bring one stage up to date; returns DVC's exit code. Its output goes to a log file, its progress to another one.
+
+    Args:
+        token: content of the study's token file, which shows that this machine sees the study's folder.
+        environment: variables for the stage, beside those of this worker. Without OMP_NUM_THREADS, a stage gets its share of the cores.
+    Raises:
+        Failure: this machine does not see the folder.
+    """
+    from dask.system import CPU_COUNT
+    from distributed.worker import get_worker
+
+    require_shared(root, token)
+    folder = Path(root, FOLDER)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # stages say `python`: this one
+    share = max(1, CPU_COUNT // get_worker().state.nthreads)
+    with one_device() as device, (folder / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that one signal reaches DVC, its shell and the stage
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(share), "PATH": path, BOARD: str(folder.resolve() / f"{name}.progress"), PARENT: str(os.getpid())}
+            | device
+            | environment,
+        )
+        _at_work.add(process.pid)
+        try:
+            while process.poll() is None:
+                if _is_cancelled():
+                    _end(process)
+                time.sleep(0.1)
+        finally:
+            _end(process)
+            _at_work.discard(process.pid)
+    return process.returncode
+
+
+async def wait_for_stages() -> None:
+    """Return when this worker runs no stage any more."""
+    while _at_work:
+        await asyncio.sleep(0.05)
+
+
+def require_shared(root: str, token: str) -> None:
+    """Raises Failure if this machine does not see the study's folder, with the token file that the driver has written there."""
+    file = Path(root, FOLDER, "token")
+    with contextlib.suppress(OSError):
+        if file.read_text() == token:
+            return
+    raise Failure(f"{os.uname().nodename} does not see {root}: all workers need the study's folder under this path (NFS, Lustre, ...)")
+
+
+def _is_cancelled() -> bool:
+    """Whether the scheduler has withdrawn the task that this thread runs: the driver was interrupted or has died."""
+    from distributed.worker import get_worker, thread_state
+
+    state = get_worker().state.tasks.get(thread_state.key)
+    return state is None or state.state == "cancelled"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End DVC, its shell and the stage, and wait until they are gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    process.wait()
