@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,50 +56,77 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
     upstream, waiting = _plan(root)
     if not waiting:
         return []
-    running: dict[str, Running] = {}
-    retries: dict[str, int] = {}
-    ran: list[str] = []
-    failed: list[tuple[str, str]] = []
-    notes: list[str] = []
-    announced = False
     place = connect(cluster, root=root, jobs=jobs, options=options or Cluster())
     with place as slots, server(root) if cluster is None else contextlib.nullcontext({}) as found, Board(total=len(waiting)) as board:
         environment = found | {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+        schedule = Schedule(root, slots, environment, board, upstream, waiting)
         try:
-            while running or (waiting and not failed):
-                count = slots.count()
-                if not count and not announced:
-                    announced = True
-                    print("waiting for a worker of the cluster", file=sys.stderr, flush=True)
-                ready = [name for name in waiting if not upstream[name] & (set(waiting) | set(running))]
-                for name in [] if failed else ready[: max(0, count - len(running))]:
-                    waiting.remove(name)
-                    running[name] = _submit(slots, root, name, environment)
+            while schedule.is_unfinished():
+                schedule.start_ready()
                 time.sleep(0.1)
-                for name, job in list(running.items()):
-                    board.show(name, _read(job.progress))
-                    if not job.future.done():
-                        continue
-                    del running[name]
-                    job.progress.unlink(missing_ok=True)
-                    ok, reason = _outcome(job)
-                    if reason is None and retries.get(name, 0) < MOST_RETRIES:
-                        retries[name] = retries.get(name, 0) + 1
-                        waiting.insert(0, name)
-                        continue
-                    ran += [name] if "Running stage '" in _output(job.log) else []  # else DVC found it unchanged, or made before
-                    board.finish(name, ok=ok, seconds=time.monotonic() - job.started)
-                    notes += [line for line in _output(job.log).splitlines() if line.startswith("note: ")]
-                    failed += [] if ok else [(name, f"{reason or 'killed again and again'} (whole output: {job.log})")]
+                schedule.take_finished()
         finally:
-            slots.client.cancel([job.future for job in running.values()])
+            slots.client.cancel([job.future for job in schedule.running.values()])
             slots.client.run(stage_task.wait_for_stages)
-    for note in notes:  # what a stage has said to be read would otherwise stay in its log
+    for note in schedule.notes:  # what a stage has said to be read would otherwise stay in its log
         print(note, file=sys.stderr, flush=True)
-    if failed:
-        name, why = failed[0]
+    if schedule.failed:
+        name, why = schedule.failed[0]
         raise Failure(f"stage {name} failed: {why}; after mending, the same command goes on")
-    return ran
+    return schedule.ran
+
+
+@dataclass
+class Schedule:
+    """Which stages wait, run, have run and have failed."""
+
+    root: Path
+    slots: Slots
+    environment: dict[str, str]
+    board: Board
+    upstream: dict[str, set[str]]
+    waiting: list[str]
+    running: dict[str, Running] = field(default_factory=dict)
+    retries: Counter[str] = field(default_factory=Counter)
+    ran: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    announced: bool = False
+
+    def is_unfinished(self) -> bool:
+        """Whether to go on: after a failure, only until the stages at work have ended."""
+        return bool(self.running or (self.waiting and not self.failed))
+
+    def start_ready(self) -> None:
+        """Submit stages whose inputs are ready, as many as there are free slots."""
+        count = self.slots.count()
+        if not count and not self.announced:
+            self.announced = True
+            print("waiting for a worker of the cluster", file=sys.stderr, flush=True)
+        pending = {*self.waiting, *self.running}
+        ready = [] if self.failed else [name for name in self.waiting if not self.upstream[name] & pending]
+        for name in ready[: max(0, count - len(self.running))]:
+            self.waiting.remove(name)
+            self.running[name] = _submit(self.slots, self.root, name, self.environment)
+
+    def take_finished(self) -> None:
+        """Show progress; note what has ended; queue again what was killed."""
+        for name, job in list(self.running.items()):
+            self.board.show(name, _read(job.progress))
+            if not job.future.done():
+                continue
+            del self.running[name]
+            job.progress.unlink(missing_ok=True)
+            ok, reason = _outcome(job)
+            if reason is None and self.retries[name] < MOST_RETRIES:
+                self.retries[name] += 1
+                self.waiting.insert(0, name)
+                continue
+            lines = _output(job.log).splitlines()
+            self.ran += [name] if any("Running stage '" in line for line in lines) else []  # else DVC found it unchanged, or made before
+            self.notes += [line for line in lines if line.startswith("note: ")]
+            self.board.finish(name, ok=ok, seconds=time.monotonic() - job.started)
+            self.failed += [] if ok else [(name, f"{reason or f'killed {MOST_RETRIES} times'} (whole output: {job.log})")]
 
 
 def _submit(slots: Slots, root: Path, name: str, environment: dict[str, str]) -> Running:
