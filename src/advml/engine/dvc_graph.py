@@ -1,7 +1,7 @@
 """What DVC knows of the pipeline, as JSON: which stage needs which, and which have changed.
 
-`python -m advml.engine.dvc_graph` prints it in the folder of dvc.yaml. A process of its own: DVC takes a second to import, and leaves its mark
-on whoever does.
+`python -m advml.engine.dvc_graph` prints it in the folder of dvc.yaml: in a process of its own, because DVC takes a second to import and
+sets up logging and signals.
 """
 
 from __future__ import annotations
