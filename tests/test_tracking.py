@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -654,11 +655,10 @@ def test_sync_rebuilds_everything_from_files_once(config, study):
 def test_sync_leaves_a_run_that_training_made_and_adds_metrics_that_came_later(config, study):
     with open_run(config, study, name="CL-Full-AT-s0") as run:
         run.log_checkpoint(study / "models" / "finetune" / "CL-Full-AT-s0", digest="c" * 64)
-    assert tracking.sync(config, root=study) == ["CL-at-s0", "CL-AT-s0"]
+    assert tracking.sync(config, root=study) == ["CL-at-s0", "CL-AT-s0", "CL-Full-AT-s0"]  # the last one lacked its curves
     write_report(study, "CL-Full-AT-s0", {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4})
     before = record_of(config, study, run.id)
-    for _ in range(2):
-        assert tracking.sync(config, root=study) == []
+    assert [tracking.sync(config, root=study) for _ in range(2)] == [["CL-Full-AT-s0"], []]
     after = record_of(config, study, run.id)
     later = {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4}
     assert after.data.metrics == later | {"train/loss": 0.2, "validation/accuracy": 0.5}  # of write_report, and of the curves
@@ -680,32 +680,28 @@ def test_curves_and_link_that_come_after_the_weights_are_added_once(config, stud
     tracking.sync(config, root=study)
     assert "curves.png" not in artifacts(config, study, run.id) and steps_of(config, study, run.id, "train/loss") == []
     history.rename(curves)
-    for _ in range(2):
-        assert tracking.sync(config, root=study) == []
+    for changed in (["CL-AT-s0"], []):
+        assert tracking.sync(config, root=study) == changed
         assert "curves.png" in artifacts(config, study, run.id) and steps_of(config, study, run.id, "train/loss") == [1, 2, 3, 4, 5]
     record = record_of(config, study, run.id)
     assert record.data.tags["advml.pretraining_name"] == "CL-at-s0" and len(record.inputs.model_inputs) == 1
 
 
-def test_a_rebuilt_run_names_the_stage_that_trained_it_not_the_one_that_rebuilds(config, study, monkeypatch):
-    path = study / "models" / "finetune" / "CL-AT-s0" / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dvc_stage": "finetune_at@CL-AT-0"}))
+def test_a_rebuilt_run_names_neither_stage_nor_experiment_of_the_process_that_rebuilds_it(config, study, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate_at@CL-AT-0")
     monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
-    for name, stage in (("CL-AT-s0", "finetune_at@CL-AT-0"), ("CL-Full-AT-s0", None)):
-        with tracking.attach_run(config, root=study, folder=study / "models" / "finetune" / name) as run:
-            tags = record_of(config, study, run.id).data.tags
-        assert tags.get("advml.dvc_stage") == stage and "advml.dvc_experiment" not in tags
-        assert tags["mlflow.source.name"] == (f"dvc repro {stage}" if stage else "advml")
+    with tracking.attach_run(config, root=study, folder=study / "models" / "finetune" / "CL-AT-s0") as run:
+        tags = record_of(config, study, run.id).data.tags
+    assert not {"advml.dvc_stage", "advml.dvc_experiment"} & set(tags) and tags["mlflow.source.name"] == "advml"
 
 
 @pytest.fixture
 def reported(root):
     """The files of `report`."""
-    (root / "reports").mkdir()
+    (root / "reports").mkdir(exist_ok=True)
     for name in REPORT_FILES:
         (root / "reports" / name).write_text("model,accuracy/clean,note\nCL-AT-s0,0.9,\n")
-    made = {"git_commit": "c" * 40, "dvc_stage": "report", "parameters": {"seeds": [0]}}
+    made = {"git_commit": "c" * 40, "parameters": {"seeds": [0]}}
     (root / "reports" / "claims.json").write_text(json.dumps({"claims": [{"claim": "a", "verdict": "b", "parts": []}], **made}))
     return root
 
@@ -725,7 +721,7 @@ def test_an_outage_in_the_middle_of_a_result_is_mended_by_the_next_sync(config, 
     tracking.sync(config, root=reported)
     assert tracking.sync(config, root=reported) == []
     (record,) = all_runs(config, reported)
-    assert record.info.status == "FINISHED" and record.data.params == {"seeds": "[0]"} and record.data.tags["advml.dvc_stage"] == "report"
+    assert record.info.status == "FINISHED" and record.data.params == {"seeds": "[0]"}
     assert artifacts(config, reported, record.info.run_id) == {*REPORT_FILES, "summary.json", "claims_table.json"}
     (file,) = (reported / "mlruns").rglob("summary.json")
     assert json.loads(file.read_text()) == {"columns": ["model", "accuracy/clean"], "data": [["CL-AT-s0", 0.9]]}
@@ -785,3 +781,125 @@ def test_sync_says_in_one_line_why_it_cannot(config, study):
         path.write_text(text)
         with pytest.raises(Failure, match=rf"^{path} cannot be read: .*dvc checkout {path.parent}$"):
             tracking.sync(config, root=study)
+
+
+# --- a value that changes in a file changes in MLflow
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_picture(path):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (2, 2)).save(path)
+
+
+@pytest.fixture
+def whole(config, study, reported):
+    """A study with a file of every kind, and its runs."""
+    reports, records = study / "reports", study / "records"
+    representation = {"digest": "b" * 64, "cka": "k" * 64, "metrics": {"probe/clean": 0.6045, "cka/rankme": 2.5}}
+    write_json(records / "represent" / "CL-AT-s0.json", representation | {"parameters": {"similarity": {"gram": "auto"}}})
+    for folder in (reports / "CL-AT-s0", reports / "compare"):
+        write_json(folder / "cka.json", {"panels": [], "probes": {"strengths": [1.0]}})
+        (folder / "cka.npz").write_bytes(b"arrays")
+        for name in ("cka", "layers", "clean", "adversarial"):
+            write_picture(folder / f"{name}.png")
+    block = {"seed": 0, "digests": {"CL-AT-s0": "b" * 64}, "breaks": [{"model": "CL-AT-s0", "transfer_breaks": 3}], "flags": []}
+    write_json(reports / "transfer" / "transfer.json", {"seeds": [block]})
+    (reports / "transfer" / "transfer.csv").write_text("source,target,n\nCL-AT-s0,CL-AT-s0,40\n")
+    write_picture(reports / "transfer" / "transfer.png")
+    write_json(reports / "mine" / "evaluation.json", {"metrics": {"accuracy/clean": 0.7}, "parameters": {"evaluate": {"steps": 7}}})
+    (reports / "mine" / "samples.parquet").write_bytes(b"samples")
+    (reports / "tune" / "attack").mkdir(parents=True)
+    (reports / "tune" / "attack" / "best.yaml").write_text("parameters: {attack.steps: 5}\nscored: {robust: 0.57}\n")
+    (reports / "tune" / "attack" / "trials.csv").write_text("trial,state,robust\n0,complete,0.57\n")
+    tracking.sync(config, root=study)
+    return study
+
+
+# File, the value in it that changes, and what it becomes; the run, and where it must show the new value.
+CHANGES = {
+    "curves": ("reports/CL-AT-s0/history.json", "0.25", "0.26", "CL-AT-s0", ("curve", "train/loss", 4, 0.26)),
+    "curves, at the end": ("reports/CL-AT-s0/history.json", "0.2,", "0.1,", "CL-AT-s0", ("metric", "train/loss", 0.1)),
+    "model record": ("models/finetune/CL-AT-s0/model.json", '"steps": 5', '"steps": 6', "CL-AT-s0", ("tag", "advml.now.attack.steps", "6")),
+    "commit": ("models/pretrain/CL-at-s0/model.json", "c" * 40, "d" * 40, "CL-at-s0", ("tag", "mlflow.source.git.commit", "d" * 40)),
+    "evaluation": ("records/evaluate/CL-AT-s0.json", "0.9", "0.8", "CL-AT-s0", ("metric", "accuracy/clean", 0.8)),
+    "flags": ("records/evaluate/CL-AT-s0.json", "a flag", "another", "CL-AT-s0", ("tag", "advml.flags", "another")),
+    "probes": ("records/represent/CL-AT-s0.json", "0.6045", "0.621", "CL-AT-s0", ("metric", "probe/clean", 0.621)),
+    "how it was measured": ("records/represent/CL-AT-s0.json", "auto", "low", "CL-AT-s0", ("tag", "advml.now.similarity.gram", "low")),
+    "layers": ("reports/CL-AT-s0/cka.json", "1.0", "0.1", "CL-AT-s0", ("artifact", "cka/cka.json")),
+    "comparison": ("reports/compare/cka.json", "1.0", "0.1", "compare", ("artifact", "cka/cka.json")),
+    "transfer": ("reports/transfer/transfer.json", "3", "4", "transfer", ("metric", "transfer_breaks/CL-AT-s0", 4)),
+    "pairs": ("reports/transfer/transfer.csv", "40", "41", "transfer", ("artifact", "transfer/transfer.csv")),
+    "page": ("reports/report.html", "0.9", "0.8", "study", ("artifact", "report.html")),
+    "claims": ("reports/claims.json", '"b"', '"c"', "study", ("artifact", "claims.json")),
+    "evaluation of a given model": ("reports/mine/evaluation.json", "0.7", "0.6", "mine", ("metric", "accuracy/clean", 0.6)),
+    "search": ("reports/tune/attack/best.yaml", "0.57", "0.53", "attack", ("metric", "best/robust", 0.53)),
+    "trials": ("reports/tune/attack/trials.csv", "0.57", "0.53", "attack", ("artifact", "tune/trials.csv")),
+}
+
+
+def test_a_value_that_changes_in_a_file_changes_in_mlflow(config, whole):
+    assert tracking.sync(config, root=whole) == []
+    for kind, (name, old, new, run, shown) in CHANGES.items():
+        path = whole / name
+        text = path.read_text()
+        assert text.count(old) == 1, kind
+        path.write_text(text.replace(old, new))
+        assert tracking.sync(config, root=whole) == [run], kind
+        assert is_shown(config, whole, run, path, *shown), kind
+        assert tracking.sync(config, root=whole) == [], kind
+
+
+def is_shown(config, root, name, file, what, key, *value):
+    record = newest(config, root, name)
+    if what == "curve":
+        history = store_of(config, root).client.get_metric_history(record.info.run_id, key)
+        at = [point.value for point in sorted(history, key=lambda point: point.timestamp) if point.step == value[0]]
+        return at[-1] == value[1] and len(at) == 2  # the changed one, and no other a second time
+    if what == "artifact":
+        return (Path(record.info.artifact_uri.removeprefix("file://")) / key).read_bytes() == file.read_bytes()
+    return {"metric": record.data.metrics, "tag": record.data.tags}[what][key] == value[0]
+
+
+def newest(config, root, name):
+    store = store_of(config, root)
+    return store.client.search_runs([store.experiment], f"tags.`advml.name` = '{name}'", order_by=["attributes.start_time DESC"])[0]
+
+
+def test_the_models_own_record_in_mlflow_is_that_of_the_file(config, whole):
+    path = whole / "models" / "finetune" / "CL-AT-s0" / "model.json"
+    path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))
+    tracking.sync(config, root=whole)
+    store = store_of(config, whole)
+    model = store.client.get_logged_model(newest(config, whole, "CL-AT-s0").data.tags["advml.model_id"])
+    assert Path(model.artifact_location.removeprefix("file://"), "model.json").read_bytes() == path.read_bytes()
+
+
+def test_what_is_not_measured_any_more_is_nan_and_not_yesterdays_value(config, study):
+    """MLflow deletes no metric."""
+    for metrics in ({"accuracy/clean": 0.9, "corruption/mean": 0.8, "diagnostics/flags": 0}, {"accuracy/clean": 0.9}):
+        write_report(study, "CL-AT-s0", metrics)
+        tracking.sync(config, root=study)
+    shown = newest(config, study, "CL-AT-s0").data.metrics
+    assert shown["accuracy/clean"] == 0.9 and shown["train/loss"] == 0.2
+    assert math.isnan(shown["corruption/mean"]) and math.isnan(shown["diagnostics/flags"])
+    write_report(study, "CL-AT-s0", {"accuracy/clean": 0.9, "corruption/mean": 0.8})
+    tracking.sync(config, root=study)
+    assert newest(config, study, "CL-AT-s0").data.metrics["corruption/mean"] == 0.8
+
+
+def test_a_search_that_is_at_work_is_left_to_its_own_command(config, whole):
+    with tracking.open_search(config, root=whole, name="attack", identity="i", tags={}, params={}):
+        path = whole / "reports" / "tune" / "attack" / "best.yaml"
+        path.write_text(path.read_text().replace("0.57", "0.53"))
+        assert tracking.sync(config, root=whole) == []
+        assert newest(config, whole, "attack").info.status == "RUNNING"
+    assert tracking.sync(config, root=whole) == ["attack"]
+    assert newest(config, whole, "attack").data.metrics["best/robust"] == 0.53

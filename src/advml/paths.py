@@ -34,6 +34,7 @@ def checked_name(name: str, *, option: str = "--name") -> str:
 # What lies in reports/ beside a folder per model: files of `report`, folders of other commands.
 REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
 TRANSFER_FILES = ("transfer.json", "transfer.csv", "transfer.png")  # in reports/transfer/
+SEARCH_FILES = ("best.yaml", "trials.csv")  # in reports/tune/NAME/
 FOLDERS = ("compare", "transfer", "tune")
 
 

@@ -8,20 +8,25 @@ import os
 import subprocess
 from pathlib import Path
 
+LOCKS = ":(exclude,top,glob)**/dvc.lock"
+
 
 @functools.cache
 def git_commit(root: Path) -> str:
-    """The commit checked out at `root`, with `-dirty` behind it if tracked files differ; "unknown" outside of git."""
+    """The last commit at `root` that changed anything, with `-dirty` behind it if tracked files differ; "unknown" outside of git.
+
+    dvc.lock does not count: DVC changes it after every stage, and it is committed when the study is done. A stage that is run again
+    would name another commit, although nothing that it depends on has changed.
+    """
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],  # no tag: always the plain commit
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        commit = _git(root, "log", "-1", "--format=%H", "--", ":/", LOCKS) or _git(root, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":/", LOCKS) else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def dvc_stage() -> str | None:

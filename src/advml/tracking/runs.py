@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from advml.config import Config
 
-Kind = Literal["pretrain", "model", "comparison", "study", "evaluation"]
+Kind = Literal["pretrain", "model", "comparison", "study", "evaluation", "search"]
 
 
 def open_run(

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advml.tracking import results
 from advml.tracking import store as stores
+from advml.tracking.files import digest
 from advml.tracking.run import Run
 from advml.tracking.start import DataInfo, Facts, start
 from advml.tracking.writer import guarded
@@ -99,6 +101,16 @@ class SearchRun(Run):
         record = start(self._store, facts, root=self._root)
         self._trials[trial.number] = Run(self._place, self._store, record, root=self._root)
         return self._trials[trial.number]
+
+    def log_results(self, folder: Path, files: Sequence[Path], scored: Mapping[str, Any]) -> None:
+        """Log the files that the search has written into `folder`, and what its best trial scored; tagged as `sync` tags them."""
+        self.log_metrics(results.best_scores(scored), instead_of=("best",))
+        for file in files:
+            self.log_file(file, "tune")
+        found = results.search_of(folder)
+        if all(path.exists() for path in found.paths):
+            self.set_tag("advml.files", made := digest(*found.paths))
+            self.set_tag("advml.digest", made)
 
     @guarded
     def crown(self, number: int) -> None:
