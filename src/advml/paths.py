@@ -101,6 +101,14 @@ def find_model(workspace: Workspace, model: str) -> Path:
     raise UserError(f"there is no model {model!r}; {choices}")
 
 
+def home_of(folder: Path) -> tuple[Workspace, str] | None:
+    """The study whose `models/finetune/` holds this folder, and its name there, also through links; None: no study does."""
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):
+        if path.parts[-3:-1] == ("models", "finetune"):
+            return Workspace(path.parents[2]), path.name
+    return None
+
+
 def given_path(path: str) -> Path:
     """A path of params.yaml. A relative one that is not here starts at DVC_ROOT: a queue worker runs in a copy, without untracked data."""
     given = Path(path).expanduser()

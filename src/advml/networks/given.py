@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def _ours(folder: Path) -> Given:
     record = read_record(folder)
     network = load_classifier(folder)
     data = record.get("data", {}).get("digest")
-    return Given(folder.resolve().name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data)
+    return Given(Path(os.path.abspath(folder)).name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data)
 
 
 def _timm(name: str, weights: Path, normalization: Normalization, spec: config.Model, dataset: Dataset) -> Given:

@@ -14,7 +14,7 @@ from advml.errors import UserError
 from advml.evaluation import protocol, records, samples
 from advml.networks import models
 from advml.networks.given import Given
-from advml.paths import Workspace, checked_name, is_reserved, model_name
+from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
 from advml.progress import Bar
 from advml.runtime.checkpoint import Checkpoint, discard, discard_finished, write_atomically
 from advml.runtime.memo import Memo
@@ -65,7 +65,8 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
 def of_study(workspace: Workspace, target: str) -> dict[str, Any] | None:
     """Scheme, regime and seed of a model of this study, given by name or folder; None if it is none."""
     for folder in (Path(target), workspace.model(target)):
-        if (folder / "model.json").is_file() and folder.resolve().parent == workspace.models.resolve():
+        home = home_of(folder)
+        if (folder / "model.json").is_file() and home and home[0].root.resolve() == workspace.root.resolve():
             record = models.read_record(folder)
             return {key: record[key] for key in KEYS} if record.keys() >= set(KEYS) else None
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -132,8 +133,8 @@ class Run(Writer):
 
         The tag `advml.digest`, which `find_run` and `sync` go by, is written last: it says that the run is complete.
         """
-        folder = Path(folder).resolve()
-        path = folder.relative_to(self._root).as_posix() if folder.is_relative_to(self._root) else str(folder)
+        known = Path(os.path.abspath(folder)), folder.resolve()  # the first one, with its links, is how the study names it
+        path = next((path.relative_to(self._root).as_posix() for path in known if path.is_relative_to(self._root)), str(known[0]))
         if self._tags.get("advml.digest") != digest:  # else a stage that was killed just after is repeating itself
             self._tag({"advml.path": path})
             self._tag({"advml.model_id": lineage.add_model(self._store, self.id, self._tags, folder=folder, digest=digest)})
