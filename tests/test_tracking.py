@@ -24,6 +24,8 @@ from advml import tracking
 from advml.errors import Failure
 from advml.paths import REPORT_FILES
 from advml.runtime import processes
+from advml.runtime.signals import ENDING, obey
+from advml.tracking import runs
 from advml.tracking import store as stores
 
 DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={"train": 1257, "validation": 180, "test": 360})
@@ -470,18 +472,74 @@ def test_a_run_that_ends_badly_says_how(config, root, error, status):
     assert record_of(config, root, run.id).info.status == status
 
 
-def test_sigterm_ends_the_run_as_killed_with_exit_code_143(config, root):
-    def work():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line does
-        with open_run(config, root):
-            (root / "begun").touch()
-            signal.pause()
+def send(number):
+    """To this process; the handler has run when this returns."""
+    signal.raise_signal(number)
 
-    child = forked(work)
-    wait_for((root / "begun").exists, child)
-    os.kill(child, signal.SIGTERM)
-    assert end_of(child) == 143
+
+def obey_all():
+    """Also those that the test runner ignores, in the background or under nohup."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    obey()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGTERM, signal.SIGTERM), 143),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), 143),
+        ((signal.SIGHUP, signal.SIGTERM), 129),
+        ((signal.SIGINT, signal.SIGTERM, signal.SIGTERM), 1),  # a KeyboardInterrupt, for which `forked` has no code
+    ],
+    ids=lambda value: "+".join(one.name for one in value) if isinstance(value, tuple) else "",
+)
+def test_signals_end_the_run_as_killed_however_many_come_at_once(config, root, numbers, code):
+    """The others arrive while the first one's exception is on its way, at the moment when the run is to be ended."""
+
+    def work():
+        first, *others = numbers
+        leave = tracking.Run.__exit__
+        tracking.Run.__exit__ = lambda *what: ([send(number) for number in others], leave(*what))[1]
+        obey_all()
+        with open_run(config, root):
+            send(first)
+
+    assert end_of(forked(work)) == code
     assert [run.info.status for run in all_runs(config, root)] == ["KILLED"]
+
+
+def test_a_signal_while_a_run_is_being_opened_ends_it_too(config, root):
+    def work():
+        begin = runs.start
+        runs.start = lambda *what, **more: (begin(*what, **more), send(signal.SIGTERM))[0]
+        obey_all()
+        with open_run(config, root):
+            pass
+
+    assert end_of(forked(work)) == 143
+    assert [run.info.status for run in all_runs(config, root)] == ["KILLED"]
+
+
+def test_a_signal_long_after_the_first_one_is_obeyed_again(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("advml.runtime.signals.time.monotonic", lambda: now)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)  # as under nohup
+        obey()
+        with pytest.raises(SystemExit):
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGHUP)
+        now += 60
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_run_killed_outright_resumes_without_double_points_and_without_gaps(config, root):

@@ -22,8 +22,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from advml.runtime import signals
+
 ADDRESS = "ADVML_WARM"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MODULES = (
     "advml.cli",
     "advml.stages.train",
@@ -61,7 +62,7 @@ def server(root: Path) -> Iterator[dict[str, str]]:
 @contextlib.contextmanager
 def _held() -> Iterator[None]:
     """Signals wait until the end; those to a process started within, until it lets them in."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)
     try:
         yield
     finally:
@@ -83,7 +84,7 @@ def forward(address: str, arguments: list[str]) -> int | None:
         with contextlib.suppress(OSError):  # it is gone already
             connection.sendall(bytes([number]))
 
-    obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is not
+    obeyed = [number for number in signals.ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is not
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "obeyed": obeyed}
     message = json.dumps(request).encode()
     with connection:
@@ -106,8 +107,9 @@ def forward(address: str, arguments: list[str]) -> int | None:
 
 def serve(address: str) -> None:
     """Import, then fork a child per connection until the parent process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to the end
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for number in signals.TERMINAL:
+        signal.signal(number, signal.SIG_IGN)  # the parent sees to the end
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ENDING)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)  # clients that come during the imports wait in the queue
@@ -163,9 +165,11 @@ def _work(connection: socket.socket) -> None:
 
     code = 1
     try:
-        # The server ignores Ctrl-C, by its own will or because it was started in the background. What counts is the client.
-        signal.signal(signal.SIGINT, signal.default_int_handler if signal.SIGINT in request["obeyed"] else signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as `main` does in a moment
+        with _held():
+            # The server ignores Ctrl-C, by its own will or because it was started in the background. What counts is the client.
+            for number in signals.ENDING:
+                signal.signal(number, signal.SIG_DFL if number in request["obeyed"] else signal.SIG_IGN)
+            signals.obey()  # as `main` does in a moment
         guarded(command)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)

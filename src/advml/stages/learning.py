@@ -43,6 +43,8 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     checkpoint = Checkpoint(scratch, inputs)
     with _open_run(context, job, checkpoint) as run:
         checkpoint.note(run_id=run.id)
+        if source := job.identity.get("pretraining"):
+            run.link(tracking.find_run(context.config, root=context.workspace.root, kind="pretrain", **source))
         history = _train(context, job, checkpoint, run) if job.plan.task else []
         selected = checkpoint.load().best_epoch if history else None
         with replace_folder(job.folder) as folder:
@@ -62,7 +64,7 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
     if checkpoint.orphan:
         tracking.kill_run(context.config, root=root, run_id=checkpoint.orphan)
     tags = {key: job.identity[key] for key in ("scheme", "phase", "regime", "seed") if key in job.identity}
-    run = tracking.open_run(
+    return tracking.open_run(
         context.config,
         root=root,
         name=job.name,
@@ -72,9 +74,6 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
         data=tracking.DataInfo(**data),
         run_id=checkpoint.notes.get("run_id"),
     )
-    if source := job.identity.get("pretraining"):
-        run.link(tracking.find_run(context.config, root=root, kind="pretrain", **source))
-    return run
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run) -> list[Record]:

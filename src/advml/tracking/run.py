@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from advml.tracking import lineage
 from advml.tracking import store as stores
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Record
 
 EPOCH = "epoch"
+R = TypeVar("R", bound="Run")
 
 
 class Run(Writer):
@@ -51,7 +52,12 @@ class Run(Writer):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        try:
+            self.finish(status)
+        except (KeyboardInterrupt, SystemExit):  # a signal came before the call to the store, or waited for it
+            self.finish(status)
+            raise
 
     @guarded
     def finish(self, status: str = "FINISHED", *, end_time: int | None = None) -> None:
@@ -154,6 +160,22 @@ class Run(Writer):
             history = self._store.client.get_metric_history(self.id, key) if key in self._metrics else []
             self._epochs[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
         return self._epochs[key]
+
+
+def opened(place: stores.Place, begin: Callable[[stores.Store], R]) -> R | None:
+    """`stores.attempt`; a run that has begun when a signal, which waited for that, ends the process is ended as well."""
+    begun: list[R] = []
+
+    def note(store: stores.Store) -> R:
+        begun.append(begin(store))
+        return begun[0]
+
+    try:
+        return stores.attempt(place, note)
+    except BaseException as error:
+        for run in begun:
+            run.__exit__(type(error))
+        raise
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

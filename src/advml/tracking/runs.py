@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from advml.tracking import store as stores
 from advml.tracking import ui
-from advml.tracking.run import Run
+from advml.tracking.run import Run, opened
 from advml.tracking.start import DataInfo, Facts, get, start
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def open_run(
         run_id: the run to resume; where the store does not have it, a new one starts.
     """
     place, root, facts = stores.locate(config, root=root), Path(root).resolve(), Facts(name, kind, tags, params, data)
-    run = stores.attempt(place, lambda store: Run(place, store, start(store, facts, root=root, run_id=run_id), root=root))
+    run = opened(place, lambda store: Run(place, store, start(store, facts, root=root, run_id=run_id), root=root))
     if run is None:
         run = Run(place, None, None, root=root)
         run.id = run_id  # kept in the caller's state, so that a later resume finds its run again

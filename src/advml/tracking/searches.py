@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from advml.tracking import results
 from advml.tracking import store as stores
 from advml.tracking.files import digest
-from advml.tracking.run import Run
+from advml.tracking.run import Run, opened
 from advml.tracking.start import DataInfo, Facts, start
 from advml.tracking.writer import guarded
 
@@ -145,7 +145,7 @@ def open_search(
         record = start(store, facts, root=root, run_id=_begun(store, identity))
         return SearchRun(place, store, record, root=root, name=name)
 
-    return stores.attempt(place, begin) or SearchRun(place, None, None, root=root, name=name)
+    return opened(place, begin) or SearchRun(place, None, None, root=root, name=name)
 
 
 def _begun(store: stores.Store, identity: str) -> str | None:
