@@ -16,12 +16,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from advml import config as configuration
 from advml import tracking
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.paths import REPORT_FILES
 from advml.runtime import processes
 from advml.runtime.signals import ENDING, obey
@@ -447,11 +448,133 @@ def test_the_ui_link_opens_the_experiments_table_of_results(config, root):
 
 def test_the_local_ui_opens_the_store_that_the_link_is_of(config, root):
     arguments, environment = tracking.ui_command(config, root=root, port=5077)
-    assert arguments[1:4] == ["-m", "mlflow", "ui"] and arguments[-2:] == ["--port", "5077"]
+    assert not {"MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"} & set(environment)  # MLflow's own: localhost
+    assert arguments[1:4] == ["-m", "mlflow", "ui"] and arguments[-4:] == ["--host", "127.0.0.1", "--port", "5077"]
     assert environment["MLFLOW_BACKEND_STORE_URI"] == stores.locate(config, root=root).uri
     elsewhere = configuration.load(PARAMS, ["tracking.uri=sqlite:///elsewhere/history.db"])
     assert tracking.ui_command(elsewhere, root=root)[1]["MLFLOW_BACKEND_STORE_URI"].endswith("/elsewhere/history.db")
     assert tracking.ui_command(configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"]), root=root) is None
+
+
+def test_the_link_of_a_store_that_is_away_is_its_address_or_the_reason(tmp_path, capfd):
+    server = configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"])
+    assert tracking.ui_link(server, root=tmp_path) == "http://127.0.0.1:9" and "warning" in capfd.readouterr().err
+    (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 1000)
+    with pytest.raises(Failure, match=r"mlflow\.db: .*tracking\.uri"):
+        tracking.ui_link(configuration.load(PARAMS), root=tmp_path)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::"])
+def test_a_ui_for_other_machines_takes_them_by_name_and_lets_its_own_page_search_runs(config, root, host, monkeypatch):
+    from mlflow.server import security_utils as mlflow
+
+    card = SimpleNamespace(family=socket.AF_INET, address="10.7.7.7")
+    monkeypatch.setattr(
+        "psutil.net_if_addrs", lambda: {"eth0": [card], "lo": [SimpleNamespace(family=socket.AF_INET, address="127.0.0.1")]}
+    )
+
+    def environment() -> dict[str, str]:
+        return tracking.ui_command(config, root=root, host=host, port=5077)[1]
+
+    hosts, origins = (environment()[key].split(",") for key in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
+    for name in (socket.gethostname(), "127.0.0.1", "localhost", "10.7.7.7", *([host] if host[0] == "1" else [])):
+        assert mlflow.is_allowed_host_header(hosts, f"{name}:5077")
+        assert not mlflow.should_block_cors_request(f"http://{name}:5077", "POST", origins)
+    for name in ("evil.example", "10.evil.example"):
+        assert not mlflow.is_allowed_host_header(hosts, f"{name}:5077")
+        assert mlflow.should_block_cors_request(f"http://{name}:5077", "POST", origins)
+    shown = tracking.ui_link(config, root=root, host=host, port=5077)
+    assert shown.startswith(f"http://{host if host[0] == '1' else socket.gethostname()}:5077/#/")
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
+    assert environment()["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine"
+
+
+FOLDERS = ("./mlruns", "mlruns", "/data/my runs", "file:mlruns", "file:///data/mlruns")
+
+
+@pytest.mark.parametrize("uri", FOLDERS)
+@pytest.mark.parametrize("named", ["MLFLOW_TRACKING_URI", "tracking.uri"])
+def test_a_folder_as_store_is_refused_in_one_whole_line_that_says_what_to_do(tmp_path, monkeypatch, capfd, uri, named):
+    if named == "MLFLOW_TRACKING_URI":
+        monkeypatch.setenv(named, uri)
+    config = configuration.load(PARAMS, [f"tracking.uri={uri}"] if named == "tracking.uri" else [])
+    with pytest.raises(UserError) as refused:
+        tracking.require_usable(config, root=tmp_path)
+    told = str(refused.value)
+    assert "\n" not in told and len(told) < 400
+    assert told.startswith(f"{named} = {uri}") and "mlflow migrate-filestore" in told and "sqlite:///mlflow.db" in told
+    with pytest.raises(UserError, match=named):
+        tracking.sync(config, root=tmp_path)
+    for _ in range(2):
+        tracking.warn_if_unusable(config, root=tmp_path)
+    with open_run(config, tmp_path) as run:
+        run.log_metrics({"accuracy/clean": 1.0})
+    assert run.id is None and told in assert_one_warning(capfd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_databases_servers_and_folders_that_the_user_allows_are_not_refused(tmp_path, monkeypatch):
+    for uri in ("sqlite:///mlflow.db", "http://127.0.0.1:9", "postgresql://host/name", "databricks", "databricks-uc"):
+        tracking.require_usable(configuration.load(PARAMS, [f"tracking.uri={uri}"]), root=tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracking.require_usable(configuration.load(PARAMS, ["tracking.uri=./mlruns"]), root=tmp_path)
+
+
+def port_in_use() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def test_a_port_that_is_taken_is_named_with_the_next_one_that_is_free():
+    with port_in_use() as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port} is taken on 127\.0\.0\.1.*--port \d+") as refused:
+            tracking.server.require_free("127.0.0.1", port)
+    tracking.server.require_free("127.0.0.1", int(str(refused.value).split()[-1]))
+    tracking.server.require_free("127.0.0.1", port)
+    with pytest.raises(UserError, match=r"--host 192\.0\.2\.7"):
+        tracking.server.require_free("192.0.2.7", port)
+
+
+# Answers after a moment, as MLflow does; and ends at once where it is told to.
+SERVER = """
+import http.server, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+
+time.sleep(0.3)
+if sys.argv[2:]:
+    sys.exit(int(sys.argv[2]))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_the_link_is_shown_when_the_server_answers_and_the_server_ends_with_its_command():
+    with port_in_use() as server:
+        port = server.getsockname()[1]
+    answered = []
+
+    def interrupt() -> None:
+        with socket.create_connection(("127.0.0.1", port)):
+            answered.append(port)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tracking.server.serve([sys.executable, "-c", SERVER, str(port)], os.environ, host="127.0.0.1", port=port, on_answer=interrupt)
+    assert answered == [port]
+    tracking.server.require_free("127.0.0.1", port)
+
+
+def test_a_server_that_ends_with_an_error_shows_no_link():
+    with port_in_use() as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, str(port), "3"]
+    with pytest.raises(Failure, match="code 3"):
+        tracking.server.serve(command, os.environ, host="127.0.0.1", port=port, on_answer=lambda: pytest.fail("it does not answer"))
 
 
 def test_a_view_that_the_user_changed_stays(config, root):
@@ -611,7 +734,6 @@ def use_everything(config, root):
         run.log_table([{"a": 1}], "table.json")
     assert run.id == "a" * 32
     tracking.kill_run(config, root=root, run_id="a" * 32)
-    assert tracking.ui_link(config, root=root).startswith("http://127.0.0.1:")
     with tracking.attach_run(config, root=root, folder=root / "nowhere") as run:
         run.log_metrics({"accuracy/clean": 0.9})
     return time.perf_counter() - start

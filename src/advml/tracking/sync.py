@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.paths import Workspace
 from advml.runtime.processes import is_orphaned
 from advml.tracking import store as stores
@@ -32,6 +32,7 @@ def sync(config: Config, *, root: Path) -> list[str]:
     Returns:
         The names of the runs created or brought up to date.
     Raises:
+        UserError: MLflow cannot write where it is told to.
         Failure: if the store cannot be opened or written to, or a file is no valid JSON.
     """
     place, workspace = stores.locate(config, root=root), Workspace(Path(root).resolve())
@@ -44,7 +45,7 @@ def sync(config: Config, *, root: Path) -> list[str]:
             changed += [run.name] if is_new or updated else []
         _end_orphans(store)
         changed += [found.name for found in results(workspace) if complete(place, store, found, root=workspace.root, synced=True)]
-    except Failure:
+    except (Failure, UserError):
         raise
     except Exception as error:
         raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
