@@ -423,7 +423,7 @@ def first_step(study, monkeypatch) -> int:
 
 def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted, monkeypatch, tmp_path):
     state = state_file(killed).read_bytes()
-    assert first_step(copied(killed, tmp_path / "whole"), monkeypatch) == 7  # of the third epoch: an undamaged one goes on
+    assert first_step(copied(killed, tmp_path / "whole"), monkeypatch) == 9  # of the third epoch: an undamaged one goes on
     for content in (b"", b"PK\x03\x04 something else", state[:-1000]):
         state_file(killed).write_bytes(content)
         assert first_step(killed, monkeypatch) == 1
