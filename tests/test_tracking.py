@@ -26,7 +26,7 @@ from advml.errors import Failure, UserError
 from advml.paths import REPORT_FILES
 from advml.runtime import processes
 from advml.runtime.signals import ENDING, obey
-from advml.tracking import runs
+from advml.tracking import runs, sqlite
 from advml.tracking import store as stores
 
 DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={"train": 1257, "validation": 180, "test": 360})
@@ -237,6 +237,22 @@ def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(config,
         pass
     assert record_of(config, tmp_path, run.id).info.status == "FINISHED"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("empty_store")  # which imports MLflow with its warnings off
+def test_a_database_that_is_to_be_made_elsewhere_is_made_there_and_the_link_stays(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", lambda uri, _: made.append(uri) or touched(uri))
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "disk" / "history.db")
+    sqlite.create(tmp_path / "mlflow.db", artifacts=tmp_path / "mlruns" / "advml")
+    assert (tmp_path / "mlflow.db").is_symlink() and (tmp_path / "disk" / "history.db").is_file()
+    assert made == [sqlite.uri(tmp_path / "disk" / "history.db.new")]  # where it can be renamed
+
+
+def touched(uri):
+    """A store that makes an empty file."""
+    Path(uri.removeprefix("sqlite:///")).touch()
+    return SimpleNamespace(engine=SimpleNamespace(dispose=lambda: None))
 
 
 def test_importing_tracking_imports_neither_mlflow_nor_torch_and_sync_needs_no_torch(root):

@@ -174,7 +174,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """
     given, folder = folder, Path(os.path.realpath(folder))
     if os.path.ismount(folder):
-        raise UserError(f"{given} leads to {folder}, a mount point, which cannot be replaced; link it to a folder in there")
+        remedy = "link to a folder in there, or mount it one folder higher"
+        raise UserError(f"{given} leads to {folder}, a mount point, which cannot be replaced; {remedy}")
     temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
     discard(temporary)
     temporary.mkdir(parents=True)

@@ -34,7 +34,7 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-DEFAULT = "sqlite:///mlflow.db"
+DEFAULT_URI = "sqlite:///mlflow.db"
 LOCK_TIMEOUT = 60  # seconds; creating the tables takes 2, and other processes may wait in line
 _broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
 
@@ -71,7 +71,7 @@ class Store:
 def locate(config: Config, *, root: Path) -> Place:
     """The place that params.yaml, the environment or the default names; relative paths start at the root."""
     base = Path(os.environ.get("DVC_ROOT") or root).resolve()
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     experiment = config.tracking.experiment
     folder = Path("mlruns", re.sub(r"[^\w.-]+", "_", experiment))
     if not uri.startswith("sqlite:///"):
@@ -89,8 +89,9 @@ def _refused(uri: str, setting: str, remedy: str) -> str | None:
     if not is_folder or os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
         return None
     source = path.removeprefix("//") if colon else uri
-    move = f"mlflow migrate-filestore --source {shlex.quote(source)} --target {DEFAULT}"
-    return f"{setting} is a folder, and MLflow keeps runs in databases only; {remedy} (they go to {DEFAULT} then); for its old runs: {move}"
+    move = f"mlflow migrate-filestore --source {shlex.quote(source)} --target {DEFAULT_URI}"
+    why = f"{setting} is a folder, and MLflow keeps runs in databases only"
+    return f"{why}; {remedy} (they go to {DEFAULT_URI} then); for its old runs: {move}"
 
 
 def require_usable(config: Config, *, root: Path) -> None:
