@@ -198,7 +198,10 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),
+            preexec_fn=lambda: (
+                signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL),
+                signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            ),
         )
 
     def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
@@ -37,13 +38,22 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def on_terminal(monkeypatch) -> Callable[[], AbstractContextManager[Terminal]]:
-    """`with on_terminal() as terminal:`. Within, stderr is a terminal of 100 columns."""
+def on_terminal(monkeypatch) -> Callable[..., AbstractContextManager[Terminal]]:
+    """`with on_terminal() as terminal:`. Within, stderr is a terminal of 100 `columns`."""
     for name in ("NO_COLOR", "LINES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    return lambda: contextlib.redirect_stderr(Terminal())
+
+    def make(columns: int = 100) -> AbstractContextManager[Terminal]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return contextlib.redirect_stderr(Terminal())
+
+    return make
+
+
+def frames(terminal: Terminal) -> list[str]:
+    """The lines drawn, without colours and moves of the cursor."""
+    return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())) if line.strip()]
 
 
 # Without a terminal
@@ -58,7 +68,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then_and_one_at_the_end(cloc
     told = capsys.readouterr()
     assert told.out == ""
     first, last = told.err.splitlines()
-    assert first.startswith("pretrain CL-at-s0: 38 %, about 25 s left  loss 151")
+    assert first.startswith("pretrain CL-at-s0: 37 %, about 25 s left  loss 151")
     assert last == "pretrain CL-at-s0: done in 20 s  loss 200"
 
 
@@ -128,6 +138,7 @@ def test_a_file_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatc
 def test_on_a_terminal_there_is_a_bar_with_title_share_and_note(on_terminal):
     with on_terminal() as terminal, Bar("evaluate CL-AT-s0", total=4) as bar:
         bar.reach(1, "clean 0.975")
+        bar.bars.refresh()
     shown = terminal.getvalue()
     assert "evaluate CL-AT-s0" in shown and "25 %" in shown and "clean 0.975" in shown
 
@@ -137,6 +148,61 @@ def test_text_in_brackets_is_shown_as_it_is(on_terminal):
     with on_terminal() as terminal, Bar("evaluate", total=4) as bar:
         bar.reach(1, "[red] is a class")
     assert "[red] is a class" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("columns", [80, 110, 200])
+@pytest.mark.parametrize("title", ["prepare", "evaluate_at@SCL-Partial-AT-0", "evaluate mymodels.robust.resnet50-of-yesterday-evening"])
+def test_a_bar_keeps_its_width_and_its_line_whatever_is_written_beside_it(on_terminal, columns, title):
+    note = "epoch 12/200  loss 1.234  validation/accuracy 0.987  validation/adversarial_accuracy 0.654  and more of the same kind"
+    with on_terminal(columns) as terminal, Bar(title, total=4) as bar:
+        bar.reach(2, note)
+        bar.bars.refresh()
+    half, whole = (next(line for line in frames(terminal) if share in line) for share in (" 50 %", "100 %"))
+    for line in (half, whole):
+        assert len(line) <= columns and note[:5] in line
+        assert line.startswith(title[:20]) and (title in line or "…" in line)
+        assert sum(line.count(cell) for cell in "━╸╺") >= 16
+    assert columns < 200 or note[:60] in half
+
+
+@pytest.mark.parametrize("done", [99, 100, 120])
+def test_all_is_shown_when_the_work_is_done_and_never_before(on_terminal, done):
+    """Whatever is counted: files are still to be written after the last unit, and a total may have been too small."""
+    with on_terminal() as terminal, Bar("evaluate", total=100) as bar:
+        bar.reach(done)
+        bar.bars.refresh()
+        assert "99 %" in frames(terminal)[-1] and "100 %" not in terminal.getvalue()
+    assert "100 %" in frames(terminal)[-1]
+
+
+def test_work_that_turns_out_to_be_less_ends_with_all_of_it(on_terminal):
+    with on_terminal() as terminal, Bar("evaluate", total=100) as bar:
+        bar.reach(86)
+    assert "100 %" in frames(terminal)[-1]
+
+
+def test_a_bar_that_an_error_has_ended_stays_where_it_was(on_terminal):
+    with pytest.raises(RuntimeError), on_terminal() as terminal, Bar("evaluate", total=100) as bar:
+        bar.reach(86)
+        raise RuntimeError
+    assert "86 %" in frames(terminal)[-1]
+
+
+def test_a_part_counts_when_the_next_one_begins(on_terminal):
+    with on_terminal() as terminal, Bar("represent", total=2) as bar:
+        for part, share in (("features", "0 %"), ("probes", "50 %")):
+            bar.begin(part)
+            bar.bars.refresh()
+            assert share in frames(terminal)[-1] and part in frames(terminal)[-1]
+    assert "100 %" in frames(terminal)[-1]
+
+
+def test_lines_do_not_speak_of_all_before_the_end_either(clock, capsys):
+    with Bar("pretrain", total=1000) as bar:
+        bar.reach(0)
+        clock.now += 20
+        bar.reach(999)
+    assert capsys.readouterr().err.startswith("pretrain: 99 %, ")
 
 
 # The board of `advml repro`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -15,14 +16,17 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from advml import config as configuration
 from advml import tracking
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.paths import REPORT_FILES
 from advml.runtime import processes
+from advml.runtime.signals import ENDING, obey
+from advml.tracking import runs, sqlite
 from advml.tracking import store as stores
 
 DATA = tracking.DataInfo(digest="d" * 64, source="scikit-learn digits", counts={"train": 1257, "validation": 180, "test": 360})
@@ -235,6 +239,22 @@ def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(config,
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("empty_store")  # which imports MLflow with its warnings off
+def test_a_database_that_is_to_be_made_elsewhere_is_made_there_and_the_link_stays(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", lambda uri, _: made.append(uri) or touched(uri))
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "disk" / "history.db")
+    sqlite.create(tmp_path / "mlflow.db", artifacts=tmp_path / "mlruns" / "advml")
+    assert (tmp_path / "mlflow.db").is_symlink() and (tmp_path / "disk" / "history.db").is_file()
+    assert made == [sqlite.uri(tmp_path / "disk" / "history.db.new")]  # where it can be renamed
+
+
+def touched(uri):
+    """A store that makes an empty file."""
+    Path(uri.removeprefix("sqlite:///")).touch()
+    return SimpleNamespace(engine=SimpleNamespace(dispose=lambda: None))
+
+
 def test_importing_tracking_imports_neither_mlflow_nor_torch_and_sync_needs_no_torch(root):
     write_model(root, "CL-at-s0", "pretrain", digest="a" * 64)
     code = (
@@ -444,11 +464,133 @@ def test_the_ui_link_opens_the_experiments_table_of_results(config, root):
 
 def test_the_local_ui_opens_the_store_that_the_link_is_of(config, root):
     arguments, environment = tracking.ui_command(config, root=root, port=5077)
-    assert arguments[1:4] == ["-m", "mlflow", "ui"] and arguments[-2:] == ["--port", "5077"]
+    assert not {"MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"} & set(environment)  # MLflow's own: localhost
+    assert arguments[1:4] == ["-m", "mlflow", "ui"] and arguments[-4:] == ["--host", "127.0.0.1", "--port", "5077"]
     assert environment["MLFLOW_BACKEND_STORE_URI"] == stores.locate(config, root=root).uri
     elsewhere = configuration.load(PARAMS, ["tracking.uri=sqlite:///elsewhere/history.db"])
     assert tracking.ui_command(elsewhere, root=root)[1]["MLFLOW_BACKEND_STORE_URI"].endswith("/elsewhere/history.db")
     assert tracking.ui_command(configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"]), root=root) is None
+
+
+def test_the_link_of_a_store_that_is_away_is_its_address_or_the_reason(tmp_path, capfd):
+    server = configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"])
+    assert tracking.ui_link(server, root=tmp_path) == "http://127.0.0.1:9" and "warning" in capfd.readouterr().err
+    (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 1000)
+    with pytest.raises(Failure, match=r"mlflow\.db: .*tracking\.uri"):
+        tracking.ui_link(configuration.load(PARAMS), root=tmp_path)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::"])
+def test_a_ui_for_other_machines_takes_them_by_name_and_lets_its_own_page_search_runs(config, root, host, monkeypatch):
+    from mlflow.server import security_utils as mlflow
+
+    card = SimpleNamespace(family=socket.AF_INET, address="10.7.7.7")
+    monkeypatch.setattr(
+        "psutil.net_if_addrs", lambda: {"eth0": [card], "lo": [SimpleNamespace(family=socket.AF_INET, address="127.0.0.1")]}
+    )
+
+    def environment() -> dict[str, str]:
+        return tracking.ui_command(config, root=root, host=host, port=5077)[1]
+
+    hosts, origins = (environment()[key].split(",") for key in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
+    for name in (socket.gethostname(), "127.0.0.1", "localhost", "10.7.7.7", *([host] if host[0] == "1" else [])):
+        assert mlflow.is_allowed_host_header(hosts, f"{name}:5077")
+        assert not mlflow.should_block_cors_request(f"http://{name}:5077", "POST", origins)
+    for name in ("evil.example", "10.evil.example"):
+        assert not mlflow.is_allowed_host_header(hosts, f"{name}:5077")
+        assert mlflow.should_block_cors_request(f"http://{name}:5077", "POST", origins)
+    shown = tracking.ui_link(config, root=root, host=host, port=5077)
+    assert shown.startswith(f"http://{host if host[0] == '1' else socket.gethostname()}:5077/#/")
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
+    assert environment()["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine"
+
+
+FOLDERS = ("./mlruns", "mlruns", "/data/my runs", "file:mlruns", "file:///data/mlruns")
+
+
+@pytest.mark.parametrize("uri", FOLDERS)
+@pytest.mark.parametrize("named", ["MLFLOW_TRACKING_URI", "tracking.uri"])
+def test_a_folder_as_store_is_refused_in_one_whole_line_that_says_what_to_do(tmp_path, monkeypatch, capfd, uri, named):
+    if named == "MLFLOW_TRACKING_URI":
+        monkeypatch.setenv(named, uri)
+    config = configuration.load(PARAMS, [f"tracking.uri={uri}"] if named == "tracking.uri" else [])
+    with pytest.raises(UserError) as refused:
+        tracking.require_usable(config, root=tmp_path)
+    told = str(refused.value)
+    assert "\n" not in told and len(told) < 400
+    assert told.startswith(f"{named} = {uri}") and "mlflow migrate-filestore" in told and "sqlite:///mlflow.db" in told
+    with pytest.raises(UserError, match=named):
+        tracking.sync(config, root=tmp_path)
+    for _ in range(2):
+        tracking.warn_if_unusable(config, root=tmp_path)
+    with open_run(config, tmp_path) as run:
+        run.log_metrics({"accuracy/clean": 1.0})
+    assert run.id is None and told in assert_one_warning(capfd)
+    assert not list(tmp_path.iterdir())
+
+
+def test_databases_servers_and_folders_that_the_user_allows_are_not_refused(tmp_path, monkeypatch):
+    for uri in ("sqlite:///mlflow.db", "http://127.0.0.1:9", "postgresql://host/name", "databricks", "databricks-uc"):
+        tracking.require_usable(configuration.load(PARAMS, [f"tracking.uri={uri}"]), root=tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracking.require_usable(configuration.load(PARAMS, ["tracking.uri=./mlruns"]), root=tmp_path)
+
+
+def port_in_use() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def test_a_port_that_is_taken_is_named_with_the_next_one_that_is_free():
+    with port_in_use() as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port} is taken on 127\.0\.0\.1.*--port \d+") as refused:
+            tracking.server.require_free("127.0.0.1", port)
+    tracking.server.require_free("127.0.0.1", int(str(refused.value).split()[-1]))
+    tracking.server.require_free("127.0.0.1", port)
+    with pytest.raises(UserError, match=r"--host 192\.0\.2\.7"):
+        tracking.server.require_free("192.0.2.7", port)
+
+
+# Answers after a moment, as MLflow does; and ends at once where it is told to.
+SERVER = """
+import http.server, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+
+time.sleep(0.3)
+if sys.argv[2:]:
+    sys.exit(int(sys.argv[2]))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_the_link_is_shown_when_the_server_answers_and_the_server_ends_with_its_command():
+    with port_in_use() as server:
+        port = server.getsockname()[1]
+    answered = []
+
+    def interrupt() -> None:
+        with socket.create_connection(("127.0.0.1", port)):
+            answered.append(port)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tracking.server.serve([sys.executable, "-c", SERVER, str(port)], os.environ, host="127.0.0.1", port=port, on_answer=interrupt)
+    assert answered == [port]
+    tracking.server.require_free("127.0.0.1", port)
+
+
+def test_a_server_that_ends_with_an_error_shows_no_link():
+    with port_in_use() as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, str(port), "3"]
+    with pytest.raises(Failure, match="code 3"):
+        tracking.server.serve(command, os.environ, host="127.0.0.1", port=port, on_answer=lambda: pytest.fail("it does not answer"))
 
 
 def test_a_view_that_the_user_changed_stays(config, root):
@@ -469,18 +611,74 @@ def test_a_run_that_ends_badly_says_how(config, root, error, status):
     assert record_of(config, root, run.id).info.status == status
 
 
-def test_sigterm_ends_the_run_as_killed_with_exit_code_143(config, root):
-    def work():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line does
-        with open_run(config, root):
-            (root / "begun").touch()
-            signal.pause()
+def send(number):
+    """To this process; the handler has run when this returns."""
+    signal.raise_signal(number)
 
-    child = forked(work)
-    wait_for((root / "begun").exists, child)
-    os.kill(child, signal.SIGTERM)
-    assert end_of(child) == 143
+
+def obey_all():
+    """Also those that the test runner ignores, in the background or under nohup."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    obey()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGTERM, signal.SIGTERM), 143),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), 143),
+        ((signal.SIGHUP, signal.SIGTERM), 129),
+        ((signal.SIGINT, signal.SIGTERM, signal.SIGTERM), 1),  # a KeyboardInterrupt, for which `forked` has no code
+    ],
+    ids=lambda value: "+".join(one.name for one in value) if isinstance(value, tuple) else "",
+)
+def test_signals_end_the_run_as_killed_however_many_come_at_once(config, root, numbers, code):
+    """The others arrive while the first one's exception is on its way, at the moment when the run is to be ended."""
+
+    def work():
+        first, *others = numbers
+        leave = tracking.Run.__exit__
+        tracking.Run.__exit__ = lambda *what: ([send(number) for number in others], leave(*what))[1]
+        obey_all()
+        with open_run(config, root):
+            send(first)
+
+    assert end_of(forked(work)) == code
     assert [run.info.status for run in all_runs(config, root)] == ["KILLED"]
+
+
+def test_a_signal_while_a_run_is_being_opened_ends_it_too(config, root):
+    def work():
+        begin = runs.start
+        runs.start = lambda *what, **more: (begin(*what, **more), send(signal.SIGTERM))[0]
+        obey_all()
+        with open_run(config, root):
+            pass
+
+    assert end_of(forked(work)) == 143
+    assert [run.info.status for run in all_runs(config, root)] == ["KILLED"]
+
+
+def test_a_signal_long_after_the_first_one_is_obeyed_again(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("advml.runtime.signals.time.monotonic", lambda: now)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)  # as under nohup
+        obey()
+        with pytest.raises(SystemExit):
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGHUP)
+        now += 60
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_run_killed_outright_resumes_without_double_points_and_without_gaps(config, root):
@@ -552,7 +750,6 @@ def use_everything(config, root):
         run.log_table([{"a": 1}], "table.json")
     assert run.id == "a" * 32
     tracking.kill_run(config, root=root, run_id="a" * 32)
-    assert tracking.ui_link(config, root=root).startswith("http://127.0.0.1:")
     with tracking.attach_run(config, root=root, folder=root / "nowhere") as run:
         run.log_metrics({"accuracy/clean": 0.9})
     return time.perf_counter() - start
@@ -654,11 +851,10 @@ def test_sync_rebuilds_everything_from_files_once(config, study):
 def test_sync_leaves_a_run_that_training_made_and_adds_metrics_that_came_later(config, study):
     with open_run(config, study, name="CL-Full-AT-s0") as run:
         run.log_checkpoint(study / "models" / "finetune" / "CL-Full-AT-s0", digest="c" * 64)
-    assert tracking.sync(config, root=study) == ["CL-at-s0", "CL-AT-s0"]
+    assert tracking.sync(config, root=study) == ["CL-at-s0", "CL-AT-s0", "CL-Full-AT-s0"]  # the last one lacked its curves
     write_report(study, "CL-Full-AT-s0", {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4})
     before = record_of(config, study, run.id)
-    for _ in range(2):
-        assert tracking.sync(config, root=study) == []
+    assert [tracking.sync(config, root=study) for _ in range(2)] == [["CL-Full-AT-s0"], []]
     after = record_of(config, study, run.id)
     later = {"accuracy/clean": 0.8, "accuracy/threat_model_2": 0.4}
     assert after.data.metrics == later | {"train/loss": 0.2, "validation/accuracy": 0.5}  # of write_report, and of the curves
@@ -680,32 +876,28 @@ def test_curves_and_link_that_come_after_the_weights_are_added_once(config, stud
     tracking.sync(config, root=study)
     assert "curves.png" not in artifacts(config, study, run.id) and steps_of(config, study, run.id, "train/loss") == []
     history.rename(curves)
-    for _ in range(2):
-        assert tracking.sync(config, root=study) == []
+    for changed in (["CL-AT-s0"], []):
+        assert tracking.sync(config, root=study) == changed
         assert "curves.png" in artifacts(config, study, run.id) and steps_of(config, study, run.id, "train/loss") == [1, 2, 3, 4, 5]
     record = record_of(config, study, run.id)
     assert record.data.tags["advml.pretraining_name"] == "CL-at-s0" and len(record.inputs.model_inputs) == 1
 
 
-def test_a_rebuilt_run_names_the_stage_that_trained_it_not_the_one_that_rebuilds(config, study, monkeypatch):
-    path = study / "models" / "finetune" / "CL-AT-s0" / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dvc_stage": "finetune_at@CL-AT-0"}))
+def test_a_rebuilt_run_names_neither_stage_nor_experiment_of_the_process_that_rebuilds_it(config, study, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "evaluate_at@CL-AT-0")
     monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
-    for name, stage in (("CL-AT-s0", "finetune_at@CL-AT-0"), ("CL-Full-AT-s0", None)):
-        with tracking.attach_run(config, root=study, folder=study / "models" / "finetune" / name) as run:
-            tags = record_of(config, study, run.id).data.tags
-        assert tags.get("advml.dvc_stage") == stage and "advml.dvc_experiment" not in tags
-        assert tags["mlflow.source.name"] == (f"dvc repro {stage}" if stage else "advml")
+    with tracking.attach_run(config, root=study, folder=study / "models" / "finetune" / "CL-AT-s0") as run:
+        tags = record_of(config, study, run.id).data.tags
+    assert not {"advml.dvc_stage", "advml.dvc_experiment"} & set(tags) and tags["mlflow.source.name"] == "advml"
 
 
 @pytest.fixture
 def reported(root):
     """The files of `report`."""
-    (root / "reports").mkdir()
+    (root / "reports").mkdir(exist_ok=True)
     for name in REPORT_FILES:
         (root / "reports" / name).write_text("model,accuracy/clean,note\nCL-AT-s0,0.9,\n")
-    made = {"git_commit": "c" * 40, "dvc_stage": "report", "parameters": {"seeds": [0]}}
+    made = {"git_commit": "c" * 40, "parameters": {"seeds": [0]}}
     (root / "reports" / "claims.json").write_text(json.dumps({"claims": [{"claim": "a", "verdict": "b", "parts": []}], **made}))
     return root
 
@@ -725,7 +917,7 @@ def test_an_outage_in_the_middle_of_a_result_is_mended_by_the_next_sync(config, 
     tracking.sync(config, root=reported)
     assert tracking.sync(config, root=reported) == []
     (record,) = all_runs(config, reported)
-    assert record.info.status == "FINISHED" and record.data.params == {"seeds": "[0]"} and record.data.tags["advml.dvc_stage"] == "report"
+    assert record.info.status == "FINISHED" and record.data.params == {"seeds": "[0]"}
     assert artifacts(config, reported, record.info.run_id) == {*REPORT_FILES, "summary.json", "claims_table.json"}
     (file,) = (reported / "mlruns").rglob("summary.json")
     assert json.loads(file.read_text()) == {"columns": ["model", "accuracy/clean"], "data": [["CL-AT-s0", 0.9]]}
@@ -785,3 +977,125 @@ def test_sync_says_in_one_line_why_it_cannot(config, study):
         path.write_text(text)
         with pytest.raises(Failure, match=rf"^{path} cannot be read: .*dvc checkout {path.parent}$"):
             tracking.sync(config, root=study)
+
+
+# --- a value that changes in a file changes in MLflow
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_picture(path):
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (2, 2)).save(path)
+
+
+@pytest.fixture
+def whole(config, study, reported):
+    """A study with a file of every kind, and its runs."""
+    reports, records = study / "reports", study / "records"
+    representation = {"digest": "b" * 64, "cka": "k" * 64, "metrics": {"probe/clean": 0.6045, "cka/rankme": 2.5}}
+    write_json(records / "represent" / "CL-AT-s0.json", representation | {"parameters": {"similarity": {"gram": "auto"}}})
+    for folder in (reports / "CL-AT-s0", reports / "compare"):
+        write_json(folder / "cka.json", {"panels": [], "probes": {"strengths": [1.0]}})
+        (folder / "cka.npz").write_bytes(b"arrays")
+        for name in ("cka", "layers", "clean", "adversarial"):
+            write_picture(folder / f"{name}.png")
+    block = {"seed": 0, "digests": {"CL-AT-s0": "b" * 64}, "breaks": [{"model": "CL-AT-s0", "transfer_breaks": 3}], "flags": []}
+    write_json(reports / "transfer" / "transfer.json", {"seeds": [block]})
+    (reports / "transfer" / "transfer.csv").write_text("source,target,n\nCL-AT-s0,CL-AT-s0,40\n")
+    write_picture(reports / "transfer" / "transfer.png")
+    write_json(reports / "mine" / "evaluation.json", {"metrics": {"accuracy/clean": 0.7}, "parameters": {"evaluate": {"steps": 7}}})
+    (reports / "mine" / "samples.parquet").write_bytes(b"samples")
+    (reports / "tune" / "attack").mkdir(parents=True)
+    (reports / "tune" / "attack" / "best.yaml").write_text("parameters: {attack.steps: 5}\nscored: {robust: 0.57}\n")
+    (reports / "tune" / "attack" / "trials.csv").write_text("trial,state,robust\n0,complete,0.57\n")
+    tracking.sync(config, root=study)
+    return study
+
+
+# File, the value in it that changes, and what it becomes; the run, and where it must show the new value.
+CHANGES = {
+    "curves": ("reports/CL-AT-s0/history.json", "0.25", "0.26", "CL-AT-s0", ("curve", "train/loss", 4, 0.26)),
+    "curves, at the end": ("reports/CL-AT-s0/history.json", "0.2,", "0.1,", "CL-AT-s0", ("metric", "train/loss", 0.1)),
+    "model record": ("models/finetune/CL-AT-s0/model.json", '"steps": 5', '"steps": 6', "CL-AT-s0", ("tag", "advml.now.attack.steps", "6")),
+    "commit": ("models/pretrain/CL-at-s0/model.json", "c" * 40, "d" * 40, "CL-at-s0", ("tag", "mlflow.source.git.commit", "d" * 40)),
+    "evaluation": ("records/evaluate/CL-AT-s0.json", "0.9", "0.8", "CL-AT-s0", ("metric", "accuracy/clean", 0.8)),
+    "flags": ("records/evaluate/CL-AT-s0.json", "a flag", "another", "CL-AT-s0", ("tag", "advml.flags", "another")),
+    "probes": ("records/represent/CL-AT-s0.json", "0.6045", "0.621", "CL-AT-s0", ("metric", "probe/clean", 0.621)),
+    "how it was measured": ("records/represent/CL-AT-s0.json", "auto", "low", "CL-AT-s0", ("tag", "advml.now.similarity.gram", "low")),
+    "layers": ("reports/CL-AT-s0/cka.json", "1.0", "0.1", "CL-AT-s0", ("artifact", "cka/cka.json")),
+    "comparison": ("reports/compare/cka.json", "1.0", "0.1", "compare", ("artifact", "cka/cka.json")),
+    "transfer": ("reports/transfer/transfer.json", "3", "4", "transfer", ("metric", "transfer_breaks/CL-AT-s0", 4)),
+    "pairs": ("reports/transfer/transfer.csv", "40", "41", "transfer", ("artifact", "transfer/transfer.csv")),
+    "page": ("reports/report.html", "0.9", "0.8", "study", ("artifact", "report.html")),
+    "claims": ("reports/claims.json", '"b"', '"c"', "study", ("artifact", "claims.json")),
+    "evaluation of a given model": ("reports/mine/evaluation.json", "0.7", "0.6", "mine", ("metric", "accuracy/clean", 0.6)),
+    "search": ("reports/tune/attack/best.yaml", "0.57", "0.53", "attack", ("metric", "best/robust", 0.53)),
+    "trials": ("reports/tune/attack/trials.csv", "0.57", "0.53", "attack", ("artifact", "tune/trials.csv")),
+}
+
+
+def test_a_value_that_changes_in_a_file_changes_in_mlflow(config, whole):
+    assert tracking.sync(config, root=whole) == []
+    for kind, (name, old, new, run, shown) in CHANGES.items():
+        path = whole / name
+        text = path.read_text()
+        assert text.count(old) == 1, kind
+        path.write_text(text.replace(old, new))
+        assert tracking.sync(config, root=whole) == [run], kind
+        assert is_shown(config, whole, run, path, *shown), kind
+        assert tracking.sync(config, root=whole) == [], kind
+
+
+def is_shown(config, root, name, file, what, key, *value):
+    record = newest(config, root, name)
+    if what == "curve":
+        history = store_of(config, root).client.get_metric_history(record.info.run_id, key)
+        at = [point.value for point in sorted(history, key=lambda point: point.timestamp) if point.step == value[0]]
+        return at[-1] == value[1] and len(at) == 2  # the changed one, and no other a second time
+    if what == "artifact":
+        return (Path(record.info.artifact_uri.removeprefix("file://")) / key).read_bytes() == file.read_bytes()
+    return {"metric": record.data.metrics, "tag": record.data.tags}[what][key] == value[0]
+
+
+def newest(config, root, name):
+    store = store_of(config, root)
+    return store.client.search_runs([store.experiment], f"tags.`advml.name` = '{name}'", order_by=["attributes.start_time DESC"])[0]
+
+
+def test_the_models_own_record_in_mlflow_is_that_of_the_file(config, whole):
+    path = whole / "models" / "finetune" / "CL-AT-s0" / "model.json"
+    path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))
+    tracking.sync(config, root=whole)
+    store = store_of(config, whole)
+    model = store.client.get_logged_model(newest(config, whole, "CL-AT-s0").data.tags["advml.model_id"])
+    assert Path(model.artifact_location.removeprefix("file://"), "model.json").read_bytes() == path.read_bytes()
+
+
+def test_what_is_not_measured_any_more_is_nan_and_not_yesterdays_value(config, study):
+    """MLflow deletes no metric."""
+    for metrics in ({"accuracy/clean": 0.9, "corruption/mean": 0.8, "diagnostics/flags": 0}, {"accuracy/clean": 0.9}):
+        write_report(study, "CL-AT-s0", metrics)
+        tracking.sync(config, root=study)
+    shown = newest(config, study, "CL-AT-s0").data.metrics
+    assert shown["accuracy/clean"] == 0.9 and shown["train/loss"] == 0.2
+    assert math.isnan(shown["corruption/mean"]) and math.isnan(shown["diagnostics/flags"])
+    write_report(study, "CL-AT-s0", {"accuracy/clean": 0.9, "corruption/mean": 0.8})
+    tracking.sync(config, root=study)
+    assert newest(config, study, "CL-AT-s0").data.metrics["corruption/mean"] == 0.8
+
+
+def test_a_search_that_is_at_work_is_left_to_its_own_command(config, whole):
+    with tracking.open_search(config, root=whole, name="attack", identity="i", tags={}, params={}):
+        path = whole / "reports" / "tune" / "attack" / "best.yaml"
+        path.write_text(path.read_text().replace("0.57", "0.53"))
+        assert tracking.sync(config, root=whole) == []
+        assert newest(config, whole, "attack").info.status == "RUNNING"
+    assert tracking.sync(config, root=whole) == ["attack"]
+    assert newest(config, whole, "attack").data.metrics["best/robust"] == 0.53

@@ -34,6 +34,7 @@ def checked_name(name: str, *, option: str = "--name") -> str:
 # What lies in reports/ beside a folder per model: files of `report`, folders of other commands.
 REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
 TRANSFER_FILES = ("transfer.json", "transfer.csv", "transfer.png")  # in reports/transfer/
+SEARCH_FILES = ("best.yaml", "trials.csv")  # in reports/tune/NAME/
 FOLDERS = ("compare", "transfer", "tune")
 
 
@@ -118,6 +119,14 @@ def find_model(workspace: Workspace, model: str) -> Path:
     elsewhere = ":" in model or model in workspace.evaluations_of_given()
     only = " that advml has trained (models from elsewhere are for advml evaluate alone)" if elsewhere else ""
     raise UserError(f"there is no model {model!r}{only}; {choices}")
+
+
+def home_of(folder: Path) -> tuple[Workspace, str] | None:
+    """The study whose `models/finetune/` holds this folder, and its name there, also through links; None: no study does."""
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):
+        if path.parts[-3:-1] == ("models", "finetune"):
+            return Workspace(path.parents[2]), path.name
+    return None
 
 
 def given_path(path: str) -> Path:

@@ -13,23 +13,38 @@ from typing import Any
 BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
 
 
+BAR, TITLE = 16, 28  # columns: least of a bar, most of a title; with the times they fit into 80
+UNFINISHED = 0.99  # the largest share that is shown before the end: what follows the last unit, such as writing files, is work too
+
+
 def _bars() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Share(ProgressColumn):
+        """Rounded down: 100 % is all of it."""
+
+        def render(self, task: Any) -> Text:
+            return Text(f"{int(task.percentage):>3} %")
 
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=TITLE)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, width=BAR)),  # of columns with a ratio, rich takes `width` for the least
+        Share(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis")),
         console=Console(stderr=True),
+        expand=True,
     )
 
 
 class Bar:
     """`with Bar("pretrain CL-at-s0", total=400) as bar: bar.reach(1, "loss 1.23")`.
+
+    It shows 100 % when the block is left without an error, and never before.
 
     Args:
         title: what is being done, e.g. stage and model.
@@ -40,7 +55,7 @@ class Bar:
     DRAW_EVERY = 0.2
 
     def __init__(self, title: str, *, total: int) -> None:
-        self.title, self.total, self.done, self.note = title, total, 0, ""
+        self.title, self.total, self.done, self.note, self.begun = title, max(1, total), 0, "", 0
         self.started = self.last_line = time.monotonic()
         self.last_drawn = 0.0
         self.already: int | None = None
@@ -56,9 +71,15 @@ class Bar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bars:
+            self.bars.update(self.task, completed=self.shown if kind else self.total)
             self.bars.stop()
         elif kind is None:
             print(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}".rstrip(), file=sys.stderr, flush=True)
+
+    @property
+    def shown(self) -> float:
+        """Units that are shown as finished while the work goes on."""
+        return min(self.done, UNFINISHED * self.total)
 
     def reach(self, done: int, note: str | None = None) -> None:
         """Say that `done` units are finished and show `note` (e.g. the running loss) behind the bar."""
@@ -66,11 +87,11 @@ class Bar:
             self.already = done  # what an interrupted process had finished says nothing about this one's speed
         self.done, self.note, now = done, self.note if note is None else note, time.monotonic()
         if self.bars:
-            self.bars.update(self.task, completed=self.done, note=self.note)
+            self.bars.update(self.task, completed=self.shown, note=self.note)
         elif self.board and now - self.last_drawn > self.DRAW_EVERY:
             self.last_drawn = now
             with contextlib.suppress(OSError), open(self.board, "w", encoding="utf-8") as file:  # a torn read shows nothing for a frame
-                json.dump({"title": self.title, "done": self.done, "total": self.total, "note": self.note}, file)
+                json.dump({"title": self.title, "done": self.shown, "total": self.total, "note": self.note}, file)
         elif now - self.last_line > self.LINE_EVERY:
             self._line(now)
 
@@ -78,10 +99,15 @@ class Bar:
         """Count `units` more as finished."""
         self.reach(self.done + units, note)
 
+    def begin(self, part: str) -> None:
+        """Say which part of the work begins, where a unit is a part: those begun before it are finished."""
+        self.reach(self.begun, part)
+        self.begun += 1
+
     def _line(self, now: float) -> None:
         self.last_line, rate = now, (self.done - self.already) / (now - self.started)
         left = f", about {(self.total - self.done) / rate:.0f} s left" if rate else ""
-        print(f"{self.title}: {100 * self.done / self.total:.0f} %{left}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{self.title}: {int(100 * self.shown / self.total)} %{left}  {self.note}".rstrip(), file=sys.stderr, flush=True)
 
 
 class Board:
@@ -98,7 +124,7 @@ class Board:
     def __enter__(self) -> Board:
         if self.bars:
             self.bars.start()
-            self.overall = self.bars.add_task("[bold]all stages", total=self.total, note="")
+            self.overall = self.bars.add_task("all stages", total=self.total, note="")
         return self
 
     def __exit__(self, *_: object) -> None:

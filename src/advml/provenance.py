@@ -8,16 +8,19 @@ import os
 import subprocess
 from pathlib import Path
 
+LOCKS = ":(exclude,top,glob)**/dvc.lock"
+
 
 @functools.cache
 def git_commit(root: Path) -> str | None:
-    """The commit checked out at `root`, with `-dirty` behind it if tracked files differ; None outside of git.
+    """The last commit at `root` that changed anything, with `-dirty` behind it if tracked files differ; None outside of git.
 
-    A dvc.lock does not count: DVC writes it while it runs a pipeline, so the second stage would seem to run other sources.
+    dvc.lock does not count: DVC changes it after every stage, and it is committed when the study is done. A stage that is run again
+    would name another commit, although nothing that it depends on has changed.
     """
-    tracked = ["--untracked-files=no", "--", ":(top)", ":(top,exclude,glob)**/dvc.lock"]
     try:
-        commit, changed = _git(root, "rev-parse", "HEAD"), _git(root, "--no-optional-locks", "status", "--porcelain", *tracked)
+        commit = _git(root, "log", "-1", "--format=%H", "--", ":/", LOCKS) or _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", ":/", LOCKS)
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}-dirty" if changed else commit

@@ -181,11 +181,14 @@ def test_every_part_is_remembered_by_itself(subject, dataset, monkeypatch, tmp_p
         evaluate(subject, dataset, folder=tmp_path)
 
 
-def test_the_bar_never_goes_back_and_ends_at_all_of_the_work(subject, dataset):
+@pytest.mark.parametrize(
+    "without", [(), ("diagnostics.images=0",), ("corruptions.names=none",), ("diagnostics.images=0", "corruptions.names=none")]
+)
+def test_the_bar_never_goes_back_and_ends_at_all_of_the_work(subject, dataset, without):
     told = []
-    found = evaluate(subject, dataset, tell=lambda done, note: told.append((done, note)))
-    counts = [done for done, _ in told]
-    assert counts == sorted(counts) and counts[-1] == protocol.work(config.load(PARAMS, QUICK), subject, dataset) == 6 * len(dataset.test)
+    found = evaluate(subject, dataset, *without, tell=lambda done, note: told.append((done, note)))
+    counts, work = [done for done, _ in told], protocol.work(config.load(PARAMS, [*QUICK, *without]), subject, dataset)
+    assert counts == sorted(counts) and counts[-1] == work == (6 - len(without)) * len(dataset.test)
     assert told[-1][1] == f"worst case {100 * found.metrics['accuracy/worst_case']:.1f} %"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advml.runtime.memo import Memo
+from advml.runtime.memo import Memo, forget
 
 
 def never() -> None:
@@ -78,3 +78,17 @@ def test_what_fails_leaves_nothing_behind(tmp_path):
         with pytest.raises(AssertionError):
             remember("x", never)
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_that_are_forgotten_go_and_the_others_stay(tmp_path):
+    memo = Memo(tmp_path / "job")
+    memo("figure batch 1", lambda: {"right": torch.ones(3), "images": torch.rand(3, 1, 8, 8)})
+    memo("figure batch 2", lambda: {"right": torch.zeros(2)})
+    (tmp_path / "job" / "damaged.safetensors").write_bytes(b"{")
+    (tmp_path / "job" / "figure.batch.3.safetensors.77.part").write_bytes(b"half of the images")  # of a process that was killed
+    for _ in range(2):
+        forget(tmp_path, "images")
+        found = [memo(f"figure batch {number}", never) for number in (1, 2)]
+        assert [set(part) for part in found] == [{"right"}] * 2 and [int(part["right"].sum()) for part in found] == [3, 0]
+    assert not list(tmp_path.rglob("*.part"))
+    forget(tmp_path / "nowhere", "images")

@@ -24,8 +24,10 @@ from advml.data import datasets
 from advml.data.storage import digest
 from advml.errors import UserError
 from advml.evaluation.accuracy import wilson
+from advml.evaluation.measure import _Batch
 from advml.runtime.checkpoint import Checkpoint
 from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, represent, train
+from advml.tracking import evaluations
 from advml.tracking import store as stores
 
 REPOSITORY = Path(__file__).parents[2]
@@ -254,6 +256,7 @@ def test_evaluate_writes_metrics_with_intervals_and_how_they_were_made(finetuned
     metrics = evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
     names = [f"accuracy/{name}" for name in COLUMNS] + [f"corruption/{name}" for name in ("contrast", "fog", "mean")]
     assert set(metrics) == {f"{name}{end}" for name in names for end in ("", "/low", "/high")} | {"diagnostics/flags"}
+    assert {name.partition("/")[0] for name in metrics} == set(evaluations.METRICS)  # else some would never leave MLflow
     assert json.loads((finetuned.workspace.report("CL-Full-AT-s0") / "metrics.json").read_text()) == metrics
     record = json.loads(finetuned.workspace.record("evaluate", "CL-Full-AT-s0").read_text())
     assert record["digest"] == json.loads((finetuned.workspace.model("CL-Full-AT-s0") / "model.json").read_text())["digest"]
@@ -308,6 +311,26 @@ def test_evaluation_is_the_same_twice_and_depends_on_its_seed(finetuned):
     assert evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0) == first and record.read_bytes() == told
     evaluate.run(finetuned.context("evaluate.seed=1"), scheme="CL", regime="Full-AT", seed=0)
     assert record.read_bytes() != told
+
+
+def test_adversarial_images_are_stored_once_and_a_correction_repeats_the_attack_that_made_them_alone(finetuned, monkeypatch):
+    def run(*overrides: str) -> dict[str, float]:
+        return evaluate.run(finetuned.context(*overrides), scheme="CL", regime="Full-AT", seed=0)
+
+    def stored() -> bytes:
+        return finetuned.workspace.adversarial("CL-Full-AT-s0").read_bytes()
+
+    run()
+    images = stored()
+    for path in (scratch := finetuned.workspace.scratch("evaluate-CL-Full-AT-s0")).rglob("*.safetensors"):
+        assert "images" not in load_file(path)
+    assert sum(path.stat().st_size for path in scratch.rglob("*")) < 4 * len(images)  # a few hundred bytes per attack, of 40 tiny images
+    attacked, measure = [], _Batch.measure
+    monkeypatch.setattr(_Batch, "measure", lambda batch, *before: attacked.append(batch.figure.name) or measure(batch, *before))
+    corrected = run("corruptions.severities=[2]")
+    assert set(attacked) == {"accuracy/threat_model_2"} and stored() == images
+    shutil.rmtree(finetuned.root / ".scratch")
+    assert run("corruptions.severities=[2]") == corrected
 
 
 def test_a_model_of_other_data_is_neither_fine_tuned_nor_measured(finetuned):

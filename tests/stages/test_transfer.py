@@ -89,16 +89,6 @@ def test_the_files_tell_what_was_scored_and_how(measured):
         assert picture.size[0] > 1000 and len(picture.convert("L").getcolors()) > 50  # something is drawn
 
 
-def test_the_same_models_give_the_same_files(study, drawing):
-    def files() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (study.workspace.reports / "transfer").iterdir()}
-
-    before = files()
-    with drawing():
-        transfer.run(study.context())
-    assert files() == before
-
-
 def test_the_run_carries_table_and_picture(measured):
     store = stores.connect(stores.locate(measured.config(), root=measured.root))
     (run,) = [run for run in store.client.search_runs([store.experiment]) if run.info.run_name == "transfer"]

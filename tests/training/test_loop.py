@@ -450,11 +450,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit, phase)
     assert changed(weights(first), weights(third))
 
 
-def test_training_leaves_the_global_random_state_as_it_was(fit):
+def test_training_leaves_the_global_random_state_as_it_was(fit, monkeypatch):
+    """That of the CPU, and those of GPUs, which `torch.manual_seed` would seed anew wherever the training runs."""
     torch.manual_seed(3)
-    before = torch.get_rng_state()
+    before, seeded = torch.get_rng_state(), []
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, seeded.append)
     fit("CL at", epochs=1)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
 
 
 def test_every_epoch_has_its_own_order_and_views_and_the_same_validation(fit):

@@ -6,7 +6,6 @@ Nothing heavy is imported up here: `advml --help` must answer at once. Commands 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Annotated
 
@@ -15,6 +14,7 @@ import typer
 from advml import __version__
 from advml.cli import everyday, stages, tune
 from advml.cli.failures import guarded
+from advml.runtime import signals
 
 app = typer.Typer(
     help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
@@ -42,7 +42,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signals.obey()
     if parent := os.environ.get("ADVML_PARENT"):
         from advml.engine.parent import end_with
 

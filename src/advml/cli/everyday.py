@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,9 @@ def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides =
     """
     context = context_of(params, overrides)
     from advml.stages import train as everything
+    from advml.tracking import warn_if_unusable
 
+    warn_if_unusable(context.config, root=params.parent)
     metrics = everything.run(context, scheme=scheme, regime=regime, seed=seed)
     name = model_name(scheme, regime, seed)
     print(f"{name}: {percent(metrics)}")
@@ -84,7 +87,7 @@ def preset(
 
 
 def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Rebuild MLflow runs that are missing, from files: after dvc pull, a run-cache hit, or a server's outage.
+    """Rebuild MLflow runs that are missing, and bring others up to date, from files: after dvc pull, a run-cache hit, or an outage.
 
     Writes to the MLflow store only. Next: make ui
     """
@@ -94,7 +97,7 @@ def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
     configuration = load(params, overrides or [])
 
     made = tracking.sync(configuration, root=params.parent)
-    print(f"{len(made)} runs rebuilt{': ' if made else ''}{', '.join(made)}\nnext: make ui")
+    print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: make ui")
 
 
 def link(
@@ -108,14 +111,18 @@ def link(
     from advml.config import load
 
     configuration = load(params, overrides or [])
+    tracking.require_usable(configuration, root=params.parent)
 
     print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
 
 
 def ui(
-    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the local server.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: on all networks, for everyone in them.")] = "127.0.0.1",
+    overrides: Overrides = None,
+    params: Params = PARAMS,
 ) -> None:
-    """Open MLflow on this study's runs until Ctrl-C, and print the link to their table.
+    """Open MLflow on this study's runs until Ctrl-C, and print the link to their table when it answers.
 
     Writes nothing. Next: the link, in a browser
     """
@@ -123,14 +130,20 @@ def ui(
     from advml.config import load
 
     configuration = load(params, overrides or [])
+    tracking.require_usable(configuration, root=params.parent)
 
-    command = tracking.ui_command(configuration, root=params.parent, port=port)  # before the store is opened, which quietens MLflow
-    print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+    local = {"host": host, "port": port}
+    command = tracking.ui_command(configuration, root=params.parent, **local)  # before the store is opened, which quietens MLflow
+    if command is not None:
+        tracking.server.require_free(**local)
+        if host not in tracking.server.LOOPBACK:
+            print(f"note: MLflow asks for no password: whoever reaches {host}:{port} can read and delete these runs", file=sys.stderr)
+    link = f"MLflow: {tracking.ui_link(configuration, root=params.parent, **local)}"
     if command is None:
-        print("this is a server's address: open it in a browser")
+        print(f"{link}\nthis is a server's address: open it in a browser")
     else:
-        arguments, environment = command
-        os.execve(arguments[0], arguments, environment)
+        with contextlib.suppress(KeyboardInterrupt):
+            tracking.server.serve(*command, **local, on_answer=lambda: print(link, flush=True))
 
 
 def repro(
@@ -155,8 +168,10 @@ def repro(
         )
     from advml.config import load
     from advml.repro import repro as run
+    from advml.tracking import warn_if_unusable
 
     configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    warn_if_unusable(configuration, root=params.parent)
 
     started = time.monotonic()
     ran = run(params.parent, jobs=jobs, cluster=cluster, options=configuration.cluster)

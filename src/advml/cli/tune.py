@@ -139,9 +139,10 @@ def apply(
     if dry_run:
         print(f"nothing written; without --dry-run this goes into {params}")
         return
-    temporary = params.with_name(f"{params.name}.part")
+    target = params.resolve()  # params.yaml may be a link to a file that several studies share
+    temporary = target.with_name(f"{target.name}.part")
     temporary.write_text(merged.text, encoding="utf-8")
-    os.replace(temporary, params)
+    os.replace(temporary, target)
     print(f"wrote {params}\nnext: advml repro")
 
 

@@ -21,8 +21,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from advml.runtime import signals
+
 ADDRESS = "ADVML_FORK_SERVER"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MODULES = (
     "advml.cli",
     "advml.stages.train",
@@ -60,9 +61,9 @@ def server(root: Path) -> Iterator[dict[str, str]]:
 
 def forward(address: str, arguments: list[str]) -> int | None:
     """Have the server run `advml ARGUMENTS`; returns the exit code, or None if the server is gone or has imported older sources."""
-    obeyed = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is ignored
+    obeyed = [number for number in signals.ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is ignored
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "obeyed": obeyed}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it is known which process gets them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)  # until it is known which process gets them
     try:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -132,7 +133,9 @@ def _run(connection: socket.socket) -> None:
         import torch
 
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler if signal.SIGINT in request["obeyed"] else signal.SIG_IGN)
+        for number in signals.ENDING:  # what counts is how the client was started
+            signal.signal(number, signal.SIG_DFL if number in request["obeyed"] else signal.SIG_IGN)
+        signals.obey()
         if threads := os.environ.get("OMP_NUM_THREADS"):  # torch has read the server's own
             torch.set_num_threads(int(threads))
         from advml.cli import guarded, main

@@ -120,6 +120,8 @@ class _Batch:
         """The outcome after all restarts. Each is a part of its own, so that the end of a process costs one of them at most."""
         part = f"{self.figure.name} batch {self.number}"
         found = memo(part, lambda: self._alone(0, None))
+        if self._wanted() and "images" not in found:  # forgotten when an earlier evaluation was written, whose outcomes stand
+            found["images"] = self._alone(0, None)["images"]
         for restart in range(1, self.figure.restarts):
             if not (self.figure.coupled or found["right"].any()):
                 break

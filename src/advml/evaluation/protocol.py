@@ -97,7 +97,7 @@ def evaluate(
         scorer=scorer,
         on_batch=lambda done, standing: tell(done, f"worst case so far {100 * standing:.1f} %"),
     )
-    done = (len(figures) + 1) * len(test)
+    done = (len(figures) + _looks(configuration)) * len(test)
     doubted = _doubts(subject, scorer, dataset, outcomes, configuration, memo)
     doubted = doubted | {"flags": [*(flag.as_record() for flag in subject.flags), *doubted["flags"]]}
     (kept,) = (figure for figure in figures if figure.kept)
@@ -122,8 +122,14 @@ def evaluate(
 
 
 def work(configuration: config.Config, subject: Subject, dataset: Dataset) -> int:
-    """Units of work of `evaluate`, for a bar: the test images per figure, and as many for diagnostics and for all corruptions."""
-    return (len(_plan(configuration, subject, dataset)) + 2) * len(dataset.test)
+    """Units of work of `evaluate`, for a bar: the test images per figure, and as many for diagnostics and for all corruptions, if any."""
+    parts = len(_plan(configuration, subject, dataset)) + _looks(configuration) + bool(configuration.corruptions.names)
+    return parts * len(dataset.test)
+
+
+def _looks(configuration: config.Config) -> bool:
+    """Whether there are diagnostics."""
+    return configuration.diagnostics.images > 0
 
 
 def _plan(configuration: config.Config, subject: Subject, dataset: Dataset) -> list[Figure]:

@@ -46,7 +46,7 @@ def write(workspace: Workspace, blocks: Sequence[Block], *, rule: str, picture: 
     Args:
         rule: of the flags, in words.
         picture: a PNG, where there are blocks.
-        made_by: parameters, git commit and DVC stage, for the MLflow run.
+        made_by: parameters and git commit, for the MLflow run.
     """
     folder = workspace.report(STAGE)
     content = {"rule": rule, "seeds": list(blocks), **made_by} | ({} if blocks else {"reason": NOBODY})

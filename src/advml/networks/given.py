@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
 def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
     """A network of ours; logits of the same classes in another order are put into the data's, in the classifier itself."""
     record, network = read_record(folder), load_classifier(folder)
-    name, data = folder.resolve().name, record.get("data", {}).get("digest")
+    name, data = Path(os.path.abspath(folder)).name, record.get("data", {}).get("digest")
     classes, remarks = class_names.read(wishes.classes, dataset.classes) if wishes.classes is not None else record.get("classes"), []
     if classes:
         order = class_names.positions(classes, dataset.classes, of=name, logits=network.architecture.classes)

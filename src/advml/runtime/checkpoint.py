@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from advml.errors import UserError
+
 State = dict[str, Tensor]
 
 
@@ -116,7 +118,9 @@ def is_unfinished(folder: Path, fingerprint: str) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete a scratch folder; a missing one is fine."""
+    """Delete a scratch folder; a missing one is fine, and of a link only the link goes."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -132,7 +136,11 @@ def discard_finished(folder: Path, fingerprint: str | None) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a kill sees the old content or the new one, never half."""
+    """Write a file so that a reader or a kill sees the old content or the new one, never half.
+
+    A link in place of the file is replaced, and its target left alone: links to files are DVC's, into its cache (`cache.type
+    symlink`), whose files must never change. Links to folders, above the file or given to `replace_folder`, are the user's and stay.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -157,7 +165,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, State])
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder, none or the new one, never half of one."""
+    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder, none or the new one, never half of one.
+
+    Where `folder` is a link, to a larger disk for instance, all this happens to its target, on the target's file system; the link stays.
+
+    Raises:
+        UserError: the folder is the root of a file system, which no other one can take the place of.
+    """
+    given, folder = folder, Path(os.path.realpath(folder))
+    if os.path.ismount(folder):
+        remedy = "link to a folder in there, or mount it one folder higher"
+        raise UserError(f"{given} leads to {folder}, a mount point, which cannot be replaced; {remedy}")
     temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
     discard(temporary)
     temporary.mkdir(parents=True)

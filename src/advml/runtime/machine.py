@@ -66,11 +66,25 @@ def generator_for(*parts: object) -> torch.Generator:
 
 @contextlib.contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: models that draw from the global RNG draw from `seed`. After: the RNG is as it was."""
+    """Within: models that draw from the global RNG, on the CPU or on `device`, draw from `seed`. After: the RNG is as it was.
+
+    Other devices are neither seeded nor saved: `torch.manual_seed` would reseed all of them.
+    """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every GPU as well
+    with torch.random.fork_rng(devices=devices), _own_randomness_of_mps(seed) if device.type == "mps" else nullcontext():
+        torch.default_generator.manual_seed(seed)
         for used in devices:
             with torch.cuda.device(used):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _own_randomness_of_mps(seed: int) -> Iterator[None]:
+    """For Apple's GPU, of which there is one; `fork_rng` does not know it."""
+    state = torch.mps.get_rng_state()
+    torch.mps.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.mps.set_rng_state(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -56,3 +57,13 @@ class Memo:
     def _path(self, part: str, suffix: str) -> Path:
         folder = self.apart.get(part.split()[0], self.folder)
         return folder / f"{re.sub(r'[^a-z0-9_-]+', '.', part.lower())}.{suffix}"
+
+
+def forget(folder: Path, tensor: str) -> None:
+    """Take the tensors of this name, and what killed processes have left half written, out of all parts below `folder`; others stay."""
+    for leftover in folder.rglob("*.part"):
+        leftover.unlink(missing_ok=True)
+    for path in folder.rglob("*.safetensors"):
+        with contextlib.suppress(SafetensorError):  # a damaged part counts as none, and holds nothing that anyone reads
+            if tensor in (parts := load_file(path)):
+                write_atomically(path, save({name: value for name, value in parts.items() if name != tensor}))

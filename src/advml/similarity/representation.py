@@ -29,6 +29,7 @@ CLEAN, ADVERSARIAL = "clean", "adversarial"
 KINDS = (CLEAN, ADVERSARIAL)
 # Name of a matrix in cka.npz -> the kinds of input of its rows and columns.
 MATRICES = {"clean": (CLEAN, CLEAN), "adversarial": (ADVERSARIAL, ADVERSARIAL), "clean_adversarial": (CLEAN, ADVERSARIAL)}
+PARTS = ("similarity", "features", "probes")  # of the measurement, in order
 WANTED_BATCHES = 10  # to be drawn from
 FEWEST = 8  # images of a batch, if there are so many
 MODEL = ""  # the name of the only model in a similarity of one
@@ -98,11 +99,11 @@ def represent(
     """
     rows = tuple(layers(network, machine.images(dataset.test.images[:2]), select=spec.layers))
     last = last_of_encoder(rows)
-    on_part("similarity")
+    on_part(PARTS[0])
     similarity = measure({MODEL: network}, {MODEL: rows}, paired_batches({MODEL: adversarial}, dataset.test, spec, machine), gram=spec.gram)
-    on_part("features")
+    on_part(PARTS[1])
     features = _Features.of(network, rows, dataset, adversarial, spec, machine)
-    on_part("probes")
+    on_part(PARTS[2])
     with threadpool_limits(torch.get_num_threads()):  # NumPy's own threads would fight with other stages
         fitted = tuple(features.probe(number, spec.probe_strengths) for number in range(len(rows)))
         rank = features.test[CLEAN][last]

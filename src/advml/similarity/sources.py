@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.evaluation import accuracy
 from advml.networks.models import Network
-from advml.paths import Workspace
+from advml.paths import home_of
 from advml.runtime.machine import Machine
 from advml.training.schemes import SCHEMES
 
@@ -49,20 +50,19 @@ def adversarial_images(
     Raises:
         UserError: they do not fit and `anew` is False, or they are damaged.
     """
-    folder = folder.resolve()
-    home = Workspace(folder.parents[2]) if len(folder.parents) > 2 else None
-    if home and home.model(folder.name) == folder and record["data"]["digest"] == dataset.digest and home.adversarial(folder.name).exists():
-        stored = adversarial.read(home.adversarial(folder.name), digest=record["digest"])
+    home, name = home_of(folder) or (None, Path(os.path.abspath(folder)).name)
+    if home and record["data"]["digest"] == dataset.digest and home.adversarial(name).exists():
+        stored = adversarial.read(home.adversarial(name), digest=record["digest"])
         differing = [key for key, value in wanted(configuration, dataset).items() if key in stored.record and stored.record[key] != value]
         if not differing:
             return stored
         if not anew:
             told = ", ".join(f"{key} {stored.record[key]} instead of {wanted(configuration, dataset)[key]}" for key in differing)
-            raise UserError(f"{home.adversarial(folder.name)} was made with {told}; measure again with: dvc repro, or advml evaluate")
+            raise UserError(f"{home.adversarial(name)} was made with {told}; measure again with: dvc repro, or advml evaluate")
     elif not anew:
-        raise UserError(f"{folder.name} has no adversarial images; make them with: dvc repro, or advml evaluate")
+        raise UserError(f"{name} has no adversarial images; make them with: dvc repro, or advml evaluate")
     images, attack = accuracy.attacked(network, dataset.test, configuration, SCHEMES[record["scheme"]], machine)
-    return AdversarialImages(images, {"model": folder.name, "digest": record["digest"]} | attack)
+    return AdversarialImages(images, {"model": name, "digest": record["digest"]} | attack)
 
 
 def shown(source: str, attacked: Mapping[str, AdversarialImages]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

@@ -54,20 +54,21 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         return None
     records = {name: _checked(context, folder, strict=not chosen) for name, folder in folders.items()}
     networks = {name: _network(context, folder) for name, folder in folders.items()}
-    with Bar(f"compare {len(networks)} models", total=2) as bar:
-        bar.advance(1, "adversarial images")
+    with Bar(f"compare {len(networks)} models", total=3) as bar:
+        bar.begin("adversarial images")
         about = (context.dataset, context.config, context.machine)
         attacked = {
             name: sources.adversarial_images(folder, records[name], networks[name], *about, anew=bool(chosen))
             for name, folder in folders.items()
         }
         seen, source = sources.shown(spec.source, attacked)
-        bar.advance(1, "similarity")
+        bar.begin("similarity")
         compared = comparison.compare(networks, seen, found, context.dataset.test, spec, context.machine)
-    described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
-    described |= context.made_by({"similarity": spec.model_dump(mode="json")})
-    described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
-    digest = _write(out, compared, described | panels.describe(compared))
+        bar.begin("figures")
+        described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
+        described |= context.made_by({"similarity": spec.model_dump(mode="json")})
+        described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
+        digest = _write(out, compared, described | panels.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         _write_json(workspace.record("compare", "panels"), record)

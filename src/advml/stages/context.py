@@ -17,7 +17,7 @@ from advml.errors import UserError
 from advml.networks import models
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.provenance import dvc_stage, git_commit, source_digest
+from advml.provenance import git_commit, source_digest
 from advml.runtime.machine import Machine, machine
 
 
@@ -65,7 +65,6 @@ class Context:
         counts = {name: len(split) for name, split in data.splits.items()}
         return {
             "git_commit": git_commit(self.workspace.root),
-            "dvc_stage": dvc_stage(),
             "versions": {"torch": str(torch.__version__), "timm": version("timm")},
             "data": {"digest": data.digest, "source": data.source, "counts": counts},
             "classes": list(data.classes),
@@ -85,8 +84,11 @@ class Context:
         return chosen
 
     def made_by(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result tells of its making, so that its MLflow run can be rebuilt from the file."""
-        return {"git_commit": git_commit(self.workspace.root), "dvc_stage": dvc_stage(), "parameters": parameters}
+        """What a result tells of its making, so that its MLflow run can be rebuilt from the file.
+
+        Nothing that depends on how the stage was started (by DVC or by hand, when, where): DVC would call the same result modified.
+        """
+        return {"git_commit": git_commit(self.workspace.root), "parameters": parameters}
 
     def fingerprint(self, *parts: Any) -> str:
         """Of everything that determines a stage's result: parts (parameters, upstream digests), machine settings, sources."""

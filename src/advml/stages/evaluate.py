@@ -17,10 +17,10 @@ from advml.errors import UserError
 from advml.evaluation import expectations, protocol, records, samples
 from advml.networks import models
 from advml.networks.given import Given
-from advml.paths import Workspace, checked_name, is_reserved, model_name
+from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
 from advml.progress import Bar
 from advml.runtime.checkpoint import Checkpoint, discard, discard_finished, write_atomically
-from advml.runtime.memo import Memo
+from advml.runtime.memo import Memo, forget
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
@@ -47,10 +47,12 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     parts = _parts(context, record["digest"])
     inputs = config.digest(parts)
     stored = workspace.adversarial(name), workspace.samples(name)
+    scratch = workspace.scratch(f"evaluate-{name}")
     if reuse and all(path.exists() for path in stored) and records.reusable(workspace, "evaluate", name, inputs=inputs):
+        forget(scratch, "images")
         return records.publish(workspace, name, digest=record["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
-    memo = _memo(workspace.scratch(f"evaluate-{name}"), parts)
+    memo = _memo(scratch, parts)
     subject = protocol.Subject(name, record["digest"], network, SCHEMES[scheme], note=f"projection head: {head}")
     found = evaluate(context, subject, memo)
     of = {"model": name, "digest": record["digest"]}
@@ -62,13 +64,17 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     )
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
         tracking.log_evaluation(run, workspace, name)
+    # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
+    # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
+    forget(scratch, "images")
     return metrics
 
 
 def of_study(workspace: Workspace, target: str) -> dict[str, Any] | None:
     """Scheme, regime and seed of a model of this study, given by name or folder; None if it is none."""
     for folder in (Path(target), workspace.model(target)):
-        if (folder / "model.json").is_file() and folder.resolve().parent == workspace.models.resolve():
+        home = home_of(folder)
+        if (folder / "model.json").is_file() and home and home[0].root.resolve() == workspace.root.resolve():
             record = models.read_record(folder)
             return {key: record[key] for key in KEYS} if record.keys() >= set(KEYS) else None
     return None

@@ -41,9 +41,11 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         if made.get("inputs") == inputs:
             return made
     checkpoint = Checkpoint(scratch, inputs)
-    with _open_run(context, job, checkpoint) as run:
+    with _open_run(context, job, checkpoint) as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
         checkpoint.note(run_id=run.id)
-        history = _train(context, job, checkpoint, run) if job.plan.task else []
+        if source := job.identity.get("pretraining"):
+            run.link(tracking.find_run(context.config, root=context.workspace.root, kind="pretrain", **source))
+        history = _train(context, job, checkpoint, run, bar) if job.plan.task else []
         selected = checkpoint.load().best_epoch if history else None
         with replace_folder(job.folder) as folder:
             digest = models.save(job.plan.network, folder, {**record, "epoch": selected})
@@ -62,7 +64,7 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
     if checkpoint.orphan:
         tracking.kill_run(context.config, root=root, run_id=checkpoint.orphan)
     tags = {key: job.identity[key] for key in ("scheme", "phase", "regime", "seed") if key in job.identity}
-    run = tracking.open_run(
+    return tracking.open_run(
         context.config,
         root=root,
         name=job.name,
@@ -72,31 +74,30 @@ def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Ru
         data=tracking.DataInfo(**data),
         run_id=checkpoint.notes.get("run_id"),
     )
-    if source := job.identity.get("pretraining"):
-        run.link(tracking.find_run(context.config, root=root, kind="pretrain", **source))
-    return run
 
 
-def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run) -> list[Record]:
-    batches, epochs = batches_per_epoch(context.dataset, job.plan.phase), job.plan.phase.epochs
+def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run, bar: Bar) -> list[Record]:
+    epochs = job.plan.phase.epochs
+    per_epoch = _work(context, job) // epochs
     history: list[Record] = []
 
     def log(record: Record) -> None:
         history.append(record)
         run.log_epochs(history)
 
-    with Bar(f"{job.stage} {job.name}", total=batches * epochs) as bar:
-        fit(
-            job.plan,
-            context.dataset,
-            context.machine,
-            checkpoint=checkpoint,
-            on_epoch=log,
-            on_batch=lambda epoch, done, loss: bar.reach(
-                (epoch - 1) * batches + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}"
-            ),
-        )
+    def show(epoch: int, done: int, loss: float) -> None:
+        bar.reach((epoch - 1) * per_epoch + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}")
+
+    fit(job.plan, context.dataset, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
     return history
+
+
+def _work(context: Context, job: Job) -> int:
+    """Batches of all epochs, those of validation included."""
+    if not job.plan.task:
+        return 0
+    validation = -(-len(context.dataset.validation) // job.plan.phase.batch_size)
+    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.phase.epochs
 
 
 def _scores(history: list[Record]) -> str:

@@ -29,15 +29,15 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     weights = record["digest"]
     attacked = adversarial.read(workspace.adversarial(name), digest=weights)
     inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
-    with Bar(f"represent {name}", total=3) as bar:
-        measured = representation.represent(
-            network, context.dataset, attacked.images, spec, context.machine, on_part=lambda part: bar.advance(1, part)
-        )
     of = {"model": name, "digest": weights}
-    described = files.describe(measured, spec, of=of, attack=attacked.record)
-    cka = _write(workspace.report(name), measured, described, chance=1 / len(context.dataset.classes))
+    with Bar(f"represent {name}", total=len(representation.PARTS) + 1) as bar:
+        measured = representation.represent(network, context.dataset, attacked.images, spec, context.machine, on_part=bar.begin)
+        bar.begin("figures")
+        described = files.describe(measured, spec, of=of, attack=attacked.record)
+        cka = _write(workspace.report(name), measured, described, chance=1 / len(context.dataset.classes))
     measures = files.metrics(measured)
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
+    record |= {"parameters": context.parameters("similarity")}
     metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in files.HOW}})
     with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
         tracking.log_representation(mlflow_run, workspace, name)

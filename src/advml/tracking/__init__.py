@@ -17,7 +17,7 @@ temporary), the workspace elsewhere. Nothing here imports mlflow (2 s) before a 
 
 from __future__ import annotations
 
-from advml.tracking import results
+from advml.tracking import results, server
 from advml.tracking.evaluations import log_evaluation
 from advml.tracking.representations import log_representation
 from advml.tracking.results import log_result, log_transfer
@@ -25,6 +25,7 @@ from advml.tracking.run import Run
 from advml.tracking.runs import find_run, kill_run, open_run, ui_command, ui_link
 from advml.tracking.searches import SearchRun, Trial, open_search
 from advml.tracking.start import DataInfo
+from advml.tracking.store import require_usable, warn_if_unusable
 from advml.tracking.sync import attach_run, sync
 from advml.tracking.training import log_training
 
@@ -43,8 +44,11 @@ __all__ = [
     "log_transfer",
     "open_run",
     "open_search",
+    "require_usable",
     "results",
+    "server",
     "sync",
     "ui_command",
     "ui_link",
+    "warn_if_unusable",
 ]

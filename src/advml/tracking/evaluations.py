@@ -11,21 +11,27 @@ from advml.tracking.files import digest, read
 if TYPE_CHECKING:
     from advml.tracking.run import Run
 
-TAG = "advml.evaluation"  # sha256 of the record, written last: it says that all of it has been logged
+TAG = "advml.evaluation"  # sha256 of record and samples, written last: it says that all of it has been logged
+METRICS = ("accuracy", "corruption", "diagnostics")  # first words of what an evaluation measures
 
 
-def log_evaluation(run: Run, workspace: Workspace, name: str) -> None:
-    """Log an evaluation from its files, as the stage and `sync` do; nothing if none is of these weights, or the run has it already."""
-    made = workspace.record("evaluate", name)
-    if not made.exists() or run.tag(TAG) == (logged := digest(made)):
-        return
+def log_evaluation(run: Run, workspace: Workspace, name: str) -> bool:
+    """Log an evaluation from its files, as the stage and `sync` do.
+
+    Returns:
+        Whether there was anything to log: False if none is of these weights, or the run has it already.
+    """
+    made, samples = workspace.record("evaluate", name), workspace.samples(name)
+    if not made.exists() or run.tag(TAG) == (logged := digest(*(path for path in (made, samples) if path.exists()))):
+        return False
     record = read(made, needs=("digest", "metrics"))
     if record["digest"] != run.tag("advml.digest"):  # trained anew, and not yet measured
-        return
+        return False
     run.log_params(record.get("parameters", {}))
-    run.log_metrics(record["metrics"])
+    run.log_metrics(record["metrics"], instead_of=METRICS)
     run.set_tag("advml.flags", verdict(record.get("diagnostics", {})))
     run.log_file(made, "records/evaluate")
-    if workspace.samples(name).exists():
-        run.log_file(workspace.samples(name), "samples")
+    if samples.exists():
+        run.log_file(samples, "samples")
     run.set_tag(TAG, logged)
+    return True

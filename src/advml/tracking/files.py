@@ -5,22 +5,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from advml.errors import Failure
 
 
-def read(path: Path, *, needs: tuple[str, ...] = (), remedy: str | None = None) -> Any:
+def read(path: Path, *, needs: tuple[str, ...] = (), remedy: str | None = None, load: Callable[[str], Any] = json.loads) -> Any:
     """The content of a JSON file.
 
     Args:
         remedy: what to do about a damaged one; None: DVC has it.
+        load: of another format.
     Raises:
-        Failure: it is no valid JSON, or lacks one of the keys it `needs`.
+        Failure: it is not valid, or lacks one of the keys it `needs`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load(path.read_text(encoding="utf-8"))
         missing = [key for key in needs if key not in value]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
@@ -28,6 +30,20 @@ def read(path: Path, *, needs: tuple[str, ...] = (), remedy: str | None = None) 
         remedy = remedy or f"restore it with: dvc checkout {path.parent}"
         raise Failure(f"{path} cannot be read: {' '.join(str(error).split())}; {remedy}") from None
     return value
+
+
+def read_yaml(path: Path, *, needs: tuple[str, ...] = (), remedy: str | None = None) -> Any:
+    """The content of a YAML file; otherwise as `read`."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    def load(text: str) -> Any:
+        try:
+            return YAML(typ="safe", pure=True).load(text)
+        except YAMLError as error:
+            raise ValueError(str(error)) from None
+
+    return read(path, needs=needs, remedy=remedy, load=load)
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

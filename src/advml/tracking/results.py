@@ -1,4 +1,4 @@
-"""The runs of what stands beside the models' own: the study's report, its transfer, comparisons, evaluations of anyone's model.
+"""The runs of what stands beside the models' own: the study's report, its transfer, comparisons, searches, evaluations of given models.
 
 Each is made from files by one function, which the stage calls as `sync` does. A run carries the sha256 of its files twice: as `advml.files`
 from its start, and as `advml.digest` when all of them are logged. One that lacks the latter was cut short, and is gone on with.
@@ -6,15 +6,15 @@ from its start, and as `advml.digest` when all of them are logged. One that lack
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.evaluation.verdict import NONE, transferred, verdict
-from advml.paths import REPORT_FILES, TRANSFER_FILES, Workspace
+from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
-from advml.tracking.files import digest, read, read_table
+from advml.tracking.files import digest, read, read_table, read_yaml
 from advml.tracking.run import Run
 from advml.tracking.runs import Kind, search
 from advml.tracking.start import Facts, origin, start
@@ -28,7 +28,7 @@ FLAGS = "advml.transfer_flags"
 
 @dataclass(frozen=True)
 class Result:
-    """A run to be: `files` are in `folder`, the first one tells parameters, git commit and DVC stage; `log` logs the rest."""
+    """A run to be: `files` are in `folder`, the first one tells parameters and git commit; `log` logs the rest."""
 
     kind: Kind
     name: str
@@ -38,6 +38,8 @@ class Result:
     artifacts: str | None = None  # where the files go
     needs: tuple[str, ...] = ()  # keys of the first file
     remedy: str | None = None  # for a damaged first file; None: DVC has it
+    read: Callable[..., Any] = read  # the first file
+    in_place: bool = False  # other files do not make a new run, but change the newest one of this name
 
     @property
     def paths(self) -> list[Path]:
@@ -72,11 +74,19 @@ def evaluation(workspace: Workspace, name: str) -> Result:
     return Result("evaluation", name, workspace.root, files, _log_evaluation, needs=("metrics",), remedy=remedy)
 
 
+def search_of(folder: Path) -> Result:
+    """What `advml tune` has found; that command makes the run, with a nested run per trial."""
+    remedy = f"delete it and write it again with: advml tune, as for {folder.name} before"
+    return Result("search", folder.name, folder, SEARCH_FILES, _log_search, "tune", ("scored",), remedy, read_yaml, in_place=True)
+
+
 def results(workspace: Workspace) -> list[Result]:
     """Everything of this sort in `reports/`."""
     compared = [path.parent for pattern in ("compare", "compare-*") for path in sorted(workspace.reports.glob(f"{pattern}/cka.json"))]
     given = sorted(workspace.evaluations_of_given())
-    return [*map(comparison, compared), transfer(workspace), study(workspace), *(evaluation(workspace, name) for name in given)]
+    searches = [path.parent for path in sorted(workspace.report("tune").glob(f"*/{SEARCH_FILES[0]}"))]
+    of_grid = [*map(comparison, compared), transfer(workspace), study(workspace)]
+    return [*of_grid, *(evaluation(workspace, name) for name in given), *map(search_of, searches)]
 
 
 def log_result(config: Config, result: Result, *, root: Path) -> None:
@@ -90,13 +100,16 @@ def complete(place: stores.Place, store: stores.Store, result: Result, *, root: 
     if not all(path.exists() for path in result.paths):
         return False
     made = digest(*result.paths)
-    record = search(store, kind=result.kind, name=result.name, files=made)
+    record = search(store, kind=result.kind, name=result.name, files=None if result.in_place else made)
+    if record is not None and result.in_place and record.info.status == "RUNNING":  # its command is at work, and logs the files itself
+        return False
     if record is not None and record.data.tags.get("advml.digest") == made:
         if record.info.status == "RUNNING":  # the store went down before the very last word
             store.client.set_terminated(record.info.run_id, "FINISHED")
         return False
-    content, when = read(result.paths[0], needs=result.needs, remedy=result.remedy), written(result.paths[0]) if synced else None
-    tags = origin(content) | {"files": made} | ({"synced": "true"} if synced else {})
+    content = result.read(result.paths[0], needs=result.needs, remedy=result.remedy)
+    when = max(map(written, result.paths)) if synced else None
+    tags = {"files": made} | (origin(content) | {"synced": "true"} if synced else {})
     facts = Facts(result.name, result.kind, tags, content.get("parameters", {}))
     begun = start(store, facts, root=root, run_id=record.info.run_id if record else None, start_time=when)
     with Run(place, store, begun, root=root, strict=True) as run:
@@ -108,16 +121,18 @@ def complete(place: stores.Place, store: stores.Store, result: Result, *, root: 
     return True
 
 
-def log_transfer(run: Run, workspace: Workspace, name: str) -> None:
-    """Tell the run of a model what a transfer has flagged of it; nothing if these weights have not been in one."""
+def log_transfer(run: Run, workspace: Workspace, name: str) -> bool:
+    """Tag the run of a model with the flags of a transfer; False if the run has them, or these weights have not been in one."""
     path = workspace.report("transfer") / "transfer.json"
     content = read(path, needs=("seeds",)) if path.exists() else {"seeds": []}
     scored = {model: weights for block in content["seeds"] for model, weights in block["digests"].items()}
     if name not in scored or scored[name] != run.tag("advml.digest"):
-        return
+        return False
     flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
-    if run.tag(FLAGS) != flags:
-        run.set_tag(FLAGS, flags)
+    if run.tag(FLAGS) == flags:
+        return False
+    run.set_tag(FLAGS, flags)
+    return True
 
 
 def _log_study(run: Run, folder: Path, content: dict[str, Any]) -> None:
@@ -139,3 +154,13 @@ def _log_comparison(run: Run, folder: Path, content: dict[str, Any]) -> None:
 def _log_evaluation(run: Run, folder: Path, content: dict[str, Any]) -> None:
     run.log_metrics(content["metrics"])
     run.set_tag("advml.flags", verdict(content.get("diagnostics", {})))
+
+
+def _log_search(run: Run, folder: Path, content: dict[str, Any]) -> None:
+    run.log_metrics(best_scores(content["scored"]), instead_of=("best",))
+    run.log_table(read_table(folder / "trials.csv"), "tune/trials.json")
+
+
+def best_scores(scored: Mapping[str, float]) -> dict[str, float]:
+    """What the best trial of a search scored, as metrics of the search's run."""
+    return {f"best/{name}": value for name, value in scored.items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from advml.tracking import lineage
 from advml.tracking import store as stores
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Record
 
 EPOCH = "epoch"
+R = TypeVar("R", bound="Run")
 
 
 class Run(Writer):
@@ -44,13 +46,18 @@ class Run(Writer):
         self._metrics: dict[str, float] = dict(record.data.metrics) if record else {}
         data = record.inputs.dataset_inputs[:1] if record and record.inputs else []
         self._data = {"dataset_name": data[0].dataset.name, "dataset_digest": data[0].dataset.digest} if data else {}
-        self._epochs: dict[str, set[int]] = {}  # key -> the epochs that the store has
+        self._epochs: dict[str, dict[int, float]] = {}  # key -> epoch -> the value that the store has
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish("FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED")
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        try:
+            self.finish(status)
+        except (KeyboardInterrupt, SystemExit):  # a signal came before the call to the store, or waited for it
+            self.finish(status)
+            raise
 
     @guarded
     def finish(self, status: str = "FINISHED", *, end_time: int | None = None) -> None:
@@ -61,9 +68,10 @@ class Run(Writer):
 
     @guarded
     def log_epochs(self, records: Sequence[Mapping[str, Any]], *, at: int | None = None) -> None:
-        """Log the curves' points that the store lacks, in one call.
+        """Log the curves' points that the store lacks or has with another value, in one call.
 
-        Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed.
+        Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed. MLflow deletes
+        no point: of two at one epoch, the later one counts.
 
         Args:
             records: {'epoch': 3, 'train/loss': 0.1, ...}; values that are no numbers are left out.
@@ -71,28 +79,34 @@ class Run(Writer):
         """
         from mlflow.entities import Metric
 
-        when = int(time.time() * 1000) if at is None else at
+        now = int(time.time() * 1000)
+        when = now if at is None else at
         points = [
-            Metric(key, value, when, record[EPOCH])
-            for record in records
+            Metric(key, value, now if epoch in known else when, epoch)
+            for epoch, record in ((record[EPOCH], record) for record in records)
             for key, value in _numbers(record).items()
-            if key != EPOCH and record[EPOCH] not in self._epochs_of(key)
+            if key != EPOCH and not _same(value, (known := self._epochs_of(key)).get(epoch))
         ]
         self._store.client.log_batch(self.id, metrics=points, synchronous=True)
         for point in points:
-            self._epochs[point.key].add(point.step)
+            self._epochs[point.key][point.step] = point.value
 
     @guarded
-    def log_metrics(self, metrics: Mapping[str, Any]) -> bool:
-        """Log the final metrics that are new or have changed, on the run and on its model; True if there were any."""
+    def log_metrics(self, metrics: Mapping[str, Any], *, instead_of: Sequence[str] = ()) -> None:
+        """Log the final metrics that are new or have changed, on the run and on its model.
+
+        Args:
+            instead_of: first words of metrics (`accuracy` of `accuracy/clean`) that these replace: those that the run has and `metrics`
+                lacks become NaN. MLflow deletes none, and an earlier value would pass for today's.
+        """
         from mlflow.entities import Metric
 
         now, model = int(time.time() * 1000), self._tags.get("advml.model_id")
-        changed = {key: value for key, value in _numbers(metrics).items() if not _same(value, self._metrics.get(key))}
+        gone = {key: math.nan for key in self._metrics if key.partition("/")[0] in instead_of}
+        changed = {key: value for key, value in (gone | _numbers(metrics)).items() if not _same(value, self._metrics.get(key))}
         entities = [Metric(key, value, now, 0, model_id=model, **self._data) for key, value in changed.items()]
         self._store.client.log_batch(self.id, metrics=entities, synchronous=True)
         self._metrics |= changed
-        return bool(changed)
 
     @guarded
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -113,13 +127,20 @@ class Run(Writer):
             self._tag({"mlflow.note.content": described})
 
     @guarded
+    def log_model_record(self, record: Path, *, commit: str | None) -> None:
+        """Replace the model.json of the run's model, and the commit that it names; `log_checkpoint` gives the model its first one."""
+        if model := self._tags.get("advml.model_id"):
+            self._store.client.log_model_artifact(model, str(record))
+            self._tag({"mlflow.source.git.commit": commit} if commit else {})
+
+    @guarded
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
         """Record the checkpoint as an external model: where the weights lie and their sha256, not the weights.
 
         The tag `advml.digest`, which `find_run` and `sync` go by, is written last: it says that the run is complete.
         """
-        folder = Path(folder).resolve()
-        path = folder.relative_to(self._root).as_posix() if folder.is_relative_to(self._root) else str(folder)
+        known = Path(os.path.abspath(folder)), folder.resolve()  # the first one, with its links, is how the study names it
+        path = next((path.relative_to(self._root).as_posix() for path in known if path.is_relative_to(self._root)), str(known[0]))
         if self._tags.get("advml.digest") != digest:  # else a stage that was killed just after is repeating itself
             self._tag({"advml.path": path})
             self._tag({"advml.model_id": lineage.add_model(self._store, self.id, self._tags, folder=folder, digest=digest)})
@@ -133,12 +154,28 @@ class Run(Writer):
             self._tag(lineage.add_parent(self._store, self.id, pretraining))
             self._tag({"mlflow.note.content": lineage.describe(self._store, self._tags)})
 
-    def _epochs_of(self, key: str) -> set[int]:
-        """The epochs of one curve that the store has; asked once per key, and only if the run had it when opened."""
+    def _epochs_of(self, key: str) -> dict[int, float]:
+        """The points of one curve that the store has, by epoch; asked once per key, and only if the run had it when opened."""
         if key not in self._epochs:
             history = self._store.client.get_metric_history(self.id, key) if key in self._metrics else []
-            self._epochs[key] = {point.step for point in history}
+            self._epochs[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
         return self._epochs[key]
+
+
+def opened(place: stores.Place, begin: Callable[[stores.Store], R]) -> R | None:
+    """`stores.attempt`; a run that has begun when a signal, which waited for that, ends the process is ended as well."""
+    begun: list[R] = []
+
+    def note(store: stores.Store) -> R:
+        begun.append(begin(store))
+        return begun[0]
+
+    try:
+        return stores.attempt(place, note)
+    except BaseException as error:
+        for run in begun:
+            run.__exit__(type(error))
+        raise
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

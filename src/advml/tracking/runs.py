@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from advml.errors import Failure
+from advml.tracking import server, ui
 from advml.tracking import store as stores
-from advml.tracking import ui
-from advml.tracking.run import Run
+from advml.tracking.run import Run, opened
 from advml.tracking.start import DataInfo, Facts, get, start
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from advml.config import Config
 
-Kind = Literal["pretrain", "model", "comparison", "study", "evaluation"]
+Kind = Literal["pretrain", "model", "comparison", "study", "evaluation", "search"]
 
 
 def open_run(
@@ -45,7 +46,7 @@ def open_run(
         run_id: the run to resume; where the store does not have it, a new one starts.
     """
     place, root, facts = stores.locate(config, root=root), Path(root).resolve(), Facts(name, kind, tags, params, data)
-    run = stores.attempt(place, lambda store: Run(place, store, start(store, facts, root=root, run_id=run_id), root=root))
+    run = opened(place, lambda store: Run(place, store, start(store, facts, root=root, run_id=run_id), root=root))
     if run is None:
         run = Run(place, None, None, root=root)
         run.id = run_id  # kept in the caller's state, so that a later resume finds its run again
@@ -69,26 +70,33 @@ def kill_run(config: Config, *, root: Path, run_id: str) -> None:
     stores.attempt(stores.locate(config, root=root), kill)
 
 
-def ui_link(config: Config, *, root: Path, port: int = 5000) -> str:
-    """The address of the experiment's table of runs in the UI: a local one on `port`, or the tracking server's."""
+def ui_link(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 5000) -> str:
+    """The address of the experiment's table of runs in the UI: a local one on `host` and `port`, or the tracking server's.
+
+    Raises:
+        Failure: the store is a local one, and cannot be opened.
+    """
     place = stores.locate(config, root=root)
-    base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://127.0.0.1:{port}"
+    base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://{server.shown_host(host)}:{port}"
     try:
         experiment = stores.connect(place).experiment
     except Exception as error:
+        if not place.is_server:
+            raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
         stores.give_up(place, error, then="the link is that of the server, not of the experiment")
         experiment = None
     return ui.experiment_link(base, experiment) if experiment else base
 
 
-def ui_command(config: Config, *, root: Path, port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
+def ui_command(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
     """Command and environment of a local UI on the store that `ui_link` links to; None where a server has one of its own."""
     place = stores.locate(config, root=root)
     if place.is_server:
         return None
     # In the environment, where a database's password is less exposed than in a list of processes. No jobs: they want a broker.
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": place.uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port)], environment
+    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", host, "--port", str(port)]
+    return command, environment | server.names(host, port)
 
 
 def search(store: stores.Store, **tags: str | None) -> Record | None:

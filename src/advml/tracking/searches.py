@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advml.tracking import results
 from advml.tracking import store as stores
-from advml.tracking.run import Run
+from advml.tracking.files import digest
+from advml.tracking.run import Run, opened
 from advml.tracking.start import DataInfo, Facts, start
 from advml.tracking.writer import guarded
 
@@ -100,6 +102,16 @@ class SearchRun(Run):
         self._trials[trial.number] = Run(self._place, self._store, record, root=self._root)
         return self._trials[trial.number]
 
+    def log_results(self, folder: Path, files: Sequence[Path], scored: Mapping[str, Any]) -> None:
+        """Log the files that the search has written into `folder`, and what its best trial scored; tagged as `sync` tags them."""
+        self.log_metrics(results.best_scores(scored), instead_of=("best",))
+        for file in files:
+            self.log_file(file, "tune")
+        found = results.search_of(folder)
+        if all(path.exists() for path in found.paths):
+            self.set_tag("advml.files", made := digest(*found.paths))
+            self.set_tag("advml.digest", made)
+
     @guarded
     def crown(self, number: int) -> None:
         """Tag the best trial, and no other."""
@@ -133,7 +145,7 @@ def open_search(
         record = start(store, facts, root=root, run_id=_begun(store, identity))
         return SearchRun(place, store, record, root=root, name=name)
 
-    return stores.attempt(place, begin) or SearchRun(place, None, None, root=root, name=name)
+    return opened(place, begin) or SearchRun(place, None, None, root=root, name=name)
 
 
 def _begun(store: stores.Store, identity: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait until a call to the store is over."""
+"""Ctrl-C, SIGTERM and SIGHUP wait until a call to the store is over."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+from advml.runtime.signals import ENDING
 
 
 @contextlib.contextmanager
@@ -20,11 +20,11 @@ def deferred() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    before = {number: signal.getsignal(number) for number in ENDING}
     replaced = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in replaced:
-        signal.signal(number, lambda number, _: arrived.append(number))
     try:
+        for number in replaced:
+            signal.signal(number, lambda number, _: arrived.append(number))
         yield
     finally:
         for number, handler in replaced.items():

@@ -15,7 +15,9 @@ def uri(database: Path) -> str:
 
 
 def create(database: Path, *, artifacts: Path) -> None:
-    """Make the tables in a file beside, then rename it: a kill in between never leaves half a schema."""
+    """Make the tables in a file beside, then rename it: a kill in between never leaves half a schema. A link is followed."""
+    database = database.resolve()
+    database.parent.mkdir(parents=True, exist_ok=True)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     fresh = database.with_name(f"{database.name}.new")

@@ -93,8 +93,8 @@ def get(client: MlflowClient, run_id: str) -> Record | None:
 
 
 def origin(made: Mapping[str, Any]) -> dict[str, str | None]:
-    """Tags of a run that is made from a file: commit and DVC stage are those of the file's making, not of this process."""
-    return _source(made.get("git_commit"), made.get("dvc_stage")) | {"dvc_experiment": None}
+    """Tags of a run that is made from a file: the commit is that of the file's making; stage and experiment are of no process that is."""
+    return _source(made.get("git_commit"), None) | {"dvc_experiment": None}
 
 
 def _source(commit: str | None, stage: str | None) -> dict[str, str | None]:

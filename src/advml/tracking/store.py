@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
+from advml.errors import UserError
 from advml.tracking import sqlite, ui
 from advml.tracking.signals import deferred
 
@@ -32,18 +34,26 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+DEFAULT_URI = "sqlite:///mlflow.db"
 LOCK_TIMEOUT = 60  # seconds; creating the tables takes 2, and other processes may wait in line
 _broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an experiment's history lies. `database`: sqlite only; `artifacts`: None where a server decides."""
+    """Where an experiment's history lies.
+
+    Attributes:
+        database: sqlite only.
+        artifacts: None where a server decides.
+        refused: why MLflow writes nothing there, and what to do; None: it may.
+    """
 
     uri: str
     experiment: str
     database: Path | None
     artifacts: Path | None
+    refused: str | None = None
 
     @property
     def is_server(self) -> bool:
@@ -61,13 +71,40 @@ class Store:
 def locate(config: Config, *, root: Path) -> Place:
     """The place that params.yaml, the environment or the default names; relative paths start at the root."""
     base = Path(os.environ.get("DVC_ROOT") or root).resolve()
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     experiment = config.tracking.experiment
     folder = Path("mlruns", re.sub(r"[^\w.-]+", "_", experiment))
     if not uri.startswith("sqlite:///"):
-        return Place(uri, experiment, None, base / folder if "sql" in uri.partition(":")[0] else None)
+        where, remedy = ("tracking.uri", "set it to null") if config.tracking.uri else ("MLFLOW_TRACKING_URI", "unset it")
+        refused = _refused(uri, f"{where} = {uri}", remedy)
+        return Place(uri, experiment, None, base / folder if "sql" in uri.partition(":")[0] else None, refused)
     database = base / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
     return Place(sqlite.uri(database), experiment, database, database.parent / folder)
+
+
+def _refused(uri: str, setting: str, remedy: str) -> str | None:
+    """Folders of files, as MLflow kept its runs in before it had databases: it reads and writes none by now."""
+    scheme, colon, path = uri.partition(":")
+    is_folder = scheme == "file" if colon else not uri.startswith(("databricks", "uc"))
+    if not is_folder or os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+        return None
+    source = path.removeprefix("//") if colon else uri
+    move = f"mlflow migrate-filestore --source {shlex.quote(source)} --target {DEFAULT_URI}"
+    why = f"{setting} is a folder, and MLflow keeps runs in databases only"
+    return f"{why}; {remedy} (they go to {DEFAULT_URI} then); for its old runs: {move}"
+
+
+def require_usable(config: Config, *, root: Path) -> None:
+    """Raises UserError if MLflow cannot write where params.yaml or the environment say; nothing is opened."""
+    if refused := locate(config, root=root).refused:
+        raise UserError(refused)
+
+
+def warn_if_unusable(config: Config, *, root: Path) -> None:
+    """One line for what `require_usable` refuses, before hours of work whose stages would say it in their logs."""
+    place = locate(config, root=root)
+    if place.refused:
+        give_up(place, UserError(place.refused))
 
 
 def prepare() -> None:
@@ -80,6 +117,8 @@ def prepare() -> None:
 
 def connect(place: Place) -> Store:
     """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
+    if place.refused:
+        raise UserError(place.refused)
     prepare()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's models use what SQLAlchemy deprecates
@@ -117,6 +156,8 @@ def give_up(place: Place, error: Exception, *, then: str = "training goes on, `a
 
 def explain(place: Place, error: Exception) -> str:
     """The store and what is wrong with it, in one line without passwords."""
+    if isinstance(error, UserError):  # ours: it names the setting
+        return without_password(str(error))
     reason = " ".join((str(error).strip() or type(error).__name__).split())
     if len(reason) > 200:
         reason = reason[:200] + "..."

@@ -1,11 +1,11 @@
-"""Runs rebuilt from files: after `dvc pull`, a run-cache hit or an outage there are results without history."""
+"""Runs rebuilt from files, or brought up to date with them: after `dvc pull`, a run-cache hit or an outage MLflow lags behind."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.errors import Failure
+from advml.errors import Failure, UserError
 from advml.paths import Workspace
 from advml.runtime.processes import is_orphaned
 from advml.tracking import store as stores
@@ -25,30 +25,31 @@ if TYPE_CHECKING:
 def sync(config: Config, *, root: Path) -> list[str]:
     """Make the store complete: a run for every trained model and for every result in `reports/`, with all that the stages log.
 
-    A run is missing when none carries the name and the sha256 of a folder's weights, or of a result's files. Running this
-    twice creates nothing the second time. Runs whose process on this machine is gone are ended too.
+    A run is missing when none carries the name and the sha256 of a folder's weights, or of a result's files. What has been added to
+    the run of a model (curves, evaluation, representation) is compared by the sha256 of all its files, and logged anew where one
+    differs. Running this twice changes nothing the second time. Runs whose process on this machine is gone are ended too.
 
     Returns:
-        The names of the runs created or completed.
+        The names of the runs created or brought up to date.
     Raises:
+        UserError: MLflow cannot write where it is told to.
         Failure: if the store cannot be opened or written to, or a file is no valid JSON.
     """
     place, workspace = stores.locate(config, root=root), Workspace(Path(root).resolve())
-    created = []
+    changed = []
     try:
         store = stores.connect(place)
         for folder in _trained(workspace):
             run, is_new = _find_or_import(place, store, workspace, folder)
-            created += [run.name] if is_new else []
-            _add_report(run, workspace, folder)
-        made = (found.name for found in results(workspace) if complete(place, store, found, root=workspace.root, synced=True))
-        created += made
+            updated = _add_report(run, workspace, folder)
+            changed += [run.name] if is_new or updated else []
         _end_orphans(store)
-    except Failure:
+        changed += [found.name for found in results(workspace) if complete(place, store, found, root=workspace.root, synced=True)]
+    except (Failure, UserError):
         raise
     except Exception as error:
         raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
-    return created
+    return changed
 
 
 def attach_run(config: Config, *, root: Path, folder: Path) -> Run:
@@ -104,16 +105,16 @@ def _link(run: Run, store: stores.Store, facts: dict[str, Any]) -> None:
         run.link(parent.info.run_id if parent else None)
 
 
-def _add_report(run: Run, workspace: Workspace, folder: Path) -> None:
-    """What the run lacks of the files beside it: they were pulled, or made while the store was down."""
-    log_training(run, workspace, folder)
-    log_evaluation(run, workspace, folder.name)
-    log_representation(run, workspace, folder.name)
-    log_transfer(run, workspace, folder.name)
+def _add_report(run: Run, workspace: Workspace, folder: Path) -> bool:
+    """Log what the run lacks of the files beside it, which were pulled, or made while the store was down; False: nothing."""
+    logged = log_training(run, workspace, folder)
+    return any([logged, *(log(run, workspace, folder.name) for log in (log_evaluation, log_representation, log_transfer))])
 
 
 def _end_orphans(store: stores.Store) -> None:
     """A process killed outright leaves its run RUNNING; one that had recorded its weights had finished."""
     for record in store.client.search_runs([store.experiment], "attributes.status = 'RUNNING'", max_results=1000):
-        if is_orphaned(record.data.tags.get(PROCESS, "")):
-            store.client.set_terminated(record.info.run_id, "FINISHED" if "advml.digest" in record.data.tags else "KILLED")
+        tags = record.data.tags
+        if is_orphaned(tags.get(PROCESS, "")):
+            had_finished = "advml.digest" in tags and tags.get("advml.kind") != "search"  # a search goes on after its results
+            store.client.set_terminated(record.info.run_id, "FINISHED" if had_finished else "KILLED")

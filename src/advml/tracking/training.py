@@ -11,21 +11,28 @@ from advml.tracking.files import digest, read
 if TYPE_CHECKING:
     from advml.tracking.run import Run
 
-TAG = "advml.history"  # sha256 of history.json, written last: it says that all of it has been logged
+TAG = "advml.training"  # sha256 of model.json and history.json, written last: it says that all of both has been logged
 
 
-def log_training(run: Run, workspace: Workspace, folder: Path) -> None:
-    """Log history.json of the model in `folder`, as the stage and `sync` do; nothing if there is none or the run has it already."""
-    curves = workspace.report(folder.name) / "history.json"
-    if not curves.exists() or run.tag(TAG) == (made := digest(curves)):
-        return
-    history, record = read(curves), folder / "model.json"
+def log_training(run: Run, workspace: Workspace, folder: Path) -> bool:
+    """Log model.json and history.json of the model in `folder`, as the stage and `sync` do.
+
+    Returns:
+        Whether there was anything to log: False without history.json, or if the run has both files already.
+    """
+    curves, record = workspace.report(folder.name) / "history.json", folder / "model.json"
+    if not curves.exists() or run.tag(TAG) == (made := digest(record, curves)):
+        return False
+    history, facts = read(curves), read(record)
+    run.log_params(facts.get("parameters", {}))
     run.log_epochs(history, at=written(record))
+    run.log_model_record(record, commit=facts.get("git_commit"))
     if history:
         from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
 
-        run.log_figure(training_curves(history, folder.name, selected=read(record).get("epoch")), "curves.png")
+        run.log_figure(training_curves(history, folder.name, selected=facts.get("epoch")), "curves.png")
     run.set_tag(TAG, made)
+    return True
 
 
 def written(path: Path) -> int:

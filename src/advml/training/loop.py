@@ -20,7 +20,7 @@ from advml.attacks.adversary import Adversary
 from advml.data.datasets import Dataset, Split
 from advml.errors import Failure
 from advml.runtime.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
-from advml.runtime.machine import Machine, derived_seed, generator_for
+from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
 from advml.training.optimizers import optimizer, set_learning_rate
 from advml.training.schedules import epsilon_share, learning_rate
 from advml.training.tasks import Task
@@ -94,8 +94,7 @@ class _Trainer:
         order = torch.randperm(len(self.train_split.labels), generator=generator)
         totals = torch.zeros(2, dtype=torch.float64)  # clean, adversarial
         self.task.train_mode()
-        with torch.random.fork_rng(devices=_cuda(self.machine)):
-            torch.manual_seed(derived_seed("dropout", self.seed, epoch))  # layers with dropout draw from the global RNG
+        with own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device):  # layers with dropout draw from the global RNG
             for batch, index in enumerate(order.split(self.phase.batch_size)[: self.batches]):
                 losses = self._step(index, generator, step=(epoch - 1) * self.batches + batch)
                 totals += losses
@@ -185,7 +184,3 @@ def batches(split: Split, machine: Machine, *, size: int) -> Iterator[tuple[Tens
 
 def _copy(state: State) -> State:
     return {key: value.detach().clone() for key, value in state.items()}
-
-
-def _cuda(machine: Machine) -> list[torch.device]:
-    return [machine.device] if machine.device.type == "cuda" else []

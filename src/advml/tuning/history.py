@@ -56,9 +56,8 @@ class History:
             return
         if best is not None:
             self._run.crown(best.number)
-            self._run.log_metrics({f"best/{name}": value for name, value in outputs.scores(self._search.metrics, best).items()})
-        for file in files:
-            self._run.log_file(file, "tune")
+        scored = outputs.scores(self._search.metrics, best) if best is not None else {}
+        self._run.log_results(self._root / "reports" / "tune" / self._search.name, files, scored)
 
     def _is_ours(self) -> bool:
         """Whether this command writes; it does from the moment on when nobody else does."""

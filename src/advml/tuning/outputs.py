@@ -19,11 +19,12 @@ import optuna
 from optuna.trial import FrozenTrial
 from ruamel.yaml import YAML
 
+from advml.paths import SEARCH_FILES
 from advml.tuning import census
 from advml.tuning.storage import connect
 from advml.tuning.worker import Search
 
-BEST, TRIALS = "best.yaml", "trials.csv"
+BEST, TRIALS = SEARCH_FILES
 HEADER = """\
 # Found by `advml tune`; put into params.yaml by: advml tune apply {name}
 # `parameters` are keys of params.yaml, the rest says how they did.

@@ -21,6 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from advml.errors import Failure
+from advml.runtime.signals import TERMINAL
 from advml.tracking.signals import deferred
 from advml.tuning import census
 from advml.tuning import study as studies
@@ -45,11 +46,12 @@ def processes() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C in the terminal is this process's to handle
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in TERMINAL}  # inherited: these are this process's to handle
         try:
             multiprocessing.forkserver.ensure_running()
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return context
 
 

@@ -26,6 +26,7 @@ import optuna
 from optuna.trial import TrialState
 
 from advml.errors import Failure, UserError
+from advml.runtime.signals import TERMINAL
 from advml.tuning import census
 from advml.tuning import study as studies
 from advml.tuning.patience import StorageGone
@@ -192,7 +193,8 @@ class Heart:
 
 def _leave_with_command() -> None:
     """A worker whose command was killed ends at once: the same command starts its own. Signals are the supervisor's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:

@@ -1,0 +1,111 @@
+"""MLflow's UI as a process of ours: a port that is free, names that browsers may use, and the moment from which it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import psutil
+
+from advml.errors import Failure, UserError
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")  # addresses to bind to, of all networks of the machine
+INTERNET = (socket.AF_INET, socket.AF_INET6)
+TRIED = 100  # ports after the one asked for
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises UserError if nothing can listen at this address, naming the next port that is free."""
+    reason = _obstacle(host, port)
+    if reason is None:
+        return
+    if reason == errno.EADDRINUSE:
+        free = next((other for other in range(port + 1, min(port + TRIED, 65536)) if _obstacle(host, other) is None), None)
+        remedy = f"; the next free one: --port {free}" if free else ""
+        raise UserError(f"--port {port} is taken on {host}{remedy}")
+    if reason == errno.EACCES:
+        raise UserError(f"--port {port} is reserved for the system; choose one above 1023: --port {port + 5000}")
+    raise UserError(f"--host {host} is no address of this machine; choose 127.0.0.1 (this machine only) or 0.0.0.0 (all networks)")
+
+
+def _obstacle(host: str, port: int) -> int | None:
+    """The number of the error that keeps a server from listening there; None: nothing does."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def shown_host(host: str) -> str:
+    """The host in the link: the machine's name where the server listens on all of its networks."""
+    return socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
+
+
+def names(host: str, port: int) -> dict[str, str]:
+    """Environment under which MLflow serves browsers that call this machine by its names and addresses; the user's own settings win.
+
+    By itself MLflow refuses names (DNS rebinding), and lets no page but localhost's search runs (CORS).
+    """
+    if host in LOOPBACK:
+        return {}
+    addresses = [one.address.partition("%")[0] for ones in psutil.net_if_addrs().values() for one in ones if one.family in INTERNET]
+    bracketed = [f"[{address}]" if ":" in address else address for address in addresses]
+    known = list(dict.fromkeys(["localhost", shown_host(host), socket.gethostname(), socket.getfqdn(), *bracketed]))
+    wanted = {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": [*known, *(f"{name}:{port}" for name in known)],
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": [f"http://{name}:{port}" for name in known],
+    }
+    return {key: ",".join(values) for key, values in wanted.items() if key not in os.environ}
+
+
+def serve(command: Sequence[str], environment: Mapping[str, str], *, host: str, port: int, on_answer: Callable[[], None]) -> None:
+    """Run the server until it ends or an exception (Ctrl-C, SIGTERM) ends this process; the server and its workers end with it.
+
+    Args:
+        on_answer: called once, when the server answers.
+    Raises:
+        Failure: the server has ended with an error.
+    """
+    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)  # a Ctrl-C in the terminal is ours to handle
+    try:
+        while process.poll() is None and not _answers(host, port):
+            time.sleep(0.1)
+        if process.poll() is None:
+            on_answer()
+        if code := process.wait():
+            raise Failure(f"MLflow's server has ended with code {code}; it says why above")
+    finally:
+        _end(process)
+
+
+def _answers(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection("localhost" if host in EVERYWHERE else host, port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the server and its workers, then SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
