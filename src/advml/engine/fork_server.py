@@ -63,26 +63,24 @@ def forward(address: str, arguments: list[str]) -> int | None:
     """Have the server run `advml ARGUMENTS`; returns the exit code, or None if the server is gone or has imported older sources."""
     obeyed = [number for number in signals.ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is ignored
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "obeyed": obeyed}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)  # until it is known which process gets them
-    try:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(address)
-        socket.send_fds(connection, [b"-"], [0, 1, 2])
-        stream = connection.makefile("rwb")
-        stream.write(json.dumps(request).encode() + b"\n")
-        stream.flush()
-        worker = int(stream.readline() or 0)
-    except OSError:
-        worker = 0
-    if worker:
-        for number in obeyed:
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rwb") as stream:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)  # until it is known which process gets them
+        try:
+            connection.connect(address)
+            socket.send_fds(connection, [b"-"], [0, 1, 2])
+            stream.write(json.dumps(request).encode() + b"\n")
+            stream.flush()
+            worker = int(stream.readline() or 0)
+        except OSError:
+            worker = 0
+        for number in obeyed if worker else ():
             signal.signal(number, functools.partial(_pass_on, worker))
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if not worker:
-        return None
-    with contextlib.suppress(OSError):
-        if code := stream.readline():
-            return int(code)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if not worker:
+            return None
+        with contextlib.suppress(OSError):
+            if code := stream.readline():
+                return int(code)
     print("advml: process killed (out of memory?); run fewer jobs or lower batch_size", file=sys.stderr)
     return 1
 
