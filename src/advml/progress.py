@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from advml.lines import tell
+
 BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
 
 
@@ -58,7 +60,7 @@ class Bar:
         if self.bars:
             self.bars.stop()
         elif kind is None:
-            print(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}".rstrip(), file=sys.stderr, flush=True)
+            tell(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}")
 
     def reach(self, done: int, note: str | None = None) -> None:
         """Say that `done` units are finished and show `note` (e.g. the running loss) behind the bar."""
@@ -81,7 +83,7 @@ class Bar:
     def _line(self, now: float) -> None:
         self.last_line, rate = now, (self.done - self.already) / (now - self.started)
         left = f", about {(self.total - self.done) / rate:.0f} s left" if rate else ""
-        print(f"{self.title}: {100 * self.done / self.total:.0f} %{left}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+        tell(f"{self.title}: {100 * self.done / self.total:.0f} %{left}  {self.note}")
 
 
 class Board:
@@ -124,4 +126,4 @@ class Board:
             self.bars.update(self.overall, completed=self.finished)
             self.bars.console.print(line, markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            tell(line)

@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from advml.lines import tell
+
 ADDRESS = "ADVML_WARM"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MODULES = (
@@ -100,7 +102,7 @@ def forward(address: str, arguments: list[str]) -> int | None:
         except ConnectionResetError:  # the server died before it got here
             answer = b""
     if not answer:
-        print("advml: killed from outside, perhaps for want of memory: run fewer jobs or lower batch_size", file=sys.stderr)
+        tell("advml: killed from outside, perhaps for want of memory: run fewer jobs or lower batch_size")
     return answer[0] if answer else 1
 
 

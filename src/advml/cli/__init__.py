@@ -13,7 +13,7 @@ import typer
 
 from advml import __version__
 from advml.cli import everyday, stages, tune
-from advml.cli.failures import guarded
+from advml.cli.failures import guarded, print_fault
 
 app = typer.Typer(
     help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
@@ -42,4 +42,5 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.excepthook = print_fault
     guarded(lambda: app(args=sys.argv[1:] or ["--help"], standalone_mode=False))

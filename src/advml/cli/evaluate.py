@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -11,6 +10,7 @@ import typer
 from advml.cli.options import PARAMS, Overrides, Params, context_of
 from advml.cli.printing import percent, say, show_flags
 from advml.errors import UserError
+from advml.lines import tell
 from advml.names import RegimeName, SchemeName
 from advml.paths import Workspace, model_name
 
@@ -95,7 +95,7 @@ def _evaluate_given(target: str, weights: Path | None, normalize: Any, name: str
     given = load(target, weights=weights, normalization=normalize, spec=context.config.model, dataset=context.dataset)
     given = replace(given, name=name) if name else given
     if given.data and given.data != context.dataset.digest:
-        print(f"{given.name} was trained on other data: test images may be among those it has learnt from", file=sys.stderr)
+        tell(f"{given.name} was trained on other data: test images may be among those it has learnt from")
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
     show_flags(context.workspace.report(given.name) / "evaluation.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from advml import tracking
 from advml.errors import UserError
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
+from advml.lines import tell
 from advml.networks import models
 from advml.paths import find_model
 from advml.progress import Bar
@@ -109,7 +109,7 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
         told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
         if strict:
             raise UserError(f"{told}; run: dvc repro")
-        print(f"note: {told}: it may have learnt from these test images", file=sys.stderr)
+        tell(f"note: {told}: it may have learnt from these test images")
     return record
 
 

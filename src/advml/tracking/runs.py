@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from advml.passwords import masked
 from advml.tracking import store as stores
 from advml.tracking import ui
 from advml.tracking.run import Run
@@ -72,7 +74,7 @@ def kill_run(config: Config, *, root: Path, run_id: str) -> None:
 def ui_link(config: Config, *, root: Path, port: int = 5000) -> str:
     """The address of the experiment's table of runs in the UI: a local one on `port`, or the tracking server's."""
     place = stores.locate(config, root=root)
-    base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://127.0.0.1:{port}"
+    base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://127.0.0.1:{port}"
     try:
         experiment = stores.connect(place).experiment
     except Exception as error:
