@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from advml.config.values import Count, Distinct, Number, Positive, Section, Whole
+from advml.config.values import Distinct, Epsilon, Images, Number, Section, Seed, Short, Some, Text, Whole, checked_options
 from advml.names import RegimeName, SchemeName
 
 
 class Grid(Section):
     """Which models the study trains. AT, Partial-AT and Full-AT share one adversarial pretraining."""
 
-    schemes: Annotated[tuple[SchemeName, ...], Field(min_length=1), Distinct]
-    standard_regimes: Annotated[tuple[Literal["ST"], ...], Distinct]
-    adversarial_regimes: Annotated[tuple[Literal["AT", "Partial-AT", "Full-AT"], ...], Distinct]
+    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct]
+    standard_regimes: Annotated[tuple[Literal["ST"], ...], Short, Distinct]
+    adversarial_regimes: Annotated[tuple[Literal["AT", "Partial-AT", "Full-AT"], ...], Short, Distinct]
 
     @property
     def regimes(self) -> tuple[RegimeName, ...]:
@@ -26,15 +26,15 @@ class Data(Section):
     """Where the images come from and how they are split."""
 
     name: Literal["digits", "cifar10", "cifar100", "folder"]
-    path: str | None = None
-    image_size: Annotated[Whole, Field(ge=4)] | None = None
+    path: Text | None = None
+    image_size: Annotated[Whole, Field(ge=4, le=4096)] | None = None
     channels: Literal[1, 3] | None = None
     validation: Annotated[Number, Field(gt=0, lt=1)]
     test: Annotated[Number, Field(gt=0, lt=1)]
-    max_train: Count | None = None
-    max_test: Count | None = None
+    max_train: Images | None = None
+    max_test: Images | None = None
     skip_corrupt: bool = False
-    seed: Annotated[Whole, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _combinations(self) -> Data:
@@ -48,13 +48,16 @@ class Data(Section):
         return self
 
 
+Options = Annotated[dict[str, Any], Field(max_length=100), AfterValidator(checked_options)]
+
+
 class Model(Section):
     """The backbone (any timm name) and the heads on top of it."""
 
-    backbone: str
+    backbone: Annotated[str, Field(max_length=200, pattern=r"^[\w.:/@-]+$", description="a name of timm's, e.g. resnet18")]
     stem: Literal["small", "native"]
-    options: dict[str, Any] = Field(default_factory=dict)  # timm is the judge of them
-    projection_size: Count
+    options: Options = Field(default_factory=dict)
+    projection_size: Annotated[Whole, Field(ge=1, le=65536)]
     normalize_logits: bool
     batch_norm: Literal["single", "dual"]
 
@@ -63,19 +66,19 @@ class ThreatModelSection(Section):
     """The ball that bounds the perturbation; images live in [0, 1], so 8/255 means eight grey levels."""
 
     norm: Literal["linf", "l2"]
-    epsilon: Positive
+    epsilon: Epsilon
 
 
 class Tracking(Section):
     """Where MLflow keeps its history. Without `uri`: sqlite in mlflow.db, artifacts in mlruns/."""
 
-    experiment: str
-    uri: str | None = None
+    experiment: Annotated[Text, Field(max_length=250)]  # what MLflow's table holds
+    uri: Text | None = None
 
 
 class Runtime(Section):
     """The machine. `threads: 0` takes all cores; a fixed number makes results the same everywhere."""
 
-    device: str = "auto"
-    threads: Annotated[Whole, Field(ge=0)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", description="auto, cpu, cuda, cuda:1 or mps")] = "auto"
+    threads: Annotated[Whole, Field(ge=0, le=1024)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -11,7 +11,7 @@ from advml.config.evaluation import MINIMAL_NORMS, Corruptions, Diagnostics, Eva
 from advml.config.search import Tune
 from advml.config.study import Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, WITHOUT_EFFECT, Phase, TrainAttack, Views
-from advml.config.values import Distinct, Positive, Section, Whole
+from advml.config.values import Distinct, Number, Section, Seed, Some
 from advml.names import RegimeName, SchemeName
 
 
@@ -23,11 +23,11 @@ def _plain(value: Any) -> str:
 class Config(Section):
     """All of params.yaml."""
 
-    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1), Distinct]
+    seeds: Annotated[tuple[Seed, ...], Some, Distinct]
     grid: Grid
     data: Data
     model: Model
-    temperature: Positive
+    temperature: Annotated[Number, Field(ge=1e-4, le=1e4)]
     views: Views
     threat_model: ThreatModelSection
     attack: TrainAttack
