@@ -27,7 +27,7 @@ _HEAD = r"(?P<head>\b[a-z][\w+.-]*://[^\s:/?#@'\"\[]*:)"  # scheme://user:
 # A password may hold any character: it ends at the last @ of the word.
 _PASSWORD = re.compile(rf"{_HEAD}(?P<value>\S*)(?=@)", re.IGNORECASE)
 _TOKEN = re.compile(r"(?P<head>\bhttps?://)(?P<value>[^\s:/?#@'\"]+)(?=@)", re.IGNORECASE)  # a name alone may be the secret
-_CUT = re.compile(rf"{_HEAD}(?P<value>(?!\d{{1,5}}(?![\w%]))[^\s@/?#'\",;)]+)(?!\S*@)", re.IGNORECASE)  # not a port, and no @ is left
+_CUT = re.compile(rf"{_HEAD}(?!\S*@)(?P<value>(?!\d{{1,5}}(?![\w%]))[^\s'\"]+)", re.IGNORECASE)  # not a port, and the @ is cut off
 # Of a setting that should be an address: whatever stands between the first colon after the scheme and the last @, but a port.
 _LOOSE = re.compile(r"^(?>(?:.*?:/+)?)[^:@/]*:(?!\d{1,5}[/?])(?P<value>.+)@", re.DOTALL)
 _OF_THE_ENVIRONMENT = re.compile(r"(?:PASSWORD|PASSWD|TOKEN|SECRET|ACCESS_KEY|API_KEY)$")
@@ -54,7 +54,8 @@ def masked(text: str) -> str:
 
 def secrets(address: str) -> set[str]:
     """The passwords in an address, the parts that a parser may take for host, path or port, and their percent-encoded forms."""
-    found = {match["value"] for pattern in (_TOKEN, _ASSIGNED, _LOOSE) for match in pattern.finditer(address)}
+    forms = (address, unquote_plus(address))
+    found = {match["value"] for form in forms for pattern in (_TOKEN, _ASSIGNED, _LOOSE, _CUT) for match in pattern.finditer(form)}
     found |= {part for secret in found for part in re.split(r"[@/?#:&;]", secret)}
     found |= {form(secret) for secret in found for form in (unquote, unquote_plus)}
     found |= {quoted(secret, safe="") for secret in found for quoted in (quote, quote_plus)}

@@ -17,6 +17,12 @@ class Grid(Section):
     standard_regimes: Annotated[tuple[Literal["ST"], ...], Short, Distinct]
     adversarial_regimes: Annotated[tuple[Literal["AT", "Partial-AT", "Full-AT"], ...], Short, Distinct]
 
+    @model_validator(mode="after")
+    def _some(self) -> Grid:
+        if not self.regimes:
+            raise ValueError("grid.standard_regimes and grid.adversarial_regimes are both empty; name a regime, e.g. [ST] or [AT, Full-AT]")
+        return self
+
     @property
     def regimes(self) -> tuple[RegimeName, ...]:
         return self.standard_regimes + self.adversarial_regimes

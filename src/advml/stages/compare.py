@@ -51,6 +51,8 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         if of_study:
             _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
         return None
+    if spec.source != sources.OWN and spec.source not in folders:  # a model of the grid that is in no panel
+        folders[spec.source] = find_model(workspace, spec.source)
     records = {name: _checked(context, folder, strict=not chosen) for name, folder in folders.items()}
     networks = {name: _network(context, folder) for name, folder in folders.items()}
     with Bar(f"compare {len(networks)} models", total=2) as bar:

@@ -41,7 +41,8 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     """The plan of `pretrain SCHEME PHASE`, on a network of random weights that depend on scheme and seed alone.
 
     Args:
-        configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack.
+        configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack. The
+            backbone is checked for what the grid's regimes will ask of it, too.
         dataset: gives the network its shape; its images are not read.
         scheme: a key of SCHEMES.
         phase: "st" or "at".
@@ -50,6 +51,8 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     row, attacked = SCHEMES[scheme], phase == "at"
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
+    for regime in (name for name in configuration.grid.regimes if REGIMES[name].encoder_learns):  # not after hours of pretraining
+        _check(f"regimes.{regime}", configuration.regimes[regime], network)
     return Plan(
         network=network,
         phase=configuration.pretrain[scheme],
