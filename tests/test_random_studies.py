@@ -22,7 +22,8 @@ from advml.errors import UserError
 from advml.presets import preset
 
 Draw = Callable[[random.Random], Any]
-COUNT = int(os.environ.get("ADVML_STUDIES", "4"))
+COUNT = int(os.environ.get("ADVML_STUDIES", "0"))
+SEEDS = range(COUNT) if COUNT else (104, 105)  # in the suite, two that take a few seconds
 PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", "regimes.ST", "regimes.AT", "regimes.Partial-AT", "regimes.Full-AT")
 
 
@@ -206,7 +207,7 @@ def test_every_key_is_drawn_or_fixed(template: dict[str, Any]) -> None:
     assert keys - {"model.options"} == DRAWN.keys() - {"model.options"} | FIXED.keys()
 
 
-@pytest.mark.parametrize("seed", range(COUNT))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_configuration_that_is_accepted_runs_through_every_stage(
     seed: int, template: dict[str, Any], photos: Path, empty_store: Path, tmp_path: Path
 ) -> None:
