@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("attacks",),
     ("networks", "data", "runtime", "figures", "rewrite"),
-    ("__init__", "config", "errors", "names", "paths", "progress", "provenance"),
+    ("__init__", "config", "errors", "lines", "names", "passwords", "paths", "progress", "provenance"),
 )
 EXCEPTIONS = {
     "advml.picture": {"advml.stages.context"},  # the type of an argument
@@ -45,14 +45,8 @@ OWNERS = {
     "pyautoattack": "attacks",
     "foolbox": "attacks",
 }
-AT_ONCE = (
-    "advml",
-    "advml.cli",
-    "advml.errors",
-    "advml.names",
-    "advml.paths",
-    "advml.engine.fork_server",
-)  # what `advml --help` reads, in 0.3 s
+# What `advml --help` reads, in 0.3 s.
+AT_ONCE = ("advml", "advml.cli", "advml.errors", "advml.lines", "advml.names", "advml.passwords", "advml.paths", "advml.engine.fork_server")
 LIGHT = (*AT_ONCE, "advml.config", "advml.progress", "advml.repro", "advml.show")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
@@ -181,6 +175,8 @@ NEUTRAL = {
     "advml": "version and load_model",
     "advml.config": "its values are tracked one by one, under `params`; the rest is words of error messages",
     "advml.errors": "two exceptions",
+    "advml.lines": "how messages are printed",
+    "advml.passwords": "what is left out of messages",
     "advml.names": "names to choose from",
     "advml.paths": "names of outputs, which dvc.yaml repeats: a change of one alone fails at once",
     "advml.progress": "bars",

@@ -210,7 +210,7 @@ def test_version(advml, tmp_path):
 # What goes wrong: one line, without a traceback
 
 USER = {
-    "an unknown key": ("pretrain CL st -S attack.stepz=3", "unknown key 'attack.stepz'; choose from steps, "),
+    "an unknown key": ("pretrain CL st -S attack.stepz=3", "unknown key 'attack.stepz'; did you mean steps? choose from steps, "),
     "a wrong value": ("pretrain CL st -S attack.steps=many", "attack.steps = 'many'; must be a whole number"),
     "no equals sign": ("pretrain CL st -S attack.steps", "-S attack.steps is not of the form key=value"),
     "no params.yaml": (
@@ -255,7 +255,10 @@ USER = {
         "pretrain CL st --seed 1 -S model.backbone=resnet81",
         "model.backbone = 'resnet81' is no timm model; did you mean",
     ),
-    "an unknown device": ("pretrain CL st --seed 1 -S runtime.device=tpu", "runtime.device = 'tpu' is not usable here"),
+    "an unknown device": (
+        "pretrain CL st --seed 1 -S runtime.device=tpu",
+        "runtime.device = 'tpu'; must be auto, cpu, ",
+    ),
     "no pipeline": ("repro", "dvc: "),
 }
 

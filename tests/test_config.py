@@ -91,7 +91,11 @@ def test_values_of_a_search_change_their_keys_and_no_other(params: Path) -> None
     ("key", "value", "line"),
     [
         ("regimes.Full-AT.rate", 1, "space: unknown key 'regimes.Full-AT.rate'; choose from epochs, "),
-        ("regimes.FullAT.epochs", 1, "regimes.FullAT.epochs: unknown key 'regimes.FullAT'; choose from ST, AT, Partial-AT, Full-AT"),
+        (
+            "regimes.FullAT.epochs",
+            1,
+            "regimes.FullAT.epochs: unknown key 'regimes.FullAT'; did you mean Full-AT? choose from ST, AT, Partial-AT, Full-AT",
+        ),
         ("temperature.x", 1, "temperature.x: 'temperature' is a value, not a section"),
         ("regimes.Full-AT.epochs", 1.5, "space: regimes.Full-AT.epochs = 1.5; must be a whole number"),
     ],
@@ -104,9 +108,10 @@ def test_a_wrong_value_of_a_search_gets_its_line(params: Path, key: str, value: 
 
 MISTAKES = {
     # unknown keys
-    "threat_model.eps=1": "unknown key 'threat_model.eps'; choose from norm, epsilon",
+    "threat_model.eps=1": "unknown key 'threat_model.eps'; did you mean epsilon? choose from norm, epsilon",
     "pretrain.MAE={}": "unknown key 'pretrain.MAE'; choose from SL, CL, SCL",
-    "regimes.FullAT.epochs=1": "-S regimes.FullAT.epochs: unknown key 'regimes.FullAT'; choose from ST, AT, Partial-AT, Full-AT",
+    "regimes.FullAT.epochs=1": "-S regimes.FullAT.epochs: unknown key 'regimes.FullAT'; did you mean Full-AT? "
+    "choose from ST, AT, Partial-AT, Full-AT",
     "seeds.0=3": "-S seeds.0: 'seeds' is a value, not a section",
     # wrong values
     "threat_model.norm=l1": "threat_model.norm = 'l1'; choose from linf, l2",
@@ -115,21 +120,21 @@ MISTAKES = {
     "grid.schemes=[]": "grid.schemes = []; must hold at least 1",
     "grid.schemes=[SL, SL]": 'grid.schemes = ["SL", "SL"]; must not name anything twice',
     "seeds=[0, 0]": "seeds = [0, 0]; must not name anything twice",
-    "seeds=[-1]": "seeds[0] = -1; must be at least 0",
-    "threat_model.epsilon=0": "threat_model.epsilon = 0; must be above 0",
+    "seeds=[-1]": "seeds[0] = -1; must be at least 0 and below 2147483648",
+    "threat_model.epsilon=0": "threat_model.epsilon = 0; must be at least 1e-06 and at most 10000",
     "threat_model.epsilon=8/0": "threat_model.epsilon = '8/0'; must be a number, e.g. 0.1, 1e-3 or 8/255",
     "threat_model.epsilon=null": "threat_model.epsilon = null; must be a number, e.g. 0.1, 1e-3 or 8/255",
     "threat_model.epsilon=true": "threat_model.epsilon = true; must be a number",
     "threat_model.epsilon=.nan": "threat_model.epsilon = NaN; must be finite",
     "threat_model.epsilon='1e400'": "threat_model.epsilon = '1e400'; must be finite",
-    "pretrain.SL.learning_rate=1e38": "pretrain.SL.learning_rate = 1e+38; must be at most 1e+30",
+    "pretrain.SL.learning_rate=1e38": "pretrain.SL.learning_rate = 1e+38; must be at least 1e-30 and at most 1e+30",
     "pretrain.SL.epochs=1.5": "pretrain.SL.epochs = 1.5; must be a whole number",
     "pretrain.SL.epochs=ten": "pretrain.SL.epochs = 'ten'; must be a whole number",
     "pretrain.SL.epochs=true": "pretrain.SL.epochs = true; must be a number",
-    "pretrain.SL.label_smoothing=1": "pretrain.SL.label_smoothing = 1; must be below 1",
-    "views.contrastive.flip=1.1": "views.contrastive.flip = 1.1; must be at most 1",
+    "pretrain.SL.label_smoothing=1": "pretrain.SL.label_smoothing = 1; must be at least 0 and below 1",
+    "views.contrastive.flip=1.1": "views.contrastive.flip = 1.1; must be at least 0 and at most 1",
     "views.contrastive.scale=[1.2, 0.8]": "views.contrastive.scale = [1.2, 0.8]; must run from low to high",
-    "views.contrastive.scale=[0, 1]": "views.contrastive.scale[0] = 0; must be above 0",
+    "views.contrastive.scale=[0, 1]": "views.contrastive.scale[0] = 0; must be at least 0.01 and at most 100",
     "views.contrastive.scale=[1]": "views.contrastive.scale = [1]; must hold at least 2",
     "views.contrastive.scale=[1, 2, 3]": "views.contrastive.scale = [1, 2, 3]; must hold at most 2",
     "attack.random_start=maybe": "attack.random_start = 'maybe'; choose from true, false",
@@ -162,10 +167,10 @@ MISTAKES = {
     "pretrain.SL.frozen_statistics=true": "pretrain.SL.frozen_statistics = true has no effect: "
     "pretraining starts without statistics to keep; set it to false",
     "regimes.Full-AT.loss=mart": "regimes.Full-AT.loss = 'mart'; choose from two-term, trades",
-    "regimes.Full-AT.layer_decay=0": "regimes.Full-AT.layer_decay = 0; must be above 0",
-    "regimes.Full-AT.layer_decay=1.5": "regimes.Full-AT.layer_decay = 1.5; must be at most 1",
-    "regimes.Full-AT.epsilon_warmup=2": "regimes.Full-AT.epsilon_warmup = 2; must be at most 1",
-    "regimes.Full-AT.attack_steps=0": "regimes.Full-AT.attack_steps = 0; must be at least 1",
+    "regimes.Full-AT.layer_decay=0": "regimes.Full-AT.layer_decay = 0; must be at least 0.0001 and at most 1",
+    "regimes.Full-AT.layer_decay=1.5": "regimes.Full-AT.layer_decay = 1.5; must be at least 0.0001 and at most 1",
+    "regimes.Full-AT.epsilon_warmup=2": "regimes.Full-AT.epsilon_warmup = 2; must be at least 0 and at most 1",
+    "regimes.Full-AT.attack_steps=0": "regimes.Full-AT.attack_steps = 0; must be at least 1 and at most 10000",
     "regimes.Full-AT.epsilon=8": "regimes.Full-AT.epsilon = 8 exceeds the whole range of a pixel; "
     "images live in [0, 1], so write 8/255 for eight grey levels",
     "regimes={}": "regimes lacks the section ST; it needs ST, AT, Partial-AT, Full-AT",
@@ -193,8 +198,11 @@ def test_the_last_override_of_a_key_is_blamed_and_no_other_override(params: Path
 
 def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
     sections = ", ".join(config.Config.model_fields)
-    assert complaint(params, "threat.epsilon=1") == f"-S threat.epsilon: unknown key 'threat'; choose from {sections}"
-    assert complaint(params, "threat={}") == f"-S threat={{}}: unknown key 'threat'; choose from {sections}"
+    assert (
+        complaint(params, "threat.epsilon=1")
+        == f"-S threat.epsilon: unknown key 'threat'; did you mean threat_model? choose from {sections}"
+    )
+    assert complaint(params, "threat={}") == f"-S threat={{}}: unknown key 'threat'; did you mean threat_model? choose from {sections}"
 
 
 def test_a_phase_has_no_defaults_that_dvc_cannot_see(params: Path) -> None:
@@ -219,7 +227,7 @@ def test_corruptions_are_all_none_or_a_list(params: Path, written: str, names: t
         ("corruptions.names=[fog, fog]", '["fog", "fog"]; must not name anything twice'),
         ("corruptions.names=3", "3; must be a list in brackets"),
         ("corruptions.severities=[]", "[]; must hold at least 1"),
-        ("corruptions.severities=[6]", "6; must be at most 5"),
+        ("corruptions.severities=[6]", "6; must be at least 1 and at most 5"),
         ("corruptions.severities=[0]", "0; must be at least 1"),
         ("corruptions.severities=[1, 1]", "[1, 1]; must not name anything twice"),
         ("corruptions.images=0", "0; must be at least 1"),
@@ -274,7 +282,7 @@ def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused(params: Path) -
         ("- seeds", "holds no mapping of sections; print a complete one with: advml preset digits"),
         ("a: 1\nb: [1,\n\nc: 2", "is no valid YAML: line 4: expected ',' or ']', but got '<stream end>'"),
         ("a: 1\na: 2", 'is no valid YAML: line 2: found duplicate key "a" with value "2" (original value: "1")'),
-        ("a: &a [*a]", "is no valid YAML: Circular reference detected"),
+        ("a: &a [*a]", "is no valid YAML: aliases repeat one another: more than 100000 values, or 30 levels"),
         ("a: \x01", "is no valid YAML: unacceptable character #x0001: special characters are not allowed"),
     ],
 )
@@ -320,13 +328,13 @@ def test_the_printed_configuration_loads_to_the_same(params: Path, tmp_path: Pat
 
 
 # ruamel.yaml itself does not read back a control character such as \x85, nor in braces a text that begins with : or ?.
-TEXT = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), max_size=200).filter(
-    lambda text: text[:1] not in (":", "?")
+TEXT = st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1, max_size=200).filter(
+    lambda text: text[:1] not in (":", "?") and not text.isspace()
 )
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
-@given(text=TEXT, number=st.floats(1e-300, 1), option=st.booleans() | st.integers() | st.floats(-1e9, 1e9) | TEXT)
+@given(text=TEXT, number=st.floats(1e-6, 1), option=st.booleans() | st.integers(-(10**30), 10**30) | st.floats(-1e9, 1e9) | TEXT)
 def test_whatever_a_value_looks_like_it_survives_printing(text: str, number: float, option: object) -> None:
     raw = config.apply(PARAMS, ())
     raw["tracking"]["experiment"], raw["threat_model"]["epsilon"], raw["model"]["options"] = text, number, {"option": option}

@@ -200,9 +200,38 @@ def test_rewriting_changes_the_named_lines_only() -> None:
     assert rewrite(YAML_TEXT, {"e": None}, {"a.b": "new"}) == YAML_TEXT.replace("[1, 2]", "null").replace("of b", "new")
 
 
-def test_rewriting_a_key_that_is_not_there_is_a_mistake_of_ours() -> None:
+ADDED = {  # override -> the one line that it changes or adds
+    "views.supervised.pad=4": "  supervised: {rotation: 15, scale: [0.9, 1.1], shift: 0.1, pad: 4}",
+    "views.contrastive.resized_crop=[1/2, 1]": "brightness: 0.4, resized_crop: [1/2, 1]}",
+    "model.options.drop_path_rate=0.1": "  options: {drop_path_rate: 0.1} # passed on to timm.create_model",
+    "model.options.stem.kind=deep": "  options: {stem: {kind: deep}} # passed on to timm.create_model",
+    "tune.finetune.space.gradient_clip={float: [0.1, 1]}": "      gradient_clip: {float: [0.1, 1]}",
+    "tune.pretrain.space.view.pad={int: [0, 2]}": "      view.pad: {int: [0, 2]}",
+    "tune.pretrain.space.view.shift={float: [0, 0.2]}": "      view.shift: {float: [0, 0.2]}",
+    "tune.pretrain.space.view.shift.float=[0, 0.2]": "      view.shift: {float: [0, 0.2]}",
+}
+
+
+@pytest.mark.parametrize("override", ADDED)
+def test_an_override_reaches_keys_that_the_template_leaves_at_their_defaults(override: str) -> None:
+    before, after = written("digits").splitlines(), preset("digits", overrides=[override]).splitlines()
+    (line,) = (line for line in after if line not in before)
+    assert ADDED[override] in line
+    kept = [line for line in before if line in after]
+    assert [line for line in after if line in before] == kept and len(kept) >= len(before) - 1
+    assert config.apply("\n".join(after), ()) == config.apply(written("digits"), [override])
+
+
+def test_a_new_key_comes_before_the_comments_that_lead_to_the_next_section() -> None:
+    text = "a:\n  b: 1  # of b\n\n  # of all\n\n# of c\nc:\n- 1\n"
+    assert rewrite(text, {"a.new": None}, {}) == text.replace("# of b\n", "# of b\n  new: null\n")
+    assert rewrite(text, {"d": [1, 2]}, {}) == text + "d: [1, 2]\n"
+    assert rewrite("a:\n  b: 1", {"a.c.d": 2}, {}) == "a:\n  b: 1\n  c: {d: 2}\n"
+
+
+def test_a_remark_of_a_key_that_is_not_there_is_a_mistake_of_ours() -> None:
     with pytest.raises(KeyError, match="typo"):
-        rewrite(YAML_TEXT, {"a.typo": 1}, {})
+        rewrite(YAML_TEXT, {}, {"a.typo": "of nothing"})
 
 
 def test_overrides_are_written_into_the_text_and_checked():

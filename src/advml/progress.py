@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from advml.lines import tell
+
 BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
 
 
@@ -74,7 +76,7 @@ class Bar:
             self.bars.update(self.task, completed=self.shown if kind else self.total)
             self.bars.stop()
         elif kind is None:
-            print(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}".rstrip(), file=sys.stderr, flush=True)
+            tell(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}")
 
     @property
     def shown(self) -> float:
@@ -107,7 +109,7 @@ class Bar:
     def _line(self, now: float) -> None:
         self.last_line, rate = now, (self.done - self.already) / (now - self.started)
         left = f", about {(self.total - self.done) / rate:.0f} s left" if rate else ""
-        print(f"{self.title}: {int(100 * self.shown / self.total)} %{left}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+        tell(f"{self.title}: {int(100 * self.shown / self.total)} %{left}  {self.note}")
 
 
 class Board:
@@ -150,4 +152,4 @@ class Board:
             self.bars.update(self.overall, completed=self.finished)
             self.bars.console.print(line, markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            tell(line)

@@ -22,6 +22,7 @@ from advml.engine import stage_task
 from advml.engine.cluster import Slots, connect
 from advml.engine.fork_server import server
 from advml.errors import Failure, UserError
+from advml.lines import tell
 from advml.progress import Board
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
             slots.client.cancel([job.future for job in schedule.running.values()])
             slots.client.run(stage_task.wait_for_stages)
     for note in schedule.notes:  # what a stage has said to be read would otherwise stay in its log
-        print(note, file=sys.stderr, flush=True)
+        tell(note)
     if schedule.failed:
         name, why = schedule.failed[0]
         raise Failure(f"stage {name} failed: {why}; after mending, the same command goes on")
@@ -102,7 +103,7 @@ class Schedule:
         count = self.slots.count()
         if not count and not self.announced:
             self.announced = True
-            print("waiting for a worker of the cluster", file=sys.stderr, flush=True)
+            tell("waiting for a worker of the cluster")
         pending = {*self.waiting, *self.running}
         ready = [] if self.failed else [name for name in self.waiting if not self.upstream[name] & pending]
         for name in ready[: max(0, count - len(self.running))]:

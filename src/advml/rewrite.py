@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -10,47 +11,100 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import CommentMark
 from ruamel.yaml.tokens import CommentToken
 
+from advml.config import parts_of
+
 COMMENT_COLUMN = 32
 
 
 def rewrite(text: str, values: dict[str, Any], remarks: dict[str, str]) -> str:
     """Put `values` and the comments `remarks` behind the dotted keys of a YAML text.
 
-    A mapping replaces all keys of a section. Raises KeyError if a key is not there.
+    A mapping replaces all keys of a section. A key that the text does not have is added at the end of its section; whether
+    there is such a key is for the caller to check. A remark of such a key raises KeyError.
     """
+    yaml = _yaml()
+    document, absent = yaml.load(text), {}
+    for key, value in values.items():
+        section, rest = _place(document, key)
+        if rest[0] in section or section.fa.flow_style() or not section:
+            _set(section, rest[0], _nested(rest[1:], value))
+        else:
+            absent[key] = value
+    for key, remark in remarks.items():
+        _remark(*_parent(document, key), remark)
+    text = _text(yaml, document)
+    for key, value in absent.items():
+        text = _with_line(text, key, value)
+    return text
+
+
+def _yaml() -> YAML:
     yaml = YAML()
     yaml.width = 4096
     yaml.representer.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
-    document = yaml.load(text)
-    for key, value in values.items():
-        _set(*_place(document, key), value)
-    for key, remark in remarks.items():
-        _remark(*_place(document, key), remark)
+    return yaml
+
+
+def _text(yaml: YAML, document: Any) -> str:
     stream = io.StringIO()
     yaml.dump(document, stream)
     return stream.getvalue()
 
 
-def _place(document: CommentedMap, key: str) -> tuple[CommentedMap, str]:
-    *parents, leaf = key.split(".")
-    for name in parents:
+def _place(document: CommentedMap, key: str) -> tuple[CommentedMap, list[str]]:
+    """The innermost section that is there, and what remains of the key's parts."""
+    *parents, leaf = parts_of(key)
+    for done, name in enumerate(parents):
+        if not isinstance(document.get(name), CommentedMap):
+            return document, [*parents[done:], leaf]
         document = document[name]
-    return document, leaf
+    return document, [leaf]
+
+
+def _parent(document: CommentedMap, key: str) -> tuple[CommentedMap, str]:
+    section, rest = _place(document, key)
+    if len(rest) > 1 or rest[0] not in section:
+        raise KeyError(key)
+    return section, rest[0]
+
+
+def _nested(parts: list[str], value: Any) -> Any:
+    return functools.reduce(lambda inner, name: {name: inner}, reversed(parts), value)
 
 
 def _set(section: CommentedMap, key: str, value: Any) -> None:
-    if isinstance(section[key], CommentedMap):  # filled in place: its style and the comments around it stay
+    if not section:  # {} stays in its line
+        section.fa.set_flow_style()
+    if isinstance(section.get(key), CommentedMap) and isinstance(value, dict):  # filled in place: its style and the comments around it stay
         section[key].clear()
         section[key].update(value)
     else:
-        section[key] = _in_a_line(value) if isinstance(value, list) else value
+        section[key] = _in_a_line(value)
 
 
-def _in_a_line(values: list[Any]) -> CommentedSeq:
-    """[0, 1] behind its key, so that the key's comment stays behind it too."""
-    found = CommentedSeq(values)
+def _in_a_line(value: Any) -> Any:
+    """[0, 1] or {a: 1} behind its key, so that the key's comment stays behind it too."""
+    if not isinstance(value, (list, dict)):
+        return value
+    found = CommentedSeq(value) if isinstance(value, list) else CommentedMap(value)
     found.fa.set_flow_style()
     return found
+
+
+def _with_line(text: str, key: str, value: Any) -> str:
+    """The text with one more key at the end of its section, before the comments and blank lines that lead to the next one."""
+    section, rest = _place(_yaml().load(text), key)
+    column, first = section.lc.col, min(line for line, *_ in section.lc.data.values())
+    lines = text.splitlines(keepends=True)
+    last = first
+    for number, line in enumerate(lines[first:], first):
+        content = line.strip()
+        if content and not content.startswith("#"):
+            if len(line) - len(line.lstrip()) < column:
+                break
+            last = number
+    added = _text(_yaml(), CommentedMap({rest[0]: _in_a_line(_nested(rest[1:], value))}))
+    return "".join([*lines[:last], lines[last].rstrip("\n") + "\n", " " * column + added, *lines[last + 1 :]])
 
 
 def _remark(section: CommentedMap, key: str, remark: str) -> None:

@@ -295,7 +295,7 @@ def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
     assert not np.allclose(own.cka(panel, "adversarial"), shared.cka(panel, "adversarial"), equal_nan=True)
     source = json.loads((tmp_path / "SL-AT-s0" / "cka.json").read_text())["adversarial_source"]
     assert {about["model"] for about in source.values()} == {"SL-AT-s0"}
-    with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'; choose from own, CL-AT-s0, SL-AT-s0"):
+    with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'; must be own, or a model's name"):
         compare.run(study.context("similarity.source=CL-XX"), chosen=names, out=tmp_path / "no")
 
 

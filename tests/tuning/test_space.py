@@ -49,7 +49,7 @@ def test_every_kind_of_range_becomes_the_distribution_of_that_kind():
         ("{log: [0, 1]}", "must lie above 0 to be searched in logarithms"),
         ("{int: [1, 2.5]}", "must hold whole numbers"),
         ("{float: [1]}", "must hold two numbers, low and high"),
-        ("{float: [0, .inf]}", "must hold two numbers, low and high"),
+        ("{float: [0, .inf]}", "must hold finite numbers"),
         ("{float: [true, 2]}", "must hold two numbers, low and high"),
         ("{choice: []}", "must hold a list in brackets"),
         ("{choice: [a, a]}", "must list plain values, each once"),
@@ -72,7 +72,7 @@ def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be below 1"),
+        ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be at least 0 and below 1"),
         ("epochs={int: [0, 3]}", "epochs = 0; must be at least 1"),
         ("epochs={float: [1, 3]}", "must be a whole number"),  # both of its ends are
         ("optimizer={choice: [sgd, lion]}", "optimizer = 'lion'; choose from adamw, adam, sgd"),

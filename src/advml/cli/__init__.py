@@ -13,7 +13,7 @@ import typer
 
 from advml import __version__
 from advml.cli import everyday, stages, tune
-from advml.cli.failures import guarded
+from advml.cli.failures import guarded, print_fault
 from advml.runtime import signals
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
+    sys.excepthook = print_fault
     if parent := os.environ.get("ADVML_PARENT"):
         from advml.engine.parent import end_with
 

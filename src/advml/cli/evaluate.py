@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -11,6 +10,7 @@ import typer
 from advml.cli.options import PARAMS, Overrides, Params, context_of
 from advml.cli.printing import percent, say, show_flags
 from advml.errors import UserError
+from advml.lines import tell
 from advml.names import RegimeName, SchemeName
 from advml.paths import Workspace, model_name
 
@@ -112,7 +112,7 @@ def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, conte
     given = load(target, Wishes(**wishes), spec=context.config.model, dataset=context.dataset, device=context.machine.device)
     given = replace(given, name=name) if name else given
     for remark in given.remarks:
-        print(f"note: {remark}", file=sys.stderr, flush=True)
+        tell(f"note: {remark}")
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
     made = context.workspace.given(given.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ import typer
 from advml.cli.options import PARAMS, Overrides, Params, Regime, Scheme, Seed, context_of
 from advml.cli.printing import percent, say, show_table
 from advml.errors import UserError
+from advml.lines import tell
 from advml.paths import Workspace, model_name
 
 
@@ -137,7 +137,7 @@ def ui(
     if command is not None:
         tracking.server.require_free(**local)
         if host not in tracking.server.LOOPBACK:
-            print(f"note: MLflow asks for no password: whoever reaches {host}:{port} can read and delete these runs", file=sys.stderr)
+            tell(f"note: MLflow asks for no password: whoever reaches {host}:{port} can read and delete these runs")
     link = f"MLflow: {tracking.ui_link(configuration, root=params.parent, **local)}"
     if command is None:
         print(f"{link}\nthis is a server's address: open it in a browser")

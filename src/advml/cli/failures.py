@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, NoReturn
 
 import typer
 
 from advml.errors import Failure, UserError
+from advml.lines import tell
+from advml.passwords import masked
 
 OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # of a file whose name the error does not tell
 
@@ -20,7 +24,7 @@ def guarded(command: Callable[[], Any]) -> None:
     try:
         code = command()
     except typer.TyperException as error:  # a wrong argument or option
-        _fail(" ".join(error.format_message().split()), code=error.exit_code)
+        _fail(error.format_message(), code=error.exit_code)
     except UserError as error:
         _fail(str(error), code=2)
     except Failure as error:
@@ -38,6 +42,11 @@ def guarded(command: Callable[[], Any]) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nobody has foreseen, without passwords; in place of the interpreter's own `sys.excepthook`."""
+    sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _known(error: Exception) -> str | None:
     """A line for errors of the machine that surface under several types."""
     text = str(error)
@@ -49,10 +58,10 @@ def _known(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or text}; once that is mended, the same command goes on"
     if type(error).__name__ == "SafetensorError":  # an OSError in the words of another language
-        return f"tensors cannot be read or written: {' '.join(text.split())}"
+        return f"tensors cannot be read or written: {text}"
     return None
 
 
 def _fail(line: str, *, code: int) -> NoReturn:
-    print(f"advml: {line}", file=sys.stderr, flush=True)
+    tell(f"advml: {line}")
     sys.exit(code)

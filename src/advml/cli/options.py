@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from advml.lines import tell
 from advml.names import PhaseName, RegimeName, SchemeName
 from advml.paths import Workspace
 
@@ -37,7 +37,7 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
     values = flatten(configuration.model_dump(mode="json")) if overrides else {}
     for name in (override.partition("=")[0] for override in overrides or []):
         for key in (key for key in values if f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
-            print(f"# {key} = {values[key]}", file=sys.stderr, flush=True)
+            tell(f"# {key} = {values[key]}")
     from advml.stages.context import Context
 
     return Context(configuration, Workspace(params.parent))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.errors import Failure, UserError
+from advml.lines import tell
 from advml.paths import Workspace
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(
 
     if missed := search.missed():
         listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
-        print(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with", file=sys.stderr, flush=True)
+        tell(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with")
     outcome = tune(
         search,
         configuration,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from advml.cli.options import PARAMS, Scheme
 from advml.cli.searching import run, share_cores
+from advml.lines import tell
 from advml.names import PhaseName, RegimeName
 from advml.paths import Workspace
 
@@ -167,6 +167,6 @@ def _train(
 
     search = TrainingSearch.of(share_cores(configuration, workers), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
-        print(f"left out, without effect here: {', '.join(search.left_out)}", file=sys.stderr, flush=True)
+        tell(f"left out, without effect here: {', '.join(search.left_out)}")
     spec = search.spec
     run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)

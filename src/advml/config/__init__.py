@@ -12,7 +12,7 @@ names the key, the value and the choices.
 from __future__ import annotations
 
 from advml.config.evaluation import Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
-from advml.config.loading import apply, changed, digest, dump, flatten, load, parse_override, validate
+from advml.config.loading import apply, changed, digest, dump, flatten, load, parse_override, parts_of, validate
 from advml.config.search import AttackSearch, TrainingSearch, Tune
 from advml.config.study import Cluster, Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, OF_THE_ATTACK, WITHOUT_EFFECT, Phase, TrainAttack, View, Views
@@ -56,6 +56,7 @@ __all__ = [
     "load",
     "apply",
     "parse_override",
+    "parts_of",
     "validate",
     "changed",
     "dump",

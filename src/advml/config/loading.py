@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from advml.config.explain import explain
+from advml.config.explain import explain, first, unknown
+from advml.config.search import SPACE_KINDS
 from advml.config.whole import Config
 from advml.errors import UserError
+from advml.passwords import remember
+
+LONGEST = 1_000_000  # characters of a params.yaml
+MOST_VALUES = 100_000  # in it, and in all that its aliases stand for
+DEEPEST = 30  # levels of sections and lists
+FREE = "model.options"  # a section of any keys
 
 
 def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -29,12 +37,21 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write one with: advml preset digits > {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
         raise UserError(f"{path} cannot be read: {error}") from None
-    return validate(apply(text, overrides, source=str(path)), source=str(path), overrides=overrides)
+    if len(text) > LONGEST:
+        raise UserError(f"{path} has more than {LONGEST} characters; a configuration has some thousands: advml preset digits > {path}")
+    for override in overrides:
+        if override.lstrip().startswith("tracking"):
+            remember(override)
+    raw = apply(text, overrides, source=str(path))
+    if isinstance(tracking := raw.get("tracking"), dict):
+        remember(str(tracking.get("uri")))
+    return validate(raw, source=str(path), overrides=overrides)
 
 
 def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "params.yaml") -> dict[str, Any]:
@@ -52,7 +69,7 @@ def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: lis
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        line = explain(error.errors()[0], Config)
+        line = explain(first(error.errors()), Config)
         raise UserError(f"{_culprit(line, overrides) or source}: {line}") from None
 
 
@@ -104,22 +121,56 @@ def _as_json(text: str) -> str:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    _check_depth(text)
     try:
         found = YAML(typ="safe").load(text)  # libyaml, where it is installed: four times as fast
     except YAMLError:  # which does not know {uri: http://...}, and says less of what is wrong
         found = YAML(typ="safe", pure=True).load(text)
-    return json.dumps(found, default=str)
+    return json.dumps(_plain(found, left=itertools.count(1)))
+
+
+def _check_depth(text: str) -> None:
+    """Refuse what is nested too deeply before it is loaded: libyaml calls itself for every level, and ends the process."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    depth = 0
+    try:
+        for event in YAML(typ="safe").parse(text):
+            name = type(event).__name__
+            depth += name.endswith("StartEvent") - name.endswith("EndEvent")
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} levels deep")
+    except YAMLError:  # loading says what is wrong; what has been read so far is not deep
+        pass
+
+
+def _plain(value: Any, *, left: Iterator[int], depth: int = 0) -> Any:
+    """Dictionaries, lists and plain values; of an alias, a copy.
+
+    Raises:
+        ValueError: there are too many of them, or one contains itself: some lines of aliases can stand for more than fits into memory.
+    """
+    if next(left) > MOST_VALUES or depth > DEEPEST:
+        raise ValueError(f"aliases repeat one another: more than {MOST_VALUES} values, or {DEEPEST} levels")
+    if isinstance(value, Mapping):
+        keys = [key if isinstance(key, str) else json.dumps(key, default=str) for key in value]
+        if len({*keys}) < len(keys):
+            raise ValueError(f"a section has a key twice, once as a number and once as text: {', '.join(sorted(keys))}")
+        return {key: _plain(inner, left=left, depth=depth + 1) for key, inner in zip(keys, value.values(), strict=True)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, left=left, depth=depth + 1) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _parse_yaml(text: str, *, source: str) -> Any:
-    from ruamel.yaml.error import YAMLError
-
     try:
         return json.loads(_as_json(text))
-    except (YAMLError, TypeError, ValueError) as error:
+    except Exception as error:  # of a value that its tag does not allow, ruamel.yaml raises anything: KeyError, OverflowError, ...
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark and "\n" in text else ""
-        reason = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+        reason = (getattr(error, "problem", None) or str(error)).partition("\n")[0]
+        reason = reason if " " in reason else f"{type(error).__name__} {reason}"
         raise UserError(f"{source} is no valid YAML: {place}{reason}") from None
 
 
@@ -138,11 +189,24 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
     node: Any = raw
-    *parents, leaf = key.split(".")
-    for done, name in enumerate(parents):
-        if name not in node:
-            raise UserError(f"{told}{key}: unknown key '{'.'.join(parents[: done + 1])}'; choose from {', '.join(node)}")
-        if not isinstance(node[name], dict):
-            raise UserError(f"{told}{key}: '{'.'.join(parents[: done + 1])}' is a value, not a section")
+    *parents, leaf = parts_of(key)
+    for done, name in enumerate(parents, 1):
+        path = ".".join(parents[:done])
+        if name not in node and not path.startswith(f"{FREE}."):
+            raise UserError(f"{told}{key}: {unknown(path, node)}")
+        if not isinstance(node.setdefault(name, {}), dict):
+            raise UserError(f"{told}{key}: '{path}' is a value, not a section")
         node = node[name]
     node[leaf] = value
+
+
+def parts_of(key: str) -> list[str]:
+    """`tune.pretrain.space.view.shift` -> tune, pretrain, space, view.shift: the keys of a search's space hold dots themselves.
+
+    The last part of `tune.pretrain.space.view.shift.float` is a kind of range again.
+    """
+    parts = key.split(".")
+    if len(parts) < 5 or parts[0] != "tune" or parts[2] != "space":
+        return parts
+    kind = parts[-1:] if parts[-1] in SPACE_KINDS else []
+    return [*parts[:3], ".".join(parts[3 : len(parts) - len(kind)]), *kind]

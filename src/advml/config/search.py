@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from advml.config.values import Count, Section, Share, Whole, as_number
+from advml.config.values import Batch, Images, Section, Seed, Share, Trials, Whole, as_number, plain_value
 
 SPACE_KINDS = ("float", "log", "int", "choice")
 
@@ -26,10 +25,16 @@ def _dimension(value: Any) -> dict[str, list[Any]]:
         chosen = [_as_plain(end) for end in ends]
         if any(isinstance(end, (list, dict)) for end in chosen) or len({repr(end) for end in chosen}) < len(chosen):
             raise PydanticCustomError("dimension", "must list plain values, each once")
+        if len(chosen) > 1000:
+            raise PydanticCustomError("dimension", "must hold at most 1000")
+        for end in chosen:
+            plain_value(end)
         return {kind: chosen}
     numbers = [as_number(end) for end in ends]
-    if len(numbers) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) and math.isfinite(end) for end in numbers):
+    if len(numbers) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in numbers):
         raise PydanticCustomError("dimension", "must hold two numbers, low and high")
+    for end in numbers:
+        plain_value(end)
     if numbers[0] >= numbers[1]:
         raise PydanticCustomError("dimension", "must run from low to high")
     if kind == "log" and numbers[0] <= 0:
@@ -46,27 +51,29 @@ def _as_plain(value: Any) -> Any:
 
 
 Dimension = Annotated[dict[str, Any], BeforeValidator(_dimension)]
+Key = Annotated[str, Field(max_length=100, pattern=r"^[a-z_0-9]+(\.[a-z_0-9]+)*$", description="a key, e.g. epsilon or view.shift")]
+Space = Annotated[dict[Key, Dimension], Field(max_length=100)]
 
 
 class AttackSearch(Section):
     """`advml tune attack`: the strongest attack within a fixed number of forward and backward passes per image."""
 
-    trials: Count  # in all, of all workers and repeated commands
-    budget: Count | None  # steps * restarts; None: that of `evaluate`
-    images: Count | None  # validation images; None: all
-    batch_size: Count  # images between two decisions whether to go on with a trial
-    seed: Annotated[Whole, Field(ge=0)]
-    space: dict[str, Dimension]
+    trials: Trials  # in all, of all workers and repeated commands
+    budget: Trials | None  # steps * restarts; None: that of `evaluate`
+    images: Images | None  # validation images; None: all
+    batch_size: Batch  # images between two decisions whether to go on with a trial
+    seed: Seed
+    space: Space
 
 
 class TrainingSearch(Section):
     """`advml tune finetune` and `advml tune pretrain`: the most robust training that keeps a clean accuracy."""
 
-    trials: Count
+    trials: Trials
     clean_floor: Share  # least clean validation accuracy of a winner
-    confirm: Annotated[Whole, Field(ge=0)]  # further seeds on which winner and default are compared
-    seed: Annotated[Whole, Field(ge=0)]
-    space: dict[str, Dimension]
+    confirm: Annotated[Whole, Field(ge=0, le=1000)]  # further seeds on which winner and default are compared
+    seed: Seed
+    space: Space
 
 
 class Tune(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from advml.config.values import Count, NonNegative, Number, Positive, PositiveShare, Range, Section, Share, ShareRange, Whole
+from advml.config.values import Epsilon, Number, PositiveShare, Section, Share, ShareRange, Steps, StepSize, Strength, Whole, Zoom
 
 
 class View(Section):
@@ -15,15 +15,15 @@ class View(Section):
     Geometry first (one resampling), then colour, as in SimCLR. A zero or null switches a part off.
     """
 
-    rotation: NonNegative = 0.0  # degrees, uniform in [-rotation, rotation]
-    scale: Range = (1.0, 1.0)  # zoom factor, uniform
-    shift: NonNegative = 0.0  # share of the image's side, uniform in [-shift, shift], both axes
-    pad: Annotated[Whole, Field(ge=0)] = 0  # pixels: zero-pad, then crop back at a random place
+    rotation: Annotated[Number, Field(ge=0, le=360)] = 0.0  # degrees, uniform in [-rotation, rotation]
+    scale: Zoom = (1.0, 1.0)  # zoom factor, uniform
+    shift: Share = 0.0  # share of the image's side, uniform in [-shift, shift], both axes
+    pad: Annotated[Whole, Field(ge=0, le=1000)] = 0  # pixels: zero-pad, then crop back at a random place
     resized_crop: ShareRange | None = None  # share of the area; aspect ratio 3/4 to 4/3
     flip: Share = 0.0  # probability of a horizontal flip
-    brightness: NonNegative = 0.0  # factor uniform in [max(0, 1 - b), 1 + b]
-    contrast: NonNegative = 0.0
-    saturation: NonNegative = 0.0
+    brightness: Strength = 0.0  # factor uniform in [max(0, 1 - b), 1 + b]
+    contrast: Strength = 0.0
+    saturation: Strength = 0.0
     hue: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
     jitter: Share = 1.0  # probability that the four above apply
     grey: Share = 0.0  # probability of turning grey
@@ -39,8 +39,8 @@ class Views(Section):
 class TrainAttack(Section):
     """The attack inside training. Without `step_size` a step is 2.5 * epsilon / steps."""
 
-    steps: Count
-    step_size: Positive | None = None
+    steps: Steps
+    step_size: StepSize | None = None
     random_start: bool
     batch_norm: Literal["eval", "train"]  # the mode of the model while it is attacked
 
@@ -48,22 +48,22 @@ class TrainAttack(Section):
 class Phase(Section):
     """One training phase: how long, with which optimiser, and what is kept."""
 
-    epochs: Count
-    batch_size: Annotated[Whole, Field(ge=2)]
+    epochs: Annotated[Whole, Field(ge=1, le=100_000)]
+    batch_size: Annotated[Whole, Field(ge=2, le=2**20)]
     optimizer: Literal["adamw", "adam", "sgd"]  # no defaults here: DVC tracks, and overrides, only what params.yaml writes out
-    learning_rate: Annotated[Number, Field(gt=0, le=1e30)]  # optimisers multiply it, and float32 ends at 3e38
-    weight_decay: NonNegative
+    learning_rate: Annotated[Number, Field(ge=1e-30, le=1e30)]  # optimisers multiply it, and float32 ends at 3e38
+    weight_decay: Annotated[Number, Field(ge=0, le=1000)]
     schedule: Literal["constant", "cosine", "onecycle"]
     warmup: Share  # share of all steps, linear from 0; `onecycle` has its own
     layer_decay: PositiveShare  # block k from the top learns at layer_decay^k of the rate; 1: all alike
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)]
     loss: Literal["two-term", "trades"]  # CE(x) + w CE(x + d), or CE(x) + w KL(p(x), p(x + d))
-    adversarial_weight: NonNegative  # w: weight of the attacked term beside the clean one
-    epsilon: Positive | None  # radius in this phase; None: threat_model.epsilon
+    adversarial_weight: Annotated[Number, Field(ge=0, le=1e6)]  # w: weight of the attacked term beside the clean one
+    epsilon: Epsilon | None  # radius in this phase; None: threat_model.epsilon
     epsilon_warmup: Share  # share of all steps over which that radius, and the step with it, rises from 0
-    attack_steps: Count | None  # in this phase; None: attack.steps
+    attack_steps: Steps | None  # in this phase; None: attack.steps
     frozen_statistics: bool  # batch norms keep the statistics of pretraining; their weights learn
-    gradient_clip: Positive | None
+    gradient_clip: Annotated[Number, Field(ge=1e-9, le=1e9)] | None
     keep: Literal["best", "last"]  # best on validation, never on test
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
@@ -11,8 +12,9 @@ from advml.config.evaluation import MINIMAL_NORMS, Corruptions, Diagnostics, Eva
 from advml.config.search import Tune
 from advml.config.study import Cluster, Data, Grid, Model, Runtime, ThreatModelSection, Tracking
 from advml.config.training import NEUTRAL, WITHOUT_EFFECT, Phase, TrainAttack, Views
-from advml.config.values import Distinct, Positive, Section, Whole
+from advml.config.values import Distinct, Number, Section, Seed, Some
 from advml.names import RegimeName, SchemeName
+from advml.paths import model_name
 
 
 def _plain(value: Any) -> str:
@@ -23,11 +25,11 @@ def _plain(value: Any) -> str:
 class Config(Section):
     """All of params.yaml."""
 
-    seeds: Annotated[tuple[Annotated[Whole, Field(ge=0, strict=True)], ...], Field(min_length=1), Distinct]
+    seeds: Annotated[tuple[Annotated[Seed, Field(strict=True)], ...], Some, Distinct]
     grid: Grid
     data: Data
     model: Model
-    temperature: Positive
+    temperature: Annotated[Number, Field(ge=1e-4, le=1e4)]
     views: Views
     threat_model: ThreatModelSection
     attack: TrainAttack
@@ -59,6 +61,9 @@ class Config(Section):
                     f"{key}.epsilon = {epsilon:g} exceeds the whole range of a pixel; "
                     "images live in [0, 1], so write 8/255 for eight grey levels"
                 )
+        source, models = self.similarity.source, [model_name(*one) for one in product(self.grid.schemes, self.grid.regimes, self.seeds)]
+        if source != "own" and source not in models:
+            raise ValueError(f"similarity.source = {source} is no model of the grid; choose from own, {', '.join(models)}")
         minimal, norm = self.diagnostics.minimal, self.threat_model.norm
         if minimal and norm not in MINIMAL_NORMS[minimal]:
             able = ", ".join(name for name, norms in MINIMAL_NORMS.items() if norm in norms)

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from advml.lines import tell
 from advml.runtime import signals
 
 ADDRESS = "ADVML_FORK_SERVER"
@@ -81,7 +82,7 @@ def forward(address: str, arguments: list[str]) -> int | None:
         with contextlib.suppress(OSError):
             if code := stream.readline():
                 return int(code)
-    print("advml: process killed (out of memory?); run fewer jobs or lower batch_size", file=sys.stderr)
+    tell("advml: process killed (out of memory?); run fewer jobs or lower batch_size")
     return 1
 
 

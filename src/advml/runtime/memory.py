@@ -5,13 +5,13 @@ Linux grants more memory than there is and kills a process that uses it; an erro
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from advml.errors import UserError
+from advml.lines import tell
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CONSIDERABLE = 0.5  # share of the available memory from which the need is printed
@@ -41,7 +41,7 @@ def require(need: int, *, what: str, remedy: str) -> None:
     if need > left:
         raise UserError(f"{line}, and {_size(left)} are available here; {remedy}")
     if need > CONSIDERABLE * left:
-        print(f"note: {line} of the {_size(left)} available here", file=sys.stderr, flush=True)
+        tell(f"note: {line} of the {_size(left)} available here")
 
 
 def _left_in_groups() -> Iterator[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from advml.errors import UserError
 from advml.evaluation.records import to_json
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
+from advml.lines import tell
 from advml.networks import models
 from advml.paths import find_model
 from advml.progress import Bar
@@ -52,6 +52,8 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         if of_study:
             _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
         return None
+    if spec.source != sources.OWN and spec.source not in folders:  # a model of the grid that is in no panel
+        folders[spec.source] = find_model(workspace, spec.source)
     records = {name: _checked(context, folder, strict=not chosen) for name, folder in folders.items()}
     networks = {name: _network(context, folder) for name, folder in folders.items()}
     with Bar(f"compare {len(networks)} models", total=3) as bar:
@@ -111,7 +113,7 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
         told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
         if strict:
             raise UserError(f"{told}; run: dvc repro")
-        print(f"note: {told}: it may have learnt from these test images", file=sys.stderr)
+        tell(f"note: {told}: it may have learnt from these test images")
     return record
 
 

@@ -20,6 +20,8 @@ from advml.paths import Workspace
 from advml.provenance import git_commit, source_digest
 from advml.runtime.machine import Machine, machine
 
+FEWEST = 4  # images of which CKA's estimator is defined
+
 
 @dataclass(frozen=True)
 class Context:
@@ -34,7 +36,10 @@ class Context:
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        return datasets.load(self.workspace.prepared)
+        """The prepared data, for which params.yaml has been checked: what does not fit must not turn up after hours of training."""
+        dataset = datasets.load(self.workspace.prepared)
+        check_fit(self.config, dataset)
+        return dataset
 
     def load_network(self, folder: Path) -> tuple[dict[str, Any], Network]:
         """The record and, on the device, the network of a model trained on the prepared data.
@@ -93,3 +98,34 @@ class Context:
     def fingerprint(self, *parts: Any) -> str:
         """Of everything that determines a stage's result: parts (parameters, upstream digests), machine settings, sources."""
         return digest(self.parameters("runtime"), source_digest(), *parts)
+
+
+def check_fit(configuration: Config, dataset: datasets.Dataset) -> None:
+    """Whether the values of params.yaml make sense for these images.
+
+    Raises:
+        UserError: one line with the key, its value, and what the data allow.
+    """
+    channels, height, width = dataset.shape
+    for kind in ("supervised", "contrastive"):
+        if (pad := getattr(configuration.views, kind).pad) >= min(height, width):
+            raise UserError(
+                f"views.{kind}.pad = {pad} can push a whole image of {height} x {width} pixels out; choose 0 to {min(height, width) - 1}"
+            )
+    diameter = (channels * height * width) ** 0.5
+    phases = {f"{key}.epsilon": phase.epsilon for key, phase in configuration.phases.items()}
+    radii = {"threat_model.epsilon": configuration.threat_model.epsilon, "evaluate.epsilon": configuration.evaluate.epsilon} | phases
+    for key, epsilon in radii.items():
+        if epsilon is not None and configuration.threat_model.norm == "l2" and epsilon > diameter:
+            told = f"{channels} x {height} x {width} images in [0, 1] are at most {diameter:.4g} apart"
+            raise UserError(f"{key} = {epsilon:g} exceeds the whole range of images: in the norm l2, {told}")
+    attacked = min(configuration.evaluate.adversarial_images or len(dataset.test), len(dataset.test))
+    if attacked < FEWEST:
+        key = "data.max_test" if len(dataset.test) == attacked else "evaluate.adversarial_images"
+        raise UserError(f"{key} = {attacked} leaves CKA too few adversarial images; it needs at least {FEWEST}")
+    shown, classes = dataset.train.labels[: configuration.similarity.probe_images], len(dataset.classes)
+    if len(shown.unique()) < classes:
+        told = f"the first {len(shown)} training images are of {len(shown.unique())} of {classes} classes"
+        raise UserError(
+            f"similarity.probe_images = {configuration.similarity.probe_images} is too few for linear probes: {told}; raise it, or null"
+        )

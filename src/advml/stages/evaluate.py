@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
 from advml.evaluation import expectations, protocol, records, samples
+from advml.lines import tell
 from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
@@ -96,7 +96,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     network = given.network.to(context.machine.device)
     expected = _expected(context, given, network)
     for flag in expected.flags:  # before the hours that it takes to attack the wrong model
-        print(f"warning: {given.name}: {flag.saw}; to try: {flag.try_}", file=sys.stderr, flush=True)
+        tell(f"warning: {given.name}: {flag.saw}; to try: {flag.try_}")
     found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme), flags=expected.flags), memo)
     samples.write(found.samples, workspace.samples(given.name))
     of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}

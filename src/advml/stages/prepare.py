@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from advml.data import datasets
 from advml.errors import UserError
+from advml.lines import tell
 from advml.paths import given_path
 from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
@@ -24,7 +24,7 @@ def run(context: Context) -> datasets.Dataset:
     dataset = datasets.prepare(context.config.data)
     datasets.save(dataset, context.workspace.prepared)
     for remark in datasets.remarks(dataset):
-        print(f"note: {remark}", file=sys.stderr, flush=True)
+        tell(f"note: {remark}")
     if seen:
         write_atomically(_note(context), f"{seen} {dataset.digest}\n".encode())
     return dataset

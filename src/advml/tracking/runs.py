@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from advml.errors import Failure
+from advml.passwords import masked
 from advml.tracking import server, ui
 from advml.tracking import store as stores
 from advml.tracking.run import Run, opened
@@ -77,7 +79,7 @@ def ui_link(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 
         Failure: the store is a local one, and cannot be opened.
     """
     place = stores.locate(config, root=root)
-    base = stores.without_password(place.uri).rstrip("/") if place.is_server else f"http://{server.shown_host(host)}:{port}"
+    base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{server.shown_host(host)}:{port}"
     try:
         experiment = stores.connect(place).experiment
     except Exception as error:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 from advml.errors import UserError
+from advml.lines import one_line, tell
+from advml.passwords import masked, remember
 from advml.tracking import sqlite, ui
 from advml.tracking.signals import deferred
 
@@ -72,6 +73,7 @@ def locate(config: Config, *, root: Path) -> Place:
     """The place that params.yaml, the environment or the default names; relative paths start at the root."""
     base = Path(os.environ.get("DVC_ROOT") or root).resolve()
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    remember(uri)
     experiment = config.tracking.experiment
     folder = Path("mlruns", re.sub(r"[^\w.-]+", "_", experiment))
     if not uri.startswith("sqlite:///"):
@@ -151,22 +153,14 @@ def give_up(place: Place, error: Exception, *, then: str = "training goes on, `a
     """One warning line for this store, the first time only; `then` says what comes of it."""
     if place.uri not in _broken:
         _broken.add(place.uri)
-        print(f"warning: no tracking, {explain(place, error)}; {then}", file=sys.stderr)
+        tell(f"warning: no tracking, {explain(place, error)}; {then}")
 
 
 def explain(place: Place, error: Exception) -> str:
     """The store and what is wrong with it, in one line without passwords."""
     if isinstance(error, UserError):  # ours: it names the setting
-        return without_password(str(error))
-    reason = " ".join((str(error).strip() or type(error).__name__).split())
-    if len(reason) > 200:
-        reason = reason[:200] + "..."
-    return without_password(f"{place.uri}: {reason}")
-
-
-def without_password(text: str) -> str:
-    """https://user:password@host -> https://host, wherever it stands in the text."""
-    return re.sub(r"//[^@/\s]*@", "//", text)
+        return masked(str(error))
+    return f"{masked(place.uri)}: {one_line(str(error).strip() or type(error).__name__, longest=200)}"
 
 
 def _open(place: Place) -> Store:

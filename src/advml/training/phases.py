@@ -41,7 +41,8 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     """The plan of `pretrain SCHEME PHASE`, on a network of random weights that depend on scheme and seed alone.
 
     Args:
-        configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack.
+        configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack. The
+            backbone is checked for what the grid's regimes will ask of it, too.
         dataset: gives the network its shape; its images are not read.
         scheme: a key of SCHEMES.
         phase: "st" or "at".
@@ -50,6 +51,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     row, attacked = SCHEMES[scheme], phase == "at"
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
+    check_regimes(configuration, network)
     return Plan(
         network=network,
         phase=configuration.pretrain[scheme],
@@ -159,6 +161,16 @@ def fit_phase(
         assert pretrained is not None, "a fine-tuning starts from a pretrained network"
         plan = finetuning(configuration, dataset, machine, pretrained, scheme=scheme, regime=which, seed=seed)
     return fit(plan, dataset, machine, checkpoint=checkpoint, on_epoch=on_epoch, on_batch=on_batch)
+
+
+def check_regimes(configuration: config.Config, network: Network) -> None:
+    """What the grid's regimes will ask of the backbone, so that it is not refused after hours of pretraining.
+
+    Raises:
+        UserError: this one does not have it.
+    """
+    for regime in (name for name in configuration.grid.regimes if REGIMES[name].encoder_learns):
+        _check(f"regimes.{regime}", configuration.regimes[regime], network)
 
 
 def _check(key: str, phase: config.Phase, network: Network) -> None:

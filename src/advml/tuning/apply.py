@@ -99,19 +99,14 @@ def merge(params: Path, values: dict[str, Any]) -> Merged:
     """
     before = params.read_text(encoding="utf-8")
     raw = parse(before, [], source=str(params))
-    changes, edits = {}, {}
+    changes = {}
     for key, value in values.items():
         section, leaf = _section(raw, key, params)
         if section.get(leaf) == value and leaf in section:
             continue
-        changes[key] = value
-        if leaf in section:
-            edits[key] = value
-        else:  # an option that need not be written out: the section is written anew, with it
-            edits[key.rpartition(".")[0]] = section | {leaf: value}
-        section[leaf] = value
+        changes[key] = section[leaf] = value
     validate(raw, source=f"{params} with the proposal")
-    after = rewrite(before, edits, {}) if edits else before
+    after = rewrite(before, changes, {}) if changes else before
     return Merged(after, changes, difference(before, after, str(params)))
 
 

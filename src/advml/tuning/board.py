@@ -9,6 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from advml.lines import tell
 from advml.tuning import census
 from advml.tuning.space import Values
 from advml.tuning.worker import LATEST
@@ -46,12 +47,12 @@ class Board:
         if self.told is None:  # those of earlier commands
             self.told = {trial.number for trial in ended}
             if ended:
-                print(f"{self.name}: going on after {len(census.finished(trials))} finished trials", file=sys.stderr, flush=True)
+                tell(f"{self.name}: going on after {len(census.finished(trials))} finished trials")
         for trial in ended:
             if trial.number not in self.told:
                 self.told.add(trial.number)
                 if not self.live:
-                    print(self._line(trial, [other for other in ended if other.number in self.told]), file=sys.stderr, flush=True)
+                    tell(self._line(trial, [other for other in ended if other.number in self.told]))
         if self.live and time.monotonic() - self.drawn > REDRAW:
             self.drawn = time.monotonic()
             self.live.update(self._table(trials), refresh=True)

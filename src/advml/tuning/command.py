@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from optuna.trial import FrozenTrial
 
 from advml.config import Config
 from advml.errors import Failure, UserError
+from advml.lines import tell
+from advml.passwords import masked
 from advml.paths import Workspace, checked_name
 from advml.tuning import census, confirmation, identity, outputs, supervisor
 from advml.tuning import study as studies
 from advml.tuning.board import Board, show
 from advml.tuning.history import History
 from advml.tuning.locking import lock
-from advml.tuning.patience import without_password
 from advml.tuning.storage import address
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Orders, Search, call_and_tell
@@ -87,7 +87,7 @@ def tune(
             so_far = _close(search, study, url, workspace, history)
             if so_far.best is not None:
                 told = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
-                print(f"{search.name}: {so_far.finished} of {trials} trials; {told}", file=sys.stderr, flush=True)
+                tell(f"{search.name}: {so_far.finished} of {trials} trials; {told}")
             raise
         outcome = _close(search, study, url, workspace, history)
     _tidy(study, url, everything)
@@ -99,7 +99,7 @@ def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: 
     if replace or census.finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
         return
     raise UserError(
-        f"{folder} holds the results of a search of which {without_password(url)} knows nothing; "
+        f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
         f"give this one a name of its own: --name {study.study_name}-2, or let it write over them: --replace"
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
+from advml.lines import tell
 from advml.tuning import identity, outputs
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Search
@@ -77,4 +77,4 @@ def _unmeasured(search: Search, study: optuna.Study) -> list[str]:
 
 
 def _say(search: Search, text: str) -> None:
-    print(f"{search.name}: {text}", file=sys.stderr, flush=True)
+    tell(f"{search.name}: {text}")

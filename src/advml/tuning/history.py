@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,11 @@ from optuna.trial import FrozenTrial
 
 from advml import tracking
 from advml.config import Config, digest
+from advml.lines import tell
+from advml.passwords import masked
 from advml.paths import Workspace
 from advml.runtime import processes
-from advml.tracking.store import locate, without_password
+from advml.tracking.store import locate
 from advml.tuning import census, identity, outputs
 from advml.tuning.turn import Turn
 from advml.tuning.worker import Search
@@ -30,14 +31,14 @@ class History:
         self._search, self._config, self._root = search, config, workspace.root
         self._identity = study.user_attrs.get(identity.IDENTITY, study.study_name)
         place = locate(config, root=workspace.root)
-        owner = (place.uri, processes.machine()) if place.database else (without_password(place.uri),)  # a file is one machine's
+        owner = (place.uri, processes.machine()) if place.database else (masked(place.uri),)  # a file is one machine's
         self._turn, self._next = Turn(study, url, f"mlflow/{digest(*owner)[:16]}"), 0.0
         self._ending = contextlib.ExitStack()
         self._run: tracking.SearchRun | None = None
 
     def __enter__(self) -> History:
         if not self._is_ours():
-            print(f"{self._search.name}: its MLflow runs are written by {self._turn.holder}", file=sys.stderr, flush=True)
+            tell(f"{self._search.name}: its MLflow runs are written by {self._turn.holder}")
         return self
 
     def __exit__(self, *what: object) -> None:

@@ -12,7 +12,8 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 
 from advml.errors import UserError
-from advml.tuning.patience import StorageGone, patiently, reason, without_password
+from advml.passwords import masked
+from advml.tuning.patience import StorageGone, patiently, reason
 
 SQLITE = "sqlite:///"
 LOCK_PATIENCE = 120  # seconds; longer than a server needs to notice that the holder's machine is gone
@@ -128,11 +129,9 @@ def told(url: str) -> Iterator[None]:
     except ImportError:
         driver = _driver(url)
         package = DRIVERS.get(driver, (None, driver))[1]
-        raise UserError(f"--storage {without_password(url)} needs the driver {driver}: pip install '{package}'") from None
+        raise UserError(f"--storage {masked(url)} needs the driver {driver}: pip install '{package}'") from None
     except sqlalchemy.exc.SQLAlchemyError as error:
-        said, password = reason(error), sqlalchemy.make_url(url).password
-        said = said.replace(str(password), "***") if password else said
-        raise UserError(f"--storage {without_password(url)} cannot be used: {said}") from None
+        raise UserError(masked(f"--storage {url} cannot be used: {reason(error)}")) from None
 
 
 def _driver(url: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -47,14 +46,6 @@ def is_passing(error: BaseException) -> bool:
     """Whether the same may work a moment later: the database is locked, restarting, or has cut the connection."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     return isinstance(cause, PASSING) or getattr(cause, "connection_invalidated", False)
-
-
-def without_password(url: str) -> str:
-    """postgresql://user:password@host -> postgresql://user:***@host"""
-    try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return re.sub(r":[^/]*@", ":***@", url)
 
 
 def reason(error: BaseException) -> str:

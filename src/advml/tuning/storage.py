@@ -15,8 +15,9 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG
 
 from advml.errors import Failure, UserError
+from advml.passwords import masked, remember
 from advml.tuning.locking import LOCKS, SQLITE, told
-from advml.tuning.patience import PATIENCE, patiently, reason, without_password
+from advml.tuning.patience import PATIENCE, patiently, reason
 
 GONE = "the study is gone: another command has thrown it away or put another one in its place"
 HEARTBEAT, GRACE = 10, 60  # seconds between signs of life; how long none may come from another machine
@@ -29,17 +30,18 @@ def address(url: str | None, *, root: Path) -> str:
         UserError: no database that studies can be kept in.
     """
     url = url or f"{SQLITE}optuna.db"
+    remember(url)
     try:
         kind = sqlalchemy.make_url(url).get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number
         kind = None
     if kind not in ("sqlite", *LOCKS):
-        raise UserError(f"--storage {without_password(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
+        raise UserError(f"--storage {masked(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
     if kind != "sqlite":
         return url
     file = sqlalchemy.make_url(url).database
     if file in (None, "", ":memory:"):
-        raise UserError(f"--storage {url!r} names no file; write sqlite:///optuna.db")
+        raise UserError(f"--storage {masked(url)!r} names no file; write sqlite:///optuna.db")
     return f"{SQLITE}{(root / file).resolve()}"
 
 
@@ -71,7 +73,7 @@ def connect(url: str, *, made: bool = False) -> RDBStorage:
                 storage.engine.dispose()  # the connections from before
             return storage
     except (StorageInternalError, RuntimeError) as error:
-        raise UserError(f"--storage {without_password(url)} cannot be used: {reason(error)}") from None
+        raise UserError(masked(f"--storage {url} cannot be used: {reason(error)}")) from None
 
 
 def _create(database: Path) -> None:

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -26,6 +25,7 @@ import optuna
 from optuna.trial import TrialState
 
 from advml.errors import Failure, UserError
+from advml.lines import one_line, tell
 from advml.runtime.signals import TERMINAL
 from advml.tuning import census
 from advml.tuning import study as studies
@@ -159,7 +159,7 @@ def run(study: optuna.Study, trial: optuna.Trial, objective: Callable[[Attempt],
 
 def _reason(error: Exception) -> str:
     """One line; for what is nobody's mistake but ours, with the place."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory"
     if isinstance(error, (UserError, Failure)):
@@ -188,7 +188,7 @@ class Heart:
             try:
                 self._beat()
             except Exception as error:  # the database is away; the next beat may get through
-                print(f"warning: no heartbeat: {error}", file=sys.stderr)
+                tell(f"warning: no heartbeat: {error}")
 
 
 def _leave_with_command() -> None:
