@@ -24,6 +24,7 @@ LONGEST = 1_000_000  # characters of a params.yaml
 MOST_VALUES = 100_000  # in it, and in all that its aliases stand for
 DEEPEST = 30  # levels of sections and lists
 FREE = "model.options"  # a section of any keys
+OPTIONAL = {name for name, field in Config.model_fields.items() if not field.is_required()}  # sections that a file may leave out
 
 
 def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -192,8 +193,8 @@ def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
     *parents, leaf = parts_of(key)
     for done, name in enumerate(parents, 1):
         path = ".".join(parents[:done])
-        if name not in node and not path.startswith(f"{FREE}."):
-            raise UserError(f"{told}{key}: {unknown(path, node)}")
+        if name not in node and path not in OPTIONAL and not path.startswith(f"{FREE}."):
+            raise UserError(f"{told}{key}: {unknown(path, Config.model_fields if node is raw else node)}")
         if not isinstance(node.setdefault(name, {}), dict):
             raise UserError(f"{told}{key}: '{path}' is a value, not a section")
         node = node[name]
