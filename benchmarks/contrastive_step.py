@@ -25,6 +25,7 @@ from torch import Tensor
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
 from advml.config import View
+from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build
 from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair
@@ -43,7 +44,7 @@ class Ours:
     """The trainer's step on a task of the library: attack in eval mode with a hoisted clean embedding, input gradients only."""
 
     def __init__(self, network: Network, images: Tensor, machine: Machine) -> None:
-        network.to(machine.device, memory_format=torch.channels_last)
+        place(network, machine.device)
         self.task = Contrastive(network, spec=View(), temperature=TEMPERATURE, groups=instances)
         self.adversary = Adversary(ThreatModel("linf", EPSILON), steps=STEPS, step_size=STEP_SIZE, random_start=True, keep="last")
         self.optimizer = torch.optim.Adam(self.task.learners(), lr=3e-4)

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from advml.attacks.adversary import Adversary
 from advml.attacks.threat import ThreatModel
+from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build
 from advml.runtime.machine import Machine
 from advml.training.tasks import classification_objective
@@ -75,7 +76,7 @@ def attacks(network: Network, images: Tensor, labels: Tensor) -> dict[str, Attac
 def compare(batch: int, rounds: int, *, machine: Machine, seed: int) -> None:
     channel = (0.5, 0.5, 0.5)
     architecture = Architecture("resnet18", "small", {}, 3, 32, channel, channel, 10, None, False, False)
-    network = build(architecture, seed=seed).to(machine.device, memory_format=torch.channels_last).eval()
+    network = place(build(architecture, seed=seed), machine.device).eval()
     generator = torch.Generator().manual_seed(seed)
     images = machine.images(torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, generator=generator))
     labels = torch.randint(0, 10, (batch,), generator=generator).to(machine.device)

@@ -33,6 +33,7 @@ from timing import hardware_line, interleaved
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build
 from advml.similarity.cka import measure
 from advml.similarity.features import Layer, layers
@@ -61,7 +62,7 @@ class Setup:
         images = torch.rand(count, 3, 8, 8, generator=generator)
         large = nn.functional.interpolate(images, size=(32, 32), mode="bilinear").to(memory_format=torch.channels_last)
         batches = list(large.split(batch))
-        network.to(memory_format=torch.channels_last)
+        place(network, large.device)
         with torch.no_grad():
             network.train()(batches[0][:32])
         return cls(network.eval(), layers(network, batches[0][:2], select=["all"]), batches)

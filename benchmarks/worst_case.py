@@ -50,7 +50,7 @@ def trained(configuration: config.Config, dataset: Dataset, machine: Machine, sc
         with tempfile.TemporaryDirectory() as folder:
             run = {"kind": kind, "scheme": scheme, "which": which, "seed": seed, "pretrained": network}
             network, _ = fit_phase(configuration, dataset, machine, **run, checkpoint=Checkpoint(Path(folder) / "state", "benchmark"))
-    return network.to(memory_format=torch.channels_last).eval()
+    return network.eval()
 
 
 def one_after_another(network: nn.Module, split: Split, figures: list[Figure], effort: Effort) -> Tensor:

@@ -24,6 +24,7 @@ from advml.errors import UserError
 from advml.networks.backbones import create_encoder
 from advml.networks.dual import dual
 from advml.networks.folding import folded
+from advml.networks.layout import memory_format
 from advml.paths import Workspace
 
 
@@ -69,6 +70,7 @@ class Network(nn.Module):
         self.normalize = Normalize(a.mean, a.std)
         encoder, width = create_encoder(a.backbone, stem=a.stem, channels=a.channels, image_size=a.image_size, options=a.options)
         self.encoder = dual(encoder) if a.dual_batch_norm else encoder
+        self.memory_format = memory_format(self.encoder)
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -88,7 +90,10 @@ class Network(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Encoder output (N, D)."""
-        return self.encoder(self.normalize(images))
+        images = self.normalize(images)
+        if self.memory_format is torch.contiguous_format:  # clone: strides of one channel fit both layouts, others would keep them
+            images = images.clone(memory_format=self.memory_format)
+        return self.encoder(images)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""

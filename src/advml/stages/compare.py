@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from advml import tracking
 from advml.data.class_order import few
 from advml.errors import UserError
@@ -17,6 +15,7 @@ from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.lines import tell
 from advml.networks import models
+from advml.networks.layout import place
 from advml.paths import find_model
 from advml.progress import Bar
 from advml.runtime.checkpoint import write_atomically
@@ -119,7 +118,7 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
 
 def _network(context: Context, folder: Path) -> models.Network:
     """The network, with the classifier that is attacked."""
-    return models.load_classifier(folder).to(context.machine.device, memory_format=torch.channels_last)
+    return place(models.load_classifier(folder), context.machine.device)
 
 
 def _write(out: Path, compared: comparison.Comparison, described: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from advml.config import Config, digest
 from advml.data import datasets
 from advml.errors import UserError
 from advml.networks import models
+from advml.networks.layout import place
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.provenance import git_commit, source_digest
@@ -56,7 +57,7 @@ class Context:
                 f"{folder} was trained on other data ({str(there)[:16]}) than {self.workspace.prepared} holds ({here[:16]}); "
                 f"run: dvc repro, or: advml {again} --seed {record['seed']}"
             )
-        return record, models.load(folder).to(self.machine.device, memory_format=torch.channels_last)
+        return record, place(models.load(folder), self.machine.device)
 
     @property
     def remarks(self) -> list[str]:

@@ -19,6 +19,7 @@ from advml import config
 from advml.attacks.adversary import Adversary
 from advml.data.datasets import Dataset, Split
 from advml.errors import Failure
+from advml.networks.layout import place
 from advml.runtime.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
 from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
 from advml.training.optimizers import optimizer, set_learning_rate
@@ -78,7 +79,7 @@ class _Trainer:
     def __init__(self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.train_split, self.validation = dataset.train, dataset.validation
-        task.network.to(device=machine.device, memory_format=torch.channels_last)
+        place(task.network, machine.device)
         task.train_mode()
         self.optimizer = optimizer(phase, task.learners(), task.network)
         self.batches = batches_per_epoch(dataset, phase)

@@ -25,6 +25,7 @@ from advml.data.datasets import Split
 from advml.data.views import view
 from advml.networks.dual import clean_statistics
 from advml.networks.layers import batch_norms
+from advml.networks.layout import place
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair, cross_entropy
@@ -190,7 +191,7 @@ def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train
     """The task of a regime's fine-tuning: end to end, or a head on stored features of the training images."""
     if regime.encoder_learns:
         return Classification(network, label_smoothing=phase.label_smoothing, loss=phase.loss, frozen_statistics=phase.frozen_statistics)
-    network.to(device=machine.device, memory_format=torch.channels_last).eval()
+    place(network, machine.device).eval()
     with torch.no_grad(), machine.autocast():
         features = torch.cat([network.features(machine.images(images)).float() for images in train.images.split(512)])
     return HeadOnly(network, features=features, label_smoothing=phase.label_smoothing, loss=phase.loss)
