@@ -299,6 +299,16 @@ def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
         compare.run(study.context("similarity.source=CL-XX"), chosen=names, out=tmp_path / "no")
 
 
+def test_the_source_may_be_a_model_that_is_not_compared(study, tmp_path):
+    models = study.workspace.models
+    shutil.copytree(models / "SL-AT-s0", models / "SL-Full-AT-s0")
+    context = study.context("similarity.source=SL-Full-AT-s0")
+    compared = compare.run(context, chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "out")
+    assert [(panel.first, panel.second) for panel in compared.panels] == [("CL-AT-s0", "SL-AT-s0")]
+    source = json.loads((tmp_path / "out" / "cka.json").read_text())["adversarial_source"]
+    assert {about["model"] for about in source.values()} == {"SL-Full-AT-s0"}
+
+
 def test_a_grid_without_two_models_has_nothing_to_compare(study):
     assert compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")) is None
     assert json.loads((study.workspace.reports / "compare" / "cka.json").read_text())["panels"] == []

@@ -65,7 +65,7 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
 # Every number has a range, every text a form, every list a length: beyond them a value means nothing, or nothing can be done with it.
 Number = Annotated[float, BeforeValidator(as_number), BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
 Epsilon = Annotated[Number, Field(ge=1e-6, le=1e4)]  # float32 resolves 6e-8 near 1; the L2 diameter of 3 x 4096 x 4096 pixels is 7,094
-StepSize = Annotated[Number, Field(ge=1e-8, le=1e4)]
+StepSize = Annotated[Number, Field(ge=1e-12, le=1e4)]
 Strength = Annotated[Number, Field(ge=0, le=100)]  # of a change of brightness, contrast or saturation
 Share = Annotated[Number, Field(ge=0, le=1)]
 PositiveShare = Annotated[Number, Field(ge=1e-4, le=1)]
