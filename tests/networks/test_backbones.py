@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -106,17 +108,44 @@ def test_a_family_without_a_small_stem_is_refused_with_those_that_have_one():
 
 @pytest.mark.parametrize(
     ("backbone", "image_size"),
-    [("test_vit", 8), ("inception_v3", 8), ("swin_tiny_patch4_window7_224", 32)],
-    ids=["vit", "inception", "swin"],
+    [("test_vit", 8), ("inception_v3", 8), ("halonet26t", 64)],
 )
 def test_images_that_a_network_does_not_survive_are_refused(backbone, image_size):
     message = refusal(backbone, stem="native", channels=3, image_size=image_size)
-    assert f"model.backbone = {backbone!r}" in message and "native" in message and str(image_size) in message
+    assert f"model.backbone = {backbone!r}" in message and "native" in message and f"3 x {image_size} x {image_size}" in message
+    with torch.device("meta"):  # without memory and arithmetic
+        assert encoder(backbone, stem="native", channels=3, image_size=int(re.search(r"data.image_size = (\d+)", message)[1]))
 
 
 def test_an_option_that_timm_does_not_know_is_refused():
     message = refusal("test_resnet", dorp_rate=0.1)
-    assert "model.backbone = 'test_resnet' cannot be built" in message and "dorp_rate" in message
+    assert "model.backbone = 'test_resnet'" in message and "model.options = {'dorp_rate': 0.1}" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"act_layer": "foo"}, {"layers": []}, {"block": "x"}, {1: 2}, {"model_name": "x"}, {"stem_width": 10**12}],
+)
+def test_options_that_timm_takes_and_fails_with_are_named(options):
+    with pytest.raises(UserError) as stopped:
+        create_encoder("test_resnet", stem="small", channels=1, image_size=8, options=options)
+    message = str(stopped.value)
+    assert f"model.options = {options}" in message and "without model.options it can" in message and "\n" not in message
+
+
+def test_a_tag_that_timm_does_not_know_is_refused():
+    assert "model.backbone = 'resnet18.no_such_tag'" in refusal("resnet18.no_such_tag")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sizes"),
+    [("swin_tiny_patch4_window7_224", (32, 100)), ("deit_tiny_distilled_patch16_224", (64,)), ("twins_svt_small", (32,))],
+)
+def test_networks_that_timm_builds_for_a_size_are_built_for_the_datas(backbone, sizes):
+    with torch.device("meta"):
+        for size in sizes:
+            model, width = encoder(backbone, stem="native", channels=3, image_size=size)
+            assert model(torch.zeros(2, 3, size, size)).shape == (2, width)
 
 
 def test_an_encoder_without_one_vector_per_image_is_refused():

@@ -24,6 +24,7 @@ UNSAFE = {
     "15 channels": nn.Conv2d(15, 4, 1, stride=2),
     "one strided direction": nn.Conv2d(3, 4, 1, stride=(1, 2)),
     "groups of few channels": nn.Conv2d(32, 4, 1, stride=2, groups=4),
+    "three dimensions": nn.Conv3d(20, 4, 3),
     "somewhere inside": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1, stride=4))),
 }
 
@@ -39,7 +40,8 @@ def test_channels_last_is_the_rule(module):
 
 
 @pytest.mark.parametrize("module", UNSAFE.values(), ids=UNSAFE)
-def test_strided_1x1_convolutions_of_few_channels_are_contiguous(module):
+def test_what_channels_last_does_not_suit_is_contiguous(module):
+    module.to(memory_format=memory_format(module))
     assert memory_format(module) is torch.contiguous_format
 
 

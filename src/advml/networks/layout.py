@@ -19,7 +19,7 @@ def place(module: Module, device: torch.device) -> Module:
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Channels last, the faster one; contiguous if some convolution of the module is unsafe in channels last.
+    """Channels last, the faster one; contiguous if a convolution of the module is unsafe in channels last, or has three dimensions.
 
     Unsafe is a 1 x 1 convolution of stride 2 or more on fewer than `BLOCK` input channels. Its gradient with respect to the weights
     leaves a buffer that it writes beyond: segmentation faults, hangs, or silently wrong gradients, depending on processor, threads,
@@ -33,8 +33,8 @@ def memory_format(module: nn.Module) -> torch.memory_format:
 
     The answer depends on the module alone, not on the device, so that a model computes alike wherever it was made.
     """
-    unsafe = any(isinstance(layer, nn.Conv2d) and _unsafe(layer) for layer in module.modules())
-    return torch.contiguous_format if unsafe else torch.channels_last
+    unsafe = any(isinstance(layer, nn.Conv3d) or (isinstance(layer, nn.Conv2d) and _unsafe(layer)) for layer in module.modules())
+    return torch.contiguous_format if unsafe else torch.channels_last  # which does not exist for weights of 5 dimensions
 
 
 def _unsafe(layer: nn.Conv2d) -> bool:

@@ -18,6 +18,7 @@ from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks.layers import batch_norms, knows_blocks
 from advml.networks.models import Architecture, Network, build
+from advml.networks.trial import try_step
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine, derived_seed
 from advml.training.loop import Record, train
@@ -46,10 +47,14 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
         scheme: a key of SCHEMES.
         phase: "st" or "at".
         seed: of weights, batches, views and random starts.
+    Raises:
+        UserError: the backbone cannot be built, or not trained, for these images.
     """
     row, attacked = SCHEMES[scheme], phase == "at"
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
+    views = 2 if row.groups else 1  # of each image, in one batch
+    try_step(network, count=views * _smallest_batch(configuration.pretrain[scheme], dataset))
     return Plan(
         network=network,
         phase=configuration.pretrain[scheme],
@@ -77,6 +82,8 @@ def finetuning(
     _check(f"regimes.{regime}", phase, network)
     if not plan.keeps_head(row):
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
+    if plan.encoder_learns and not phase.frozen_statistics:
+        try_step(network, count=_smallest_batch(phase, dataset))
     return Plan(
         network=network,
         phase=phase,
@@ -172,6 +179,11 @@ def _check(key: str, phase: config.Phase, network: Network) -> None:
         raise UserError(f"{key}.frozen_statistics = true has no effect: {backbone} has no batch norm; set it to false")
     if phase.layer_decay < 1 and not knows_blocks(network.encoder):
         raise UserError(f"{key}.layer_decay = {phase.layer_decay:g} needs the blocks of {backbone}, which timm does not tell; set it to 1")
+
+
+def _smallest_batch(phase: config.Phase, dataset: Dataset) -> int:
+    """Images in a batch of the training; of two or more, two will do for a trial."""
+    return min(phase.batch_size, len(dataset.train), 2)
 
 
 def architecture(configuration: config.Config, dataset: Dataset, *, head: str, attacked: bool) -> Architecture:

@@ -1,0 +1,38 @@
+"""A trial step before training."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from advml.errors import UserError
+from advml.networks.models import Network
+from advml.runtime.machine import own_randomness
+
+
+def try_step(network: Network, *, count: int) -> None:
+    """One attacked training step of a copy: forward in train mode, gradients with respect to the images and to the weights.
+
+    Args:
+        count: images in the smallest batch of the training, at least 1.
+    Raises:
+        UserError: some layer does not work in it, such as a batch norm that gets one value per channel.
+    """
+    device = next(network.parameters()).device
+    images = torch.full((count, *network.image_shape), 0.5, device=device, requires_grad=True)
+    tried = copy.deepcopy(network).train()
+    wanted = [images, *(parameter for parameter in tried.encoder.parameters() if parameter.requires_grad)]
+    try:
+        with own_randomness(0, device), torch.enable_grad():
+            features = tried.features(images)
+            outputs = [head(features) for head in (tried.projection_head, tried.classifier) if head is not None]
+            torch.autograd.grad(sum(output.square().sum() for output in outputs), wanted, allow_unused=True)
+    except Exception as error:  # timm's networks fail in their own ways
+        architecture = network.architecture
+        shape = " x ".join(map(str, images.shape))
+        more = "; use a batch_size of 2 or more, or larger images" if count == 1 else ""
+        raise UserError(
+            f"model.backbone = {architecture.backbone!r} with model.stem = {architecture.stem} and model.options = {architecture.options} "
+            f"cannot be trained on {shape} images ({type(error).__name__}: {' '.join(str(error).split())[:200]}){more}"
+        ) from None
