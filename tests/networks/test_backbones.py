@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from advml.errors import UserError
 from advml.networks.backbones import create_encoder
 
 # One of each family; the second of a family has another kind of stem.
+TABLE = Path(__file__).parents[2] / "docs" / "backbones.md"
 SMALL = [
     "test_resnet",
     "resnet18d",
@@ -162,3 +165,35 @@ def test_an_option_that_is_set_elsewhere_is_refused(option):
 
 def test_a_small_stem_of_patches_that_a_network_cuts_is_refused():
     assert "vit_tiny_r_s16_p8_224, whose patches a network cuts; use model.stem = native" in refusal("vit_tiny_r_s16_p8_224", image_size=32)
+
+
+# The table in docs/backbones.md, which docs/backbones.py writes in an hour
+
+
+def rows() -> list[list[str]]:
+    """module, network, a cell for each size, remarks."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+
+
+def sampled() -> list[tuple[str, int, str]]:
+    """One cell in 24 or so, by a hash."""
+    head, *others = rows()
+    cells = [(row[1], int(size), cell) for row in others for size, cell in zip(head[2:-1], row[2:-1], strict=True)]
+    return [(network, size, cell) for network, size, cell in cells if crc32(f"{network} {size}".encode()) % 24 == 0]
+
+
+def test_the_table_has_all_families_and_no_network_that_dies():
+    _, *others = rows()
+    assert len({row[0] for row in others}) >= 90
+    assert not [row for row in others if re.search("DIES|WRONG", " ".join(row))]
+
+
+@pytest.mark.parametrize(("backbone", "size", "cell"), sampled())
+def test_the_table_tells_which_sizes_a_network_takes(backbone, size, cell):
+    """On the meta device, without memory and arithmetic."""
+    with torch.device("meta"):
+        if cell == "yes":
+            encoder(backbone, stem="native", channels=3, image_size=size)
+        else:
+            assert f"data.image_size = {cell};" in refusal(backbone, stem="native", channels=3, image_size=size)

@@ -80,7 +80,7 @@ SET_ELSEWHERE = {
 
 
 # Sides in pixels that are tried, to say which ones a network takes.
-SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 288, 384, 512)
+SIZES = (28, 32, 36, 48, 64, 72, 96, 120, 128, 160, 192, 224, 240, 256, 288, 384, 512)
 
 
 def _patches(image_size: int) -> dict[str, Any]:

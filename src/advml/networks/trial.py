@@ -22,11 +22,12 @@ def try_step(network: Network, *, count: int) -> None:
     device = next(network.parameters()).device
     images = torch.full((count, *network.image_shape), 0.5, device=device, requires_grad=True)
     tried = copy.deepcopy(network).train()
+    wanted = [images, *(parameter for parameter in tried.encoder.parameters() if parameter.requires_grad)]
     try:
         with own_randomness(0, device), torch.enable_grad():
             features = tried.features(images)
             outputs = [head(features) for head in (tried.projection_head, tried.classifier) if head is not None]
-            torch.autograd.grad(sum(output.square().sum() for output in outputs), [images, *tried.encoder.parameters()], allow_unused=True)
+            torch.autograd.grad(sum(output.square().sum() for output in outputs), wanted, allow_unused=True)
     except Exception as error:  # timm's networks fail in their own ways
         architecture = network.architecture
         shape = " x ".join(map(str, images.shape))
