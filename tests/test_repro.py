@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -221,7 +222,7 @@ class FakeClient:
 
     def cancel(self, _: object) -> None: ...
 
-    def run(self, _: object) -> None: ...
+    def run(self, _: object, **__: object) -> None: ...
 
 
 @pytest.fixture
@@ -261,13 +262,20 @@ def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatc
 @pytest.mark.parametrize("end", ["kill -9 $$", "echo 'ERROR: failed to run: x, exited with -9'; exit 1"], ids=["DVC", "its command"])
 def test_a_killed_stage_runs_again_but_not_for_ever(monkeypatch, tmp_path, client, end):
     plan(monkeypatch, {"killed": set()})
-    monkeypatch.setattr(module, "MOST_RETRIES", 2)
+    monkeypatch.setattr(module, "MOST_KILLS", 2)
     client.commands = {"killed": f"echo >> {tmp_path}/times; test $(wc -l < {tmp_path}/times) = 2 || {{ {end}; }}"}
     assert repro(tmp_path, jobs=1) == ["killed"] and client.order == ["killed"] * 2
     client.commands = {"killed": end}
     with pytest.raises(Failure, match="killed"):
         repro(tmp_path, jobs=1)
     assert len(client.order) == 2 + 3
+
+
+def test_two_commands_do_not_run_one_study(monkeypatch, tmp_path, client):
+    plan(monkeypatch, {"slow": set()})
+    with module._alone(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"):
+        repro(tmp_path, jobs=1)
+    assert repro(tmp_path, jobs=1) == ["slow"]
 
 
 # Words

@@ -8,14 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from advml.config import Cluster
 from advml.engine import stage_task
@@ -28,9 +32,10 @@ from advml.progress import Board
 if TYPE_CHECKING:
     from distributed import Future
 
-# DVC's words for a command that a signal has ended (137: through a shell), and for one of a killed worker that is still ending.
-PASSING = re.compile(r"exited with (-9|137|-15|143)\b|process killed|tmp/rwlock")
-MOST_RETRIES = 10  # of a stage whose worker is lost, or that is killed itself
+# DVC's words for a command that a signal has ended (137 and 143: through a shell), and ours.
+KILLED = re.compile(r"exited with (-9|137|-15|143)\b|process killed")
+MOST_RETRIES = 10  # of a stage whose worker is lost
+MOST_KILLS = 2  # of a stage that is itself killed: mostly for want of memory, and then it will be again
 
 
 @dataclass
@@ -43,24 +48,30 @@ class Running:
     started: float
 
 
-def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster | None = None) -> list[str]:
+def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster | None = None, reserve: bool = True) -> list[str]:
     """Bring the pipeline in `root` up to date; returns the stages that ran.
 
     Args:
         jobs: stages at a time.
         cluster: see `advml.engine.cluster.connect`.
         options: the section `cluster` of params.yaml.
+        reserve: whether every stage gets a GPU of its own, where there are any.
     Raises:
-        UserError: there is no pipeline here, dvc.yaml is wrong, or the cluster cannot be used.
+        UserError: there is no pipeline here, dvc.yaml is wrong, the cluster cannot be used, or another command runs this study.
         Failure: a stage failed; those already running are finished first, so that their work is kept.
     """
     upstream, waiting = _plan(root)
     if not waiting:
         return []
     place = connect(cluster, root=root, jobs=jobs, options=options or Cluster())
-    with place as slots, server(root) if cluster is None else contextlib.nullcontext({}) as found, Board(total=len(waiting)) as board:
+    with (
+        _alone(root),
+        place as slots,
+        server(root) if cluster is None else contextlib.nullcontext({}) as found,
+        Board(total=len(waiting)) as board,
+    ):
         environment = found | {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
-        schedule = Schedule(root, slots, environment, board, upstream, waiting)
+        schedule = Schedule(root, slots, environment, reserve, board, upstream, waiting)
         try:
             while schedule.is_unfinished():
                 schedule.start_ready()
@@ -68,7 +79,7 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
                 schedule.take_finished()
         finally:
             slots.client.cancel([job.future for job in schedule.running.values()])
-            slots.client.run(stage_task.wait_for_stages)
+            slots.client.run(stage_task.wait_for_stages, on_error="ignore")
     for note in schedule.notes:  # what a stage has said to be read would otherwise stay in its log
         tell(note)
     if schedule.failed:
@@ -84,6 +95,7 @@ class Schedule:
     root: Path
     slots: Slots
     environment: dict[str, str]
+    reserve: bool
     board: Board
     upstream: dict[str, set[str]]
     waiting: list[str]
@@ -108,7 +120,7 @@ class Schedule:
         ready = [] if self.failed else [name for name in self.waiting if not self.upstream[name] & pending]
         for name in ready[: max(0, count - len(self.running))]:
             self.waiting.remove(name)
-            self.running[name] = _submit(self.slots, self.root, name, self.environment)
+            self.running[name] = _submit(self.slots, self.root, name, environment=self.environment, reserve=self.reserve)
 
     def take_finished(self) -> None:
         """Show progress; note what has ended; queue again what was killed."""
@@ -118,8 +130,8 @@ class Schedule:
                 continue
             del self.running[name]
             job.progress.unlink(missing_ok=True)
-            ok, reason = _outcome(job)
-            if reason is None and self.retries[name] < MOST_RETRIES:
+            ok, reason, retries = _outcome(job)
+            if not ok and self.retries[name] < retries:
                 self.retries[name] += 1
                 self.waiting.insert(0, name)
                 continue
@@ -127,10 +139,26 @@ class Schedule:
             self.ran += [name] if any("Running stage '" in line for line in lines) else []  # else DVC found it unchanged, or made before
             self.notes += [line for line in lines if line.startswith("note: ")]
             self.board.finish(name, ok=ok, seconds=time.monotonic() - job.started)
-            self.failed += [] if ok else [(name, f"{reason or f'killed {MOST_RETRIES} times'} (whole output: {job.log})")]
+            self.failed += [] if ok else [(name, f"{reason} (whole output: {job.log})")]
 
 
-def _submit(slots: Slots, root: Path, name: str, environment: dict[str, str]) -> Running:
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Holds the study's lock. Raises UserError if another `advml repro` has it: two would start the same stages."""
+    folder = root / stage_task.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / "lock"), folder / "holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise UserError(f"advml repro is at work in {root.resolve()} already ({who}); wait for it, or end it") from None
+    with lock:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+
+
+def _submit(slots: Slots, root: Path, name: str, *, environment: dict[str, str], reserve: bool) -> Running:
     folder = root / stage_task.FOLDER
     log = folder / f"{name}.log"
     log.write_bytes(b"")
@@ -140,21 +168,25 @@ def _submit(slots: Slots, root: Path, name: str, environment: dict[str, str]) ->
         root=str(root.resolve()),
         token=slots.token,
         environment=environment,
+        reserve=reserve,
         key=f"{name}-{time.time_ns()}",
         pure=False,
     )
     return Running(future, log, folder / f"{name}.progress", time.monotonic())
 
 
-def _outcome(job: Running) -> tuple[bool, str | None]:
-    """Whether a stage ended well, and otherwise why; no reason: it or its worker was killed, and it is to run again."""
+def _outcome(job: Running) -> tuple[bool, str, int]:
+    """Whether a stage ended well, why not, and how often it may run again after such an end."""
     if job.future.status == "finished":
-        code = job.future.result()
-        return code == 0, None if code < 0 or (code and PASSING.search(_output(job.log))) else _reason(job.log)
+        code, output = job.future.result(), _output(job.log)
+        if "tmp/rwlock" in output:  # a process of a lost worker is still ending
+            return code == 0, _reason(job.log), MOST_RETRIES
+        killed = code < 0 or (code and KILLED.search(output))
+        return code == 0, "DVC was killed" if code < 0 else _reason(job.log), MOST_KILLS if killed else 0
     error = job.future.exception() if job.future.status == "error" else None
     if error is None or type(error).__name__ == "KilledWorker":
-        return False, None
-    return False, " ".join(str(error).split())
+        return False, f"{MOST_RETRIES} of its workers were lost", MOST_RETRIES
+    return False, " ".join(str(error).split()), 0
 
 
 def _plan(root: Path) -> tuple[dict[str, set[str]], list[str]]:

@@ -174,12 +174,15 @@ def repro(
     warn_if_unusable(configuration, root=params.parent)
 
     started = time.monotonic()
-    ran = run(params.parent, jobs=jobs, cluster=cluster, options=configuration.cluster)
+    ran = run(
+        params.parent, jobs=jobs, cluster=cluster, options=configuration.cluster, reserve=configuration.runtime.device in ("auto", "cuda")
+    )
     print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
     rows = show_table(configuration, Workspace(params.parent))
     print("next: open reports/report.html     the whole study on one page")
     print("      make ui                      compare the runs in MLflow")
-    print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
+    if rows:
+        print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
     print("      dvc plots show               training curves and the result chart as a page")
 
 

@@ -162,7 +162,9 @@ def stage_arguments(name: str) -> list[str]:
     Raises:
         UserError: the name has no such form.
     """
-    parts = re.fullmatch(r"([a-z]+)_(st|at)@([^-]+)-(?:(.+)-)?(\d+)", name)
+    parts = re.fullmatch(
+        r"([a-z]+)_(st|at)@([^-]+)-(?:(.+)-)?(\d+)", name.rpartition("dvc.yaml:")[2]
+    )  # DVC adds the file of another folder
     if not parts:
         raise UserError(f"{name!r} is not the name of a model's stage, such as finetune_at@CL-Full-AT-0 or pretrain_st@SL-0")
     kind, phase, scheme, regime, seed = parts.groups()

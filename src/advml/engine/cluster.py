@@ -62,7 +62,8 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
     from distributed import Client, LocalCluster
     from distributed.comm import CommClosedError
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
     token = uuid.uuid4().hex
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     (root / FOLDER / "token").write_text(token)

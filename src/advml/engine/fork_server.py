@@ -64,14 +64,13 @@ def forward(address: str, arguments: list[str]) -> int | None:
     """Have the server run `advml ARGUMENTS`; returns the exit code, or None if the server is gone or has imported older sources."""
     obeyed = [number for number in signals.ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # in the background, Ctrl-C is ignored
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "obeyed": obeyed}
-    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rwb") as stream:
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as answers:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.ENDING)  # until it is known which process gets them
         try:
             connection.connect(address)
             socket.send_fds(connection, [b"-"], [0, 1, 2])
-            stream.write(json.dumps(request).encode() + b"\n")
-            stream.flush()
-            worker = int(stream.readline() or 0)
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            worker = int(answers.readline() or 0)
         except OSError:
             worker = 0
         for number in obeyed if worker else ():
@@ -80,7 +79,7 @@ def forward(address: str, arguments: list[str]) -> int | None:
         if not worker:
             return None
         with contextlib.suppress(OSError):
-            if code := stream.readline():
+            if code := answers.readline():
                 return int(code)
     tell("advml: process killed (out of memory?); run fewer jobs or lower batch_size")
     return 1
@@ -116,10 +115,10 @@ def serve(address: str) -> None:
 
 def _run(connection: socket.socket) -> None:
     """In the child: take over the client's files, folder and environment, run the command, answer with its exit code."""
-    stream, code = connection.makefile("rwb"), 1
+    requests, code, began = connection.makefile("rb"), 1, False
     try:
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 3)
-        message = stream.readline()
+        message = requests.readline()
         if not message:  # the client died before it sent anything
             os._exit(1)
         request = json.loads(message)
@@ -135,13 +134,16 @@ def _run(connection: socket.socket) -> None:
         for number in signals.ENDING:  # what counts is how the client was started
             signal.signal(number, signal.SIG_DFL if number in request["obeyed"] else signal.SIG_IGN)
         signals.obey()
-        if threads := os.environ.get("OMP_NUM_THREADS"):  # torch has read the server's own
+        threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # torch has read the server's own
+        if threads.isdecimal() and int(threads):
             torch.set_num_threads(int(threads))
         from advml.cli import guarded, main
 
-        stream.write(b"%d\n" % os.getpid())
-        stream.flush()
-        threading.Thread(target=lambda: (stream.read(1), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()  # the client has ended
+        connection.sendall(b"%d\n" % os.getpid())
+        began = True
+        threading.Thread(
+            target=lambda: (requests.read(1), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
+        ).start()  # the client has ended
         guarded(main)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -151,7 +153,7 @@ def _run(connection: socket.socket) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-            connection.sendall(b"%d\n" % (code & 0xFF))
+            connection.sendall(b"%d\n" % (code & 0xFF if began else 0))  # 0 in place of a process id: the client does it itself
         os._exit(code)
 
 

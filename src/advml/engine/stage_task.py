@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from advml.engine.devices import one_device
 from advml.engine.parent import PARENT
 from advml.errors import Failure
@@ -21,12 +23,13 @@ GRACE = 15.0  # seconds for a stage to end its MLflow run after SIGTERM
 _at_work: set[int] = set()  # processes of this worker
 
 
-def run_stage(name: str, *, root: str, token: str, environment: dict[str, str]) -> int:
+def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], reserve: bool) -> int:
     """Bring one stage up to date; returns DVC's exit code. Its output goes to a log file, its progress to another one.
 
     Args:
         token: content of the study's token file, which shows that this machine sees the study's folder.
         environment: variables for the stage, beside those of this worker. Without OMP_NUM_THREADS, a stage gets its share of the cores.
+        reserve: whether the stage gets a GPU of its own, where there are any.
     Raises:
         Failure: this machine does not see the folder.
     """
@@ -37,7 +40,7 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str]) 
     folder = Path(root, FOLDER)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # stages say `python`: this one
     share = max(1, CPU_COUNT // get_worker().state.nthreads)
-    with one_device() as device, (folder / f"{name}.log").open("ab") as log:
+    with one_device() if reserve else contextlib.nullcontext({}) as device, (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
             cwd=root,
@@ -78,11 +81,12 @@ def require_shared(root: str, token: str) -> None:
 
 
 def _is_cancelled() -> bool:
-    """Whether the scheduler has withdrawn the task that this thread runs: the driver was interrupted or has died."""
+    """Whether the task that this thread runs was withdrawn: the driver was interrupted or has died, or the scheduler has."""
+    from distributed import Status
     from distributed.worker import get_worker, thread_state
 
     state = get_worker().state.tasks.get(thread_state.key)
-    return state is None or state.state == "cancelled"
+    return state is None or state.state == "cancelled" or get_worker().status != Status.running
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -91,8 +95,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + GRACE
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-            while time.monotonic() < deadline:
-                process.poll()
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
+        while _is_alive(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
     process.wait()
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the stage's session still works: zombies do not, which may stay where nothing waits for orphans."""
+    process.poll()
+    for member in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if member.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(member.pid) == process.pid:
+                return True
+    return False

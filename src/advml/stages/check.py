@@ -6,6 +6,7 @@ from pathlib import Path
 
 from advml.config import load
 from advml.paths import Workspace
+from advml.runtime.checkpoint import write_atomically
 
 
 def run(params: Path) -> Path:
@@ -20,5 +21,5 @@ def run(params: Path) -> Path:
     load(params)
     checked = Workspace(params.parent).checked
     checked.parent.mkdir(parents=True, exist_ok=True)
-    checked.write_text("params.yaml was valid when the stage `check` ran\n", encoding="utf-8")
+    write_atomically(checked, b"params.yaml was valid when the stage `check` ran\n")
     return checked
