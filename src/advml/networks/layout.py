@@ -22,9 +22,10 @@ def memory_format(module: nn.Module) -> torch.memory_format:
     """Channels last, the faster one; contiguous if a convolution of the module is unsafe in channels last, or has three dimensions.
 
     Unsafe is a 1 x 1 convolution of stride 2 or more on fewer than `BLOCK` input channels. Its gradient with respect to the weights
-    leaves a buffer that it writes beyond: segmentation faults, hangs, or silently wrong gradients, depending on processor, threads,
+    is written beyond the end of a buffer: segmentation faults, hangs, or silently wrong gradients, depending on processor, threads,
     image size and batch (oneDNN 3.13.3, as in PyTorch 2.15; https://github.com/uxlfoundation/oneDNN/issues/6035). Seen with 1 to 7
-    channels under AVX2, and with 1 to 15 under AVX-512; not with more, with stride 1, with larger kernels, or in contiguous layout.
+    channels under AVX2, and with 1 to 15, of images of 96 pixels or more, under AVX-512; not with more channels, with stride 1,
+    with larger kernels, or in contiguous layout.
     To check again, on any processor with AVX2:
 
         ONEDNN_MAX_CPU_ISA=AVX2 python -c "import torch; from torch import nn
