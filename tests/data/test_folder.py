@@ -253,7 +253,10 @@ def test_tiny_imagenet_is_read_as_it_comes(tmp_path):
 
 
 FILES = {
-    "tabs": "0.png\tcats\t1\n1.png\tdogs\t9\n2.png\tcats\t9\n",
+    "tabs": "0.png\tcats\n1.png\tdogs\n2.png\tcats\n",
+    "boxes and a header": "filename,width,height,class,xmin\n0.png,500,640,cats,1\n1.png,500,640,dogs,2\n2.png,640,500,cats,3\n",
+    "a header in other letters": "Path, Split, Class_Name\n0.png, a, cats\n1.png, a, dogs\n2.png, b, cats\n",
+    "empty columns at the end": "0.png,cats,,\n1.png,dogs,,\n2.png,cats,\n",
     "commas and a header": "file,label\n0.png,cats\n2.png,cats\n1.png,dogs\n",
     "a byte order mark, Windows line ends, empty lines": "\ufefffile;label\r\n\r\n0.png;cats\r\n2.png;cats\r\n1.png;dogs\r\n",
     "spaces": "0.png cats\n1.png dogs\n2.png cats",
@@ -273,12 +276,28 @@ def test_a_flat_folder_with_a_text_file_of_labels_is_read(tmp_path, form):
     assert source.labels.tolist() == [0, 0, 1] and counts(source) == {"train": [2, 1]}
 
 
+def test_blanks_belong_to_the_class_and_the_classes_that_were_read_are_said(tmp_path):
+    root = plant(tmp_path / "p", "=3")
+    (root / "labels.txt").write_text('0.png new york\n1.png new york\n2.png "san jose"\n')
+    source = read(root)
+    assert source.classes == ("new york", "san jose") and source.labels.tolist() == [0, 0, 1]
+    assert "2 classes (new york, san jose)" in said(source)
+
+
 WRONG = {
     "a missing line": ("0.png,cats\n1.png,dogs\n", "lacks 1 of 3 images, e.g. '2.png'"),
     "an image that is not there": ("0.png,cats\n1.png,dogs\n2.png,cats\n3.png,cats\n", "names '3.png'"),
     "no class": ("0.png,cats\n1.png,dogs\n2.png\n", "'2.png' no class"),
     "an empty class": ("0.png,cats\n1.png,dogs\n2.png, \n", "'2.png' no class"),
     "two classes": ("0.png,cats\n1.png,dogs\n2.png,cats\n0.png,dogs\n", "'0.png' two classes"),
+    "0 and 1 in a column of each class": (
+        "filename, cats, dogs\n0.png,1,0\n1.png,0,1\n2.png,1,0\n",
+        "columns (filename, cats, dogs), and none",
+    ),
+    "a box before the class": ("0.png,1,2,3,4,cats\n1.png,1,2,3,4,dogs\n2.png,1,2,3,4,cats\n", "'FILE,LABEL'"),
+    "a box before a number": ("0.png\t1\t2\t3\t4\t0\n1.png\t1\t2\t3\t4\t1\n2.png\t1\t2\t3\t4\t0\n", "'FILE,LABEL'"),
+    "two columns of classes": ("file,label,category\n0.png,0,cats\n1.png,1,dogs\n2.png,0,cats\n", "2 of them"),
+    "a class with a comma": ("0.png,cats\n1.png,dogs, wild\n2.png,cats\n", "has 3 columns"),
     "one class": ("0.png,cats\n1.png,cats\n2.png,cats\n", "one class only"),
 }
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from advml.data.class_folders import Classes, check_meaning, images_by_class, remarks_on_names
+from advml.data.class_folders import SHOWN, Classes, check_meaning, images_by_class, remarks_on_names
 from advml.data.labels import read_labels
 from advml.data.split_names import split_of
 from advml.data.tree import Folder
@@ -61,7 +61,9 @@ def read_layout(root: Folder, layout: str) -> Layout:
         if labels:
             table, found[split] = labels
             tables.append(table)
-            remarks.append(f"labels of {split} are read from {table}")
+            names = list(found[split])
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            remarks.append(f"labels of {split} are read from {table}: {len(names)} classes ({shown})")
         elif inner.folders:
             found[split] = images_by_class(inner)
             if layout == "auto":
