@@ -28,6 +28,7 @@ LABEL_WORDS = frozenset(
         *("target", "targets", "groundtruth", "species", "breed", "diagnosis"),
     )
 )
+SHOWN = 12  # columns in a message
 NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?\s*")
 
 
@@ -74,7 +75,7 @@ def _label_column(table: Path, rows: list[list[str]], *, header: bool) -> int:
         return 1
     if len(named) != 1:
         what = f"{len(named)} of them" if named else "none of them"
-        cells = ", ".join(cell.strip() for cell in rows[0])
+        cells = ", ".join(" ".join(cell.split()) for cell in rows[0][:SHOWN]) + (", ..." if len(rows[0]) > SHOWN else "")
         raise UserError(
             f"{table} has {width} columns ({cells}), and {what} can be told by a header to be the class; "
             f"write a line 'FILE,LABEL' for each image, call the column of the class 'class', and no other like it, or remove the file"
@@ -112,5 +113,5 @@ def _rows(table: Path) -> list[list[str]]:
 
 def _filled(cells: list[str]) -> list[str]:
     while cells and not cells[-1].strip():
-        cells = cells[:-1]
+        cells.pop()
     return cells
