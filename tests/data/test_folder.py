@@ -96,6 +96,9 @@ DOUBTFUL = {  # tree -> a part of the line
     "no training split": (("Testing/cats=3", "Testing/dogs=3", "val/cats=1", "val/dogs=1"), "no 'train' folder"),
     "a class beside splits": (("Training/cats=3", "Training/dogs=3", "owls=3"), "holds 'owls' beside Training"),
     "one split twice": (("train_images=3", "train_photos=3"), "both names for train"),
+    "flat test images beside classes": (("cats=3", "dogs=3", "test=3"), "holds 'test', a name for test images, beside 'cats'"),
+    "flat validation images beside classes": (("cats=3", "seg_train=3", "Val=3"), "data.layout=classes"),
+    "unlabelled images beside classes": (("train=3", "predictions=2", "bus=4"), "beside 'bus'"),
     "flat splits": (("train=3", "test=3"), "data.layout=classes"),
     "flat validation": (("train/cats=3", "train/dogs=4", "val=3"), "val/labels.csv"),
     "a class in one spelling": (("train/cats=3", "train/dogs=3", "test/Cats=3", "test/dogs=3"), "class 'Cats' is in"),
@@ -138,9 +141,14 @@ def test_data_layout_says_that_top_folders_are_splits_whatever_the_classes_hold(
         read(plant(tmp_path / "q", "cats=3", "dogs=3"), layout="splits")
 
 
-def test_classes_may_be_called_like_splits_where_their_images_lie_in_them(tmp_path):
-    source = read(plant(tmp_path / "p", "train=3", "predictions=2", "bus=4"))
-    assert source.classes == ("bus", "predictions", "train") and counts(source) == {"train": [4, 2, 3]}
+def test_a_class_may_be_called_train_where_its_images_lie_in_it_and_that_is_said(tmp_path):
+    root = plant(tmp_path / "p", "train=3", "car=2", "bus=4")
+    source = read(root)
+    assert source.classes == ("bus", "car", "train") and counts(source) == {"train": [4, 2, 3]}
+    (line,) = source.remarks
+    assert "train is read as a class" in line and "data.layout=classes" in line
+    assert read(root, layout="classes").remarks == ()
+    assert read(plant(root, "test=1"), layout="classes").classes == ("bus", "car", "test", "train")
 
 
 def test_classes_in_different_unicode_forms_are_one_class_also_across_splits(tmp_path):

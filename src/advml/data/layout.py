@@ -52,6 +52,12 @@ def read_layout(root: Folder, layout: str) -> Layout:
         raise UserError(f"data.layout = 'splits', but {place.path} holds no folder for training; call it train")
     if place is not root:
         remarks.append(f"{place.path} is read, as {root.path} holds nothing else")
+    if not splits and layout == "auto":
+        remarks += [
+            f"{one.path} is read as a class like those beside it; remove it if it is none, or set data.layout=classes"
+            for one in place.folders
+            if one.holds_images and split_of(one.name) == ("train", "")
+        ]
     if splits:
         remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in splits.values()]
     found: dict[str, Classes] = {}
@@ -120,6 +126,14 @@ def _splits(root: Folder, layout: str) -> dict[str, Folder]:
     alone = len(folders) == sum(map(len, groups[""].values()))
     if plain and not named and (nested or alone or layout == "splits"):
         named = [groups[""]]  # beside other classes, one that is called `train` is a class: its images lie in it directly
+    if not named and not alone and layout == "auto":
+        for split, places in groups.get("", {}).items():
+            if split != "train":
+                beside = next(folder.path.name for folder in folders if split_of(folder.name)[1] or not split_of(folder.name)[0])
+                raise UserError(
+                    f"{root.path} holds '{places[0].path.name}', a name for {split} images, beside '{beside}'; "
+                    f"remove it, arrange the images as train/CLASS/1.jpg and {split}/CLASS/1.jpg, or, {REMEDY}"
+                )
     return _one_folder_each(root, folders, named) if named else {}
 
 
