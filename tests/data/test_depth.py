@@ -208,3 +208,11 @@ def test_a_photo_for_a_model_is_read_with_the_level_of_its_training_data(tmp_pat
     (tmp_path / "dim.png").write_bytes(png16(ramp(900)))
     assert decode(tmp_path / "dim.png", size=8, channels=1, white=4095).max() == round(900 * 255 / 4095)
     assert decode(tmp_path / "dim.png", size=8, channels=1).max() == round(900 * 255 / 1023)
+
+
+def test_a_bmp_file_of_16_bits_per_pixel_has_fewer_than_8_per_channel(tmp_path):
+    masks, pixels = (0xF800, 0x7E0, 0x1F), np.full((8, 8), 0x8410, dtype="<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 16, 3, len(pixels), 0, 0, 0, 0) + struct.pack("<3I", *masks)
+    content = struct.pack("<2sIHHI", b"BM", 14 + len(head) + len(pixels), 0, 0, 14 + len(head)) + head + pixels
+    dataset = prepared(write(tmp_path / "p", content, suffix="bmp"), channels=3)
+    assert dataset.depth is None and 128 <= pictures(dataset)[0].max() <= 132

@@ -54,7 +54,7 @@ def is_deep(image: Image.Image) -> bool:
     codec, _, _, form = image.tile[0]
     if image.format == "PPM" and codec != "raw":
         return form[-1] == FULL
-    return image.mode in GREY or ";16" in str(form)
+    return image.mode in GREY or (";16" in str(form) and "BGR;16" not in str(form))  # BMP's pixels of 5, 6 and 5 bits
 
 
 def largest(image: Image.Image, *, white: float | None) -> Largest:
