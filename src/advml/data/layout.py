@@ -130,9 +130,10 @@ def _splits(root: Folder, layout: str) -> dict[str, Folder]:
         for split, places in groups.get("", {}).items():
             if split != "train":
                 beside = next(folder.path.name for folder in folders if split_of(folder.name)[1] or not split_of(folder.name)[0])
+                arrange = "" if split == "unlabelled" else f" and {split}/CLASS/1.jpg"
                 raise UserError(
                     f"{root.path} holds '{places[0].path.name}', a name for {split} images, beside '{beside}'; "
-                    f"remove it, arrange the images as train/CLASS/1.jpg and {split}/CLASS/1.jpg, or, {REMEDY}"
+                    f"remove it, arrange the images as train/CLASS/1.jpg{arrange}, or, {REMEDY}"
                 )
     return _one_folder_each(root, folders, named) if named else {}
 
