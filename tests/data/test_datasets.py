@@ -487,9 +487,9 @@ def test_a_class_left_empty_by_skipping_is_an_error(tmp_path):
         prepare(photos(root, skip_corrupt=True))
 
 
-@pytest.mark.parametrize("name", ["train", "Test"])
-def test_a_class_may_be_called_like_a_split(tmp_path, name):
-    dataset = prepare(photos(write_tree(tmp_path / "p", {name: 10, "bus": 10, "plane": 10})))
+@pytest.mark.parametrize(("name", "layout"), [("train", "auto"), ("Test", "classes")])
+def test_a_class_may_be_called_like_a_split(tmp_path, name, layout):
+    dataset = prepare(photos(write_tree(tmp_path / "p", {name: 10, "bus": 10, "plane": 10}), layout=layout))
     assert dataset.classes == tuple(sorted((name, "bus", "plane"))) and per_class(dataset.test) == [2, 2, 2]
 
 

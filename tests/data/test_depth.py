@@ -89,7 +89,7 @@ def pictures(dataset: Dataset) -> list[np.ndarray]:
 )
 def test_white_is_the_smallest_power_of_two_less_one_that_holds_all_values(tmp_path, top, white):
     dataset = prepared(write(tmp_path / "p", png16(ramp(top)), suffix="png"))
-    assert dataset.depth == {"images": 16, "largest": top, "white_level": white}
+    assert dataset.depth == {"images": 16, "largest": top, "median": top, "white_level": white}
     (picture,) = pictures(dataset)
     assert (picture == np.rint(ramp(top).astype(float) * 255 / white)).all()
 
@@ -109,7 +109,7 @@ FORMS = {
 def test_every_kind_of_file_with_12_bits_in_more_is_seen(tmp_path, form):
     content, suffix = FORMS[form]
     dataset = prepared(write(tmp_path / "p", content, suffix=suffix))
-    assert dataset.depth == {"images": 16, "largest": 3000, "white_level": 4095}
+    assert dataset.depth == {"images": 16, "largest": 3000, "median": 3000, "white_level": 4095}
     assert (pictures(dataset)[0] == np.rint(ramp(3000).astype(float) * 255 / 4095)).all()
 
 
@@ -117,7 +117,7 @@ def test_the_level_is_one_for_all_images_and_leaves_those_of_8_bits_alone(tmp_pa
     root = write(tmp_path / "p", png16(ramp(700)), png16(ramp(4000)), suffix="png")
     Image.fromarray(ramp(250, dtype="uint8")).save(root / "a" / "eight.png")
     dataset = prepared(root)
-    assert dataset.depth == {"images": 32, "largest": 4000, "white_level": 4095}
+    assert dataset.depth == {"images": 32, "largest": 4000, "median": 2350, "white_level": 4095}
     assert [picture.max() for picture in pictures(dataset)] == [round(700 * 255 / 4095), round(4000 * 255 / 4095), 250]
 
 
@@ -125,7 +125,7 @@ def test_a_chosen_level_is_taken_and_what_exceeds_it_is_cut_off_and_said(tmp_pat
     root = write(tmp_path / "p", png16(ramp(3000)), suffix="png")
     dataset = prepared(root, white_level=1000)
     assert (pictures(dataset)[0] == np.rint(ramp(3000).astype(float) * 255 / 1000).clip(0, 255)).all()
-    assert dataset.depth == {"images": 16, "largest": 3000, "white_level": 1000}
+    assert dataset.depth == {"images": 16, "largest": 3000, "median": 3000, "white_level": 1000}
     said = remarks(dataset)[0]
     assert "1000" in said and "3000" in said and "cut off" in said
     full = prepared(root, white_level=65535)
@@ -138,6 +138,18 @@ def test_what_was_found_is_said_with_the_key_and_recorded(tmp_path):
     assert "3000" in said and "4095" in said and "data.white_level" in said and "\n" not in said
     save(dataset, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["depth"] == dataset.depth == load(tmp_path / "out").depth
+
+
+def test_one_saturated_pixel_that_makes_all_other_images_dark_is_said_with_the_remedy(tmp_path):
+    root = write(tmp_path / "p", png16(ramp(3780)), suffix="png")
+    assert "data.white_level=4095" not in remarks(prepared(root))[0]
+    (root / "a" / "odd.png").write_bytes(png16(ramp(65535)))
+    dataset = prepared(root)
+    assert dataset.depth == {"images": 17, "largest": 65535, "median": 3780, "white_level": 65535}
+    said = remarks(dataset)[0]
+    assert "WARNING" in said and "3780" in said and "data.white_level=4095" in said and "\n" not in said
+    bright = prepared(root, white_level=4095)
+    assert pictures(bright)[0].max() == round(3780 * 255 / 4095) and "WARNING" not in remarks(bright)[0]
 
 
 def test_a_level_without_effect_is_said(tmp_path):
@@ -208,3 +220,11 @@ def test_a_photo_for_a_model_is_read_with_the_level_of_its_training_data(tmp_pat
     (tmp_path / "dim.png").write_bytes(png16(ramp(900)))
     assert decode(tmp_path / "dim.png", size=8, channels=1, white=4095).max() == round(900 * 255 / 4095)
     assert decode(tmp_path / "dim.png", size=8, channels=1).max() == round(900 * 255 / 1023)
+
+
+def test_a_bmp_file_of_16_bits_per_pixel_has_fewer_than_8_per_channel(tmp_path):
+    masks, pixels = (0xF800, 0x7E0, 0x1F), np.full((8, 8), 0x8410, dtype="<u2").tobytes()
+    head = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 16, 3, len(pixels), 0, 0, 0, 0) + struct.pack("<3I", *masks)
+    content = struct.pack("<2sIHHI", b"BM", 14 + len(head) + len(pixels), 0, 0, 14 + len(head)) + head + pixels
+    dataset = prepared(write(tmp_path / "p", content, suffix="bmp"), channels=3)
+    assert dataset.depth is None and 128 <= pictures(dataset)[0].max() <= 132

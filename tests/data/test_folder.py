@@ -83,6 +83,9 @@ DOUBTFUL = {  # tree -> a part of the line
     "groups, in other capitals": (("one/cats=3", "one/dogs=3", "two/Cats=3", "two/owls=3"), "data.layout=classes"),
     "groups, deeper": (("one/a/cats=3", "one/a/dogs=3", "two/b/cats=3"), "data.layout=classes"),
     "groups in splits": (("train/one/cats=3", "train/one/dogs=3", "train/two/cats=3", "train/two/dogs=3"), "data.layout=splits"),
+    "masks beside the images": (("a=3", "a/masks=3", "b=3", "b/masks=3"), "data.layout=classes"),
+    "thumbnails beside some images": (("a/thumbs=3", "b=3", "b/Thumbs=3"), "a/thumbs and"),
+    "masks in splits": (("train/a=3", "train/a/masks=3", "train/b=3", "train/b/masks=3"), "data.layout=splits"),
     "a split of each class": (("cats/train=3", "cats/test=1", "dogs/train=3", "dogs/test=1"), "data.layout=classes"),
     "splits in one of several": (("pets/train/cats=3", "pets/test/cats=3", "others=4"), "give it alone as data.path"),
     "splits of each class side by side": (("cats_train=3", "cats_test=3", "dogs_train=3", "dogs_test=3"), "both names for test"),
@@ -93,6 +96,9 @@ DOUBTFUL = {  # tree -> a part of the line
     "no training split": (("Testing/cats=3", "Testing/dogs=3", "val/cats=1", "val/dogs=1"), "no 'train' folder"),
     "a class beside splits": (("Training/cats=3", "Training/dogs=3", "owls=3"), "holds 'owls' beside Training"),
     "one split twice": (("train_images=3", "train_photos=3"), "both names for train"),
+    "flat test images beside classes": (("cats=3", "dogs=3", "test=3"), "holds 'test', a name for test images, beside 'cats'"),
+    "flat validation images beside classes": (("cats=3", "seg_train=3", "Val=3"), "data.layout=classes"),
+    "unlabelled images beside classes": (("train=3", "predictions=2", "bus=4"), "beside 'bus'"),
     "flat splits": (("train=3", "test=3"), "data.layout=classes"),
     "flat validation": (("train/cats=3", "train/dogs=4", "val=3"), "val/labels.csv"),
     "a class in one spelling": (("train/cats=3", "train/dogs=3", "test/Cats=3", "test/dogs=3"), "class 'Cats' is in"),
@@ -135,9 +141,14 @@ def test_data_layout_says_that_top_folders_are_splits_whatever_the_classes_hold(
         read(plant(tmp_path / "q", "cats=3", "dogs=3"), layout="splits")
 
 
-def test_classes_may_be_called_like_splits_where_their_images_lie_in_them(tmp_path):
-    source = read(plant(tmp_path / "p", "train=3", "predictions=2", "bus=4"))
-    assert source.classes == ("bus", "predictions", "train") and counts(source) == {"train": [4, 2, 3]}
+def test_a_class_may_be_called_train_where_its_images_lie_in_it_and_that_is_said(tmp_path):
+    root = plant(tmp_path / "p", "train=3", "car=2", "bus=4")
+    source = read(root)
+    assert source.classes == ("bus", "car", "train") and counts(source) == {"train": [4, 2, 3]}
+    (line,) = source.remarks
+    assert "train is read as a class" in line and "data.layout=classes" in line
+    assert read(root, layout="classes").remarks == ()
+    assert read(plant(root, "test=1"), layout="classes").classes == ("bus", "car", "test", "train")
 
 
 def test_classes_in_different_unicode_forms_are_one_class_also_across_splits(tmp_path):
@@ -253,7 +264,10 @@ def test_tiny_imagenet_is_read_as_it_comes(tmp_path):
 
 
 FILES = {
-    "tabs": "0.png\tcats\t1\n1.png\tdogs\t9\n2.png\tcats\t9\n",
+    "tabs": "0.png\tcats\n1.png\tdogs\n2.png\tcats\n",
+    "boxes and a header": "filename,width,height,class,xmin\n0.png,500,640,cats,1\n1.png,500,640,dogs,2\n2.png,640,500,cats,3\n",
+    "a header in other letters": "Path, Split, Class_Name\n0.png, a, cats\n1.png, a, dogs\n2.png, b, cats\n",
+    "empty columns at the end": "0.png,cats,,\n1.png,dogs,,\n2.png,cats,\n",
     "commas and a header": "file,label\n0.png,cats\n2.png,cats\n1.png,dogs\n",
     "a byte order mark, Windows line ends, empty lines": "\ufefffile;label\r\n\r\n0.png;cats\r\n2.png;cats\r\n1.png;dogs\r\n",
     "spaces": "0.png cats\n1.png dogs\n2.png cats",
@@ -273,12 +287,28 @@ def test_a_flat_folder_with_a_text_file_of_labels_is_read(tmp_path, form):
     assert source.labels.tolist() == [0, 0, 1] and counts(source) == {"train": [2, 1]}
 
 
+def test_blanks_belong_to_the_class_and_the_classes_that_were_read_are_said(tmp_path):
+    root = plant(tmp_path / "p", "=3")
+    (root / "labels.txt").write_text('0.png new york\n1.png new york\n2.png "san jose"\n')
+    source = read(root)
+    assert source.classes == ("new york", "san jose") and source.labels.tolist() == [0, 0, 1]
+    assert "2 classes (new york, san jose)" in said(source)
+
+
 WRONG = {
     "a missing line": ("0.png,cats\n1.png,dogs\n", "lacks 1 of 3 images, e.g. '2.png'"),
     "an image that is not there": ("0.png,cats\n1.png,dogs\n2.png,cats\n3.png,cats\n", "names '3.png'"),
     "no class": ("0.png,cats\n1.png,dogs\n2.png\n", "'2.png' no class"),
     "an empty class": ("0.png,cats\n1.png,dogs\n2.png, \n", "'2.png' no class"),
     "two classes": ("0.png,cats\n1.png,dogs\n2.png,cats\n0.png,dogs\n", "'0.png' two classes"),
+    "0 and 1 in a column of each class": (
+        "filename, cats, dogs\n0.png,1,0\n1.png,0,1\n2.png,1,0\n",
+        "columns (filename, cats, dogs), and none",
+    ),
+    "a box before the class": ("0.png,1,2,3,4,cats\n1.png,1,2,3,4,dogs\n2.png,1,2,3,4,cats\n", "'FILE,LABEL'"),
+    "a box before a number": ("0.png\t1\t2\t3\t4\t0\n1.png\t1\t2\t3\t4\t1\n2.png\t1\t2\t3\t4\t0\n", "'FILE,LABEL'"),
+    "two columns of classes": ("file,label,category\n0.png,0,cats\n1.png,1,dogs\n2.png,0,cats\n", "2 of them"),
+    "a class with a comma": ("0.png,cats\n1.png,dogs, wild\n2.png,cats\n", "has 3 columns"),
     "one class": ("0.png,cats\n1.png,cats\n2.png,cats\n", "one class only"),
 }
 

@@ -43,7 +43,8 @@ def check_meaning(place: Folder, *, layout: str) -> None:
     """Refuse folders that look like splits or groups rather than classes; `layout` is the value of data.layout that allows them.
 
     Raises:
-        UserError: folders of the same name hold images in several of them, or one of them holds splits.
+        UserError: folders of the same name hold images in several of them, where there are several such names or images beside them;
+            or one of them holds splits.
     """
     remedy = f"if the folders in {place.path} are the classes, set data.layout={layout}"
     holders: dict[str, dict[str, Path]] = defaultdict(dict)
@@ -57,7 +58,12 @@ def check_meaning(place: Folder, *, layout: str) -> None:
             if part is not folder and part.images:
                 holders[part.name.casefold()].setdefault(folder.name, part.path)
     shared = [list(places.values()) for places in holders.values() if len(places) > 1]
-    if shared and len(holders) > 1:  # class folders with one folder `images` each are a habit
+    if shared and any(folder.images for folder in place.folders):
+        raise UserError(
+            f"{shared[0][0]} and {shared[0][1]} have one name, and there are images beside such folders, so they may hold masks, "
+            f"thumbnails or groups of images; move them out of {place.path}, or, to read their images as well, {remedy}"
+        )
+    if shared and len(holders) > 1:  # class folders with one folder `images` each, and nothing else, are a habit
         raise UserError(
             f"{shared[0][0]} and {shared[0][1]} have one name, so the folders in {place.path} look like splits or groups of images; "
             f"rename splits to train, validation and test, or give one group as data.path, or, {remedy}"

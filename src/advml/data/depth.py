@@ -18,6 +18,7 @@ from advml.errors import UserError
 
 FULL = 65535
 GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of one channel with more than 8 bits
+DIM = 8  # half of the images below this fraction of white are too many to be meant
 PHOTOMETRIC = 262  # TIFF's tag; 0: the smallest value is white
 
 
@@ -28,11 +29,13 @@ class Depth:
     Attributes:
         images: their number.
         largest: the largest value in any of them.
+        median: of the largest values of each.
         white_level: the value that became white, 255.
     """
 
     images: int
     largest: float
+    median: float
     white_level: float
 
 
@@ -54,7 +57,7 @@ def is_deep(image: Image.Image) -> bool:
     codec, _, _, form = image.tile[0]
     if image.format == "PPM" and codec != "raw":
         return form[-1] == FULL
-    return image.mode in GREY or ";16" in str(form)
+    return image.mode in GREY or (";16" in str(form) and "BGR;16" not in str(form))  # BMP's pixels of 5, 6 and 5 bits
 
 
 def largest(image: Image.Image, *, white: float | None) -> Largest:
@@ -85,7 +88,7 @@ def settle(found: Collection[Largest], *, white: float | None) -> Depth:
         UserError: colour images of 16 bits would have to be stretched, although Pillow reads their upper 8 bits alone.
     """
     top = max(one.value for one in found)
-    level = white or float(2 ** max(8, int(top).bit_length()) - 1)
+    level = white or _holding(top)
     colour = sum(one.colour for one in found)
     if colour and level != FULL:
         why = "data.white_level" if white else f"no value exceeds {top:g}, so white"
@@ -93,7 +96,12 @@ def settle(found: Collection[Largest], *, white: float | None) -> Depth:
             f"{why} = {level:g}, but of {colour} colour images with 16 bits per channel only the upper 8 bits can be read; "
             f"save them with 8 bits, or take them as they are with -S data.white_level={FULL}"
         )
-    return Depth(len(found), top, level)
+    return Depth(len(found), top, float(np.median([one.value for one in found])), level)
+
+
+def _holding(value: float) -> float:
+    """The smallest 2^k - 1 (k >= 8) that is not below `value`, up to its fraction."""
+    return float(2 ** max(8, int(value).bit_length()) - 1)
 
 
 def eight_bits(image: Image.Image, *, white: float) -> Image.Image:
@@ -110,6 +118,12 @@ def sentence(depth: Mapping[str, Any], *, chosen: bool) -> str:
     """The `depth` of dataset.json in words, without capital and full stop; `chosen`: by data.white_level."""
     how = "by data.white_level" if chosen else "found from the range in use; another with -S data.white_level=VALUE"
     cut = "; larger values are cut off" if depth["largest"] > depth["white_level"] else ""
+    median = depth.get("median", depth["white_level"])  # data that an older version prepared lack it
+    if not chosen and median < depth["white_level"] / DIM:
+        cut = (
+            f"; WARNING: half of them hold no value above {median:.10g} and are nearly black, and every epsilon is large beside their "
+            f"contrast: if few saturated or marked pixels exceed it, set data.white_level={_holding(median):.10g}"
+        )
     return (
         f"{depth['images']} of the images have more than 8 bits per channel, with values up to {depth['largest']:.10g}: "
         f"{depth['white_level']:.10g} is white ({how}){cut}"

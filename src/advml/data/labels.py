@@ -1,20 +1,35 @@
-"""Labels of images that lie in one folder, from a text file beside them: a line for each image, file name and class first.
+"""Labels of images that lie in one folder, from a text file beside them: a line for each image, its file name first.
 
-    val_0.JPEG	n03444034	0	32	44	62            Tiny-ImageNet's val/val_annotations.txt
     1.jpg,cats                                        labels.csv, with or without a header
+    filename,width,height,class,xmin,...              a header that names the column of the class (`LABEL_WORDS`)
+    val_0.JPEG	n03444034	0	32	44	62            Tiny-ImageNet's val/val_annotations.txt
 
-Separated by tabs, commas, semicolons or spaces; further columns are ignored.
+Separated by tabs, commas, semicolons, or the first blank of a line. More than two columns without a header that names one of
+them are refused, Tiny-ImageNet's form excepted: the second may be a coordinate, a size, or one of several 0/1 columns.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from advml.data.tree import composed
 from advml.errors import UserError
+
+# Headers of the column that holds the class, in small letters and without anything else.
+LABEL_WORDS = frozenset(
+    (
+        *("class", "classes", "classname", "classid", "classlabel", "classindex"),
+        *("label", "labels", "labelname", "labelid", "labelindex"),
+        *("category", "categories", "categoryname", "categoryid"),
+        *("target", "targets", "groundtruth", "species", "breed", "diagnosis"),
+    )
+)
+SHOWN = 12  # columns in a message
+NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?\s*")
 
 
 def read_labels(tables: list[Path], images: list[Path]) -> tuple[Path, dict[str, list[Path]]] | None:
@@ -32,11 +47,12 @@ def read_labels(tables: list[Path], images: list[Path]) -> tuple[Path, dict[str,
 
 def _by_class(table: Path, rows: list[list[str]], images: list[Path]) -> dict[str, list[Path]]:
     known = _by_name(images, table)
+    column = _label_column(table, rows, header=rows[0][0] not in known)
     if rows[0][0] not in known:
-        rows = rows[1:]  # a header
+        rows = rows[1:]
     classes: dict[Path, str] = {}
     for row in rows:
-        name, label = row[0], composed(row[1].strip()) if len(row) > 1 else ""
+        name, label = row[0], composed(row[column].strip()) if len(row) > column else ""
         if name not in known:
             raise UserError(f"{table} names '{name}', and there is not one image of that name; write a line 'FILE,CLASS' for each image")
         if not label:
@@ -51,6 +67,27 @@ def _by_class(table: Path, rows: list[list[str]], images: list[Path]) -> dict[st
     return dict(sorted(chosen.items()))
 
 
+def _label_column(table: Path, rows: list[list[str]], *, header: bool) -> int:
+    """The position of the class in a row: after the file name, or where the header says."""
+    width = max(map(len, rows))
+    named = [at for at, cell in enumerate(rows[0]) if at and re.sub("[^a-z]", "", cell.lower()) in LABEL_WORDS] if header else []
+    if width <= 2 or (not header and all(_is_tiny_imagenet(row) for row in rows)):
+        return 1
+    if len(named) != 1:
+        what = f"{len(named)} of them" if named else "none of them"
+        cells = ", ".join(" ".join(cell.split()) for cell in rows[0][:SHOWN]) + (", ..." if len(rows[0]) > SHOWN else "")
+        raise UserError(
+            f"{table} has {width} columns ({cells}), and {what} can be told by a header to be the class; "
+            f"write a line 'FILE,LABEL' for each image, call the column of the class 'class', and no other like it, or remove the file"
+        )
+    return named[0]
+
+
+def _is_tiny_imagenet(row: list[str]) -> bool:
+    """A file, a class that is no number, and the four numbers of a box."""
+    return len(row) == 6 and not NUMBER.fullmatch(row[1]) and all(map(NUMBER.fullmatch, row[2:]))
+
+
 def _by_name(images: list[Path], table: Path) -> dict[str, Path]:
     """By path from the table's folder, and by bare name where that is unique."""
     count = Counter(image.name for image in images)
@@ -59,14 +96,22 @@ def _by_name(images: list[Path], table: Path) -> dict[str, Path]:
 
 
 def _rows(table: Path) -> list[list[str]]:
-    """Not empty ones; nothing if the file is no text."""
+    """Not empty ones, without empty cells at their ends; nothing if the file is no text."""
     try:
         text = table.read_text(encoding="utf-8-sig")
         first = text.lstrip().partition("\n")[0]
-        separator = next((mark for mark in "\t,;" if mark in first), " ")
-        rows = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-        return [[composed(row[0].strip()), *row[1:]] for row in rows if row and row[0].strip()]
+        if separator := next((mark for mark in "\t,;" if mark in first), None):
+            rows = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+        else:  # the name of a class may have blanks in it
+            rows = ([cell.strip().strip('"') for cell in line.split(maxsplit=1)] for line in io.StringIO(text))
+        return [[composed(row[0].strip()), *_filled(row[1:])] for row in rows if row and row[0].strip()]
     except OSError as error:
         raise UserError(f"{table} cannot be read ({error.strerror}); mend or remove it") from None
     except (UnicodeDecodeError, csv.Error):
         return []
+
+
+def _filled(cells: list[str]) -> list[str]:
+    while cells and not cells[-1].strip():
+        cells.pop()
+    return cells

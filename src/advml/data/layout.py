@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from advml.data.class_folders import Classes, check_meaning, images_by_class, remarks_on_names
+from advml.data.class_folders import SHOWN, Classes, check_meaning, images_by_class, remarks_on_names
 from advml.data.labels import read_labels
 from advml.data.split_names import split_of
 from advml.data.tree import Folder
@@ -52,6 +52,12 @@ def read_layout(root: Folder, layout: str) -> Layout:
         raise UserError(f"data.layout = 'splits', but {place.path} holds no folder for training; call it train")
     if place is not root:
         remarks.append(f"{place.path} is read, as {root.path} holds nothing else")
+    if not splits and layout == "auto":
+        remarks += [
+            f"{one.path} is read as a class like those beside it; remove it if it is none, or set data.layout=classes"
+            for one in place.folders
+            if one.holds_images and split_of(one.name) == ("train", "")
+        ]
     if splits:
         remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in splits.values()]
     found: dict[str, Classes] = {}
@@ -61,7 +67,9 @@ def read_layout(root: Folder, layout: str) -> Layout:
         if labels:
             table, found[split] = labels
             tables.append(table)
-            remarks.append(f"labels of {split} are read from {table}")
+            names = list(found[split])
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            remarks.append(f"labels of {split} are read from {table}: {len(names)} classes ({shown})")
         elif inner.folders:
             found[split] = images_by_class(inner)
             if layout == "auto":
@@ -118,6 +126,15 @@ def _splits(root: Folder, layout: str) -> dict[str, Folder]:
     alone = len(folders) == sum(map(len, groups[""].values()))
     if plain and not named and (nested or alone or layout == "splits"):
         named = [groups[""]]  # beside other classes, one that is called `train` is a class: its images lie in it directly
+    if not named and not alone and layout == "auto":
+        for split, places in groups.get("", {}).items():
+            if split != "train":
+                beside = next(folder.path.name for folder in folders if split_of(folder.name)[1] or not split_of(folder.name)[0])
+                arrange = "" if split == "unlabelled" else f" and {split}/CLASS/1.jpg"
+                raise UserError(
+                    f"{root.path} holds '{places[0].path.name}', a name for {split} images, beside '{beside}'; "
+                    f"remove it, arrange the images as train/CLASS/1.jpg{arrange}, or, {REMEDY}"
+                )
     return _one_folder_each(root, folders, named) if named else {}
 
 

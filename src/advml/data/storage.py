@@ -50,7 +50,7 @@ class Dataset:
         ignored: number of files that are no images, or lie where no class is.
         remarks: what a user may not expect of these data, a line each.
         duplicates: images with equal pixels, as `duplicates.describe` counts them, `dropped` per split, and `examples`.
-        depth: of images with more than 8 bits per channel: `images`, `largest`, `white_level`.
+        depth: of images with more than 8 bits per channel: `images`, `largest`, `median`, `white_level`.
         parameters: the `data` section that made it.
     """
 
