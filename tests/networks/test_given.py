@@ -260,6 +260,11 @@ def test_one_logit_of_two_classes_is_that_of_the_second(two, name):
     assert torch.allclose(nn.functional.cross_entropy(logits, two.test.labels), wanted)
 
 
+def test_the_class_of_the_one_logit_is_the_second_of_the_names_given(two):
+    given, images = found("binary:flat", two, classes="bright,dark"), two.test.images / 255
+    assert "'dark'" in given.remarks[0] and torch.equal(given.network(images), found("binary:flat", two).network(images).flip(1))
+
+
 def test_one_probability_of_two_classes_is_no_logit(two):
     with pytest.raises(UserError, match=r"binary:probability gives one number per image between 0 and 1, .* wrap it: def wrapped\(\)"):
         found("binary:probability", two)
