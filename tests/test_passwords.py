@@ -83,6 +83,15 @@ def test_passwords_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch
     assert masked("server said: S3CRET, in /home/ann") == "server said: ***, in /home/ann"
 
 
+def test_a_password_that_is_a_word_is_masked_in_addresses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "mlflow")
+    remember("postgresql://mlflow:mlflow@host/mlflow")
+    assert masked("mlflow.db cannot be opened; start: mlflow ui") == "mlflow.db cannot be opened; start: mlflow ui"
+    assert masked("postgresql://mlflow:mlflow@host/mlflow is down") == "postgresql://mlflow:***@host/mlflow is down"
+    monkeypatch.setenv("POSTGRES_PASSWORD", "correcthorsebattery")
+    assert masked("no correcthorsebattery, a%40correcthorsebattery") == "no ***, a%40***"
+
+
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """All that a command prints."""
     with pytest.raises(SystemExit):
