@@ -18,16 +18,19 @@ import re
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 MASK = "***"
-_NAME = r"""(?:[\w.-]*(?:password|passwd|passphrase|passfile|pwd|secret|api_?key|access_?key|credential|odbc_connect)[\w-]*
-    |(?:[\w-]*(?:access|auth|api|bearer|refresh|security|session)[_-]?)?token|pass|sig)"""
+# The patterns are bounded, so that a long text takes no longer than its length.
+_NAME = r"""(?:(?:password|passwd|passphrase|passfile|pwd|secret|api_?key|access_?key|credential|odbc_connect)[\w-]{0,40}
+    |(?:access|auth|api|bearer|refresh|security|session)[_-]?token)"""
+# These are words too (`forward pass = 3 steps`): they count within an address, or without a blank before the sign.
+_WORD = r"""(?<![\w.-])(?:(?:pass|token)(?:=|%3D)\s?|(?<=[?&;])(?:pass|token)\s?=\s?|(?<=[?&])sig(?:=|%3D))"""
 # A value may hold `&` and `;`: it ends where the next `name=` begins, at a blank, or where its quote or brace ends.
-_VALUE = r"""(?:'[^']*'|"[^"]*"|\{[^}]*\}|(?:(?![&;][\w.%-]+=)\S)*)"""
-_ASSIGNED = re.compile(rf"(?<![\w.-])(?P<head>{_NAME}\s?(?:=|%3D)\s?)(?P<value>{_VALUE})", re.IGNORECASE | re.VERBOSE)
-_HEAD = r"(?P<head>\b[a-z][\w+.-]*://[^\s:/?#@'\"\[]*:)"  # scheme://user:
+_VALUE = r"""(?:'[^']{0,2000}'|"[^"]{0,2000}"|\{[^}]{0,2000}\}|(?:(?![&;][\w.%-]{1,60}=)\S)*)"""
+_ASSIGNED = re.compile(rf"(?P<head>{_NAME}\s?(?:=|%3D)\s?|{_WORD})(?P<value>{_VALUE})", re.IGNORECASE | re.VERBOSE)
+_HEAD = r"(?P<head>(?<=\w)(?<!\bs3)(?<!\bgs)(?<!\bfile)://[^\s:/?#@'\"\[]*:)"  # scheme://user:, but of no bucket or file
 # A password may hold any character: it ends at the last @ of the word.
-_PASSWORD = re.compile(rf"{_HEAD}(?P<value>\S*)(?=@)", re.IGNORECASE)
+_PASSWORD = re.compile(rf"{_HEAD}(?P<value>\S{{0,2000}})(?=@)", re.IGNORECASE)
 _TOKEN = re.compile(r"(?P<head>\bhttps?://)(?P<value>[^\s:/?#@'\"]+)(?=@)", re.IGNORECASE)  # a name alone may be the secret
-_CUT = re.compile(rf"{_HEAD}(?!\S*@)(?P<value>(?!\d{{1,5}}(?![\w%]))[^\s'\"]+)", re.IGNORECASE)  # not a port, and the @ is cut off
+_CUT = re.compile(rf"{_HEAD}(?P<value>(?!\d{{1,5}}(?![\w%]))(?!\S{{0,2000}}@)[^\s'\"]+)", re.IGNORECASE)  # not a port, and the @ is cut off
 # Of a setting that should be an address: whatever stands between the first colon after the scheme and the last @, but a port.
 _LOOSE = re.compile(r"^(?>(?:.*?:/+)?)[^:@/]*:(?!\d{1,5}[/?])(?P<value>.+)@", re.DOTALL)
 _OF_THE_ENVIRONMENT = re.compile(r"(?:PASSWORD|PASSWD|TOKEN|SECRET|ACCESS_KEY|API_KEY)$")
