@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_a_line_shows_what_it_escapes(text: str, line: str) -> None:
 def test_a_long_line_keeps_its_begin_and_its_end() -> None:
     line = one_line("data.path = " + "x" * 10**6 + "; choose another folder")
     assert line.startswith("data.path = xxx") and line.endswith("xxx; choose another folder") and len(line) == LONGEST
+
+
+def test_a_huge_text_is_shortened_fast_and_between_words() -> None:
+    begin = time.process_time()
+    line = one_line("no host in " + 10**6 * "a://b:1/ " + "; choose another")
+    assert time.process_time() - begin < 2 and line.startswith("no host in a://b") and line.endswith("; choose another")
+    for before, after in (("", ""), (60_000 * "x ", ""), ("", 60_000 * " x")):
+        assert "S3CRET" not in one_line(f"{before}http://ann:{20_000 * 'S3CRET'}@host{after}; retry")
 
 
 @pytest.mark.parametrize("error", [UserError, Failure, lambda text: OSError(5, "Input/output error", text)])

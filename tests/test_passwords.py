@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_what_holds_no_secret_stays_as_it_is() -> None:
     for text in (
         "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning is down; run: advml ui",
         "http://[::1]:5000/x, https://github.com/a/b@v1, sqlite:///a/b@c.db, postgresql://ann@host:5432/x, me@host.com: no such file",
+        "forward pass = 3 steps, token = 5; choose another, sig=3, s3://bucket:x/y, gs://bucket:x, 2 s3://b:x; s3://b",
         "# model.options.class_token = False; -S model.options.class_token=false; passes=3, 4 passes in 2:30",
     ):
         assert masked(text) == text
@@ -81,6 +83,38 @@ def test_passwords_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "S3CRET")
     monkeypatch.setenv("PWD", "/home/ann")
     assert masked("server said: S3CRET, in /home/ann") == "server said: ***, in /home/ann"
+
+
+def test_a_password_that_is_a_word_is_masked_in_addresses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "mlflow")
+    remember("postgresql://mlflow:mlflow@host/mlflow")
+    assert masked("mlflow.db cannot be opened; start: mlflow ui") == "mlflow.db cannot be opened; start: mlflow ui"
+    assert masked("postgresql://mlflow:mlflow@host/mlflow is down") == "postgresql://mlflow:***@host/mlflow is down"
+    monkeypatch.setenv("POSTGRES_PASSWORD", "correcthorsebattery")
+    assert masked("no correcthorsebattery, a%40correcthorsebattery") == "no ***, a%40***"
+
+
+def test_words_that_are_names_of_secrets_too_count_in_addresses() -> None:
+    for text in (
+        "http://h/x?sig=S3CRET",
+        "x?a=b&token=S3CRET",
+        "h/x;pass=S3CRET",
+        "token=S3CRET",
+        "token= S3CRET",
+        "session_token = S3CRET",
+        "x?sig%3DS3CRET",
+    ):
+        assert "S3CRET" not in masked(text), text
+
+
+@pytest.mark.parametrize(
+    "part", ["a.", "a://b:", "a://b:'", "a://b:1/", "password", "password={ ", "password='", "x;", "pass=&a", "%3D", "http://a"]
+)
+def test_a_long_text_is_masked_in_a_time_of_its_length(part: str) -> None:
+    text = 20_000 * part
+    begin = time.process_time()
+    masked(text)
+    assert time.process_time() - begin < 1.5
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -222,6 +222,21 @@ def test_an_override_reaches_keys_that_the_template_leaves_at_their_defaults(ove
     assert config.apply("\n".join(after), ()) == config.apply(written("digits"), [override])
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("cluster.slots=2", "cluster.cores=4"),
+        ("cluster={slots: 2}", "cluster.cores=4"),
+        ("cluster.slots=2", "cluster.options={a: {b: [1, 2]}}"),
+        ("views.supervised.pad=4", "views.contrastive.pad=2"),
+        ("views.supervised.pad=4", "views.supervised.resized_crop=[1/2, 1]"),
+        ("model.options.stem.kind=deep", "model.options.stem.width=8"),
+    ],
+)
+def test_two_overrides_of_keys_that_the_template_does_not_write_are_both_there(pair: tuple[str, str]) -> None:
+    assert config.apply(preset("digits", overrides=pair), ()) == config.apply(written("digits"), pair)
+
+
 def test_a_new_key_comes_before_the_comments_that_lead_to_the_next_section() -> None:
     text = "a:\n  b: 1  # of b\n\n  # of all\n\n# of c\nc:\n- 1\n"
     assert rewrite(text, {"a.new": None}, {}) == text.replace("# of b\n", "# of b\n  new: null\n")

@@ -13,6 +13,7 @@ import unicodedata
 from advml.passwords import masked
 
 LONGEST = 500  # characters
+HUGE = 50_000  # characters: of what is longer, words in the middle are left out before passwords are looked for
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn"}  # control characters, among them ESC; marks that turn the direction of writing; halves of pairs
 
@@ -22,7 +23,7 @@ def one_line(text: object, *, longest: int = LONGEST) -> str:
 
     What is too long loses its middle: a message begins with the thing and ends with the remedy.
     """
-    line = _BREAKS.sub(" ", masked(str(text)).strip())
+    line = _BREAKS.sub(" ", masked(_without_middle(str(text))).strip())
     if len(line) > 20 * longest:  # escaping megabytes takes seconds
         line = _shortened(line, 20 * longest)
     line = "".join(_escaped(character) for character in line)
@@ -32,6 +33,12 @@ def one_line(text: object, *, longest: int = LONGEST) -> str:
 def tell(text: object) -> None:
     """Print one line on stderr."""
     print(one_line(text), file=sys.stderr, flush=True)
+
+
+def _without_middle(text: str) -> str:
+    """At most about HUGE characters, but whole words, which may hold a password."""
+    first, last = text.find(" ", HUGE // 2), text.rfind(" ", 0, max(len(text) - HUGE // 2, 0))
+    return f"{text[:first]} ...{text[last:]}" if 0 < first < last else text
 
 
 def _shortened(line: str, longest: int) -> str:

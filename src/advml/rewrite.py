@@ -25,16 +25,14 @@ def rewrite(text: str, values: dict[str, Any], remarks: dict[str, str]) -> str:
     yaml = _yaml()
     document, absent = yaml.load(text), {}
     for key, value in values.items():
-        section, rest = _place(document, key)
-        if rest[0] in section or section.fa.flow_style() or not section:
-            _set(section, rest[0], _nested(rest[1:], value))
-        else:
+        if not _put(document, key, value):
             absent[key] = value
     for key, remark in remarks.items():
         _remark(*_parent(document, key), remark)
     text = _text(yaml, document)
     for key, value in absent.items():
-        text = _with_line(text, key, value)
+        document = yaml.load(text)  # anew: the key before may have made the section of this one
+        text = _text(yaml, document) if _put(document, key, value) else _with_line(text, key, value)
     return text
 
 
@@ -72,6 +70,15 @@ def _nested(parts: list[str], value: Any) -> Any:
     return functools.reduce(lambda inner, name: {name: inner}, reversed(parts), value)
 
 
+def _put(document: CommentedMap, key: str, value: Any) -> bool:
+    """Set a key that is there, or in a section on one line; False for one that needs a line of its own."""
+    section, rest = _place(document, key)
+    if not (rest[0] in section or section.fa.flow_style() or not section):
+        return False
+    _set(section, rest[0], _nested(rest[1:], value))
+    return True
+
+
 def _set(section: CommentedMap, key: str, value: Any) -> None:
     if not section:  # {} stays in its line
         section.fa.set_flow_style()
@@ -86,7 +93,7 @@ def _in_a_line(value: Any) -> Any:
     """[0, 1] or {a: 1} behind its key, so that the key's comment stays behind it too."""
     if not isinstance(value, (list, dict)):
         return value
-    found = CommentedSeq(value) if isinstance(value, list) else CommentedMap(value)
+    found = CommentedSeq(value) if isinstance(value, list) else CommentedMap({key: _in_a_line(inner) for key, inner in value.items()})
     found.fa.set_flow_style()
     return found
 

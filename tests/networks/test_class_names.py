@@ -18,6 +18,11 @@ def test_names_come_from_a_list_a_file_or_an_order(tmp_path):
     assert read("natural", CLASSES) == ["1", "2", "10", "café"]
 
 
+def test_a_list_may_be_longer_than_a_file_name():
+    names = [f"class number {number}" for number in range(100)]
+    assert read(",".join(names), names) == names
+
+
 def test_a_file_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / "names").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(UserError, match=r"--classes .*names cannot be read"):

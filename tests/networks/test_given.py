@@ -260,6 +260,11 @@ def test_one_logit_of_two_classes_is_that_of_the_second(two, name):
     assert torch.allclose(nn.functional.cross_entropy(logits, two.test.labels), wanted)
 
 
+def test_the_class_of_the_one_logit_is_the_second_of_the_names_given(two):
+    given, images = found("binary:flat", two, classes="bright,dark"), two.test.images / 255
+    assert "'dark'" in given.remarks[0] and torch.equal(given.network(images), found("binary:flat", two).network(images).flip(1))
+
+
 def test_one_probability_of_two_classes_is_no_logit(two):
     with pytest.raises(UserError, match=r"binary:probability gives one number per image between 0 and 1, .* wrap it: def wrapped\(\)"):
         found("binary:probability", two)
@@ -343,7 +348,7 @@ def test_a_prefix_of_all_weights_is_stripped_told_and_recorded(weights, dataset,
 def test_a_pickle_in_place_of_a_model_is_told_how_to_convert(dataset, tmp_path):
     for target, how in ((str(tmp_path / "w.pth"), {}), ("test_resnet", {"weights": tmp_path / "w.pth"})):
         (tmp_path / "w.pth").write_bytes(b"PK")
-        with pytest.raises(UserError, match=r"w.pth is a pickle, .* weights_only=True.*save_file"):
+        with pytest.raises(UserError, match=r"a pickle .*/w'; .*'\.pth', .*weights_only=True.*save_file"):
             found(target, dataset, **how)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from advml.errors import UserError
-from advml.networks.weights import fill, prefix_of, read
+from advml.lines import one_line
+from advml.networks.weights import fill, how_to_convert, prefix_of, read
 
 
 def network(*, classes: int = 3) -> nn.Module:
@@ -108,6 +110,11 @@ def test_the_conversion_that_is_told_works(tmp_path):
     command = str(stopped.value).partition('python -c "')[2].partition('"')[0]
     exec(command, {})
     assert fill(network(), read(tmp_path / "w.safetensors")) == ""
+
+
+def test_the_command_that_converts_is_told_whole_for_a_long_path():
+    told = how_to_convert(Path("/data/" + 110 * "x" + ".pth")) + "; then: advml evaluate TIMM_NAME --weights FILE.safetensors"
+    assert one_line(f"advml: {told}") == f"advml: {told}"
 
 
 def test_anything_else_is_one_line(tmp_path):

@@ -105,7 +105,8 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 def _shown(error: dict[str, Any]) -> str:
     """The value as YAML writes it, cut short: it may be a whole section."""
     value = error["input"]
-    text = masked(repr(value) if isinstance(value, str) else json.dumps(value, default=repr))  # before it is cut in the midst of a password
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    text = masked(text[:10_000])  # much more than is shown, so that no password is cut in the midst there
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

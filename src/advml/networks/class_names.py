@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import unicodedata
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -22,9 +23,8 @@ def read(text: str, classes: Sequence[str]) -> list[str]:
     """
     if text in ORDERS:
         return ORDERS[text](classes)
-    path = Path(text)
-    try:
-        given = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else text.split(",")
+    try:  # names may be longer than a path can be, for which Path.is_file raises
+        given = Path(text).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(text) else text.split(",")
     except (OSError, UnicodeError) as error:
         raise UserError(f"--classes {text} cannot be read ({error}); give a text file in UTF-8 with one class name per line") from None
     return [name.strip() for name in given if name.strip()]

@@ -52,7 +52,7 @@ def fit(
     if len(dataset.classes) == 2 and READINGS[reading](output).shape in ((2,), (2, 1)):
         adapter = replace(adapter, binary=True)
         _check_logit(READINGS[reading](_output(module, adapter, _spread(dataset.validation.images).to(device), name)), name)
-        lines.append(f"{name}: its one logit z is taken for that of class {dataset.classes[1]!r}; logits are (0, z)")
+        lines.append(f"{name}: its one logit z is taken for that of class {(names or dataset.classes)[-1]!r}; logits are (0, z)")
     natural = natural_order(dataset.classes)
     if names is None and natural != list(dataset.classes):
         here, there = (", ".join(order[:3]) for order in (dataset.classes, natural))

@@ -34,11 +34,12 @@ def read(path: Path) -> bytes:
 
 
 def how_to_convert(path: Path) -> str:
-    """One line on what to do with a file of torch.save."""
+    """One line on what to do with a file of torch.save. It names the path once: a long line would lose its middle, the command."""
     return (
-        f"{path} is a pickle, which can run code when it is opened and is never loaded here; convert it where you trust it: python -c "
-        f"\"import torch, safetensors.torch as s; w = torch.load('{path}', map_location='cpu', weights_only=True); "
-        f"w = w.get('state_dict', w); s.save_file({{k: v.clone() for k, v in w.items()}}, '{path.with_suffix('.safetensors')}')\""
+        "a pickle can run code when it is opened and is never loaded here; convert this one where you trust it: python -c "
+        f"\"import torch, safetensors.torch as s; p = '{path.with_suffix('')}'; "
+        f"w = torch.load(p + '{path.suffix}', 'cpu', weights_only=True); "
+        "s.save_file({k: v.clone() for k, v in w.get('state_dict', w).items()}, p + '.safetensors')\""
     )
 
 
