@@ -101,6 +101,9 @@ DRAWN: dict[str, Draw] = {
     "data.max_train": whole(20, 40),
     "data.max_test": whole(10, 20),
     "data.skip_corrupt": one_of(True, False),
+    "data.layout": one_of("auto", "classes"),
+    "data.duplicates": one_of("keep", "drop"),
+    "data.white_level": maybe(log(1, 2**32)),
     "data.seed": one_of(0, 1, 2**31 - 1),
     "model.backbone": one_of("test_resnet", "test_efficientnet"),
     "model.stem": one_of("small", "native"),
@@ -202,7 +205,7 @@ def test_every_key_is_drawn_or_fixed(template: dict[str, Any]) -> None:
     keys = {
         key
         for key in config.flatten(config.validate(template).model_dump(mode="json"))
-        if not key.startswith("tune.") and not key.startswith("model.options.")
+        if not key.startswith(("tune.", "model.options.", "cluster."))
     }
     assert keys - {"model.options"} == DRAWN.keys() - {"model.options"} | FIXED.keys()
 

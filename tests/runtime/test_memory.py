@@ -79,7 +79,6 @@ def test_a_need_beyond_all_memory_is_refused_with_the_remedy(machine, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("side", [40_000, 2**63])
-def test_a_data_set_that_does_not_fit_is_refused_before_it_is_read(machine, side):
+def test_a_data_set_that_does_not_fit_is_refused_before_it_is_read(machine):
     with pytest.raises(UserError, match=r"1797 images of 3x\d+x\d+ need .* GiB of memory, .*data\.image_size.*data\.max_train"):
-        prepare(Data(name="digits", validation=0.1, test=0.2, image_size=side, channels=3))
+        prepare(Data(name="digits", validation=0.1, test=0.2, image_size=4096, channels=3))

@@ -23,7 +23,7 @@ from advml.passwords import remember
 LONGEST = 1_000_000  # characters of a params.yaml
 MOST_VALUES = 100_000  # in it, and in all that its aliases stand for
 DEEPEST = 30  # levels of sections and lists
-FREE = "model.options"  # a section of any keys
+FREE = ("model.options", "cluster.options")  # sections of any keys
 OPTIONAL = {name for name, field in Config.model_fields.items() if not field.is_required()}  # sections that a file may leave out
 
 
@@ -193,7 +193,7 @@ def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
     *parents, leaf = parts_of(key)
     for done, name in enumerate(parents, 1):
         path = ".".join(parents[:done])
-        if name not in node and path not in OPTIONAL and not path.startswith(f"{FREE}."):
+        if name not in node and path not in OPTIONAL and path not in FREE and not path.startswith(tuple(f"{free}." for free in FREE)):
             raise UserError(f"{told}{key}: {unknown(path, Config.model_fields if node is raw else node)}")
         if not isinstance(node.setdefault(name, {}), dict):
             raise UserError(f"{told}{key}: '{path}' is a value, not a section")

@@ -103,4 +103,4 @@ class Cluster(Section):
     walltime: Text | None = None
     queue: Text | None = None
     account: Text | None = None
-    options: dict[str, Any] = Field(default_factory=dict)  # passed on to dask_jobqueue's class
+    options: Options = Field(default_factory=dict)  # passed on to dask_jobqueue's class

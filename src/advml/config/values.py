@@ -56,9 +56,9 @@ def plain_value(value: Any) -> Any:
 
 
 def checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of timm, which is the judge of the rest."""
+    """Keyword arguments of a library, which is the judge of the rest."""
     if unfit := next((key for key in options if not key.isidentifier()), None):
-        raise PydanticCustomError("option", "must name options of timm, and {key} is no name", {"key": repr(unfit)})
+        raise PydanticCustomError("option", "must name options, and {key} is no name", {"key": repr(unfit)})
     return plain_value(options)
 
 

@@ -157,7 +157,7 @@ class _Batch:
 
     def _wanted(self) -> int:
         """How many of this batch's adversarial images are to be kept."""
-        if not self.figure.kept:
+        if not self.figure.kept or self.figure.craft is None or self.clean is None:  # the latter two: clean images
             return 0
         limit = self.effort.keep
         return len(self.rows) if limit is None else min(len(self.rows), max(0, limit - int(self.rows[0])))
