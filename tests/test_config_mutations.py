@@ -166,13 +166,8 @@ def is_refused(text: str, path: Path) -> bool:
 
 LOWER, UPPER = {"minimum", "exclusiveMinimum", "ge", "gt"}, {"maximum", "exclusiveMaximum", "le", "lt"}
 # By validators of their own.
+# By validators of their own.
 JUDGED_ELSEWHERE = {"model.options", "cluster.options", "tune.attack.space", "tune.finetune.space", "tune.pretrain.space"}
-    "model.options",
-    "cluster.options",
-    "tune.attack.space",
-    "tune.finetune.space",
-    "tune.pretrain.space",
-}  # by validators of their own
 
 
 def unbounded(schema: dict[str, Any], root: dict[str, Any], path: str = "") -> Iterator[str]:
