@@ -153,8 +153,10 @@ def test_jobs_of_a_queue_run_the_stages_over_an_encrypted_line(study):
 )
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, where, options, told):
     monkeypatch.setattr("advml.engine.cluster.PATIENCE", 0.2)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match=told), connect(where, root=tmp_path, jobs=1, options=Cluster(**options)):
         pass
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_machine_that_does_not_see_the_study_is_named(tmp_path):

@@ -26,6 +26,13 @@ def test_a_batch_norm_that_gets_one_value_per_channel_is_refused_with_the_batch_
     try_step(one_pixel, count=2)
 
 
+def test_bfloat16_on_a_cpu_is_refused_where_its_gradients_are_wrong():
+    """The last strided convolutions of the native stem get one pixel of an image of 8 x 8."""
+    with pytest.raises(UserError, match=r"runtime\.precision = bf16: .*layer"):
+        try_step(network(stem="native"), count=2, cpu_bfloat16=True)
+    try_step(network(stem="small"), count=2, cpu_bfloat16=True)
+
+
 def test_a_network_that_trains_is_as_before():
     tried = network(options={"drop_rate": 0.5})
     state = {key: value.clone() for key, value in tried.state_dict().items()}

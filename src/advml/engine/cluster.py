@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -129,7 +130,9 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster) -> Any:
         **{key: value for key, value in wanted.items() if value is not None},
         **options.options,
     }
+    before = signal.getsignal(signal.SIGINT)
     make = getattr(importlib.import_module(f"dask_jobqueue.{name}"), kind)
+    signal.signal(signal.SIGINT, before)  # the import makes Ctrl-C a silent end of the process with exit code 0
     known = {key for part in (*make.job_cls.__mro__, *make.__mro__) for key in inspect.signature(part.__init__).parameters}
     if strange := settings.keys() - known:
         raise UserError(f"params.yaml: cluster.options has {min(strange)!r}, which dask_jobqueue.{kind} does not take")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from advml import config
 from advml.attacks.adversary import Adversary, training_adversary
 from advml.data.datasets import Dataset
@@ -56,7 +58,9 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
     check_regimes(configuration, network)
     views = 2 if row.groups else 1  # of each image, in one batch
-    try_step(network, count=views * _smallest_batch(configuration.pretrain[scheme], dataset))
+    on_cpu = configuration.runtime.device == "cpu" or (configuration.runtime.device == "auto" and not torch.cuda.is_available())
+    bfloat16 = on_cpu and configuration.runtime.precision == "bf16"
+    try_step(network, count=views * _smallest_batch(configuration.pretrain[scheme], dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,
         phase=configuration.pretrain[scheme],
