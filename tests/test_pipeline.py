@@ -244,8 +244,8 @@ def test_the_committed_lock_is_of_the_committed_stages_and_parameters(tmp_path):
         done = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=REPOSITORY, capture_output=True, check=False)
         return done.stdout if done.returncode == 0 else None
 
-    if at_head("dvc.lock") is None:
-        pytest.skip("no dvc.lock is committed")
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("a release archive has no commits")
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".dvc/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(at_head(name))

@@ -44,7 +44,7 @@ def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
     sys.excepthook = print_fault
-    if parent := os.environ.get("ADVML_PARENT"):
+    if parent := os.environ.get("ADVML_PARENT"):  # engine.parent.PARENT; imported only where it is set, because psutil takes time
         from advml.engine.parent import end_with
 
         end_with(int(parent))
