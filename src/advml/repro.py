@@ -8,22 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from advml.config import Cluster
 from advml.engine import stage_task
 from advml.engine.cluster import Slots, connect
+from advml.engine.exclusive import exclusive
 from advml.engine.fork_server import server
 from advml.errors import Failure, UserError
 from advml.lines import tell
@@ -65,7 +62,7 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
         return []
     place = connect(cluster, root=root, jobs=jobs, options=options or Cluster())
     with (
-        _alone(root),
+        exclusive(root / stage_task.FOLDER / "repro", work=f"advml repro is at work in {root.resolve()}"),
         place as slots,
         server(root) if cluster is None else contextlib.nullcontext({}) as found,
         Board(total=len(waiting)) as board,
@@ -140,22 +137,6 @@ class Schedule:
             self.notes += [line for line in lines if line.startswith("note: ")]
             self.board.finish(name, ok=ok, seconds=time.monotonic() - job.started)
             self.failed += [] if ok else [(name, f"{reason} (whole output: {job.log})")]
-
-
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Holds the study's lock. Raises UserError if another `advml repro` has it: two would start the same stages."""
-    folder = root / stage_task.FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(folder / "lock"), folder / "holder"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise UserError(f"advml repro is at work in {root.resolve()} already ({who}); wait for it, or end it") from None
-    with lock:
-        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-        yield
 
 
 def _submit(slots: Slots, root: Path, name: str, *, environment: dict[str, str], reserve: bool) -> Running:

@@ -1,43 +1,70 @@
-"""Shared by the tests of searches: workers that import little, and the folder they import toys from."""
+"""Shared by the tests of searches: processes that import little, and the folder they import toys from."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import FrozenTrial
 
-from advml.tuning import census, storage, supervisor
+from advml.engine.fork_server import server
+from advml.tuning import command, storage
 from advml.tuning import study as studies
+from advml.tuning.search import Attempt, Search
 from advml.tuning.storage import address
-from advml.tuning.worker import Orders, Search, work
+from advml.tuning.trial_state import finished
+from advml.tuning.workers import result_of
+
+HERE = str(Path(__file__).parent)
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def light_server() -> Iterator[dict[str, str]]:
+    """Processes of these tests are forked from one that has imported what they need, which is not torch."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, before)))
+    try:
+        with server(REPOSITORY, ("advml.cli", "advml.tuning.workers", "advml.tuning.outputs", "toy_search")) as environment:
+            yield environment
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
 @pytest.fixture(autouse=True)
-def light_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests run in other processes needs no torch, and finds imported what it does need."""
-    monkeypatch.setattr(supervisor, "PRELOADED", ["advml.tuning.worker", "advml.tuning.outputs", *supervisor.LAZY])
-    monkeypatch.setattr(supervisor, "POLL", 0.1)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+def light_processes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Toys can be imported; commands in this process use the light server."""
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(command, "POLL", 0.1)
 
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A studies' database without studies."""
     path = tmp_path_factory.mktemp("database") / "optuna.db"
-    storage._create(path)
+    storage.connect(address(None, root=path.parent)).engine.dispose()
     return path
 
 
 @pytest.fixture(autouse=True)
-def copied_database(request: pytest.FixtureRequest, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def copied_database(request: pytest.FixtureRequest, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making the tables takes half a second, so new databases are copies, unless a test asks for `fresh_database`."""
+    whole = storage.connect
+
+    def connect(url: str) -> optuna.storages.RDBStorage:
+        file = Path(url.removeprefix(storage.SQLITE))
+        if url.startswith(storage.SQLITE) and file.parent.is_dir() and not file.exists():
+            for path in empty_database.parent.glob("optuna.db*"):
+                shutil.copy(path, file.with_name(path.name.replace("optuna.db", file.name)))
+        return whole(url)
+
     if "fresh_database" not in request.fixturenames:
-        monkeypatch.setattr(storage, "_create", lambda database: shutil.copy(empty_database, database))
+        monkeypatch.setattr(studies, "connect", connect)
 
 
 @pytest.fixture
@@ -45,45 +72,20 @@ def fresh_database() -> None:
     """The tables of new databases are made, as they are for users."""
 
 
-Run = Callable[..., list[FrozenTrial]]
-
-
 @pytest.fixture
-def run_here(tmp_path: Path) -> Run:
-    """run_here(search, total=8) -> the same as `run` by one worker, which is this process: for what does not depend on who works."""
+def run_here(tmp_path: Path) -> Callable[..., list[FrozenTrial]]:
+    """run_here(search, total=8) -> all trials of the study after that many have run, one by one, in this process."""
 
     def go(search: Search, *, total: int) -> list[FrozenTrial]:
-        where = address(None, root=tmp_path)
-        study = studies.create(search.definition(), where)
-        studies.bury(study, where)
-        work(Orders(search, where, total, len(census.finished(study.get_trials())), 0, tmp_path / "scratch"), 0)
+        definition = search.definition()
+        study, objective = studies.create(definition, address(None, root=tmp_path)), search.open()
+        studies.requeue_dead(study)
+        while len(finished(study.get_trials())) < total:
+            trial = studies.next_trial(study, definition, seed=0)
+            scratch = tmp_path / "scratch" / f"trial-{trial.user_attrs['origin']}"
+            attempt = Attempt(dict(trial.params), scratch, lambda report, trial=trial: studies.note(trial, report))
+            studies.finish(study, trial, result_of(objective, attempt))
         return study.get_trials()
-
-    return go
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """run(search, total=8, workers=2) -> all trials of the study afterwards; again: the next command."""
-
-    def go(
-        search: Search,
-        *,
-        total: int,
-        workers: int = 1,
-        watch: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None,
-        url: str | None = None,
-    ) -> list[FrozenTrial]:
-        where = address(url, root=tmp_path)
-        study = studies.create(search.definition(), where)
-        studies.bury(study, where)
-        orders = Orders(search, where, total, len(census.finished(study.get_trials())), 0, tmp_path / "scratch")
-        try:
-            supervisor.supervise(study, orders, workers=workers, watch=watch)
-        finally:
-            trials = study.get_trials()
-            study._storage._backend.engine.dispose()
-        return trials
 
     return go
 
@@ -97,13 +99,3 @@ def made(tmp_path: Path) -> Path:
     (tmp_path / "data" / "prepared").mkdir(parents=True)
     (tmp_path / "data" / "prepared" / "dataset.json").write_text('{"digest": "2"}')
     return tmp_path
-
-
-@pytest.fixture
-def trials_of(tmp_path: Path) -> Callable[[str], list[FrozenTrial]]:
-    """What the study of this name holds."""
-
-    def read(name: str) -> list[FrozenTrial]:
-        return optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'optuna.db'}").get_trials()
-
-    return read

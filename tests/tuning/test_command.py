@@ -2,65 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
-import platform
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 from ruamel.yaml import YAML
 
 from advml.errors import Failure, UserError
-from advml.runtime import processes
 from advml.tracking import store as stores
-from advml.tuning import census, command, confirmation, supervisor, turn
+from advml.tuning import command, trial_state
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
-from advml.tuning.history import History
-from advml.tuning.turn import Turn
-from advml.tuning.worker import Orders, work
+from advml.tuning.storage import address, connect
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_search import Toy, written_without_figures
-
-
-class NoHistory(History):
-    """Another command writes the runs, and does not end."""
-
-    def __enter__(self) -> History:
-        return self
-
-    def _is_ours(self) -> bool:
-        return False
+from toy_search import NoRuns, Toy, written_without_figures
 
 
 @pytest.fixture
-def tune(study, monkeypatch):
+def tune(study, monkeypatch, light_server):
     """tune(toy, trials=3) runs the command in a study's folder. Figures and MLflow runs, which take the longest, are made if asked for."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     def run(
         toy: Toy,
         *,
         trials: int,
-        workers: int = 1,
+        slots: int = 1,
         overrides: tuple[str, ...] = (),
         replace: bool = False,
         figures: bool = False,
-        history: bool = False,
+        runs: bool = False,
     ) -> command.Outcome:
         config = study.config(*overrides)
         with monkeypatch.context() as patch:
+            patch.setattr(command, "server", lambda *_: contextlib.nullcontext(light_server))
             if not figures:
                 patch.setattr(command.outputs, "write", written_without_figures)
-            if not history:
-                patch.setattr(command, "History", NoHistory)
-            return command.tune(toy, config, study.workspace, storage=None, trials=trials, workers=workers, seed=0, replace=replace)
+            if not runs:
+                patch.setattr(command.tracking, "open_search", lambda *_, **__: NoRuns())
+            return command.tune(toy, config, study.workspace, storage=None, trials=trials, slots=slots, seed=0, replace=replace)
 
     return run
 
@@ -83,7 +76,7 @@ def best(outcome: command.Outcome) -> dict:
 
 
 def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
-    outcome = tune(Toy(toy.log, fails="odd"), trials=14, workers=2, figures=True, history=True)
+    outcome = tune(Toy(toy.log, fails="odd"), trials=14, slots=2, figures=True, runs=True)
     told = best(outcome)
     assert outcome.folder.name == "toy" and told["trial"] == outcome.best.number
     assert told["parameters"] == {f"toy.{key}": value for key, value in outcome.best.params.items()}
@@ -103,7 +96,7 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
 def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):
     outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6, figures=True)
     assert (outcome.folder / "pareto.png").exists()
-    opened = studies.create(Toy(toy.log, two=True).definition(), command.address(None, root=study.root))
+    opened = studies.create(Toy(toy.log, two=True).definition(), address(None, root=study.root))
     assert [one["trial"] for one in best(outcome)["front"]] == [
         trial.number for trial in sorted(opened.best_trials, key=lambda trial: trial.values[0])
     ]
@@ -115,14 +108,14 @@ def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chos
 
 
 def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_them(tune, toy, study):
-    tune(Toy(toy.log, fails="odd"), trials=5, history=True)
+    tune(Toy(toy.log, fails="odd"), trials=5, runs=True)
     before = runs(study)
-    outcome = tune(Toy(toy.log, fails="odd"), trials=8, history=True)
+    outcome = tune(Toy(toy.log, fails="odd"), trials=8, runs=True)
     after = runs(study)
     assert before.keys() < after.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
     parent = after["toy"]
     assert parent.info.run_id == before["toy"].info.run_id and parent.info.status == "FINISHED"
-    for trial in studies.create(toy.definition(), command.address(None, root=study.root)).get_trials():
+    for trial in studies.create(toy.definition(), address(None, root=study.root)).get_trials():
         run = after[f"toy/{trial.number}"]
         failed = trial.params["kind"] == "odd"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -147,15 +140,17 @@ def test_results_of_a_search_that_the_database_does_not_know_are_not_written_ove
     assert tune(toy, trials=3, replace=True).finished == 3
 
 
-def test_the_winner_is_confirmed_once_and_a_new_winner_again(tune, toy, monkeypatch):
-    asked = []
-    whole = command.in_a_process
-    monkeypatch.setattr(command, "in_a_process", lambda function, *rest: asked.append(function.__name__) or whole(function, *rest))
+def count(toy: Toy, word: str) -> int:
+    """Lines of the log that begin with the word."""
+    return sum(line.startswith(word) for line in toy.log.read_text().splitlines())
+
+
+def test_the_winner_is_confirmed_once_and_a_new_winner_again(tune, toy):
     first = tune(toy, trials=1)
     tune(toy, trials=1)
-    assert asked.count("confirm") == 1
+    assert count(toy, "confirm") == 1
     last = tune(toy, trials=3)
-    assert last.best.number != first.best.number and asked.count("confirm") == 2
+    assert last.best.number != first.best.number and count(toy, "confirm") == 2
     assert best(last)["winners_confirmed"] == 2
 
 
@@ -167,26 +162,26 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        tune(Toy(toy.log, pause=0.05), trials=200, workers=2, history=True)
+        tune(Toy(toy.log, pause=0.05), trials=200, slots=2, runs=True)
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
     assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
-    trials = studies.create(toy.definition(), command.address(None, root=study.root)).get_trials()
-    assert not census.running(trials)
+    trials = studies.create(toy.definition(), address(None, root=study.root)).get_trials()
+    assert not trial_state.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
-    done = len(census.finished(trials))
-    outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, workers=2, history=True)
+    done = len(trial_state.finished(trials))
+    outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, slots=2, runs=True)
     assert outcome.finished == done + 3 and runs(study)["toy"].info.status == "FINISHED"
 
 
 def test_a_dead_tracking_server_costs_a_warning_only(tune, toy, capfd):
-    outcome = tune(toy, trials=3, overrides=("tracking.uri=http://127.0.0.1:9",), history=True)
+    outcome = tune(toy, trials=3, overrides=("tracking.uri=http://127.0.0.1:9",), runs=True)
     assert outcome.finished == 3 and best(outcome)["trials"]["complete"] == 3
     assert capfd.readouterr().err.count("warning: no tracking") == 1
 
 
 def test_a_study_in_which_everything_fails_still_leaves_its_table(tune, toy, study):
     with pytest.raises(Failure, match="trials all failed"):
-        tune(Toy(toy.log, fails="all"), trials=9, history=True)
+        tune(Toy(toy.log, fails="all"), trials=9, runs=True)
     folder = study.workspace.reports / "tune" / "toy"
     assert (folder / "trials.csv").exists() and not (folder / "best.yaml").exists()
     assert runs(study)["toy"].info.status == "FAILED"
@@ -204,33 +199,17 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
 
     from rich.console import Console
 
-    from advml.tuning.board import Board
+    from advml.tuning.live_table import LiveTable
 
     tune(Toy(toy.log, fails="odd"), trials=6)
-    opened = studies.create(toy.definition(), command.address(None, root=study.root))
-    board = Board("toy", metrics=("value",), directions=("minimize",), total=6)
+    opened = studies.create(toy.definition(), address(None, root=study.root))
+    table = LiveTable("toy", metrics=("value",), directions=("minimize",), total=6)
     stream = StringIO()
-    Console(file=stream, width=120).print(board._table(opened.get_trials()))
+    Console(file=stream, width=120).print(table._table(opened.get_trials()))
     text = stream.getvalue()
-    ranked = census.ranked(opened.get_trials(), ("minimize",))
+    ranked = trial_state.ranked(opened.get_trials(), ("minimize",))
     assert "6 of 6 trials, 0 running" in text
     assert text.index(f"value {ranked[0].value:.4g}") < text.index(f"value {ranked[-1].value:.4g}")
-
-
-def test_workers_import_what_searches_need_only_once(tmp_path):
-    """The names that the server of workers imports must exist: it passes over those that do not. Trials themselves need no torch."""
-    code = (
-        "import importlib.util, sys\nfrom pathlib import Path\nfrom advml.tuning import sampling, storage, study, supervisor\n"
-        "for name in supervisor.PRELOADED:\n    assert importlib.util.find_spec(name)\n"
-        "for name in ('advml.tuning.outputs', *supervisor.LAZY):\n    importlib.import_module(name)\nbefore = set(sys.modules)\n"
-        "url = storage.address(None, root=Path(sys.argv[1]))\n"
-        "opened = __import__('optuna').create_study(storage=storage.connect(url), sampler=sampling.tpe(0))\n"
-        "opened.optimize(lambda trial: trial.suggest_float('x', 0, 1), n_trials=10)\n"
-        "late = {name.partition('.')[0] for name in set(sys.modules) - before if not name.startswith('alembic.')}\n"
-        "print(sorted(late & {'optuna', 'sqlalchemy', 'alembic', 'mako', 'torch', 'sklearn', 'pandas', 'scipy', 'numpy'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_name_that_leads_out_of_its_folder_removes_nothing(tune, toy, study):
@@ -264,8 +243,8 @@ def test_ctrl_c_during_the_confirmation_ends_at_once_and_the_child_with_it(tune,
 
 
 BREAKING = (
-    ("killed", Failure, r"^the process that measures and writes was killed, perhaps for want of memory; the same command goes on$"),
-    ("broken", Failure, r"^the process that measures and writes ended with an error, which stands above; the same command goes on$"),
+    ("killed", Failure, r"was killed \(out of memory\?\); the same command goes on$"),
+    ("broken", Failure, r"^ValueError: nothing works \(toy_search.py, line \d+\)$"),
     ("refused", UserError, r"^there is no test split$"),
 )
 
@@ -292,153 +271,141 @@ def study_folder(toy: Toy) -> Path:
     return toy.log.parent / "reports" / "tune" / "toy"
 
 
-def test_what_is_asked_for_later_is_measured_alone_and_once(tune, toy, monkeypatch):
-    asked = []
-    whole = command.in_a_process
-    monkeypatch.setattr(command, "in_a_process", lambda function, *rest: asked.append(function.__name__) or whole(function, *rest))
+def test_what_is_asked_for_later_is_measured_alone_and_once(tune, toy):
     assert "autoattack" not in best(tune(toy, trials=2))
     told = [best(tune(Toy(toy.log, once=("autoattack",)), trials=2)) for _ in range(2)]
     assert told[0]["autoattack"] == told[1]["autoattack"] == {"of": "autoattack"} and "test" in told[0]
-    assert (asked.count("confirm"), asked.count("measure")) == (1, 1)
+    assert (count(toy, "confirm"), count(toy, "measure")) == (1, 1)
     assert "autoattack" in best(tune(toy, trials=2))  # what is known is told
 
 
+def test_another_number_of_further_seeds_is_heeded_or_the_line_says_why_not(tune, toy, capfd):
+    def confirm(seeds: int) -> tuple[int, str]:
+        """Confirmations so far, and what is said."""
+        outcome = tune(Toy(toy.log, further=seeds), trials=1)
+        assert "winners_confirmed" not in outcome.confirmed
+        return count(toy, "confirm"), "".join(line for line in capfd.readouterr().err.splitlines() if "has been" in line)
+
+    assert confirm(0) == (1, "")
+    assert confirm(2) == (2, "toy: trial 0 has been confirmed on 0 further seeds; confirming it on 2")
+    assert confirm(2) == (2, "")
+    assert confirm(1) == (2, "toy: trial 0 has been confirmed on 2 further seeds, more than confirm = 1; they stay")
+
+
 def test_a_new_study_of_the_same_name_has_scratch_folders_of_its_own(tune, toy, study, monkeypatch):
-    seen = []
-    monkeypatch.setattr(supervisor, "supervise", lambda opened, orders, **_: seen.append(orders.scratch))
+    seen, whole = [], command.Driver.scratch_of
+    monkeypatch.setattr(command.Driver, "scratch_of", lambda *given: seen.append(whole(*given)) or seen[-1])
+    tune(toy, trials=1)
     tune(toy, trials=2)
-    tune(toy, trials=3)
-    tune(Toy(toy.log, version=1), trials=2, replace=True)
+    tune(Toy(toy.log, version=1), trials=1, replace=True)
     for file in study.root.glob("optuna.db*"):
         file.unlink()
-    tune(Toy(toy.log, version=1), trials=2)
-    assert seen[0] == seen[1] and len(set(seen)) == 3
-    assert {path.parent for path in seen} == {study.workspace.scratch("tune/toy").resolve()}
-
-
-# Several commands on one study
-
-ELSEWHERE = """
-import sys; sys.path.insert(0, {folder!r})
-from pathlib import Path
-from toy_search import Toy
-from advml.config import load
-from advml.paths import Workspace
-from advml.tuning import command, supervisor
-supervisor.PRELOADED = ["advml.tuning.worker", "advml.tuning.outputs"]
-if __name__ == "__main__":
-    root = Path({root!r})
-    toy = Toy(root / "log", pause=0.05, confirmation="brief")
-    command.tune(toy, load(root / "params.yaml"), Workspace(root), storage=None, trials={trials}, workers=1, seed=1)
-"""
-
-
-def elsewhere(study, *, trials: int) -> subprocess.Popen:
-    """The same command, in a process of its own."""
-    script = study.root / "elsewhere.py"
-    script.write_text(ELSEWHERE.format(folder=str(Path(__file__).parent), root=str(study.root), trials=trials))
-    return subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
-
-
-def test_two_commands_confirm_a_winner_once_and_write_one_tree_of_runs(tune, toy, study):
-    other = elsewhere(study, trials=8)
-    outcome = tune(Toy(toy.log, pause=0.05, confirmation="brief"), trials=8, history=True)
-    said = other.communicate(timeout=60)[1]
-    assert other.returncode == 0, said
-    lines = toy.log.read_text().splitlines()
-    assert sum(line.startswith("confirm") for line in lines) == 1 and len(lines) == 9
-    assert best(outcome)["test"]["value"] == pytest.approx(outcome.best.value)
-    found = runs(study)  # each name once
-    assert found.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
-    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    tune(Toy(toy.log, version=1), trials=1, replace=True)
+    assert len({path.parent for path in seen}) == 3
+    assert {path.parents[1] for path in seen} == {study.workspace.scratch("tune/toy").resolve()}
     assert not study.workspace.scratch("tune/toy").exists()
 
 
-def opened(toy: Toy, study):
-    url = command.address(None, root=study.root)
-    return studies.create(toy.definition(), url), url
+# Processes
 
 
-def test_a_turn_is_one_processes_until_it_gives_it_back_or_dies(toy, study):
-    same, url = opened(toy, study)
-    ours, theirs = Turn(same, url, "confirm"), Turn(same, url, "confirm")
-    assert ours.take() and not theirs.take() and theirs.holder == f"process {os.getpid()} on {platform.node()}"
-    assert Turn(same, url, "mlflow").take()
-    ours.give_back()
-    assert theirs.take() and not ours.take()
-    ours.give_back()  # which it has not got: nothing happens
-    assert not Turn(same, url, "confirm").take()
-    theirs.give_back()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if Turn(*opened(toy, study), "confirm").take() else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert ours.take()  # from the dead
+def test_four_slots_on_a_fresh_database_run_every_trial_once(tune, toy, fresh_database):
+    assert tune(toy, trials=12, slots=4).finished == 12
+    assert tune(toy, trials=4, slots=4).finished == 12
+    lines = [line for line in toy.log.read_text().splitlines() if line[0].isdigit()]
+    assert sorted(int(line.split()[0]) for line in lines) == list(range(12))
+    assert 2 <= len({line.split()[1] for line in lines}) <= 4 and len({line.split(" ", 2)[2] for line in lines}) == 12
 
 
-def test_a_turn_on_another_machine_passes_on_when_its_signs_of_life_stop(toy, study, monkeypatch):
-    same, url = opened(toy, study)
-    theirs, ours = Turn(same, url, "confirm"), Turn(same, url, "confirm")
-    monkeypatch.setattr(turn, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(turn, "GRACE", 1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "machine", lambda: "elsewhere:1")
-        assert theirs.take()
-        started = time.monotonic()
-        while time.monotonic() - started < 2.0:
-            assert not ours.take()
-            time.sleep(0.1)
-    theirs._ended.set()  # it beats no more
-    time.sleep(0.3)
-    assert not ours.take()
-    time.sleep(1.1)
-    assert ours.take()
+def test_a_study_in_which_everything_fails_ends_the_command_and_what_cannot_be_opened_too(tune, toy):
+    with pytest.raises(Failure, match=r"^the first 5 trials all failed, the last one: (ValueError: nothing works|out of memory)"):
+        tune(Toy(toy.log, fails="all"), trials=30, slots=2)
+    assert count(toy, "") <= 6
+    with pytest.raises(UserError, match=r"^there is no model 'X'$"):
+        tune(Toy(toy.log, unusable="there is no model 'X'"), trials=30, slots=2)
+    assert tune(toy, trials=8).best is not None  # the user has mended it: the same command goes on
 
 
-def test_who_waits_for_a_confirmation_is_told_for_whom_and_measures_nothing_again(tune, toy, study, capfd):
-    tune(Toy(toy.log), trials=1)
-    same, url = opened(toy, study)
-    held = Turn(same, url, "confirm")
-    assert held.take()
-
-    def be_done() -> None:
-        time.sleep(2.0)
-        known = same.user_attrs["confirmed"]
-        same.set_user_attr("measured", {"autoattack": {"of": "theirs"}})
-        assert known["times"] == 1
-        held.give_back()
-
-    thread = threading.Thread(target=be_done)
-    thread.start()
-    outcome = tune(Toy(toy.log, once=("autoattack",)), trials=1)
-    thread.join()
-    assert outcome.confirmed["autoattack"] == {"of": "theirs"}
-    assert f"toy: the winner is being confirmed by process {os.getpid()} on " in capfd.readouterr().err
+def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(tune, toy):
+    tune(toy, trials=2)
+    assert tune(Toy(toy.log, fails="all"), trials=2 + trial_state.HOPELESS + 2).finished == 2 + trial_state.HOPELESS + 2
 
 
-def test_a_command_succeeds_the_one_that_wrote_the_runs(tune, toy, study, capfd):
-    same, url = opened(toy, study)
-    held = History(toy, study.config(), study.workspace, same, url)
-    with held:
-        tune(toy, trials=2, history=True)
-        assert runs(study).keys() == {"toy"}  # the other command's
-        assert "toy: its MLflow runs are written by process " in capfd.readouterr().err
-    tune(toy, trials=3, history=True)
-    assert runs(study).keys() == {"toy", "toy/0", "toy/1", "toy/2"}
+DRIVER = """
+import sys; sys.path.insert(0, {here!r})
+from pathlib import Path
+from toy_search import Toy, main
+from advml.errors import UserError
+try:
+    main(Toy(Path("log").resolve(), pause={pause}), Path().resolve(), trials={trials}, slots=2, storage={storage!r}, cluster={cluster!r})
+except UserError as error:
+    sys.exit(str(error))
+"""
 
 
-def test_another_number_of_further_seeds_is_heeded_or_the_line_says_why_not(toy, study, capfd):
-    same, url = opened(toy, study)
-    work(Orders(toy, url, 1, 0, 0, study.root / "scratch"), 0)
+@pytest.fixture
+def driver(study) -> Callable[..., subprocess.Popen[str]]:
+    """driver(pause=1) -> the command as a process of its own, which a test may kill."""
 
-    def confirm(seeds: int) -> tuple[int, str]:
-        """Confirmations so far, and what is said."""
-        search = Toy(toy.log, further=seeds)
-        confirmation.confirm(search, same, url, search.definition().directions, lambda function, *rest: function(*rest))
-        return sum(line.startswith("confirm") for line in toy.log.read_text().splitlines()), capfd.readouterr().err
+    def start(*, pause: float, trials: int = 40, storage: str | None = None, cluster: str | None = None) -> subprocess.Popen[str]:
+        here = str(Path(__file__).parent)
+        code = DRIVER.format(here=here, pause=pause, trials=trials, storage=storage, cluster=cluster)
+        environment = {**os.environ, "PYTHONPATH": here}
+        return subprocess.Popen([sys.executable, "-c", code], cwd=study.root, env=environment, stderr=subprocess.PIPE, text=True)
 
-    assert confirm(0) == (1, "")
-    assert confirm(2) == (2, "toy: trial 0 has been confirmed on 0 further seeds; confirming it on 2\n")
-    assert confirm(2) == (2, "")
-    assert confirm(1) == (2, "toy: trial 0 has been confirmed on 2 further seeds, more than confirm = 1; they stay\n")
-    assert "winners_confirmed" not in confirmation.confirmed(same, same.get_trials()[0])
+    return start
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def at_work(toy: Toy) -> list[int]:
+    """Processes that have begun a trial and live."""
+    pids = {int(line.split()[1]) for line in toy.log.read_text().splitlines()} if toy.log.exists() else set()
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_driver_leaves_no_process_and_a_second_one_is_refused(toy, driver):
+    first = driver(pause=60)
+    wait_for(lambda: len(at_work(toy)) == 2, first)
+    children = psutil.Process(first.pid).children(recursive=True)
+    second = driver(pause=60)
+    assert f"(process {first.pid} on " in second.communicate(timeout=60)[1] and second.returncode == 1
+    first.kill()
+    first.communicate()
+    processes = [*children, *(psutil.Process(pid) for pid in at_work(toy))]
+    assert len(children) >= 3 and psutil.wait_procs(processes, timeout=30)[1] == []
+
+
+def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, trials: int, kills: int, drivers: int) -> None:
+    """Runs a study whose processes are killed at random, and whose driver is; nothing is lost, and nothing is done twice."""
+    numbers = random.Random(0)
+    for round_number in range(drivers + 1):
+        process, killed = driver(pause=0.03, trials=trials, storage=url), 0
+        while process.poll() is None and killed < kills:
+            time.sleep(0.2)
+            if pids := at_work(toy):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(numbers.choice(pids), signal.SIGKILL)
+                    killed += 1
+        if round_number < drivers:
+            process.kill()
+        said = process.communicate(timeout=120)[1]
+        assert round_number < drivers or process.returncode == 0, said
+    found = optuna.load_study(study_name="toy", storage=connect(url)).get_trials()
+    finished = trial_state.finished(found)
+    assert len(finished) == trials and {trial.state.name for trial in finished} == {"COMPLETE"}
+    assert {trial.state.name for trial in found} == {"COMPLETE", "FAIL"}  # none RUNNING, none WAITING
+    assert max(Counter(str(trial.params) for trial in finished).values()) == 1
+    for trial in found:  # parameters of a killed trial are tried again, by one trial and no more
+        again = [other for other in found if other.user_attrs.get(trial_state.RETRY_OF) == trial.number]
+        assert len(again) == trial_state.is_killed(trial) and all(other.params == trial.params for other in again)
+
+
+def test_killed_trials_and_a_killed_driver_lose_nothing_and_nothing_is_done_twice(toy, driver, study):
+    survives(toy, driver, address(None, root=study.root), trials=16, kills=3, drivers=1)

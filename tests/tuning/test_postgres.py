@@ -23,12 +23,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+from advml.tuning.patience import StorageGone
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.errors import UserError
 from advml.tuning import census, locking
 from advml.tuning import study as studies
-from advml.tuning.patience import StorageGone
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy

@@ -11,9 +11,10 @@ from optuna.trial import TrialState, create_trial
 from advml import config
 from advml.cli.searching import told
 from advml.errors import Failure, UserError
-from advml.tuning import census, outputs
+from advml.tuning import outputs, trial_state
+from advml.tuning.attack_search import AttackSearch
 from advml.tuning.command import Outcome
-from advml.tuning.searches import AttackSearch, TrainingSearch
+from advml.tuning.training_search import TrainingSearch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -84,7 +85,7 @@ def ended(state: TrialState, reason: str | None = None, violation: float | None 
     return create_trial(
         state=state,
         values=[0.5] if state == TrialState.COMPLETE else None,
-        user_attrs={census.REASON: reason} if reason else {},
+        user_attrs={trial_state.REASON: reason} if reason else {},
         constraints=None if violation is None else {"clean_floor": violation},
     )
 

@@ -18,10 +18,11 @@ from advml import config
 from advml.errors import UserError
 from advml.paths import Workspace
 from advml.training.regimes import REGIMES
-from advml.tuning import budget
+from advml.tuning import attack_search
 from advml.tuning import space as spaces
 from advml.tuning.apply import proposal
-from advml.tuning.searches import AttackSearch, TrainingSearch
+from advml.tuning.attack_search import AttackSearch
+from advml.tuning.training_search import TrainingSearch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -157,7 +158,7 @@ def test_a_regime_that_was_added_as_the_documents_say_is_searched_by_its_row(mad
         import json, sys
         from pathlib import Path
         from advml.config import load
-        from advml.tuning.searches import TrainingSearch
+        from advml.tuning.training_search import TrainingSearch
         settings = load(Path("params.yaml"), [])
         search = TrainingSearch.of(settings, Path(), "finetune", "CL", "ST-Full-AT", seed=0)
         told = {"attacked": search.attacked, "from": search.record(), "space": list(search.space), "grid": settings.grid.regimes}
@@ -257,8 +258,8 @@ def test_no_attack_takes_more_passes_than_the_default_and_one_step_more_would(ma
     assert search.steps({}) == most // own
     for restarts in range(1, 9):
         steps = search.steps({"restarts": restarts, "keep": keep})
-        assert budget.total(steps=steps, restarts=restarts, keep=keep) <= search.passes or not steps
-        assert budget.total(steps=steps + 1, restarts=restarts, keep=keep) > search.passes
+        assert sum(attack_search.passes(steps=steps, restarts=restarts, keep=keep).values()) <= search.passes or not steps
+        assert sum(attack_search.passes(steps=steps + 1, restarts=restarts, keep=keep).values()) > search.passes
 
 
 def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):

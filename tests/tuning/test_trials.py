@@ -25,12 +25,13 @@ from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
 from advml.training.regimes import REGIMES, Regime
-from advml.tuning import attack, budget, census, comparison, training, worker
+from advml.tuning import attack_search, attack_trial, comparison, training_trial, trial_state, workers
 from advml.tuning import study as studies
-from advml.tuning.board import reached
-from advml.tuning.sampling import Hyperband
-from advml.tuning.searches import AttackSearch, TrainingSearch
+from advml.tuning.attack_search import AttackSearch
+from advml.tuning.live_table import reached
+from advml.tuning.search import Attempt, Hyperband
 from advml.tuning.storage import address
+from advml.tuning.training_search import TrainingSearch
 
 CPU = Machine(torch.device("cpu"))
 FEW = "tune.attack.space.restarts={choice: [1, 2]}"
@@ -52,13 +53,15 @@ def trained(stages, tmp_path):
     return replace(stages, root=Path(shutil.copytree(stages.root, tmp_path / "study")))
 
 
-def one_trial(search, study, total: int = 9):
-    """Claim the next trial and run it, as a worker does; the trial afterwards."""
-    url, definition = address(None, root=study.root), search.definition()
-    opened = studies.create(definition, url)
-    studies.bury(opened, url)
-    trial = studies.claim(opened, definition, url, total=total, since=0, seed=0)
-    worker.run(opened, trial, search.open(), study.root / "scratch")
+def one_trial(search, study):
+    """Take the next trial and run it, as driver and worker do; the trial afterwards."""
+    opened = studies.create(search.definition(), address(None, root=study.root))
+    studies.requeue_dead(opened)
+    trial = studies.next_trial(opened, search.definition(), seed=0)
+    scratch = study.root / "scratch" / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
+    attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, report))
+    studies.finish(opened, trial, workers.result_of(search.open(), attempt))
+    shutil.rmtree(scratch, ignore_errors=True)
     return opened.get_trials()[trial.number]
 
 
@@ -110,19 +113,19 @@ def agreeing(network: torch.nn.Module, split: Split) -> Split:
     [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
 )
 def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
-    assert budget.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
+    assert attack_search.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
     network, values = Counter(), VALUES | {"restarts": restarts, "keep": keep}
-    chosen = attack.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
+    chosen = attack_trial.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
     split = agreeing(network, dataset.validation)
     network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
-    right = torch.cat(list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU)))
+    right = torch.cat(list(attack_trial.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU)))
     assert right.all()  # nothing breaks, so nothing leaves the batch early
     assert network.passes == chosen.passes == {"forward": forward, "backward": restarts * steps}
     assert sum(network.passes.values()) <= 12 + 12 + 2
 
 
 def test_only_the_first_run_begins_at_the_image_itself(dataset):
-    chosen = attack.Attack.of(VALUES | {"restarts": 3}, steps=3, threat_model=ThreatModel("linf", 0.1))
+    chosen = attack_trial.Attack.of(VALUES | {"restarts": 3}, steps=3, threat_model=ThreatModel("linf", 0.1))
     network, starts = Counter(), []
     split = agreeing(network, dataset.validation)
 
@@ -132,7 +135,7 @@ def test_only_the_first_run_begins_at_the_image_itself(dataset):
             return super().random_start(images, generator=generator)
 
     chosen = replace(chosen, adversary=replace(chosen.adversary, threat_model=Noted("linf", 1e-9)))
-    assert torch.cat(list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))).all()
+    assert torch.cat(list(attack_trial.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))).all()
     assert starts == [32, 32]  # of three runs
 
 
@@ -143,14 +146,14 @@ def test_attacks_of_trials_are_measured_as_evaluate_measures(dataset, monkeypatc
         def forward(self, images):
             return images.flatten(1)[:, :4] * torch.nan
 
-    chosen = attack.Attack.of(VALUES, steps=1, threat_model=ThreatModel("linf", 0.1))
+    chosen = attack_trial.Attack.of(VALUES, steps=1, threat_model=ThreatModel("linf", 0.1))
     for tried in (None, chosen):
-        assert not torch.cat(list(attack.withstood(Nothing(), dataset.validation, tried, batch_size=32, seed=0, machine=CPU))).any()
-    monkeypatch.setattr(attack.Adversary, "attack", lambda self, network, objective, images, generator: 1 - images)
+        assert not torch.cat(list(attack_trial.withstood(Nothing(), dataset.validation, tried, batch_size=32, seed=0, machine=CPU))).any()
+    monkeypatch.setattr(attack_trial.Adversary, "attack", lambda self, network, objective, images, generator: 1 - images)
     network = Counter()
     split = agreeing(network, dataset.validation)
     with pytest.raises(Failure, match="left its threat model"):
-        list(attack.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))
+        list(attack_trial.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))
 
 
 def test_random_starts_of_an_image_are_the_same_for_every_attack_and_batch_and_differ_between_images(dataset):
@@ -164,8 +167,8 @@ def test_random_starts_of_an_image_are_the_same_for_every_attack_and_batch_and_d
     split = agreeing(network, dataset.validation)
     for epsilon, objective, size in ((0.1, "ce", 8), (0.2, "margin", 32)):
         values = VALUES | {"random_start": True, "objective": objective}
-        chosen = attack.Attack.of(values, steps=1, threat_model=Noted("linf", epsilon))
-        list(attack.withstood(network, split, chosen, batch_size=size, seed=0, machine=CPU))
+        chosen = attack_trial.Attack.of(values, steps=1, threat_model=Noted("linf", epsilon))
+        list(attack_trial.withstood(network, split, chosen, batch_size=size, seed=0, machine=CPU))
     assert seeds[0.1] == seeds[0.2] and len(set(seeds[0.1])) == 32
 
 
@@ -182,10 +185,10 @@ def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
             return super().random_start(images, generator=generator)
 
     def standing(restarts: int) -> torch.Tensor:
-        chosen = attack.Attack.of(
+        chosen = attack_trial.Attack.of(
             VALUES | {"step_size": 1e-6, "random_start": True, "restarts": restarts}, steps=1, threat_model=Noted("linf", 0.3)
         )
-        return torch.cat(list(attack.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU)))
+        return torch.cat(list(attack_trial.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU)))
 
     once = standing(1)
     assert len(starts) == 4 and len(set(starts)) == 1  # four batches
@@ -199,7 +202,7 @@ def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
 def test_a_trials_attack_is_what_its_values_say(trained):
     search = AttackSearch.of(trained.config("tune.attack.budget=8"), trained.root, "CL-AT-s0")
     values = {"schedule": "linear", "momentum": 0.75, "objective": "margin", "restarts": 2, "random_start": False, "step_size": 0.5}
-    made = attack.Subject(search).attack(values)
+    made = attack_trial.Subject(search).attack(values)
     adversary = made.adversary
     assert (made.objective, made.restarts, adversary.steps, adversary.keep) == ("margin", 2, 3, "best")
     assert (adversary.schedule, adversary.momentum, adversary.random_start) == ("linear", 0.75, False)
@@ -211,19 +214,19 @@ def test_the_objective_of_a_trial_is_the_one_that_is_maximised(dataset, monkeypa
     asked = []
     original = plan.classification_objective
     monkeypatch.setattr(plan, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
-    chosen = attack.Attack.of(VALUES | {"objective": objective}, steps=1, threat_model=ThreatModel("linf", 0.1))
-    list(attack.withstood(Counter(), dataset.validation, chosen, batch_size=32, seed=0, machine=CPU))
+    chosen = attack_trial.Attack.of(VALUES | {"objective": objective}, steps=1, threat_model=ThreatModel("linf", 0.1))
+    list(attack_trial.withstood(Counter(), dataset.validation, chosen, batch_size=32, seed=0, machine=CPU))
     assert asked == [objective]
 
 
 def test_the_pairs_of_a_comparison_are_tested_exactly():
     """Against the binomial by hand: 5 to 0 is 2 * 0.5^5. The difference is of the accuracies, and its interval of the same pairs."""
     one, other = torch.tensor([True] * 5 + [False, True]), torch.tensor([False] * 5 + [False, True])
-    found = attack.paired(one, other)
+    found = attack_trial.paired(one, other)
     assert (found["broken_by_winner_only"], found["broken_by_default_only"], found["p"]) == (5, 0, pytest.approx(2 * 0.5**5))
     half = math.sqrt((2.4469 * math.sqrt(5 / 7 * 2 / 7 / 6)) ** 2 + (1.96 * math.sqrt(2) / 7) ** 2)
     assert (found["difference"], found["low"], found["high"]) == pytest.approx((-5 / 7, -5 / 7 - half, -5 / 7 + half), abs=1e-4)
-    assert attack.paired(one, one)["p"] == 1.0 and attack.paired(one, one)["high"] > 0
+    assert attack_trial.paired(one, one)["p"] == 1.0 and attack_trial.paired(one, one)["high"] > 0
 
 
 def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(trained):
@@ -248,7 +251,7 @@ def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_st
         FEW,
     )
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
-    subject = attack.Subject(search)
+    subject = attack_trial.Subject(search)
     test, configuration = subject.context.dataset.test, search.config
     effort = Effort(configuration.evaluate.batch_size, configuration.evaluate.seed, subject.context.machine)
     study = measure(subject.network, test, plan.figures(configuration, None), effort)["accuracy/threat_model_2"].right
@@ -290,7 +293,7 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     trial = one_trial(search, trained)
     record = finetune.run(trained.context(), scheme="CL", regime="Full-AT", seed=0)
     _, network = trained.context().load_network(trained.workspace.model("CL-Full-AT-s0"))
-    measured = training.Bench(search).validate(network)
+    measured = training_trial.Bench(search).validate(network)
     assert trial.user_attrs["history"][-1]["epoch"] == 2 and record["epoch"] in (1, 2)
     assert (trial.value, trial.user_attrs["measured"]["clean"]) == (measured["robust"], measured["clean"])
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
@@ -302,7 +305,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
     pretrain.run(trained.context(), scheme="CL", phase="st", seed=0)
     settings = trained.config()
     settings = settings.model_copy(update={"regimes": settings.regimes | {"new": settings.regimes["Full-AT"]}})
-    bench = training.Bench(TrainingSearch(settings, trained.root, "finetune", "CL", "new", 0))
+    bench = training_trial.Bench(TrainingSearch(settings, trained.root, "finetune", "CL", "new", 0))
     planned = bench.plan(settings, seed=0)
     standard = models.load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
     assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
@@ -311,7 +314,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
 
 @pytest.mark.parametrize("floor", [0.0, 1.0])
 def test_at_a_rung_the_pruner_is_told_of_the_floor_and_people_of_what_was_measured(trained, monkeypatch, floor):
-    monkeypatch.setattr(training.Bench, "validate", lambda *_: {"robust": 0.6, "clean": 0.9})
+    monkeypatch.setattr(training_trial.Bench, "validate", lambda *_: {"robust": 0.6, "clean": 0.9})
     settings = trained.config(SPACE, f"tune.finetune.clean_floor={floor}")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
     assert trial.intermediate_values == {1: pytest.approx({0.0: 0.6, 1.0: -1.1}[floor])}
@@ -322,7 +325,7 @@ def test_at_a_rung_the_pruner_is_told_of_the_floor_and_people_of_what_was_measur
 def test_what_misses_the_floor_prunes_nothing_that_keeps_it():
     """Best first: feasible by robustness, then the others by what they lack."""
     ranked = [(0.9, 0.97), (0.0, 0.97), (0.99, 0.96), (0.5, 0.96), (1.0, 0.2), (1.0, 0.0)]
-    values = [training.standing({"robust": robust, "clean": clean}, floor=0.97) for robust, clean in ranked]
+    values = [training_trial.standing({"robust": robust, "clean": clean}, floor=0.97) for robust, clean in ranked]
     assert values == sorted(values, reverse=True) and values[1] > values[2] == values[3] > values[4] > values[5]
 
 
@@ -332,7 +335,8 @@ def test_no_trial_that_keeps_the_floor_is_pruned_by_more_robust_ones_below_it():
     outcomes = {True: [], False: []}
     for number in range(60):
         trial, keeps = study.ask(), number % 10 == 9
-        value = training.standing({"robust": 0.3, "clean": 0.98} if keeps else {"robust": 0.9, "clean": 0.9 - number / 100}, floor=0.97)
+        outcome = {"robust": 0.3, "clean": 0.98} if keeps else {"robust": 0.9, "clean": 0.9 - number / 100}
+        value = training_trial.standing(outcome, floor=0.97)
         pruned = False
         for rung in Hyperband.rungs(9):
             trial.report(value, rung)
@@ -369,14 +373,14 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
     killed_after(1)
     killed_after(3)
     trained_epochs = []
-    train_epoch = training.phases.train.__globals__["_Trainer"].epoch
+    train_epoch = training_trial.phases.train.__globals__["_Trainer"].epoch
     monkeypatch.setattr(
-        training.phases.train.__globals__["_Trainer"],
+        training_trial.phases.train.__globals__["_Trainer"],
         "epoch",
         lambda self, epoch, *rest: trained_epochs.append(epoch) or train_epoch(self, epoch, *rest),
     )
     again = one_trial(search("killed"), trained)
-    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[census.RETRY_OF] == 1
+    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[trial_state.RETRY_OF] == 1
     assert again.value == whole.value and again.user_attrs["history"] == whole.user_attrs["history"]
     assert again.intermediate_values == whole.intermediate_values
     assert not list((trained.root / "scratch").iterdir())
@@ -386,19 +390,19 @@ def test_a_training_that_diverges_fails_for_that_reason(trained):
     space = "tune.finetune.space={learning_rate: {log: [1e17, 1e18]}}"
     settings = trained.config(space, "regimes.Full-AT.learning_rate=1e18", "regimes.Full-AT.optimizer=sgd")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
-    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[census.REASON]
+    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[trial_state.REASON]
 
 
 def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained):
     base = trained.config("tune.finetune.space={epsilon: {float: [0.01, 0.3]}}")
-    bench = training.Bench(TrainingSearch.of(base, trained.root, "finetune", "CL", "Full-AT", seed=0))
+    bench = training_trial.Bench(TrainingSearch.of(base, trained.root, "finetune", "CL", "Full-AT", seed=0))
     assert bench.attack.adversary.threat_model.epsilon == 0.15 and bench.attack.adversary.steps == base.evaluate.steps
 
 
 @pytest.mark.parametrize(("phase", "share"), [("st", 0.5), ("at", 1.0)])
 def test_a_standard_pretraining_is_measured_at_half_of_the_radius(trained, phase, share):
     settings = trained.config("tune.pretrain.space={temperature: {log: [0.1, 1]}}")
-    bench = training.Bench(TrainingSearch.of(settings, trained.root, "pretrain", "CL", phase, seed=0))
+    bench = training_trial.Bench(TrainingSearch.of(settings, trained.root, "pretrain", "CL", phase, seed=0))
     assert bench.attack.adversary.threat_model.epsilon == pytest.approx(share * settings.attacked_epsilon)
 
 
@@ -406,7 +410,7 @@ def test_a_pretraining_is_measured_under_a_linear_head_and_leaves_the_encoder_al
     search = TrainingSearch.of(
         trained.config("tune.pretrain.space={temperature: {log: [0.1, 1]}}"), trained.root, "pretrain", "CL", "at", seed=0
     )
-    bench = training.Bench(search)
+    bench = training_trial.Bench(search)
     plan = bench.plan(search.config, seed=0)
     before = {key: value.clone() for key, value in plan.network.state_dict().items()}
     assert bench.validate(plan.network).keys() == {"robust", "clean"}
@@ -430,8 +434,8 @@ def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
         share = 0.75 if network else 0.25
         return [{"robust": share + len(measured) / 100, "clean": 0.4 if len(measured) == 4 else 0.9} for _ in splits]
 
-    monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr(training.Bench, "measure", measure)
+    monkeypatch.setattr(training_trial, "train", train)
+    monkeypatch.setattr(training_trial.Bench, "measure", measure)
     told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
     assert [rate for rate, _ in trainings] == [2e-3, 1e-3, 2e-3, 1e-3]  # default, winner
     seeds = [seed for _, seed in trainings]

@@ -1,4 +1,4 @@
-"""A search without networks, for tests of the engine. Workers import it by name, so its folder is on their path."""
+"""A search without networks, for tests of the driver. Processes import it by name, so its folder is on their path."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 
-from advml.config import digest
+from advml.config import digest, load
 from advml.errors import UserError
-from advml.tuning import outputs
+from advml.paths import Workspace
+from advml.tuning import command, outputs
+from advml.tuning.search import Attempt, Definition
 from advml.tuning.space import distributions
-from advml.tuning.study import Definition
-from advml.tuning.worker import Attempt
 
 SPACE = {"x": {"float": [-5, 5]}, "n": {"int": [1, 4]}, "kind": {"choice": ["plain", "odd"]}}
 DEFAULT = {"x": 4.0, "n": 1, "kind": "plain"}
@@ -34,6 +35,29 @@ def written_without_figures(*arguments: object) -> list[Path]:
     """Stands for `outputs.write`, in the process that writes."""
     outputs.draw = lambda *_: []
     return outputs.write(*arguments)
+
+
+class NoRuns:
+    """Stands for `tracking.SearchRun`."""
+
+    def __enter__(self) -> NoRuns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ignore(self, *_: object) -> None:
+        pass
+
+    show = mark_best = log_results = ignore
+
+
+def main(toy: Toy, root: Path, **options: Any) -> None:
+    """`advml tune` without figures and MLflow runs, as a process of its own."""
+    command.tracking.open_search = lambda *_, **__: NoRuns()
+    command.outputs.write = written_without_figures
+    command.workers.MODULES = ("advml.cli", "advml.tuning.workers", "advml.tuning.outputs", "toy_search")
+    command.tune(toy, load(root / "params.yaml"), Workspace(root), seed=0, **options)
 
 
 def tpe(seed: int) -> optuna.samplers.BaseSampler:
@@ -78,7 +102,7 @@ class Toy:
     def objective(self, attempt: Attempt) -> Sequence[float]:
         value = attempt.values["x"] ** 2 + attempt.values["n"]
         with self.log.open("a") as file:
-            file.write(f"{attempt.trial.number} {os.getpid()} {attempt.values}\n")
+            file.write(f"{attempt.scratch.name.removeprefix('trial-')} {os.getpid()} {attempt.values}\n")
         for step in range(1, self.steps + 1):
             time.sleep(self.pause)
             attempt.history.append({"epoch": step, "value": value})
@@ -100,6 +124,8 @@ class Toy:
         return {f"toy.{key}": value for key, value in values.items()}
 
     def measure(self, name: str) -> dict:
+        with self.log.open("a") as file:
+            file.write(f"measure {os.getpid()}\n")
         return {"of": name}
 
     def confirm(self, values: dict) -> dict:

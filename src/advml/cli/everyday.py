@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, Overrides, Params, Regime, Scheme, Seed, context_of
+from advml.cli.options import PARAMS, ClusterOption, Overrides, Params, Regime, Scheme, Seed, context_of
 from advml.cli.printing import percent, say, show_table
 from advml.errors import UserError
 from advml.lines import tell
@@ -148,13 +148,7 @@ def ui(
 
 def repro(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of a Dask scheduler (tcp://host:8786), or a queue to submit jobs to: slurm, pbs, sge, lsf, oar, htcondor.",
-            show_default="this machine",
-        ),
-    ] = None,
+    cluster: ClusterOption = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:

@@ -26,6 +26,14 @@ Regime = Annotated[
 ]
 Phase = Annotated[PhaseName, typer.Argument(help="st: standard, at: adversarial.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights, batches, views and random starts.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Address of a Dask scheduler (tcp://host:8786), or a queue to submit jobs to: slurm, pbs, sge, lsf, oar, htcondor.",
+        show_default="this machine",
+    ),
+]
 PARAMS = Path("params.yaml")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +11,9 @@ from advml.paths import Workspace
 
 if TYPE_CHECKING:
     from advml.config import Config
+    from advml.tuning.attack_search import AttackSearch
     from advml.tuning.command import Outcome
-    from advml.tuning.searches import AttackSearch, TrainingSearch
-
-
-def share_cores(configuration: Config, workers: int) -> Config:
-    """Workers share the cores out among themselves, where params.yaml gives a process all of them."""
-    if configuration.runtime.threads or workers == 1:
-        return configuration
-    from advml.config import changed
-
-    return changed(configuration, {"runtime.threads": max(1, (os.cpu_count() or 1) // workers)})
+    from advml.tuning.training_search import TrainingSearch
 
 
 def run(
@@ -33,6 +24,7 @@ def run(
     storage: str | None,
     trials: int,
     workers: int,
+    cluster: str | None,
     seed: int,
     replace: bool,
 ) -> None:
@@ -48,7 +40,8 @@ def run(
         Workspace(params.parent),
         storage=storage,
         trials=trials,
-        workers=workers,
+        slots=workers,
+        cluster=cluster,
         seed=seed,
         replace=replace,
     )
@@ -62,7 +55,7 @@ def told(outcome: Outcome, search: AttackSearch | TrainingSearch) -> list[str]:
         Failure: no trial has run to its end.
         UserError: none keeps the floor.
     """
-    from advml.tuning.board import show
+    from advml.tuning.live_table import show
 
     metrics = search.metrics
     if outcome.fruitless:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from advml.cli.options import PARAMS, Scheme
-from advml.cli.searching import run, share_cores
+from advml.cli.options import PARAMS, ClusterOption, Scheme
+from advml.cli.searching import run
 from advml.lines import tell
 from advml.names import PhaseName, RegimeName
 from advml.paths import Workspace
@@ -25,14 +25,14 @@ Overrides = Annotated[
 Params = Annotated[Path, typer.Option("--params", help="The configuration file; the searches stand in its section `tune`.")]
 Trials = Annotated[
     int | None,
-    typer.Option(min=1, help="Finished trials in all, of all workers and repeated commands.", show_default="as in params.yaml"),
+    typer.Option(min=1, help="Finished trials in all, of repeated commands, too.", show_default="as in params.yaml"),
 ]
-Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Processes on this machine.")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Trials at a time.")]
 Storage = Annotated[
     str | None,
     typer.Option(
         envvar="ADVML_STORAGE",
-        help="Database of the studies, for several machines: postgresql://user@host/name or mysql+pymysql://...",
+        help="Database of the studies: sqlite:///file.db, postgresql://user@host/name or mysql+pymysql://...",
         show_default="sqlite:///optuna.db",
     ),
 ]
@@ -47,6 +47,7 @@ def attack(
     model: Annotated[str, typer.Argument(help="A model's name (CL-AT-s0) or folder.", show_default=False)],
     trials: Trials = None,
     workers: Workers = 1,
+    cluster: ClusterOption = None,
     storage: Storage = None,
     name: Name = None,
     autoattack: Annotated[bool, typer.Option(help="Measure the model under AutoAttack on test, beside the winner.")] = True,
@@ -60,13 +61,23 @@ def attack(
     Writes reports/tune/attack-<MODEL>/. Next: advml tune apply attack-<MODEL>
     """
     from advml.config import load
-    from advml.tuning.searches import AttackSearch
+    from advml.tuning.attack_search import AttackSearch
 
     configuration = load(params, overrides or [])
 
-    search = AttackSearch.of(share_cores(configuration, workers), params.parent, model, autoattack=autoattack, name=name)
+    search = AttackSearch.of(configuration, params.parent, model, autoattack=autoattack, name=name)
     spec = configuration.tune.attack
-    run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)
+    run(
+        search,
+        configuration,
+        params,
+        storage=storage,
+        trials=trials or spec.trials,
+        workers=workers,
+        cluster=cluster,
+        seed=spec.seed,
+        replace=replace,
+    )
 
 
 @app.command()
@@ -76,6 +87,7 @@ def finetune(
     seed: Seed = 0,
     trials: Trials = None,
     workers: Workers = 1,
+    cluster: ClusterOption = None,
     storage: Storage = None,
     name: Name = None,
     pareto: Pareto = False,
@@ -88,7 +100,7 @@ def finetune(
     Searches on validation, from the pretrained encoder; tune.finetune.clean_floor is kept.
     Writes reports/tune/finetune-<SCHEME>-<REGIME>-s<SEED>/. Next: advml tune apply finetune-<SCHEME>-<REGIME>-s<SEED>
     """
-    _train("finetune", scheme, regime, seed, trials, workers, storage, name, pareto, replace, overrides, params)
+    _train("finetune", scheme, regime, seed, trials, workers, cluster, storage, name, pareto, replace, overrides, params)
 
 
 @app.command()
@@ -98,6 +110,7 @@ def pretrain(
     seed: Seed = 0,
     trials: Trials = None,
     workers: Workers = 1,
+    cluster: ClusterOption = None,
     storage: Storage = None,
     name: Name = None,
     pareto: Pareto = False,
@@ -110,7 +123,7 @@ def pretrain(
     Searches on validation; tune.pretrain.clean_floor is kept.
     Writes reports/tune/pretrain-<SCHEME>-<PHASE>-s<SEED>/. Next: advml tune apply pretrain-<SCHEME>-<PHASE>-s<SEED>
     """
-    _train("pretrain", scheme, phase, seed, trials, workers, storage, name, pareto, replace, overrides, params)
+    _train("pretrain", scheme, phase, seed, trials, workers, cluster, storage, name, pareto, replace, overrides, params)
 
 
 @app.command()
@@ -146,6 +159,14 @@ def apply(
     print(f"wrote {params}\nnext: advml repro")
 
 
+@app.command(hidden=True)
+def worker() -> None:
+    """Run trials for a command that has started this one: see `advml.engine.process_task`."""
+    from advml.engine.process_task import serve
+
+    serve()
+
+
 def _train(
     kind: Any,
     scheme: str,
@@ -153,6 +174,7 @@ def _train(
     seed: int,
     trials: int | None,
     workers: int,
+    cluster: str | None,
     storage: str | None,
     name: str | None,
     pareto: bool,
@@ -161,12 +183,22 @@ def _train(
     params: Path,
 ) -> None:
     from advml.config import load
-    from advml.tuning.searches import TrainingSearch
+    from advml.tuning.training_search import TrainingSearch
 
     configuration = load(params, overrides or [])
 
-    search = TrainingSearch.of(share_cores(configuration, workers), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
+    search = TrainingSearch.of(configuration, params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
         tell(f"left out, without effect here: {', '.join(search.left_out)}")
     spec = search.spec
-    run(search, configuration, params, storage=storage, trials=trials or spec.trials, workers=workers, seed=spec.seed, replace=replace)
+    run(
+        search,
+        configuration,
+        params,
+        storage=storage,
+        trials=trials or spec.trials,
+        workers=workers,
+        cluster=cluster,
+        seed=spec.seed,
+        replace=replace,
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.config import Cluster
-from advml.engine.stage_task import FOLDER, require_shared
+from advml.engine.stage_task import FOLDER, require_shared, token_file
 from advml.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ PATIENCE = 30.0  # seconds to wait for a running scheduler
 
 @dataclass(frozen=True)
 class Slots:
-    """Where stages run. `token` is the content of the study's token file, by which a worker knows that it sees the folder."""
+    """Where stages run. `token` names a file in the study's folder, by which a worker knows that it sees the folder."""
 
     client: Client
     token: str
@@ -67,8 +67,9 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         logging.getLogger(name).setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
     token = uuid.uuid4().hex
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    (root / FOLDER / "token").write_text(token)
+    token_file(root, token).touch()
     with contextlib.ExitStack() as stack:
+        stack.callback(token_file(root, token).unlink, missing_ok=True)
         if where is None:
             ports = {"dashboard_address": LOCALHOST, "worker_dashboard_address": LOCALHOST}
             target: Any = stack.enter_context(LocalCluster(processes=False, n_workers=1, threads_per_worker=jobs, **ports))

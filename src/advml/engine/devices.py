@@ -31,7 +31,7 @@ def one_device() -> Iterator[dict[str, str]]:
     folder = Path(tempfile.gettempdir()) / f"advml-devices-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
     for device, identity in devices.items():
-        lock = FileLock(folder / identity.replace("/", "-"))
+        lock = FileLock(folder / identity.replace("/", "-"), thread_local=False)  # threads may end what others have begun
         try:
             lock.acquire(timeout=0)
         except Timeout:

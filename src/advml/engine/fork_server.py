@@ -1,4 +1,4 @@
-"""Imports once for many stages: on this machine, `advml repro` forks every stage from one process that has imported torch.
+"""Imports once for many processes: `advml repro` forks stages, and `advml tune` trials, from a process that has imported torch.
 
 Importing torch, timm and mlflow takes seconds, and dozens of stages need them. The server imports them once and listens on a Unix
 socket, whose path is in ADVML_FORK_SERVER. `python -m advml ...` connects, hands over its arguments, environment and open files, and
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from advml.lines import tell
@@ -38,10 +38,13 @@ MODULES = (
 
 
 @contextlib.contextmanager
-def server(root: Path) -> Iterator[dict[str, str]]:
-    """Run a server while the context lasts; yields the environment variable by which stages find it.
+def server(root: Path, modules: Sequence[str] = MODULES) -> Iterator[dict[str, str]]:
+    """Run a server while the context lasts; yields the environment variable by which stages and trials find it.
 
-    Without fork or Unix sockets the mapping is empty, and every stage imports for itself.
+    Without fork or Unix sockets the mapping is empty, and every process imports for itself.
+
+    Args:
+        modules: what is imported before the first fork.
     """
     if not hasattr(os, "fork") or not hasattr(socket, "AF_UNIX"):
         yield {}
@@ -50,7 +53,7 @@ def server(root: Path) -> Iterator[dict[str, str]]:
         address = os.path.join(folder, "socket")
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [sys.executable, "-m", "advml.engine.fork_server", address]
+        command = [sys.executable, "-m", "advml.engine.fork_server", address, *modules]
         # In a session of its own, the terminal's Ctrl-C does not reach it; it ends when its standard input does.
         process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, start_new_session=True)
         try:
@@ -90,8 +93,8 @@ def _pass_on(process: int, number: int, _: object) -> None:
         os.kill(process, number)
 
 
-def serve(address: str) -> None:
-    """Import, then fork a child for each connection until standard input is closed."""
+def serve(address: str, modules: Sequence[str]) -> None:
+    """Import `modules`, then fork a child for each connection until standard input is closed."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)  # clients that connect during the imports wait
@@ -100,7 +103,7 @@ def serve(address: str) -> None:
     from advml.tracking.store import prepare
 
     prepare()  # before the import of mlflow, which reads some of its settings then
-    for module in MODULES:
+    for module in modules:
         importlib.import_module(module)
     imported = source_digest()  # of the sources just imported, not of later edits
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
@@ -158,4 +161,4 @@ def _run(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

@@ -27,7 +27,7 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
     """Bring one stage up to date; returns DVC's exit code. Its output goes to a log file, its progress to another one.
 
     Args:
-        token: content of the study's token file, which shows that this machine sees the study's folder.
+        token: names the driver's token file, which shows that this machine sees the study's folder.
         environment: variables for the stage, beside those of this worker. Without OMP_NUM_THREADS, a stage gets its share of the cores.
         reserve: whether the stage gets a GPU of its own, where there are any.
     Raises:
@@ -56,7 +56,7 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
         _at_work.add(process.pid)
         try:
             while process.poll() is None:
-                if _is_cancelled():
+                if is_cancelled():
                     _end(process)
                 time.sleep(0.1)
         finally:
@@ -71,16 +71,19 @@ async def wait_for_stages() -> None:
         await asyncio.sleep(0.05)
 
 
+def token_file(root: str | Path, token: str) -> Path:
+    """An empty file that shows workers the study's folder, as long as the driver lives."""
+    return Path(root, FOLDER, f"token-{token}")
+
+
 def require_shared(root: str, token: str) -> None:
-    """Raises Failure if this machine does not see the study's folder, with the token file that the driver has written there."""
-    file = Path(root, FOLDER, "token")
-    with contextlib.suppress(OSError):
-        if file.read_text() == token:
-            return
+    """Raises Failure if this machine does not see the study's folder, with the token file that the driver has made there."""
+    if token_file(root, token).exists():
+        return
     raise Failure(f"{os.uname().nodename} does not see {root}: all workers need the study's folder under this path (NFS, Lustre, ...)")
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
     """Whether the task that this thread runs was withdrawn: the driver was interrupted or has died, or the scheduler has."""
     from distributed import Status
     from distributed.worker import get_worker, thread_state

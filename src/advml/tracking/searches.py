@@ -113,7 +113,7 @@ class SearchRun(Run):
             self.set_tag("advml.digest", made)
 
     @guarded
-    def crown(self, number: int) -> None:
+    def mark_best(self, number: int) -> None:
         """Tag the best trial, and no other."""
         if self._best not in (None, number):
             self._store.client.delete_tag(self._trials[self._best].id, BEST)

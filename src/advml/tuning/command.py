@@ -1,8 +1,15 @@
-"""`advml tune attack|finetune|pretrain`: one command from the empty study to the proposal, or from wherever the last one got to."""
+"""`advml tune attack|finetune|pretrain`: one command from the empty study to the proposal, or from wherever the last one got to.
+
+The command's process is the driver: it alone opens the database, asks for the next trial, receives reports, stops trials, writes MLflow
+runs and files. Trials run in processes of the engine's slots.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +18,26 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from advml import tracking
 from advml.config import Config
+from advml.engine.cluster import connect
+from advml.engine.fork_server import server
+from advml.engine.process_task import Call, Lost, Pool, call_here
 from advml.errors import Failure, UserError
 from advml.lines import tell
 from advml.passwords import masked
 from advml.paths import Workspace, checked_name
-from advml.tuning import census, confirmation, identity, outputs, supervisor
+from advml.tracking.signals import deferred
+from advml.tuning import outputs, trial_state, workers
 from advml.tuning import study as studies
-from advml.tuning.board import Board, show
-from advml.tuning.history import History
-from advml.tuning.locking import lock
-from advml.tuning.storage import address
-from advml.tuning.turn import Turn
-from advml.tuning.worker import Orders, Search, call_and_tell
+from advml.tuning.live_table import LiveTable, show
+from advml.tuning.search import Definition, Report, Search
+from advml.tuning.storage import address, alone, note_holder, told
+
+POLL = 0.25  # seconds between two looks at a study without news
+# Attributes of the study: the winner's measurements, and those that do not depend on the winner
+CONFIRMED, MEASURED = "confirmed", "measured"
+KILLED = "the process that measures was killed (out of memory?); the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,10 @@ def tune(
     *,
     storage: str | None,
     trials: int,
-    workers: int,
+    slots: int,
     seed: int,
     replace: bool = False,
+    cluster: str | None = None,
 ) -> Outcome:
     """Run the study until it has `trials` finished trials, of all commands together; then confirm the winner and write it all down.
 
@@ -57,46 +72,62 @@ def tune(
 
     Args:
         search: what to search; checked.
-        config: for the tracking.
+        config: for tracking, devices and the cluster.
         workspace: of reports and scratch folders.
         storage: URL of the studies' database; None: optuna.db in the workspace.
         trials: finished trials wanted.
-        workers: processes on this machine.
+        slots: trials at a time on this machine, or in jobs of a queue.
         seed: of the samplers.
         replace: whether a study of this name that searched something else is thrown away.
+        cluster: see `advml.engine.cluster.connect`.
     Raises:
-        UserError: the storage or the study cannot be used.
-        Failure: all trials fail, or all workers die.
+        UserError: the database, the study or the cluster cannot be used, or another command works on the study.
+        Failure: all trials fail, or the database fails.
     """
     checked_name(search.name)  # its folders are removed in the end
     url, definition = address(storage, root=workspace.root), search.definition()
-    supervisor.processes()  # begins to import torch, beside what this process does
-    study = studies.create(definition, url, replace=replace)
-    _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
-    studies.bury(study, url)
-    everything = workspace.scratch(f"tune/{search.name}").resolve()
-    scratch = everything / study.user_attrs.get(identity.IDENTITY, "first")  # trials of another study are numbered alike
-    orders = Orders(search, url, trials, len(census.finished(study.get_trials(deepcopy=False))), seed, scratch)
-    board = Board(search.name, metrics=search.metrics, directions=definition.directions, total=trials)
-    with History(search, config, workspace, study, url) as history:
+    with contextlib.ExitStack() as stack:
+        forks = stack.enter_context(server(workspace.root, workers.MODULES)) if cluster is None else {}
+        check = stack.enter_context(alone(url, search.name))
+        study = studies.create(definition, url, replace=replace)
+        stack.callback(study._storage.remove_session)
+        _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
+        note_holder(study)
+        studies.requeue_dead(study)
+        driver = Driver(search, definition, workspace, study, forks, check, trials=trials, seed=seed)
+        run = tracking.open_search(
+            config,
+            root=workspace.root,
+            name=search.name,
+            identity=study.user_attrs[studies.IDENTITY],
+            tags=search.tags(),
+            params=search.parameters(),
+        )
+        driver.run = stack.enter_context(run)
+        stack.enter_context(told())
         try:
-            with board:
-                supervisor.supervise(study, orders, workers=workers, watch=_both(board.show, history.show))
-            confirmation.confirm(search, study, url, definition.directions, in_a_process)
+            with connect(cluster, root=workspace.root, jobs=slots, options=config.cluster) as where:
+                threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+                driver.pool = Pool(where, workspace.root, forks | threads, config.runtime.device in ("auto", "cuda"))
+                try:
+                    driver.search_on()
+                    driver.confirm()
+                finally:
+                    driver.stop()
         except BaseException:
-            so_far = _close(search, study, url, workspace, history)
+            so_far = driver.close()
             if so_far.best is not None:
-                told = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
-                tell(f"{search.name}: {so_far.finished} of {trials} trials; {told}")
+                best = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
+                tell(f"{search.name}: {so_far.finished} of {trials} trials; {best}")
             raise
-        outcome = _close(search, study, url, workspace, history)
-    _tidy(study, url, everything)
+        outcome = driver.close()
+        shutil.rmtree(driver.scratch, ignore_errors=True)
     return outcome
 
 
 def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: bool) -> None:
     """Raises UserError if the folder holds the results of a search that this database knows nothing of: they would be written over."""
-    if replace or census.finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
+    if replace or trial_state.finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
         return
     raise UserError(
         f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
@@ -104,63 +135,178 @@ def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: 
     )
 
 
-def _both(*watchers: Callable[[Sequence[FrozenTrial]], None]) -> Callable[[Sequence[FrozenTrial]], None]:
-    def show(trials: Sequence[FrozenTrial]) -> None:
-        for watch in watchers:
-            watch(trials)
+class Driver:
+    """The command at work on its study."""
 
-    return show
+    def __init__(
+        self,
+        search: Search,
+        definition: Definition,
+        workspace: Workspace,
+        study: optuna.Study,
+        forks: dict[str, str],
+        check: Callable[[], None],
+        *,
+        trials: int,
+        seed: int,
+    ) -> None:
+        self.search, self.definition, self.study, self.check = search, definition, study, check
+        self.forks, self.total, self.seed = forks, trials, seed
+        self.root, self.folder = workspace.root, workspace.reports / "tune" / search.name
+        self.scratch = workspace.scratch(f"tune/{search.name}").resolve()
+        self.since = len(trial_state.finished(self.trials()))
+        self.pool: Pool
+        self.run: tracking.SearchRun
+        self.at_work: dict[int, tuple[optuna.Trial, Call]] = {}
+        self.logged: dict[int, str] = {}
+        self.slots: dict[str, int] = {}  # of each worker of the cluster
+        self.looked = 0.0
 
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
-def _close(search: Search, study: optuna.Study, url: str, workspace: Workspace, history: History) -> Outcome:
-    """Files, figures, and the runs' last state."""
-    trials, directions = study.get_trials(deepcopy=False), search.definition().directions
-    best = outputs.best_of(trials, directions)
-    found = confirmation.confirmed(study, best)
-    folder = workspace.reports / "tune" / search.name
-    files = in_a_process(outputs.write, folder, search, study.study_name, url, found)
-    history.close(trials, best, files)
-    default, reason = census.default_of(trials), outputs.fruitless(trials)
-    return Outcome(search.name, folder, len(census.finished(trials)), best, default, found, files, reason)
+    # Trials
 
+    def search_on(self) -> None:
+        """Run trials until enough have finished. Raises Failure if all fail."""
+        metrics, directions = self.search.metrics, self.definition.directions
+        with LiveTable(self.search.name, metrics=metrics, directions=directions, total=self.total) as table:
+            while True:
+                # A Ctrl-C waits for the pause: it would leave half of a drawing or a transaction.
+                with deferred():
+                    self.look()
+                    for number, (trial, call) in list(self.at_work.items()):
+                        if call.is_ready(self.slots):
+                            self.take(number, trial, call)
+                    trials = self.trials()
+                    table.show(trials)
+                    self.log(trials)
+                    done = len(trial_state.finished(trials))
+                    if trial_state.is_hopeless(trials, since=self.since):
+                        said = trial_state.finished(trials)[-1].user_attrs[trial_state.REASON]
+                        raise Failure(f"the first {trial_state.HOPELESS} trials all failed, the last one: {said}")
+                    if done >= self.total:
+                        return
+                    for _ in range(min(sum(self.slots.values()), self.total - done) - len(self.at_work)):
+                        self.start()
+                self.wait()
 
-def _tidy(study: optuna.Study, url: str, scratch: Path) -> None:
-    """Remove the scratch folders, unless another command is at work in them, or will be: it tidies up itself."""
-    turn = Turn(study, url, "confirm")
-    if turn.take():
-        with lock(url):
-            if all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
-                shutil.rmtree(scratch, ignore_errors=True)
-        turn.give_back()
+    def start(self) -> None:
+        trial = studies.next_trial(self.study, self.definition, seed=self.seed)
+        self.at_work[trial.number] = trial, Call(self.pool, workers.run_trial, self.search, dict(trial.params), self.scratch_of(trial))
 
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it where torch and matplotlib are imported already, and not in this process, which stays small.
-
-    However this ends, the other process does too.
-
-    Raises:
-        Failure: it was killed, or ended with an error, which it has printed.
-    """
-    context = supervisor.processes()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=call_and_tell, args=(theirs, function, *arguments), daemon=True)
-    try:
-        process.start()
-        theirs.close()
+    def take(self, number: int, trial: optuna.Trial, call: Call) -> None:
+        """Deal with a report, a result or the loss of a trial."""
         try:
-            said, result = ours.recv()
-        except EOFError:
-            process.join()
-            why = "ended with an error, which stands above" if process.exitcode == 1 else "was killed, perhaps for want of memory"
-            raise Failure(f"the process that measures and writes {why}; the same command goes on") from None
-    finally:
-        ours.close()
-        if process.pid is not None:
-            process.terminate()
-            process.join(10)
-            process.kill()
-            process.join()
-    if said is not None:
-        raise said(result)
-    return result
+            news = call.take()
+        except Lost:
+            del self.at_work[number]
+            studies.requeue_dead(self.study, alive={*self.at_work})
+            return
+        if isinstance(news, Report):
+            call.answer(studies.note(trial, news))
+            return
+        del self.at_work[number]
+        studies.finish(self.study, trial, news)
+        shutil.rmtree(self.scratch_of(trial), ignore_errors=True)
+
+    def scratch_of(self, trial: optuna.Trial) -> Path:
+        """Trials of another study of this name are numbered alike, so the study's identity is part of it."""
+        return self.scratch / self.study.user_attrs[studies.IDENTITY] / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
+
+    def look(self) -> None:
+        """Once a second: who is there to work, and whether the study is still this command's."""
+        if time.monotonic() - self.looked > 1:
+            self.check()
+            self.slots, before, self.looked = self.pool.slots.client.nthreads(), self.looked, time.monotonic()
+            if not (self.slots or before):
+                tell("waiting for a worker of the cluster")
+
+    def wait(self) -> None:
+        """For news, or a moment."""
+        self.pool.news.wait(POLL)
+        self.pool.news.clear()
+
+    def stop(self) -> None:
+        """End what is at work, and queue it again."""
+        for _, call in self.at_work.values():
+            call.cancel()
+        self.pool.close()
+        self.at_work.clear()
+        studies.requeue_dead(self.study)
+
+    # The winner
+
+    def confirm(self) -> None:
+        """Measure the winner once more, and what else was asked for, unless an earlier command has. Test images are looked at once."""
+        best = outputs.best_of(self.trials(), self.definition.directions)
+        if best is None:
+            return
+        if self.is_due(best):
+            known = self.study.user_attrs.get(CONFIRMED) or {"trial": None, "times": 0}
+            found = self.measure(self.search.confirm, best.params)
+            times = known["times"] + (known["trial"] != best.number)  # on further seeds it is the same winner
+            self.study.set_user_attr(CONFIRMED, {"trial": best.number, "times": times, "seeds": self.further_seeds(), "of": found})
+        for name in self.search.once:
+            measured = self.study.user_attrs.get(MEASURED, {})
+            if name not in measured:
+                self.study.set_user_attr(MEASURED, measured | {name: self.measure(self.search.measure, name)})
+
+    def is_due(self, best: FrozenTrial) -> bool:
+        """Whether this winner has not been confirmed, or on fewer seeds than `confirm` asks for; the seeds are the first n of one sequence."""
+        known, wanted = self.study.user_attrs.get(CONFIRMED), self.further_seeds()
+        if known is None or known["trial"] != best.number:
+            return True
+        if wanted != (has := known.get("seeds", wanted)):
+            what = f"{self.search.name}: trial {best.number} has been confirmed on {has} further seeds"
+            tell(f"{what}; confirming it on {wanted}" if wanted > has else f"{what}, more than confirm = {wanted}; they stay")
+        return wanted > has
+
+    def further_seeds(self) -> int:
+        """Seeds that a winner is confirmed on: `confirm` of the search's section; 0 where there are none."""
+        return max((section.get("confirm", 0) for section in self.search.parameters().get("tune", {}).values()), default=0)
+
+    def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it in a process of the pool."""
+        call = Call(self.pool, function, *arguments)
+        while not call.is_ready(self.slots):
+            with deferred():
+                self.look()
+            self.wait()
+        try:
+            return call.take()
+        except Lost:
+            raise Failure(KILLED) from None
+
+    def confirmed(self, best: FrozenTrial | None) -> dict[str, Any] | None:
+        """What this command or an earlier one has measured of this winner."""
+        known = self.study.user_attrs.get(CONFIRMED)
+        if best is None or known is None or known["trial"] != best.number:
+            return None
+        times = {"winners_confirmed": known["times"]} if known["times"] > 1 else {}
+        return known["of"] | self.study.user_attrs.get(MEASURED, {}) | times
+
+    # Files and runs
+
+    def log(self, trials: Sequence[FrozenTrial]) -> None:
+        """Bring the MLflow runs up to date."""
+        changed = [trial for trial in trials if self.logged.get(trial.number) != trial.state.name]
+        self.run.show([fact for trial in changed if (fact := outputs.fact(self.search, trial))])
+        self.logged |= {trial.number: trial.state.name for trial in changed}
+
+    def close(self) -> Outcome:
+        """Write files and figures, and complete the runs."""
+        trials = self.trials()
+        best = outputs.best_of(trials, self.definition.directions)
+        found = self.confirmed(best)
+        try:
+            files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found)
+        except Lost:
+            raise Failure("the process that writes files and figures was killed (out of memory?); the same command goes on") from None
+        self.log(trials)
+        if best is not None:
+            self.run.mark_best(best.number)
+        scored = trial_state.scores(self.search.metrics, best) if best is not None else {}
+        self.run.log_results(self.root / "reports" / "tune" / self.search.name, files, scored)
+        default, reason = trial_state.default_of(trials), outputs.fruitless(trials)
+        return Outcome(self.search.name, self.folder, len(trial_state.finished(trials)), best, default, found, files, reason)

@@ -20,9 +20,10 @@ from optuna.trial import FrozenTrial
 from ruamel.yaml import YAML
 
 from advml.paths import SEARCH_FILES
-from advml.tuning import census
-from advml.tuning.storage import connect
-from advml.tuning.worker import Search
+from advml.runtime.checkpoint import write_atomically
+from advml.tracking import Trial
+from advml.tuning.search import Search
+from advml.tuning.trial_state import ORIGIN, REASON, RETRY_OF, default_of, finished, history_of, name_of, ranked, scores
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
@@ -31,33 +32,27 @@ HEADER = """\
 """
 
 
-def write(folder: Path, search: Search, name: str, url: str, confirmed: dict[str, Any] | None) -> list[Path]:
-    """Write everything that the study can tell by now; returns the files."""
-    study = optuna.load_study(study_name=name, storage=connect(url, made=True))
-    trials = study.get_trials(deepcopy=False)
-    directions = search.definition().directions
-    folder.mkdir(parents=True, exist_ok=True)
+def write(folder: Path, search: Search, trials: Sequence[FrozenTrial], confirmed: dict[str, Any] | None) -> list[Path]:
+    """Write everything that the trials of a study, all of them, can tell by now; returns the files."""
     texts = {TRIALS: table(trials, search.metrics)}
-    if best := best_of(trials, directions):
+    if best := best_of(trials, search.definition().directions):
         texts[BEST] = HEADER.format(name=search.name) + proposal(search, trials, best, confirmed)
     for name, text in texts.items():
-        temporary = folder / f"{name}.{os.getpid()}.part"  # two commands may end at once
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
-    return [*(folder / name for name in texts), *draw(folder, study, search)]
+        write_atomically(folder / name, text.encode())
+    return [*(folder / name for name in texts), *draw(folder, trials, search)]
 
 
 def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenTrial | None:
     """The best feasible trial, by the first objective."""
-    return next(iter(census.ranked(trials, directions)), None)
+    return next(iter(ranked(trials, directions)), None)
 
 
 def fruitless(trials: Sequence[FrozenTrial]) -> str | None:
     """Why there is nothing to propose: no trial has run to its end; None: some have."""
-    ended = sorted(census.finished(trials), key=lambda trial: trial.datetime_complete)
-    if any(state_of(trial) == "complete" for trial in trials):
+    ended = finished(trials)
+    if any(name_of(trial) == "complete" for trial in trials):
         return None
-    failed = [trial for trial in ended if state_of(trial) == "failed"]
+    failed = [trial for trial in ended if name_of(trial) == "failed"]
     if not failed:
         return f"none of {len(ended)} trials has run to its end"
     who = (
@@ -65,12 +60,12 @@ def fruitless(trials: Sequence[FrozenTrial]) -> str | None:
         if len(failed) == len(ended)
         else f"{len(failed)} of {len(ended)} trials failed, others were pruned"
     )
-    return f"{who}, the last one: {failed[-1].user_attrs[census.REASON]}"
+    return f"{who}, the last one: {failed[-1].user_attrs[REASON]}"
 
 
 def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
     """best.yaml without its header."""
-    default = census.default_of(trials)
+    default = default_of(trials)
     content = {
         "study": search.name,
         **({"front": front(search, trials)} if len(search.metrics) > 1 else {}),
@@ -80,8 +75,8 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
         "scored": scores(search.metrics, best),
         "default_scored": scores(search.metrics, default) if default else None,
         "trials": {
-            "finished": len(census.finished(trials)),
-            **{state: sum(state_of(trial) == state for trial in trials) for state in ("complete", "pruned", "failed", "killed")},
+            "finished": len(finished(trials)),
+            **{state: sum(name_of(trial) == state for trial in trials) for state in ("complete", "pruned", "failed", "killed")},
         },
         **(confirmed or {}),
     }
@@ -97,7 +92,7 @@ def front(search: Search, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]
     signs = [1 if direction == "minimize" else -1 for direction in search.definition().directions]
     costs = {
         trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
-        for trial in census.ranked(trials, search.definition().directions)
+        for trial in ranked(trials, search.definition().directions)
     }
     beaten = {
         number
@@ -111,18 +106,18 @@ def front(search: Search, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]
     ]
 
 
-def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
-    """The trial's objectives, and what else it has measured."""
-    if trial.state != optuna.trial.TrialState.COMPLETE:  # Optuna gives a pruned trial its last report for a value
-        return {}
-    return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get("measured", {})
-
-
-def state_of(trial: FrozenTrial) -> str:
-    """running, waiting, complete, pruned, failed or killed."""
-    if census.is_killed(trial):
-        return "killed"
-    return "failed" if trial.state == optuna.trial.TrialState.FAIL else trial.state.name.lower()
+def fact(search: Search, trial: FrozenTrial) -> Trial | None:
+    """A trial as MLflow shows it; None: there is nothing to show yet."""
+    if trial.state == optuna.trial.TrialState.WAITING or ORIGIN not in trial.user_attrs:
+        return None
+    return Trial(
+        number=trial.number,
+        state=name_of(trial),
+        params=search.proposal(trial.params),
+        metrics=scores(search.metrics, trial),
+        history=history_of(trial),
+        reason=trial.user_attrs.get(REASON),
+    )
 
 
 def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
@@ -135,22 +130,25 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     for trial in trials:
         noted, scored = trial.user_attrs, scores(metrics, trial)
         writer.writerow(
-            [trial.number, state_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
+            [trial.number, name_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
             + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get("seconds")]
             + [trial.params.get(key) for key in keys]
-            + [noted.get(census.RETRY_OF), noted.get(census.REASON)]
+            + [noted.get(RETRY_OF), noted.get(REASON)]
         )
     return stream.getvalue()
 
 
-def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
-    """The figures that the study has enough trials for."""
+def draw(folder: Path, trials: Sequence[FrozenTrial], search: Search) -> list[Path]:
+    """The figures that there are enough trials for."""
     os.environ.setdefault("MPLBACKEND", "agg")  # no window
     from optuna.visualization import matplotlib as plots
 
     from advml.figures.searches import legible
     from advml.figures.style import to_png
 
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    study = optuna.create_study(directions=search.definition().directions)
+    study.add_trials(trials)
     metrics, keys = search.metrics, len(search.definition().distributions)
     first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
     drawings: dict[str, Callable[[], Any]] = {
@@ -162,7 +160,7 @@ def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
     if len(metrics) > 1:
         drawings["pareto"] = lambda: plots.plot_pareto_front(study, target_names=list(metrics))
     written = []
-    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state == optuna.trial.TrialState.COMPLETE]
+    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     for name, drawing in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out

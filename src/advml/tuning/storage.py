@@ -1,12 +1,12 @@
-"""Where studies are kept: SQLite beside params.yaml, or a database server that many machines share."""
+"""The database of the studies: SQLite beside params.yaml, or a server. One process at a time, the driver of a search, works on a study."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sqlite3
-import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
 import sqlalchemy
@@ -14,17 +14,30 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG
 
+from advml.engine.exclusive import at_work, exclusive, this_process
 from advml.errors import Failure, UserError
 from advml.passwords import masked, remember
-from advml.tuning.locking import LOCKS, SQLITE, told
-from advml.tuning.patience import PATIENCE, patiently, reason
 
-GONE = "the study is gone: another command has thrown it away or put another one in its place"
-HEARTBEAT, GRACE = 10, 60  # seconds between signs of life; how long none may come from another machine
+SQLITE = "sqlite:///"
+CONNECT_TIMEOUT = 10  # seconds
+HOLDER = "driver"  # attribute of a study: the process that works on it, or has
+# Drivers that know the option connect_timeout -> how they are installed
+DRIVERS = {"psycopg": "advml[postgres]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
+_MYSQL = ("SET SESSION wait_timeout = 100", "SELECT GET_LOCK(CONCAT('advml-', :key), 0)")
+# The last statement takes a lock that ends with the session, and returns 1 or true if it is given; those before make the server notice
+# within two minutes that the machine of a session is gone.
+LOCKS = {
+    "postgresql": (
+        *("SET tcp_keepalives_idle = 30", "SET tcp_keepalives_interval = 10", "SET tcp_keepalives_count = 3"),
+        "SELECT pg_try_advisory_lock(:key)",
+    ),
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+}
 
 
 def address(url: str | None, *, root: Path) -> str:
-    """The URL of the storage; by default `optuna.db` in the workspace. Relative SQLite files start at the workspace.
+    """The URL of the database; by default `optuna.db` in the workspace. Relative SQLite files start at the workspace.
 
     Raises:
         UserError: no database that studies can be kept in.
@@ -32,100 +45,119 @@ def address(url: str | None, *, root: Path) -> str:
     url = url or f"{SQLITE}optuna.db"
     remember(url)
     try:
-        kind = sqlalchemy.make_url(url).get_backend_name()
+        parsed = sqlalchemy.make_url(url)
+        kind = parsed.get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number
         kind = None
     if kind not in ("sqlite", *LOCKS):
         raise UserError(f"--storage {masked(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
     if kind != "sqlite":
         return url
-    file = sqlalchemy.make_url(url).database
-    if file in (None, "", ":memory:"):
+    if parsed.database in (None, "", ":memory:"):
         raise UserError(f"--storage {masked(url)!r} names no file; write sqlite:///optuna.db")
-    return f"{SQLITE}{(root / file).resolve()}"
+    return f"{SQLITE}{(root / parsed.database).resolve()}"
 
 
-def connect(url: str, *, made: bool = False) -> RDBStorage:
-    """Open a storage, creating its tables where they are absent; hold `locking.lock` when it may be new.
-
-    Args:
-        made: whether it is known to be there, and its tables need not be looked at.
-    Raises:
-        UserError: it cannot be reached, or its driver is not installed.
-    """
+def connect(url: str) -> RDBStorage:
+    """Open a database, creating its tables where they are absent. Raises UserError if it cannot be used."""
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a failed trial is ours to report
-    options = {"connect_args": {"timeout": PATIENCE}} if url.startswith(SQLITE) else {"pool_pre_ping": True}
-    try:
-        with warnings.catch_warnings(), told(url):
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats
-            if url.startswith(SQLITE) and not Path(url.removeprefix(SQLITE)).exists():
-                _create(Path(url.removeprefix(SQLITE)))
-            storage = PatientStorage(
-                url,
-                engine_kwargs=options,
-                skip_compatibility_check=made,
-                skip_table_creation=made,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=GRACE,
-            )
-            if url.startswith(SQLITE):
-                sqlalchemy.event.listen(storage.engine, "connect", _relax)
-                storage.engine.dispose()  # the connections from before
-            return storage
-    except (StorageInternalError, RuntimeError) as error:
-        raise UserError(masked(f"--storage {url} cannot be used: {reason(error)}")) from None
+    with _usable(url):
+        if not url.startswith(SQLITE):
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": _timeout(url)})
+        file = Path(url.removeprefix(SQLITE))
+        if not file.exists():  # SQLite would play the last transactions of a database that somebody has removed into the new one
+            for stale in ("-wal", "-shm"):
+                file.with_name(f"{file.name}{stale}").unlink(missing_ok=True)
+        storage = RDBStorage(url)
+        sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
+        storage.engine.dispose()  # the connections from before
+        return storage
 
 
-def _create(database: Path) -> None:
-    """Make the tables in a file beside, then rename it: a kill in between leaves no half of a schema."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    fresh = database.with_name(f"{database.name}.new")
-    fresh.unlink(missing_ok=True)
-    RDBStorage(f"{SQLITE}{fresh}").engine.dispose()
-    with contextlib.closing(sqlite3.connect(fresh)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")  # kept in the file: readers and writers do not wait for each other
-    for stale in ("-wal", "-shm"):  # of a file that somebody has removed: SQLite would play its last transactions into this one
-        database.with_name(f"{database.name}{stale}").unlink(missing_ok=True)
-    fresh.replace(database)
-
-
-def _relax(connection: sqlite3.Connection, _: object) -> None:
-    """No waiting for the disk at every commit: with WAL a power cut may take the last ones, and leaves the file whole."""
+def _without_waiting_for_the_disk(connection: sqlite3.Connection, _: object) -> None:
+    """A power cut may take the last transactions, and leaves the file whole."""
+    connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-class PatientStorage(RDBStorage):
-    """Optuna's storage, whose single calls wait for a database that is busy, and come back to one that was restarted.
+@contextlib.contextmanager
+def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a study, of the whole file with SQLite; yields a function that raises Failure if the lock is lost.
 
-    Every call is one transaction, so it may be repeated. A call that was committed although it seemed to fail leaves at
-    worst a trial without a process, which is buried like one that was killed.
+    Raises:
+        UserError: another process has it, or the database cannot be reached.
     """
+    if url.startswith(SQLITE):
+        with _usable(url), contextlib.ExitStack() as stack:
+            file = url.removeprefix(SQLITE)
+            stack.enter_context(exclusive(Path(file), work=f"advml tune is at work on {file}"))
+            held = stack.pop_all()
+        with held:
+            yield lambda: None
+        return
+    key = hashlib.sha256(f"{sqlalchemy.make_url(url).database} {name}".encode()).digest()[:8]
+    *before, take = LOCKS[sqlalchemy.make_url(url).get_backend_name()]
+    with contextlib.ExitStack() as stack:
+        with _usable(url):
+            engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, connect_args=_timeout(url))
+            session = stack.enter_context(contextlib.closing(engine.connect()))
+            for statement in before:
+                session.execute(sqlalchemy.text(statement))
+            given = session.execute(sqlalchemy.text(take), {"key": int.from_bytes(key, signed=True)}).scalar()
+        if not given:
+            raise UserError(at_work(f"advml tune is at work on {name}", _holder(url, name)))
 
-    CALLS = (
-        "get_",
-        "set_",
-        "record_",
-        "create_new_trial",
-        "_create_new_trial",
-        "_get_trials",
-        "_get_stale",
-        "_get_best",
-        "_set_trial_param",
-    )
+        def check() -> None:
+            with told():
+                session.execute(sqlalchemy.text("SELECT 1"))
 
-    ASK = ("get_study_id_from_name",)  # whether there is one
+        yield check
 
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if not name.startswith(PatientStorage.CALLS):
-            return found
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            try:
-                return patiently(lambda: found(*arguments, **options))
-            except KeyError as error:
-                if name in PatientStorage.ASK or error.args != (NOT_FOUND_MSG,):
-                    raise
-                raise Failure(GONE) from error
+def note_holder(study: optuna.Study) -> None:
+    """Write down who works on the study, for `alone`."""
+    study.set_user_attr(HOLDER, this_process())
 
-        return call
+
+def _holder(url: str, name: str) -> str:
+    try:
+        return optuna.load_study(study_name=name, storage=connect(url)).user_attrs.get(HOLDER, "another process")
+    except KeyError:  # it has not begun yet
+        return "another process"
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Turns errors of a database in use into one line."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+        raise Failure(f"the studies' database failed: {_reason(error)}; the same command goes on") from error
+    except KeyError as error:
+        if error.args != (NOT_FOUND_MSG,):
+            raise
+        raise Failure("the study is gone: it was deleted from the database") from error
+
+
+@contextlib.contextmanager
+def _usable(url: str) -> Iterator[None]:
+    """Turns what is wrong with a database into one line."""
+    try:
+        yield
+    except ImportError:
+        driver = sqlalchemy.make_url(url).get_driver_name()
+        raise UserError(f"--storage {masked(url)} needs the driver {driver}: pip install '{DRIVERS.get(driver, driver)}'") from None
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError, OSError) as error:
+        raise UserError(masked(f"--storage {url} cannot be used: {_reason(error)}")) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the database said."""
+    cause = error.__cause__ or error
+    return (getattr(cause, "strerror", None) or str(getattr(cause, "orig", None) or cause).strip() or type(cause).__name__).split("\n")[0]
+
+
+def _timeout(url: str) -> dict[str, int]:
+    parsed = sqlalchemy.make_url(url)
+    given = parsed.get_driver_name() not in DRIVERS or "connect_timeout" in parsed.query
+    return {} if given else {"connect_timeout": CONNECT_TIMEOUT}

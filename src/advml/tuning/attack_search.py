@@ -10,16 +10,31 @@ from typing import Any
 from advml.config import Config, digest
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name, find_model
-from advml.tuning import budget
 from advml.tuning import space as spaces
-from advml.tuning.sampling import tpe, wilcoxon
-from advml.tuning.searches.files import data_digest, record_of
+from advml.tuning.search import Attempt, Definition, data_digest, record_of, tpe, wilcoxon
 from advml.tuning.space import Values
-from advml.tuning.study import Definition
-from advml.tuning.worker import Attempt
 
 # Keys of the space of attacks; everything of an attack but its budget and its threat model.
 KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start", "keep")
+
+
+def passes(*, steps: int, restarts: int, keep: str) -> dict[str, int]:
+    """Forward and backward passes of an attack for an image that nothing breaks.
+
+    A restart of n steps takes n of each, one more forward pass if the best iterate is kept, for the value of the last one, and one for
+    the prediction. All of them count: an attack with many restarts would get the latter for nothing otherwise.
+    """
+    return {"forward": restarts * (steps + _besides(keep)), "backward": restarts * steps}
+
+
+def steps_within(most: int, *, restarts: int, keep: str) -> int:
+    """Steps of each restart so that all together stay within `most` passes; 0: there are too many restarts for that."""
+    return max(0, (most // restarts - _besides(keep)) // 2)
+
+
+def _besides(keep: str) -> int:
+    """Forward passes of a restart beside those of its steps."""
+    return 1 + (keep == "best")
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,12 @@ class AttackSearch:
     def passes(self) -> int:
         """Forward and backward passes of the default per image: no attack has more."""
         spec = self.config.evaluate
-        return budget.total(steps=self.budget // spec.restarts, restarts=spec.restarts, keep=spec.keep)
+        return sum(passes(steps=self.budget // spec.restarts, restarts=spec.restarts, keep=spec.keep).values())
 
     def steps(self, values: Values) -> int:
         """Steps of each restart that the budget has room for."""
         found = self.default() | values
-        return budget.steps_within(self.passes, restarts=found["restarts"], keep=found["keep"])
+        return steps_within(self.passes, restarts=found["restarts"], keep=found["keep"])
 
     def default(self) -> Values:
         """The attack of `evaluate`, with as many steps as the budget allows."""
@@ -126,9 +141,9 @@ class AttackSearch:
         )
 
     def open(self) -> Callable[[Attempt], Sequence[float]]:
-        from advml.tuning import attack
+        from advml.tuning import attack_trial
 
-        return attack.objective(self)
+        return attack_trial.objective(self)
 
     def tags(self) -> dict[str, Any]:
         return {"search": "attack", "model": self.model}
@@ -153,15 +168,15 @@ class AttackSearch:
         return ("autoattack",) if self.autoattack else ()
 
     def measure(self, name: str) -> dict[str, Any]:
-        from advml.tuning import attack
+        from advml.tuning import attack_trial
 
         assert name == "autoattack"
-        return attack.under_autoattack(self)
+        return attack_trial.under_autoattack(self)
 
     def confirm(self, values: Values) -> dict[str, Any]:
-        from advml.tuning import attack
+        from advml.tuning import attack_trial
 
-        return attack.confirm(self, values)
+        return attack_trial.confirm(self, values)
 
 
 def _one_of(*choices: Any) -> Callable[[Any], str | None]:

@@ -28,14 +28,13 @@ from advml.training import phases
 from advml.training.loop import Record
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
-from advml.tuning.attack import evaluation_attack, withstood
+from advml.tuning.attack_trial import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
-from advml.tuning.sampling import Hyperband
+from advml.tuning.search import Attempt, Hyperband
 from advml.tuning.space import Values
-from advml.tuning.worker import Attempt
 
 if TYPE_CHECKING:
-    from advml.tuning.searches import TrainingSearch
+    from advml.tuning.training_search import TrainingSearch
 
 # A standard pretraining withstands next to nothing at the whole radius; at half of it, better and worse ones differ.
 RADIUS = {"st": 0.5}
@@ -175,7 +174,7 @@ def confirm(search: TrainingSearch, values: Values) -> dict[str, Any]:
         seed = derived_seed("tune", search.seed, number)
         for who, chosen in (("default", {}), ("winner", values)):
             scratch = Workspace(search.root).scratch(f"tune/{search.name}/confirm-{who}-{number}")
-            network = train(bench, search.accept(chosen), Attempt(None, chosen, scratch, True), seed=seed, watched=False)
+            network = train(bench, search.accept(chosen), Attempt(chosen, scratch), seed=seed, watched=False)
             for name, measured in zip(splits, bench.measure(network, *splits.values()), strict=True):
                 scores[name][who].append(measured)
     return {"confirmed": compare(scores, floor=None if search.pareto else search.spec.clean_floor)}

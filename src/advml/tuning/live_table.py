@@ -10,16 +10,15 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.lines import tell
-from advml.tuning import census
+from advml.tuning import trial_state
 from advml.tuning.space import Values
-from advml.tuning.worker import LATEST
 
 SHOWN = 8  # of the best trials
 REDRAW = 0.5  # seconds
 
 
-class Board:
-    """`with Board(name, metrics=("robust",), directions=("maximize",), total=40) as board: board.show(trials)`; it writes to stderr."""
+class LiveTable:
+    """`with LiveTable(name, metrics=("robust",), directions=("maximize",), total=40) as table: table.show(trials)`; it writes to stderr."""
 
     def __init__(self, name: str, *, metrics: Sequence[str], directions: Sequence[str], total: int) -> None:
         self.name, self.metrics, self.directions, self.total = name, metrics, directions, total
@@ -27,12 +26,12 @@ class Board:
         self.live: Any = None
         self.drawn, self.started = 0.0, time.monotonic()
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> LiveTable:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            # Without a thread of its own: the supervisor redraws, and forks no process while another holds a lock.
+            # Without a thread of its own: the driver redraws.
             self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self.live.start()
         return self
@@ -47,7 +46,7 @@ class Board:
         if self.told is None:  # those of earlier commands
             self.told = {trial.number for trial in ended}
             if ended:
-                tell(f"{self.name}: going on after {len(census.finished(trials))} finished trials")
+                tell(f"{self.name}: going on after {len(trial_state.finished(trials))} finished trials")
         for trial in ended:
             if trial.number not in self.told:
                 self.told.add(trial.number)
@@ -58,8 +57,8 @@ class Board:
             self.live.update(self._table(trials), refresh=True)
 
     def _line(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> str:
-        done = len(census.finished(trials))
-        best = census.ranked(trials, self.directions)
+        done = len(trial_state.finished(trials))
+        best = trial_state.ranked(trials, self.directions)
         record = f"  (best: {self._scores(best[0])}, trial {best[0].number})" if best else ""
         return f"[{done}/{self.total}] trial {trial.number}: {self.outcome(trial)}  {show(trial.params)}{record}"
 
@@ -70,9 +69,9 @@ class Board:
             return self._scores(trial) + "".join(f", below the {name}" for name in broken)
         if trial.state == TrialState.PRUNED:
             return f"pruned at {trial.last_step}"
-        if census.is_killed(trial):
+        if trial_state.is_killed(trial):
             return "killed, to be tried again"
-        return f"failed: {trial.user_attrs[census.REASON]}" if trial.state == TrialState.FAIL else trial.state.name.lower()
+        return f"failed: {trial.user_attrs[trial_state.REASON]}" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
     def _scores(self, trial: FrozenTrial) -> str:
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.metrics, trial.values, strict=True))
@@ -80,12 +79,12 @@ class Board:
     def _table(self, trials: Sequence[FrozenTrial]) -> Any:
         from rich.table import Table
 
-        done, seconds = len(census.finished(trials)), time.monotonic() - self.started
-        running = census.running(trials)
+        done, seconds = len(trial_state.finished(trials)), time.monotonic() - self.started
+        running = trial_state.running(trials)
         table = Table(title=f"{self.name}: {done} of {self.total} trials, {len(running)} running, {seconds:.0f} s", title_justify="left")
         for header in ("trial", "outcome", "parameters"):
             table.add_column(header)
-        for place, trial in enumerate(census.ranked(trials, self.directions)[:SHOWN]):
+        for place, trial in enumerate(trial_state.ranked(trials, self.directions)[:SHOWN]):
             table.add_row(str(trial.number), self.outcome(trial), show(trial.params), style="bold" if place == 0 else "")
         for trial in running:
             table.add_row(str(trial.number), f"running{reached(trial)}", show(trial.params), style="dim")
@@ -97,7 +96,7 @@ def reached(trial: FrozenTrial) -> str:
     if not trial.intermediate_values:
         return ""
     value = trial.intermediate_values[trial.last_step]
-    return f", at {trial.last_step}: {show(trial.user_attrs.get(LATEST, {})) or format(value, '.4g')}"
+    return f", at {trial.last_step}: {show(trial.user_attrs.get(trial_state.LATEST, {})) or format(value, '.4g')}"
 
 
 def show(values: Values) -> str:

@@ -9,18 +9,127 @@ from typing import Any, Literal
 
 import optuna
 
-from advml.config import Config, digest
+from advml import config
+from advml.config import Config, changed, digest, flatten
 from advml.errors import UserError
-from advml.paths import checked_name
+from advml.names import PhaseName
+from advml.paths import Workspace, checked_name, pretraining_name
 from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
 from advml.tuning import space as spaces
-from advml.tuning.sampling import Hyperband, tpe
-from advml.tuning.searches.files import data_digest
-from advml.tuning.searches.trained import Trained
+from advml.tuning.search import Attempt, Definition, Hyperband, data_digest, record_of, tpe
 from advml.tuning.space import Values
-from advml.tuning.study import Definition
-from advml.tuning.worker import Attempt
+
+# Keys that only a training under attack has a use for.
+UNATTACKED = ("adversarial_weight", "epsilon", "epsilon_warmup", "attack_steps", "loss")
+# Where a phase leaves one of these null, the value of the study counts.
+INHERITED = {"epsilon": "threat_model.epsilon", "attack_steps": "attack.steps"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training, and the configurations that it may have.
+
+    Attributes:
+        kind: what is trained.
+        which: the phase (st, at) of a pretraining, or the regime of a fine-tuning.
+    """
+
+    config: Config
+    root: Path
+    kind: Literal["pretrain", "finetune"]
+    scheme: str
+    which: str
+    seed: int
+
+    @property
+    def section(self) -> str:
+        return f"tune.{self.kind}.space"
+
+    @property
+    def floor_key(self) -> str:
+        return f"tune.{self.kind}.clean_floor"
+
+    @property
+    def spec(self) -> config.TrainingSearch:
+        return getattr(self.config.tune, self.kind)
+
+    @property
+    def given(self) -> spaces.Space:
+        return self.spec.space
+
+    @property
+    def phase(self) -> str:
+        """The section of what is trained, e.g. `regimes.Full-AT`."""
+        return f"pretrain.{self.scheme}" if self.kind == "pretrain" else f"regimes.{self.which}"
+
+    @property
+    def attacked(self) -> bool:
+        """Whether what is trained here is trained under attack."""
+        return self.which == "at" if self.kind == "pretrain" else REGIMES[self.which].attacked
+
+    @property
+    def start(self) -> PhaseName:
+        """The phase of the pretraining that a fine-tuning starts from."""
+        return REGIMES[self.which].pretraining
+
+    def proposal(self, values: Values) -> dict[str, Any]:
+        """Values -> keys of params.yaml: `learning_rate` of the phase, `view.shift` of the scheme's views, all others in full."""
+        return {self.full_key(key): value for key, value in values.items()}
+
+    def full_key(self, key: str) -> str:
+        if key in config.Phase.model_fields:
+            return f"{self.phase}.{key}"
+        head, _, tail = key.partition(".")
+        return f"views.{SCHEMES[self.scheme].view}.{tail}" if head == "view" else key
+
+    def base(self, key: str) -> Any:
+        """The value that params.yaml gives a key of the space; null, where a phase takes over a value of the study, is that value."""
+        everything = flatten(self.config.model_dump())
+        value = everything.get(self.full_key(key))
+        return everything[INHERITED[key]] if value is None and key in INHERITED else value
+
+    def accept(self, values: Values) -> Config:
+        """The configuration with these values; raises UserError if it refuses them."""
+        return changed(self.config, self.proposal(values))
+
+    def check_keys(self) -> None:
+        """Raises UserError for a key that is none of what is trained: another section would change what trials are measured by."""
+        known = list(config.Phase.model_fields)
+        if self.kind == "pretrain":
+            views = config.View.model_fields
+            known += ["temperature", *(f"view.{key}" for key in views)]
+        for key in self.given:
+            if key not in known:
+                raise UserError(f"{self.section} has an unknown key {key!r}; choose from {', '.join(known)}")
+
+    def without_effect(self) -> tuple[str, ...]:
+        """Keys that this scheme, regime or phase has no use for: a space serves them all."""
+        return tuple(key for key in self.given if self._is_idle(key))
+
+    def _is_idle(self, key: str) -> bool:
+        if not self.attacked and key.startswith(UNATTACKED):
+            return True
+        if key == "temperature" and SCHEMES[self.scheme].groups is None:
+            return True
+        refusals = [self._refusal(key, corner) for corner in spaces.corners(self.given[key])]
+        return any(refusals) and all(said is None or " has no effect" in said for said in refusals)
+
+    def _refusal(self, key: str, value: Any) -> str | None:
+        try:
+            self.accept({key: value})
+        except UserError as error:
+            return str(error)
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """Of the pretrained encoder that a fine-tuning starts from."""
+        if self.kind == "pretrain":
+            return {}
+        folder = Workspace(self.root).pretrained(pretraining_name(self.scheme, self.start, self.seed))
+        if not (folder / "model.json").is_file():
+            raise UserError(f"there is no {folder}; make it with: advml pretrain {self.scheme} {self.start} --seed {self.seed}")
+        return record_of(folder)
 
 
 @dataclass(frozen=True)
@@ -122,9 +231,9 @@ class TrainingSearch(Trained):
         return (given, self.record().get("digest"), data_digest(self.root), self.config.runtime.precision)
 
     def open(self) -> Callable[[Attempt], Sequence[float]]:
-        from advml.tuning import training
+        from advml.tuning import training_trial
 
-        return training.objective(self)
+        return training_trial.objective(self)
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -134,6 +243,6 @@ class TrainingSearch(Trained):
         raise KeyError(name)  # nothing of a training is measured apart: `once` is empty
 
     def confirm(self, values: Values) -> dict[str, Any]:
-        from advml.tuning import training
+        from advml.tuning import training_trial
 
-        return training.confirm(self, values)
+        return training_trial.confirm(self, values)

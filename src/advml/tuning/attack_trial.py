@@ -1,6 +1,6 @@
 """The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more.
 
-No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `advml.tuning.budget`.
+No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `advml.tuning.attack_search.passes`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from advml.paths import Workspace
 from advml.runtime.machine import Machine, generator_for
 from advml.similarity import estimates
 from advml.stages.context import Context
-from advml.tuning.budget import passes
+from advml.tuning.attack_search import passes
+from advml.tuning.search import Attempt
 from advml.tuning.space import Values
-from advml.tuning.worker import Attempt
 
 if TYPE_CHECKING:
-    from advml.tuning.searches import AttackSearch
+    from advml.tuning.attack_search import AttackSearch
 
 
 # The figure of `evaluate` that searches measure. Random numbers follow from its name and `evaluate.seed`, so the same attack on the same

@@ -1,0 +1,300 @@
+"""A process on a Dask worker's machine, with which the driver exchanges messages through tasks: for work that is worth a process of its own.
+
+    >>> call = Call(pool, run_trial, search, values)       # driver: a free slot's process calls run_trial(search, values)
+    >>> answer = ask(report)                               # in that function, anywhere: the driver's answer to a message
+    >>> call.take()                                        # driver: the report, or what the function returned
+    >>> call.answer(False)                                 # driver: the function goes on
+
+Every exchange is one task. Processes are kept for the next call, because imports and data cost seconds. A process that is killed costs its
+call and nothing else; `Call.take` raises `Lost` then. Nothing survives the driver: a running call ends when Dask withdraws its task, a
+process that waits gives up after `PATIENCE`, and on the driver's own machine both end at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from advml.engine.devices import one_device
+from advml.engine.parent import PARENT
+from advml.engine.stage_task import is_cancelled, require_shared
+from advml.errors import Failure, UserError
+from advml.lines import one_line
+
+if TYPE_CHECKING:
+    from distributed import Future
+
+    from advml.engine.cluster import Slots
+
+COMMAND = ("tune", "worker")  # of advml: calls `serve`
+PATIENCE = 120.0  # seconds that a process waits for the driver
+GONE = (EOFError, OSError)  # of a connection whose other end is
+
+
+class Lost(Exception):
+    """The process was killed, or its worker is gone."""
+
+
+# In the process
+
+_driver: Connection | None = None
+
+
+def serve() -> None:
+    """Call the functions that arrive on standard input, a socket, and send back what they return; until it is closed."""
+    global _driver
+    _driver = Connection(os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    with contextlib.suppress(*GONE):
+        while _driver.poll(PATIENCE):
+            _driver.send(_called(_driver.recv_bytes()))
+
+
+def _called(message: bytes) -> tuple[str, Any]:
+    try:
+        function, arguments = ForkingPickler.loads(message)
+        return "value", function(*arguments)
+    except (UserError, Failure) as error:
+        return "error", type(error)(str(error))
+    except Exception as error:
+        return "error", Failure(described(error))
+
+
+def ask(message: Any) -> Any:
+    """Send the driver a message, and return its answer. Without a driver the process ends."""
+    try:
+        _driver.send(("message", message))
+        if _driver.poll(PATIENCE):
+            return _driver.recv()
+    except GONE:
+        pass
+    os._exit(1)
+
+
+def described(error: BaseException) -> str:
+    """An error in one line; for what is nobody's mistake but ours, with the place."""
+    text = one_line(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return "out of memory"
+    if isinstance(error, (UserError, Failure)):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}, line {place.lineno})"
+
+
+# On the worker
+
+
+class Process:
+    """A process that runs `serve`."""
+
+    def __init__(self, environment: Mapping[str, str], *, reserve: bool = False) -> None:
+        self._resources = contextlib.ExitStack()
+        device = self._resources.enter_context(one_device()) if reserve else {}
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "advml", *COMMAND],
+                stdin=theirs,
+                stdout=2,
+                start_new_session=True,  # Ctrl-C is the driver's to handle
+                env={**os.environ, PARENT: str(os.getpid()), **device, **environment},
+            )
+        self._connection = Connection(ours.detach())
+
+    def exchange(self, message: Any, *, until: Callable[[], bool] = lambda: False) -> tuple[str, Any]:
+        """Send a message, and return what comes back. Raises Lost if the process is killed, or `until()` holds first."""
+        try:
+            self._connection.send(message)
+            while not self._connection.poll(0.1):
+                if until():
+                    raise Lost
+            return self._connection.recv()
+        except GONE:
+            raise Lost from None
+
+    def end(self) -> None:
+        """Kill it, and wait until it is gone: it keeps nothing that matters."""
+        self._process.kill()
+        with contextlib.suppress(*GONE):
+            while self._connection.poll(5):  # until the end of the process that the fork server has forked
+                self._connection.recv_bytes()
+        self._process.wait()
+        self._connection.close()
+        self._resources.close()
+
+
+def call_here(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a process of this machine, without a slot, which ends with it."""
+    process = Process(environment)
+    try:
+        return _value(process.exchange((function, arguments)))[1]
+    finally:
+        process.end()
+
+
+_waiting: dict[str, Process] = {}  # call -> its process, which waits for an answer
+_idle: list[tuple[str, Process]] = []  # with the token of the driver that it has worked for: another may run other sources
+_all: set[Process] = set()
+
+
+def advance(key: str, message: Any, *, root: str, token: str, environment: Mapping[str, str], reserve: bool) -> tuple[str, str, Any] | None:
+    """The task: give the process of the call `key` a message, the first one to a free process; the worker's address and the reply.
+
+    None: the process has been killed.
+    """
+    from dask.system import CPU_COUNT
+    from distributed.worker import get_worker
+
+    require_shared(root, token)
+    process = _waiting.pop(key, None)
+    if process is None and isinstance(message, bool):
+        return None
+    if process is None and (process := _free(token)) is None:
+        slots = get_worker().state.nthreads
+        share = {"OMP_NUM_THREADS": str(max(1, CPU_COUNT // slots))} if slots > 1 else {}
+        process = Process({**share, **environment}, reserve=reserve)
+        _all.add(process)
+    try:
+        kind, value = _value(process.exchange(message, until=is_cancelled))
+    except Lost:
+        _discard(process)
+        return None
+    except (UserError, Failure):
+        _idle.append((token, process))
+        raise
+    if kind == "message":
+        _waiting[key] = process
+    else:
+        _idle.append((token, process))
+    return get_worker().address, kind, value
+
+
+def _free(token: str) -> Process | None:
+    for entry in list(_idle):
+        with contextlib.suppress(ValueError):  # another thread has taken it
+            if entry[0] == token:
+                _idle.remove(entry)
+                return entry[1]
+    return None
+
+
+def _value(reply: tuple[str, Any]) -> tuple[str, Any]:
+    if reply[0] == "error":
+        raise reply[1]
+    return reply
+
+
+def _discard(process: Process) -> None:
+    _all.discard(process)
+    process.end()
+
+
+def end_processes() -> None:
+    """End all processes of this worker."""
+    _waiting.clear()
+    _idle.clear()
+    for process in list(_all):
+        _discard(process)
+
+
+# In the driver
+
+
+@dataclass
+class Pool:
+    """The slots of a cluster, and how processes are started there.
+
+    Attributes:
+        environment: variables of the processes, beside those of the worker.
+        reserve: whether every process gets a GPU of its own, where there are any.
+        news: set when a call has something to take.
+    """
+
+    slots: Slots
+    root: Path
+    environment: Mapping[str, str]
+    reserve: bool
+    news: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        """End all processes."""
+        self.slots.client.run(end_processes, on_error="ignore")
+
+
+class Call:
+    """`function(*arguments)` in a process of the pool."""
+
+    _count = itertools.count()
+
+    def __init__(self, pool: Pool, function: Callable[..., Any], *arguments: Any) -> None:
+        self._pool, self._key = pool, f"{pool.slots.token}-{next(Call._count)}"
+        self._worker: str | None = None
+        self.is_finished = False
+        self._send((function, arguments))
+
+    def answer(self, answer: bool) -> None:
+        """Answer the message that was taken."""
+        self._send(answer)
+
+    def _send(self, message: Any) -> None:
+        slots = self._pool.slots
+        self._future: Future = slots.client.submit(
+            advance,
+            self._key,
+            message,
+            root=str(self._pool.root.resolve()),
+            token=slots.token,
+            environment=self._pool.environment,
+            reserve=self._pool.reserve,
+            key=f"{self._key}-{next(Call._count)}",
+            workers=[self._worker] if self._worker else None,
+            pure=False,
+        )
+        self._future.add_done_callback(lambda _: self._pool.news.set())
+
+    def is_ready(self, workers: Mapping[str, int]) -> bool:
+        """Whether there is something to take.
+
+        Args:
+            workers: address -> slots of the cluster's workers now: a task that only a lost one could do would never end.
+        """
+        return self._future.done() or bool(self._worker and self._worker not in workers)
+
+    def take(self) -> Any:
+        """The message that the function has sent, or, if `is_finished` is true now, what it has returned.
+
+        Raises:
+            Lost: the process was killed.
+            UserError, Failure: what the function has raised; in one line, whatever it was.
+        """
+        status = self._future.status
+        error = self._future.exception() if status == "error" else None
+        if isinstance(error, (UserError, Failure)):
+            raise error
+        if status == "error" and type(error).__name__ != "KilledWorker":
+            raise Failure(f"a worker of the cluster failed: {type(error).__name__}: {one_line(error)}")
+        found = self._future.result() if status == "finished" else None
+        if found is None:
+            self.cancel()
+            raise Lost
+        self._worker, kind, value = found
+        self.is_finished = kind == "value"
+        return value
+
+    def cancel(self) -> None:
+        """Withdraw the task; its process is ended."""
+        self._future.cancel()

@@ -1,0 +1,100 @@
+"""What trials say by their states and attributes: which of them count, and which is best.
+
+| state              | means                                                                                 |
+|--------------------|---------------------------------------------------------------------------------------|
+| WAITING            | to be run: the default's parameters, or those of a trial whose process was killed     |
+| RUNNING            | a process works on it                                                                 |
+| COMPLETE, PRUNED   | finished                                                                              |
+| FAIL with a reason | finished: its parameters do not work (NaN, out of memory)                             |
+| FAIL without one   | its process was killed; another trial has its parameters and, on disk, its last epoch |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+# Attributes of a trial
+REASON = "reason"  # why its parameters do not work
+ORIGIN = "origin"  # number of the first trial of the parameters that it repeats; names the scratch folder
+RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
+KILLS = "kills"  # of processes in a row, without progress
+REACHED = "reached"  # the last step that a trial of these parameters has reported before
+HISTORY = "history"  # of its epochs; followed by history/1, history/2, ... where it is long
+DEFAULT = "default"  # whether it has the default's values
+LATEST = "latest"  # what it has measured last, for people
+
+CHUNK = 30_000  # bytes
+HOPELESS = 5  # trials that all fail: so will the next
+
+
+def finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that count: complete, pruned, or failed for a reason of their own; in the order in which they ended."""
+    counted = [trial for trial in trials if trial.state.is_finished() and not is_killed(trial)]
+    return sorted(counted, key=lambda trial: trial.datetime_complete)
+
+
+def running(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state == TrialState.RUNNING]
+
+
+def is_killed(trial: FrozenTrial) -> bool:
+    """Whether the trial ended because its process did."""
+    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs
+
+
+def name_of(trial: FrozenTrial) -> str:
+    """running, waiting, complete, pruned, failed or killed."""
+    if is_killed(trial):
+        return "killed"
+    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+
+
+def is_hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
+    """Whether everything that this command has tried has failed, and nothing of the study has ever worked."""
+    ended = finished(trials)
+    return len(ended) - since >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended)
+
+
+def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
+    """Complete trials that keep all constraints by their first objective, the best first; ties: the earlier one."""
+    sign = -1 if directions[0] == "maximize" else 1
+    feasible = [trial for trial in trials if trial.state == TrialState.COMPLETE and max(trial.constraints.values(), default=0) <= 0]
+    return sorted(feasible, key=lambda trial: (sign * trial.values[0], trial.number))
+
+
+def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The finished trial of the default's values."""
+    return next((trial for trial in trials if trial.user_attrs.get(DEFAULT) and trial.state == TrialState.COMPLETE), None)
+
+
+def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
+    """The trial's objectives, and what else it has measured."""
+    if trial.state != TrialState.COMPLETE:  # Optuna gives a pruned trial its last report for a value
+        return {}
+    return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get("measured", {})
+
+
+def in_chunks(history: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The curves as attributes of a trial, none of them longer than MySQL's 65,535 bytes."""
+    chunks: list[list[Mapping[str, Any]]] = []
+    room = 0
+    for record in history:
+        size = len(json.dumps(record)) + 2
+        if size > room:
+            chunks.append([])
+            room = CHUNK
+        chunks[-1].append(record)
+        room -= size
+    return {f"{HISTORY}/{number}" if number else HISTORY: chunk for number, chunk in enumerate(chunks)}
+
+
+def history_of(trial: FrozenTrial) -> list[Mapping[str, Any]]:
+    """The curves whole again."""
+    found, number = list(trial.user_attrs.get(HISTORY, ())), 1
+    while (key := f"{HISTORY}/{number}") in trial.user_attrs:
+        found, number = found + trial.user_attrs[key], number + 1
+    return found

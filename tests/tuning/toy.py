@@ -1,1 +1,0 @@
-"""A search without networks, for tests of the engine; workers import it by name."""
