@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
+from advml.tuning.sampling import Hyperband, tpe
+from advml.tuning.worker import Attempt
 from timing import hardware_line
 
 from advml import config
 from advml.paths import Workspace
 from advml.tuning.command import tune
-from advml.tuning.sampling import Hyperband, tpe
 from advml.tuning.space import distributions
 from advml.tuning.storage import address
 from advml.tuning.study import Definition
-from advml.tuning.worker import Attempt
 
 REPOSITORY = Path(__file__).parents[1]
 STUDY_SECONDS, TARGET = 600.0, 0.05

@@ -48,6 +48,7 @@ OWNERS = {
 # What `advml --help` reads, in 0.3 s.
 AT_ONCE = ("advml", "advml.cli", "advml.errors", "advml.lines", "advml.names", "advml.passwords", "advml.paths", "advml.engine.fork_server")
 LIGHT = (*AT_ONCE, "advml.config", "advml.progress", "advml.repro", "advml.show")
+DRIVER = ("advml.tuning.attack_search", "advml.tuning.training_search", "advml.tuning.command")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
 
@@ -126,7 +127,11 @@ def test_a_library_is_imported_by_its_owner_alone(library, owners):
     assert users == {owners} if isinstance(owners, str) else users <= set(owners)
 
 
-@pytest.mark.parametrize(("modules", "heavy"), [(AT_ONCE, (*HEAVY, "pydantic")), (LIGHT, HEAVY)], ids=["at once", "light"])
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [(AT_ONCE, (*HEAVY, "pydantic")), (LIGHT, HEAVY), (DRIVER, ("torch", "mlflow", "matplotlib", "sklearn", "timm"))],
+    ids=["at once", "light", "driver of a search"],
+)
 def test_what_must_answer_at_once_imports_nothing_heavy(modules, heavy):
     """In a process of its own: here, everything is imported already."""
     code = (

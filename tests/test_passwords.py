@@ -17,8 +17,7 @@ from advml.passwords import masked, remember
 from advml.presets import preset
 from advml.stages import pretrain
 from advml.tracking import store as stores
-from advml.tuning.locking import reach
-from advml.tuning.storage import address
+from advml.tuning.storage import address, alone
 
 ADDRESSES = {
     "plain": "postgresql://ann:S3CRET@127.0.0.1:1/x",
@@ -161,8 +160,8 @@ def test_no_command_prints_a_password(
 
 @pytest.mark.parametrize("form", ADDRESSES)
 def test_a_storage_of_searches_is_told_without_its_password(form: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        reach(address(ADDRESSES[form], root=tmp_path))
+    with pytest.raises(UserError) as caught, alone(address(ADDRESSES[form], root=tmp_path), "study"):
+        pass
     assert "S3CRET" not in str(caught.value) and re.match("--storage ", str(caught.value))
 
 

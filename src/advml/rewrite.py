@@ -1,7 +1,8 @@
-"""Change values and comments in a YAML text without touching anything else of it."""
+"""Change values and comments in a YAML text without touching anything else of it, and show what has changed."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import io
 from typing import Any
@@ -34,6 +35,21 @@ def rewrite(text: str, values: dict[str, Any], remarks: dict[str, str]) -> str:
         document = yaml.load(text)  # anew: the key before may have made the section of this one
         text = _text(yaml, document) if _put(document, key, value) else _with_line(text, key, value)
     return text
+
+
+def difference(before: str, after: str, name: str) -> str:
+    """A unified diff with a line of context. difflib's own takes lines that are frequent in a long text, as `epochs: 2`, for noise."""
+    old, new = before.splitlines(), after.splitlines()
+    lines = [f"--- {name}", f"+++ {name} (proposed)"]
+    for group in difflib.SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(1):
+        first, last = group[0], group[-1]
+        lines.append(f"@@ -{first[1] + 1},{last[2] - first[1]} +{first[3] + 1},{last[4] - first[3]} @@")
+        for tag, i, j, k, m in group:
+            if tag == "equal":
+                lines += [f" {line}" for line in old[i:j]]
+            else:
+                lines += [f"-{line}" for line in old[i:j]] + [f"+{line}" for line in new[k:m]]
+    return "".join(f"{line}\n" for line in lines) if len(lines) > 2 else ""
 
 
 def _yaml() -> YAML:

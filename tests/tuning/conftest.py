@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -99,3 +101,15 @@ def made(tmp_path: Path) -> Path:
     (tmp_path / "data" / "prepared").mkdir(parents=True)
     (tmp_path / "data" / "prepared" / "dataset.json").write_text('{"digest": "2"}')
     return tmp_path
+
+
+@pytest.fixture
+def driver(study: Any) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """driver(pause=1) -> the command as a process of its own, see `killing.start`; killed at the end."""
+    from killing import start
+
+    started = []
+    yield lambda **options: started.append(start(study.root, **options)) or started[-1]
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -5,17 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
-import random
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-import optuna
 import psutil
 import pytest
 from ruamel.yaml import YAML
@@ -25,9 +20,10 @@ from advml.tracking import store as stores
 from advml.tuning import command, trial_state
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
-from advml.tuning.storage import address, connect
+from advml.tuning.storage import address
 
 sys.path.insert(0, str(Path(__file__).parent))
+from killing import at_work, survives, wait_for
 from toy_search import NoRuns, Toy, written_without_figures
 
 
@@ -205,7 +201,7 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
     opened = studies.create(toy.definition(), address(None, root=study.root))
     table = LiveTable("toy", metrics=("value",), directions=("minimize",), total=6)
     stream = StringIO()
-    Console(file=stream, width=120).print(table._table(opened.get_trials()))
+    Console(file=stream, width=120).print(table.table(opened.get_trials()))
     text = stream.getvalue()
     ranked = trial_state.ranked(opened.get_trials(), ("minimize",))
     assert "6 of 6 trials, 0 running" in text
@@ -331,45 +327,6 @@ def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(tune
     assert tune(Toy(toy.log, fails="all"), trials=2 + trial_state.HOPELESS + 2).finished == 2 + trial_state.HOPELESS + 2
 
 
-DRIVER = """
-import sys; sys.path.insert(0, {here!r})
-from pathlib import Path
-from toy_search import Toy, main
-from advml.errors import UserError
-try:
-    main(Toy(Path("log").resolve(), pause={pause}), Path().resolve(), trials={trials}, slots=2, storage={storage!r}, cluster={cluster!r})
-except UserError as error:
-    sys.exit(str(error))
-"""
-
-
-@pytest.fixture
-def driver(study) -> Callable[..., subprocess.Popen[str]]:
-    """driver(pause=1) -> the command as a process of its own, which a test may kill."""
-
-    def start(*, pause: float, trials: int = 40, storage: str | None = None, cluster: str | None = None) -> subprocess.Popen[str]:
-        here = str(Path(__file__).parent)
-        code = DRIVER.format(here=here, pause=pause, trials=trials, storage=storage, cluster=cluster)
-        environment = {**os.environ, "PYTHONPATH": here}
-        return subprocess.Popen([sys.executable, "-c", code], cwd=study.root, env=environment, stderr=subprocess.PIPE, text=True)
-
-    return start
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def at_work(toy: Toy) -> list[int]:
-    """Processes that have begun a trial and live."""
-    pids = {int(line.split()[1]) for line in toy.log.read_text().splitlines()} if toy.log.exists() else set()
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-
-
 def test_a_killed_driver_leaves_no_process_and_a_second_one_is_refused(toy, driver):
     first = driver(pause=60)
     wait_for(lambda: len(at_work(toy)) == 2, first)
@@ -380,31 +337,6 @@ def test_a_killed_driver_leaves_no_process_and_a_second_one_is_refused(toy, driv
     first.communicate()
     processes = [*children, *(psutil.Process(pid) for pid in at_work(toy))]
     assert len(children) >= 3 and psutil.wait_procs(processes, timeout=30)[1] == []
-
-
-def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, trials: int, kills: int, drivers: int) -> None:
-    """Runs a study whose processes are killed at random, and whose driver is; nothing is lost, and nothing is done twice."""
-    numbers = random.Random(0)
-    for round_number in range(drivers + 1):
-        process, killed = driver(pause=0.03, trials=trials, storage=url), 0
-        while process.poll() is None and killed < kills:
-            time.sleep(0.2)
-            if pids := at_work(toy):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(numbers.choice(pids), signal.SIGKILL)
-                    killed += 1
-        if round_number < drivers:
-            process.kill()
-        said = process.communicate(timeout=120)[1]
-        assert round_number < drivers or process.returncode == 0, said
-    found = optuna.load_study(study_name="toy", storage=connect(url)).get_trials()
-    finished = trial_state.finished(found)
-    assert len(finished) == trials and {trial.state.name for trial in finished} == {"COMPLETE"}
-    assert {trial.state.name for trial in found} == {"COMPLETE", "FAIL"}  # none RUNNING, none WAITING
-    assert max(Counter(str(trial.params) for trial in finished).values()) == 1
-    for trial in found:  # parameters of a killed trial are tried again, by one trial and no more
-        again = [other for other in found if other.user_attrs.get(trial_state.RETRY_OF) == trial.number]
-        assert len(again) == trial_state.is_killed(trial) and all(other.params == trial.params for other in again)
 
 
 def test_killed_trials_and_a_killed_driver_lose_nothing_and_nothing_is_done_twice(toy, driver, study):

@@ -294,7 +294,7 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     record = finetune.run(trained.context(), scheme="CL", regime="Full-AT", seed=0)
     _, network = trained.context().load_network(trained.workspace.model("CL-Full-AT-s0"))
     measured = training_trial.Bench(search).validate(network)
-    assert trial.user_attrs["history"][-1]["epoch"] == 2 and record["epoch"] in (1, 2)
+    assert trial_state.history_of(trial)[-1]["epoch"] == 2 and record["epoch"] in (1, 2)
     assert (trial.value, trial.user_attrs["measured"]["clean"]) == (measured["robust"], measured["clean"])
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
 
@@ -318,7 +318,7 @@ def test_at_a_rung_the_pruner_is_told_of_the_floor_and_people_of_what_was_measur
     settings = trained.config(SPACE, f"tune.finetune.clean_floor={floor}")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
     assert trial.intermediate_values == {1: pytest.approx({0.0: 0.6, 1.0: -1.1}[floor])}
-    assert trial.user_attrs["history"][0]["validation/robust"] == 0.6
+    assert trial_state.history_of(trial)[0]["validation/robust"] == 0.6
     assert reached(trial) == ", at 1: robust=0.6 clean=0.9"
 
 
@@ -381,7 +381,7 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
     )
     again = one_trial(search("killed"), trained)
     assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[trial_state.RETRY_OF] == 1
-    assert again.value == whole.value and again.user_attrs["history"] == whole.user_attrs["history"]
+    assert again.value == whole.value and trial_state.history_of(again) == trial_state.history_of(whole)
     assert again.intermediate_values == whole.intermediate_values
     assert not list((trained.root / "scratch").iterdir())
 

@@ -1,13 +1,13 @@
-"""A process on a Dask worker's machine, with which the driver exchanges messages through tasks: for work that is worth a process of its own.
+"""Functions that run in processes of a Dask worker's machine, and exchange messages with the driver.
 
     >>> call = Call(pool, run_trial, search, values)       # driver: a free slot's process calls run_trial(search, values)
-    >>> answer = ask(report)                               # in that function, anywhere: the driver's answer to a message
-    >>> call.take()                                        # driver: the report, or what the function returned
+    >>> answer = ask(report)                               # that function sends a message, and waits for the answer
+    >>> call.take()                                        # driver: the message, or what the function returned
     >>> call.answer(False)                                 # driver: the function goes on
 
 Every exchange is one task. Processes are kept for the next call, because imports and data cost seconds. A process that is killed costs its
-call and nothing else; `Call.take` raises `Lost` then. Nothing survives the driver: a running call ends when Dask withdraws its task, a
-process that waits gives up after `PATIENCE`, and on the driver's own machine both end at once.
+call alone: `Call.take` raises `Lost`. Nothing outlives the driver: a running call ends when Dask withdraws its task, a process that
+waits gives up after `PATIENCE`; on the driver's own machine both end at once.
 """
 
 from __future__ import annotations

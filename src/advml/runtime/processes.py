@@ -18,26 +18,14 @@ def this_process() -> str:
     return f"{machine()}:{os.getpid()}:{_started(os.getpid())}"
 
 
-def described(process: str) -> str:
-    """A process as people know it."""
-    host, _, pid, _ = process.rsplit(":", 3)
-    return f"process {pid} on {host}"
-
-
-def pid_of(process: str) -> int | None:
-    """The number of a process of this machine; None of any other, and of a name that is none."""
-    where, _, own = process.rpartition(":")[0].rpartition(":")
-    return int(own) if where == machine() else None
-
-
-def is_dead(process: str | None) -> bool:
+def is_dead(process: str) -> bool:
     """Whether a process of this machine is gone; of other machines nothing is known."""
-    if process is None:
-        return True
-    if (pid := pid_of(process)) is None:
+    name, _, started = process.rpartition(":")
+    where, _, pid = name.rpartition(":")
+    if where != machine():
         return False
     try:
-        return _started(pid) != process.rpartition(":")[2] or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return _started(int(pid)) != started or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return True
 

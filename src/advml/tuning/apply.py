@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from advml.config import apply as parse
 from advml.config import validate
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name
-from advml.rewrite import rewrite
+from advml.rewrite import difference, rewrite
 from advml.tuning.outputs import BEST
 
 # Keys or sections of which a proposal means more than its search has looked at -> what else they change.
@@ -42,28 +41,21 @@ def proposal(workspace: Workspace, name: str, *, trial: int | None = None) -> di
     try:
         read = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
         front = {int(one["trial"]): one["parameters"] for one in read.get("front", [])}
-        chosen = _chosen(front, trial, name) if front else _only(read, trial, name)
+        best, only = read.get("trial"), read["parameters"]
     except FileNotFoundError:
         known = sorted(other.parent.name for other in workspace.reports.glob(f"tune/*/{BEST}"))
         choices = f"choose from {', '.join(known)}" if known else "make one with: advml tune finetune CL Full-AT"
         raise UserError(f"there is no proposal {name!r}; {choices}") from None
     except (YAMLError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged; write it again with the command that made it") from None
+    if front and trial not in front:
+        raise UserError(f"{name} proposes a front; choose one of its trials: --trial {', '.join(map(str, front))}")
+    if not front and trial not in (None, best):
+        raise UserError(f"{name} proposes trial {best} alone; leave --trial out")
+    chosen = front[trial] if front else only
     if not isinstance(chosen, dict):
         raise UserError(f"{path}: parameters must be a section of `key: value`")
     return chosen
-
-
-def _chosen(front: dict[int, Any], trial: int | None, name: str) -> Any:
-    if trial not in front:
-        raise UserError(f"{name} proposes a front; choose one of its trials: --trial {', '.join(map(str, front))}")
-    return front[trial]
-
-
-def _only(read: dict[str, Any], trial: int | None, name: str) -> Any:
-    if trial not in (None, read.get("trial")):
-        raise UserError(f"{name} proposes trial {read.get('trial')} alone; leave --trial out")
-    return read["parameters"]
 
 
 def warnings(changes: dict[str, Any]) -> list[str]:
@@ -108,21 +100,6 @@ def merge(params: Path, values: dict[str, Any]) -> Merged:
     validate(raw, source=f"{params} with the proposal")
     after = rewrite(before, changes, {}) if changes else before
     return Merged(after, changes, difference(before, after, str(params)))
-
-
-def difference(before: str, after: str, name: str) -> str:
-    """A unified diff with a line of context. difflib's own takes lines that are frequent in a long text, as `epochs: 2`, for noise."""
-    old, new = before.splitlines(), after.splitlines()
-    lines = [f"--- {name}", f"+++ {name} (proposed)"]
-    for group in difflib.SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(1):
-        first, last = group[0], group[-1]
-        lines.append(f"@@ -{first[1] + 1},{last[2] - first[1]} +{first[3] + 1},{last[4] - first[3]} @@")
-        for tag, i, j, k, m in group:
-            if tag == "equal":
-                lines += [f" {line}" for line in old[i:j]]
-            else:
-                lines += [f"-{line}" for line in old[i:j]] + [f"+{line}" for line in new[k:m]]
-    return "".join(f"{line}\n" for line in lines) if len(lines) > 2 else ""
 
 
 def _section(raw: dict[str, Any], key: str, params: Path) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""The search for an attack: its space, its default, and what its winner means in params.yaml."""
+"""The search for the strongest attack within a budget: its space, its default, and what its winner means in params.yaml."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from advml.config import Config, digest
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name, find_model
 from advml.tuning import space as spaces
-from advml.tuning.search import Attempt, Definition, data_digest, record_of, tpe, wilcoxon
+from advml.tuning.search import Attempt, Definition, data_digest, digest_of, tpe, wilcoxon
 from advml.tuning.space import Values
-
-# Keys of the space of attacks; everything of an attack but its budget and its threat model.
-KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start", "keep")
 
 
 def passes(*, steps: int, restarts: int, keep: str) -> dict[str, int]:
@@ -72,6 +69,10 @@ class AttackSearch:
         return self.config.tune.attack.space
 
     @property
+    def once(self) -> tuple[str, ...]:
+        return ("autoattack",) if self.autoattack else ()
+
+    @property
     def budget(self) -> int:
         """Steps times restarts of the default."""
         return self.config.tune.attack.budget or self.config.evaluate.steps * self.config.evaluate.restarts
@@ -92,10 +93,7 @@ class AttackSearch:
         spec = self.config.evaluate
         steps = self.budget // spec.restarts
         ordinary = spec.step_size / self.config.attacked_epsilon if spec.step_size else 1.0 if steps == 1 else 2.5 / steps
-        return {
-            "step_size": ordinary,
-            **{key: getattr(spec, key) for key in KEYS if key != "step_size"},
-        }
+        return {key: ordinary if key == "step_size" else getattr(spec, key) for key in CHECKS}
 
     def missed(self) -> Values:
         """The default's values that the space does not contain: the search does not start from it, then."""
@@ -104,10 +102,9 @@ class AttackSearch:
     def accept(self, values: Values) -> None:
         """Raises UserError unless such an attack exists within the budget."""
         for key, value in values.items():
-            if key not in KEYS:
-                raise UserError(f"unknown key '{key}'; choose from {', '.join(KEYS)}")
-            wrong = CHECKS[key](value)
-            if wrong:
+            if key not in CHECKS:
+                raise UserError(f"unknown key '{key}'; choose from {', '.join(CHECKS)}")
+            if wrong := CHECKS[key](value):
                 raise UserError(f"{key} = {value!r}; {wrong}")
         if not self.steps(values):
             restarts = (self.default() | values)["restarts"]
@@ -115,35 +112,29 @@ class AttackSearch:
                 f"restarts = {restarts} leave none of them a step within the budget's {self.passes} forward and backward passes"
             )
 
+    def proposal(self, values: Values) -> dict[str, Any]:
+        """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
+        found = self.default() | values
+        given = {"steps": self.steps(values), **found, "step_size": found["step_size"] * self.config.attacked_epsilon}
+        if found["keep"] == self.config.evaluate.keep:
+            del given["keep"]
+        return {f"evaluate.{key}": value for key, value in given.items()}
+
     def definition(self) -> Definition:
-        spec = self.config.tune.attack
+        spec, default = self.config.tune.attack, self.default()
         inputs = (dict(self.space), self.budget, spec.images, spec.batch_size, spec.seed)
+        threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
+        model = digest_of(self.folder / "model.json", remedy="evaluate needs it, too")
+        subject = (*threat, default, self.passes, self.config.evaluate.seed, model, data_digest(self.root), self.config.runtime.precision)
         return Definition(
             name=self.name,
             directions=("minimize",),
             distributions=spaces.distributions(self.space),
-            default=None if self.missed() else {key: self.default()[key] for key in self.space},
-            fingerprint=digest(*inputs, *self._subject()),
+            default=None if self.missed() else {key: default[key] for key in self.space},
+            fingerprint=digest(*inputs, *subject),
             pruner=wilcoxon,
             sampler=tpe,
         )
-
-    def _subject(self) -> tuple[Any, ...]:
-        threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
-        return (
-            *threat,
-            self.default(),
-            self.passes,
-            self.config.evaluate.seed,
-            record_of(self.folder)["digest"],
-            data_digest(self.root),
-            self.config.runtime.precision,
-        )
-
-    def open(self) -> Callable[[Attempt], Sequence[float]]:
-        from advml.tuning import attack_trial
-
-        return attack_trial.objective(self)
 
     def tags(self) -> dict[str, Any]:
         return {"search": "attack", "model": self.model}
@@ -151,32 +142,22 @@ class AttackSearch:
     def parameters(self) -> dict[str, Any]:
         return {"tune": {"attack": {**self.config.tune.attack.model_dump(mode="json"), "budget": self.budget}}}
 
-    def proposal(self, values: Values) -> dict[str, Any]:
-        """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
-        found = self.default() | values
-        given = {
-            "steps": self.steps(values),
-            "step_size": found["step_size"] * self.config.attacked_epsilon,
-            **{key: found[key] for key in KEYS if key != "step_size"},
-        }
-        if found["keep"] == self.config.evaluate.keep:
-            del given["keep"]
-        return {f"evaluate.{key}": value for key, value in given.items()}
+    # The work, which imports torch
 
-    @property
-    def once(self) -> tuple[str, ...]:
-        return ("autoattack",) if self.autoattack else ()
-
-    def measure(self, name: str) -> dict[str, Any]:
+    def open(self) -> Callable[[Attempt], Sequence[float]]:
         from advml.tuning import attack_trial
 
-        assert name == "autoattack"
-        return attack_trial.under_autoattack(self)
+        return attack_trial.objective(self)
 
     def confirm(self, values: Values) -> dict[str, Any]:
         from advml.tuning import attack_trial
 
         return attack_trial.confirm(self, values)
+
+    def measure(self, name: str) -> dict[str, Any]:
+        from advml.tuning import attack_trial
+
+        return {"autoattack": attack_trial.under_autoattack}[name](self)
 
 
 def _one_of(*choices: Any) -> Callable[[Any], str | None]:
@@ -191,6 +172,7 @@ def _within(low: float, high: float) -> Callable[[Any], str | None]:
     return check
 
 
+# Keys of the space -> what is wrong with a value. They are all of an attack but its budget and its threat model.
 CHECKS: dict[str, Callable[[Any], str | None]] = {
     "step_size": _within(1e-6, 100),
     "schedule": _one_of("constant", "linear", "cosine"),

@@ -1,6 +1,6 @@
 """The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more.
 
-No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `advml.tuning.attack_search.passes`.
+No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `attack_search.passes`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`advml tune attack|finetune|pretrain`: one command from the empty study to the proposal, or from wherever the last one got to.
 
-The command's process is the driver: it alone opens the database, asks for the next trial, receives reports, stops trials, writes MLflow
-runs and files. Trials run in processes of the engine's slots.
+The command's process is the driver: it alone opens the database, takes the next trial, receives reports, stops trials, and writes files
+and MLflow runs. Trials run in processes of the engine's slots.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,17 @@ from advml.lines import tell
 from advml.passwords import masked
 from advml.paths import Workspace, checked_name
 from advml.tracking.signals import deferred
-from advml.tuning import outputs, trial_state, workers
+from advml.tuning import outputs, workers
 from advml.tuning import study as studies
 from advml.tuning.live_table import LiveTable, show
-from advml.tuning.search import Definition, Report, Search
+from advml.tuning.search import Report, Search
 from advml.tuning.storage import address, alone, note_holder, told
+from advml.tuning.trial_state import HOPELESS, ORIGIN, REASON, default_of, finished, is_hopeless, scores
 
 POLL = 0.25  # seconds between two looks at a study without news
 # Attributes of the study: the winner's measurements, and those that do not depend on the winner
 CONFIRMED, MEASURED = "confirmed", "measured"
-KILLED = "the process that measures was killed (out of memory?); the same command goes on"
+KILLED = "the process that {} was killed (out of memory?); the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -75,36 +76,29 @@ def tune(
         config: for tracking, devices and the cluster.
         workspace: of reports and scratch folders.
         storage: URL of the studies' database; None: optuna.db in the workspace.
-        trials: finished trials wanted.
-        slots: trials at a time on this machine, or in jobs of a queue.
+        slots: trials at a time; a running scheduler has its own.
         seed: of the samplers.
         replace: whether a study of this name that searched something else is thrown away.
         cluster: see `advml.engine.cluster.connect`.
     Raises:
         UserError: the database, the study or the cluster cannot be used, or another command works on the study.
-        Failure: all trials fail, or the database fails.
+        Failure: all trials fail, or the database does.
     """
     checked_name(search.name)  # its folders are removed in the end
-    url, definition = address(storage, root=workspace.root), search.definition()
+    url, scratch = address(storage, root=workspace.root), workspace.scratch(f"tune/{search.name}").resolve()
     with contextlib.ExitStack() as stack:
         forks = stack.enter_context(server(workspace.root, workers.MODULES)) if cluster is None else {}
         check = stack.enter_context(alone(url, search.name))
-        study = studies.create(definition, url, replace=replace)
+        stack.enter_context(told())
+        study = studies.create(search.definition(), url, replace=replace)
         stack.callback(study._storage.remove_session)
         _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
         note_holder(study)
         studies.requeue_dead(study)
-        driver = Driver(search, definition, workspace, study, forks, check, trials=trials, seed=seed)
-        run = tracking.open_search(
-            config,
-            root=workspace.root,
-            name=search.name,
-            identity=study.user_attrs[studies.IDENTITY],
-            tags=search.tags(),
-            params=search.parameters(),
-        )
-        driver.run = stack.enter_context(run)
-        stack.enter_context(told())
+        identity = study.user_attrs[studies.IDENTITY]
+        about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": search.parameters()}
+        run = stack.enter_context(tracking.open_search(config, root=workspace.root, **about))
+        driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed)
         try:
             with connect(cluster, root=workspace.root, jobs=slots, options=config.cluster) as where:
                 threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
@@ -121,13 +115,13 @@ def tune(
                 tell(f"{search.name}: {so_far.finished} of {trials} trials; {best}")
             raise
         outcome = driver.close()
-        shutil.rmtree(driver.scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return outcome
 
 
 def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: bool) -> None:
     """Raises UserError if the folder holds the results of a search that this database knows nothing of: they would be written over."""
-    if replace or trial_state.finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
+    if replace or finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
         return
     raise UserError(
         f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
@@ -135,32 +129,34 @@ def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: 
     )
 
 
+@dataclass
 class Driver:
-    """The command at work on its study."""
+    """The command at work on its study.
 
-    def __init__(
-        self,
-        search: Search,
-        definition: Definition,
-        workspace: Workspace,
-        study: optuna.Study,
-        forks: dict[str, str],
-        check: Callable[[], None],
-        *,
-        trials: int,
-        seed: int,
-    ) -> None:
-        self.search, self.definition, self.study, self.check = search, definition, study, check
-        self.forks, self.total, self.seed = forks, trials, seed
-        self.root, self.folder = workspace.root, workspace.reports / "tune" / search.name
-        self.scratch = workspace.scratch(f"tune/{search.name}").resolve()
-        self.since = len(trial_state.finished(self.trials()))
-        self.pool: Pool
-        self.run: tracking.SearchRun
-        self.at_work: dict[int, tuple[optuna.Trial, Call]] = {}
-        self.logged: dict[int, str] = {}
-        self.slots: dict[str, int] = {}  # of each worker of the cluster
-        self.looked = 0.0
+    Attributes:
+        scratch: of this very study: trials of another one of its name are numbered alike.
+        forks: environment of processes that are forked from the server of imports.
+        check: raises Failure if another command may have taken the study over.
+        total: finished trials wanted.
+    """
+
+    search: Search
+    study: optuna.Study
+    run: tracking.SearchRun
+    root: Path
+    scratch: Path
+    forks: dict[str, str]
+    check: Callable[[], None]
+    total: int
+    seed: int
+    pool: Pool | None = None
+    workers: dict[str, int] = field(default_factory=dict)  # address of each worker of the pool -> its slots
+    at_work: dict[int, tuple[optuna.Trial, Call]] = field(default_factory=dict)
+    _logged: dict[int, str] = field(default_factory=dict)
+    _looked: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.definition = self.search.definition()
 
     def trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -169,31 +165,27 @@ class Driver:
 
     def search_on(self) -> None:
         """Run trials until enough have finished. Raises Failure if all fail."""
-        metrics, directions = self.search.metrics, self.definition.directions
+        metrics, directions, since = self.search.metrics, self.definition.directions, len(finished(self.trials()))
         with LiveTable(self.search.name, metrics=metrics, directions=directions, total=self.total) as table:
             while True:
-                # A Ctrl-C waits for the pause: it would leave half of a drawing or a transaction.
-                with deferred():
+                with deferred():  # a Ctrl-C waits for the pause: it would leave half of a drawing or a transaction
                     self.look()
                     for number, (trial, call) in list(self.at_work.items()):
-                        if call.is_ready(self.slots):
+                        if call.is_ready(self.workers):
                             self.take(number, trial, call)
                     trials = self.trials()
                     table.show(trials)
                     self.log(trials)
-                    done = len(trial_state.finished(trials))
-                    if trial_state.is_hopeless(trials, since=self.since):
-                        said = trial_state.finished(trials)[-1].user_attrs[trial_state.REASON]
-                        raise Failure(f"the first {trial_state.HOPELESS} trials all failed, the last one: {said}")
-                    if done >= self.total:
+                    ended = finished(trials)
+                    if is_hopeless(trials, since=since):
+                        raise Failure(f"the first {HOPELESS} trials all failed, the last one: {ended[-1].user_attrs[REASON]}")
+                    if len(ended) >= self.total:
                         return
-                    for _ in range(min(sum(self.slots.values()), self.total - done) - len(self.at_work)):
-                        self.start()
+                    for _ in range(min(sum(self.workers.values()), self.total - len(ended)) - len(self.at_work)):
+                        trial = studies.next_trial(self.study, self.definition, seed=self.seed)
+                        call = Call(self.pool, workers.run_trial, self.search, dict(trial.params), self.scratch_of(trial))
+                        self.at_work[trial.number] = trial, call
                 self.wait()
-
-    def start(self) -> None:
-        trial = studies.next_trial(self.study, self.definition, seed=self.seed)
-        self.at_work[trial.number] = trial, Call(self.pool, workers.run_trial, self.search, dict(trial.params), self.scratch_of(trial))
 
     def take(self, number: int, trial: optuna.Trial, call: Call) -> None:
         """Deal with a report, a result or the loss of a trial."""
@@ -211,16 +203,16 @@ class Driver:
         shutil.rmtree(self.scratch_of(trial), ignore_errors=True)
 
     def scratch_of(self, trial: optuna.Trial) -> Path:
-        """Trials of another study of this name are numbered alike, so the study's identity is part of it."""
-        return self.scratch / self.study.user_attrs[studies.IDENTITY] / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
+        return self.scratch / f"trial-{trial.user_attrs[ORIGIN]}"
 
     def look(self) -> None:
         """Once a second: who is there to work, and whether the study is still this command's."""
-        if time.monotonic() - self.looked > 1:
+        if (now := time.monotonic()) - self._looked > 1:
             self.check()
-            self.slots, before, self.looked = self.pool.slots.client.nthreads(), self.looked, time.monotonic()
-            if not (self.slots or before):
+            self.workers = self.pool.slots.client.nthreads()
+            if not (self.workers or self._looked):
                 tell("waiting for a worker of the cluster")
+            self._looked = now
 
     def wait(self) -> None:
         """For news, or a moment."""
@@ -232,7 +224,6 @@ class Driver:
         for _, call in self.at_work.values():
             call.cancel()
         self.pool.close()
-        self.at_work.clear()
         studies.requeue_dead(self.study)
 
     # The winner
@@ -253,7 +244,7 @@ class Driver:
                 self.study.set_user_attr(MEASURED, measured | {name: self.measure(self.search.measure, name)})
 
     def is_due(self, best: FrozenTrial) -> bool:
-        """Whether this winner has not been confirmed, or on fewer seeds than `confirm` asks for; the seeds are the first n of one sequence."""
+        """Whether this winner has not been confirmed, or on fewer seeds than `confirm` asks for: the first n of one sequence."""
         known, wanted = self.study.user_attrs.get(CONFIRMED), self.further_seeds()
         if known is None or known["trial"] != best.number:
             return True
@@ -269,14 +260,14 @@ class Driver:
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it in a process of the pool."""
         call = Call(self.pool, function, *arguments)
-        while not call.is_ready(self.slots):
+        while not call.is_ready(self.workers):
             with deferred():
                 self.look()
             self.wait()
         try:
             return call.take()
         except Lost:
-            raise Failure(KILLED) from None
+            raise Failure(KILLED.format("measures")) from None
 
     def confirmed(self, best: FrozenTrial | None) -> dict[str, Any] | None:
         """What this command or an earlier one has measured of this winner."""
@@ -290,23 +281,22 @@ class Driver:
 
     def log(self, trials: Sequence[FrozenTrial]) -> None:
         """Bring the MLflow runs up to date."""
-        changed = [trial for trial in trials if self.logged.get(trial.number) != trial.state.name]
+        changed = [trial for trial in trials if self._logged.get(trial.number) != trial.state.name]
         self.run.show([fact for trial in changed if (fact := outputs.fact(self.search, trial))])
-        self.logged |= {trial.number: trial.state.name for trial in changed}
+        self._logged |= {trial.number: trial.state.name for trial in changed}
 
     def close(self) -> Outcome:
         """Write files and figures, and complete the runs."""
-        trials = self.trials()
+        trials, folder = self.trials(), self.root / "reports" / "tune" / self.search.name
         best = outputs.best_of(trials, self.definition.directions)
         found = self.confirmed(best)
         try:
-            files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found)
+            files = call_here(self.forks, outputs.write, folder, self.search, trials, found)
         except Lost:
-            raise Failure("the process that writes files and figures was killed (out of memory?); the same command goes on") from None
+            raise Failure(KILLED.format("writes files and figures")) from None
         self.log(trials)
         if best is not None:
             self.run.mark_best(best.number)
-        scored = trial_state.scores(self.search.metrics, best) if best is not None else {}
-        self.run.log_results(self.root / "reports" / "tune" / self.search.name, files, scored)
-        default, reason = trial_state.default_of(trials), outputs.fruitless(trials)
-        return Outcome(self.search.name, self.folder, len(trial_state.finished(trials)), best, default, found, files, reason)
+        self.run.log_results(folder, files, scores(self.search.metrics, best) if best is not None else {})
+        reason = outputs.fruitless(trials)
+        return Outcome(self.search.name, folder, len(finished(trials)), best, default_of(trials), found, files, reason)

@@ -19,20 +19,19 @@ NOTE = "the winner was chosen on these validation images, which flatters it ther
 
 
 def compare(scores: Mapping[str, Mapping[str, Sequence[Measured]]], *, floor: float | None) -> dict[str, Any]:
-    """What best.yaml tells of the further seeds.
+    """What best.yaml tells of the further seeds: of each split the figures of both, their paired differences, and whether the winner is
+    more robust by more than noise; None with one seed.
 
     Args:
         scores: split -> default, winner -> figures, seed by seed.
         floor: least clean validation accuracy; None: there is none.
-    Returns:
-        Of each split the figures of both, their paired differences, and whether the winner is more robust by more than noise; None
-        with one seed.
     """
     told: dict[str, Any] = {"further_seeds": len(scores["validation"]["winner"]), "note": NOTE}
     for split, both in scores.items():
-        told[split] = {who: _figures(measured) for who, measured in both.items()}
+        names = both["winner"][0].keys()
+        told[split] = {who: {name: _figure([one[name] for one in seeds]) for name in names} for who, seeds in both.items()}
         pairs = list(zip(both["winner"], both["default"], strict=True))
-        found = {name: difference([one[name] - other[name] for one, other in pairs]) for name in pairs[0][0]}
+        found = {name: difference([one[name] - other[name] for one, other in pairs]) for name in names}
         low = found["robust"].get("low")
         told[split] |= {"difference": found, "beats_default": None if low is None else low > 0}
     if floor is not None:
@@ -43,17 +42,13 @@ def compare(scores: Mapping[str, Mapping[str, Sequence[Measured]]], *, floor: fl
 
 def difference(values: Sequence[float]) -> dict[str, Any]:
     """Values, mean, and from two on the ends of its 95 % interval."""
-    found: dict[str, Any] = {"values": list(values), "mean": statistics.mean(values)}
-    if len(values) > 1:
-        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    found = _figure(values)
+    if (sd := found.pop("sd", None)) is not None:
+        half = float(student.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
         found |= {"low": found["mean"] - half, "high": found["mean"] + half}
     return found
 
 
-def _figures(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Values, mean and standard deviation of each figure."""
-    found = {}
-    for name in measured[0]:
-        values = [one[name] for one in measured]
-        found[name] = {"values": values, "mean": statistics.mean(values)} | ({"sd": statistics.stdev(values)} if len(values) > 1 else {})
-    return found
+def _figure(values: Sequence[float]) -> dict[str, Any]:
+    """Values, mean, and from two on their standard deviation."""
+    return {"values": list(values), "mean": statistics.mean(values)} | ({"sd": statistics.stdev(values)} if len(values) > 1 else {})

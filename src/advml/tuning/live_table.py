@@ -10,8 +10,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.lines import tell
-from advml.tuning import trial_state
 from advml.tuning.space import Values
+from advml.tuning.trial_state import LATEST, REASON, finished, is_killed, name_of, ranked, running
 
 SHOWN = 8  # of the best trials
 REDRAW = 0.5  # seconds
@@ -31,7 +31,7 @@ class LiveTable:
             from rich.console import Console
             from rich.live import Live
 
-            # Without a thread of its own: the driver redraws.
+            # Without a thread of its own: a Ctrl-C waits for `show`, not for that.
             self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self.live.start()
         return self
@@ -46,7 +46,7 @@ class LiveTable:
         if self.told is None:  # those of earlier commands
             self.told = {trial.number for trial in ended}
             if ended:
-                tell(f"{self.name}: going on after {len(trial_state.finished(trials))} finished trials")
+                tell(f"{self.name}: going on after {len(finished(trials))} finished trials")
         for trial in ended:
             if trial.number not in self.told:
                 self.told.add(trial.number)
@@ -54,13 +54,12 @@ class LiveTable:
                     tell(self._line(trial, [other for other in ended if other.number in self.told]))
         if self.live and time.monotonic() - self.drawn > REDRAW:
             self.drawn = time.monotonic()
-            self.live.update(self._table(trials), refresh=True)
+            self.live.update(self.table(trials), refresh=True)
 
     def _line(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> str:
-        done = len(trial_state.finished(trials))
-        best = trial_state.ranked(trials, self.directions)
+        best = ranked(trials, self.directions)
         record = f"  (best: {self._scores(best[0])}, trial {best[0].number})" if best else ""
-        return f"[{done}/{self.total}] trial {trial.number}: {self.outcome(trial)}  {show(trial.params)}{record}"
+        return f"[{len(finished(trials))}/{self.total}] trial {trial.number}: {self.outcome(trial)}  {show(trial.params)}{record}"
 
     def outcome(self, trial: FrozenTrial) -> str:
         """`robust 0.812`, `pruned at 9`, `failed: out of memory`, ..."""
@@ -69,24 +68,26 @@ class LiveTable:
             return self._scores(trial) + "".join(f", below the {name}" for name in broken)
         if trial.state == TrialState.PRUNED:
             return f"pruned at {trial.last_step}"
-        if trial_state.is_killed(trial):
+        if is_killed(trial):
             return "killed, to be tried again"
-        return f"failed: {trial.user_attrs[trial_state.REASON]}" if trial.state == TrialState.FAIL else trial.state.name.lower()
+        return f"failed: {trial.user_attrs[REASON]}" if trial.state == TrialState.FAIL else name_of(trial)
 
     def _scores(self, trial: FrozenTrial) -> str:
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.metrics, trial.values, strict=True))
 
-    def _table(self, trials: Sequence[FrozenTrial]) -> Any:
+    def table(self, trials: Sequence[FrozenTrial]) -> Any:
+        """The best trials, and those at work."""
         from rich.table import Table
 
-        done, seconds = len(trial_state.finished(trials)), time.monotonic() - self.started
-        running = trial_state.running(trials)
-        table = Table(title=f"{self.name}: {done} of {self.total} trials, {len(running)} running, {seconds:.0f} s", title_justify="left")
-        for header in ("trial", "outcome", "parameters"):
-            table.add_column(header)
-        for place, trial in enumerate(trial_state.ranked(trials, self.directions)[:SHOWN]):
-            table.add_row(str(trial.number), self.outcome(trial), show(trial.params), style="bold" if place == 0 else "")
-        for trial in running:
+        count, seconds = f"{len(finished(trials))} of {self.total} trials", time.monotonic() - self.started
+        table = Table(
+            *("trial", "outcome", "parameters"),
+            title=f"{self.name}: {count}, {len(running(trials))} running, {seconds:.0f} s",
+            title_justify="left",
+        )
+        for place, trial in enumerate(ranked(trials, self.directions)[:SHOWN]):
+            table.add_row(str(trial.number), self.outcome(trial), show(trial.params), style="" if place else "bold")
+        for trial in running(trials):
             table.add_row(str(trial.number), f"running{reached(trial)}", show(trial.params), style="dim")
         return table
 
@@ -96,7 +97,7 @@ def reached(trial: FrozenTrial) -> str:
     if not trial.intermediate_values:
         return ""
     value = trial.intermediate_values[trial.last_step]
-    return f", at {trial.last_step}: {show(trial.user_attrs.get(trial_state.LATEST, {})) or format(value, '.4g')}"
+    return f", at {trial.last_step}: {show(trial.user_attrs.get(LATEST, {})) or format(value, '.4g')}"
 
 
 def show(values: Values) -> str:

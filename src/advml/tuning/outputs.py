@@ -20,7 +20,6 @@ from optuna.trial import FrozenTrial
 from ruamel.yaml import YAML
 
 from advml.paths import SEARCH_FILES
-from advml.runtime.checkpoint import write_atomically
 from advml.tracking import Trial
 from advml.tuning.search import Search
 from advml.tuning.trial_state import ORIGIN, REASON, RETRY_OF, default_of, finished, history_of, name_of, ranked, scores
@@ -34,6 +33,8 @@ HEADER = """\
 
 def write(folder: Path, search: Search, trials: Sequence[FrozenTrial], confirmed: dict[str, Any] | None) -> list[Path]:
     """Write everything that the trials of a study, all of them, can tell by now; returns the files."""
+    from advml.runtime.checkpoint import write_atomically  # imports torch, as the processes that write have
+
     texts = {TRIALS: table(trials, search.metrics)}
     if best := best_of(trials, search.definition().directions):
         texts[BEST] = HEADER.format(name=search.name) + proposal(search, trials, best, confirmed)
@@ -50,17 +51,14 @@ def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenT
 def fruitless(trials: Sequence[FrozenTrial]) -> str | None:
     """Why there is nothing to propose: no trial has run to its end; None: some have."""
     ended = finished(trials)
-    if any(name_of(trial) == "complete" for trial in trials):
-        return None
     failed = [trial for trial in ended if name_of(trial) == "failed"]
+    if any(name_of(trial) == "complete" for trial in ended):
+        return None
     if not failed:
         return f"none of {len(ended)} trials has run to its end"
-    who = (
-        f"all {len(ended)} trials failed"
-        if len(failed) == len(ended)
-        else f"{len(failed)} of {len(ended)} trials failed, others were pruned"
-    )
-    return f"{who}, the last one: {failed[-1].user_attrs[REASON]}"
+    others = "" if len(failed) == len(ended) else ", others were pruned"
+    count = f"all {len(ended)}" if not others else f"{len(failed)} of {len(ended)}"
+    return f"{count} trials failed{others}, the last one: {failed[-1].user_attrs[REASON]}"
 
 
 def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
@@ -89,20 +87,13 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
 
 def front(search: Search, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
     """The complete trials that no other one beats in one objective without being beaten in another, the best in the first one first."""
-    signs = [1 if direction == "minimize" else -1 for direction in search.definition().directions]
-    costs = {
-        trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
-        for trial in ranked(trials, search.definition().directions)
-    }
-    beaten = {
-        number
-        for number, cost in costs.items()
-        if any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs.values())
-    }
+    directions = search.definition().directions
+    signs = [1 if direction == "minimize" else -1 for direction in directions]
+    costs = {trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in ranked(trials, directions)}
     return [
         {"trial": number, "parameters": search.proposal(trials[number].params), "scored": scores(search.metrics, trials[number])}
-        for number in costs
-        if number not in beaten
+        for number, cost in costs.items()
+        if not any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs.values())
     ]
 
 

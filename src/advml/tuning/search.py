@@ -75,27 +75,22 @@ class Attempt:
         values: what the trial tries.
         scratch: a folder that a retry of this trial finds again.
         ask: gives the driver a report and returns whether to stop.
+        history: a record per epoch or batch.
+        measured: figures beside the objectives.
+        constraints: by how much each is violated; at most 0: it is kept.
     """
 
     values: Values
     scratch: Path
     ask: Callable[[Report], bool] = process_task.ask
     history: list[Record] = field(default_factory=list)
-    noted: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
     constraints: dict[str, float] = field(default_factory=dict)
 
     def report(self, step: int, value: float, measured: Mapping[str, float] | None = None) -> None:
         """Report how it does. Raises optuna.TrialPruned if that is not well enough to go on."""
         if self.ask(Report(step, value, measured)):
             raise optuna.TrialPruned
-
-    def constrain(self, name: str, violation: float) -> None:
-        """Say by how much a constraint is violated; at most 0: it is kept."""
-        self.constraints[name] = violation
-
-    def note(self, **facts: Any) -> None:
-        """Keep facts with the trial."""
-        self.noted |= facts
 
 
 @dataclass(frozen=True)
@@ -109,11 +104,8 @@ class Hyperband:
 
     @staticmethod
     def rungs(epochs: int) -> tuple[int, ...]:
-        """The epochs 1, 3, 9, ... at which it compares trials."""
-        found = [1]
-        while found[-1] * REDUCTION < epochs:
-            found.append(found[-1] * REDUCTION)
-        return tuple(found)
+        """The epochs 1, 3, 9, ... below `epochs` at which it compares trials; at least the first."""
+        return tuple(REDUCTION**n for n in range(epochs) if n == 0 or REDUCTION**n < epochs)
 
 
 def tpe(seed: int) -> optuna.samplers.BaseSampler:
@@ -128,18 +120,14 @@ def wilcoxon() -> optuna.pruners.BasePruner:
         return optuna.pruners.WilcoxonPruner()
 
 
-def record_of(folder: Path) -> Mapping[str, Any]:
-    """The model.json of a folder, read without torch."""
+def digest_of(file: Path, *, remedy: str) -> str:
+    """The digest in a model.json or dataset.json, read without torch. Raises UserError with the remedy."""
     try:
-        return json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'model.json'} cannot be read: {error}") from None
+        return json.loads(file.read_text(encoding="utf-8"))["digest"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{file} is missing or damaged; {remedy}") from None
 
 
 def data_digest(root: Path) -> str:
-    """The fingerprint of the prepared images, read without torch."""
-    path = Workspace(root).prepared / "dataset.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["digest"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"there are no data in {path.parent}; make them with: advml prepare") from None
+    """The digest of the prepared images."""
+    return digest_of(Workspace(root).prepared / "dataset.json", remedy="make the data with: advml prepare")

@@ -34,15 +34,13 @@ def distributions(space: Space) -> Distributions:
 
 def corners(dimension: Mapping[str, Any]) -> tuple[Any, ...]:
     """The ends of a range, or all choices: a configuration that takes them takes what lies between them."""
-    ((_, argument),) = dimension.items()
-    return tuple(argument)
+    return tuple(next(iter(dimension.values())))
 
 
 def check(space: Space, accept: Callable[[Values], object], *, section: str) -> None:
     """Try every pair of corners, so that what cannot be run is refused before the first trial.
 
     Args:
-        space: what to search.
         accept: builds the configuration with some values replaced; raises UserError if it cannot be.
         section: where the space stands, e.g. `tune.attack.space`.
     Raises:
@@ -52,7 +50,9 @@ def check(space: Space, accept: Callable[[Values], object], *, section: str) -> 
         raise UserError(f"{section} is empty; name a key and its range, e.g. {section}.learning_rate: {{log: [1e-4, 1e-1]}}")
     tried = [[(key, corner) for corner in corners(dimension)] for key, dimension in space.items()]
     alone = [[pair] for pairs in tried for pair in pairs]
-    alone += [[(key, inner)] for key, spread in distributions(space).items() if (inner := _inner(spread)) is not None]
+    for key, spread in distributions(space).items():  # and a value in the middle: no whole number, where the key wants one
+        if isinstance(spread, FloatDistribution) and spread.low < spread.high:
+            alone.append([(key, spread.low + (spread.high - spread.low) / math.pi)])
     together = [[one, other] for first, second in itertools.combinations(tried, 2) for one in first for other in second]
     for chosen in (*alone, *together):
         try:
@@ -62,17 +62,9 @@ def check(space: Space, accept: Callable[[Values], object], *, section: str) -> 
             raise UserError(f"{section} reaches {said}, which is refused: {error}") from None
 
 
-def _inner(spread: BaseDistribution) -> float | None:
-    """What a range of floats holds between its ends: no whole number, where the key wants one."""
-    if not isinstance(spread, FloatDistribution) or spread.low == spread.high:
-        return None
-    return spread.low + (spread.high - spread.low) / math.pi
-
-
 def outside(values: Values, space: Space) -> dict[str, Any]:
     """The values that the space does not contain: a search cannot start from them."""
-    ranges = distributions(space)
-    return {key: values.get(key) for key, spread in ranges.items() if not _contains(spread, values.get(key))}
+    return {key: values.get(key) for key, spread in distributions(space).items() if not _contains(spread, values.get(key))}
 
 
 def _contains(spread: BaseDistribution, value: Any) -> bool:

@@ -107,10 +107,10 @@ def objective(search: TrainingSearch) -> Callable[[Attempt], Sequence[float]]:
     def run(attempt: Attempt) -> Sequence[float]:
         configuration = search.accept(attempt.values)
         measured = bench.validate(train(bench, configuration, attempt, seed=search.seed))
-        attempt.note(measured={"clean": measured["clean"]})
+        attempt.measured["clean"] = measured["clean"]
         if search.pareto:
             return measured["robust"], measured["clean"]
-        attempt.constrain("clean_floor", search.spec.clean_floor - measured["clean"])
+        attempt.constraints["clean_floor"] = search.spec.clean_floor - measured["clean"]
         return (measured["robust"],)
 
     return run

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +23,12 @@ ORIGIN = "origin"  # number of the first trial of the parameters that it repeats
 RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
 KILLS = "kills"  # of processes in a row, without progress
 REACHED = "reached"  # the last step that a trial of these parameters has reported before
-HISTORY = "history"  # of its epochs; followed by history/1, history/2, ... where it is long
+HISTORY = "epoch"  # epoch/0, epoch/1, ...: what it has recorded
 DEFAULT = "default"  # whether it has the default's values
 LATEST = "latest"  # what it has measured last, for people
+MEASURED = "measured"  # figures beside the objectives
+SECONDS = "seconds"  # that it took
 
-CHUNK = 30_000  # bytes
 HOPELESS = 5  # trials that all fail: so will the next
 
 
@@ -75,26 +76,15 @@ def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
     """The trial's objectives, and what else it has measured."""
     if trial.state != TrialState.COMPLETE:  # Optuna gives a pruned trial its last report for a value
         return {}
-    return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get("measured", {})
+    return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get(MEASURED, {})
 
 
-def in_chunks(history: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """The curves as attributes of a trial, none of them longer than MySQL's 65,535 bytes."""
-    chunks: list[list[Mapping[str, Any]]] = []
-    room = 0
-    for record in history:
-        size = len(json.dumps(record)) + 2
-        if size > room:
-            chunks.append([])
-            room = CHUNK
-        chunks[-1].append(record)
-        room -= size
-    return {f"{HISTORY}/{number}" if number else HISTORY: chunk for number, chunk in enumerate(chunks)}
+def history_attributes(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The curves as attributes of a trial, one for each record: MySQL's hold 65,535 bytes."""
+    return {f"{HISTORY}/{number}": record for number, record in enumerate(history)}
 
 
 def history_of(trial: FrozenTrial) -> list[Mapping[str, Any]]:
     """The curves whole again."""
-    found, number = list(trial.user_attrs.get(HISTORY, ())), 1
-    while (key := f"{HISTORY}/{number}") in trial.user_attrs:
-        found, number = found + trial.user_attrs[key], number + 1
-    return found
+    keys = map(f"{HISTORY}/{{}}".format, itertools.count())
+    return [trial.user_attrs[key] for key in itertools.takewhile(trial.user_attrs.__contains__, keys)]

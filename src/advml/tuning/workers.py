@@ -15,7 +15,7 @@ from advml.errors import Failure
 from advml.tuning.search import Attempt, Search
 from advml.tuning.space import Values
 from advml.tuning.study import Result
-from advml.tuning.trial_state import REASON, in_chunks
+from advml.tuning.trial_state import MEASURED, REASON, SECONDS, history_attributes
 
 # What the driver's fork server imports for them; the last ones are what Optuna and the figures import when they are first used.
 MODULES = (
@@ -44,5 +44,6 @@ def result_of(objective: Callable[[Attempt], Sequence[float]], attempt: Attempt)
         state = TrialState.PRUNED
     except Exception as error:
         state, values, reason = TrialState.FAIL, None, {REASON: described(error)}
-    attributes = {**attempt.noted, "seconds": time.monotonic() - started, **in_chunks(attempt.history), **reason}
+    measured = {MEASURED: attempt.measured} if attempt.measured else {}
+    attributes = {**measured, SECONDS: time.monotonic() - started, **history_attributes(attempt.history), **reason}
     return Result(state, values, attributes, attempt.constraints)
