@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from advml import repro as module
 from advml.engine import stage_task
 from advml.engine.cluster import Slots
+from advml.engine.exclusive import exclusive
 from advml.errors import Failure, UserError
 from advml.presets import preset
 from advml.repro import repro
@@ -273,7 +274,7 @@ def test_a_killed_stage_runs_again_but_not_for_ever(monkeypatch, tmp_path, clien
 
 def test_two_commands_do_not_run_one_study(monkeypatch, tmp_path, client):
     plan(monkeypatch, {"slow": set()})
-    with module._alone(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"):
+    with exclusive(tmp_path / stage_task.FOLDER / "repro", work="another"), pytest.raises(UserError, match=f"process {os.getpid()}"):
         repro(tmp_path, jobs=1)
     assert repro(tmp_path, jobs=1) == ["slow"]
 

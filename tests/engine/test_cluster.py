@@ -135,10 +135,10 @@ def test_a_machine_that_does_not_see_the_study_is_named(tmp_path):
     with pytest.raises(Failure, match=str(tmp_path)):
         stage_task.require_shared(str(tmp_path), "token")
     (tmp_path / stage_task.FOLDER).mkdir(parents=True)
-    (tmp_path / stage_task.FOLDER / "token").write_text("of another study")
+    stage_task.token_file(tmp_path, "of another command").touch()
     with pytest.raises(Failure, match=os.uname().nodename):
         stage_task.require_shared(str(tmp_path), "token")
-    (tmp_path / stage_task.FOLDER / "token").write_text("token")
+    stage_task.token_file(tmp_path, "token").touch()
     stage_task.require_shared(str(tmp_path), "token")
 
 

@@ -112,4 +112,5 @@ def driver(study: Any) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield lambda **options: started.append(start(study.root, **options)) or started[-1]
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()

@@ -73,7 +73,7 @@ def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, tri
                     killed += 1
         if round_number < drivers:
             process.kill()
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate(timeout=600)[1]
         assert round_number < drivers or process.returncode == 0, said
     found = optuna.load_study(study_name="toy", storage=connect(url)).get_trials()
     finished = trial_state.finished(found)

@@ -25,7 +25,7 @@ from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
 from advml.training.regimes import REGIMES, Regime
-from advml.tuning import attack_search, attack_trial, comparison, training_trial, trial_state, workers
+from advml.tuning import attack_trial, budget, comparison, training_trial, trial_state, workers
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch
 from advml.tuning.live_table import reached
@@ -113,7 +113,7 @@ def agreeing(network: torch.nn.Module, split: Split) -> Split:
     [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
 )
 def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
-    assert attack_search.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
+    assert budget.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
     network, values = Counter(), VALUES | {"restarts": restarts, "keep": keep}
     chosen = attack_trial.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
     split = agreeing(network, dataset.validation)

@@ -7,31 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advml.config import Config, digest
+from advml.config import Config, changed, digest
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name, find_model
 from advml.tuning import space as spaces
+from advml.tuning.budget import passes, steps_within
 from advml.tuning.search import Attempt, Definition, data_digest, digest_of, tpe, wilcoxon
 from advml.tuning.space import Values
 
-
-def passes(*, steps: int, restarts: int, keep: str) -> dict[str, int]:
-    """Forward and backward passes of an attack for an image that nothing breaks.
-
-    A restart of n steps takes n of each, one more forward pass if the best iterate is kept, for the value of the last one, and one for
-    the prediction. All of them count: an attack with many restarts would get the latter for nothing otherwise.
-    """
-    return {"forward": restarts * (steps + _besides(keep)), "backward": restarts * steps}
-
-
-def steps_within(most: int, *, restarts: int, keep: str) -> int:
-    """Steps of each restart so that all together stay within `most` passes; 0: there are too many restarts for that."""
-    return max(0, (most // restarts - _besides(keep)) // 2)
-
-
-def _besides(keep: str) -> int:
-    """Forward passes of a restart beside those of its steps."""
-    return 1 + (keep == "best")
+# Keys of the space: all of an attack but its budget and its threat model.
+KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start", "keep")
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,7 @@ class AttackSearch:
         spec = self.config.evaluate
         steps = self.budget // spec.restarts
         ordinary = spec.step_size / self.config.attacked_epsilon if spec.step_size else 1.0 if steps == 1 else 2.5 / steps
-        return {key: ordinary if key == "step_size" else getattr(spec, key) for key in CHECKS}
+        return {key: ordinary if key == "step_size" else getattr(spec, key) for key in KEYS}
 
     def missed(self) -> Values:
         """The default's values that the space does not contain: the search does not start from it, then."""
@@ -101,11 +86,9 @@ class AttackSearch:
 
     def accept(self, values: Values) -> None:
         """Raises UserError unless such an attack exists within the budget."""
-        for key, value in values.items():
-            if key not in CHECKS:
-                raise UserError(f"unknown key '{key}'; choose from {', '.join(CHECKS)}")
-            if wrong := CHECKS[key](value):
-                raise UserError(f"{key} = {value!r}; {wrong}")
+        if unknown := values.keys() - {*KEYS}:
+            raise UserError(f"unknown key '{min(unknown)}'; choose from {', '.join(KEYS)}")
+        changed(self.config, {f"evaluate.{key}": value for key, value in values.items()})
         if not self.steps(values):
             restarts = (self.default() | values)["restarts"]
             raise UserError(
@@ -158,27 +141,3 @@ class AttackSearch:
         from advml.tuning import attack_trial
 
         return {"autoattack": attack_trial.under_autoattack}[name](self)
-
-
-def _one_of(*choices: Any) -> Callable[[Any], str | None]:
-    return lambda value: None if value in choices else f"choose from {', '.join(map(str, choices))}"
-
-
-def _within(low: float, high: float) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if is_number and low <= value <= high else f"must lie between {low:g} and {high:g}"
-
-    return check
-
-
-# Keys of the space -> what is wrong with a value. They are all of an attack but its budget and its threat model.
-CHECKS: dict[str, Callable[[Any], str | None]] = {
-    "step_size": _within(1e-6, 100),
-    "schedule": _one_of("constant", "linear", "cosine"),
-    "momentum": _within(0, 10),
-    "objective": _one_of("ce", "margin", "dlr"),
-    "restarts": lambda value: None if isinstance(value, int) and value >= 1 else "must be a whole number, at least 1",
-    "random_start": lambda value: None if isinstance(value, bool) else "choose from true, false",
-    "keep": _one_of("best", "last"),
-}

@@ -1,6 +1,6 @@
 """The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more.
 
-No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `attack_search.passes`.
+No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `advml.tuning.budget`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from advml.paths import Workspace
 from advml.runtime.machine import Machine, generator_for
 from advml.similarity import estimates
 from advml.stages.context import Context
-from advml.tuning.attack_search import passes
+from advml.tuning.budget import passes
 from advml.tuning.search import Attempt
 from advml.tuning.space import Values
 

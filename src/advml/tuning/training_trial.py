@@ -9,9 +9,7 @@ A trial that was killed goes on from its last epoch: checkpoint and measurements
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +18,9 @@ from advml.config import Config, digest
 from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.runtime.checkpoint import Checkpoint, Progress, write_atomically
+from advml.runtime.checkpoint import Checkpoint, Progress
 from advml.runtime.machine import derived_seed
+from advml.runtime.memo import Memo
 from advml.stages.context import Context
 from advml.stages.finetune import load_pretrained
 from advml.training import phases
@@ -125,13 +124,14 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int, w
     search, scratch = bench.search, attempt.scratch
     plan = bench.plan(configuration, seed=seed)
     fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
-    rungs = Rungs(scratch / f"rungs-{fingerprint}.json", Hyperband.rungs(plan.phase.epochs) if watched and not search.pareto else ())
+    rungs = Hyperband.rungs(plan.phase.epochs) if watched and not search.pareto else ()
+    known = Memo(scratch / f"rungs-{fingerprint}")  # the weights of earlier epochs are gone when a killed trial goes on
 
     def on_epoch(record: Record) -> None:
         epoch = int(record["epoch"])
         attempt.history.append(dict(record))
-        if epoch in rungs.wanted:
-            measured = rungs.at(epoch, lambda: bench.validate(plan.network))
+        if epoch in rungs:
+            measured = known.json(str(epoch), lambda: bench.validate(plan.network))
             attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
             attempt.report(epoch, standing(measured, floor=search.spec.clean_floor), measured)
 
@@ -143,24 +143,6 @@ def standing(measured: Measured, *, floor: float) -> float:
     others; these by how far they are below it. By robustness alone, what can never win would prune what can.
     """
     return measured["robust"] if measured["clean"] >= floor else measured["clean"] - floor - 1
-
-
-class Rungs:
-    """What was measured at which epoch, on disk: the weights of earlier epochs are gone when a killed trial goes on."""
-
-    def __init__(self, path: Path, wanted: Sequence[int]) -> None:
-        self.path, self.wanted = path, wanted
-        try:
-            self.known: dict[str, Measured] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            self.known = {}
-
-    def at(self, epoch: int, measure: Callable[[], Measured]) -> Measured:
-        """The figures of an epoch, measured if they are not known."""
-        if str(epoch) not in self.known:
-            self.known[str(epoch)] = measure()
-            write_atomically(self.path, json.dumps(self.known).encode())
-        return self.known[str(epoch)]
 
 
 def confirm(search: TrainingSearch, values: Values) -> dict[str, Any]:
