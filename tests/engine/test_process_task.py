@@ -72,16 +72,22 @@ def test_a_function_sends_messages_and_goes_on_with_the_answers_and_its_process_
         with pytest.raises(UserError, match="-j"):
             taken(Call(here, process_task._value, ("error", UserError("use -j 2"))))
         assert taken(Call(here, os.getpid)) == first
+        call = Call(here, ask, "how is it?")
+        taken(call)
         os.kill(first, signal.SIGKILL)
+        call.answer(True)
         with pytest.raises(Lost):
-            taken(Call(here, os.getpid))
+            taken(call)
+        idle = taken(Call(here, os.getpid))
+        os.kill(idle, signal.SIGKILL)  # as one that has waited for too long
+        wait_for(lambda: not process_task._idle[0][1].is_alive())
         second = taken(Call(here, os.getpid))
         call = Call(here, time.sleep, 300)
         time.sleep(0.2)
         call.cancel()
         wait_for(lambda: not psutil.pid_exists(second))
         last = taken(Call(here, os.getpid))
-    assert len({first, second, last}) == 3 and not psutil.pid_exists(last)
+    assert len({first, idle, second, last}) == 4 and not psutil.pid_exists(last)
     assert not list(tmp_path.rglob("token-*"))
 
 

@@ -115,6 +115,9 @@ class Process:
             )
         self._connection = Connection(ours.detach())
 
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def exchange(self, message: Any, *, until: Callable[[], bool] = lambda: False) -> tuple[str, Any]:
         """Send a message, and return what comes back. Raises Lost if the process is killed, or `until()` holds first."""
         try:
@@ -184,11 +187,15 @@ def advance(key: str, message: Any, *, root: str, token: str, environment: Mappi
 
 
 def _free(token: str) -> Process | None:
+    """A process that has nothing to do; those that have given up waiting, or were killed, are forgotten."""
     for entry in list(_idle):
-        with contextlib.suppress(ValueError):  # another thread has taken it
-            if entry[0] == token:
+        owner, process = entry
+        if owner == token or not process.is_alive():
+            with contextlib.suppress(ValueError):  # another thread has taken it
                 _idle.remove(entry)
-                return entry[1]
+                if process.is_alive():
+                    return process
+                _discard(process)
     return None
 
 
