@@ -100,7 +100,7 @@ def test_calls_at_a_time_share_the_cores_and_each_has_a_gpu_of_its_own(tmp_path,
     with pool(tmp_path, slots=2, reserve=True) as here:
         calls = [Call(here, ask, name) for name in ("a", "b")]
         assert [taken(call) for call in calls] == ["a", "b"]
-        environments = [process.environ() for process in psutil.Process().children() if process.cmdline()[-2:] == ["tune", "worker"]]
+        environments = [psutil.Process(one._process.pid).environ() for one in process_task._all]
     assert sorted(one[VISIBLE] for one in environments) == ["0", "1"] and {one["OMP_NUM_THREADS"] for one in environments} == {"3"}
 
 

@@ -111,7 +111,7 @@ class Toy:
         if self.fails in ("all", attempt.values["kind"]):
             raise MemoryError if attempt.values["n"] > 2 else ValueError("nothing works")
         if self.floor is not None:
-            attempt.constrain("floor", self.floor - attempt.values["x"])
+            attempt.constraints["floor"] = self.floor - attempt.values["x"]
         return (value, attempt.values["x"]) if self.two else (value,)
 
     def tags(self) -> dict:

@@ -174,17 +174,18 @@ class Driver:
                         if call.is_ready(self.workers):
                             self.take(number, trial, call)
                     trials = self.trials()
-                    table.show(trials)
-                    self.log(trials)
-                    ended = finished(trials)
-                    if is_hopeless(trials, since=since):
-                        raise Failure(f"the first {HOPELESS} trials all failed, the last one: {ended[-1].user_attrs[REASON]}")
-                    if len(ended) >= self.total:
-                        return
-                    for _ in range(min(sum(self.workers.values()), self.total - len(ended)) - len(self.at_work)):
+                    ended, hopeless = finished(trials), is_hopeless(trials, since=since)
+                    wanted = 0 if hopeless else self.total - len(ended)
+                    for _ in range(min(sum(self.workers.values()), wanted) - len(self.at_work)):
                         trial = studies.next_trial(self.study, self.definition, seed=self.seed)
                         call = Call(self.pool, workers.run_trial, self.search, dict(trial.params), self.scratch_of(trial))
                         self.at_work[trial.number] = trial, call
+                    table.show(trials)
+                    self.log(trials)  # while the processes work
+                if hopeless:
+                    raise Failure(f"the first {HOPELESS} trials all failed, the last one: {ended[-1].user_attrs[REASON]}")
+                if len(ended) >= self.total:
+                    return
                 self.wait()
 
     def take(self, number: int, trial: optuna.Trial, call: Call) -> None:
