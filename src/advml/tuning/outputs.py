@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from advml.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
-from advml.tuning.trial_state import ORIGIN, REASON, RETRY_OF, default_of, finished, history_of, name_of, ranked, scores
+from advml.tuning.trial_state import ORIGIN, REASON, RETRY_OF, SECONDS, default_of, finished, history_of, name_of, ranked, scores
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
@@ -122,7 +122,7 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
         noted, scored = trial.user_attrs, scores(metrics, trial)
         writer.writerow(
             [trial.number, name_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
-            + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get("seconds")]
+            + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get(SECONDS)]
             + [trial.params.get(key) for key in keys]
             + [noted.get(RETRY_OF), noted.get(REASON)]
         )
