@@ -170,7 +170,7 @@ class _Trainer:
         Raises:
             Failure: a weight that the training starts from, a loss or a gradient is not finite.
         """
-        if weights := _not_finite(self.task.network.state_dict()):
+        if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
             remedy = "the training starts from broken weights: make them again with: advml pretrain; fresh ones come from model.options"
             raise Failure(f"{weights[0]} is not finite before the first step; {remedy}")
         gradients = {f"the gradient of {key}": value.grad for key, value in self.task.network.named_parameters() if value.grad is not None}
