@@ -72,6 +72,7 @@ def prepare(
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
+    (folder / ".gitignore").write_text("*\n")
     password, kept = _admin_password(folder)
     scheme = "https" if tls_cert else "http"
     environment = {
