@@ -27,7 +27,9 @@ from advml.errors import Failure, UserError
 from advml.tracking import group_server
 from advml.tracking import store as stores
 
-SECRET, OF_THE_DATABASE, OF_ANN, OF_THE_BUCKET = SECRETS = [f"S3cret-of-the-{what}" for what in ("admin", "database", "user", "bucket")]
+SECRETS = SECRET, OF_ANN, OF_BOB, OF_THE_DATABASE, OF_THE_BUCKET = [
+    f"S3cret-of-{who}" for who in ("admin", "ann", "bob", "database", "bucket")
+]
 REFUSED = "MLFLOW_TRACKING_PASSWORD"
 
 
@@ -137,6 +139,9 @@ class Lab:
     log: Path
     backend: str | None
 
+    def call(self, what: str, body: dict[str, str], user: tuple[str, str]) -> requests.Response:
+        return requests.post(f"{self.address}/api/2.0/mlflow/{what}", json=body, auth=user, timeout=30)
+
     def end(self) -> None:
         self.process.terminate()
         self.process.wait(30)
@@ -186,9 +191,9 @@ def lab(tmp_path_factory, new_database, bucket) -> Iterator[Lab]:
 
 @pytest.fixture
 def ann(lab, monkeypatch) -> None:
-    """A new user of the server, in the environment."""
-    new = {"username": "ann", "password": OF_ANN}
-    requests.post(f"{lab.address}/api/2.0/mlflow/users/create", json=new, auth=("admin", SECRET), timeout=30).raise_for_status()
+    """Two new users of the server, one of them in the environment."""
+    for user, password in (("ann", OF_ANN), ("bob", OF_BOB)):
+        lab.call("users/create", {"username": user, "password": password}, ("admin", SECRET)).raise_for_status()
     for name, value in (("URI", lab.address), ("USERNAME", "ann"), ("PASSWORD", OF_ANN)):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
 
@@ -219,6 +224,10 @@ def test_a_user_trains_and_no_password_is_written_anywhere(study, advml, lab, an
         assert again.returncode == 0 and not again.stderr
         done.stdout += again.stdout
     assert "0 runs rebuilt" in done.stdout
+
+    bob = ("bob", OF_BOB)
+    assert lab.call("runs/create", {"experiment_id": run.info.experiment_id}, bob).status_code == 200  # a group shares an experiment
+    assert lab.call("runs/delete", {"run_id": run.info.run_id}, bob).status_code == 403
 
     engine = sqlalchemy.create_engine(lab.backend)
     with engine.connect() as connection:
@@ -255,7 +264,7 @@ def test_without_options_runs_are_kept_in_the_folder_and_a_certificate_is_enough
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=lab"]
     subprocess.run([*new, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
-    lab = start(tmp_path, "--tls-cert", str(cert), "--tls-key", str(key))
+    lab = start(tmp_path, "--tls-cert", str(cert), "--tls-key", str(key), MLFLOW_WORKERS="1")
     children = psutil.Process(lab.process.pid).children(recursive=True)
     try:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", lab.address)

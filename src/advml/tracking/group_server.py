@@ -21,7 +21,7 @@ from advml.passwords import masked, remember
 from advml.tracking import server, sqlite
 
 CONFIGURATION = Path(__file__).with_name("basic_auth.ini")
-USER = "admin"
+USER, USERS = "admin", "basic_auth.db"  # USERS: the database that CONFIGURATION names
 BACKEND, PASSWORD = "MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD"
 SHORTEST, OLD_DEFAULT = 12, "password1234"  # characters of a password that MLflow takes; one that it refuses
 PATIENCE = 10  # seconds in which a database has to answer
@@ -58,6 +58,38 @@ def prepare(
         UserError: something is missing, or a password would be readable for others.
         Failure: the database does not answer.
     """
+    _require_safe(artifacts, host, port, tls_cert, tls_key)
+    server.require_free(host, port)
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o700)
+        (folder / ".gitignore").write_text("*\n")
+    password, place = _admin_password(folder)
+    scheme = "https" if tls_cert else "http"
+    environment = {
+        "MLFLOW_WORKERS": "2",
+        **os.environ,
+        **server.environment(_backend(backend, folder)),
+        "MLFLOW_AUTH_CONFIG_PATH": str(CONFIGURATION),
+        "MLFLOW_AUTH_ADMIN_USERNAME": USER,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),  # of the sign-up form
+        **({PASSWORD: password} if password else {}),
+        **server.names(host, port, scheme=scheme),
+    }
+    artifacts = artifacts or str(folder / "artifacts")
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", host, "--port", str(port)]
+    command += ["--serve-artifacts", "--artifacts-destination", artifacts if "://" in artifacts else str(Path(artifacts).resolve())]
+    if tls_cert and tls_key:
+        command += ["--uvicorn-opts", shlex.join(["--ssl-certfile", str(tls_cert.resolve()), "--ssl-keyfile", str(tls_key.resolve())])]
+    address = f"{scheme}://{server.shown_host(host)}:{port}"
+    lines = [
+        f"MLflow: {address}     user {USER}, password {place}",
+        f"runs in {masked(environment[BACKEND])}, artifacts in {artifacts}, users in {folder / USERS}",
+        f"next: export MLFLOW_TRACKING_URI={address} MLFLOW_TRACKING_USERNAME={USER}, and the password as MLFLOW_TRACKING_PASSWORD",
+    ]
+    return GroupServer(command, environment, folder, lines)
+
+
+def _require_safe(artifacts: str | None, host: str, port: int, tls_cert: Path | None, tls_key: Path | None) -> None:
     for module, needed in {"flask_wtf": True, "boto3": (artifacts or "").startswith("s3://")}.items():
         if needed and importlib.util.find_spec(module) is None:
             raise UserError(f"advml server needs {module}: pip install 'advml[server]'")
@@ -68,63 +100,38 @@ def prepare(
             f"--host {host}: passwords would cross the network unencrypted; give --tls-cert and --tls-key, "
             f"or stay on 127.0.0.1 and let others in by ssh -L {port}:127.0.0.1:{port}"
         )
-    server.require_free(host, port)
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    (folder / ".gitignore").write_text("*\n")
-    password, kept = _admin_password(folder)
-    scheme = "https" if tls_cert else "http"
-    environment = {
-        **os.environ,
-        **server.environment(_backend(backend, folder)),
-        "MLFLOW_AUTH_CONFIG_PATH": str(CONFIGURATION),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),  # of the sign-up form
-        **({PASSWORD: password} if password else {}),
-        **server.names(host, port, scheme=scheme),
-    }
-    environment.setdefault("MLFLOW_WORKERS", "2")
-    store = artifacts if "://" in (artifacts or "") else str(Path(artifacts or folder / "artifacts").resolve())
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", host, "--port", str(port)]
-    command += ["--serve-artifacts", "--artifacts-destination", store]
-    if tls_cert:
-        options = ["--ssl-certfile", tls_cert.resolve(strict=True), "--ssl-keyfile", tls_key.resolve(strict=True)]
-        command += ["--uvicorn-opts", shlex.join(map(str, options))]
-    address = f"{scheme}://{server.shown_host(host)}:{port}"
-    lines = [
-        f"MLflow: {address}     user {USER}, password {kept}",
-        f"runs in {masked(environment[BACKEND])}, artifacts in {store}, users in {folder}/basic_auth.db",
-        f"next: export MLFLOW_TRACKING_URI={address} MLFLOW_TRACKING_USERNAME={USER}, and the password as MLFLOW_TRACKING_PASSWORD",
-    ]
-    return GroupServer(command, environment, folder, lines)
 
 
 def _admin_password(folder: Path) -> tuple[str | None, str]:
-    """The admin's password, which MLflow takes at the first start only, and where to find it.
+    """The admin's password, which MLflow takes at the first start only, and where to find it. None: the one that MLflow knows.
 
     Raises:
         UserError: the one given is one that MLflow refuses.
     """
-    given, file, known = os.environ.get(PASSWORD), folder / "admin-password", _hash_of_admin(folder)
-    if given is None and known is None and not file.exists():
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:
-            new.write(secrets.token_urlsafe(24) + "\n")
-    if given is None:
+    file, known = folder / "admin-password", _hash_of_admin(folder)
+    password, source = os.environ.get(PASSWORD), PASSWORD
+    if password is None:
+        source = str(file)
+        if known is None and not file.exists():
+            fresh = file.with_suffix(".new")
+            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as new:
+                new.write(secrets.token_urlsafe(24) + "\n")
+            fresh.replace(file)
         password = file.read_text().strip() if file.exists() else None
-        return password, f"in {file}" if password else "as before"
-    if len(given) < SHORTEST or given == OLD_DEFAULT:
+    elif len(password) < SHORTEST or password == OLD_DEFAULT:
         raise UserError(f"{PASSWORD}: MLflow wants {SHORTEST} characters or more, and not its old default")
-    from werkzeug.security import check_password_hash
+    if known is not None and password is not None:
+        from werkzeug.security import check_password_hash
 
-    if known is not None and not check_password_hash(known, given):
-        tell(f"warning: {PASSWORD} is not the password of {USER}, which stays as it is; change it in MLflow, at /#/account or by its API")
-        return given, "as before"
-    return given, f"as in {PASSWORD}"
+        if not check_password_hash(known, password):
+            tell(f"warning: {source} is not the password of {USER}, which stays as it is; change it in MLflow at /#/account")
+            password = None
+    return password, f"in {source}" if password else "as before"
 
 
 def _hash_of_admin(folder: Path) -> str | None:
     """What MLflow keeps of the admin's password; None before the first start."""
-    file = folder / "basic_auth.db"
+    file = folder / USERS
     if not file.exists():
         return None
     with contextlib.closing(sqlite3.connect(file)) as connection, contextlib.suppress(sqlite3.OperationalError):  # no tables yet
@@ -142,7 +149,7 @@ def _backend(address: str | None, folder: Path) -> str:
     """
     if address is None:
         tell("note: runs are kept in SQLite, for few writers at a time; for a group: --backend postgresql://user@host/name")
-        return sqlite.uri(folder / "mlflow.db")
+        return sqlite.uri((folder / "mlflow.db").resolve())
     import sqlalchemy
 
     remember(address)
