@@ -77,6 +77,7 @@ def test_a_given_password_is_kept_nowhere_and_a_later_one_is_said_not_to_count(p
         ({"tls_cert": Path(__file__)}, {}, UserError, "--tls-key"),
         ({"backend": "nonsense"}, {}, UserError, "--backend 'nonsense'"),
         ({"backend": f"postgresql://ann:{SECRET}@127.0.0.1:1/runs"}, {}, UserError, group_server.BACKEND),
+        ({"backend": f"postgresql://127.0.0.1:1/runs?password={SECRET}"}, {}, UserError, group_server.BACKEND),
         ({}, {group_server.BACKEND: f"postgresql://ann:{SECRET}@127.0.0.1:1/runs"}, Failure, r"ann:\*\*\*@127.0.0.1:1/runs.*createdb runs"),
         ({"backend": "nothing+known://127.0.0.1/runs"}, {}, UserError, "--backend .nothing"),
         ({}, {group_server.PASSWORD: "short"}, UserError, f"{group_server.PASSWORD}.*12"),

@@ -155,12 +155,13 @@ def _backend(address: str | None, folder: Path) -> str:
     remember(address)
     try:
         url = sqlalchemy.make_url(address)
-        engine = sqlalchemy.create_engine(url, connect_args={"connect_timeout": PATIENCE} if url.drivername.startswith("postgres") else {})
+        options = {"connect_args": {"connect_timeout": PATIENCE}} if "psycopg" in url.get_driver_name() else {}
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise UserError(f"--backend {masked(address)!r} is no database; write postgresql://user@host/name") from None
     except ImportError as error:
         raise UserError(f"--backend {masked(address)}: {error}; for PostgreSQL: pip install 'advml[server]'") from None
-    if url.password and address != os.environ.get(BACKEND):
+    if masked(address) != address != os.environ.get(BACKEND):
         raise UserError(
             f"--backend holds a password, which the list of processes shows to all users; set {BACKEND} instead, or use ~/.pgpass"
         )
