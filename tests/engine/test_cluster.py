@@ -147,6 +147,7 @@ def test_jobs_of_a_queue_run_the_stages_over_an_encrypted_line(study):
     [
         ("slrum", {}, "slurm"),
         ("tcp://127.0.0.1:1", {}, "tcp://127.0.0.1:1"),
+        ("tls://127.0.0.1:1", {}, "DASK_DISTRIBUTED__COMM__TLS__CA_FILE"),
         ("pbs", {"gpus": 1}, "cluster.gpus"),
         ("slurm", {"options": {"no_such": 1}}, "cluster"),
     ],
@@ -175,3 +176,51 @@ def test_a_local_engine_takes_no_connection_from_another_machine(tmp_path):
         assert slots.count() == 3
         listening = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN]
         assert set(listening) <= {"127.0.0.1"}
+
+
+@pytest.fixture
+def certificates(tmp_path) -> Callable[[str], dict[str, Path]]:
+    """certificates("name") -> files of a new authority and of a certificate that it has signed: ca, cert, key."""
+
+    def make(name: str) -> dict[str, Path]:
+        found = {kind: tmp_path / f"{name}-{kind}.pem" for kind in ("authority", "ca", "request", "cert", "key")}
+        new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj"]
+        signed = ["-x509", "-keyout", found["authority"], "-out", found["ca"]]
+        subprocess.run([*new, f"/CN={name}", *signed], check=True, capture_output=True)
+        subprocess.run([*new, "/CN=advml", "-keyout", found["key"], "-out", found["request"]], check=True, capture_output=True)
+        sign = ["openssl", "x509", "-req", "-CA", found["ca"], "-CAkey", found["authority"], "-CAcreateserial"]
+        subprocess.run([*sign, "-in", found["request"], "-out", found["cert"]], check=True, capture_output=True)
+        return found
+
+    return make
+
+
+@pytest.mark.servers
+def test_a_scheduler_with_certificates_refuses_drivers_without_one(study, start, certificates, tmp_path, monkeypatch):
+    def trust(found: dict[str, Path]) -> None:
+        for name, kind in (("CA_FILE", "ca"), ("CLIENT__CERT", "cert"), ("CLIENT__KEY", "key")):
+            monkeypatch.setenv(f"DASK_DISTRIBUTED__COMM__TLS__{name}", str(found[kind]))
+
+    ours, file = certificates("ours"), tmp_path / "scheduler.json"
+    options = [word for name, kind in (("ca-file", "ca"), ("cert", "cert"), ("key", "key")) for word in (f"--tls-{name}", str(ours[kind]))]
+    start("scheduler", "--host", "127.0.0.1", "--port", "0", "--protocol", "tls", "--scheduler-file", str(file), *options)
+    wait_for(file.exists)
+    address = YAML(typ="safe").load(file)["address"]
+    start("worker", address, "--nthreads", "1", *options)
+    (study / "go").touch()
+
+    def outcome(where: str) -> tuple[int, str, str]:
+        process = driver(study, where)
+        return *reversed(process.communicate(timeout=TIMEOUT)), process.returncode
+
+    assert address.startswith("tls://")
+    for where in (address, address.replace("tls:", "tcp:")):  # without a certificate
+        said, _, code = outcome(where)
+        assert code and f"UserError: --cluster {where}" in said.splitlines()[-1]
+    trust(certificates("theirs"))
+    said, _, code = outcome(address)
+    assert code and f"UserError: --cluster {address}" in said.splitlines()[-1]
+    assert not (study / "one").exists()
+    trust(ours)
+    said, told, code = outcome(address)
+    assert (code, told.strip()) == (0, "['one']"), said

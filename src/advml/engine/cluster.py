@@ -32,6 +32,8 @@ QUEUES = {
     "local": ("LocalCluster", None, None),  # jobs are processes of this machine: to try the section `cluster`
 }
 LOCALHOST = "127.0.0.1:0"  # of Dask's pages about itself, which it cannot do without; any free port
+# Dask's own settings, here as environment variables.
+CERTIFICATES = ", ".join(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLIENT__CERT", "CLIENT__KEY"))
 PATIENCE = 30.0  # seconds to wait for a running scheduler
 
 
@@ -60,7 +62,7 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         UserError: there is no such place.
         Failure: a worker does not see `root`.
     """
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, Security
     from distributed.comm import CommClosedError
 
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
@@ -77,9 +79,11 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         else:
             target = stack.enter_context(_jobs(where, root=root, jobs=jobs, options=options))
         try:
+            if target == where and where.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
+                raise ValueError(f"it asks for certificates: name yours in {CERTIFICATES}")
             client = stack.enter_context(Client(target, timeout=PATIENCE, set_as_default=False))
         except (OSError, ValueError) as error:
-            raise UserError(f"--cluster {where}: no Dask scheduler answers there ({' '.join(str(error).split())})") from None
+            raise UserError(f"--cluster {where}: cannot be used ({' '.join(str(error).split())})") from None
         try:
             for answer in client.run(_sees, str(root.resolve()), token).values():
                 if answer:
