@@ -172,13 +172,9 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--cluster {name}: the section `cluster` of params.yaml does not fit: {one_line(error)}") from None
     cluster.scale(jobs=wanted_jobs)
-    cluster.sync(_submitted, cluster)
+    cluster.sync(lambda: cluster)  # awaits it: then all jobs are submitted
     if refusals:
         cluster.close()
         raise UserError(f"--cluster {name} refuses the job that the section `cluster` of params.yaml describes: {refusals[0]}")
     cluster.adapt(minimum_jobs=wanted_jobs, maximum_jobs=wanted_jobs)
     return cluster
-
-
-async def _submitted(cluster: Any) -> None:
-    await cluster
