@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,6 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
 
 def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any) -> dict[str, Outcome]:
     """Run the stages of the plan, as many at a time as there are slots; after a failure, wait for those at work only."""
-    from distributed import KilledWorker
-
     waiting, running, ended = list(plan), {}, {}
     if not slots.count():
         tell("waiting for a worker of the cluster")
@@ -77,7 +74,7 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
                 del running[name]
                 try:
                     ended[name] = future.result()
-                except (CancelledError, KilledWorker, Failure, OSError) as error:
+                except Exception as error:  # too many workers were lost, or one does not see the folder, or its disk is full
                     ended[name] = Outcome(one_line(error))
                 board.finish(name, ok=not ended[name].failure)
                 if ended[name].failure:

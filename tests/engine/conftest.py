@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -45,10 +46,11 @@ def scheduler(start, tmp_path: Path) -> str:
     where = ("--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
     start("scheduler", *where, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="10")
     deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it is being written
+            return json.loads(file.read_text())["address"]
         time.sleep(0.05)
-    return json.loads(file.read_text())["address"]
+    pytest.fail("the scheduler has not started")
 
 
 SLURM = """

@@ -34,12 +34,14 @@ def wait_for(condition: Callable[[], object], *, alive: subprocess.Popen | None 
 
 
 def make_study(root: Path, **sections: object) -> Path:
-    """The smoke pipeline in a folder of its own, without what comes after the training. ADVML_KILLS above 3: all of it."""
+    """The smoke pipeline in a folder of its own, but for what comes after the training of AT. ADVML_KILLS above 3: all of it."""
     (root / ".dvc").mkdir(parents=True)
     (root / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
     (root / "src").symlink_to(REPOSITORY / "src")
     stages = yaml.load(REPOSITORY / "dvc.yaml")["stages"]
     params = yaml.load(REPOSITORY / "pipelines" / "smoke" / "params.yaml") | sections
+    if KILLS <= 3:
+        params["grid"]["adversarial_regimes"] = ["AT"]
     with (root / "dvc.yaml").open("w") as file:
         yaml.dump({"stages": {name: stage for name, stage in stages.items() if name in TRAINING or KILLS > 3}}, file)
     with (root / "params.yaml").open("w") as file:
@@ -80,7 +82,7 @@ def undisturbed(tmp_path_factory) -> Path:
     root = make_study(tmp_path_factory.mktemp("undisturbed") / "study")
     process = advml_repro(root, "-j", "2")
     told = process.communicate()
-    assert process.returncode == 0 and len(weights(root)) >= 6, told
+    assert process.returncode == 0 and len(weights(root)) >= 4, told
     return root
 
 
@@ -144,12 +146,14 @@ def recorded(root: Path) -> dict[str, dict[str, str]]:
 @pytest.mark.slurm
 def test_a_study_on_slurm_whose_job_is_cancelled_in_the_middle_of_a_stage(tmp_path, slurm, undisturbed):
     root = make_study(tmp_path / "study", cluster={"cores": 1, "memory": "2GB", "walltime": "00:20:00"})
-    process = advml_repro(root, "--cluster", "slurm", "-j", "2", **slurm)
-    wait_for(lambda: list(root.glob(".scratch/pretrain-*")) and len(jobs(slurm)) == 2, alive=process)  # a training has begun
+    settings = slurm | {"DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT": "1s"}
+    process = advml_repro(root, "--cluster", "slurm", "-j", "2", **settings)
+    wait_for(lambda: list(root.glob(".scratch/*-[SC]L-*")) and len(jobs(slurm)) == 2, alive=process)  # a training is at work
     first = jobs(slurm)
     subprocess.run(["scancel", min(first)], env=os.environ | slurm, check=True)
     wait_for(lambda: jobs(slurm) - first, alive=process)
     told = process.communicate(timeout=TIMEOUT)
+    print(*told, sorted(first), sorted(jobs(slurm)))
     assert process.returncode == 0, told
     assert weights(root) == weights(undisturbed)
     wait_for(lambda: not jobs(slurm) and not at_work(root))

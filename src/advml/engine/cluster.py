@@ -144,6 +144,7 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
         "python": sys.executable,
         "log_directory": str(logs.resolve()),
         "scheduler_options": {"dashboard_address": LOCALHOST, "allowed_failures": MOST_LOSSES},
+        "worker_extra_args": ["--dashboard-address", LOCALHOST],
         # Certificates of this command alone: whoever else reaches the port can run nothing.
         "protocol": "tls://",
         "security": True,

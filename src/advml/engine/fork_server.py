@@ -112,8 +112,9 @@ class Command(socketserver.StreamRequestHandler):
 
     def _obey(self) -> None:
         """Take the signals that the client passes on; end when it does."""
-        while number := self.rfile.read(1):
-            os.kill(os.getpid(), number[0])
+        with contextlib.suppress(ConnectionError):
+            while number := self.rfile.read(1):
+                os.kill(os.getpid(), number[0])
         os.kill(os.getpid(), signal.SIGKILL)
 
 
