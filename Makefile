@@ -27,7 +27,7 @@ repro: .venv/.stamp ## run the study: JOBS stages at a time, only what has chang
 
 # worksteal: every worker begins with one stretch of the files, so that what the tests of a module share is made once, not by each worker.
 test: .venv/.stamp ## run the tests
-	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not postgres and not servers"
+	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not postgres and not servers and not slurm and not cluster"
 
 ui: .venv/.stamp ## open the MLflow UI on this repository's runs
 	@advml ui --port $(PORT)
