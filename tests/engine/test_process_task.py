@@ -108,7 +108,8 @@ def test_a_call_here_needs_no_slot(tmp_path):
     assert call_here({}, os.path.join, "a", "b") == "a/b"
 
 
-def test_a_lost_worker_costs_the_call_that_waits_for_an_answer(tmp_path, scheduler):
+def test_a_lost_worker_costs_the_call_that_waits_for_an_answer(tmp_path, scheduler, start):
+    start("worker", scheduler, "--nthreads", "1")
     with pool(tmp_path, where=scheduler) as there:
         call = Call(there, ask, "how is it?")
         assert taken(call) == "how is it?"
@@ -124,6 +125,8 @@ def test_a_lost_worker_costs_the_call_that_waits_for_an_answer(tmp_path, schedul
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_killed_driver_leaves_nothing_at_work(tmp_path, request, remote):
     where = [request.getfixturevalue("scheduler")] if remote else []
+    if remote:
+        request.getfixturevalue("start")("worker", *where, "--nthreads", "1")
     driver = subprocess.Popen([sys.executable, "-c", HOLD, *where], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     process = psutil.Process(int(driver.stdout.readline()))
     time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""One command at a time: a lock file that the operating system releases when its holder dies, and a file that says who it is."""
+"""One command at a time: the operating system releases the lock when its holder dies, and a file beside it says who holds it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from advml.errors import UserError
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, work: str) -> Iterator[None]:
-    """Hold `path`.lock.
+    """Hold the lock `path`.lock.
 
     Args:
-        path: without suffix; the holder's name goes to `path`.holder.
-        work: the start of the error, e.g. "advml repro is at work in /home/me/study".
+        work: what the holder does and where, for the error: "advml repro is at work in /home/me/study".
     Raises:
         UserError: another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(f"{path}.lock"), Path(f"{path}.holder")
-    Path(lock.lock_file).touch()  # FileLock itself takes a file that it cannot make for one that is locked
+    Path(lock.lock_file).touch()  # FileLock takes a file that it cannot make for one that is locked
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise UserError(at_work(work, who)) from None
+        raise UserError(at_work(work, holder.read_text() if holder.exists() else "another process")) from None
     try:
-        holder.write_text(this_process(), encoding="utf-8")
+        holder.write_text(this_process())
         yield
     finally:
         lock.release()

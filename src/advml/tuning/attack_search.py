@@ -10,6 +10,7 @@ from typing import Any
 from advml.config import Config, changed, digest
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name, find_model
+from advml.provenance import source_digest
 from advml.tuning import space as spaces
 from advml.tuning.budget import passes, steps_within
 from advml.tuning.search import Attempt, Definition, data_digest, digest_of, tpe, wilcoxon
@@ -109,12 +110,13 @@ class AttackSearch:
         threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
         model = digest_of(self.folder / "model.json", remedy="evaluate needs it, too")
         subject = (*threat, default, self.passes, self.config.evaluate.seed, model, data_digest(self.root), self.config.runtime.precision)
+        code = source_digest()  # random starts and what counts as broken follow from it
         return Definition(
             name=self.name,
             directions=("minimize",),
             distributions=spaces.distributions(self.space),
             default=None if self.missed() else {key: default[key] for key in self.space},
-            fingerprint=digest(*inputs, *subject),
+            fingerprint=digest(*inputs, *subject, code),
             pruner=wilcoxon,
             sampler=tpe,
         )

@@ -211,7 +211,7 @@ class Driver:
         if (now := time.monotonic()) - self._looked > 1:
             self.check()
             self.workers = self.pool.slots.client.nthreads()
-            if not (self.workers or self._looked):
+            if not (self.workers or self.pool.slots.count() or self._looked):  # `count` raises what a queue has said against jobs
                 tell("waiting for a worker of the cluster")
             self._looked = now
 
