@@ -18,7 +18,7 @@ import psutil
 from toy_search import Toy
 
 from advml.tuning import trial_state
-from advml.tuning.storage import connect
+from advml.tuning.storage import close, connect
 
 DRIVER = """
 import sys; sys.path.insert(0, {here!r})
@@ -75,7 +75,9 @@ def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, tri
             process.kill()
         said = process.communicate(timeout=600)[1]
         assert round_number < drivers or process.returncode == 0, said
-    found = optuna.load_study(study_name="toy", storage=connect(url)).get_trials()
+    study = optuna.load_study(study_name="toy", storage=connect(url))
+    found = study.get_trials()
+    close(study)
     finished = trial_state.finished(found)
     assert len(finished) == trials and {trial.state.name for trial in finished} == {"COMPLETE"}
     assert {trial.state.name for trial in found} == {"COMPLETE", "FAIL"}  # none RUNNING, none WAITING

@@ -32,7 +32,7 @@ from advml.tuning import outputs, workers
 from advml.tuning import study as studies
 from advml.tuning.live_table import LiveTable, show
 from advml.tuning.search import Report, Search
-from advml.tuning.storage import address, alone, note_holder, told
+from advml.tuning.storage import address, alone, close, note_holder, told
 from advml.tuning.trial_state import HOPELESS, ORIGIN, REASON, default_of, finished, is_hopeless, scores
 
 POLL = 0.25  # seconds between two looks at a study without news
@@ -91,7 +91,7 @@ def tune(
         check = stack.enter_context(alone(url, search.name))
         stack.enter_context(told())
         study = studies.create(search.definition(), url, replace=replace)
-        stack.callback(study._storage.remove_session)
+        stack.callback(close, study)
         _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
         note_holder(study)
         studies.requeue_dead(study)

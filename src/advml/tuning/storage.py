@@ -119,11 +119,20 @@ def note_holder(study: optuna.Study) -> None:
     study.set_user_attr(HOLDER, this_process())
 
 
+def close(study: optuna.Study) -> None:
+    """Close the connections of a study."""
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()
+
+
 def _holder(url: str, name: str) -> str:
     try:
-        return optuna.load_study(study_name=name, storage=connect(url)).user_attrs.get(HOLDER, "another process")
+        study = optuna.load_study(study_name=name, storage=connect(url))
     except KeyError:  # it has not begun yet
         return "another process"
+    who = study.user_attrs.get(HOLDER, "another process")
+    close(study)
+    return who
 
 
 @contextlib.contextmanager
