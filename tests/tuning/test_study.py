@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from advml.errors import Failure, UserError
 from advml.tuning import storage, trial_state
 from advml.tuning import study as studies
-from advml.tuning.search import Attempt
+from advml.tuning.search import Attempt, Report
 from advml.tuning.storage import address, alone, connect, told
 from advml.tuning.workers import result_of
 
@@ -120,7 +120,17 @@ def test_the_winner_keeps_the_constraint(toy, run_here):
     assert best.value == min(trial.value for trial in trials if trial.params["x"] >= 1.0)
 
 
-def test_poor_trials_are_pruned_but_never_the_default(toy, run_here):
+def test_the_default_is_not_pruned_by_better_trials(toy, tmp_path):
+    definition = replace(toy.definition(), pruner=lambda: optuna.pruners.MedianPruner(n_startup_trials=1))
+    study = studies.create(definition, address(None, root=tmp_path))
+    default, *others = (studies.next_trial(study, definition, seed=0) for _ in range(4))
+    for trial in others[:2]:
+        assert not studies.note(trial, Report(1, 1.0))
+        study.tell(trial, 1.0)
+    assert studies.note(others[2], Report(1, 9.0)) and not studies.note(default, Report(1, 9.0))
+
+
+def test_poor_trials_are_pruned(toy, run_here):
     trials = run_here(Toy(toy.log, steps=4, pruner=hyperband), total=20)
     assert states(trials)["PRUNED"] >= 3
     assert trials[0].state == TrialState.COMPLETE
