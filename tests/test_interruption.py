@@ -153,9 +153,9 @@ def progressed(study, steps: int) -> Callable[[], bool]:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def no_pictures(monkeypatch, empty_store):
     """The picture of the curves in MLflow takes as long as the training, and no kill has to do with it."""
-    monkeypatch.setattr(tracking.Run, "log_figure", lambda *_: None)
+    monkeypatch.setattr("mlflow.MlflowClient.log_figure", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from advml.networks.given import Given
 from advml.report import figures as drawn
 from advml.show import record_of
 from advml.stages import compare, evaluate, finetune, pretrain, report, represent, transfer
-from advml.tracking import representations
+from advml.tracking import results
 from advml.tracking import store as stores
 
 MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
@@ -184,7 +184,7 @@ def test_reading_back_what_was_written(tmp_path):
 def test_the_run_carries_the_report_as_artifacts(measured):
     logged = artifacts(measured, "CL-AT-s0")
     record = json.loads(measured.workspace.record("represent", "CL-AT-s0").read_text())
-    assert {name.partition("/")[0] for name in record["metrics"]} == set(representations.METRICS)  # else some would never leave MLflow
+    assert {name.partition("/")[0] for name in record["metrics"]} == set(results.REPRESENTATION)  # else some would never leave MLflow
     assert {
         "cka/cka.png",
         "cka/layers.png",

@@ -62,8 +62,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     metrics = records.write(
         workspace, "evaluate", of | {"inputs": inputs, "parameters": parameters, "metrics": found.metrics} | found.record
     )
-    with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
-        tracking.log_evaluation(run, workspace, name)
+    tracking.log_folder(context.config, folder, root=workspace.root)
     # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
     # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
     forget(scratch, "images")
@@ -105,7 +104,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     write_atomically(workspace.given(given.name), records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
     (folder / "evaluation.json").unlink(missing_ok=True)  # of an older version, which wrote the record there
-    tracking.log_result(context.config, tracking.results.evaluation(workspace, given.name), root=workspace.root)
+    tracking.log_result(context.config, given.name, root=workspace.root)
     discard(workspace.scratch(f"evaluate-{given.name}"))
     return found.metrics
 

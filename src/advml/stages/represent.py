@@ -39,8 +39,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
     metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in files.HOW}})
-    with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
-        tracking.log_representation(mlflow_run, workspace, name)
+    tracking.log_folder(context.config, folder, root=workspace.root)
     return metrics
 
 

@@ -21,8 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from advml.errors import Failure
-from advml.runtime.signals import TERMINAL
-from advml.tracking.signals import deferred
+from advml.runtime.signals import TERMINAL, deferred
 from advml.tuning import census
 from advml.tuning import study as studies
 from advml.tuning.storage import GRACE
