@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -56,40 +52,6 @@ def test_a_process_is_told_from_a_later_one_of_the_same_number():
     assert processes.is_dead(f"{where}:{pid}:{int(started) - 1}")
 
 
-@pytest.fixture
-def lasting() -> Iterator[str]:
-    """A process that is there until the end, by name."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield f"{processes.machine()}:{process.pid}:{processes._started(process.pid)}"
-    process.communicate(b"\n")
-
-
-def test_orphans_are_of_dead_processes_and_of_earlier_boots_of_this_host(lasting):
-    node, boot, rest = processes.this_process().split(":", 2)[0], processes._kernel().split("/")[0], lasting.split(":", 2)[2]
-    assert not processes.is_orphaned(lasting)
-    assert processes.is_orphaned(f"{processes.machine()}:{rest.split(':')[0]}:1")
-    assert processes.is_orphaned(lasting.replace(boot, "an-earlier-boot"))
-    assert not processes.is_orphaned(lasting.replace(node, "elsewhere", 1))
-    assert not processes.is_orphaned(lasting.replace(node, "elsewhere", 1).replace(boot, "an-earlier-boot"))
-
-
-def test_orphans_of_earlier_versions_are_told_by_their_number(lasting):
-    node, pid = platform.node(), lasting.split(":")[2]
-    assert not processes.is_orphaned(f"{node}:{pid}") and processes.is_orphaned(f"{node}:999999999")
-    assert not processes.is_orphaned("elsewhere:999999999")
-
-
-def test_where_there_is_no_boot_to_know_nobody_is_of_an_earlier_one(lasting, monkeypatch):
-    monkeypatch.setattr(processes, "_kernel", lambda: "aabbccddeeff")
-    assert not processes.is_orphaned(f"{platform.node()}:112233445566:{lasting.split(':')[2]}:1")
-    assert not processes.is_orphaned(lasting)
-
-
-def test_a_host_without_a_name_judges_nobody(monkeypatch):
-    monkeypatch.setattr(platform, "node", lambda: "")
-    assert not processes.is_orphaned("") and not processes.is_orphaned(":999999999")
-
-
 @pytest.mark.parametrize("name", ["", "host:17", "host"])
 def test_what_is_no_name_of_a_process_is_nobodys(name):
-    assert not processes.is_dead(name) and not processes.is_orphaned(name)
+    assert not processes.is_dead(name)

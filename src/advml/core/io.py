@@ -71,6 +71,11 @@ def sha256(*contents: Path | bytes) -> str:
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
+def modified(path: Path) -> int:
+    """When a file was written, in ms since 1970."""
+    return int(1000 * path.stat().st_mtime)
+
+
 def to_json(content: Any, *, indent: int = 2) -> bytes:
     """A result as the text of its file. JSON has no NaN and no infinity: what could not be measured is null."""
     return (json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n").encode()

@@ -42,20 +42,6 @@ def is_dead(process: str | None) -> bool:
         return True
 
 
-def is_orphaned(process: str) -> bool:
-    """Whether a process is dead, or of an earlier boot of this host, as far as names tell; the number alone decides for `host:pid`.
-
-    A container that was started anew under its old name is another machine: nothing is known of its processes.
-    """
-    node, _, rest = process.partition(":")
-    if not node or node != platform.node():
-        return False
-    if rest.isdecimal():  # as advml named them before
-        return not psutil.pid_exists(int(rest))
-    boot, ours = ("/" in kernel and kernel.split("/")[0] for kernel in (rest, _kernel()))
-    return is_dead(process) or bool(boot and ours and boot != ours)
-
-
 def machine() -> str:
     """host:kernel, where process ids mean what they mean here: host names are shared by containers, and clocks are set anew.
 

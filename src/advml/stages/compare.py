@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advml import tracking
+from advml.core.io import write_atomically
 from advml.data.class_order import few
 from advml.errors import UserError
 from advml.evaluation.records import to_json
@@ -18,7 +19,6 @@ from advml.networks import models
 from advml.networks.layout import place
 from advml.paths import find_model
 from advml.progress import Bar
-from advml.runtime.checkpoint import write_atomically
 from advml.similarity import comparison, panels, sources
 from advml.similarity.arrays import to_npz
 from advml.similarity.representation import ESTIMATOR, KINDS

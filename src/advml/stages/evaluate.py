@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from advml import config, tracking
+from advml.core.io import discard, write_atomically
 from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
@@ -19,7 +20,7 @@ from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
 from advml.progress import Bar
-from advml.runtime.checkpoint import Checkpoint, discard, discard_finished, write_atomically
+from advml.runtime.checkpoint import Checkpoint, discard_finished
 from advml.runtime.memo import Memo, forget
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES

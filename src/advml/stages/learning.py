@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from advml import tracking
+from advml.core.io import replace_folder, write_atomically
 from advml.networks import models
 from advml.progress import Bar
-from advml.runtime.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
+from advml.runtime.checkpoint import Checkpoint, is_unfinished
 from advml.stages.context import Context
 from advml.training.loop import Record, batches_per_epoch
 from advml.training.phases import Plan, fit

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from advml import tracking
+from advml.core.io import write_atomically
 from advml.data import adversarial
 from advml.evaluation import records
 from advml.figures.curves import layer_curves
@@ -15,7 +16,6 @@ from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.paths import model_name
 from advml.progress import Bar
-from advml.runtime.checkpoint import write_atomically
 from advml.similarity import files, representation
 from advml.similarity.arrays import to_npz
 from advml.stages.context import Context

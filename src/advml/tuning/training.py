@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from advml.config import Config, digest
+from advml.core.io import write_atomically
 from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.runtime.checkpoint import Checkpoint, Progress, write_atomically
+from advml.runtime.checkpoint import Checkpoint, Progress
 from advml.runtime.machine import derived_seed
 from advml.stages.context import Context
 from advml.stages.finetune import load_pretrained
