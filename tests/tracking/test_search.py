@@ -30,8 +30,8 @@ def test_trials_are_nested_runs_that_end_as_the_trials_did(project, open_search)
         ended = [Trial(0, "complete", {"steps": 5}, {"robust": 0.5}, history), Trial(1, "failed", {}, reason="out of memory")]
         for _ in range(2):
             run.show([*ended, Trial(2, "killed", {}), Trial(3, "pruned", {})])
-        run.crown(0)
-        run.crown(3)
+        run.mark_best(0)
+        run.mark_best(3)
     found = nested(project, run)
     ends = {name: one.info.status for name, one in found.items()}
     assert ends == {"attack/0": "FINISHED", "attack/1": "FAILED", "attack/2": "KILLED", "attack/3": "FINISHED"}

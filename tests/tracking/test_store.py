@@ -205,7 +205,7 @@ def seconds_of_everything(project) -> float:
     tracking.log_folder(project.config, project.root / "nowhere", root=project.root)
     with tracking.open_search(project.config, root=project.root, name="attack", identity="i", tags={}, params={}) as search:
         search.show([tracking.Trial(0, "complete", {})])
-        search.crown(0)
+        search.mark_best(0)
         search.log_results(project.root, (), {})
     return time.perf_counter() - start
 

@@ -281,6 +281,22 @@ def test_a_value_that_changes_in_a_file_changes_in_mlflow(whole):
     assert Path(model.artifact_location.removeprefix("file://"), "model.json").read_bytes() == path.read_bytes()
 
 
+def test_a_picture_that_has_not_changed_is_logged_once(whole):
+    run = whole.newest("CL-AT-s0").info.run_id
+
+    def logged(key: str) -> int:
+        return sum(path.startswith(f"images/{key}+") for path in whole.artifacts(run, "images"))
+
+    before = {key: logged(key) for key in ("cka", "layers")}
+    whole.store.client.set_tag(run, "advml.representation", "k" * 64)
+    assert whole.sync() == ["CL-AT-s0"]
+    assert {key: logged(key) for key in before} == before and all(before.values())
+    picture = (whole.root / "reports" / "transfer" / "transfer.png").read_bytes()
+    (whole.root / "reports" / "CL-AT-s0" / "cka.png").write_bytes(picture + b"\0")
+    assert whole.sync() == ["CL-AT-s0"]
+    assert logged("cka") == 2 * before["cka"] and logged("layers") == before["layers"]
+
+
 def is_shown(project, name, file, what, key, *value) -> bool:
     record = project.newest(name)
     if what == "curve":

@@ -38,7 +38,7 @@ def guarded(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(run: Run, *args: Any, **kwargs: Any) -> Any:
-        if run.store is None:
+        if (store := run.store) is None:
             return None
         try:
             with deferred():
@@ -46,9 +46,8 @@ def guarded(function: Callable) -> Callable:
         except Exception as error:
             if run.strict:
                 raise
-            stores.give_up(run.store.place, error)
             run.store = None
-            return None
+            return stores.give_up(store.place, error)
 
     return call
 
@@ -80,10 +79,19 @@ class Run:
         Args:
             record: `name`, `kind`, `parameters` (nested or flat), and what else of model.json is known.
             tags: further ones; a name without a point gets `advml.` in front.
-            written: when the files were written that the run is rebuilt from, in ms since 1970; None: this process is making them.
+            written: when the files were written that the run is rebuilt from, in ms since 1970; None: this process is making them. A
+                rebuilt run names neither stage nor experiment, which would be those of another process.
         """
-        wanted = _tags(record, root=store.place.root, rebuilt=written is not None)
-        wanted |= {key if "." in key else f"advml.{key}": str(value) for key, value in tags.items()}
+        stage, experiment = (dvc_stage(), os.environ.get("DVC_EXP_NAME")) if written is None else (None, None)
+        about = {"dvc_stage": stage, "dvc_experiment": experiment, "synced": "true" if written is not None else None}
+        about |= {"data_digest": (record.get("data") or {}).get("digest"), "process": this_process()}
+        about |= {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags)
+        wanted = {key if "." in key else f"advml.{key}": str(value) for key, value in about.items() if value not in (None, "")}
+        wanted |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
+        if commit := record.get("git_commit") or (git_commit(store.place.root) if written is None else None):
+            wanted[COMMIT] = commit
+        with contextlib.suppress(OSError, KeyError):  # a container whose user has no name
+            wanted["mlflow.user"] = getpass.getuser()
         if found := store.find(run_id=run_id) if run_id else None:
             store.client.update_run(found.info.run_id, status="RUNNING")
         else:
@@ -95,6 +103,28 @@ class Run:
         run._log_data(record.get("data"))
         run.link(record.get("pretraining"))
         return run
+
+    def _log_data(self, data: Record | None) -> None:
+        """Log the data set, as the plain entity: `mlflow.data` wants the data themselves."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if data and self._data is None:
+            source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
+            self._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
+            self.client.log_inputs(self.id, datasets=[DatasetInput(self._data, [InputTag("mlflow.data.context", "training")])])
+
+    @guarded
+    def link(self, pretraining: Record | None) -> None:
+        """Link the run whose weights this one started from, by `name` and `digest`, once the store has it."""
+        from mlflow.entities import LoggedModelInput
+
+        if pretraining is None or PARENT in self.tags:
+            return
+        if parent := self.store.find(kind="pretrain", name=pretraining["name"], digest=pretraining["digest"]):
+            if model := parent.data.tags.get(MODEL):
+                self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
+            self.set_tags({PARENT: parent.info.run_id, "advml.pretraining_name": parent.info.run_name})
+            self._describe()
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +143,7 @@ class Run:
         self.client.set_terminated(self.id, status, self.end_time)
 
     @guarded
-    def log_epochs(self, records: Sequence[Mapping[str, Any]], *, at: int | None = None) -> None:
+    def log_epochs(self, records: Sequence[Record], *, at: int | None = None) -> None:
         """Log the curves' points that the store lacks or has with another value, in one call.
 
         Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed. MLflow deletes
@@ -125,12 +155,12 @@ class Run:
         """
         from mlflow.entities import Metric
 
-        now = _now()
+        now = int(1000 * time.time())
         points = [
             Metric(key, value, now if at is None or record["epoch"] in known else at, record["epoch"])
             for record in records
             for key, value in _numbers(record).items()
-            if key != "epoch" and not _same(value, (known := self._known_points(key)).get(record["epoch"]))
+            if key != "epoch" and repr(value) != repr((known := self._known_points(key)).get(record["epoch"]))  # of NaN, the same
         ]
         self.client.log_batch(self.id, metrics=points, synchronous=True)
         for point in points:
@@ -143,20 +173,7 @@ class Run:
             self._points[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
         return self._points[key]
 
-    @guarded
-    def link(self, pretraining: Mapping[str, str] | None) -> None:
-        """Link the run whose weights this one started from, by `name` and `digest`, once the store has it."""
-        from mlflow.entities import LoggedModelInput
-
-        if pretraining is None or PARENT in self.tags:
-            return
-        if parent := self.store.find(kind="pretrain", name=pretraining["name"], digest=pretraining["digest"]):
-            if model := parent.data.tags.get(MODEL):
-                self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
-            self.set_tags({PARENT: parent.info.run_id, "advml.pretraining_name": parent.info.run_name})
-            self._describe()
-
-    def log_metrics(self, metrics: Mapping[str, Any], *, instead_of: Sequence[str] = ()) -> None:
+    def log_metrics(self, metrics: Record, *, instead_of: Sequence[str] = ()) -> None:
         """Log the final metrics that are new or have changed, on the run and on its model.
 
         Args:
@@ -165,15 +182,15 @@ class Run:
         """
         from mlflow.entities import Metric
 
-        about = {"model_id": self.tags.get(MODEL)} | (
-            {"dataset_name": self._data.name, "dataset_digest": self._data.digest} if self._data else {}
-        )
+        now, about = int(1000 * time.time()), {"model_id": self.tags.get(MODEL)}
+        if self._data:
+            about |= {"dataset_name": self._data.name, "dataset_digest": self._data.digest}
         gone = {key: math.nan for key in self._metrics if key.partition("/")[0] in instead_of}
-        changed = {key: value for key, value in (gone | _numbers(metrics)).items() if not _same(value, self._metrics.get(key))}
-        self.client.log_batch(self.id, metrics=[Metric(key, value, _now(), 0, **about) for key, value in changed.items()], synchronous=True)
+        changed = {key: value for key, value in (gone | _numbers(metrics)).items() if repr(value) != repr(self._metrics.get(key))}
+        self.client.log_batch(self.id, metrics=[Metric(key, value, now, 0, **about) for key, value in changed.items()], synchronous=True)
         self._metrics |= changed
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Record) -> None:
         """Add the parameters, nested or flat, that the run lacks. MLflow changes none that it has: their values of today are tags."""
         from mlflow.entities import Param
 
@@ -184,23 +201,7 @@ class Run:
         self.set_tags({f"{NOW}{key}": text if text != self._params[key] else None for key, text in texts.items()})
         self._describe()
 
-    def _log_data(self, data: Mapping[str, Any] | None) -> None:
-        """Log the data set as the plain entity: `mlflow.data` wants the data themselves."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        if data and self._data is None:
-            source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
-            self._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
-            self.client.log_inputs(self.id, datasets=[DatasetInput(self._data, [InputTag("mlflow.data.context", "training")])])
-
-    def log_image(self, file: Path, *, key: str) -> None:
-        """Store an image file for the UI's image grid, which compares runs by `key`."""
-        from PIL import Image
-
-        with Image.open(file) as image:
-            self.client.log_image(self.id, image.copy(), key=key, step=0)
-
-    def log_table(self, rows: Sequence[Mapping[str, Any]], path: str) -> None:
+    def log_table(self, rows: Sequence[Record], path: str) -> None:
         """Store rows as the table `path` (.json), which the UI shows and compares across runs; replaces an earlier one.
 
         MLflow's own log_table appends to what is there, so a repeated stage would double its rows.
@@ -218,27 +219,24 @@ class Run:
         """
         from mlflow.entities import LoggedModelOutput
 
-        if self.tags.get(DIGEST) != digest:  # else a stage that was killed just after is repeating itself
-            root, known = (
-                self.store.place.root,
-                (Path(os.path.abspath(folder)), folder.resolve()),
-            )  # the first one, with its links, is how the study names it
-            path = next((path.relative_to(root).as_posix() for path in known if path.is_relative_to(root)), str(known[0]))
-            self.set_tags({"advml.path": path})
-            tags = {key: value for key, value in self.tags.items() if key.startswith("advml.")}
-            tags |= {"mlflow.model.isExternal": "true", DIGEST: digest, NOTE: self._description()}
-            about = {"source_run_id": self.id, "tags": tags, "params": {"path": path, "sha256": digest}, "model_type": tags["advml.kind"]}
-            model = self.client.create_logged_model(self.store.experiment, name=tags["advml.name"], **about)
-            if (folder / "model.json").exists():
-                self.client.log_model_artifact(model.model_id, str(folder / "model.json"))
-            self.client.finalize_logged_model(model.model_id, "READY")
-            self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-            self.set_tags({MODEL: model.model_id})
+        if self.tags.get(DIGEST) == digest:  # a stage that was killed just after repeats itself
+            return
+        root, known = self.store.place.root, (Path(os.path.abspath(folder)), folder.resolve())  # the first one as the study names it
+        path = next((path.relative_to(root).as_posix() for path in known if path.is_relative_to(root)), str(known[0]))
+        self.set_tags({"advml.path": path})
         self._describe()
-        self.set_tags({DIGEST: digest})
+        tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE}
+        about = {"model_type": tags["advml.kind"], "params": {"path": path, "sha256": digest}, "source_run_id": self.id}
+        tags |= {"mlflow.model.isExternal": "true", DIGEST: digest}
+        model = self.client.create_logged_model(self.store.experiment, name=tags["advml.name"], tags=tags, **about)
+        if (folder / "model.json").exists():
+            self.client.log_model_artifact(model.model_id, str(folder / "model.json"))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
+        self.set_tags({MODEL: model.model_id, DIGEST: digest})
 
-    def _description(self) -> str:
-        """Shown in the UI (Markdown): the pretraining, how to load the model, and what the last measurement took otherwise."""
+    def _describe(self) -> None:
+        """Say in the UI (Markdown) what the pretraining was, how to load the model, and what the last measurement took otherwise."""
         tags, lines = self.tags, []
         if parent := tags.get(PARENT):
             link = f"#/experiments/{self.store.experiment}/runs/{parent}?{stores.UI_MODE}"
@@ -248,14 +246,11 @@ class Run:
             lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}")
         if now := [f"`{key.removeprefix(NOW)}` {value}" for key, value in sorted(tags.items()) if key.startswith(NOW)]:
             lines.append(f"The columns of parameters keep the first values. The last measurement took: {', '.join(now)}")
-        return "\n\n".join(lines)
-
-    def _describe(self) -> None:
-        if (text := self._description()) != self.tags.get(NOTE, ""):
-            self.set_tags({NOTE: text})
+        if lines or NOTE in tags:
+            self.set_tags({NOTE: "\n\n".join(lines)})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
-        """Set the tags that have changed; None: delete."""
+        """Set the tags that have changed, in this order; None: delete."""
         for key, value in tags.items():
             if value is None and key in self.tags:
                 self.client.delete_tag(self.id, key)
@@ -286,33 +281,5 @@ def open_run(config: Config, *, root: Path, record: Record, run_id: str | None =
     return run
 
 
-def _tags(record: Record, *, root: Path, rebuilt: bool) -> dict[str, str]:
-    """A rebuilt run names the commit of its files, and neither stage nor experiment, which would be those of another process."""
-    stage, user = None if rebuilt else dvc_stage(), None
-    with contextlib.suppress(OSError, KeyError):  # a container whose user has no name
-        user = getpass.getuser()
-    found = {
-        "mlflow.user": user,
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": f"dvc repro {stage}" if stage else "advml",
-        COMMIT: record.get("git_commit") or (None if rebuilt else git_commit(root)),
-        **{f"advml.{key}": record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")},
-        "advml.data_digest": record["data"]["digest"] if record.get("data") else None,
-        "advml.dvc_stage": stage,
-        "advml.dvc_experiment": None if rebuilt else os.environ.get("DVC_EXP_NAME"),
-        "advml.synced": "true" if rebuilt else None,
-        PROCESS: this_process(),
-    }
-    return {key: str(value) for key, value in found.items() if value not in (None, "")}
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(values: Record) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if isinstance(value, Real)}
-
-
-def _same(value: float, known: float | None) -> bool:
-    return known is not None and (value == known or (math.isnan(value) and math.isnan(known)))
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -68,7 +68,7 @@ class SearchRun(Run):
                 run.finish(STATUS[trial.state])
 
     @guarded
-    def crown(self, number: int) -> None:
+    def mark_best(self, number: int) -> None:
         """Tag the best trial, and no other."""
         for other, run in self._known().items():
             run.set_tags({BEST: "true" if other == number else None})

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # A dead server must cost seconds: MLflow's own settings make it 120 s per attempt and 7 retries.
-# The user's own settings win. The last three keep MLflow off stdout, stderr and the internet.
+# The user's own settings win. The last four keep MLflow off stdout, stderr and the internet.
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 DEFAULT_URI = "sqlite:///mlflow.db"
 LOCK_TIMEOUT = 60  # seconds; creating the tables takes 2, and other processes may wait in line

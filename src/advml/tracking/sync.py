@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from advml.config import Config
-from advml.core.io import read_json
+from advml.core.io import modified, read_json
 from advml.core.processes import has_ended
 from advml.errors import Failure, UserError
 from advml.paths import Workspace
 from advml.tracking import store as stores
-from advml.tracking.results import REMEDY, complete, log_model, log_parts, results, written
+from advml.tracking.results import REMEDY, complete, log_model, log_parts, results
 from advml.tracking.run import DIGEST, PROCESS, Run
 
 
@@ -53,8 +53,8 @@ def _log_folder(store: stores.Store, folder: Path) -> bool:
     if found := store.find(name=record["name"], digest=record["digest"], kind=record["kind"]):
         run = Run(store, found, strict=True)
         run.link(record.get("pretraining"))  # its own run may have come later
-        return log_parts(run, folder)
-    with Run.begin(store, record, written=written(folder / "model.json")) as run:
+        return any([log_model(run, folder, digest=record["digest"]), log_parts(run, folder)])
+    with Run.begin(store, record, written=modified(folder / "model.json")) as run:
         log_model(run, folder, digest=record["digest"])
         log_parts(run, folder)
     return True

@@ -56,7 +56,7 @@ class History:
         if self._run is None:
             return
         if best is not None:
-            self._run.crown(best.number)
+            self._run.mark_best(best.number)
         scored = outputs.scores(self._search.metrics, best) if best is not None else {}
         self._run.log_results(self._root / "reports" / "tune" / self._search.name, files, scored)
 
