@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from advml.core.io import read_csv, read_json, read_yaml, replace_folder, sha256, to_json, write_atomically
+from advml.core.io import read_csv, read_json, replace_folder, sha256, to_json, write_atomically
 from advml.errors import UserError
 
 
@@ -154,11 +154,12 @@ def test_what_is_written_is_read(tmp_path):
     assert read_json(path, needs=("a",), remedy="") == {"a": 1.5, "b": [None, None], "c": {"d": None}}
     path.write_text("[1]")
     assert read_json(path, kind=list, remedy="") == [1]
+    path = tmp_path / "record.yaml"
     path.write_text("a: {b: 1e-3}")
-    assert read_yaml(path, remedy="") == {"a": {"b": 0.001}}
+    assert read_json(path, remedy="") == {"a": {"b": 0.001}}
     path.write_text("a: [")
     with pytest.raises(UserError, match=str(path)):
-        read_yaml(path, remedy="")
+        read_json(path, remedy="")
 
 
 def test_a_table_has_numbers_as_numbers_and_no_empty_cells(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 
 from advml import config as configuration
 from advml import tracking
+from advml.config.store import DEFAULTS
 from advml.tracking import store as stores
 
 DATA = {"digest": "d" * 64, "source": "scikit-learn digits", "counts": {"train": 1257, "validation": 180, "test": 360}}
@@ -27,7 +28,7 @@ PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch):
-    for name in stores.DEFAULTS:
+    for name in DEFAULTS:
         monkeypatch.delenv(name, raising=False)
 
 

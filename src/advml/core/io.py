@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,18 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type = dict, parse: Callable[[str], Any] = json.loads) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type = dict) -> Any:
+    """The content of a JSON or YAML file, by its suffix.
 
     Args:
         needs: keys that it must have.
         remedy: what to do about a file that is missing or damaged.
         kind: dict, or list.
-        parse: for a file of another format.
     Raises:
         UserError: the file cannot be read, or its content is another than that.
     """
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = (_parse_yaml if path.suffix == ".yaml" else json.loads)(path.read_text(encoding="utf-8"))
         if not isinstance(content, kind):
             raise ValueError(f"it holds no {kind.__name__}")
         if missing := [key for key in needs if key not in content]:
@@ -112,18 +111,14 @@ def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type 
     return content
 
 
-def read_yaml(path: Path, *, needs: Iterable[str] = (), remedy: str) -> Any:
-    """The content of a YAML file; otherwise as `read_json`."""
+def _parse_yaml(text: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    def parse(text: str) -> Any:
-        try:
-            return YAML(typ="safe", pure=True).load(text)
-        except YAMLError as error:
-            raise ValueError(str(error)) from None
-
-    return read_json(path, needs=needs, remedy=remedy, parse=parse)
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:

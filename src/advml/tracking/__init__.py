@@ -12,15 +12,4 @@ from advml.tracking.search import SearchRun, Trial, open_search
 from advml.tracking.store import warn_if_unusable
 from advml.tracking.sync import log_folder, sync
 
-__all__ = [
-    "Run",
-    "SearchRun",
-    "Trial",
-    "log_folder",
-    "log_model",
-    "log_result",
-    "open_run",
-    "open_search",
-    "sync",
-    "warn_if_unusable",
-]
+__all__ = ["Run", "SearchRun", "Trial", "log_folder", "log_model", "log_result", "open_run", "open_search", "sync", "warn_if_unusable"]

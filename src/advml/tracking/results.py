@@ -1,7 +1,6 @@
 """What the stages have written, in MLflow: the files of a model in its run, other results as runs of their own.
 
-Stages and `sync` log through the same functions, from files. The sha256 of the files is the tag that is written last: it says that all of
-them have been logged, and a run that carries another one, or none, is brought up to date.
+The tag with the sha256 of the files is written last: it says that all of them have been logged; another one, or none, that some are not.
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from advml.config import Config
-from advml.core.io import modified, read_csv, read_json, read_yaml, sha256
+from advml.core.io import modified, read_csv, read_json, sha256
 from advml.evaluation.verdict import NONE, transferred, verdict
 from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
@@ -23,15 +21,12 @@ from advml.tracking.run import COMMIT, DIGEST, MODEL, Record, Run, guarded
 EVALUATION, REPRESENTATION = ("accuracy", "corruption", "diagnostics"), ("cka", "probe")
 FLAGS, REMEDY = "advml.flags", "restore it with: dvc checkout"
 
-# Parts of a model's run
-
 
 def log_parts(run: Run, folder: Path) -> bool:
     """Log what the run of the model in `folder` lacks of what later stages have written about it; False if it lacks nothing."""
     name, workspace = folder.name, Workspace(run.store.place.root)
     evaluation = workspace.record("evaluate", name), *filter(Path.exists, [workspace.samples(name)])
-    files = (workspace.report(name) / file for file in ("cka.json", "cka.npz", "cka.png", "layers.png"))
-    representation = workspace.record("represent", name), *files
+    representation = workspace.record("represent", name), *_in(workspace.report(name), ("cka.json", "cka.npz", "cka.png", "layers.png"))
     logged = [
         _log_part(run, "evaluation", evaluation, _log_evaluation),
         _log_part(run, "representation", representation, _log_representation),
@@ -116,14 +111,11 @@ def _log_transfer_flags(run: Run, workspace: Workspace, name: str) -> bool:
     path = workspace.report("transfer") / "transfer.json"
     content = read_json(path, needs=("seeds",), remedy=REMEDY) if path.exists() else {"seeds": []}
     flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
-    is_of_these = any(block["digests"].get(name) == run.tags.get(DIGEST) for block in content["seeds"])
-    if not is_of_these or run.tags.get("advml.transfer_flags") == flags:
+    weights = {block["digests"].get(name) for block in content["seeds"]}
+    if run.tags.get(DIGEST) not in weights or run.tags.get("advml.transfer_flags") == flags:
         return False
     run.set_tags({"advml.transfer_flags": flags})
     return True
-
-
-# Runs of their own
 
 
 @dataclass(frozen=True)
@@ -136,7 +128,6 @@ class Result:
     log: Callable[..., None]
     needs: tuple[str, ...] = ()  # keys of the record
     remedy: str = REMEDY  # for a damaged record
-    read: Callable[..., Record] = read_json
     in_place: bool = False  # other files do not make a new run, but change the newest one of this name
 
 
@@ -155,12 +146,13 @@ def results(workspace: Workspace) -> list[Result]:
     for made in sorted(workspace.report("tune").glob(f"*/{SEARCH_FILES[0]}")):
         name, files = made.parent.name, _in(made.parent, SEARCH_FILES)
         remedy = f"delete it and write it again with: advml tune, as for {name} before"
-        found.append(Result("search", name, files, _log_search, ("scored",), remedy, read_yaml, in_place=True))
+        found.append(Result("search", name, files, _log_search, ("scored",), remedy, in_place=True))
     return found
 
 
 def _comparison(folder: Path) -> Result:
-    return Result("comparison", folder.name, _in(folder, ("cka.json", "cka.npz", "clean.png", "adversarial.png")), _log_comparison)
+    files = _in(folder, ("cka.json", "cka.npz", "clean.png", "adversarial.png"))
+    return Result("comparison", folder.name, files, lambda run, _, *files: _log_files(run, "cka", *files, grid="compare-"))
 
 
 def _in(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
@@ -168,50 +160,30 @@ def _in(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
 
 def log_result(config: Config, what: str | Path, *, root: Path) -> None:
-    """Make the run of what a stage has just written. Never raises for the store's sake.
-
-    Args:
-        what: `study`, `transfer`, the name of a model that is not of the grid, or the folder of a comparison.
-    """
+    """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
     place = stores.locate(config, root=root)
     chosen = [_comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
-    for one in chosen:
-        stores.attempt(place, partial(complete, result=one))
+    stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
 
 
 def complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> bool:
-    """Make the run of a result, or what it lacks; False if it lacks nothing, or files are missing (there was nothing to compare).
-
-    A run carries the sha256 of its files from its start as `advml.files`, and as DIGEST when all of them are logged.
-    """
+    """Make the run of a result, or what it lacks; False if it lacks nothing, or files are missing (there was nothing to compare)."""
     if not all(path.exists() for path in result.files):
         return False
     made = sha256(*result.files)
     found = store.find(kind=result.kind, name=result.name, files=None if result.in_place else made)
-    is_running = found is not None and found.info.status == "RUNNING"
-    if result.in_place and is_running:  # its command is at work, and logs the files itself
+    if found and result.in_place and found.info.status == "RUNNING":  # its command is at work, and logs the files itself
         return False
     if found is not None and found.data.tags.get(DIGEST) == made:
-        if is_running:  # the store went down before the very last word
-            store.client.set_terminated(found.info.run_id, "FINISHED")
         return False
-    content = result.read(result.files[0], needs=result.needs, remedy=result.remedy)
-    record = {
-        "name": result.name,
-        "kind": result.kind,
-        "parameters": content.get("parameters", {}),
-        "git_commit": content.get("git_commit"),
-    }
+    content = read_json(result.files[0], needs=result.needs, remedy=result.remedy)
+    record = {"name": result.name, "kind": result.kind} | {key: content[key] for key in ("parameters", "git_commit") if key in content}
     about = {"run_id": found and found.info.run_id, "written": max(map(modified, result.files)) if rebuilt else None}
     with Run.begin(store, record, tags={"files": made}, **about) as run:
         run.strict = True
         result.log(run, content, *result.files)
         run.set_tags({DIGEST: made})
     return True
-
-
-def _log_comparison(run: Run, _: Record, *files: Path) -> None:
-    _log_files(run, "cka", *files, grid="compare-")
 
 
 def _log_transfer(run: Run, record: Record, *files: Path) -> None:
@@ -239,5 +211,4 @@ def _log_search(run: Run, record: Record, *files: Path) -> None:
 
 
 def log_best(run: Run, scored: Record) -> None:
-    """What the best trial of a search scored, as metrics of the search's run."""
     run.log_metrics({f"best/{name}": value for name, value in scored.items()}, instead_of=("best",))

@@ -12,18 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from advml.config import Config, flatten
 from advml.core.processes import this_process
 from advml.provenance import dvc_stage, git_commit
 from advml.runtime.signals import deferred
 from advml.tracking import store as stores
-from advml.tracking.store import Store
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run as Entity
 
 Record = Mapping[str, Any]
 PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # what MLflow's tables hold
@@ -53,17 +48,16 @@ def guarded(function: Callable) -> Callable:
 
 
 class Run:
-    """A handle on one run.
+    """A handle on one run; its `id` is None where there is no store.
 
     As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (which the command line turns
-    into SystemExit). `id` is None where there is no store. A `strict` run raises what goes wrong; another one gives the store up, with
-    one warning line.
+    into SystemExit). What goes wrong, a `strict` run raises; another one gives the store up, with one warning line.
     """
 
-    def __init__(self, store: Store | None, entity: Entity | None, *, strict: bool = False) -> None:
+    def __init__(self, store: stores.Store | None, entity: Any, *, strict: bool = False) -> None:
         self.store, self.client, self.strict = store, store and store.client, strict
         self.id: str | None = entity and entity.info.run_id
-        self.end_time: int | None = None  # ms since 1970; None: when it ends
+        self.end_time: int | None = None  # ms since 1970
         self.tags, self._params, self._metrics = (
             dict(getattr(entity.data, kind)) if entity else {} for kind in ("tags", "params", "metrics")
         )
@@ -72,20 +66,21 @@ class Run:
 
     @classmethod
     def begin(
-        cls, store: Store, record: Record, *, tags: Record = MappingProxyType({}), run_id: str | None = None, written: int | None = None
+        cls, store: stores.Store, record: Record, *, tags: Record | None = None, run_id: str | None = None, written: int | None = None
     ) -> Self:
         """Create a run, or take `run_id` up again where the store has it; either way it ends up with all of the record.
 
         Args:
             record: `name`, `kind`, `parameters` (nested or flat), and what else of model.json is known.
             tags: further ones; a name without a point gets `advml.` in front.
-            written: when the files were written that the run is rebuilt from, in ms since 1970; None: this process is making them. A
-                rebuilt run names neither stage nor experiment, which would be those of another process.
+            written: when the files of a run that is rebuilt were written, in ms since 1970; their DVC stage is not known. None: it is new.
         """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
         stage, experiment = (dvc_stage(), os.environ.get("DVC_EXP_NAME")) if written is None else (None, None)
         about = {"dvc_stage": stage, "dvc_experiment": experiment, "synced": "true" if written is not None else None}
         about |= {"data_digest": (record.get("data") or {}).get("digest"), "process": this_process()}
-        about |= {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags)
+        about |= {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags or {})
         wanted = {key if "." in key else f"advml.{key}": str(value) for key, value in about.items() if value not in (None, "")}
         wanted |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
         if commit := record.get("git_commit") or (git_commit(store.place.root) if written is None else None):
@@ -99,19 +94,13 @@ class Run:
         run = cls(store, found, strict=written is not None)
         run.end_time = written
         run.set_tags(wanted)
-        run.log_params(record["parameters"] | ({"versions": record["versions"]} if record.get("versions") else {}))
-        run._log_data(record.get("data"))
+        run.log_params(record.get("parameters", {}) | ({"versions": record["versions"]} if record.get("versions") else {}))
+        if (data := record.get("data")) and run._data is None:  # logged as the plain entity: `mlflow.data` wants the data themselves
+            source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
+            run._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
+            run.client.log_inputs(run.id, datasets=[DatasetInput(run._data, [InputTag("mlflow.data.context", "training")])])
         run.link(record.get("pretraining"))
         return run
-
-    def _log_data(self, data: Record | None) -> None:
-        """Log the data set, as the plain entity: `mlflow.data` wants the data themselves."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        if data and self._data is None:
-            source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
-            self._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
-            self.client.log_inputs(self.id, datasets=[DatasetInput(self._data, [InputTag("mlflow.data.context", "training")])])
 
     @guarded
     def link(self, pretraining: Record | None) -> None:
@@ -146,12 +135,8 @@ class Run:
     def log_epochs(self, records: Sequence[Record], *, at: int | None = None) -> None:
         """Log the curves' points that the store lacks or has with another value, in one call.
 
-        Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed. MLflow deletes
-        no point: of two at one epoch, the later one counts.
-
-        Args:
-            records: {'epoch': 3, 'train/loss': 0.1, ...}; values that are no numbers are left out.
-            at: when, in ms since 1970; None: now.
+        Give the whole history every time ({'epoch': 3, 'train/loss': 0.1, ...}, ...): what a killed or repeated epoch left behind is
+        neither doubled nor missed. MLflow deletes no point: of two at one epoch, the later one counts. `at`: in ms since 1970.
         """
         from mlflow.entities import Metric
 
@@ -176,9 +161,8 @@ class Run:
     def log_metrics(self, metrics: Record, *, instead_of: Sequence[str] = ()) -> None:
         """Log the final metrics that are new or have changed, on the run and on its model.
 
-        Args:
-            instead_of: first words of metrics (`accuracy` of `accuracy/clean`) that these replace: those that the run has and `metrics`
-                lacks become NaN. MLflow deletes none, and an earlier value would pass for today's.
+        Those that the run has, that `metrics` lacks, and whose first word (`accuracy` of `accuracy/clean`) is one of `instead_of`,
+        become NaN: MLflow deletes none, and an earlier value would pass for today's.
         """
         from mlflow.entities import Metric
 
@@ -202,20 +186,17 @@ class Run:
         self._describe()
 
     def log_table(self, rows: Sequence[Record], path: str) -> None:
-        """Store rows as the table `path` (.json), which the UI shows and compares across runs; replaces an earlier one.
-
-        MLflow's own log_table appends to what is there, so a repeated stage would double its rows.
-        """
+        """Store rows as the table `path` (.json) of the UI; MLflow's own log_table would append them to those of an earlier process."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         self.client.log_dict(self.id, {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}, path)
         table, tables = {"path": path, "type": "table"}, json.loads(self.tags.get(TABLES, "[]"))
         self.set_tags({} if table in tables else {TABLES: json.dumps([*tables, table])})
 
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
-        """Record the checkpoint as an external model: where the weights are and their sha256, not the weights.
+        """Record the checkpoint as an external model: place and sha256 of the weights, and model.json in place of an empty MLmodel file.
 
-        The same calls as `mlflow.create_external_model`, which works on MLflow's global state only; in place of its empty MLmodel file
-        the model carries our model.json. The tag DIGEST, by which `sync` knows the run, is written last: it says that the run is complete.
+        The calls are those of `mlflow.create_external_model`, which works on MLflow's global state only. The tag DIGEST comes last: it
+        says that the run is complete.
         """
         from mlflow.entities import LoggedModelOutput
 
@@ -239,8 +220,8 @@ class Run:
         """Say in the UI (Markdown) what the pretraining was, how to load the model, and what the last measurement took otherwise."""
         tags, lines = self.tags, []
         if parent := tags.get(PARENT):
-            link = f"#/experiments/{self.store.experiment}/runs/{parent}?{stores.UI_MODE}"
-            lines.append(f"Pretraining: [{tags['advml.pretraining_name']}]({link})")
+            link = f"(#/experiments/{self.store.experiment}/runs/{parent}?{stores.UI_MODE})"
+            lines.append(f"Pretraining: [{tags['advml.pretraining_name']}]{link}")
         if path := tags.get("advml.path"):
             load = f'; load it with `advml.load_model("{path}")`' if tags["advml.kind"] == "model" else ""
             lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}")
@@ -261,16 +242,12 @@ class Run:
 
 
 def open_run(config: Config, *, root: Path, record: Record, run_id: str | None = None, discarded: str | None = None) -> Run:
-    """Start the run of a training, or go on with one that was killed. Never raises: without a store the run does nothing.
+    """Start the run of a training, or go on with one that was killed, `run_id`. Never raises: without a store the run does nothing.
 
-    Args:
-        root: the workspace, where params.yaml is.
-        record: what model.json will hold, as far as it is known.
-        run_id: the run to resume; where the store does not have it, a new one starts.
-        discarded: a run of other inputs, left RUNNING by a process that is gone, to be ended.
+    The record is what model.json will hold; `discarded` a run of other inputs, which a process that is gone has left RUNNING.
     """
 
-    def begin(store: Store) -> Run:
+    def begin(store: stores.Store) -> Run:
         if discarded and (orphan := store.find(run_id=discarded)) and orphan.info.status == "RUNNING":
             store.client.set_terminated(discarded, "KILLED")
         return Run.begin(store, record, run_id=run_id)

@@ -1,8 +1,5 @@
 """A search in MLflow: a parent run, and nested in it a run per trial, with parameters, curves and how it ended.
 
-    >>> with open_search(config, root=root, name="attack-SL-AT-s0", identity="3f2a", tags={}, params=params) as run:
-    ...     run.show(trials)                              # again and again; each call logs what has changed
-
 The command's own process writes all of it, from the study's database: workers that are killed leave no run behind.
 """
 
@@ -38,7 +35,7 @@ class Trial:
 
 
 class SearchRun(Run):
-    """The parent run."""
+    """The parent run: `show` the trials again and again, each call logs what has changed."""
 
     _trials: dict[int, Run] | None = None  # by number
 
@@ -86,12 +83,7 @@ class SearchRun(Run):
 
 
 def open_search(config: Config, *, root: Path, name: str, identity: str, tags: Mapping[str, Any], params: Mapping[str, Any]) -> SearchRun:
-    """Start the parent run of a study, or go on with the one that an earlier command has begun. Never raises for the store's sake.
-
-    Args:
-        identity: what no other study has, also of the same name; a store is asked for the run that carries it.
-        tags: further ones, as `Run.begin` takes them.
-    """
+    """Start the parent run of a study, or go on with the one that an earlier command has begun for a study of this `identity`."""
     record = {"name": name, "kind": "search", "parameters": params}
 
     def begin(store: stores.Store) -> SearchRun:

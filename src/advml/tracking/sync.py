@@ -17,15 +17,13 @@ from advml.tracking.run import DIGEST, PROCESS, Run
 def sync(config: Config, *, root: Path) -> list[str]:
     """Make the store complete: a run for every trained model and for every result in `reports/`, with all that the stages log.
 
-    A run is missing when none carries the name and the sha256 of a folder's weights, or of a result's files. What has been added to
-    the run of a model (curves, evaluation, representation) is compared by the sha256 of all its files, and logged anew where one
-    differs. Running this twice changes nothing the second time. Runs whose process on this machine is gone are ended too.
+    Runs are known by the name and the sha256 of a folder's weights, or of a result's files; what belongs to a model's run, by the sha256
+    of its files. A second time, nothing changes. Runs whose process on this machine is gone are ended too.
 
     Returns:
         The names of the runs created or brought up to date.
     Raises:
-        UserError: MLflow cannot write where it is told to, or a file is damaged.
-        Failure: the store cannot be opened or written to.
+        UserError, Failure: a file is damaged; the store cannot be opened or written to.
     """
     place = stores.locate(config, root=root)
     workspace = Workspace(place.root)
@@ -63,7 +61,6 @@ def _log_folder(store: stores.Store, folder: Path) -> bool:
 def _end_orphans(store: stores.Store) -> None:
     """A process killed outright leaves its run RUNNING; one that had recorded its weights had finished."""
     for found in store.client.search_runs([store.experiment], "attributes.status = 'RUNNING'", max_results=1000):
-        tags = found.data.tags
-        if has_ended(tags.get(PROCESS, "")):
+        if has_ended((tags := found.data.tags).get(PROCESS, "")):
             had_finished = DIGEST in tags and tags.get("advml.kind") != "search"  # a search goes on after its results
             store.client.set_terminated(found.info.run_id, "FINISHED" if had_finished else "KILLED")
