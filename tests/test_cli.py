@@ -142,7 +142,7 @@ def test_attack_writes_a_picture_and_says_what_happened(study):
 def test_sync_finds_nothing_to_do_and_link_names_the_port(study):
     _, said = study
     assert said["sync"].startswith("0 runs rebuilt or brought up to date\n")
-    assert said["link --port 5555"].startswith("MLflow: http://127.0.0.1:5555/#/experiments/1/")
+    assert said["link --port 5555"].startswith("MLflow: http://127.0.0.1:5555/#/experiments/")
 
 
 @pytest.mark.parametrize("uri", ["null", "sqlite:///elsewhere/history.db"])
