@@ -19,19 +19,19 @@ from advml.errors import UserError
 from advml.tracking import store as stores
 
 
-def test_the_store_is_in_the_workspace_and_in_a_queue_worker_in_the_real_root(project, monkeypatch):
-    place = stores.locate(project.config, root=project.root)
-    assert (place.database, place.artifacts) == (project.root / "mlflow.db", project.root / "mlruns" / "advml")
-    monkeypatch.setenv("DVC_ROOT", str(project.root / "real"))
-    assert stores.locate(project.config, root=project.root).database == project.root / "real" / "mlflow.db"
+def test_the_store_is_where_params_yaml_says_else_the_environment_else_in_the_real_root(project, monkeypatch):
+    root, elsewhere = project.root, project.having("tracking.uri=sqlite:///elsewhere/history.db")
 
+    def place(of=project):
+        found = stores.locate(of.config, root=root)
+        return found.uri, found.database, found.artifacts
 
-def test_params_yaml_names_the_store_before_the_environment_does(project, monkeypatch):
+    assert place() == (f"sqlite:///{root}/mlflow.db", root / "mlflow.db", root / "mlruns" / "advml")
+    monkeypatch.setenv("DVC_ROOT", str(root / "real"))  # of a queue's worker
+    assert place()[1] == root / "real" / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert stores.locate(project.config, root=project.root).uri == "http://127.0.0.1:5000"
-    place = stores.locate(project.having("tracking.uri=sqlite:///elsewhere/history.db").config, root=project.root)
-    elsewhere = project.root / "elsewhere"
-    assert (place.database, place.artifacts) == (elsewhere / "history.db", elsewhere / "mlruns" / "advml")
+    assert place() == ("http://127.0.0.1:5000", None, None)
+    assert place(elsewhere)[1:] == (root / "real" / "elsewhere" / "history.db", root / "real" / "elsewhere" / "mlruns" / "advml")
 
 
 @pytest.mark.parametrize("name", ["a b", "a#b", "a%20b", "a?b", "grün"])
@@ -42,7 +42,7 @@ def test_a_folder_with_an_awkward_name_holds_its_store_and_its_artifacts(project
     moved = type(project)(root)
     with moved.open_run() as run:
         run.log_table([{"a": 1}], "note.json")
-    assert moved.entity(run.id).info.status == "FINISHED"
+    assert [found.info.status for found in moved.runs()] == ["FINISHED"]  # in the same experiment
     assert len(list((root / "mlruns" / "advml").rglob("note.json"))) == 1
 
 

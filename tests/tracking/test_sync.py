@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -118,18 +119,19 @@ def test_sync_makes_a_new_run_for_weights_that_were_trained_anew(study):
 
 
 def test_sync_ends_runs_whose_process_is_gone(study):
-    orphan, done, alive, distant, unknown = (study.open_run() for _ in range(5))
+    orphan, done, reused, alive, distant, unknown = (study.open_run() for _ in range(6))
     done.log_checkpoint(study.root, digest="f" * 64)
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     gone = f"{platform.node()}:{process.pid}:1"
     client = study.store.client
-    names = {orphan: gone, done: f"{platform.node()}:kernel:{process.pid}:1", distant: f"elsewhere:{process.pid}:1", unknown: "x"}
+    names = {orphan: gone, done: f"{platform.node()}:kernel:{process.pid}:1", reused: f"{platform.node()}:{os.getpid()}:1"}
+    names |= {distant: f"elsewhere:{process.pid}:1", unknown: "x"}
     for run, name in names.items():
         client.set_tag(run.id, "advml.process", name)
     study.sync()
-    ends = [study.entity(run.id).info.status for run in (orphan, done, alive, distant, unknown)]
-    assert ends == ["KILLED", "FINISHED", "RUNNING", "RUNNING", "RUNNING"]
+    ends = [study.entity(run.id).info.status for run in (orphan, done, reused, alive, distant, unknown)]
+    assert ends == ["KILLED", "FINISHED", "KILLED", "RUNNING", "RUNNING", "RUNNING"]
 
 
 def test_a_step_of_the_clock_ends_no_run(study, monkeypatch):

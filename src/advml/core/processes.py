@@ -14,8 +14,9 @@ def this_process() -> str:
 
 def has_ended(process: str) -> bool:
     """Whether a process of this host is gone; of other hosts, and of names that are none, nothing is known."""
-    host, *_, pid, start = [*process.split(":"), "", ""][: max(3, process.count(":") + 1)]
-    if host != platform.node() or not (host and pid.isdecimal() and start.isdecimal()):
+    name, _, start = process.rpartition(":")
+    name, _, pid = name.rpartition(":")
+    if name.partition(":")[0] != platform.node() or not pid.isdecimal():  # earlier versions wrote more behind the host
         return False
     try:
         found = psutil.Process(int(pid))
