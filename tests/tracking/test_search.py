@@ -28,8 +28,11 @@ def test_trials_are_nested_runs_that_end_as_the_trials_did(project, open_search)
         run.show([Trial(0, "running", {"steps": 5})])
         assert nested(project, run)["attack/0"].info.status == "RUNNING"
         ended = [Trial(0, "complete", {"steps": 5}, {"robust": 0.5}, history), Trial(1, "failed", {}, reason="out of memory")]
+        times = []
         for _ in range(2):
             run.show([*ended, Trial(2, "killed", {}), Trial(3, "pruned", {})])
+            times.append(nested(project, run)["attack/0"].info.end_time)
+        assert times[0] == times[1]
         run.mark_best(0)
         run.mark_best(3)
     found = nested(project, run)
