@@ -140,9 +140,9 @@ class Study:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store without runs; making one takes seconds, so studies copy it."""
+    """An MLflow store without runs; making one takes seconds, so studies copy it. Its experiment is none of theirs."""
     root = tmp_path_factory.mktemp("store")
-    stores.connect(stores.locate(configuration.load(REPOSITORY / "params.yaml"), root=root))
+    stores.connect(stores.locate(configuration.load(REPOSITORY / "params.yaml", ["tracking.experiment=empty"]), root=root))
     return root / "mlflow.db"
 
 

@@ -21,13 +21,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli"),
     ("tuning",),
     ("stages", "repro", "engine", "show"),
+    ("mlflow_server", "mlflow_ui"),
     ("claims", "report", "picture", "presets", "tracking"),
     ("similarity",),
     ("evaluation",),
     ("training",),
     ("attacks",),
     ("networks", "data", "runtime", "figures", "rewrite"),
-    ("__init__", "config", "errors", "lines", "names", "passwords", "paths", "progress", "provenance"),
+    ("__init__", "config", "core", "errors", "lines", "names", "passwords", "paths", "progress", "provenance"),
 )
 EXCEPTIONS = {
     "advml.picture": {"advml.stages.context"},  # the type of an argument
@@ -187,6 +188,7 @@ NEUTRAL = {
     "advml.progress": "bars",
     "advml.provenance": "names the code, does not compute",
     "advml.tracking": "written to, never read from",
+    "advml.core": "reads and writes whole files, names processes",
     "advml.stages": "an empty package",
 }
 CURVES = {"advml.figures": "draws the run's curves for MLflow, which no later stage reads"}

@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from advml import cli
+from advml import cli, mlflow_ui
 from advml.cli import app, guarded
 from advml.errors import Failure, UserError
 from advml.runtime import checkpoint
-from advml.tracking import server
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]
@@ -143,7 +142,7 @@ def test_attack_writes_a_picture_and_says_what_happened(study):
 def test_sync_finds_nothing_to_do_and_link_names_the_port(study):
     _, said = study
     assert said["sync"].startswith("0 runs rebuilt or brought up to date\n")
-    assert said["link --port 5555"].startswith("MLflow: http://127.0.0.1:5555/#/experiments/1/")
+    assert said["link --port 5555"].startswith("MLflow: http://127.0.0.1:5555/#/experiments/")
 
 
 @pytest.mark.parametrize("uri", ["null", "sqlite:///elsewhere/history.db"])
@@ -156,10 +155,10 @@ def test_ui_runs_the_server_of_that_store_and_prints_the_link_when_it_answers(st
         print("MLflow's own lines")
         on_answer()
 
-    monkeypatch.setattr(server, "serve", serve)
-    monkeypatch.setattr(server, "require_free", lambda **where: started.append(where))
+    monkeypatch.setattr(mlflow_ui, "serve", serve)
+    monkeypatch.setattr(mlflow_ui, "require_free", lambda **where: started.append(where))
     done = CliRunner().invoke(app, ["ui", "--params", str(folder.params), "--port", "5556", "-S", f"tracking.uri={uri}"])
-    assert done.stdout.startswith("MLflow's own lines\nMLflow: http://127.0.0.1:5556/#/experiments/1/") and done.exit_code == 0
+    assert done.stdout.startswith("MLflow's own lines\nMLflow: http://127.0.0.1:5556/#/experiments/") and done.exit_code == 0
     where, (arguments, environment, port) = started
     assert where == {"host": "127.0.0.1", "port": 5556} and port == 5556
     assert arguments[:4] == [sys.executable, "-m", "mlflow", "ui"] and "5556" in arguments
@@ -169,7 +168,7 @@ def test_ui_runs_the_server_of_that_store_and_prints_the_link_when_it_answers(st
 
 def test_ui_of_a_server_says_to_open_its_address(study, monkeypatch):
     folder, _ = study
-    monkeypatch.setattr(server, "serve", None)
+    monkeypatch.setattr(mlflow_ui, "serve", None)
     done = CliRunner().invoke(app, ["ui", "--params", str(folder.params), "-S", "tracking.uri=http://127.0.0.1:9"])
     assert done.exit_code == 0 and "http://127.0.0.1:9\nthis is a server's address: open it in a browser" in done.output
 
@@ -177,7 +176,7 @@ def test_ui_of_a_server_says_to_open_its_address(study, monkeypatch):
 @pytest.mark.parametrize("command", ["ui", "link", "sync"])
 def test_a_folder_as_store_is_refused_before_anything_runs(study, monkeypatch, command):
     folder, _ = study
-    monkeypatch.setattr(server, "serve", None)
+    monkeypatch.setattr(mlflow_ui, "serve", None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     done = CliRunner().invoke(app, [command, "--params", str(folder.params)])
     assert isinstance(done.exception, UserError) and "migrate-filestore" in str(done.exception) and not done.output

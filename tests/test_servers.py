@@ -22,9 +22,8 @@ import requests
 import sqlalchemy
 from werkzeug.security import generate_password_hash
 
-from advml import tracking
+from advml import mlflow_server, mlflow_ui, tracking
 from advml.errors import Failure, UserError
-from advml.tracking import group_server
 from advml.tracking import store as stores
 
 SECRETS = SECRET, OF_ANN, OF_BOB, OF_THE_DATABASE, OF_THE_BUCKET = [
@@ -39,35 +38,35 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch) -> Callable[..., group_server.GroupServer]:
-    monkeypatch.delenv(group_server.PASSWORD, raising=False)
-    monkeypatch.delenv(group_server.BACKEND, raising=False)
+def prepare(tmp_path, monkeypatch) -> Callable[..., mlflow_server.GroupServer]:
+    monkeypatch.delenv(mlflow_server.PASSWORD, raising=False)
+    monkeypatch.delenv(mlflow_server.BACKEND, raising=False)
     standard = {"folder": tmp_path / "server", "backend": None, "artifacts": None, "host": "127.0.0.1", "port": free_port()}
-    return lambda **changes: group_server.prepare(**(standard | changes))
+    return lambda **changes: mlflow_server.prepare(**(standard | changes))
 
 
 def test_the_admins_password_is_made_once_and_only_its_owner_can_read_it(prepare, tmp_path):
     first, second = prepare(), prepare()
     file = tmp_path / "server" / "admin-password"
     password = file.read_text().strip()
-    assert len(password) >= 24 and first.environment[group_server.PASSWORD] == second.environment[group_server.PASSWORD] == password
+    assert len(password) >= 24 and first.environment[mlflow_server.PASSWORD] == second.environment[mlflow_server.PASSWORD] == password
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     assert password not in " ".join([*first.command, *first.lines]) and str(file) in first.lines[0]
 
 
 def test_a_given_password_is_kept_nowhere_and_a_later_one_is_said_not_to_count(prepare, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv(group_server.PASSWORD, SECRET)
+    monkeypatch.setenv(mlflow_server.PASSWORD, SECRET)
     ready = prepare()
-    assert ready.environment[group_server.PASSWORD] == SECRET and [file.name for file in (tmp_path / "server").iterdir()] == [".gitignore"]
+    assert ready.environment[mlflow_server.PASSWORD] == SECRET and [file.name for file in (tmp_path / "server").iterdir()] == [".gitignore"]
     with sqlite3.connect(tmp_path / "server" / "basic_auth.db") as database:
         database.execute("CREATE TABLE users (username, password_hash)")
         database.execute("INSERT INTO users VALUES ('admin', ?)", (generate_password_hash(SECRET),))
     prepare()
     assert "warning" not in capfd.readouterr().err
-    monkeypatch.setenv(group_server.PASSWORD, f"{SECRET}-other")
+    monkeypatch.setenv(mlflow_server.PASSWORD, f"{SECRET}-other")
     prepare()
     said = capfd.readouterr().err
-    assert f"warning: {group_server.PASSWORD}" in said and SECRET not in said
+    assert f"warning: {mlflow_server.PASSWORD}" in said and SECRET not in said
 
 
 @pytest.mark.parametrize(
@@ -76,19 +75,24 @@ def test_a_given_password_is_kept_nowhere_and_a_later_one_is_said_not_to_count(p
         ({"host": "0.0.0.0"}, {}, UserError, "--host 0.0.0.0.*--tls-cert"),
         ({"tls_cert": Path(__file__)}, {}, UserError, "--tls-key"),
         ({"backend": "nonsense"}, {}, UserError, "--backend 'nonsense'"),
-        ({"backend": f"postgresql://ann:{SECRET}@127.0.0.1:1/runs"}, {}, UserError, group_server.BACKEND),
-        ({"backend": f"postgresql://127.0.0.1:1/runs?password={SECRET}"}, {}, UserError, group_server.BACKEND),
-        ({}, {group_server.BACKEND: f"postgresql://ann:{SECRET}@127.0.0.1:1/runs"}, Failure, r"ann:\*\*\*@127.0.0.1:1/runs.*createdb runs"),
+        ({"backend": f"postgresql://ann:{SECRET}@127.0.0.1:1/runs"}, {}, UserError, mlflow_server.BACKEND),
+        ({"backend": f"postgresql://127.0.0.1:1/runs?password={SECRET}"}, {}, UserError, mlflow_server.BACKEND),
+        (
+            {},
+            {mlflow_server.BACKEND: f"postgresql://ann:{SECRET}@127.0.0.1:1/runs"},
+            Failure,
+            r"ann:\*\*\*@127.0.0.1:1/runs.*createdb runs",
+        ),
         ({"backend": "nothing+known://127.0.0.1/runs"}, {}, UserError, "--backend .nothing"),
-        ({}, {group_server.PASSWORD: "short"}, UserError, f"{group_server.PASSWORD}.*12"),
-        ({}, {group_server.PASSWORD: "password1234"}, UserError, group_server.PASSWORD),
+        ({}, {mlflow_server.PASSWORD: "short"}, UserError, f"{mlflow_server.PASSWORD}.*12"),
+        ({}, {mlflow_server.PASSWORD: "password1234"}, UserError, mlflow_server.PASSWORD),
     ],
 )
 def test_what_is_not_safe_or_not_there_is_refused_in_one_line(prepare, monkeypatch, changes, environment, error, told):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    if group_server.BACKEND in environment:
-        changes = {"backend": environment[group_server.BACKEND]}
+    if mlflow_server.BACKEND in environment:
+        changes = {"backend": environment[mlflow_server.BACKEND]}
     with pytest.raises(error, match=told) as refused:
         prepare(**changes)
     assert "\n" not in str(refused.value) and SECRET not in str(refused.value)
@@ -122,10 +126,11 @@ def locked() -> Iterator[str]:
 
 def test_a_refused_password_ends_commands_before_their_work_and_costs_stages_one_warning(study, locked, capfd):
     config = study.config(f"tracking.uri={locked}")
-    for action in (tracking.sync, tracking.ui_link, tracking.warn_if_unusable):
+    for action in (tracking.sync, mlflow_ui.link, tracking.warn_if_unusable):
         with pytest.raises(stores.Denied, match=REFUSED):
             action(config, root=study.root)
-    assert tracking.find_run(config, root=study.root, name="any") is None
+    with tracking.open_run(config, root=study.root, record={"name": "any", "kind": "model", "parameters": {}}) as run:
+        assert run.id is None
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and REFUSED in said
 
@@ -163,7 +168,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> Lab:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     address = next(line.split()[1] for line in log.read_text().splitlines() if line.startswith("MLflow: "))
-    return Lab(address, folder, process, log, environment.get(group_server.BACKEND))
+    return Lab(address, folder, process, log, environment.get(mlflow_server.BACKEND))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,7 @@ def bucket() -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, new_database, bucket) -> Iterator[Lab]:
     url = sqlalchemy.make_url(new_database()).set(password=OF_THE_DATABASE).render_as_string(hide_password=False)
-    secrets = {group_server.BACKEND: url, group_server.PASSWORD: SECRET}
+    secrets = {mlflow_server.BACKEND: url, mlflow_server.PASSWORD: SECRET}
     lab = start(tmp_path_factory.mktemp("lab"), "--artifacts", "s3://lab/runs", **secrets, **bucket)
     yield lab
     lab.end()

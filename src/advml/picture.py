@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advml.attacks.adversary import Adversary, evaluation_adversary
 from advml.attacks.threat import NORMS
+from advml.core.io import write_atomically
 from advml.data.images import decode
 from advml.errors import UserError
 from advml.figures.example import draw, quoted
@@ -18,7 +19,6 @@ from advml.figures.style import to_png
 from advml.networks import models
 from advml.paths import find_model
 from advml.report.table import NORM_NAMES
-from advml.runtime.checkpoint import write_atomically
 from advml.runtime.machine import generator_for
 from advml.training.objectives import cross_entropy
 

@@ -52,13 +52,14 @@ class Bar:
     Args:
         title: what is being done, e.g. stage and model.
         total: units of work.
+        brief: without a terminal, say nothing at the end.
     """
 
     LINE_EVERY = 15.0  # seconds between lines where no terminal shows a bar
     DRAW_EVERY = 0.2
 
-    def __init__(self, title: str, *, total: int) -> None:
-        self.title, self.total, self.done, self.note, self.begun = title, max(1, total), 0, "", 0
+    def __init__(self, title: str, *, total: int, brief: bool = False) -> None:
+        self.title, self.total, self.brief, self.done, self.note, self.begun = title, max(1, total), brief, 0, "", 0
         self.started = self.last_line = time.monotonic()
         self.last_drawn = 0.0
         self.already: int | None = None
@@ -76,7 +77,7 @@ class Bar:
         if self.bars:
             self.bars.update(self.task, completed=self.shown if kind else self.total)
             self.bars.stop()
-        elif kind is None:
+        elif kind is None and not self.brief:
             tell(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}")
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from advml.config import flatten
+from advml.core.io import read_json
 from advml.errors import UserError
 from advml.paths import Workspace, find_model
 
@@ -45,8 +45,8 @@ def _given(made: Path) -> str:
 def _reading(path: Path, *, again: str = "restore it with: dvc checkout") -> Iterator[dict[str, Any]]:
     """The content of a JSON file; whatever it turns out to lack is one line."""
     try:
-        yield json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield read_json(path, remedy=again)
+    except (KeyError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({reason}); {again}") from None
 

@@ -342,7 +342,7 @@ def test_the_progress_bar_shows_on_a_terminal_only(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert prepare(data).digest == quiet.digest
-    assert "reading images" in terminal.getvalue() and "20/20" in terminal.getvalue()
+    assert "reading images" in terminal.getvalue() and "100 %" in terminal.getvalue()
 
 
 # Folders of images

@@ -11,18 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from advml.errors import UserError
 from advml.runtime import checkpoint as module
-from advml.runtime.checkpoint import (
-    Checkpoint,
-    Progress,
-    discard_finished,
-    is_unfinished,
-    optimizer_state,
-    replace_folder,
-    restore_optimizer,
-    write_atomically,
-)
+from advml.runtime.checkpoint import Checkpoint, Progress, discard_finished, is_unfinished, optimizer_state, restore_optimizer
 from advml.training.optimizers import OPTIMIZERS
 
 
@@ -178,118 +168,6 @@ def test_notes_add_up(checkpoint):
 
 
 # Files and folders
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "metrics.json"
-    write_atomically(path, b"old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
-        write_atomically(path, b"new")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old" and not leftovers(tmp_path)
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new" and not leftovers(tmp_path)
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    target = tmp_path / "models" / "CL-AT-s0"
-    for content in ("old", "new"):
-        with replace_folder(target) as folder:
-            (folder / content).write_text(content)
-            assert not (target / content).exists()
-    assert [path.name for path in target.iterdir()] == ["new"] and [path.name for path in target.parent.iterdir()] == ["CL-AT-s0"]
-
-
-def test_a_folder_survives_a_failure_while_its_successor_is_filled(tmp_path):
-    target = tmp_path / "CL-AT-s0"
-    with replace_folder(target) as folder:
-        (folder / "old").touch()
-    with pytest.raises(RuntimeError), replace_folder(target) as folder:
-        (folder / "new").touch()
-        raise RuntimeError
-    assert [path.name for path in target.iterdir()] == ["old"] and [path.name for path in tmp_path.iterdir()] == ["CL-AT-s0"]
-
-
-def test_a_kill_between_two_renames_leaves_no_half_folder(tmp_path, monkeypatch):
-    """The old folder goes aside whole; only then is it deleted."""
-    target, seen = tmp_path / "CL-AT-s0", []
-    with replace_folder(target) as folder:
-        (folder / "old").touch()
-    rename = os.replace
-
-    def watch(source, destination):
-        seen.append(sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()))
-        rename(source, destination)
-
-    monkeypatch.setattr(os, "replace", watch)
-    with replace_folder(target) as folder:
-        (folder / "new").touch()
-    assert seen == [[".CL-AT-s0.part/new", "CL-AT-s0/old"], [".CL-AT-s0.old/old", ".CL-AT-s0.part/new"]]
-    assert [path.name for path in target.iterdir()] == ["new"] and [path.name for path in tmp_path.iterdir()] == ["CL-AT-s0"]
-
-
-def test_what_a_killed_process_left_behind_does_not_get_into_the_folder(tmp_path):
-    (tmp_path / ".CL-AT-s0.part").mkdir()
-    (tmp_path / ".CL-AT-s0.part" / "stale").touch()
-    with replace_folder(tmp_path / "CL-AT-s0") as folder:
-        (folder / "new").touch()
-    assert [path.name for path in (tmp_path / "CL-AT-s0").iterdir()] == ["new"]
-
-
-@pytest.mark.parametrize("exists", [True, False], ids=["a folder", "dangling"])
-def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path, exists):
-    link, target = tmp_path / "data" / "prepared", tmp_path / "disk" / "here"
-    link.parent.mkdir()
-    target.parent.mkdir()
-    link.symlink_to(Path("../disk/here"))
-    if exists:
-        target.mkdir()
-        (target / "before").touch()
-    for content in ("old", "new", "newest"):
-        with replace_folder(link) as folder:
-            assert folder.parent == target.parent  # on the target's file system, where it can be renamed
-            (folder / content).touch()
-    assert link.is_symlink() and [path.name for path in link.iterdir()] == ["newest"]
-    assert sorted(path.name for path in (*target.parent.iterdir(), *link.parent.iterdir())) == ["here", "prepared"]
-
-
-def test_a_link_that_an_earlier_version_has_put_aside_is_no_obstacle(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "kept").touch()
-    (tmp_path / ".CL-AT-s0.old").symlink_to(tmp_path / "elsewhere")
-    for _ in range(2):
-        with replace_folder(tmp_path / "CL-AT-s0") as folder:
-            (folder / "new").touch()
-    assert not (tmp_path / ".CL-AT-s0.old").is_symlink() and (tmp_path / "elsewhere" / "kept").exists()
-
-
-def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
-    (tmp_path / "prepared").symlink_to(tmp_path / "disk")
-    with pytest.raises(UserError, match=r"prepared leads to .*disk, a mount point"), replace_folder(tmp_path / "prepared"):
-        pytest.fail("it is filled")
-    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
-
-
-def test_a_link_to_a_file_is_replaced_and_its_target_left_alone(tmp_path):
-    """DVC under `cache.type symlink`: the target is in its cache, under the digest of its content."""
-    cached, output = tmp_path / "cache" / "0a1b", tmp_path / "reports" / "metrics.json"
-    cached.parent.mkdir()
-    cached.write_bytes(b"old")
-    output.parent.mkdir()
-    output.symlink_to(cached)
-    write_atomically(output, b"new")
-    assert output.read_bytes() == b"new" and not output.is_symlink() and cached.read_bytes() == b"old"
-
-
-def test_a_folder_of_links_to_files_is_replaced_and_their_targets_left_alone(tmp_path):
-    (tmp_path / "cached").write_bytes(b"old")
-    (tmp_path / "CL-AT-s0").mkdir()
-    (tmp_path / "CL-AT-s0" / "model.json").symlink_to(tmp_path / "cached")
-    with replace_folder(tmp_path / "CL-AT-s0") as folder:
-        (folder / "model.json").write_bytes(b"new")
-    assert (tmp_path / "CL-AT-s0" / "model.json").read_bytes() == b"new" and (tmp_path / "cached").read_bytes() == b"old"
 
 
 # Optimisers

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -28,7 +27,7 @@ from advml.networks.given import Given
 from advml.report import figures as drawn
 from advml.show import record_of
 from advml.stages import compare, evaluate, finetune, pretrain, report, represent, transfer
-from advml.tracking import representations
+from advml.tracking import results
 from advml.tracking import store as stores
 
 MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
@@ -57,9 +56,8 @@ def measured(new_study, tmp_path_factory, blank_figures, drawing):
 
 
 @pytest.fixture
-def study(measured, tmp_path, monkeypatch):
-    """A copy, for one test. MLflow remembers for a whole process where the artifacts of a run lie: those of the copy lie elsewhere."""
-    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._artifact_repos_cache", OrderedDict())
+def study(measured, tmp_path):
+    """A copy, for one test."""
     return replace(measured, root=Path(shutil.copytree(measured.root, tmp_path / "copy")))
 
 
@@ -184,7 +182,7 @@ def test_reading_back_what_was_written(tmp_path):
 def test_the_run_carries_the_report_as_artifacts(measured):
     logged = artifacts(measured, "CL-AT-s0")
     record = json.loads(measured.workspace.record("represent", "CL-AT-s0").read_text())
-    assert {name.partition("/")[0] for name in record["metrics"]} == set(representations.METRICS)  # else some would never leave MLflow
+    assert {name.partition("/")[0] for name in record["metrics"]} == set(results.REPRESENTATION)  # else some would never leave MLflow
     assert {
         "cka/cka.png",
         "cka/layers.png",
@@ -245,14 +243,15 @@ def without_ids(text: str, names: dict[str, str]) -> str:
     return re.sub("|".join(names), lambda found: names[found.group()], text)
 
 
-def test_sync_rebuilds_from_files_what_the_stages_have_logged(study, tmp_path, empty_store, drawing):
+def test_sync_rebuilds_from_files_what_the_stages_have_logged(study, measured, tmp_path, empty_store, drawing):
     (tmp_path / "other").mkdir()
     shutil.copy(empty_store, tmp_path / "other" / "history.db")
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
-    evaluate.run_given(study.context(*PLAIN), Given("linear", network, "0", {}))
-    transfer.run(study.context())
-    report.run(study.context())
-    live, uri = dump(study), f"tracking.uri=sqlite:///{tmp_path}/other/history.db"
+    first, uri = (f"tracking.uri=sqlite:///{database}" for database in (measured.root / "mlflow.db", tmp_path / "other" / "history.db"))
+    evaluate.run_given(study.context(*PLAIN, first), Given("linear", network, "0", {}))
+    transfer.run(study.context(first))
+    report.run(study.context(first))
+    live = dump(study, first)
     models = {*(f"{scheme}-{regime}-s0" for scheme, regime in MODELS), "CL-at-s0", "SL-at-s0"}
     assert set(live) == models | {"compare", "transfer", "study", "linear"}
     with drawing():
@@ -261,8 +260,8 @@ def test_sync_rebuilds_from_files_what_the_stages_have_logged(study, tmp_path, e
     for name in live:
         for part in live[name]:
             assert rebuilt[name][part] == live[name][part], f"{name}: {part}"
-    for overrides, whole in (((), live), ((uri,), rebuilt)):
-        assert tracking.sync(study.config(*overrides), root=study.root) == [] and dump(study, *overrides) == whole
+    for store, whole in ((first, live), (uri, rebuilt)):
+        assert tracking.sync(study.config(store), root=study.root) == [] and dump(study, store) == whole
 
 
 def test_panels_of_the_grid_are_those_of_the_paper_that_have_models(measured):

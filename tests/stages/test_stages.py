@@ -27,7 +27,7 @@ from advml.evaluation.accuracy import wilson
 from advml.evaluation.measure import _Batch
 from advml.runtime.checkpoint import Checkpoint
 from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, represent, train
-from advml.tracking import evaluations
+from advml.tracking import results
 from advml.tracking import store as stores
 
 REPOSITORY = Path(__file__).parents[2]
@@ -256,7 +256,7 @@ def test_evaluate_writes_metrics_with_intervals_and_how_they_were_made(finetuned
     metrics = evaluate.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
     names = [f"accuracy/{name}" for name in COLUMNS] + [f"corruption/{name}" for name in ("contrast", "fog", "mean")]
     assert set(metrics) == {f"{name}{end}" for name in names for end in ("", "/low", "/high")} | {"diagnostics/flags"}
-    assert {name.partition("/")[0] for name in metrics} == set(evaluations.METRICS)  # else some would never leave MLflow
+    assert {name.partition("/")[0] for name in metrics} == set(results.EVALUATION)  # else some would never leave MLflow
     assert json.loads((finetuned.workspace.report("CL-Full-AT-s0") / "metrics.json").read_text()) == metrics
     record = json.loads(finetuned.workspace.record("evaluate", "CL-Full-AT-s0").read_text())
     assert record["digest"] == json.loads((finetuned.workspace.model("CL-Full-AT-s0") / "model.json").read_text())["digest"]

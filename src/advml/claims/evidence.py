@@ -5,14 +5,13 @@ A measurement of other weights than the model's, or at another epsilon than the 
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from advml import config
 from advml.claims.measured import Block, Measured, Missing
+from advml.core.io import read_json
 from advml.errors import UserError
 from advml.evaluation import records, samples, transfer_files
 from advml.evaluation.verdict import NONE, transferred, verdict
@@ -21,6 +20,7 @@ from advml.similarity import estimates, files, panels, representation
 from advml.similarity.estimates import Estimate
 
 HALF = "_half"  # metrics at half of the epsilon end in it
+REMEDY = "make it again with: dvc repro"
 
 
 class Study:
@@ -148,7 +148,7 @@ class Study:
     def _model(self, name: str) -> dict[str, Any]:
         """model.json; nothing where records alone are here, as after a partial `dvc pull`."""
         path = self.workspace.model(name) / "model.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(path, remedy=REMEDY) if path.exists() else {}
 
 
 def _attacks(figure: dict[str, Any]) -> list[dict[str, Any]]:
@@ -167,11 +167,3 @@ def _conditions(how: dict[str, Any], *, data: Any, layers: list[str], attacks: l
         "layers": layers,
         "attacks": [files.settings(attack) for attack in attacks],
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; UserError if it is damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again with: dvc repro") from None

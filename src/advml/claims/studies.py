@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advml import config
-from advml.claims.evidence import read_json
+from advml.claims.evidence import REMEDY
 from advml.claims.hypotheses import SCHEMES
+from advml.core.io import read_json
 from advml.paths import Workspace, model_name, pretraining_name
 
 
@@ -43,7 +44,7 @@ def _trained_epsilon(workspace: Workspace, seed: int) -> float | None:
     for scheme in SCHEMES:
         for folder in (workspace.model(model_name(scheme, "AT", seed)), workspace.pretrained(pretraining_name(scheme, "at", seed))):
             path = Path(folder) / "model.json"
-            epsilon = read_json(path).get("parameters", {}).get("threat_model", {}).get("epsilon") if path.exists() else None
+            epsilon = read_json(path, remedy=REMEDY).get("parameters", {}).get("threat_model", {}).get("epsilon") if path.exists() else None
             if epsilon is not None:
                 return float(epsilon)
     return None

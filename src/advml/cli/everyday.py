@@ -108,13 +108,10 @@ def link(
 
     Writes nothing. Next: make ui
     """
-    from advml import tracking
+    from advml import mlflow_ui
     from advml.config import load
 
-    configuration = load(params, overrides or [])
-    tracking.require_usable(configuration, root=params.parent)
-
-    print(f"MLflow: {tracking.ui_link(configuration, root=params.parent, port=port)}", flush=True)
+    print(f"MLflow: {mlflow_ui.link(load(params, overrides or []), root=params.parent, port=port)}", flush=True)
 
 
 def ui(
@@ -127,24 +124,21 @@ def ui(
 
     Writes nothing. Next: the link, in a browser
     """
-    from advml import tracking
+    from advml import mlflow_ui
     from advml.config import load
 
-    configuration = load(params, overrides or [])
-    tracking.require_usable(configuration, root=params.parent)
-
-    local = {"host": host, "port": port}
-    command = tracking.ui_command(configuration, root=params.parent, **local)  # before the store is opened, which quietens MLflow
+    configuration, local = load(params, overrides or []), {"host": host, "port": port}
+    command = mlflow_ui.command(configuration, root=params.parent, **local)  # before the store is opened, which quietens MLflow
     if command is not None:
-        tracking.server.require_free(**local)
-        if host not in tracking.server.LOOPBACK:
+        mlflow_ui.require_free(**local)
+        if host not in mlflow_ui.LOOPBACK:
             tell(f"note: no password protects these runs: all that reach {host}:{port} can delete them; advml server asks for one")
-    link = f"MLflow: {tracking.ui_link(configuration, root=params.parent, **local)}"
+    link = f"MLflow: {mlflow_ui.link(configuration, root=params.parent, **local)}"
     if command is None:
         print(f"{link}\nthis is a server's address: open it in a browser")
     else:
         with contextlib.suppress(KeyboardInterrupt):
-            tracking.server.serve(*command, **local, on_answer=lambda: print(link, flush=True))
+            mlflow_ui.serve(*command, **local, on_answer=lambda: print(link, flush=True))
 
 
 def repro(

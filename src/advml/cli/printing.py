@@ -29,11 +29,10 @@ def percent(metrics: dict[str, float]) -> str:
 
 def show_flags(record: Path) -> None:
     """What the diagnostics have found, as a record of `evaluate` (a JSON file) tells it."""
-    from json import loads
-
+    from advml.core.io import read_json
     from advml.show import flags_of
 
-    print("\n".join(flags_of(loads(record.read_text(encoding="utf-8")))))
+    print("\n".join(flags_of(read_json(record, remedy="measure again with: advml evaluate"))))
 
 
 def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, Any]]:

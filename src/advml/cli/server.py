@@ -37,10 +37,10 @@ def server(
     The password of user admin is that of MLFLOW_AUTH_ADMIN_PASSWORD, or made at the first start and kept in a file.
     Writes mlflow-server/. Next: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each machine
     """
-    from advml.tracking import group_server
-    from advml.tracking.server import serve
+    from advml import mlflow_server
+    from advml.mlflow_ui import serve
 
-    ready = group_server.prepare(
+    ready = mlflow_server.prepare(
         folder=folder, backend=backend, artifacts=artifacts, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key
     )
     with contextlib.suppress(KeyboardInterrupt):

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from advml.core.io import write_atomically
 from advml.errors import UserError
-from advml.runtime.checkpoint import write_atomically
 
 
 @dataclass(frozen=True, eq=False)

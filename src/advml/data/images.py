@@ -9,7 +9,6 @@ its centre. Of animations and multi-page files the first frame counts.
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from advml.data.depth import FULL, GREY, Depth, Largest, eight_bits, largest, settle
 from advml.data.opening import opened
 from advml.errors import Failure
+from advml.progress import Bar
 from advml.runtime import memory
 
 # A file with one of these names is meant to be a picture: if it cannot be read (HEIC among them), that is said.
@@ -149,17 +147,15 @@ def _fill(images: np.ndarray, read: Callable[[int], np.ndarray], indices: Sequen
                 unreadable[index] = _reason(error)
         return len(chunk)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with warnings.catch_warnings(), Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with warnings.catch_warnings(), Bar("reading images", total=len(indices), brief=True) as bar:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-        task = progress.add_task("reading images", total=len(indices))
         began = time.perf_counter()
-        progress.advance(task, work(0))
+        bar.advance(work(0))
         small = time.perf_counter() - began < SMALL * CHUNK
         pool = ThreadPoolExecutor(1 if small else min(16, os.cpu_count() or 1))
         try:
             for done in pool.map(work, range(CHUNK, len(indices), CHUNK)):
-                progress.advance(task, done)
+                bar.advance(done)
         finally:  # after Ctrl-C, do not decode the rest first
             pool.shutdown(cancel_futures=True)
     return dict(sorted(unreadable.items()))

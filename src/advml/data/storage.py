@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from advml.core.io import replace_folder
 from advml.errors import Failure, UserError
-from advml.runtime.checkpoint import replace_folder
 
 SPLITS = ("train", "validation", "test")
 FILES = frozenset({"dataset.json", *(f"{name}.safetensors" for name in SPLITS)})

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
+from advml.core.io import read_json, to_json, write_atomically
 from advml.errors import UserError
 from advml.paths import Workspace
-from advml.runtime.checkpoint import write_atomically
 
 MEASURING = ("evaluate", "represent")  # stages, in the order of their metrics
 
@@ -26,19 +23,6 @@ def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str,
     path = workspace.record(stage, record["model"])
     write_atomically(path, to_json(record))
     return publish(workspace, record["model"], digest=record["digest"])
-
-
-def to_json(content: Mapping[str, Any], *, indent: int = 2) -> bytes:
-    """A result as the text of its file. JSON has no NaN and no infinity: what could not be measured is null."""
-    return (json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n").encode()
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def publish(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
@@ -55,13 +39,10 @@ def read(workspace: Workspace, stage: str, model: str) -> dict[str, Any] | None:
         UserError: the file is damaged.
     """
     path = workspace.record(stage, model)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["model"] and isinstance(record["metrics"], dict) else None
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
+    record = read_json(path, needs=("model", "metrics"), remedy="measure again with: dvc repro")
+    return record if record["model"] and isinstance(record["metrics"], dict) else None
 
 
 def metrics_of(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:

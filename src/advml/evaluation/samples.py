@@ -29,9 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
+from advml.core.io import write_atomically
 from advml.errors import UserError
 from advml.evaluation.passes import PASSES
-from advml.runtime.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from advml.data.datasets import Split

@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from advml.core.io import write_atomically
 from advml.errors import UserError
 from advml.evaluation import records
 from advml.paths import Workspace
-from advml.runtime.checkpoint import write_atomically
 
 STAGE, NAME = "transfer", "matrix"
 NOBODY = "no seed of the grid has two trained and evaluated models: there is nobody to transfer to"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from advml import config
+from advml.core.io import sha256
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks import class_names
@@ -142,7 +143,7 @@ def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:
         origin |= {"prefix": prefix}
         remarks = (f"{file}: the prefix {prefix!r} of the weights' names was stripped",)
     published = Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
-    digest = hashlib.sha256(content).hexdigest()
+    digest = sha256(content)
     return Given(f"{name}-{file.stem}", network, digest, origin, constants=published, remarks=remarks)
 
 
@@ -230,4 +231,4 @@ def _behaviour(given: Given, dataset: Dataset, device: torch.device | str) -> st
         raise UserError(f"{given.name} gives {found} for {len(images)} images; the prepared data need {wanted}: a logit per class{wrap}")
     if not logits.isfinite().any():
         raise UserError(f"{given.name} gives nothing but NaN or infinities for the first test images: there is nothing to measure")
-    return hashlib.sha256(_bytes(logits.float())).hexdigest()[:16]
+    return sha256(_bytes(logits.float()))[:16]

@@ -6,7 +6,6 @@ So epsilon means the same thing in every file, and an exported model attacks cor
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from advml.core.io import read_json, sha256
 from advml.errors import UserError
 from advml.networks.backbones import create_encoder
 from advml.networks.dual import dual
@@ -162,7 +162,7 @@ def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
     weights = folder / "model.safetensors"
     # clone: tensors of one storage (views, tied weights) are refused by safetensors
     weights.write_bytes(safetensors.torch.save({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}))
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = sha256(weights)
     record = {**record, "architecture": asdict(network.architecture), "digest": digest}
     (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return digest
@@ -171,21 +171,15 @@ def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """model.json of a model's folder, or a UserError that says how to get the model."""
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull") from None
-    except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise UserError(f"{folder / 'model.json'} cannot be read: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{folder / 'model.json'} is no model's record; restore it with: dvc checkout, or train it again with: dvc repro")
-    return record
+    if not (folder / "model.json").exists():
+        raise UserError(f"{folder} holds no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull")
+    return read_json(folder / "model.json", remedy="restore it with: dvc checkout, or train it again with: dvc repro")
 
 
 def is_whole(folder: Path) -> bool:
     """Whether `folder` holds a model.json and the weights that it describes."""
     try:
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == read_record(folder).get("digest")
+        return sha256(folder / "model.safetensors") == read_record(folder).get("digest")
     except (OSError, UserError):
         return False
 
@@ -212,7 +206,7 @@ def load(folder: str | Path) -> Network:
     record = read_record(folder)
     try:
         weights = (folder / "model.safetensors").read_bytes()
-        if hashlib.sha256(weights).hexdigest() != record.get("digest"):
+        if sha256(weights) != record.get("digest"):
             raise ValueError("model.safetensors is not the file that model.json describes")
         stored = record["architecture"]
         network = build(Architecture(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])}), seed=0)

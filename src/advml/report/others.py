@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from advml.errors import UserError
+from advml.core.io import read_json
 from advml.paths import Workspace
 
 NEEDS = ("model", "digest", "data_digest", "metrics", "figures")
@@ -20,14 +19,7 @@ def read(workspace: Workspace) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for name, path in sorted(workspace.evaluations_of_given().items()):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            missing = [key for key in NEEDS if key not in record]
-        except (OSError, ValueError, TypeError) as error:
-            missing = [str(error)]
-        if missing:
-            raise UserError(f"{path} is damaged ({', '.join(missing)}); measure again with: advml evaluate, or remove {path}")
-        found[name] = record
+        found[name] = read_json(path, needs=NEEDS, remedy=f"measure again with: advml evaluate, or remove {path}")
     return found
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 from typing import Any
 
 from advml.config import Config
-from advml.errors import UserError
+from advml.core.io import read_json
 from advml.evaluation import transfer_files
 from advml.evaluation.verdict import transferred
 from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
@@ -43,10 +42,7 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
         name = model_name(scheme, regime, seed)
         path = workspace.report(name) / "metrics.json"
         if path.exists():
-            try:
-                metrics = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
+            metrics = read_json(path, remedy="measure again with: dvc repro")
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
     flagged = transferred(transfer_files.read(workspace))
     for row in found:

@@ -8,11 +8,8 @@ stage stays until a later stage, by starting from those very outputs, proves tha
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from advml.errors import UserError
+from advml.core.io import discard, write_atomically
 
 State = dict[str, Tensor]
 
@@ -117,13 +114,6 @@ def is_unfinished(folder: Path, fingerprint: str) -> bool:
     return notes.get("fingerprint") == fingerprint and not notes.get("finished")
 
 
-def discard(folder: Path) -> None:
-    """Delete a scratch folder; a missing one is fine, and of a link only the link goes."""
-    if folder.is_symlink():
-        folder.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def discard_finished(folder: Path, fingerprint: str | None) -> None:
     """Delete the state of the computation whose outputs a later stage uses, and no other: an unfinished one still has to end.
 
@@ -133,21 +123,6 @@ def discard_finished(folder: Path, fingerprint: str | None) -> None:
     notes = _read_notes(folder)
     if notes.get("finished") and notes.get("fingerprint") == fingerprint:
         discard(folder)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a kill sees the old content or the new one, never half.
-
-    A link in place of the file is replaced, and its target left alone: links to files are DVC's, into its cache (`cache.type
-    symlink`), whose files must never change. Links to folders, above the file or given to `replace_folder`, are the user's and stay.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, State]:
@@ -161,30 +136,3 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, State]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, State]) -> None:
     """Inverse of `optimizer_state`."""
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-@contextlib.contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder, none or the new one, never half of one.
-
-    Where `folder` is a link, to a larger disk for instance, all this happens to its target, on the target's file system; the link stays.
-
-    Raises:
-        UserError: the folder is the root of a file system, which no other one can take the place of.
-    """
-    given, folder = folder, Path(os.path.realpath(folder))
-    if os.path.ismount(folder):
-        remedy = "link to a folder in there, or mount it one folder higher"
-        raise UserError(f"{given} leads to {folder}, a mount point, which cannot be replaced; {remedy}")
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("part", "old"))
-    discard(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        discard(old)
-        if folder.is_dir():
-            os.replace(folder, old)  # aside: deleting file by file would leave half of it for a moment
-        os.replace(temporary, folder)
-    finally:
-        discard(temporary)
-        discard(old)

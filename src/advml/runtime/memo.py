@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from advml.runtime.checkpoint import write_atomically
+from advml.core.io import write_atomically
 
 Parts = dict[str, Tensor]
 

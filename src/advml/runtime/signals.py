@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 # Sent to every process of a terminal: by Ctrl-C, and when it is closed. There is no SIGHUP on Windows.
@@ -35,3 +38,25 @@ def obey() -> None:
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, leave)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Signals that arrive within are obeyed at the end.
+
+    An exception in the middle of a transaction leaves the database locked, and the run could not even be ended.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    replaced = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+    try:
+        for number in replaced:
+            signal.signal(number, lambda number, _: arrived.append(number))
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)

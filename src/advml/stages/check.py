@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from advml.config import load
+from advml.core.io import write_atomically
 from advml.paths import Workspace
-from advml.runtime.checkpoint import write_atomically
 
 
 def run(params: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advml import tracking
+from advml.core.io import write_atomically
 from advml.data.class_order import few
 from advml.errors import UserError
 from advml.evaluation.records import to_json
@@ -18,7 +19,6 @@ from advml.networks import models
 from advml.networks.layout import place
 from advml.paths import find_model
 from advml.progress import Bar
-from advml.runtime.checkpoint import write_atomically
 from advml.similarity import comparison, panels, sources
 from advml.similarity.arrays import to_npz
 from advml.similarity.representation import ESTIMATOR, KINDS
@@ -73,7 +73,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         _write_json(workspace.record("compare", "panels"), record)
-    tracking.log_result(context.config, tracking.results.comparison(out), root=workspace.root)
+    tracking.log_result(context.config, out, root=workspace.root)
     return compared
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from advml import config, tracking
+from advml.core.io import discard, write_atomically
 from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
@@ -19,7 +20,7 @@ from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
 from advml.progress import Bar
-from advml.runtime.checkpoint import Checkpoint, discard, discard_finished, write_atomically
+from advml.runtime.checkpoint import Checkpoint, discard_finished
 from advml.runtime.memo import Memo, forget
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES
@@ -62,8 +63,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     metrics = records.write(
         workspace, "evaluate", of | {"inputs": inputs, "parameters": parameters, "metrics": found.metrics} | found.record
     )
-    with tracking.attach_run(context.config, root=workspace.root, folder=folder) as run:
-        tracking.log_evaluation(run, workspace, name)
+    tracking.log_folder(context.config, folder, root=workspace.root)
     # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
     # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
     forget(scratch, "images")
@@ -105,7 +105,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     write_atomically(workspace.given(given.name), records.to_json(record))
     write_atomically(folder / "metrics.json", records.to_json(found.metrics))
     (folder / "evaluation.json").unlink(missing_ok=True)  # of an older version, which wrote the record there
-    tracking.log_result(context.config, tracking.results.evaluation(workspace, given.name), root=workspace.root)
+    tracking.log_result(context.config, given.name, root=workspace.root)
     discard(workspace.scratch(f"evaluate-{given.name}"))
     return found.metrics
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from advml import tracking
+from advml.core.io import replace_folder, write_atomically
 from advml.networks import models
 from advml.progress import Bar
-from advml.runtime.checkpoint import Checkpoint, is_unfinished, replace_folder, write_atomically
+from advml.runtime.checkpoint import Checkpoint, is_unfinished
 from advml.stages.context import Context
 from advml.training.loop import Record, batches_per_epoch
 from advml.training.phases import Plan, fit
@@ -41,10 +42,10 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         if made.get("inputs") == inputs:
             return made
     checkpoint = Checkpoint(scratch, inputs)
-    with _open_run(context, job, checkpoint) as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
+    runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
+    tracked = tracking.open_run(context.config, root=context.workspace.root, record=record, **runs)
+    with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
         checkpoint.note(run_id=run.id)
-        if source := job.identity.get("pretraining"):
-            run.link(tracking.find_run(context.config, root=context.workspace.root, kind="pretrain", **source))
         history = _train(context, job, checkpoint, run, bar) if job.plan.task else []
         selected = checkpoint.load().best_epoch if history else None
         with replace_folder(job.folder) as folder:
@@ -52,28 +53,9 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         write_atomically(
             context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1, allow_nan=False) + "\n").encode()
         )
-        tracking.log_training(run, context.workspace, job.folder)
-        run.log_checkpoint(job.folder, digest=digest)
+        tracking.log_model(run, job.folder, digest=digest)
     checkpoint.note(finished=True)
     return models.read_record(job.folder)
-
-
-def _open_run(context: Context, job: Job, checkpoint: Checkpoint) -> tracking.Run:
-    """A new MLflow run, or the one that an interrupted process had begun; a run of discarded inputs is ended."""
-    root, data = context.workspace.root, context.provenance["data"]
-    if checkpoint.orphan:
-        tracking.kill_run(context.config, root=root, run_id=checkpoint.orphan)
-    tags = {key: job.identity[key] for key in ("scheme", "phase", "regime", "seed") if key in job.identity}
-    return tracking.open_run(
-        context.config,
-        root=root,
-        name=job.name,
-        kind=job.identity["kind"],
-        tags=tags,
-        params=job.parameters | {"versions": context.provenance["versions"]},
-        data=tracking.DataInfo(**data),
-        run_id=checkpoint.notes.get("run_id"),
-    )
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run, bar: Bar) -> list[Record]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from advml.core.io import write_atomically
 from advml.data import datasets
 from advml.errors import UserError
 from advml.lines import tell
 from advml.paths import given_path
-from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
 
 

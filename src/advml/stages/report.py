@@ -5,13 +5,13 @@ from __future__ import annotations
 from advml import __version__, tracking
 from advml.claims.testing import check
 from advml.config import Config
+from advml.core.io import write_atomically
 from advml.errors import UserError
 from advml.evaluation.records import to_json
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.report import page
 from advml.report import table as tables
-from advml.runtime.checkpoint import write_atomically
 from advml.stages.context import Context
 
 
@@ -31,7 +31,7 @@ def run(context: Context) -> list[tables.Row]:
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))
     write_atomically(reports / "claims.json", to_json(claims))
     write_atomically(reports / "report.html", page.render(config, workspace, table, claims, provenance=about).encode())
-    tracking.log_result(config, tracking.results.study(workspace), root=workspace.root)
+    tracking.log_result(config, "study", root=workspace.root)
     return table
 
 

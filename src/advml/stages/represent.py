@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from advml import tracking
+from advml.core.io import write_atomically
 from advml.data import adversarial
 from advml.evaluation import records
 from advml.figures.curves import layer_curves
@@ -15,7 +16,6 @@ from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.paths import model_name
 from advml.progress import Bar
-from advml.runtime.checkpoint import write_atomically
 from advml.similarity import files, representation
 from advml.similarity.arrays import to_npz
 from advml.stages.context import Context
@@ -39,8 +39,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
     metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in files.HOW}})
-    with tracking.attach_run(context.config, root=workspace.root, folder=folder) as mlflow_run:
-        tracking.log_representation(mlflow_run, workspace, name)
+    tracking.log_folder(context.config, folder, root=workspace.root)
     return metrics
 
 

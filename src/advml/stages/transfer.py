@@ -44,6 +44,5 @@ def _block(context: Context, seed: int, names: list[str], bar: Bar) -> files.Blo
 def _log(context: Context, blocks: list[files.Block]) -> None:
     workspace = context.workspace
     for name in (name for block in blocks for name in block["models"]):
-        with tracking.attach_run(context.config, root=workspace.root, folder=workspace.model(name)) as run:
-            tracking.log_transfer(run, workspace, name)
-    tracking.log_result(context.config, tracking.results.transfer(workspace), root=workspace.root)
+        tracking.log_folder(context.config, workspace.model(name), root=workspace.root)
+    tracking.log_result(context.config, "transfer", root=workspace.root)

@@ -1,166 +1,214 @@
-"""The runs of what stands beside the models' own: the study's report, its transfer, comparisons, searches, evaluations of given models.
+"""What the stages have written, in MLflow: the files of a model in its run, other results as runs of their own.
 
-Each is made from files by one function, which the stage calls as `sync` does. A run carries the sha256 of its files twice: as `advml.files`
-from its start, and as `advml.digest` when all of them are logged. One that lacks the latter was cut short, and is gone on with.
+The tag with the sha256 of the files is written last: it says that all of them have been logged; another one, or none, that some are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from advml.config import Config
+from advml.core.io import modified, read_csv, read_json, sha256
 from advml.evaluation.verdict import NONE, transferred, verdict
 from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
-from advml.tracking.files import digest, read, read_table, read_yaml
-from advml.tracking.run import Run
-from advml.tracking.runs import Kind, search
-from advml.tracking.start import Facts, origin, start
-from advml.tracking.training import written
+from advml.tracking.run import COMMIT, DIGEST, MODEL, Record, Run, guarded
 
-if TYPE_CHECKING:
-    from advml.config import Config
+# First words of what `evaluate` and `represent` measure.
+EVALUATION, REPRESENTATION = ("accuracy", "corruption", "diagnostics"), ("cka", "probe")
+FLAGS, REMEDY = "advml.flags", "restore it with: dvc checkout"
 
-FLAGS = "advml.transfer_flags"
+
+def log_parts(run: Run, folder: Path) -> bool:
+    """Log what the run of the model in `folder` lacks of what later stages have written about it; False if it lacks nothing."""
+    name, workspace = folder.name, Workspace(run.store.place.root)
+    evaluation = workspace.record("evaluate", name), *filter(Path.exists, [workspace.samples(name)])
+    representation = workspace.record("represent", name), *_in(workspace.report(name), ("cka.json", "cka.npz", "cka.png", "layers.png"))
+    logged = [
+        _log_part(run, "evaluation", evaluation, _log_evaluation),
+        _log_part(run, "representation", representation, _log_representation),
+        _log_transfer_flags(run, workspace, name),
+    ]
+    return any(logged)
+
+
+@guarded
+def log_model(run: Run, folder: Path, *, digest: str) -> bool:
+    """Log what a training phase has written, and with it complete its run; False if the run was complete."""
+    curves = Workspace(run.store.place.root).report(folder.name) / "history.json"
+    logged = _log_part(run, "training", (folder / "model.json", curves), _log_training)
+    run.log_checkpoint(folder, digest=digest)
+    return logged
+
+
+def _log_part(run: Run, part: str, files: tuple[Path, ...], log: Callable[..., None]) -> bool:
+    """Log files by `log`, unless some are missing, the run has them already, or the first one, a record, is of other weights."""
+    if not all(file.exists() for file in files) or run.tags.get(tag := f"advml.{part}") == (made := sha256(*files)):
+        return False
+    record = read_json(files[0], needs=("digest",), remedy=REMEDY)
+    if run.tags.get(DIGEST, record["digest"]) != record["digest"]:  # trained anew, and not yet measured
+        return False
+    run.log_params(record.get("parameters", {}))
+    log(run, record, *files)
+    run.set_tags({tag: made})
+    return True
+
+
+def _log_training(run: Run, record: Record, file: Path, curves: Path) -> None:
+    history = read_json(curves, kind=list, remedy=REMEDY)
+    run.log_epochs(history, at=modified(file))
+    if model := run.tags.get(MODEL):  # of before; a new one gets both later
+        run.client.log_model_artifact(model, str(file))
+        run.set_tags({COMMIT: record.get("git_commit")})
+    if history:
+        from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
+
+        run.client.log_figure(run.id, training_curves(history, file.parent.name, selected=record.get("epoch")), "curves.png")
+
+
+def _log_evaluation(run: Run, record: Record, file: Path, *samples: Path) -> None:
+    run.log_metrics(record["metrics"], instead_of=EVALUATION)
+    run.set_tags({FLAGS: verdict(record.get("diagnostics", {}))})
+    _log_files(run, "records/evaluate", file)
+    _log_files(run, "samples", *samples)
+
+
+def _log_representation(run: Run, record: Record, file: Path, *files: Path) -> None:
+    run.log_metrics(record["metrics"], instead_of=REPRESENTATION)
+    _log_files(run, "records/represent", file)
+    _log_files(run, "cka", *files, grid="")
+    scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1 and value is not None}
+    run.log_table([{"model": file.stem, **scalars}], "cka/scalars.json")
+
+
+def _log_files(run: Run, folder: str | None, *files: Path, grid: str | None = None) -> None:
+    """Copy files into a folder of the artifacts, and pictures into the UI's image grid, which compares runs by `grid` and their name."""
+    for path in files:
+        if path.suffix == ".png" and grid is not None:  # first: the grid keeps every picture that it is given, the file tells which
+            if _has_file(run, path, folder):
+                continue
+            from PIL import Image
+
+            with Image.open(path) as image:
+                run.client.log_image(run.id, image.copy(), key=f"{grid}{path.stem}", step=0)
+        run.client.log_artifact(run.id, str(path), folder)
+
+
+def _has_file(run: Run, file: Path, folder: str) -> bool:
+    """Whether the folder of the artifacts holds this file, byte for byte."""
+    name = f"{folder}/{file.name}"
+    if name not in {entry.path for entry in run.client.list_artifacts(run.id, folder)}:
+        return False
+    with tempfile.TemporaryDirectory() as place:
+        return Path(run.client.download_artifacts(run.id, name, place)).read_bytes() == file.read_bytes()
+
+
+def _log_transfer_flags(run: Run, workspace: Workspace, name: str) -> bool:
+    """The flags that a transfer has given these weights."""
+    path = workspace.report("transfer") / "transfer.json"
+    content = read_json(path, needs=("seeds",), remedy=REMEDY) if path.exists() else {"seeds": []}
+    flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
+    weights = {block["digests"].get(name) for block in content["seeds"]}
+    if run.tags.get(DIGEST) not in weights or run.tags.get("advml.transfer_flags") == flags:
+        return False
+    run.set_tags({"advml.transfer_flags": flags})
+    return True
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run to be: `files` are in `folder`, the first one tells parameters and git commit; `log` logs the rest."""
+    """A run to be. The first one of the files is a record, with parameters and git commit."""
 
-    kind: Kind
+    kind: str
     name: str
-    folder: Path
-    files: tuple[str, ...]
-    log: Callable[[Run, Path, dict[str, Any]], None]
-    artifacts: str | None = None  # where the files go
-    needs: tuple[str, ...] = ()  # keys of the first file
-    remedy: str | None = None  # for a damaged first file; None: DVC has it
-    read: Callable[..., Any] = read  # the first file
+    files: tuple[Path, ...]
+    log: Callable[..., None]
+    needs: tuple[str, ...] = ()  # keys of the record
+    remedy: str = REMEDY  # for a damaged record
     in_place: bool = False  # other files do not make a new run, but change the newest one of this name
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.folder / file for file in self.files]
-
-
-def study(workspace: Workspace) -> Result:
-    """What `report` has written."""
-    files = ("claims.json", *(file for file in REPORT_FILES if file != "claims.json"))
-    return Result("study", "study", workspace.reports, files, _log_study, needs=("claims",))
-
-
-def transfer(workspace: Workspace) -> Result:
-    """What `transfer` has written; see also `log_transfer`."""
-    return Result(
-        "comparison", "transfer", workspace.report("transfer"), TRANSFER_FILES, _log_transfer, artifacts="transfer", needs=("seeds",)
-    )
-
-
-def comparison(folder: Path) -> Result:
-    """What `compare` has written."""
-    return Result(
-        "comparison", folder.name, folder, ("cka.json", "cka.npz", "clean.png", "adversarial.png"), _log_comparison, artifacts="cka"
-    )
-
-
-def evaluation(workspace: Workspace, name: str) -> Result:
-    """What `evaluate` has written of a model that is not of the grid."""
-    made = workspace.evaluations_of_given()[name]
-    files = tuple(str(path.relative_to(workspace.root)) for path in (made, workspace.samples(name)))
-    remedy = f"delete {made} and measure the model again with: advml evaluate"
-    return Result("evaluation", name, workspace.root, files, _log_evaluation, needs=("metrics",), remedy=remedy)
-
-
-def search_of(folder: Path) -> Result:
-    """What `advml tune` has found; that command makes the run, with a nested run per trial."""
-    remedy = f"delete it and write it again with: advml tune, as for {folder.name} before"
-    return Result("search", folder.name, folder, SEARCH_FILES, _log_search, "tune", ("scored",), remedy, read_yaml, in_place=True)
 
 
 def results(workspace: Workspace) -> list[Result]:
-    """Everything of this sort in `reports/`."""
+    """What `compare`, `transfer`, `report`, `evaluate` (of models that are not of the grid) and `tune` have written."""
     compared = [path.parent for pattern in ("compare", "compare-*") for path in sorted(workspace.reports.glob(f"{pattern}/cka.json"))]
-    given = sorted(workspace.evaluations_of_given())
-    searches = [path.parent for path in sorted(workspace.report("tune").glob(f"*/{SEARCH_FILES[0]}"))]
-    of_grid = [*map(comparison, compared), transfer(workspace), study(workspace)]
-    return [*of_grid, *(evaluation(workspace, name) for name in given), *map(search_of, searches)]
+    claims_first = sorted(REPORT_FILES, key=lambda file: file != "claims.json")
+    found = [
+        *map(_comparison, compared),
+        Result("comparison", "transfer", _in(workspace.report("transfer"), TRANSFER_FILES), _log_transfer, ("seeds",)),
+        Result("study", "study", _in(workspace.reports, claims_first), _log_study, ("claims",)),
+    ]
+    for name, made in sorted(workspace.evaluations_of_given().items()):
+        remedy = f"delete {made} and measure the model again with: advml evaluate"
+        found.append(Result("evaluation", name, (made, workspace.samples(name)), _log_given, ("metrics",), remedy))
+    for made in sorted(workspace.report("tune").glob(f"*/{SEARCH_FILES[0]}")):
+        name, files = made.parent.name, _in(made.parent, SEARCH_FILES)
+        remedy = f"delete it and write it again with: advml tune, as for {name} before"
+        found.append(Result("search", name, files, _log_search, ("scored",), remedy, in_place=True))
+    return found
 
 
-def log_result(config: Config, result: Result, *, root: Path) -> None:
-    """Make the run of what a stage has just written. Never raises for the store's sake."""
+def _comparison(folder: Path) -> Result:
+    files = _in(folder, ("cka.json", "cka.npz", "clean.png", "adversarial.png"))
+    return Result("comparison", folder.name, files, lambda run, _, *files: _log_files(run, "cka", *files, grid="compare-"))
+
+
+def _in(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in names)
+
+
+def log_result(config: Config, what: str | Path, *, root: Path) -> None:
+    """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
     place = stores.locate(config, root=root)
-    stores.attempt(place, lambda store: complete(place, store, result, root=Path(root).resolve()))
+    chosen = [_comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
+    stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
 
 
-def complete(place: stores.Place, store: stores.Store, result: Result, *, root: Path, synced: bool = False) -> bool:
+def complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> bool:
     """Make the run of a result, or what it lacks; False if it lacks nothing, or files are missing (there was nothing to compare)."""
-    if not all(path.exists() for path in result.paths):
+    if not all(path.exists() for path in result.files):
         return False
-    made = digest(*result.paths)
-    record = search(store, kind=result.kind, name=result.name, files=None if result.in_place else made)
-    if record is not None and result.in_place and record.info.status == "RUNNING":  # its command is at work, and logs the files itself
+    made = sha256(*result.files)
+    found = store.find(kind=result.kind, name=result.name, files=None if result.in_place else made)
+    if found and result.in_place and found.info.status == "RUNNING":  # its command is at work, and logs the files itself
         return False
-    if record is not None and record.data.tags.get("advml.digest") == made:
-        if record.info.status == "RUNNING":  # the store went down before the very last word
-            store.client.set_terminated(record.info.run_id, "FINISHED")
+    if found is not None and found.data.tags.get(DIGEST) == made:
         return False
-    content = result.read(result.paths[0], needs=result.needs, remedy=result.remedy)
-    when = max(map(written, result.paths)) if synced else None
-    tags = {"files": made} | (origin(content) | {"synced": "true"} if synced else {})
-    facts = Facts(result.name, result.kind, tags, content.get("parameters", {}))
-    begun = start(store, facts, root=root, run_id=record.info.run_id if record else None, start_time=when)
-    with Run(place, store, begun, root=root, strict=True) as run:
-        for path in result.paths:
-            run.log_file(path, result.artifacts)
-        result.log(run, result.folder, content)
-        run.set_tag("advml.digest", made)
-        run.finish("FINISHED", end_time=when)
+    content = read_json(result.files[0], needs=result.needs, remedy=result.remedy)
+    record = {"name": result.name, "kind": result.kind} | {key: content[key] for key in ("parameters", "git_commit") if key in content}
+    about = {"run_id": found and found.info.run_id, "written": max(map(modified, result.files)) if rebuilt else None}
+    with Run.begin(store, record, tags={"files": made}, **about) as run:
+        run.strict = True
+        result.log(run, content, *result.files)
+        run.set_tags({DIGEST: made})
     return True
 
 
-def log_transfer(run: Run, workspace: Workspace, name: str) -> bool:
-    """Tag the run of a model with the flags of a transfer; False if the run has them, or these weights have not been in one."""
-    path = workspace.report("transfer") / "transfer.json"
-    content = read(path, needs=("seeds",)) if path.exists() else {"seeds": []}
-    scored = {model: weights for block in content["seeds"] for model, weights in block["digests"].items()}
-    if name not in scored or scored[name] != run.tag("advml.digest"):
-        return False
-    flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
-    if run.tag(FLAGS) == flags:
-        return False
-    run.set_tag(FLAGS, flags)
-    return True
+def _log_transfer(run: Run, record: Record, *files: Path) -> None:
+    _log_files(run, "transfer", *files, grid="")
+    run.log_metrics({f"transfer_breaks/{one['model']}": one["transfer_breaks"] for block in record["seeds"] for one in block["breaks"]})
+    run.log_table(read_csv(files[0].with_name("transfer.csv")), "transfer/pairs.json")
 
 
-def _log_study(run: Run, folder: Path, content: dict[str, Any]) -> None:
-    run.log_table(read_table(folder / "summary.csv"), "summary.json")
-    run.log_table([{key: claim.get(key) for key in ("claim", "verdict", "seeds")} for claim in content["claims"]], "claims_table.json")
+def _log_study(run: Run, record: Record, *files: Path) -> None:
+    _log_files(run, None, *files)
+    run.log_table(read_csv(files[0].with_name("summary.csv")), "summary.json")
+    run.log_table([{key: claim.get(key) for key in ("claim", "verdict", "seeds")} for claim in record["claims"]], "claims_table.json")
 
 
-def _log_transfer(run: Run, folder: Path, content: dict[str, Any]) -> None:
-    run.log_metrics({f"transfer_breaks/{one['model']}": one["transfer_breaks"] for block in content["seeds"] for one in block["breaks"]})
-    run.log_table(read_table(folder / "transfer.csv"), "transfer/pairs.json")
-    run.log_image(folder / "transfer.png", key="transfer")
+def _log_given(run: Run, record: Record, *files: Path) -> None:
+    _log_files(run, None, *files)
+    run.log_metrics(record["metrics"])
+    run.set_tags({FLAGS: verdict(record.get("diagnostics", {}))})
 
 
-def _log_comparison(run: Run, folder: Path, content: dict[str, Any]) -> None:
-    for kind in ("clean", "adversarial"):
-        run.log_image(folder / f"{kind}.png", key=f"compare-{kind}")
+def _log_search(run: Run, record: Record, *files: Path) -> None:
+    _log_files(run, "tune", *files)
+    log_best(run, record["scored"])
+    run.log_table(read_csv(files[0].with_name("trials.csv")), "tune/trials.json")
 
 
-def _log_evaluation(run: Run, folder: Path, content: dict[str, Any]) -> None:
-    run.log_metrics(content["metrics"])
-    run.set_tag("advml.flags", verdict(content.get("diagnostics", {})))
-
-
-def _log_search(run: Run, folder: Path, content: dict[str, Any]) -> None:
-    run.log_metrics(best_scores(content["scored"]), instead_of=("best",))
-    run.log_table(read_table(folder / "trials.csv"), "tune/trials.json")
-
-
-def best_scores(scored: Mapping[str, float]) -> dict[str, float]:
-    """What the best trial of a search scored, as metrics of the search's run."""
-    return {f"best/{name}": value for name, value in scored.items()}
+def log_best(run: Run, scored: Record) -> None:
+    run.log_metrics({f"best/{name}": value for name, value in scored.items()}, instead_of=("best",))

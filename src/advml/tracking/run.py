@@ -1,54 +1,121 @@
-"""One MLflow run: its curves, its final metrics, its weights, its end."""
+"""One MLflow run: how it begins, what is written to it, how it ends."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import getpass
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Self
 
-from advml.tracking import lineage
+from advml.config import Config, flatten
+from advml.core.processes import this_process
+from advml.provenance import dvc_stage, git_commit
+from advml.runtime.signals import deferred
 from advml.tracking import store as stores
-from advml.tracking.start import new_params, texts_of
-from advml.tracking.writer import Writer, guarded
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run as Record
+Record = Mapping[str, Any]
+PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # what MLflow's tables hold
+DIGEST_LENGTH = 12  # MLflow holds 36, but a table of runs has no room for them; the tag has all 64
+PROCESS, DIGEST, MODEL, PARENT = "advml.process", "advml.digest", "advml.model_id", "advml.pretraining_run"
+NOTE, TABLES, COMMIT = "mlflow.note.content", "mlflow.loggedArtifacts", "mlflow.source.git.commit"
+NOW = "advml.now."  # tags: values of parameters that the last measurement took otherwise than MLflow's columns say
 
-EPOCH = "epoch"
-R = TypeVar("R", bound="Run")
+
+def guarded(function: Callable) -> Callable:
+    """A method, or a function of a run, that does nothing once the store has failed, and raises nothing, unless the run is `strict`."""
+
+    @functools.wraps(function)
+    def call(run: Run, *args: Any, **kwargs: Any) -> Any:
+        if (store := run.store) is None:
+            return None
+        try:
+            with deferred():
+                return function(run, *args, **kwargs)
+        except Exception as error:
+            if run.strict:
+                raise
+            run.store = None
+            return stores.give_up(store.place, error)
+
+    return call
 
 
-class Run(Writer):
-    """A handle on one run; `open_run` and `attach_run` make it.
+class Run:
+    """A handle on one run; its `id` is None where there is no store.
 
-    As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (which
-    the command line turns into SystemExit). `id` is None where there is no store. Of an `attached` run the status stays as it is;
-    a `strict` one raises.
+    As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (which the command line turns
+    into SystemExit). What goes wrong, a `strict` run raises; another one gives the store up, with one warning line.
     """
 
-    def __init__(
-        self,
-        place: stores.Place,
-        store: stores.Store | None,
-        record: Record | None,
-        *,
-        root: Path,
-        attached: bool = False,
-        strict: bool = False,
-    ) -> None:
-        super().__init__(place, store, record, strict=strict)
-        self._root, self._ended = root, attached
-        self._params: dict[str, str] = dict(record.data.params) if record else {}
-        self._metrics: dict[str, float] = dict(record.data.metrics) if record else {}
-        data = record.inputs.dataset_inputs[:1] if record and record.inputs else []
-        self._data = {"dataset_name": data[0].dataset.name, "dataset_digest": data[0].dataset.digest} if data else {}
-        self._epochs: dict[str, dict[int, float]] = {}  # key -> epoch -> the value that the store has
+    def __init__(self, store: stores.Store | None, entity: Any, *, strict: bool = False) -> None:
+        self.store, self.client, self.strict = store, store and store.client, strict
+        self.id: str | None = entity and entity.info.run_id
+        self.end_time: int | None = None  # ms since 1970
+        self.tags, self._params, self._metrics = (
+            dict(getattr(entity.data, kind)) if entity else {} for kind in ("tags", "params", "metrics")
+        )
+        self._data = entity.inputs.dataset_inputs[0].dataset if entity and entity.inputs and entity.inputs.dataset_inputs else None
+        self._points: dict[str, dict[int, float]] = {}  # key -> epoch -> the value that the store has
 
-    def __enter__(self) -> Run:
+    @classmethod
+    def begin(
+        cls, store: stores.Store, record: Record, *, tags: Record | None = None, run_id: str | None = None, written: int | None = None
+    ) -> Self:
+        """Create a run, or take `run_id` up again where the store has it; either way it ends up with all of the record.
+
+        Args:
+            record: `name`, `kind`, `parameters` (nested or flat), and what else of model.json is known.
+            tags: further ones; a name without a point gets `advml.` in front.
+            written: when the files of a run that is rebuilt were written, in ms since 1970; their DVC stage is not known. None: it is new.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        stage, experiment = (dvc_stage(), os.environ.get("DVC_EXP_NAME")) if written is None else (None, None)
+        about = {"dvc_stage": stage, "dvc_experiment": experiment, "synced": "true" if written is not None else None}
+        about |= {"data_digest": (record.get("data") or {}).get("digest"), "process": this_process()}
+        about |= {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags or {})
+        wanted = {key if "." in key else f"advml.{key}": str(value) for key, value in about.items() if value not in (None, "")}
+        wanted |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
+        if commit := record.get("git_commit") or (git_commit(store.place.root) if written is None else None):
+            wanted[COMMIT] = commit
+        with contextlib.suppress(OSError, KeyError):  # a container whose user has no name
+            wanted["mlflow.user"] = getpass.getuser()
+        if found := store.find(run_id=run_id) if run_id else None:
+            store.client.update_run(found.info.run_id, status="RUNNING")
+        else:
+            found = store.client.create_run(store.experiment, start_time=written, tags=wanted, run_name=record["name"])
+        run = cls(store, found, strict=written is not None)
+        run.end_time = written
+        run.set_tags(wanted)
+        run.log_params(record.get("parameters", {}) | ({"versions": record["versions"]} if record.get("versions") else {}))
+        if (data := record.get("data")) and run._data is None:  # logged as the plain entity: `mlflow.data` wants the data themselves
+            source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
+            run._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
+            run.client.log_inputs(run.id, datasets=[DatasetInput(run._data, [InputTag("mlflow.data.context", "training")])])
+        run.link(record.get("pretraining"))
+        return run
+
+    @guarded
+    def link(self, pretraining: Record | None) -> None:
+        """Link the run whose weights this one started from, by `name` and `digest`, once the store has it."""
+        from mlflow.entities import LoggedModelInput
+
+        if pretraining is None or PARENT in self.tags:
+            return
+        if parent := self.store.find(kind="pretrain", name=pretraining["name"], digest=pretraining["digest"]):
+            if model := parent.data.tags.get(MODEL):
+                self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
+            self.set_tags({PARENT: parent.info.run_id, "advml.pretraining_name": parent.info.run_name})
+            self._describe()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -60,127 +127,136 @@ class Run(Writer):
             raise
 
     @guarded
-    def finish(self, status: str = "FINISHED", *, end_time: int | None = None) -> None:
-        """Set the final status (FINISHED, FAILED or KILLED); only the first call counts."""
-        if not self._ended:
-            self._store.client.set_terminated(self.id, status, end_time)
-            self._ended = True
+    def finish(self, status: str = "FINISHED") -> None:
+        """Set the final status (FINISHED, FAILED or KILLED)."""
+        self.client.set_terminated(self.id, status, self.end_time)
 
     @guarded
-    def log_epochs(self, records: Sequence[Mapping[str, Any]], *, at: int | None = None) -> None:
+    def log_epochs(self, records: Sequence[Record], *, at: int | None = None) -> None:
         """Log the curves' points that the store lacks or has with another value, in one call.
 
-        Give the whole history every time: what a killed or repeated epoch left behind is neither doubled nor missed. MLflow deletes
-        no point: of two at one epoch, the later one counts.
-
-        Args:
-            records: {'epoch': 3, 'train/loss': 0.1, ...}; values that are no numbers are left out.
-            at: milliseconds since 1970; now, if None.
+        Give the whole history every time ({'epoch': 3, 'train/loss': 0.1, ...}, ...): what a killed or repeated epoch left behind is
+        neither doubled nor missed. MLflow deletes no point: of two at one epoch, the later one counts. `at`: in ms since 1970.
         """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        when = now if at is None else at
+        now = int(1000 * time.time())
         points = [
-            Metric(key, value, now if epoch in known else when, epoch)
-            for epoch, record in ((record[EPOCH], record) for record in records)
+            Metric(key, value, now if at is None or record["epoch"] in known else at, record["epoch"])
+            for record in records
             for key, value in _numbers(record).items()
-            if key != EPOCH and not _same(value, (known := self._epochs_of(key)).get(epoch))
+            if key != "epoch" and repr(value) != repr((known := self._known_points(key)).get(record["epoch"]))  # of NaN, the same
         ]
-        self._store.client.log_batch(self.id, metrics=points, synchronous=True)
+        self.client.log_batch(self.id, metrics=points, synchronous=True)
         for point in points:
-            self._epochs[point.key][point.step] = point.value
+            self._points[point.key][point.step] = point.value
 
-    @guarded
-    def log_metrics(self, metrics: Mapping[str, Any], *, instead_of: Sequence[str] = ()) -> None:
+    def _known_points(self, key: str) -> dict[int, float]:
+        """The points of one curve that the store has, by epoch; asked once per key, and only if the run had it when opened."""
+        if key not in self._points:
+            history = self.client.get_metric_history(self.id, key) if key in self._metrics else []
+            self._points[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
+        return self._points[key]
+
+    def log_metrics(self, metrics: Record, *, instead_of: Sequence[str] = ()) -> None:
         """Log the final metrics that are new or have changed, on the run and on its model.
 
-        Args:
-            instead_of: first words of metrics (`accuracy` of `accuracy/clean`) that these replace: those that the run has and `metrics`
-                lacks become NaN. MLflow deletes none, and an earlier value would pass for today's.
+        Those that the run has, that `metrics` lacks, and whose first word (`accuracy` of `accuracy/clean`) is one of `instead_of`,
+        become NaN: MLflow deletes none, and an earlier value would pass for today's.
         """
         from mlflow.entities import Metric
 
-        now, model = int(time.time() * 1000), self._tags.get("advml.model_id")
+        now, about = int(1000 * time.time()), {"model_id": self.tags.get(MODEL)}
+        if self._data:
+            about |= {"dataset_name": self._data.name, "dataset_digest": self._data.digest}
         gone = {key: math.nan for key in self._metrics if key.partition("/")[0] in instead_of}
-        changed = {key: value for key, value in (gone | _numbers(metrics)).items() if not _same(value, self._metrics.get(key))}
-        entities = [Metric(key, value, now, 0, model_id=model, **self._data) for key, value in changed.items()]
-        self._store.client.log_batch(self.id, metrics=entities, synchronous=True)
+        changed = {key: value for key, value in (gone | _numbers(metrics)).items() if repr(value) != repr(self._metrics.get(key))}
+        self.client.log_batch(self.id, metrics=[Metric(key, value, now, 0, **about) for key, value in changed.items()], synchronous=True)
         self._metrics |= changed
 
-    @guarded
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Record) -> None:
         """Add the parameters, nested or flat, that the run lacks. MLflow changes none that it has: their values of today are tags."""
-        fresh = new_params(params, known=self._params)
-        self._store.client.log_batch(self.id, params=fresh, synchronous=True)
-        self._params |= {param.key: param.value for param in fresh}
-        self._tell_now({f"{lineage.NOW}{key}": text if text != self._params[key] else None for key, text in texts_of(params).items()})
+        from mlflow.entities import Param
 
-    def _tell_now(self, values: Mapping[str, str | None]) -> None:
-        """Tags of parameters whose values differ from the columns'; None: they don't, or not any more."""
-        self._tag({key: text for key, text in values.items() if text is not None and self._tags.get(key) != text})
-        for key in [key for key, text in values.items() if text is None and key in self._tags]:
-            self._store.client.delete_tag(self.id, key)
-            del self._tags[key]
-        described = lineage.describe(self._store, self._tags)
-        if described != self._tags.get("mlflow.note.content", ""):
-            self._tag({"mlflow.note.content": described})
+        texts = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in flatten(dict(params)).items()}
+        fresh = {key: text for key, text in texts.items() if key not in self._params}
+        self.client.log_batch(self.id, params=[Param(*one) for one in fresh.items()], synchronous=True)
+        self._params |= fresh
+        self.set_tags({f"{NOW}{key}": text if text != self._params[key] else None for key, text in texts.items()})
+        self._describe()
 
-    @guarded
-    def log_model_record(self, record: Path, *, commit: str | None) -> None:
-        """Replace the model.json of the run's model, and the commit that it names; `log_checkpoint` gives the model its first one."""
-        if model := self._tags.get("advml.model_id"):
-            self._store.client.log_model_artifact(model, str(record))
-            self._tag({"mlflow.source.git.commit": commit} if commit else {})
+    def log_table(self, rows: Sequence[Record], path: str) -> None:
+        """Store rows as the table `path` (.json) of the UI; MLflow's own log_table would append them to those of an earlier process."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        self.client.log_dict(self.id, {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}, path)
+        table, tables = {"path": path, "type": "table"}, json.loads(self.tags.get(TABLES, "[]"))
+        self.set_tags({} if table in tables else {TABLES: json.dumps([*tables, table])})
 
-    @guarded
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
-        """Record the checkpoint as an external model: where the weights lie and their sha256, not the weights.
+        """Record the checkpoint as an external model: place and sha256 of the weights, and model.json in place of an empty MLmodel file.
 
-        The tag `advml.digest`, which `find_run` and `sync` go by, is written last: it says that the run is complete.
+        The calls are those of `mlflow.create_external_model`, which works on MLflow's global state only. The tag DIGEST comes last: it
+        says that the run is complete.
         """
-        known = Path(os.path.abspath(folder)), folder.resolve()  # the first one, with its links, is how the study names it
-        path = next((path.relative_to(self._root).as_posix() for path in known if path.is_relative_to(self._root)), str(known[0]))
-        if self._tags.get("advml.digest") != digest:  # else a stage that was killed just after is repeating itself
-            self._tag({"advml.path": path})
-            self._tag({"advml.model_id": lineage.add_model(self._store, self.id, self._tags, folder=folder, digest=digest)})
-        self._tag({"mlflow.note.content": lineage.describe(self._store, self._tags)})
-        self._tag({"advml.digest": digest})
+        from mlflow.entities import LoggedModelOutput
 
-    @guarded
-    def link(self, pretraining: str | None) -> None:
-        """Link the run whose weights this one started from (its id; None if the store has no such run)."""
-        if pretraining is not None:
-            self._tag(lineage.add_parent(self._store, self.id, pretraining))
-            self._tag({"mlflow.note.content": lineage.describe(self._store, self._tags)})
+        if self.tags.get(DIGEST) == digest:  # a stage that was killed just after repeats itself
+            return
+        root, known = self.store.place.root, (Path(os.path.abspath(folder)), folder.resolve())  # the first one as the study names it
+        path = next((path.relative_to(root).as_posix() for path in known if path.is_relative_to(root)), str(known[0]))
+        self.set_tags({"advml.path": path})
+        self._describe()
+        tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE}
+        about = {"model_type": tags["advml.kind"], "params": {"path": path, "sha256": digest}, "source_run_id": self.id}
+        tags |= {"mlflow.model.isExternal": "true", DIGEST: digest}
+        model = self.client.create_logged_model(self.store.experiment, name=tags["advml.name"], tags=tags, **about)
+        if (folder / "model.json").exists():
+            self.client.log_model_artifact(model.model_id, str(folder / "model.json"))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
+        self.set_tags({MODEL: model.model_id, DIGEST: digest})
 
-    def _epochs_of(self, key: str) -> dict[int, float]:
-        """The points of one curve that the store has, by epoch; asked once per key, and only if the run had it when opened."""
-        if key not in self._epochs:
-            history = self._store.client.get_metric_history(self.id, key) if key in self._metrics else []
-            self._epochs[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
-        return self._epochs[key]
+    def _describe(self) -> None:
+        """Say in the UI (Markdown) what the pretraining was, how to load the model, and what the last measurement took otherwise."""
+        tags, lines = self.tags, []
+        if parent := tags.get(PARENT):
+            link = f"(#/experiments/{self.store.experiment}/runs/{parent}?{stores.UI_MODE})"
+            lines.append(f"Pretraining: [{tags['advml.pretraining_name']}]{link}")
+        if path := tags.get("advml.path"):
+            load = f'; load it with `advml.load_model("{path}")`' if tags["advml.kind"] == "model" else ""
+            lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}")
+        if now := [f"`{key.removeprefix(NOW)}` {value}" for key, value in sorted(tags.items()) if key.startswith(NOW)]:
+            lines.append(f"The columns of parameters keep the first values. The last measurement took: {', '.join(now)}")
+        if lines or NOTE in tags:
+            self.set_tags({NOTE: "\n\n".join(lines)})
+
+    def set_tags(self, tags: Mapping[str, str | None]) -> None:
+        """Set the tags that have changed, in this order; None: delete."""
+        for key, value in tags.items():
+            if value is None and key in self.tags:
+                self.client.delete_tag(self.id, key)
+                del self.tags[key]
+            elif value not in (None, self.tags.get(key)):
+                self.client.set_tag(self.id, key, value, synchronous=True)
+                self.tags[key] = value
 
 
-def opened(place: stores.Place, begin: Callable[[stores.Store], R]) -> R | None:
-    """`stores.attempt`; a run that has begun when a signal, which waited for that, ends the process is ended as well."""
-    begun: list[R] = []
+def open_run(config: Config, *, root: Path, record: Record, run_id: str | None = None, discarded: str | None = None) -> Run:
+    """Start the run of a training, or go on with one that was killed, `run_id`. Never raises: without a store the run does nothing.
 
-    def note(store: stores.Store) -> R:
-        begun.append(begin(store))
-        return begun[0]
+    The record is what model.json will hold; `discarded` a run of other inputs, which a process that is gone has left RUNNING.
+    """
 
-    try:
-        return stores.attempt(place, note)
-    except BaseException as error:
-        for run in begun:
-            run.__exit__(type(error))
-        raise
+    def begin(store: stores.Store) -> Run:
+        if discarded and (orphan := store.find(run_id=discarded)) and orphan.info.status == "RUNNING":
+            store.client.set_terminated(discarded, "KILLED")
+        return Run.begin(store, record, run_id=run_id)
+
+    if (run := stores.attempt(stores.locate(config, root=root), begin)) is None:
+        run = Run(None, None)
+        run.id = run_id  # kept in the caller's state, so that a later resume finds its run again
+    return run
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(values: Record) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if isinstance(value, Real)}
-
-
-def _same(value: float, known: float | None) -> bool:
-    return known is not None and (value == known or (math.isnan(value) and math.isnan(known)))

@@ -1,44 +1,29 @@
-"""Where the history lies, and how it is opened: safely by many processes, and never at training's cost."""
+"""Where MLflow's history is kept, and how it is opened: by many processes at once, and never at training's cost."""
 
 from __future__ import annotations
 
+import contextlib
 import http
-import logging
-import os
-import re
-import shlex
+import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
+from advml.config import Config
+from advml.config.store import Place, locate, prepare, sqlite_uri
 from advml.errors import UserError
 from advml.lines import one_line, tell
-from advml.passwords import masked, remember
-from advml.tracking import sqlite, ui
-from advml.tracking.signals import deferred
+from advml.passwords import masked
+from advml.runtime.signals import deferred
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
 
-    from advml.config import Config
-
-T = TypeVar("T")
-# A dead server must cost seconds: MLflow's own settings make it 120 s per attempt and 7 retries.
-# The user's own settings win. The last four keep MLflow off stdout, stderr and the internet.
-DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-DEFAULT_URI = "sqlite:///mlflow.db"
-LOCK_TIMEOUT = 60  # seconds; creating the tables takes 2, and other processes may wait in line
+UI_MODE = "workflowType=machine_learning"  # else the UI opens in its mode for language models
 _broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
 
 
@@ -47,69 +32,23 @@ class Denied(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an experiment's history lies.
-
-    Attributes:
-        database: sqlite only.
-        artifacts: None where a server decides.
-        refused: why MLflow writes nothing there, and what to do; None: it may.
-    """
-
-    uri: str
-    experiment: str
-    database: Path | None
-    artifacts: Path | None
-    refused: str | None = None
-
-    @property
-    def is_server(self) -> bool:
-        return self.uri.startswith(("http://", "https://"))
-
-
-@dataclass(frozen=True)
 class Store:
     """An open store: the client and the id of the experiment."""
 
     client: MlflowClient
     experiment: str
+    place: Place
 
-
-def locate(config: Config, *, root: Path) -> Place:
-    """The place that params.yaml, the environment or the default names; relative paths start at the root."""
-    base = Path(os.environ.get("DVC_ROOT") or root).resolve()
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-    remember(uri)
-    experiment = config.tracking.experiment
-    folder = Path("mlruns", re.sub(r"[^\w.-]+", "_", experiment))
-    if not uri.startswith("sqlite:///"):
-        where, remedy = ("tracking.uri", "set it to null") if config.tracking.uri else ("MLFLOW_TRACKING_URI", "unset it")
-        refused = _refused(uri, f"{where} = {uri}", remedy)
-        return Place(uri, experiment, None, base / folder if "sql" in uri.partition(":")[0] else None, refused)
-    database = base / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
-    return Place(sqlite.uri(database), experiment, database, database.parent / folder)
-
-
-def _refused(uri: str, setting: str, remedy: str) -> str | None:
-    """Folders of files, as MLflow kept its runs in before it had databases: it reads and writes none by now."""
-    scheme, colon, path = uri.partition(":")
-    is_folder = scheme == "file" if colon else not uri.startswith(("databricks", "uc"))
-    if not is_folder or os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
-        return None
-    source = path.removeprefix("//") if colon else uri
-    move = f"mlflow migrate-filestore --source {shlex.quote(source)} --target {DEFAULT_URI}"
-    why = f"{setting} is a folder, and MLflow keeps runs in databases only"
-    return f"{why}; {remedy} (they go to {DEFAULT_URI} then); for its old runs: {move}"
-
-
-def require_usable(config: Config, *, root: Path) -> None:
-    """Raises UserError if MLflow cannot write where params.yaml or the environment say; nothing is opened."""
-    if refused := locate(config, root=root).refused:
-        raise UserError(refused)
+    def find(self, *, run_id: str | None = None, **tags: str | None) -> Run | None:
+        """The newest run of the experiment with this id, or with all of these `advml.` tags; runs deleted in the UI do not count."""
+        wanted = {"attributes.run_id": run_id} | {f"tags.`advml.{key}`": value for key, value in tags.items()}
+        query = " and ".join(f"{key} = '{value}'" for key, value in wanted.items() if value is not None)
+        found = self.client.search_runs([self.experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
+        return found[0] if found else None
 
 
 def warn_if_unusable(config: Config, *, root: Path) -> None:
-    """One line for what `require_usable` refuses, and for a server that is down, before hours of work.
+    """One line for a store that MLflow does not write to, and for a server that is down, before hours of work.
 
     Raises:
         Denied: a server does not take user or password.
@@ -124,14 +63,6 @@ def warn_if_unusable(config: Config, *, root: Path) -> None:
         give_up(place, error)
 
 
-def prepare() -> None:
-    """Set MLflow's environment; best before mlflow is imported, which reads some of it only then."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every retry
-
-
 def connect(place: Place) -> Store:
     """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
     if place.refused:
@@ -142,26 +73,88 @@ def connect(place: Place) -> Store:
         if place.database is None:
             return _open(place)
         from filelock import FileLock
-        from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  (2 s that processes need not wait for in line)
 
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # 2 s, for which other processes need not wait in line
         place.database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{place.database}.lock", timeout=LOCK_TIMEOUT):
+        with FileLock(f"{place.database}.lock", timeout=60):  # seconds; creating the tables takes 2
             if not place.database.exists() or place.database.stat().st_size == 0:
-                sqlite.create(place.database, artifacts=place.artifacts)
-            sqlite.mend(place.database, experiment=place.experiment, artifacts=place.artifacts)
+                _create(place.database.resolve(), artifacts=place.artifacts.parent)
             return _open(place)
 
 
-def attempt(place: Place, action: Callable[[Store], T]) -> T | None:
-    """`action(store)`; None, and one warning line, where the store does not work."""
-    if place.uri in _broken:
-        return None
+def _create(database: Path, *, artifacts: Path) -> None:
+    """Make the tables in a file beside, then rename it: MLflow's migrations are no transaction, and a kill would leave half a schema."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    fresh = database.with_name(f"{database.name}.new")
+    for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    SqlAlchemyStore(sqlite_uri(fresh), artifacts.as_uri()).engine.dispose()
+    fresh.replace(database)
+
+
+def _open(place: Place) -> Store:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if place.artifacts:  # a database, which raises at once if it does not answer: MLflow itself tries ten times, in 101 s
+        import sqlalchemy
+
+        sqlalchemy.inspect(sqlalchemy.create_engine(place.uri, poolclass=sqlalchemy.NullPool)).get_table_names()
+    client = MlflowClient(tracking_uri=place.uri)
     try:
-        with deferred():
-            return action(connect(place))
+        experiment = client.get_experiment_by_name(place.experiment)
+    except MlflowException as error:
+        if error.get_http_status_code() != http.HTTPStatus.UNAUTHORIZED:
+            raise
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        raise Denied(f"MLflow at {masked(place.uri)} refuses user or password, or was given none; {remedy}") from None
+    if experiment is not None and place.database:
+        experiment = _of_this_folder(client, experiment, place)
+    if experiment is None:
+        try:
+            client.create_experiment(place.experiment, artifact_location=place.artifacts and place.artifacts.as_uri())
+        except MlflowException as error:  # on a server, which we cannot lock, another process may have been faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(place.experiment)
+    if experiment.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
+        client.restore_experiment(experiment.experiment_id)
+    return Store(client, experiment.experiment_id, place)
+
+
+def _of_this_folder(client: MlflowClient, experiment: Experiment, place: Place) -> Experiment | None:
+    """The experiment, unless the project has been moved or copied since: then the one that was made in this folder, if there is one.
+
+    MLflow stores absolute paths of artifacts and never changes them: runs would write into the other folder. Its experiment is put aside
+    under that folder's name. Artifacts in a place that the user chose stay there.
+    """
+    old, new = Path(unquote(urlparse(experiment.artifact_location).path)), place.artifacts
+    if old == new or old.parts[-2:] != new.parts[-2:] or not experiment.artifact_location.startswith(("file:", "/")):
+        return experiment
+    aside, here = (f"{place.experiment} of {folder.parents[1]}"[-500:] for folder in (old, new))  # the longest name that MLflow takes
+    client.rename_experiment(experiment.experiment_id, aside)
+    tell(f"note: runs logged in {old.parents[1]} are in the experiment {aside!r} now; to rebuild them here, from files: advml sync")
+    if back := client.get_experiment_by_name(here):
+        client.rename_experiment(back.experiment_id, place.experiment)
+    return back
+
+
+def attempt(place: Place, action: Callable[[Store], Any]) -> Any:
+    """`action(store)`; None, and one warning line, where the store does not work."""
+    done = None
+    try:
+        if place.uri not in _broken:
+            with deferred():
+                done = action(connect(place))
     except Exception as error:
         give_up(place, error)
-        return None
+    except BaseException as error:  # a signal, which has waited for the action: the run that it has begun is ended as well
+        if isinstance(done, contextlib.AbstractContextManager):
+            done.__exit__(type(error), error, None)
+        raise
+    return done
 
 
 def give_up(place: Place, error: Exception, *, then: str = "training goes on, `advml sync` adds the run later") -> None:
@@ -176,34 +169,3 @@ def explain(place: Place, error: Exception) -> str:
     if isinstance(error, UserError):  # ours: it names the setting
         return masked(str(error))
     return f"{masked(place.uri)}: {one_line(str(error).strip() or type(error).__name__, longest=200)}"
-
-
-def _open(place: Place) -> Store:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    if not place.is_server:
-        from mlflow.store.db import utils
-
-        utils.MAX_RETRY_COUNT = 1  # else a database that is down costs 102 s of retries
-    client = MlflowClient(tracking_uri=place.uri)
-    try:
-        experiment = client.get_experiment_by_name(place.experiment) or _create_experiment(client, place)
-    except MlflowException as error:
-        if error.get_http_status_code() != http.HTTPStatus.UNAUTHORIZED:
-            raise
-        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        raise Denied(f"MLflow at {masked(place.uri)} refuses user or password, or was given none; {remedy}") from None
-    if experiment.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
-        client.restore_experiment(experiment.experiment_id)
-    ui.ensure_view(client, experiment)
-    return Store(client, experiment.experiment_id)
-
-
-def _create_experiment(client: MlflowClient, place: Place) -> Experiment:
-    try:
-        client.create_experiment(place.experiment, artifact_location=place.artifacts.as_uri() if place.artifacts else None)
-    except Exception:  # on a server, which we cannot lock, another process may have been faster
-        if client.get_experiment_by_name(place.experiment) is None:
-            raise
-    return client.get_experiment_by_name(place.experiment)

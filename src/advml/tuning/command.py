@@ -27,7 +27,7 @@ from advml.errors import Failure, UserError
 from advml.lines import tell
 from advml.passwords import masked
 from advml.paths import Workspace, checked_name
-from advml.tracking.signals import deferred
+from advml.runtime.signals import deferred
 from advml.tuning import outputs, workers
 from advml.tuning import study as studies
 from advml.tuning.live_table import LiveTable, show

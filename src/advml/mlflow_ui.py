@@ -1,27 +1,91 @@
-"""MLflow's UI as a process of ours: a port that is free, names that browsers may use, and the moment from which it answers."""
+"""MLflow's UI: the link to this study's table of results, and a local server for it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import http.client
+import json
 import os
+import re
 import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from advml.config import Config
 from advml.errors import Failure, UserError
+from advml.passwords import masked
+from advml.tracking import store as stores
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # addresses to bind to, of all networks of the machine
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 TRIED = 100  # ports after the one asked for
+VIEW = "mlflow.sharedViewState.results"  # tag of the experiment, as the UI's own menu "Views" sets it
+# By itself the table shows neither metrics nor tags. Column -> width in pixels.
+COLUMNS = {
+    "attributes.`Duration`": 90,
+    "metrics.`accuracy/clean`": 150,
+    "metrics.`accuracy/threat_model_1`": 220,
+    "metrics.`accuracy/threat_model_2`": 220,
+    "metrics.`accuracy/worst_case`": 190,
+    "metrics.`diagnostics/flags`": 150,
+    "tags.`advml.scheme`": 120,
+    "tags.`advml.regime`": 120,
+}
+
+
+def link(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 5000) -> str:
+    """The address of the experiment's table of results in the UI: a local one on `host` and `port`, or the tracking server's.
+
+    Raises:
+        UserError: MLflow writes nothing to the store that is configured, or the server does not take user or password.
+        Failure: the store is a local one, and cannot be opened.
+    """
+    place = stores.locate(config, root=root)
+    base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{shown_host(host)}:{port}"
+    try:
+        store = stores.connect(place)
+        _save_view(store)
+    except UserError:
+        raise
+    except Exception as error:
+        if not place.is_server:
+            raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
+        stores.give_up(place, error, then="the link is that of the server, not of the experiment")
+        return base
+    return f"{base}/#/experiments/{store.experiment}/runs?viewStateShareKey={VIEW.rpartition('.')[2]}&{stores.UI_MODE}"
+
+
+def _save_view(store: stores.Store) -> None:
+    """Save the columns of the table with the experiment; the user's changes to them stay."""
+    if VIEW not in store.client.get_experiment(store.experiment).tags:
+        state = {"selectedColumns": list(COLUMNS), "columnOrder": list(COLUMNS), "columnWidths": COLUMNS, "runsHiddenMode": "SHOW_ALL"}
+        now = int(time.time() * 1000)
+        view = {"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+        store.client.set_experiment_tag(store.experiment, VIEW, json.dumps(view))
+
+
+def command(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
+    """Command and environment of a local UI on the store that `link` links to; None where a server has one of its own.
+
+    Raises:
+        UserError: MLflow writes nothing to the store that is configured.
+    """
+    place = stores.locate(config, root=root)
+    if place.refused:
+        raise UserError(place.refused)
+    if place.is_server:
+        return None
+    arguments = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", host, "--port", str(port)]
+    return arguments, {**os.environ, **environment(place.uri), **names(host, port)}
 
 
 def require_free(host: str, port: int) -> None:

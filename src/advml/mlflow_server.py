@@ -15,10 +15,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from advml import mlflow_ui
+from advml.config.store import sqlite_uri
 from advml.errors import Failure, UserError
 from advml.lines import one_line, tell
 from advml.passwords import masked, remember
-from advml.tracking import server, sqlite
 
 CONFIGURATION = Path(__file__).with_name("basic_auth.ini")
 USER, USERS = "admin", "basic_auth.db"  # USERS: the database that CONFIGURATION names
@@ -59,7 +60,7 @@ def prepare(
         Failure: the database does not answer.
     """
     _require_safe(artifacts, host, port, tls_cert, tls_key)
-    server.require_free(host, port)
+    mlflow_ui.require_free(host, port)
     if not folder.exists():
         folder.mkdir(parents=True, mode=0o700)
         (folder / ".gitignore").write_text("*\n")
@@ -68,19 +69,19 @@ def prepare(
     environment = {
         "MLFLOW_WORKERS": "2",
         **os.environ,
-        **server.environment(_backend(backend, folder)),
+        **mlflow_ui.environment(_backend(backend, folder)),
         "MLFLOW_AUTH_CONFIG_PATH": str(CONFIGURATION),
         "MLFLOW_AUTH_ADMIN_USERNAME": USER,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),  # of the sign-up form
         **({PASSWORD: password} if password else {}),
-        **server.names(host, port, scheme=scheme),
+        **mlflow_ui.names(host, port, scheme=scheme),
     }
     artifacts = artifacts or str(folder / "artifacts")
     command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", host, "--port", str(port)]
     command += ["--serve-artifacts", "--artifacts-destination", artifacts if "://" in artifacts else str(Path(artifacts).resolve())]
     if tls_cert and tls_key:
         command += ["--uvicorn-opts", shlex.join(["--ssl-certfile", str(tls_cert.resolve()), "--ssl-keyfile", str(tls_key.resolve())])]
-    address = f"{scheme}://{server.shown_host(host)}:{port}"
+    address = f"{scheme}://{mlflow_ui.shown_host(host)}:{port}"
     lines = [
         f"MLflow: {address}     user {USER}, password {place}",
         f"runs in {masked(environment[BACKEND])}, artifacts in {artifacts}, users in {folder / USERS}",
@@ -95,7 +96,7 @@ def _require_safe(artifacts: str | None, host: str, port: int, tls_cert: Path | 
             raise UserError(f"advml server needs {module}: pip install 'advml[server]'")
     if bool(tls_cert) != bool(tls_key):
         raise UserError("--tls-cert and --tls-key belong together")
-    if host not in server.LOOPBACK and not tls_cert:
+    if host not in mlflow_ui.LOOPBACK and not tls_cert:
         raise UserError(
             f"--host {host}: passwords would cross the network unencrypted; give --tls-cert and --tls-key, "
             f"or stay on 127.0.0.1 and let others in by ssh -L {port}:127.0.0.1:{port}"
@@ -149,7 +150,7 @@ def _backend(address: str | None, folder: Path) -> str:
     """
     if address is None:
         tell("note: runs are kept in SQLite, for few writers at a time; for a group: --backend postgresql://user@host/name")
-        return sqlite.uri((folder / "mlflow.db").resolve())
+        return sqlite_uri((folder / "mlflow.db").resolve())
     import sqlalchemy
 
     remember(address)
@@ -166,7 +167,7 @@ def _backend(address: str | None, folder: Path) -> str:
             f"--backend holds a password, which the list of processes shows to all users; set {BACKEND} instead, or use ~/.pgpass"
         )
     if url.get_backend_name() == "sqlite":
-        return sqlite.uri(Path(url.database or "").resolve())
+        return sqlite_uri(Path(url.database or "").resolve())
     try:
         engine.connect().close()
     except sqlalchemy.exc.SQLAlchemyError as error:

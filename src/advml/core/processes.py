@@ -1,0 +1,29 @@
+"""Processes by names that no later process has."""
+
+from __future__ import annotations
+
+import platform
+
+import psutil
+
+
+def this_process() -> str:
+    """host:pid:start, the last one in hundredths of a second since the boot, which no setting of the clock changes."""
+    return _name(psutil.Process())
+
+
+def has_ended(process: str) -> bool:
+    """Whether a process of this host is gone; of other hosts, and of names that are none, nothing is known."""
+    name, _, start = process.rpartition(":")
+    name, _, pid = name.rpartition(":")
+    if name.partition(":")[0] != platform.node() or not pid.isdecimal():  # earlier versions wrote more behind the host
+        return False
+    try:
+        found = psutil.Process(int(pid))
+        return found.status() == psutil.STATUS_ZOMBIE or _name(found).rpartition(":")[2] != start
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _name(process: psutil.Process) -> str:
+    return f"{platform.node()}:{process.pid}:{round(100 * (process.create_time() - psutil.boot_time()))}"
