@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from advml import config
 from advml.data import datasets
 from advml.data.datasets import Dataset, Split
-from advml.evaluation.accuracy import survivors
-from advml.evaluation.measure import Effort, measure
-from advml.evaluation.plan import Figure, plan
+from advml.evaluation.attack_suite import Figure, plan
+from advml.evaluation.metrics import survivors
+from advml.evaluation.run_attacks import Effort, measure
 from advml.presets import preset
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine

@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from advml import config
-from advml.attacks.adversary import evaluation_adversary, training_adversary
+from advml.attacks.pgd import evaluation_adversary, training_adversary
 from advml.errors import UserError
 from advml.presets import PRESETS, preset
 from advml.rewrite import rewrite

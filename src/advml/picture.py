@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from advml.attacks.adversary import Adversary, evaluation_adversary
-from advml.attacks.threat import NORMS
+from advml.attacks.pgd import Adversary, evaluation_adversary
+from advml.attacks.threat_model import NORMS
 from advml.data.images import decode
 from advml.errors import UserError
 from advml.figures.example import draw, quoted

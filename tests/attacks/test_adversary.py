@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.adversary import Adversary, evaluation_adversary, training_adversary
-from advml.attacks.pgd import Objective, pgd
-from advml.attacks.threat import NORMS, ThreatModel
+from advml.attacks.pgd import Adversary, Objective, evaluation_adversary, pgd, training_adversary
+from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.networks.models import Architecture, Network, build, under_attack
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.tasks import contrastive_objective

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from advml.attacks import autoattack
 from advml.attacks.autoattack import ATTACKS, Recipe, Strength, applicable, attack
-from advml.attacks.draws import PerImage
-from advml.attacks.threat import NORMS, ThreatModel
+from advml.attacks.per_image_rng import PerImage
+from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.errors import Failure, UserError
 from advml.networks.models import Architecture, build
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from advml.errors import UserError
-from advml.evaluation.accuracy import wilson
+from advml.evaluation.metrics import wilson
 from advml.report import others
 from advml.stages import report as stage
 

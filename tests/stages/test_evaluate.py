@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from advml import paths
-from advml.attacks.minimal import MINIMAL
+from advml.attacks.minimum_norm import MINIMAL
 from advml.config.evaluation import MINIMAL_NORMS
 from advml.errors import UserError
-from advml.evaluation import protocol, transfer_files
-from advml.evaluation.measure import _Batch
+from advml.evaluation import evaluate as protocol
+from advml.evaluation import records
+from advml.evaluation.masking import diagnose
+from advml.evaluation.run_attacks import _Batch
 from advml.networks.given import Given
 from advml.stages import evaluate
 
@@ -65,7 +67,7 @@ def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *arguments, **options: (ran.add(name), real(*arguments, **options))[1])
 
-    for owner, name in ((_Batch, "measure"), (protocol.doubts, "look"), (protocol.corruption, "one")):
+    for owner, name in ((_Batch, "measure"), (diagnose, "look"), (protocol.corruption, "one")):
         watch(owner, name)
     metrics = evaluate.run_given(interrupted.context(*QUICK, correction), given)
     assert ran == again and "corruption/mean" in metrics
@@ -141,7 +143,7 @@ def test_other_published_files_of_the_same_name_make_corruptions_anew(make_study
     assert {part for part in before if before[part] != after[part]} == {"corruption"}
 
 
-TAKEN = (*paths.REPORT_FILES, transfer_files.STAGE, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
+TAKEN = (*paths.REPORT_FILES, records.TRANSFER, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
 
 
 @pytest.mark.parametrize("name", TAKEN)

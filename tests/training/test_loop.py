@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.adversary import Adversary, training_adversary
+from advml.attacks.pgd import Adversary, training_adversary
 from advml.data.datasets import Dataset, Split
 from advml.data.views import view
 from advml.errors import Failure

@@ -25,7 +25,7 @@ from advml.data.corruptions.published import Published
 from advml.data.datasets import Split
 from advml.errors import UserError
 from advml.evaluation.intervals import clustered
-from advml.evaluation.scoring import predict
+from advml.evaluation.run_attacks import predict
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
 

@@ -15,13 +15,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from advml.attacks.guard import borrowed
+from advml.attacks.isolation import borrowed
 from advml.data.datasets import Dataset
 from advml.errors import UserError
-from advml.evaluation.diagnostics.flags import Flag
-from advml.evaluation.diagnostics.rules import SIGNIFICANCE
 from advml.evaluation.intervals import binomial_tail
-from advml.evaluation.scoring import predict
+from advml.evaluation.masking.rules import SIGNIFICANCE, Flag
+from advml.evaluation.run_attacks import predict
 from advml.networks.class_names import ORDERS
 from advml.networks.normalization import KNOWN, Constants
 from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness

@@ -11,8 +11,8 @@ import jinja2
 from matplotlib.figure import Figure
 
 from advml.config import Config
-from advml.evaluation import records, transfer_files
-from advml.evaluation.verdict import transferred, verdict
+from advml.evaluation import records
+from advml.evaluation.records import transferred, verdict
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
 from advml.figures.style import to_png
@@ -41,7 +41,7 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
-    found = transfer_files.read(workspace)
+    found = records.read_transfer(workspace)
     drawings = _figures(config, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
     given = others.read(workspace)

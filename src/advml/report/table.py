@@ -10,8 +10,8 @@ from typing import Any
 
 from advml.config import Config
 from advml.errors import UserError
-from advml.evaluation import transfer_files
-from advml.evaluation.verdict import transferred
+from advml.evaluation import records
+from advml.evaluation.records import transferred
 from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
 from advml.paths import Workspace, model_name
 
@@ -48,7 +48,7 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
-    flagged = transferred(transfer_files.read(workspace))
+    flagged = transferred(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
     return found

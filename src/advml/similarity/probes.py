@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from advml.similarity.features import Layer, watching
+from advml.similarity.layers import Layer, watching
 
 TOLERANCE = 1e-4  # of the objective's gradient (mean cross-entropy + penalty), largest entry
 MOST_STEPS = 2000

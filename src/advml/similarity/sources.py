@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from advml import config
-from advml.attacks.adversary import evaluation_adversary
+from advml.attacks.pgd import evaluation_adversary
 from advml.data import adversarial
 from advml.data.adversarial import AdversarialImages
 from advml.data.datasets import Dataset
 from advml.errors import UserError
-from advml.evaluation import accuracy
+from advml.evaluation import metrics as accuracy
 from advml.networks.models import Network
 from advml.paths import home_of
 from advml.runtime.machine import Machine

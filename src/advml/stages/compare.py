@@ -19,15 +19,14 @@ from advml.networks.layout import place
 from advml.paths import find_model
 from advml.progress import Bar
 from advml.runtime.checkpoint import write_atomically
-from advml.similarity import comparison, panels, sources
-from advml.similarity.arrays import to_npz
-from advml.similarity.representation import ESTIMATOR, KINDS
+from advml.similarity import compare, sources
+from advml.similarity.represent import ESTIMATOR, KINDS, to_npz
 from advml.stages.context import Context
 
 NOBODY = "the grid has no two trained models that the paper compares"
 
 
-def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> comparison.Comparison | None:
+def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> compare.Comparison | None:
     """Write `cka.npz`, `cka.json` and a figure per kind of input into `out`; returns what was measured.
 
     A grid without two models to compare is no mistake: then `cka.json` says so, and the result is None.
@@ -45,7 +44,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     of_study = out.resolve() == home.resolve()
     if chosen and of_study:
         raise UserError(f"{home} holds the panels of the grid, which the report reads; give another --out")
-    found = comparison.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
+    found = compare.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
     if not found:
         _nothing(out)
         if of_study:
@@ -64,12 +63,12 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         }
         seen, source = sources.shown(spec.source, attacked)
         bar.begin("similarity")
-        compared = comparison.compare(networks, seen, found, context.dataset.test, spec, context.machine)
+        compared = compare.compare(networks, seen, found, context.dataset.test, spec, context.machine)
         bar.begin("figures")
         described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
         described |= context.made_by({"similarity": spec.model_dump(mode="json")})
         described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
-        digest = _write(out, compared, described | panels.describe(compared))
+        digest = _write(out, compared, described | compare.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         _write_json(workspace.record("compare", "panels"), record)
@@ -77,10 +76,10 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     return compared
 
 
-def _grid_panels(context: Context, folders: dict[str, Path]) -> list[comparison.Panel]:
+def _grid_panels(context: Context, folders: dict[str, Path]) -> list[compare.Panel]:
     """The paper's panels of all seeds whose models are trained; fills `folders`."""
     config, workspace = context.config, context.workspace
-    wanted = [panel for seed in config.seeds for panel in comparison.paper_panels(config.grid, seed)]
+    wanted = [panel for seed in config.seeds for panel in compare.paper_panels(config.grid, seed)]
     found = [panel for panel in wanted if all((workspace.model(name) / "model.json").exists() for name in (panel.first, panel.second))]
     folders |= {name: workspace.model(name) for panel in found for name in (panel.first, panel.second)}
     return found
@@ -121,9 +120,9 @@ def _network(context: Context, folder: Path) -> models.Network:
     return place(models.load_classifier(folder), context.machine.device)
 
 
-def _write(out: Path, compared: comparison.Comparison, described: Mapping[str, Any]) -> str:
+def _write(out: Path, compared: compare.Comparison, described: Mapping[str, Any]) -> str:
     """Write the files; returns the sha256 of cka.npz."""
-    arrays = to_npz(panels.arrays(compared))
+    arrays = to_npz(compare.arrays(compared))
     write_atomically(out / "cka.npz", arrays)
     _write_json(out / "cka.json", described)
     for kind in KINDS:
@@ -135,7 +134,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, to_json(content, indent=1))
 
 
-def _figure(compared: comparison.Comparison, kind: str) -> Any:
+def _figure(compared: compare.Comparison, kind: str) -> Any:
     names = {model: [layer.name for layer in rows] for (model, _), rows in compared.similarity.rows.items()}
     drawn = [
         Heatmap(compared.cka(panel, kind), panel.group, names[panel.first], names[panel.second], panel.first, panel.second)

@@ -13,7 +13,8 @@ from advml import config, tracking
 from advml.data import adversarial
 from advml.data.corruptions import published as corruptions
 from advml.errors import UserError
-from advml.evaluation import expectations, protocol, records, samples
+from advml.evaluation import evaluate as protocol
+from advml.evaluation import expectations, records, samples
 from advml.lines import tell
 from advml.networks import models
 from advml.networks.given import Given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from advml.evaluation.verdict import verdict
+from advml.evaluation.records import verdict
 from advml.paths import Workspace
 from advml.tracking.files import digest, read
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from advml import config
-from advml.attacks.adversary import Adversary, training_adversary
+from advml.attacks.pgd import Adversary, training_adversary
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks.layers import batch_norms, knows_blocks

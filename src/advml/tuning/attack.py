@@ -14,19 +14,18 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from advml.attacks import autoattack
-from advml.attacks.adversary import Adversary, evaluation_adversary
-from advml.attacks.guard import copied
-from advml.attacks.threat import ThreatModel
+from advml.attacks.isolation import copied
+from advml.attacks.pgd import Adversary, evaluation_adversary
+from advml.attacks.threat_model import ThreatModel
 from advml.config import Config
 from advml.data.datasets import Split
+from advml.evaluation.attack_suite import Figure, autoattack_figure, classification, pgd_figure
 from advml.evaluation.intervals import wilson
-from advml.evaluation.measure import Effort, measure
-from advml.evaluation.plan import Figure, autoattack_figure, classification, pgd_figure
-from advml.evaluation.scoring import Scorer
+from advml.evaluation.run_attacks import Effort, Scorer, measure
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.runtime.machine import Machine, generator_for
-from advml.similarity import estimates
+from advml.similarity import statistics
 from advml.stages.context import Context
 from advml.tuning.budget import passes
 from advml.tuning.space import Values
@@ -177,14 +176,14 @@ def interval(right: Tensor) -> dict[str, Any]:
 def paired(default: Tensor, winner: Tensor) -> dict[str, Any]:
     """Two attacks on the same images: those that only one of them breaks, with the two-sided p of McNemar's exact test (McNemar 1947).
 
-    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `estimates.share`.
+    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `statistics.share`.
 
     Args:
         default, winner: (N,) bool, which images each attack leaves right.
     """
     winner_only, default_only = int((default & ~winner).sum()), int((~default & winner).sum())
     p = binomtest(default_only, default_only + winner_only).pvalue if default_only + winner_only else 1.0
-    found = estimates.difference(estimates.share(winner.numpy()), estimates.share(default.numpy()))
+    found = statistics.difference(statistics.share(winner.numpy()), statistics.share(default.numpy()))
     low, high = found.interval
     return {
         "broken_by_winner_only": winner_only,
