@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from advml import config
 from advml.data import datasets
 from advml.data.datasets import Dataset, Split
-from advml.evaluation.attack_suite import Figure, plan
+from advml.evaluation.attack_suite import AttackSpec, attack_suite
 from advml.evaluation.metrics import survivors
-from advml.evaluation.run_attacks import Effort, measure
+from advml.evaluation.run_attacks import Effort, run_attacks
 from advml.presets import preset
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -53,21 +53,21 @@ def trained(configuration: config.Config, dataset: Dataset, machine: Machine, sc
     return network.eval()
 
 
-def one_after_another(network: nn.Module, split: Split, figures: list[Figure], effort: Effort) -> Tensor:
+def one_after_another(network: nn.Module, split: Split, figures: list[AttackSpec], effort: Effort) -> Tensor:
     """Which images survive: every attack on all of them."""
     alone = [replace(figure, left_only=False, coupled=True, kept=False) for figure in figures]  # coupled: no image leaves the batch
-    return survivors(measure(network, split, alone, effort))
+    return survivors(run_attacks(network, split, alone, effort))
 
 
 def compare(
-    network: nn.Module, split: Split, figures: list[Figure], effort: Effort, rounds: int
+    network: nn.Module, split: Split, figures: list[AttackSpec], effort: Effort, rounds: int
 ) -> tuple[dict[str, Timing], dict[str, Tensor]]:
     """Times and verdicts of the cascade, of its peer and of the floor."""
     verdicts: dict[str, Tensor] = {}
     tasks = {
-        "cascade": lambda: verdicts.update(cascade=survivors(measure(network, split, figures, effort))),
+        "cascade": lambda: verdicts.update(cascade=survivors(run_attacks(network, split, figures, effort))),
         "one after another": lambda: verdicts.update(peer=one_after_another(network, split, figures, effort)),
-        "PGD-CE alone": lambda: measure(network, split, figures[:2], effort),
+        "PGD-CE alone": lambda: run_attacks(network, split, figures[:2], effort),
     }
     return interleaved(tasks, rounds, warm_up=0), verdicts
 
@@ -99,7 +99,7 @@ def main() -> None:
     for model, (scheme, regime, overrides) in cases.items():
         network = trained(configuration, dataset, machine, scheme, regime, options.seed)
         attacked = config.validate(config.apply(preset("digits"), [*settings, *overrides]))
-        figures = [figure for figure in plan(attacked, None, classes=len(dataset.classes)) if not figure.name.endswith("_half")]
+        figures = [figure for figure in attack_suite(attacked, None, classes=len(dataset.classes)) if not figure.name.endswith("_half")]
         times, verdicts = compare(network, dataset.test, figures, effort, options.rounds)
         ratio, floor = (times[key].over(times["one after another"]) for key in ("cascade", "PGD-CE alone"))
         same = int((verdicts["cascade"] == verdicts["peer"]).sum())

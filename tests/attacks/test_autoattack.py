@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from advml.attacks import autoattack
 from advml.attacks.autoattack import ATTACKS, Recipe, Strength, applicable, attack
-from advml.attacks.per_image_rng import PerImage
+from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.errors import Failure, UserError
 from advml.networks.models import Architecture, build
@@ -99,7 +99,7 @@ class Exact(nn.Module):
 
 def alone(name: str, images: Tensor, labels: Tensor, perturb: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
     """What the library makes of each image alone, with the seed that ours gives it."""
-    seeds = [PerImage(7).seed_of(image) if name.startswith("apgd") else 7 for image in images]
+    seeds = [PerImageGenerator(7).seed_of(image) if name.startswith("apgd") else 7 for image in images]
     each = zip(images.split(1), labels.split(1), seeds, strict=True)
     return torch.cat([perturb(image.clone(), label.clone(), seed) for image, label, seed in each])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advml.attacks.isolation import Logits, borrowed, checked, guarded
+from advml.attacks.isolation import Logits, checked, frozen_copy, isolated
 from advml.errors import Failure
 
 
@@ -26,7 +26,7 @@ def test_all_generators_are_seeded_within_and_go_on_afterwards_as_if_nothing_had
     torch.set_rng_state(states[2])
     within = []
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), guarded(layer, seed=2**62 + 5):
+        with pytest.raises(ZeroDivisionError), isolated(layer, seed=2**62 + 5):
             within.append(draws())
             raise ZeroDivisionError
     assert within[0] == within[1] != expected and draws() == expected
@@ -39,7 +39,7 @@ def test_a_cuda_that_starts_later_starts_from_the_callers_seed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        with guarded(nn.Identity(), seed=5):
+        with isolated(nn.Identity(), seed=5):
             pass
     assert asked[-1] == 11
 
@@ -113,7 +113,7 @@ def test_a_borrowed_model_is_a_copy_in_eval_mode_and_frozen_or_itself_and_as_bef
     for kind in (Model, Single):
         model = kind(lambda images: images)
         before = model.layer.weight.detach().clone()
-        with pytest.raises(ZeroDivisionError), borrowed(model) as own:
+        with pytest.raises(ZeroDivisionError), frozen_copy(model) as own:
             assert (own is model) is (kind is Single) and not own.training and not own.layer.weight.requires_grad
             own.layer.weight.data += 1
             raise ZeroDivisionError

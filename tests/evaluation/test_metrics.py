@@ -11,14 +11,14 @@ from scipy.stats import binomtest
 
 from advml import config
 from advml.attacks import autoattack
-from advml.attacks.per_image_rng import PerImage
+from advml.attacks.per_image_rng import PerImageGenerator as Generator
 from advml.attacks.pgd import evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.data.datasets import Split
-from advml.evaluation.attack_suite import cascade, figures, plan
+from advml.evaluation.attack_suite import attack_suite, cascade, threat_model_attacks
 from advml.evaluation.intervals import wilson
 from advml.evaluation.metrics import attacked, describe, describe_worst, effort, metrics, survivors
-from advml.evaluation.run_attacks import Effort, Outcome, measure
+from advml.evaluation.run_attacks import Effort, Outcome, run_attacks
 from advml.networks.models import Architecture, build
 from advml.runtime.machine import Machine, derived_seed
 from advml.training.objectives import contrastive_pair, cross_entropy, margin
@@ -83,7 +83,8 @@ def test_an_image_that_two_attacks_break_in_turn_counts_for_neither_twice():
 
 
 def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilons():
-    listed = {figure.name: figure for figure in figures(configuration("threat_model.epsilon=0.3"), SCHEMES["CL"], note="old head")}
+    asked = threat_model_attacks(configuration("threat_model.epsilon=0.3"), SCHEMES["CL"], note="old head")
+    listed = {attack.name: attack for attack in asked}
     assert list(listed) == [
         "accuracy/clean",
         "accuracy/threat_model_1",
@@ -99,12 +100,13 @@ def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilo
 
 
 def test_the_supervised_scheme_has_no_threat_model_1():
-    names = [figure.name for figure in figures(configuration(), SCHEMES["SL"])]
+    names = [figure.name for figure in threat_model_attacks(configuration(), SCHEMES["SL"])]
     assert names == ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half"]
 
 
 def test_without_a_scheme_there_is_no_threat_model_1():
-    assert [figure.name for figure in figures(configuration(), None)] == [figure.name for figure in figures(configuration(), SCHEMES["SL"])]
+    without, supervised = (threat_model_attacks(configuration(), scheme) for scheme in (None, SCHEMES["SL"]))
+    assert [attack.name for attack in without] == [attack.name for attack in supervised]
 
 
 def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_there_are_enough_classes():
@@ -149,14 +151,14 @@ def test_each_figure_ascends_its_own_objective(name):
     """The attack of the plan against the adversary of params.yaml on the objective of the methods, written out."""
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=3")
     images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 2, 1, 5])
-    (figure,) = (figure for figure in plan(settings, SCHEMES["SCL"], classes=10) if figure.name == name)
+    (figure,) = (figure for figure in attack_suite(settings, SCHEMES["SCL"], classes=10) if figure.name == name)
     adversary = evaluation_adversary(settings, epsilon=settings.threat_model.epsilon)
-    wanted = adversary.attack(network, lambda: lambda moved: EXPECTED[name](images, moved, labels, network), images, generator=PerImage(9))
-    assert torch.allclose(figure.craft(network, images, labels, PerImage(9)), wanted, atol=1e-6)
+    wanted = adversary.attack(network, lambda: lambda moved: EXPECTED[name](images, moved, labels, network), images, generator=Generator(9))
+    assert torch.allclose(figure.craft(network, images, labels, Generator(9)), wanted, atol=1e-6)
     others = [other for other in EXPECTED if other != name]
     for other in others:
         found = adversary.attack(
-            network, lambda other=other: lambda moved: EXPECTED[other](images, moved, labels, network), images, generator=PerImage(9)
+            network, lambda other=other: lambda moved: EXPECTED[other](images, moved, labels, network), images, generator=Generator(9)
         )
         assert not torch.allclose(found, wanted, atol=1e-3)
 
@@ -164,8 +166,8 @@ def test_each_figure_ascends_its_own_objective(name):
 def test_without_a_random_start_the_first_run_begins_at_the_image_and_the_others_at_random():
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.random_start=false", "evaluate.restarts=2")
     images, labels = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
-    figure = figures(settings, None)[1]
-    runs = {name: [getattr(figure, name)(network, images, labels, PerImage(seed)) for seed in (1, 2)] for name in ("craft", "again")}
+    figure = threat_model_attacks(settings, None)[1]
+    runs = {name: [getattr(figure, name)(network, images, labels, Generator(seed)) for seed in (1, 2)] for name in ("craft", "again")}
     assert torch.equal(*runs["craft"]) and not torch.equal(*runs["again"])
 
 
@@ -173,11 +175,11 @@ def test_pgd_on_the_margin_begins_at_random_whatever_the_other_attacks_do():
     """It is the first of the cascade, and at the image it would repeat what threat model II has done."""
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.random_start=false", "evaluate.steps=2")
     images, labels = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
-    listed = {figure.name: figure for figure in plan(settings, None, classes=10)}
+    listed = {figure.name: figure for figure in attack_suite(settings, None, classes=10)}
     begins = {name: figure.settings["random_start"] for name, figure in listed.items() if "random_start" in figure.settings}
     assert begins == {"accuracy/threat_model_2": False, "accuracy/threat_model_2_half": False, "worst_case/pgd-margin": True}
     for name, random in begins.items():
-        first, second = (listed[name].craft(network, images, labels, PerImage(seed)) for seed in (1, 2))
+        first, second = (listed[name].craft(network, images, labels, Generator(seed)) for seed in (1, 2))
         assert torch.equal(first, second) is not random
 
 
@@ -186,15 +188,15 @@ def test_pgd_on_the_margin_begins_at_random_whatever_the_other_attacks_do():
 def test_every_attack_of_our_own_is_made_as_evaluate_says(name, key, value, usual):
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=4", f"evaluate.{key}={value}")
     images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 2, 1, 5])
-    (figure,) = (figure for figure in plan(settings, SCHEMES["SCL"], classes=10) if figure.name == name)
+    (figure,) = (figure for figure in attack_suite(settings, SCHEMES["SCL"], classes=10) if figure.name == name)
     adversary = evaluation_adversary(settings, epsilon=settings.threat_model.epsilon)
     assert figure.settings[key] == getattr(adversary, key) == value
 
     def attacked_by(adversary):
         objective = lambda: lambda moved: EXPECTED[name](images, moved, labels, network)  # noqa: E731
-        return adversary.attack(network, objective, images, generator=PerImage(9))
+        return adversary.attack(network, objective, images, generator=Generator(9))
 
-    found = figure.craft(network, images, labels, PerImage(9))
+    found = figure.craft(network, images, labels, Generator(9))
     assert torch.allclose(found, attacked_by(adversary), atol=1e-6)
     if key != "keep":  # the last iterate of an ascent is often the best
         assert not torch.allclose(found, attacked_by(replace(adversary, **{key: usual})), atol=1e-3)
@@ -212,13 +214,13 @@ def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_
     settings = configuration("evaluate.steps=3", "threat_model.epsilon=0.01", "evaluate.batch_size=5", "evaluate.seed=3", *WEAK)
     images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network, labels = undecided(images)
-    listed = plan(settings, SCHEMES["SCL"], classes=10)
-    found = measure(network, Split(images, labels), listed, effort(settings, CPU))
+    listed = attack_suite(settings, SCHEMES["SCL"], classes=10)
+    found = run_attacks(network, Split(images, labels), listed, effort(settings, CPU))
     assert found["accuracy/clean"].right.all() and 0 < found["accuracy/threat_model_2"].right.sum() < 12
     for figure in listed[1:3]:
         expected = []
         for x, y in zip((images / 255).split(5), labels.split(5), strict=True):
-            moved = figure.craft(network, x, y, PerImage(derived_seed(figure.name, 3, 0)))
+            moved = figure.craft(network, x, y, Generator(derived_seed(figure.name, 3, 0)))
             expected.append(network(moved).argmax(1) == y)
         assert torch.equal(found[figure.name].right, torch.cat(expected))
     worst = survivors(found)
@@ -239,10 +241,10 @@ def test_neither_the_batch_nor_who_has_left_it_changes_anything(norm, epsilon):
     network, labels = undecided(images)
     own = network.double()
     exact = torch.nn.Sequential(Cast(torch.float64), own, Cast(torch.float32))
-    listed, split = plan(settings, None, classes=10), Split(images, labels)
+    listed, split = attack_suite(settings, None, classes=10), Split(images, labels)
     everyone = [replace(figure, left_only=False, coupled=True, kept=True) for figure in listed]
     cascade, together, apart = (
-        measure(exact, split, listed_, Effort(size, 0, CPU)) for listed_, size in ((listed, 7), (everyone, 40), (everyone, 5))
+        run_attacks(exact, split, listed_, Effort(size, 0, CPU)) for listed_, size in ((listed, 7), (everyone, 40), (everyone, 5))
     )
     for name, outcome in together.items():
         left = cascade[name]
@@ -270,8 +272,8 @@ def test_compare_gets_the_images_that_evaluate_would_store(norm):
     changes = (f"threat_model.norm={norm}", "evaluate.batch_size=8", "evaluate.steps=2", "evaluate.restarts=2")
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network, labels = undecided(images)
-    split, listed = Split(images, labels), figures(configuration(*changes), SCHEMES["CL"])
-    stored = measure(network, split, listed, effort(configuration(*changes), CPU))["accuracy/threat_model_2"].images
+    split, listed = Split(images, labels), threat_model_attacks(configuration(*changes), SCHEMES["CL"])
+    stored = run_attacks(network, split, listed, effort(configuration(*changes), CPU))["accuracy/threat_model_2"].images
     some, record = attacked(network, split, configuration(*changes, "evaluate.adversarial_images=13"), SCHEMES["CL"], CPU)
     assert torch.equal(some, stored[:13])
     assert record["restarts"] == 1 and record["n"] == 13 and record["norm"] == norm and "correct" not in record
@@ -281,7 +283,7 @@ def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
     settings = configuration(
         "evaluate.restarts=3", "evaluate.seed=7", "evaluate.batch_size=64", "threat_model.epsilon=0.2", "evaluate.steps=10"
     )
-    clean, first, second = figures(settings, SCHEMES["CL"], note="old head")[:3]
+    clean, first, second = threat_model_attacks(settings, SCHEMES["CL"], note="old head")[:3]
     found = outcome([True, True, False])
     assert describe(clean, found, settings) == {"n": 3, "correct": 2, "interval": list(wilson(2, 3))}
     record = describe(first, found, settings)
@@ -314,7 +316,7 @@ def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
 
 def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_and_cost():
     settings = configuration("worst_case.attacks=[pgd-margin, square]", "worst_case.restarts=3", "worst_case.queries=77")
-    listed = [figure for figure in plan(settings, None, classes=10) if figure.name in FOUND]
+    listed = [figure for figure in attack_suite(settings, None, classes=10) if figure.name in FOUND]
     record = describe_worst(listed, FOUND, settings)
     steps = record.pop("cascade")
     low, high = wilson(1, 4)
@@ -329,6 +331,6 @@ def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_
 
 def test_the_record_of_the_worst_case_holds_the_radius_of_the_attacks_not_that_of_training():
     settings = configuration("threat_model.epsilon=0.3", "evaluate.epsilon=0.1", "worst_case.attacks=[pgd-margin, square]")
-    listed = [figure for figure in plan(settings, None, classes=10) if figure.name in FOUND]
+    listed = [figure for figure in attack_suite(settings, None, classes=10) if figure.name in FOUND]
     record = describe_worst(listed, FOUND, settings)
     assert [record["epsilon"], *(step["epsilon"] for step in record["cascade"])] == [0.1] * 4

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advml.attacks.per_image_rng import PerImage
+from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.threat_model import ThreatModel
 from advml.data.datasets import Split
 from advml.errors import Failure
-from advml.evaluation.attack_suite import Figure
-from advml.evaluation.run_attacks import NOT_FINITE, Effort, Outcome, counted, measure
+from advml.evaluation.attack_suite import AttackSpec
+from advml.evaluation.run_attacks import NOT_FINITE, Effort, Outcome, counted, run_attacks
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
 
@@ -44,7 +44,7 @@ class Scripted:
     shown: list[list[int]] = field(default_factory=list)
     draws: list[list[float]] = field(default_factory=list)
 
-    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, draws: PerImage) -> Tensor:
+    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, draws: PerImageGenerator) -> Tensor:
         classes = (images.flatten() * 25.5).round().int().tolist()
         broken = self.breaks[len(self.shown)]
         self.shown.append(classes)
@@ -58,12 +58,12 @@ def split(classes: list[int], labels: list[int] | None = None) -> Split:
     return Split((10 * torch.tensor(classes)).to(torch.uint8).view(-1, 1, 1, 1), torch.tensor(labels or classes))
 
 
-def figure(attack: Scripted, name: str = "accuracy/x", **how) -> Figure:
-    return Figure(name, attack, threat_model=THREAT, **how)
+def figure(attack: Scripted, name: str = "accuracy/x", **how) -> AttackSpec:
+    return AttackSpec(name, attack, threat_model=THREAT, **how)
 
 
-def run(data: Split, *figures: Figure, batch_size: int = 100, seed: int = 0, keep: int | None = None, **options) -> dict[str, Outcome]:
-    return measure(Reader(), data, [Figure("accuracy/clean"), *figures], Effort(batch_size, seed, CPU, keep), **options)
+def run(data: Split, *figures: AttackSpec, batch_size: int = 100, seed: int = 0, keep: int | None = None, **options) -> dict[str, Outcome]:
+    return run_attacks(Reader(), data, [AttackSpec("accuracy/clean"), *figures], Effort(batch_size, seed, CPU, keep), **options)
 
 
 def right(data: Split, attack: Scripted, *, batch_size: int = 100, seed: int = 0, **how) -> list[bool]:
@@ -86,13 +86,13 @@ def test_logits_that_are_no_numbers_are_a_wrong_prediction():
         def forward(self, images: Tensor) -> Tensor:
             return torch.tensor([[9.0, 0.0], [9.0, torch.nan], [torch.inf, 0.0]])
 
-    clean = measure(Broken(), split([0, 0, 0]), [Figure("accuracy/clean")], Effort(3, 0, CPU))["accuracy/clean"]
+    clean = run_attacks(Broken(), split([0, 0, 0]), [AttackSpec("accuracy/clean")], Effort(3, 0, CPU))["accuracy/clean"]
     assert clean.right.tolist() == [True, False, False] and clean.predicted.tolist() == [0, NOT_FINITE, NOT_FINITE]
 
 
 def test_the_network_is_judged_in_eval_mode_and_by_a_copy():
     network = Reader().train()
-    measure(network, split([0]), [Figure("accuracy/clean")], Effort(1, 0, CPU))
+    run_attacks(network, split([0]), [AttackSpec("accuracy/clean")], Effort(1, 0, CPU))
     assert network.modes == [] and not network.training
 
 
@@ -239,7 +239,7 @@ def test_a_model_that_draws_at_random_gives_the_same_wherever_the_evaluation_goe
     data, state = split([0, 1, 2, 3] * 10), torch.get_rng_state()
 
     def measured(folder: str) -> Tensor:
-        found = measure(Noisy(), data, [Figure("accuracy/clean")], Effort(8, 0, CPU), memo=Memo(tmp_path / folder))
+        found = run_attacks(Noisy(), data, [AttackSpec("accuracy/clean")], Effort(8, 0, CPU), memo=Memo(tmp_path / folder))
         return found["accuracy/clean"].right
 
     whole = measured("first")

@@ -52,12 +52,12 @@ def interrupted(make_study, given, monkeypatch):
 @pytest.mark.parametrize(
     ("correction", "again"),
     [
-        ("diagnostics.steps=3", {"look"}),
-        ("diagnostics.images=4", {"look"}),
+        ("diagnostics.steps=3", {"diagnose"}),
+        ("diagnostics.images=4", {"diagnose"}),
         ("corruptions.severities=[2]", {"one"}),
-        ("evaluate.steps=3", {"measure", "look"}),
-        ("threat_model.epsilon=0.1", {"measure", "look"}),
-        ("worst_case.restarts=2", {"measure", "look"}),
+        ("evaluate.steps=3", {"measure", "diagnose"}),
+        ("threat_model.epsilon=0.1", {"measure", "diagnose"}),
+        ("worst_case.restarts=2", {"measure", "diagnose"}),
     ],
 )
 def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given, monkeypatch, correction, again):
@@ -67,7 +67,7 @@ def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *arguments, **options: (ran.add(name), real(*arguments, **options))[1])
 
-    for owner, name in ((_Batch, "measure"), (diagnose, "look"), (protocol.corruption, "one")):
+    for owner, name in ((_Batch, "measure"), (diagnose, "diagnose"), (protocol.corruption, "one")):
         watch(owner, name)
     metrics = evaluate.run_given(interrupted.context(*QUICK, correction), given)
     assert ran == again and "corruption/mean" in metrics

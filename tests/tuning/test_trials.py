@@ -18,8 +18,9 @@ from advml.attacks.threat_model import ThreatModel
 from advml.cli import searching
 from advml.data.datasets import Split
 from advml.errors import Failure
-from advml.evaluation import attack_suite, run_attacks
-from advml.evaluation.run_attacks import Effort, measure
+from advml.evaluation import attack_suite
+from advml.evaluation import run_attacks as running
+from advml.evaluation.run_attacks import Effort, run_attacks
 from advml.networks import models
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -251,7 +252,8 @@ def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_st
     subject = attack.Subject(search)
     test, configuration = subject.context.dataset.test, search.config
     effort = Effort(configuration.evaluate.batch_size, configuration.evaluate.seed, subject.context.machine)
-    study = measure(subject.network, test, attack_suite.figures(configuration, None), effort)["accuracy/threat_model_2"].right
+    attacks = attack_suite.threat_model_attacks(configuration, None)
+    study = run_attacks(subject.network, test, attacks, effort)["accuracy/threat_model_2"].right
     assert torch.equal(torch.cat(list(subject.under(subject.default(), test))), study) and 0 < study.sum() < len(study)
     told = search.confirm({"step_size": 1.0})
     assert told["test"]["default"]["accuracy"] == float(study.double().mean()) and told["default_is"] == "the attack of evaluate"
@@ -278,7 +280,7 @@ def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypat
     assert list(asked) == [name for name in autoattack.ATTACKS if autoattack.applicable(name, 4)] and len(asked) > 2
     assert found["n"] == 40 and set(asked.values()) == {round(40 * found["accuracy"])} != {0}
     asked.clear()
-    monkeypatch.setattr(run_attacks, "predict", lambda network, images, machine: torch.full((len(images),), -1))
+    monkeypatch.setattr(running, "predict", lambda network, images, machine: torch.full((len(images),), -1))
     assert search.measure("autoattack")["test"]["accuracy"] == 0 and not asked
 
 

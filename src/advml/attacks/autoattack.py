@@ -21,8 +21,8 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from advml.attacks.isolation import Logits, checked, guarded
-from advml.attacks.per_image_rng import PerImage, Sample
+from advml.attacks.isolation import Logits, checked, isolated
+from advml.attacks.per_image_rng import PerImageGenerator, Sample
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.errors import Failure, UserError
 
@@ -149,7 +149,7 @@ def attack(
         return images.detach().clone()
     strength = replace(strength, targets=min(strength.targets, classes - 1))
     common = {"norm": NORM_NAMES[threat_model.norm], "eps": threat_model.epsilon, "seed": seed, "device": images.device}
-    with guarded(model, seed=seed), torch.no_grad():  # the attacks switch gradients on where they need them
+    with isolated(model, seed=seed), torch.no_grad():  # the attacks switch gradients on where they need them
         found = recipe.build(Logits(model, like=images, classes=classes), strength, common).perturb(inputs, labels.clone())
     found = found.detach().to(images.dtype)
     found = torch.where(found.isfinite().flatten(1).all(1).view(-1, *[1] * (images.ndim - 1)), found, images.detach())
@@ -179,12 +179,12 @@ SAMPLES: dict[str, Sample] = {
 class _OwnStarts:
     """Gives each run of the library's loop the starts that the library would draw for each image alone, one run after another.
 
-    `seed` of the library's attack on an image alone is then `PerImage(seed).seed_of(image)`. For L-infinity and L2.
+    `seed` of the library's attack on an image alone is then `PerImageGenerator(seed).seed_of(image)`. For L-infinity and L2.
     """
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W) of x in [0, 1] with classes y (N,); those that do not break come back as they were."""
-        self.draws = PerImage(self.seed)
+        self.draws = PerImageGenerator(self.seed)
         return super().perturb(x, y)
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

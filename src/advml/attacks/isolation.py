@@ -32,7 +32,7 @@ def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
 
 
 @contextmanager
-def guarded(model: nn.Module, *, seed: int) -> Iterator[None]:
+def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     """Within: `model` is frozen and in eval mode, and the global generators are seeded. After, or after an error: as it was.
 
     Attack libraries draw from the global generators, and call `backward()`, which would reach the parameters.
@@ -65,7 +65,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def borrowed(model: nn.Module) -> Iterator[nn.Module]:
+def frozen_copy(model: nn.Module) -> Iterator[nn.Module]:
     """Within: a copy of the model in eval mode, frozen. One that cannot be copied lends itself, and is as before afterwards."""
     own = copied(model)
     tensors = [*own.parameters(), *own.buffers()] if own is model else []

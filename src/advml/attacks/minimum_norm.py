@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advml.attacks.isolation import Logits, checked, guarded
+from advml.attacks.isolation import Logits, checked, isolated
 from advml.attacks.threat_model import NORMS
 from advml.errors import UserError
 
@@ -95,7 +95,7 @@ def minimal_distances(
 
     FMN and DDN draw random numbers only where a gradient vanishes; CW stops when the loss of the whole batch stalls. So the result
     follows from `seed` and the whole batch, and is the same every time on the CPU. The model is in eval mode and frozen
-    meanwhile; everything else is as before, also after an error (see `guarded`).
+    meanwhile; everything else is as before, also after an error (see `isolated`).
 
     Args:
         name: a key of MINIMAL.
@@ -121,7 +121,7 @@ def minimal_distances(
     inputs, images = checked(images), images.detach()
     if not len(images):
         return images.new_zeros(0), images.clone()
-    with guarded(model, seed=seed), torch.no_grad():
+    with isolated(model, seed=seed), torch.no_grad():
         logits = Logits(model, like=images)
         correct = logits(inputs).argmax(1) == labels
         target = foolbox.PyTorchModel(logits, bounds=(0, 1), device=images.device)

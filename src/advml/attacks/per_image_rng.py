@@ -17,7 +17,7 @@ from advml.runtime.machine import derived_seed
 Sample = Callable[[Tensor, torch.Generator], Tensor]
 
 
-class PerImage:
+class PerImageGenerator:
     """Stands where a generator could stand, and has one for each image. Like a generator, it goes on where the last draw ended.
 
     Args:
@@ -48,12 +48,12 @@ class PerImage:
         return self._generators[name]
 
 
-Randomness = torch.Generator | PerImage  # one for the whole batch, or one for each image
+Randomness = torch.Generator | PerImageGenerator  # one for the whole batch, or one for each image
 
 
 def drawn(sample: Sample, images: Tensor, generator: Randomness) -> Tensor:
     """What `sample` gives for the images (N, C, H, W), on the CPU."""
-    return generator.draw(sample, images) if isinstance(generator, PerImage) else sample(images, generator)
+    return generator.draw(sample, images) if isinstance(generator, PerImageGenerator) else sample(images, generator)
 
 
 def _names(images: Tensor) -> list[str]:

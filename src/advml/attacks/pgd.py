@@ -157,7 +157,7 @@ class Adversary:
             objective: builds the objective; called once, under attack conditions, so that whatever stays
                 constant over the steps (the clean embedding) is computed there, once.
             images: (N, C, H, W) in [0, 1].
-            generator: draws the random start, on the CPU; for the batch, or `PerImage`.
+            generator: draws the random start, on the CPU; for the batch, or `PerImageGenerator`.
         """
         with under_attack(network, mode=self.mode):
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None

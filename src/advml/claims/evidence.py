@@ -15,7 +15,7 @@ from advml import config
 from advml.claims.measured import Block, Measured, Missing
 from advml.errors import UserError
 from advml.evaluation import records, samples
-from advml.evaluation.records import NONE, transferred, verdict
+from advml.evaluation.records import NONE, flag_summary, transfer_flags
 from advml.paths import Workspace, model_name
 from advml.similarity import compare, represent, statistics
 from advml.similarity.statistics import Estimate
@@ -47,7 +47,7 @@ class Study:
         found, images = self._by_image(name, metric, record)
         data = self._model(name).get("data", {}).get("digest")
         conditions = {"data": data, "images": figure["n"], "test images": images, "attacks": _attacks(figure)}
-        said = verdict(record.get("diagnostics", {}), self._transferred.get(name, ()))
+        said = flag_summary(record.get("diagnostics", {}), self._transferred.get(name, ()))
         return Measured(name, found, conditions, {} if said == NONE else {name: said})
 
     def _by_image(self, name: str, metric: str, record: dict[str, Any]) -> tuple[Estimate, str]:
@@ -109,7 +109,7 @@ class Study:
 
     @cached_property
     def _transferred(self) -> dict[str, list[dict[str, str]]]:
-        return transferred(records.read_transfer(self.workspace))
+        return transfer_flags(records.read_transfer(self.workspace))
 
     @cached_property
     def _comparison(self) -> compare.Stored | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks import autoattack
-from advml.attacks.per_image_rng import PerImage
+from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.pgd import Adversary, Objective, evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.networks.models import Network
@@ -25,13 +25,13 @@ from advml.training.schemes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective
 
 # (network, images, labels, draws) -> adversarial images
-Craft = Callable[[nn.Module, Tensor, Tensor, PerImage], Tensor]
+Craft = Callable[[nn.Module, Tensor, Tensor, PerImageGenerator], Tensor]
 # (network, images, labels) -> objective; built anew for every batch of images.
 MakeObjective = Callable[[Network, Tensor, Tensor], Objective]
 
 
 @dataclass(frozen=True)
-class Figure:
+class AttackSpec:
     """One attack of an evaluation, and how its outcome is counted. `craft=None`: the clean images.
 
     Attributes:
@@ -55,33 +55,33 @@ class Figure:
     left_only: bool = False
 
 
-def plan(configuration: config.Config, scheme: Scheme | None, *, classes: int, note: str = "") -> list[Figure]:
+def attack_suite(configuration: config.Config, scheme: Scheme | None, *, classes: int, note: str = "") -> list[AttackSpec]:
     """Everything that is measured on a model.
 
     Args:
         scheme: without one, or with one without a projection head (SL), there is no threat model I.
         note: on the projection head, for the record.
     """
-    return [*figures(configuration, scheme, note=note), *cascade(configuration, classes=classes)]
+    return [*threat_model_attacks(configuration, scheme, note=note), *cascade(configuration, classes=classes)]
 
 
-def figures(configuration: config.Config, scheme: Scheme | None, *, note: str = "") -> list[Figure]:
+def threat_model_attacks(configuration: config.Config, scheme: Scheme | None, *, note: str = "") -> list[AttackSpec]:
     """Clean accuracy and the threat models, each on all images."""
-    listed = [Figure("accuracy/clean")]
+    listed = [AttackSpec("accuracy/clean")]
     for suffix, share in (("", 1.0), ("_half", 0.5)):
         adversary = evaluation_adversary(configuration, epsilon=share * configuration.attacked_epsilon)
         restarts = configuration.evaluate.restarts
         if scheme and scheme.groups:
             make = _contrastive(scheme.groups, configuration.temperature)
-            figure = pgd_figure(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", note=note)
+            figure = pgd_attack(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", note=note)
             listed.append(replace(figure, restarts=restarts, coupled=True))
         loss = configuration.evaluate.objective
-        figure = pgd_figure(f"accuracy/threat_model_2{suffix}", adversary, classification(loss), loss=LOSSES.get(loss, loss))
+        figure = pgd_attack(f"accuracy/threat_model_2{suffix}", adversary, classification(loss), loss=LOSSES.get(loss, loss))
         listed.append(replace(figure, restarts=restarts, kept=share == 1))
     return listed
 
 
-def cascade(configuration: config.Config, *, classes: int) -> list[Figure]:
+def cascade(configuration: config.Config, *, classes: int) -> list[AttackSpec]:
     """The attacks of `worst_case.attacks` that exist for so many classes, each on what is left; without any there is no cascade.
 
     PGD on cross-entropy and on the margin are always among the attacks: what neither threat model II nor the list has comes first.
@@ -96,21 +96,21 @@ OWN = {"pgd-ce": "ce", "pgd-margin": "margin"}  # our own attacks of the cascade
 LOSSES = {"ce": "cross-entropy"}  # names of objectives in records, where they differ
 
 
-def _step(configuration: config.Config, name: str, classes: int) -> Figure:
+def _step(configuration: config.Config, name: str, classes: int) -> AttackSpec:
     spec = configuration.worst_case
     adversary = evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon)
     if name in OWN:
         make, loss = classification(OWN[name]), LOSSES.get(OWN[name], OWN[name])
-        figure = pgd_figure(f"worst_case/{name}", replace(adversary, random_start=True), make, loss=loss)
+        figure = pgd_attack(f"worst_case/{name}", replace(adversary, random_start=True), make, loss=loss)
         return replace(figure, restarts=spec.restarts)
     strength = autoattack.Strength(steps=spec.steps, targets=spec.targets, queries=spec.queries)
-    return autoattack_figure(name, adversary.threat_model, classes=classes, strength=strength)
+    return library_attack(name, adversary.threat_model, classes=classes, strength=strength)
 
 
-def autoattack_figure(name: str, threat_model: ThreatModel, *, classes: int, strength: autoattack.Strength) -> Figure:
+def library_attack(name: str, threat_model: ThreatModel, *, classes: int, strength: autoattack.Strength) -> AttackSpec:
     """A figure of one of AutoAttack's attacks."""
 
-    def craft(network: nn.Module, images: Tensor, labels: Tensor, draws: PerImage) -> Tensor:
+    def craft(network: nn.Module, images: Tensor, labels: Tensor, draws: PerImageGenerator) -> Tensor:
         return autoattack.attack(
             name,
             network,
@@ -123,10 +123,10 @@ def autoattack_figure(name: str, threat_model: ThreatModel, *, classes: int, str
         )
 
     settings = {"attack": name, "library": "pyautoattack", **threat_of(threat_model), **asdict(strength)}
-    return Figure(f"worst_case/{name}", craft, threat_model=threat_model, settings=settings)
+    return AttackSpec(f"worst_case/{name}", craft, threat_model=threat_model, settings=settings)
 
 
-def pgd_figure(name: str, adversary: Adversary, make: MakeObjective, *, loss: str, note: str = "") -> Figure:
+def pgd_attack(name: str, adversary: Adversary, make: MakeObjective, *, loss: str, note: str = "") -> AttackSpec:
     """A figure of our own PGD."""
 
     def crafting(adversary: Adversary) -> Craft:
@@ -138,7 +138,7 @@ def pgd_figure(name: str, adversary: Adversary, make: MakeObjective, *, loss: st
     del attack["threat_model"]
     settings = {"attack": "pgd", "objective": loss, **threat_of(adversary.threat_model), **attack}
     again = crafting(replace(adversary, random_start=True))
-    return Figure(name, crafting(adversary), again, adversary.threat_model, settings | ({"note": note} if note else {}))
+    return AttackSpec(name, crafting(adversary), again, adversary.threat_model, settings | ({"note": note} if note else {}))
 
 
 def threat_of(threat_model: ThreatModel) -> dict[str, Any]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.isolation import borrowed, copied
+from advml.attacks.isolation import copied, frozen_copy
 from advml.data.corruptions import published as corruptions
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.evaluation import corruption, samples
 from advml.evaluation import metrics as accuracy
-from advml.evaluation.attack_suite import Figure, plan
+from advml.evaluation.attack_suite import AttackSpec, attack_suite
 from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
-from advml.evaluation.records import verdict
-from advml.evaluation.run_attacks import Outcome, Scorer, measure
+from advml.evaluation.records import flag_summary
+from advml.evaluation.run_attacks import Outcome, Scorer, run_attacks
 from advml.runtime.machine import Machine, own_randomness
 from advml.runtime.memo import Memo
 from advml.training.schemes import Scheme
@@ -65,9 +65,9 @@ class Evaluation:
     kept: dict[str, Any]
 
     @property
-    def verdict(self) -> str:
+    def flag_summary(self) -> str:
         """Names of the flags that the diagnostics raised, or that there are none, or that nobody looked."""
-        return verdict(self.record["diagnostics"])
+        return flag_summary(self.record["diagnostics"])
 
 
 def evaluate(
@@ -86,11 +86,11 @@ def evaluate(
         tell: told how much of `work` is done, and what stands so far.
     """
     figures, test = _plan(configuration, subject, dataset), dataset.test
-    rehearse(
+    check_model(
         subject.network.eval(), machine.images(test.images[: configuration.evaluate.batch_size]), machine, classes=len(dataset.classes)
     )
     scorer, untouched = Scorer(copied(subject.network), machine), copied(subject.network)  # made before any attack
-    outcomes = measure(
+    outcomes = run_attacks(
         subject.network,
         dataset.test,
         figures,
@@ -134,11 +134,11 @@ def _looks(configuration: config.Config) -> bool:
     return configuration.diagnostics.images > 0
 
 
-def _plan(configuration: config.Config, subject: Subject, dataset: Dataset) -> list[Figure]:
-    return plan(configuration, subject.scheme, classes=len(dataset.classes), note=subject.note)
+def _plan(configuration: config.Config, subject: Subject, dataset: Dataset) -> list[AttackSpec]:
+    return attack_suite(configuration, subject.scheme, classes=len(dataset.classes), note=subject.note)
 
 
-def _described(figures: list[Figure], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
+def _described(figures: list[AttackSpec], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
     """Records of the figures that stand for themselves, and of the worst case, whose steps the others are."""
     alone = [figure for figure in figures if not figure.left_only]
     described = {figure.name: accuracy.describe(figure, outcomes[figure.name], configuration) for figure in alone}
@@ -156,7 +156,7 @@ def _doubts(
     if not configuration.diagnostics.images:
         return diagnose.unprobed(subject.network, scorer, outcomes, reason="diagnostics.images = 0")
     given = (subject.network, scorer, dataset.test, outcomes, configuration, scorer.machine)
-    return memo.json("diagnostics", lambda: diagnose.look(*given, classes=len(dataset.classes)))
+    return memo.json("diagnostics", lambda: diagnose.diagnose(*given, classes=len(dataset.classes)))
 
 
 def _counted(doubted: Mapping[str, Any]) -> dict[str, int]:
@@ -188,14 +188,14 @@ def _corrupted(
 # Checked before hours are spent on it
 
 
-def rehearse(network: nn.Module, images: Tensor, machine: Machine, *, classes: int) -> None:
+def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes: int) -> None:
     """Try a copy of the network on all images (N, C, H, W), and on the first alone.
 
     Raises:
         UserError: it does not give a logit per class and image, for batches of any size.
     """
     for batch in (images, images[:1]):
-        with own_randomness(0, images.device), borrowed(network) as own, torch.enable_grad():
+        with own_randomness(0, images.device), frozen_copy(network) as own, torch.enable_grad():
             asked = batch.detach().clone().requires_grad_()
             with machine.autocast():
                 logits = own(asked)

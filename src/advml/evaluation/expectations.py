@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from advml.attacks.isolation import borrowed
+from advml.attacks.isolation import frozen_copy
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.evaluation.intervals import binomial_tail
@@ -100,7 +100,7 @@ def _guesses(
     m0, s0 = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in constants)
     for name, candidate in candidates.items():
         mean, std = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in candidate)
-        with borrowed(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
+        with frozen_copy(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
             try:
                 found[name] = torch.cat(
                     [

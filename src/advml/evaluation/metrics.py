@@ -11,9 +11,9 @@ from torch import Tensor
 
 from advml import config
 from advml.data.datasets import Split
-from advml.evaluation.attack_suite import Figure, figures
+from advml.evaluation.attack_suite import AttackSpec, threat_model_attacks
 from advml.evaluation.intervals import wilson
-from advml.evaluation.run_attacks import PASSES, Effort, Outcome, measure
+from advml.evaluation.run_attacks import PASSES, Effort, Outcome, run_attacks
 from advml.evaluation.samples import WORST
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
@@ -33,9 +33,9 @@ def attacked(
     count, size = configuration.evaluate.adversarial_images, configuration.evaluate.batch_size
     whole = None if count is None else size * math.ceil(count / size)  # whole batches: others would round differently
     some = Split(split.images[:whole], split.labels[:whole])
-    clean, kept = (figure for figure in figures(configuration, scheme) if figure.craft is None or figure.kept)
+    clean, kept = (figure for figure in threat_model_attacks(configuration, scheme) if figure.craft is None or figure.kept)
     once = replace(kept, restarts=1)
-    images = measure(network, some, [clean, once], effort(configuration, machine))[once.name].images
+    images = run_attacks(network, some, [clean, once], effort(configuration, machine))[once.name].images
     return images, describe_kept(once, images, configuration)
 
 
@@ -57,7 +57,7 @@ def metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
     return flat
 
 
-def describe(figure: Figure, outcome: Outcome, configuration: config.Config) -> dict[str, Any]:
+def describe(figure: AttackSpec, outcome: Outcome, configuration: config.Config) -> dict[str, Any]:
     """The record of one figure: everything needed to measure it again, and what it took."""
     record = _counts(outcome.right)
     if figure.craft is None:
@@ -65,12 +65,12 @@ def describe(figure: Figure, outcome: Outcome, configuration: config.Config) -> 
     return record | {**figure.settings, "restarts": figure.restarts, **_seed(configuration), **_passes(outcome)}
 
 
-def describe_kept(figure: Figure, images: Tensor, configuration: config.Config) -> dict[str, Any]:
+def describe_kept(figure: AttackSpec, images: Tensor, configuration: config.Config) -> dict[str, Any]:
     """The record of stored adversarial images: those of the first restart."""
     return {"n": len(images), **figure.settings, "restarts": 1, **_seed(configuration)}
 
 
-def describe_worst(plan: Sequence[Figure], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
+def describe_worst(plan: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
     """The record of the worst case: the cascade, how many images each attack was aimed at, and how many it was the first to break."""
     standing = survivors({plan[0].name: outcomes[plan[0].name]})
     steps = []

@@ -171,7 +171,7 @@ def read_transfer(workspace: Workspace) -> dict[str, Any] | None:
 NONE, UNJUDGED = "none", "not judged"
 
 
-def verdict(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
+def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
     """Names of the flags, or that there are none, or that nobody looked.
 
     Args:
@@ -182,7 +182,7 @@ def verdict(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, A
     return ", ".join(flags) or (NONE if "evidence" in diagnostics else UNJUDGED)
 
 
-def transferred(found: Mapping[str, Any] | None) -> dict[str, list[dict[str, str]]]:
+def transfer_flags(found: Mapping[str, Any] | None) -> dict[str, list[dict[str, str]]]:
     """Flags by model, of a transfer as `read_transfer` gives it."""
     flags: dict[str, list[dict[str, str]]] = {}
     for block in (found or {"seeds": ()})["seeds"]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from advml.attacks.isolation import copied
-from advml.attacks.per_image_rng import PerImage
+from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.data.datasets import Split
 from advml.errors import Failure
-from advml.evaluation.attack_suite import Figure
+from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.samples import PASSES, Outcome
 from advml.networks.models import Network
 from advml.runtime.machine import Machine, derived_seed, own_randomness
@@ -33,10 +33,10 @@ class Effort:
     keep: int | None = None  # adversarial images to keep of a `kept` figure; None: all
 
 
-def measure(
+def run_attacks(
     network: nn.Module,
     split: Split,
-    figures: Sequence[Figure],
+    figures: Sequence[AttackSpec],
     effort: Effort,
     *,
     memo: Memo | None = None,
@@ -47,7 +47,7 @@ def measure(
 
     Images that are broken leave a figure's next restart, and images broken by any figure leave those with `left_only`: but only
     where the objective is per sample. A contrastive one couples the batch. Random numbers of attacks are each image's own
-    (`PerImage`): what one on a per-sample objective does to an image does not depend on the rest of the batch, up to rounding.
+    (`PerImageGenerator`): what one on a per-sample objective does to an image does not depend on the rest of the batch, up to rounding.
 
     Args:
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
@@ -90,7 +90,7 @@ class _Batch:
 
     network: nn.Module
     scorer: Scorer
-    figure: Figure
+    figure: AttackSpec
     split: Split
     rows: Tensor
     clean: Outcome | None
@@ -144,7 +144,7 @@ class _Batch:
         return len(self.rows) if limit is None else min(len(self.rows), max(0, limit - int(self.rows[0])))
 
     def _attack(self, images: Tensor, labels: Tensor, restart: int) -> tuple[Tensor, dict[str, int]]:
-        draws = PerImage(derived_seed(self.figure.name, self.effort.seed, restart))
+        draws = PerImageGenerator(derived_seed(self.figure.name, self.effort.seed, restart))
         with self.effort.machine.autocast(), counted(self.network) as passes:
             craft = self.figure.craft if restart == 0 else self.figure.again or self.figure.craft
             adversarial = craft(self.network, images, labels, draws)

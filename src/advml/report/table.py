@@ -11,7 +11,7 @@ from typing import Any
 from advml.config import Config
 from advml.errors import UserError
 from advml.evaluation import records
-from advml.evaluation.records import transferred
+from advml.evaluation.records import transfer_flags
 from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
 from advml.paths import Workspace, model_name
 
@@ -48,7 +48,7 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro") from None
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
-    flagged = transferred(records.read_transfer(workspace))
+    flagged = transfer_flags(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from advml.evaluation.records import verdict
+from advml.evaluation.records import flag_summary
 from advml.paths import Workspace
 from advml.tracking.files import digest, read
 
@@ -29,7 +29,7 @@ def log_evaluation(run: Run, workspace: Workspace, name: str) -> bool:
         return False
     run.log_params(record.get("parameters", {}))
     run.log_metrics(record["metrics"], instead_of=METRICS)
-    run.set_tag("advml.flags", verdict(record.get("diagnostics", {})))
+    run.set_tag("advml.flags", flag_summary(record.get("diagnostics", {})))
     run.log_file(made, "records/evaluate")
     if samples.exists():
         run.log_file(samples, "samples")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.evaluation.records import NONE, transferred, verdict
+from advml.evaluation.records import NONE, flag_summary, transfer_flags
 from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
 from advml.tracking.files import digest, read, read_table, read_yaml
@@ -128,7 +128,7 @@ def log_transfer(run: Run, workspace: Workspace, name: str) -> bool:
     scored = {model: weights for block in content["seeds"] for model, weights in block["digests"].items()}
     if name not in scored or scored[name] != run.tag("advml.digest"):
         return False
-    flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
+    flags = ", ".join(flag["name"] for flag in transfer_flags(content).get(name, ())) or NONE
     if run.tag(FLAGS) == flags:
         return False
     run.set_tag(FLAGS, flags)
@@ -153,7 +153,7 @@ def _log_comparison(run: Run, folder: Path, content: dict[str, Any]) -> None:
 
 def _log_evaluation(run: Run, folder: Path, content: dict[str, Any]) -> None:
     run.log_metrics(content["metrics"])
-    run.set_tag("advml.flags", verdict(content.get("diagnostics", {})))
+    run.set_tag("advml.flags", flag_summary(content.get("diagnostics", {})))
 
 
 def _log_search(run: Run, folder: Path, content: dict[str, Any]) -> None:

@@ -19,9 +19,9 @@ from advml.attacks.pgd import Adversary, evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.config import Config
 from advml.data.datasets import Split
-from advml.evaluation.attack_suite import Figure, autoattack_figure, classification, pgd_figure
+from advml.evaluation.attack_suite import AttackSpec, classification, library_attack, pgd_attack
 from advml.evaluation.intervals import wilson
-from advml.evaluation.run_attacks import Effort, Scorer, measure
+from advml.evaluation.run_attacks import Effort, Scorer, run_attacks
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.runtime.machine import Machine, generator_for
@@ -70,9 +70,9 @@ class Attack:
         """Forward and backward passes of an image that nothing breaks."""
         return passes(steps=self.adversary.steps, restarts=self.restarts, keep=self.adversary.keep)
 
-    def figure(self) -> Figure:
+    def figure(self) -> AttackSpec:
         """The attack as `evaluate` measures it: broken images leave the next restart, and examples must lie in the ball."""
-        figure = pgd_figure(STUDIED, self.adversary, classification(self.objective), loss=self.objective)
+        figure = pgd_attack(STUDIED, self.adversary, classification(self.objective), loss=self.objective)
         return replace(figure, restarts=self.restarts)
 
 
@@ -81,11 +81,11 @@ def withstood(network: Network, split: Split, attack: Attack | None, *, batch_si
 
     An image has the same random starts whatever the attack: those of `evaluate`, as `seed` is `evaluate.seed`.
     """
-    figures = [Figure("clean"), *([attack.figure()] if attack else [])]
+    figures = [AttackSpec("clean"), *([attack.figure()] if attack else [])]
     scorer = Scorer(copied(network.eval()), machine)
     effort = Effort(batch_size, seed, machine)
     for rows in torch.arange(len(split.labels)).split(batch_size):
-        outcomes = measure(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
+        outcomes = run_attacks(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
         yield outcomes[figures[-1].name].right
 
 
@@ -197,12 +197,12 @@ def _autoattack(subject: Subject, split: Split) -> Tensor:
     """Which images (N,) the whole of AutoAttack's standard set leaves right."""
     classes, spec = len(subject.context.dataset.classes), subject.search.config.evaluate
     figures = [
-        replace(autoattack_figure(name, subject.threat_model, classes=classes, strength=autoattack.Strength()), left_only=True)
+        replace(library_attack(name, subject.threat_model, classes=classes, strength=autoattack.Strength()), left_only=True)
         for name in autoattack.ATTACKS
         if autoattack.applicable(name, classes)
     ]
     effort = Effort(spec.batch_size, spec.seed, subject.context.machine)
     right = torch.ones(len(split.labels), dtype=torch.bool)
-    for outcome in measure(subject.network, split, [Figure("clean"), *figures], effort).values():
+    for outcome in run_attacks(subject.network, split, [AttackSpec("clean"), *figures], effort).values():
         right[outcome.rows] &= outcome.right
     return right

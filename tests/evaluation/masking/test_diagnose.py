@@ -61,7 +61,7 @@ def outcomes(white: set[int], square: set[int] | None = None) -> dict[str, Outco
 
 def look(dataset: Dataset, network: nn.Module, found: dict[str, Outcome], *overrides: str) -> dict:
     settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "diagnostics.shares=[1]", *overrides])
-    return diagnose.look(network, Scorer(copied(network), CPU), dataset.test, found, settings, CPU, classes=4)
+    return diagnose.diagnose(network, Scorer(copied(network), CPU), dataset.test, found, settings, CPU, classes=4)
 
 
 def names(found: dict) -> list[str]:
@@ -77,7 +77,7 @@ def test_a_model_that_decides_itself_bears_a_flag_for_it(dataset, fails, monkeyp
         monkeypatch.setattr(diagnose, "probe", lambda *_, **__: raising(UserError("it fails")))
     network, settings = Rounded(dataset), config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=2", SMALL])
     found = {
-        who: names(diagnose.look(network, Scorer(scorer, CPU), dataset.test, outcomes(set()), settings, CPU, classes=4))
+        who: names(diagnose.diagnose(network, Scorer(scorer, CPU), dataset.test, outcomes(set()), settings, CPU, classes=4))
         for who, scorer in {"copy": copied(network), "itself": network}.items()
     }
     assert found["itself"] == [*found["copy"], "not_copied"]
@@ -241,7 +241,7 @@ def test_a_model_that_fails_on_the_probes_is_not_judged_but_for_what_needs_none(
 def test_what_the_probes_break_is_broken_in_the_worst_case(dataset):
     network, before = Nearest(dataset), outcomes({0, 1})
     settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "threat_model.epsilon=0.5"])
-    found = json.loads(json.dumps(diagnose.look(network, Scorer(network, CPU), dataset.test, before, settings, CPU, classes=4)))
+    found = json.loads(json.dumps(diagnose.diagnose(network, Scorer(network, CPU), dataset.test, before, settings, CPU, classes=4)))
     figures, steps = diagnose.counted(found, before, settings)
     assert list(steps) == [figure.name for figure in figures] == [f"worst_case/probe-{kind}" for kind in ("pgd", "step", "noise")]
     left = survivors(before | steps)
@@ -262,7 +262,7 @@ def test_what_the_scorer_sees_otherwise_does_not_count(dataset):
 
     settings = config.load(PARAMS, ["diagnostics.images=1", "diagnostics.steps=10", "threat_model.epsilon=0.5"])
     before = outcomes(set())
-    found = diagnose.look(Nearest(dataset), Scorer(Wise(dataset), CPU), dataset.test, before, settings, CPU, classes=4)
+    found = diagnose.diagnose(Nearest(dataset), Scorer(Wise(dataset), CPU), dataset.test, before, settings, CPU, classes=4)
     assert survivors(before | diagnose.counted(found, before, settings)[1]).all() and found["evidence"]["broken"] == 1
 
 
@@ -279,6 +279,6 @@ def test_nearest_images_within_epsilon_count_and_others_do_not(dataset, monkeypa
     monkeypatch.setattr(diagnose, "probe", lambda *arguments, on_broken, **how: probe(*arguments, **how))
     monkeypatch.setattr(diagnose, "PROBES", {})
     before = outcomes(set())
-    found = diagnose.look(Nearest(dataset), Scorer(Scoring(), CPU), split, before, settings, CPU, classes=4)
+    found = diagnose.diagnose(Nearest(dataset), Scorer(Scoring(), CPU), split, before, settings, CPU, classes=4)
     assert list(found["broken"]) == ["fmn"] and found["broken"]["fmn"]["rows"] == [1]
     assert diagnose.counted(found, before, settings)[1]["worst_case/fmn"].right.tolist() == [True, False, *[True] * 6]

@@ -14,7 +14,7 @@ from advml.attacks import minimum_norm
 from advml.attacks.threat_model import ThreatModel
 from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.attack_suite import Figure, threat_of
+from advml.evaluation.attack_suite import AttackSpec, threat_of
 from advml.evaluation.masking.evidence import Evidence
 from advml.evaluation.masking.probes import probe
 from advml.evaluation.masking.rules import Flag, beyond_tolerance, flags
@@ -30,7 +30,7 @@ NOT_COPIED = Flag(
 )
 
 
-def look(
+def diagnose(
     network: nn.Module,
     scorer: Scorer,
     split: Split,
@@ -40,12 +40,12 @@ def look(
     *,
     classes: int,
 ) -> dict[str, Any]:
-    """`flags`, the `evidence` they rest on, where asked for `minimal` distances, and what of this was `broken`: see `Finds`. JSON-able.
+    """`flags`, the `evidence` they rest on, where asked for `minimal` distances, and what of this was `broken`.
 
     Of a model on which the probes fail there is what `unprobed` gives: `not_copied`, where the scorer has nothing but the model itself,
     and what Square says.
     """
-    spec, threat_model, finds = configuration.diagnostics, _threat_model(configuration), Finds()
+    spec, threat_model, results = configuration.diagnostics, _threat_model(configuration), ProbeResults()
     images, labels = machine.images(split.images[: spec.images]), split.labels[: spec.images].to(machine.device)
     white, black = _verdicts(outcomes, len(labels))
     try:
@@ -61,15 +61,15 @@ def look(
                 shares=spec.shares,
                 white_box=white,
                 black_box=black,
-                on_broken=finds.add,
+                on_broken=results.add,
             )
     except UserError as reason:
         return unprobed(network, scorer, outcomes, reason=str(reason))
     found, raised, standing = {}, [], survivors(outcomes)
     if spec.minimal:
-        found["minimal"], raised = _nearest(network, images, labels, evidence, standing[: len(labels)], configuration, finds)
+        found["minimal"], raised = _nearest(network, images, labels, evidence, standing[: len(labels)], configuration, results)
     how = {"seed": configuration.evaluate.seed, "batch_size": configuration.evaluate.batch_size}
-    broken = finds.scored(scorer, split, standing, threat_model, **how)
+    broken = results.scored(scorer, split, standing, threat_model, **how)
     evidence = replace(evidence, figure_broken=sum(len(broken[kind]["rows"]) for kind in PROBES))
     judged = flags(evidence)
     judged += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in judged) else []
@@ -85,8 +85,8 @@ def unprobed(network: nn.Module, scorer: Scorer, outcomes: Mapping[str, Outcome]
 
 def counted(
     found: Mapping[str, Any], outcomes: Mapping[str, Outcome], configuration: config.Config
-) -> tuple[list[Figure], dict[str, Outcome]]:
-    """What `look` has found broken, as further steps of the worst case."""
+) -> tuple[list[AttackSpec], dict[str, Outcome]]:
+    """What `diagnose` has found broken, as further steps of the worst case."""
     broken, first = found.get("broken", {}), configuration.diagnostics.images
     clean = next(iter(outcomes.values()))
     figures = figures_of(broken, _threat_model(configuration), configuration.diagnostics)
@@ -132,7 +132,7 @@ def _nearest(
     evidence: Evidence,
     standing: Tensor,
     configuration: config.Config,
-    finds: Finds,
+    results: ProbeResults,
 ) -> tuple[dict[str, Any], list[Flag]]:
     """Minimal distances, the security curve they give, beside PGD's at each epsilon."""
     spec, norm, epsilon = configuration.diagnostics, configuration.threat_model.norm, configuration.attacked_epsilon
@@ -140,7 +140,7 @@ def _nearest(
         spec.minimal, network, images, labels, norm=norm, steps=spec.minimal_steps, seed=configuration.evaluate.seed
     )
     (near,) = ((distances > 0) & (distances <= epsilon)).nonzero(as_tuple=True)
-    finds.add(spec.minimal, near, nearest[near])
+    results.add(spec.minimal, near, nearest[near])
     distances = distances.cpu()
     epsilons = [point.epsilon for point in evidence.curve]
     accuracies = minimum_norm.security_curve(distances, torch.tensor(epsilons)).tolist()
@@ -169,7 +169,7 @@ PROBES = {
 }
 
 
-class Finds:
+class ProbeResults:
     """Collects images that are wrong, kind by kind in the order in which they are to count."""
 
     def __init__(self) -> None:
@@ -216,8 +216,8 @@ def outcomes_of(found: Mapping[str, Broken], standing: Tensor, clean: Outcome, *
     return steps
 
 
-def figures_of(found: Mapping[str, Broken], threat_model: ThreatModel, spec: config.Diagnostics) -> list[Figure]:
+def figures_of(found: Mapping[str, Broken], threat_model: ThreatModel, spec: config.Diagnostics) -> list[AttackSpec]:
     """The same steps for the record."""
     settings = {"images": spec.images, "steps": spec.steps, "shares": list(spec.shares)}
     about = {**threat_of(threat_model), **settings, "note": "on the images of the diagnostics, which hold its passes"}
-    return [Figure(f"worst_case/{kind}", settings={"attack": PROBES.get(kind, kind), **about}, left_only=True) for kind in found]
+    return [AttackSpec(f"worst_case/{kind}", settings={"attack": PROBES.get(kind, kind), **about}, left_only=True) for kind in found]

@@ -18,7 +18,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from advml.attacks.isolation import borrowed
+from advml.attacks.isolation import frozen_copy
 from advml.attacks.pgd import Objective, default_step_size, finite, pgd
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.evaluation.intervals import binomial_tail, wilson
@@ -65,7 +65,7 @@ def probe(
     for given in (labels, *black_box.values(), *([] if white_box is None else [white_box])):
         if given.shape != (len(images),):
             raise ValueError(f"one value per image is needed: {len(images)} images, shape {tuple(given.shape)}")
-    with own_randomness(derived_seed("diagnostics", seed), images.device), borrowed(model) as own, borrowed(model) as other:
+    with own_randomness(derived_seed("diagnostics", seed), images.device), frozen_copy(model) as own, frozen_copy(model) as other:
         target, fresh = Target(own), Target(other)
         first, second = (torch.cat([target.logits(images[rows]) for rows in batches(len(images), batch_size)]) for _ in range(2))
         if first.shape[1] != classes:
