@@ -271,10 +271,11 @@ def test_the_training_adversary_is_what_params_yaml_says():
     configuration = config.load(
         PARAMS, ["threat_model.epsilon=8/255", "attack.steps=5", "attack.batch_norm=train", "attack.random_start=false"]
     )
-    assert training_adversary(configuration) == Adversary(
+    assert training_adversary(configuration.attack, configuration.threat_model) == Adversary(
         ThreatModel("linf", 8 / 255), steps=5, step_size=pytest.approx(4 / 255), random_start=False, keep="last", mode="train"
     )
-    assert training_adversary(config.load(PARAMS, ["attack.step_size=0.01"])).step_size == 0.01
+    longer = config.load(PARAMS, ["attack.step_size=0.01"])
+    assert training_adversary(longer.attack, longer.threat_model).step_size == 0.01
 
 
 @pytest.mark.parametrize(
@@ -289,15 +290,21 @@ def test_the_training_adversary_is_what_params_yaml_says():
 )
 def test_a_phase_may_have_a_radius_and_a_number_of_steps_of_its_own(overrides, epsilon, steps, step_size):
     configuration = config.load(PARAMS, ["threat_model.epsilon=0.2", "attack.steps=5", *overrides])
-    made = training_adversary(configuration, configuration.regimes["Full-AT"])
+    made = training_adversary(configuration.attack, configuration.threat_model, configuration.regimes["Full-AT"])
     assert (made.threat_model.epsilon, made.steps) == (epsilon, steps) and made.step_size == pytest.approx(step_size)
-    assert training_adversary(configuration, configuration.regimes["Partial-AT"]).threat_model.epsilon == 0.2
-    assert evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon).threat_model.epsilon == 0.2
+    other = training_adversary(configuration.attack, configuration.threat_model, configuration.regimes["Partial-AT"])
+    assert other.threat_model == evaluation_adversary(configuration.evaluate, configuration.threat_model).threat_model
+    assert other.threat_model.epsilon == 0.2
 
 
 def test_the_evaluation_adversary_is_what_params_yaml_says():
     overrides = ["threat_model.norm=l2", "evaluate.steps=20", "evaluate.keep=last", "attack.batch_norm=train", "attack.steps=3"]
-    assert evaluation_adversary(config.load(PARAMS, overrides), epsilon=0.4) == Adversary(
-        ThreatModel("l2", 0.4), steps=20, step_size=pytest.approx(0.05), random_start=True, keep="last", mode="eval"
-    )
-    assert evaluation_adversary(config.load(PARAMS, ["evaluate.step_size=0.01"]), epsilon=0.4).step_size == 0.01
+
+    def adversary(*changes: str, share: float = 1.0) -> Adversary:
+        asked = config.load(PARAMS, [*overrides, "threat_model.epsilon=0.4", *changes])
+        return evaluation_adversary(asked.evaluate, asked.threat_model, share=share)
+
+    expected = Adversary(ThreatModel("l2", 0.4), steps=20, step_size=pytest.approx(0.05), random_start=True, keep="last", mode="eval")
+    assert adversary() == expected
+    assert adversary("evaluate.epsilon=0.8", share=0.5) == expected
+    assert adversary("evaluate.step_size=0.01", share=0.5).step_size == 0.01

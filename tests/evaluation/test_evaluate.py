@@ -11,7 +11,8 @@ from torch import nn
 
 from advml import config
 from advml.errors import UserError
-from advml.evaluation import evaluate as protocol
+from advml.evaluation import evaluate as evaluation
+from advml.evaluation.attack_suite import attack_suite
 from advml.evaluation.masking import diagnose
 from advml.evaluation.run_attacks import _Batch
 from advml.networks.foreign import Foreign
@@ -29,15 +30,15 @@ QUICK = (
 
 
 @pytest.fixture
-def subject() -> protocol.Subject:
+def subject() -> evaluation.Subject:
     linear = nn.Linear(64, 4)
     linear.weight.data = 0.1 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     linear.bias.data.zero_()
-    return protocol.Subject("X", "d" * 64, nn.Sequential(nn.Flatten(), linear))
+    return evaluation.Subject("X", "d" * 64, nn.Sequential(nn.Flatten(), linear))
 
 
 @pytest.fixture
-def able(subject, dataset) -> protocol.Subject:
+def able(subject, dataset) -> evaluation.Subject:
     """A subject that classifies by the nearest of the classes' mean pictures, and is right."""
     images, labels = dataset.train.images / 255, dataset.train.labels
     means = torch.stack([images[labels == label].mean(0).flatten() for label in range(4)])
@@ -45,8 +46,16 @@ def able(subject, dataset) -> protocol.Subject:
     return subject
 
 
-def evaluate(subject, dataset, *overrides: str, folder: Path | None = None, **options) -> protocol.Evaluation:
-    return protocol.evaluate(subject, dataset, config.load(PARAMS, [*QUICK, *overrides]), CPU, memo=Memo(folder), **options)
+def settings(*overrides: str) -> evaluation.EvaluationSettings:
+    asked = config.load(PARAMS, [*QUICK, *overrides])
+    spec, about = asked.evaluate, {"temperature": asked.temperature, "classes": 4}
+    attacks = attack_suite(spec, asked.threat_model, asked.worst_case, None, **about)
+    more = {"diagnostics": asked.diagnostics, "corruptions": asked.corruptions, "keep": spec.adversarial_images}
+    return evaluation.EvaluationSettings(tuple(attacks), batch_size=spec.batch_size, seed=spec.seed, **more)
+
+
+def evaluate(subject, dataset, *overrides: str, folder: Path | None = None, **options) -> evaluation.Evaluation:
+    return evaluation.evaluate(subject, dataset, settings(*overrides), CPU, memo=Memo(folder), **options)
 
 
 def plant(monkeypatch, *names: str, **more: object) -> dict:
@@ -124,11 +133,11 @@ def test_a_corruption_is_scored_alike_whichever_comes_before_it(able, dataset):
 def test_diagnostics_are_given_the_outcomes_and_the_classes(subject, dataset, monkeypatch):
     given = {}
 
-    def look(network, scorer, split, outcomes, configuration, machine, *, classes):
+    def watched(network, scorer, split, outcomes, spec, threat_model, *, classes, **run):
         given.update(network=network, split=split, names=list(outcomes), classes=classes)
         return {"flags": []}
 
-    monkeypatch.setattr(diagnose, "diagnose", look)
+    monkeypatch.setattr(diagnose, "diagnose", watched)
     evaluate(subject, dataset, "corruptions.names=none")
     figures = ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half", "worst_case/pgd-margin"]
     assert given == {"network": subject.network, "split": dataset.test, "names": figures, "classes": 4}
@@ -162,7 +171,7 @@ def forbidden(*arguments: object, **options: object) -> None:
 def forbid(monkeypatch) -> None:
     monkeypatch.setattr(_Batch, "measure", forbidden)
     monkeypatch.setattr(diagnose, "diagnose", forbidden)
-    monkeypatch.setattr(protocol.corruption, "one", forbidden)
+    monkeypatch.setattr(evaluation.corruption, "one", forbidden)
 
 
 def test_what_is_remembered_is_not_computed_again(subject, dataset, monkeypatch, tmp_path):
@@ -187,15 +196,15 @@ def test_every_part_is_remembered_by_itself(subject, dataset, monkeypatch, tmp_p
 )
 def test_the_bar_never_goes_back_and_ends_at_all_of_the_work(subject, dataset, without):
     told = []
-    found = evaluate(subject, dataset, *without, tell=lambda done, note: told.append((done, note)))
-    counts, work = [done for done, _ in told], protocol.work(config.load(PARAMS, [*QUICK, *without]), subject, dataset)
+    found = evaluate(subject, dataset, *without, on_progress=lambda done, note: told.append((done, note)))
+    counts, work = [done for done, _ in told], settings(*without).parts * len(dataset.test)
     assert counts == sorted(counts) and counts[-1] == work == (6 - len(without)) * len(dataset.test)
     assert told[-1][1] == f"worst case {100 * found.metrics['accuracy/worst_case']:.1f} %"
 
 
 def test_the_bar_says_what_of_the_worst_case_stands_so_far(able, dataset):
     told = []
-    found = evaluate(able, dataset, "threat_model.epsilon=0.2", tell=lambda done, note: told.append(note))
+    found = evaluate(able, dataset, "threat_model.epsilon=0.2", on_progress=lambda done, note: told.append(note))
     so_far = [float(note.removeprefix("worst case so far ").removesuffix(" %")) for note in told if "so far" in note]
     clean, worst = (100 * found.metrics[f"accuracy/{name}"] for name in ("clean", "worst_case"))
     assert so_far == sorted(so_far, reverse=True) and so_far[0] > so_far[-1]
@@ -243,7 +252,7 @@ def test_a_model_that_fails_on_a_full_batch_is_one_line_before_any_attack(subjec
             assert len(images) <= most, "too many"
             return self.network(images)
 
-    monkeypatch.setattr(protocol, "run_attacks", forbidden)
+    monkeypatch.setattr(evaluation, "run_attacks", forbidden)
     with pytest.raises(UserError, match=r"^their:model fails on a batch of 16x1x8x8 images: AssertionError: too many$"):
         evaluate(replace(subject, network=Foreign(Narrow(subject.network), "their:model")), dataset)
 

@@ -14,7 +14,8 @@ from advml.attacks.threat_model import ThreatModel
 from advml.data.datasets import Split
 from advml.errors import Failure
 from advml.evaluation.attack_suite import AttackSpec
-from advml.evaluation.run_attacks import NOT_FINITE, Effort, Outcome, counted, run_attacks
+from advml.evaluation.run_attacks import NOT_FINITE, Scorer, counted, run_attacks
+from advml.evaluation.samples import Outcome
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
 
@@ -63,7 +64,12 @@ def figure(attack: Scripted, name: str = "accuracy/x", **how) -> AttackSpec:
 
 
 def run(data: Split, *figures: AttackSpec, batch_size: int = 100, seed: int = 0, keep: int | None = None, **options) -> dict[str, Outcome]:
-    return run_attacks(Reader(), data, [AttackSpec("accuracy/clean"), *figures], Effort(batch_size, seed, CPU, keep), **options)
+    return attacked(Reader(), data, *figures, batch_size=batch_size, seed=seed, keep=keep, **options)
+
+
+def attacked(network: nn.Module, data: Split, *figures: AttackSpec, batch_size: int, seed: int = 0, **options) -> dict[str, Outcome]:
+    attacks = [AttackSpec("accuracy/clean"), *figures]
+    return run_attacks(network, Scorer.of(network, CPU), data, attacks, batch_size=batch_size, seed=seed, **options)
 
 
 def right(data: Split, attack: Scripted, *, batch_size: int = 100, seed: int = 0, **how) -> list[bool]:
@@ -86,13 +92,13 @@ def test_logits_that_are_no_numbers_are_a_wrong_prediction():
         def forward(self, images: Tensor) -> Tensor:
             return torch.tensor([[9.0, 0.0], [9.0, torch.nan], [torch.inf, 0.0]])
 
-    clean = run_attacks(Broken(), split([0, 0, 0]), [AttackSpec("accuracy/clean")], Effort(3, 0, CPU))["accuracy/clean"]
+    clean = attacked(Broken(), split([0, 0, 0]), batch_size=3)["accuracy/clean"]
     assert clean.right.tolist() == [True, False, False] and clean.predicted.tolist() == [0, NOT_FINITE, NOT_FINITE]
 
 
 def test_the_network_is_judged_in_eval_mode_and_by_a_copy():
     network = Reader().train()
-    run_attacks(network, split([0]), [AttackSpec("accuracy/clean")], Effort(1, 0, CPU))
+    attacked(network, split([0]), batch_size=1)
     assert network.modes == [] and not network.training
 
 
@@ -239,7 +245,7 @@ def test_a_model_that_draws_at_random_gives_the_same_wherever_the_evaluation_goe
     data, state = split([0, 1, 2, 3] * 10), torch.get_rng_state()
 
     def measured(folder: str) -> Tensor:
-        found = run_attacks(Noisy(), data, [AttackSpec("accuracy/clean")], Effort(8, 0, CPU), memo=Memo(tmp_path / folder))
+        found = attacked(Noisy(), data, batch_size=8, memo=Memo(tmp_path / folder))
         return found["accuracy/clean"].right
 
     whole = measured("first")

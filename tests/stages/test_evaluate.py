@@ -13,7 +13,7 @@ from advml import paths
 from advml.attacks.minimum_norm import MINIMAL
 from advml.config.evaluation import MINIMAL_NORMS
 from advml.errors import UserError
-from advml.evaluation import evaluate as protocol
+from advml.evaluation import evaluate as evaluation
 from advml.evaluation import records
 from advml.evaluation.masking import diagnose
 from advml.evaluation.run_attacks import _Batch
@@ -43,7 +43,7 @@ def interrupted(make_study, given, monkeypatch):
     """A study in which the evaluation of `given` has ended after all attacks and corruptions; what would attack again stops."""
     study = make_study("interrupted")
     with monkeypatch.context() as patch:
-        patch.setattr(protocol.samples, "table", stop)
+        patch.setattr(evaluation.samples, "table", stop)
         with pytest.raises(Stop):
             evaluate.run_given(study.context(*QUICK), given)
     return study
@@ -67,7 +67,7 @@ def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *arguments, **options: (ran.add(name), real(*arguments, **options))[1])
 
-    for owner, name in ((_Batch, "measure"), (diagnose, "diagnose"), (protocol.corruption, "one")):
+    for owner, name in ((_Batch, "measure"), (diagnose, "diagnose"), (evaluation.corruption, "one")):
         watch(owner, name)
     metrics = evaluate.run_given(interrupted.context(*QUICK, correction), given)
     assert ran == again and "corruption/mean" in metrics
@@ -81,7 +81,7 @@ def test_a_missing_foolbox_is_said_before_the_first_attack(make_study, given, mo
         return "1"
 
     monkeypatch.setattr(evaluate, "version", absent)
-    monkeypatch.setattr(protocol, "evaluate", stop)
+    monkeypatch.setattr(evaluation, "evaluate", stop)
     context = make_study("bare").context("diagnostics.minimal=fmn")
     told = r'diagnostics.minimal = fmn needs foolbox; install it with: pip install "advml\[foolbox\]"'
     with pytest.raises(UserError, match=told) as stopped:
@@ -136,7 +136,7 @@ def test_other_published_files_of_the_same_name_make_corruptions_anew(make_study
     context = make_study("published").context()
     for name in ("contrast", "labels"):
         (tmp_path / f"{name}.npy").write_bytes(b"1234")
-    monkeypatch.setattr(evaluate.corruptions, "find", lambda data, spec: Published())
+    monkeypatch.setattr(evaluate.published, "find", lambda data, spec: Published())
     before = evaluate._parts(context)
     (tmp_path / "contrast.npy").write_bytes(b"12345")
     after = evaluate._parts(context)

@@ -20,7 +20,6 @@ from advml.data.datasets import Split
 from advml.errors import Failure
 from advml.evaluation import attack_suite
 from advml.evaluation import run_attacks as running
-from advml.evaluation.run_attacks import Effort, run_attacks
 from advml.networks import models
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -251,9 +250,10 @@ def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_st
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
     subject = attack.Subject(search)
     test, configuration = subject.context.dataset.test, search.config
-    effort = Effort(configuration.evaluate.batch_size, configuration.evaluate.seed, subject.context.machine)
-    attacks = attack_suite.threat_model_attacks(configuration, None)
-    study = run_attacks(subject.network, test, attacks, effort)["accuracy/threat_model_2"].right
+    spec, scorer = configuration.evaluate, running.Scorer.of(subject.network, subject.context.machine)
+    attacks = [attack_suite.CLEAN_IMAGES, attack_suite.threat_model_2(spec, configuration.threat_model)]
+    run = {"batch_size": spec.batch_size, "seed": spec.seed}
+    study = running.run_attacks(subject.network, scorer, test, attacks, **run)["accuracy/threat_model_2"].right
     assert torch.equal(torch.cat(list(subject.under(subject.default(), test))), study) and 0 < study.sum() < len(study)
     told = search.confirm({"step_size": 1.0})
     assert told["test"]["default"]["accuracy"] == float(study.double().mean()) and told["default_is"] == "the attack of evaluate"

@@ -174,9 +174,8 @@ class Adversary:
             )
 
 
-def training_adversary(configuration: config.Config, phase: config.Phase | None = None) -> Adversary:
+def training_adversary(spec: config.TrainAttack, threat: config.ThreatModelSection, phase: config.Phase | None = None) -> Adversary:
     """The attack inside adversarial training: the last iterate of a few steps. A phase may have its own radius and number of steps."""
-    spec, threat = configuration.attack, configuration.threat_model
     epsilon, steps = threat.epsilon, spec.steps
     if phase is not None:
         epsilon, steps = phase.epsilon or epsilon, phase.attack_steps or steps
@@ -190,11 +189,11 @@ def training_adversary(configuration: config.Config, phase: config.Phase | None 
     )
 
 
-def evaluation_adversary(configuration: config.Config, *, epsilon: float) -> Adversary:
-    """The attack of `evaluate` at one epsilon."""
-    spec = configuration.evaluate
+def evaluation_adversary(spec: config.EvaluationAttack, threat: config.ThreatModelSection, *, share: float = 1.0) -> Adversary:
+    """The attack of `evaluate` at a share of its epsilon, which is that of training unless params.yaml says otherwise."""
+    epsilon = share * (spec.epsilon or threat.epsilon)
     return Adversary(
-        threat_model=ThreatModel(configuration.threat_model.norm, epsilon),
+        threat_model=ThreatModel(threat.norm, epsilon),
         steps=spec.steps,
         step_size=spec.step_size or default_step_size(epsilon, spec.steps),
         random_start=spec.random_start,

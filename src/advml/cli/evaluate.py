@@ -65,8 +65,8 @@ def evaluate(
 ) -> None:
     """Measure clean, robust and worst-case accuracy on the test split.
 
-    Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json, for anyone's model
-    in records/given/<NAME>.json. Next: advml show MODEL
+    Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json.
+    Next: advml show MODEL
     """
     kind = _kind(target, regime, Workspace(params.parent))
     given = {"--seed": seed, "--weights": weights, "--mean": mean, "--std": std, "--classes": classes, "--name": name}
@@ -115,6 +115,6 @@ def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, conte
         tell(f"note: {remark}")
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
-    made = context.workspace.given(given.name)
+    made = context.workspace.record("evaluate", given.name)
     show_flags(made)
     say(f"{context.workspace.report(given.name)}/metrics.json, samples.parquet, {made}", f"advml show {given.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,55 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.isolation import copied, frozen_copy
-from advml.data.corruptions import published as corruptions
-from advml.data.datasets import Dataset
+from advml.attacks.threat_model import ThreatModel
+from advml.data.corruptions.published import Published
+from advml.data.datasets import Dataset, Split
 from advml.errors import UserError
-from advml.evaluation import corruption, samples
-from advml.evaluation import metrics as accuracy
-from advml.evaluation.attack_suite import AttackSpec, attack_suite
+from advml.evaluation import corruption, metrics, samples
+from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
 from advml.evaluation.records import flag_summary
-from advml.evaluation.run_attacks import Outcome, Scorer, run_attacks
+from advml.evaluation.run_attacks import Scorer, run_attacks
+from advml.evaluation.samples import Outcome
 from advml.runtime.machine import Machine, own_randomness
 from advml.runtime.memo import Memo
-from advml.training.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured on a model, and how: params.yaml, resolved by the stage for this model and these data.
+
+    Attributes:
+        attacks: as `attack_suite` lists them; exactly one is `kept`.
+        batch_size, seed: of attacks, diagnostics and corruptions.
+        keep: adversarial images to keep of the `kept` attack; None: all.
+        published: files of corrupted images, read instead of computed; None: there are none.
+    """
+
+    attacks: tuple[AttackSpec, ...]
+    batch_size: int
+    seed: int
+    diagnostics: config.Diagnostics
+    corruptions: config.Corruptions
+    keep: int | None = None
+    published: Published | None = None
+
+    @property
+    def kept(self) -> AttackSpec:
+        """The attack whose images are stored: threat model II at full epsilon."""
+        (found,) = (attack for attack in self.attacks if attack.kept)
+        return found
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """The ball of the evaluation."""
+        return self.kept.threat_model
+
+    @property
+    def parts(self) -> int:
+        """Passes over the test images, for a bar: one per attack, and one for diagnostics and one for all corruptions, if any."""
+        return len(self.attacks) + bool(self.diagnostics.images) + bool(self.corruptions.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +70,12 @@ class Subject:
     Attributes:
         digest: sha256 of its weights.
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
-        scheme: whose projection head it has; None: of nobody's.
-        note: on that head, for the record.
         flags: raised before it is measured.
     """
 
     name: str
     digest: str
     network: nn.Module
-    scheme: Scheme | None = None
-    note: str = ""
     flags: tuple[Flag, ...] = ()
 
 
@@ -53,7 +85,7 @@ class Evaluation:
 
     Attributes:
         metrics: flat, under the contract's names.
-        record: `figures`, and whatever else explains the metrics.
+        record: `figures` (how each accuracy was made), and whatever else explains the metrics.
         samples: a row per test image.
         images, kept: the adversarial images of threat model II, and the record of their attack.
     """
@@ -66,130 +98,68 @@ class Evaluation:
 
     @property
     def flag_summary(self) -> str:
-        """Names of the flags that the diagnostics raised, or that there are none, or that nobody looked."""
+        """Names of the flags that the diagnostics raised, or that there are none, or that the model was not judged."""
         return flag_summary(self.record["diagnostics"])
 
 
 def evaluate(
     subject: Subject,
     dataset: Dataset,
-    configuration: config.Config,
+    settings: EvaluationSettings,
     machine: Machine,
     *,
     memo: Memo,
-    tell: Callable[[int, str], None] = lambda done, note: None,
+    on_progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Evaluation:
     """Measure a model on the test split.
 
     Args:
         memo: remembers finished parts.
-        tell: told how much of `work` is done, and what stands so far.
+        on_progress: called with how many of `settings.parts` * N images are done, and the worst case so far.
     """
-    figures, test = _plan(configuration, subject, dataset), dataset.test
-    check_model(
-        subject.network.eval(), machine.images(test.images[: configuration.evaluate.batch_size]), machine, classes=len(dataset.classes)
-    )
-    scorer, untouched = Scorer(copied(subject.network), machine), copied(subject.network)  # made before any attack
-    outcomes = run_attacks(
-        subject.network,
-        dataset.test,
-        figures,
-        accuracy.effort(configuration, machine),
-        memo=memo,
-        scorer=scorer,
-        on_batch=lambda done, standing: tell(done, f"worst case so far {100 * standing:.1f} %"),
-    )
-    done = (len(figures) + _looks(configuration)) * len(test)
-    doubted = _doubts(subject, scorer, dataset, outcomes, configuration, memo)
-    doubted = doubted | {"flags": [*(flag.as_record() for flag in subject.flags), *doubted["flags"]]}
-    (kept,) = (figure for figure in figures if figure.kept)
-    more, steps = diagnose.counted(doubted, outcomes, configuration)
-    figures, outcomes = figures + more, outcomes | steps
-    metrics, described = accuracy.metrics(outcomes), _described(figures, outcomes, configuration)
-    worst = f"worst case {100 * metrics[samples.WORST]:.1f} %"
-    tell(done, worst)
-    rights = _corrupted(untouched, dataset, configuration, machine, memo, tell=lambda share: tell(done + int(share * len(test)), worst))
-    about = _about(subject, dataset, configuration)
-    published = corruptions.find(configuration.data, configuration.corruptions) if rights else None
-    record = {"figures": described, "test_digest": about["test_digest"], "diagnostics": doubted}
-    record |= {"corruptions": corruption.describe(rights, configuration.corruptions, published=published)}
-    images = outcomes[kept.name].images
+    test, classes, network = dataset.test, len(dataset.classes), subject.network.eval()
+    run = {"seed": settings.seed, "batch_size": settings.batch_size}
+    check_model(network, machine.images(test.images[: settings.batch_size]), machine, classes=classes)
+    scorer, untouched = Scorer.of(network, machine), copied(network)  # made before any attack
+
+    def on_batch(done: int, standing: float) -> None:
+        on_progress(done, f"worst case so far {100 * standing:.1f} %")
+
+    attacks, spec = list(settings.attacks), settings.diagnostics
+    outcomes = run_attacks(network, scorer, test, attacks, **run, keep=settings.keep, memo=memo, on_batch=on_batch)
+    images = outcomes[settings.kept.name].images
+    if spec.images:
+
+        def diagnosed() -> dict[str, Any]:
+            return diagnose.diagnose(network, scorer, test, outcomes, spec, settings.threat_model, classes=classes, **run)
+
+        diagnosis = memo.json("diagnostics", diagnosed)
+    else:
+        diagnosis = diagnose.unprobed(network, scorer, outcomes, reason="diagnostics.images = 0")
+    diagnosis = diagnosis | {"flags": [*(flag.as_record() for flag in subject.flags), *diagnosis["flags"]]}
+    more, steps = diagnose.as_attacks(diagnosis, outcomes, spec, settings.threat_model)
+    attacks, outcomes = attacks + more, outcomes | steps
+    found = metrics.metrics(outcomes)
+    worst, done = f"worst case {100 * found[samples.WORST]:.1f} %", (len(settings.attacks) + bool(spec.images)) * len(test)
+    on_progress(done, worst)
+    rights = _corrupted(untouched, test, settings, machine, memo, lambda share: on_progress(done + int(share * len(test)), worst))
+    test_digest = samples.digest_of(test)
     return Evaluation(
-        metrics | _counted(doubted) | corruption.metrics(rights),
-        record,
-        samples.table(outcomes, dataset.test, about=about),
+        found | _number_of_flags(diagnosis) | corruption.metrics(rights),
+        {
+            "figures": metrics.describe(attacks, outcomes, **run),
+            "test_digest": test_digest,
+            "diagnostics": diagnosis,
+            "corruptions": corruption.describe(rights, settings.corruptions, published=settings.published),
+        },
+        _samples(subject, test, outcomes, settings.threat_model, test_digest),
         images,
-        accuracy.describe_kept(kept, images, configuration),
+        metrics.describe_kept(settings.kept, len(images), **run),
     )
-
-
-def work(configuration: config.Config, subject: Subject, dataset: Dataset) -> int:
-    """Units of work of `evaluate`, for a bar: the test images per figure, and as many for diagnostics and for all corruptions, if any."""
-    parts = len(_plan(configuration, subject, dataset)) + _looks(configuration) + bool(configuration.corruptions.names)
-    return parts * len(dataset.test)
-
-
-def _looks(configuration: config.Config) -> bool:
-    """Whether there are diagnostics."""
-    return configuration.diagnostics.images > 0
-
-
-def _plan(configuration: config.Config, subject: Subject, dataset: Dataset) -> list[AttackSpec]:
-    return attack_suite(configuration, subject.scheme, classes=len(dataset.classes), note=subject.note)
-
-
-def _described(figures: list[AttackSpec], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
-    """Records of the figures that stand for themselves, and of the worst case, whose steps the others are."""
-    alone = [figure for figure in figures if not figure.left_only]
-    described = {figure.name: accuracy.describe(figure, outcomes[figure.name], configuration) for figure in alone}
-    return described | {samples.WORST: accuracy.describe_worst(figures, outcomes, configuration)}
-
-
-def _about(subject: Subject, dataset: Dataset, configuration: config.Config) -> dict[str, Any]:
-    threat = {"norm": configuration.threat_model.norm, "epsilon": configuration.attacked_epsilon}
-    return {"model": subject.name, "digest": subject.digest, "test_digest": samples.digest_of(dataset.test), **threat}
-
-
-def _doubts(
-    subject: Subject, scorer: Scorer, dataset: Dataset, outcomes: Mapping[str, Outcome], configuration: config.Config, memo: Memo
-) -> dict[str, Any]:
-    if not configuration.diagnostics.images:
-        return diagnose.unprobed(subject.network, scorer, outcomes, reason="diagnostics.images = 0")
-    given = (subject.network, scorer, dataset.test, outcomes, configuration, scorer.machine)
-    return memo.json("diagnostics", lambda: diagnose.diagnose(*given, classes=len(dataset.classes)))
-
-
-def _counted(doubted: Mapping[str, Any]) -> dict[str, int]:
-    """The number of flags; of a model that was not judged, only where there are some: no number is no clean bill."""
-    return {"diagnostics/flags": len(doubted["flags"])} if doubted["flags"] or "skipped" not in doubted else {}
-
-
-def _corrupted(
-    untouched: nn.Module, dataset: Dataset, configuration: config.Config, machine: Machine, memo: Memo, *, tell: Callable[[float], None]
-) -> dict[str, Tensor]:
-    """Which images are right under each corruption, (severities, images) by name.
-
-    Each is scored by a copy of its own of the model that no attack has touched: nothing that the model remembers of an attack, or of
-    another corruption, changes it.
-    """
-    spec, rights = configuration.corruptions, {}
-    how = {"machine": machine, "batch_size": configuration.evaluate.batch_size}
-    how |= {"published": corruptions.find(configuration.data, spec) if spec.names else None}
-    for name in spec.names:
-
-        def one(name: str = name) -> dict[str, Tensor]:
-            return {"right": corruption.one(copied(untouched), dataset.test, spec, name, **how)}
-
-        rights[name] = memo(f"corruption {name}", one)["right"]
-        tell(len(rights) / len(spec.names))
-    return rights
-
-
-# Checked before hours are spent on it
 
 
 def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes: int) -> None:
-    """Try a copy of the network on all images (N, C, H, W), and on the first alone.
+    """Check output shape and gradients of a copy of the network, on all images (N, C, H, W) and on the first alone.
 
     Raises:
         UserError: it does not give a logit per class and image, for batches of any size.
@@ -206,3 +176,31 @@ def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes
                 )
             if logits.requires_grad:
                 torch.autograd.grad(logits.float().sum(), asked, allow_unused=True)
+
+
+def _number_of_flags(diagnosis: dict[str, Any]) -> dict[str, int]:
+    """Of a model that was not judged, only where there are some: the absence of a number is not the absence of flags."""
+    return {"diagnostics/flags": len(diagnosis["flags"])} if diagnosis["flags"] or "skipped" not in diagnosis else {}
+
+
+def _samples(subject: Subject, test: Split, outcomes: dict[str, Outcome], threat_model: ThreatModel, test_digest: str) -> pa.Table:
+    threat = {"norm": threat_model.norm, "epsilon": threat_model.epsilon}
+    return samples.table(outcomes, test, about={"model": subject.name, "digest": subject.digest, "test_digest": test_digest, **threat})
+
+
+def _corrupted(
+    untouched: nn.Module, test: Split, settings: EvaluationSettings, machine: Machine, memo: Memo, on_share: Callable[[float], None]
+) -> dict[str, Tensor]:
+    """Which images are right under each corruption, (severities, images) by name.
+
+    Each is scored by a copy of its own of the model that no attack has touched: nothing that the model remembers of an attack, or of
+    another corruption, changes it.
+    """
+    spec, rights = settings.corruptions, {}
+    about = {"machine": machine, "batch_size": settings.batch_size, "published": settings.published}
+    for name in spec.names:
+        rights[name] = memo(
+            f"corruption {name}", lambda name=name: {"right": corruption.one(copied(untouched), test, spec, name, **about)}
+        )["right"]
+        on_share(len(rights) / len(spec.names))
+    return rights

@@ -189,7 +189,7 @@ def _order_flag(order: str, names: Sequence[str], better: Tensor, given: Tensor,
         if order in ORDERS
         else listed
         if short
-        else "FILE with the names that its record (records/given/) holds under expected.classes"
+        else "FILE with the names that its record (records/evaluate/) holds under expected.classes"
     )
     return Flag(
         "other_class_order",

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from advml import config
-from advml.data.datasets import Split
-from advml.evaluation.attack_suite import AttackSpec, threat_model_attacks
+from advml.attacks.threat_model import ThreatModel
+from advml.evaluation.attack_suite import AttackSpec, ball
 from advml.evaluation.intervals import wilson
-from advml.evaluation.run_attacks import PASSES, Effort, Outcome, run_attacks
-from advml.evaluation.samples import WORST
-from advml.networks.models import Network
-from advml.runtime.machine import Machine
-from advml.training.schemes import Scheme
-
-
-def effort(configuration: config.Config, machine: Machine) -> Effort:
-    """As params.yaml says."""
-    spec = configuration.evaluate
-    return Effort(spec.batch_size, spec.seed, machine, keep=spec.adversarial_images)
-
-
-def attacked(
-    network: Network, split: Split, configuration: config.Config, scheme: Scheme, machine: Machine
-) -> tuple[Tensor, dict[str, Any]]:
-    """Adversarial images of the first test images as `evaluate` would store them, and the record of their attack."""
-    count, size = configuration.evaluate.adversarial_images, configuration.evaluate.batch_size
-    whole = None if count is None else size * math.ceil(count / size)  # whole batches: others would round differently
-    some = Split(split.images[:whole], split.labels[:whole])
-    clean, kept = (figure for figure in threat_model_attacks(configuration, scheme) if figure.craft is None or figure.kept)
-    once = replace(kept, restarts=1)
-    images = run_attacks(network, some, [clean, once], effort(configuration, machine))[once.name].images
-    return images, describe_kept(once, images, configuration)
+from advml.evaluation.samples import PASSES, WORST, Outcome
 
 
 def survivors(outcomes: Mapping[str, Outcome]) -> Tensor:
-    """Which images no figure has broken: bool (N,)."""
+    """Which images no attack has broken: bool (N,)."""
     standing = next(iter(outcomes.values())).right.clone()  # of the clean images, which are all there
     for outcome in outcomes.values():
         standing[outcome.rows] &= outcome.right
@@ -57,40 +31,40 @@ def metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
     return flat
 
 
-def describe(figure: AttackSpec, outcome: Outcome, configuration: config.Config) -> dict[str, Any]:
-    """The record of one figure: everything needed to measure it again, and what it took."""
-    record = _counts(outcome.right)
-    if figure.craft is None:
-        return record
-    return record | {**figure.settings, "restarts": figure.restarts, **_seed(configuration), **_passes(outcome)}
+def describe(attacks: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], *, seed: int, batch_size: int) -> dict[str, dict[str, Any]]:
+    """The record of each accuracy: everything needed to measure it again, and what it took. The cascade is that of the worst case."""
+    run, threat_model = {"seed": seed, "batch_size": batch_size}, next(attack.threat_model for attack in attacks if attack.kept)
+    described = {}
+    for attack in (attack for attack in attacks if not attack.left_only):
+        outcome = outcomes[attack.name]
+        made = {**attack.settings, "restarts": attack.restarts, **run, **_passes(outcome)} if attack.craft else {}
+        described[attack.name] = _counts(outcome.right) | made
+    return described | {WORST: _worst_case(attacks, outcomes, threat_model, run)}
 
 
-def describe_kept(figure: AttackSpec, images: Tensor, configuration: config.Config) -> dict[str, Any]:
+def describe_kept(attack: AttackSpec, count: int, *, seed: int, batch_size: int) -> dict[str, Any]:
     """The record of stored adversarial images: those of the first restart."""
-    return {"n": len(images), **figure.settings, "restarts": 1, **_seed(configuration)}
+    return {"n": count, **attack.settings, "restarts": 1, "seed": seed, "batch_size": batch_size}
 
 
-def describe_worst(plan: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], configuration: config.Config) -> dict[str, Any]:
-    """The record of the worst case: the cascade, how many images each attack was aimed at, and how many it was the first to break."""
-    standing = survivors({plan[0].name: outcomes[plan[0].name]})
+def _worst_case(
+    attacks: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], threat_model: ThreatModel, run: Mapping[str, int]
+) -> dict[str, Any]:
+    """The cascade, how many images each attack was aimed at, and how many it was the first to break."""
+    standing = survivors({attacks[0].name: outcomes[attacks[0].name]})
     steps = []
-    for figure in plan[1:]:
-        outcome = outcomes[figure.name]
+    for attack in attacks[1:]:
+        outcome = outcomes[attack.name]
         broken = int((standing[outcome.rows] & ~outcome.right).sum())
         standing[outcome.rows] &= outcome.right
-        attack = {**figure.settings, "restarts": figure.restarts}
-        steps.append({"name": figure.name.split("/")[1], "aimed_at": len(outcome.rows), "broke": broken, **attack, **_passes(outcome)})
-    threat = {name: plan[1].settings[name] for name in ("norm", "box")} | {"epsilon": configuration.attacked_epsilon}
+        step = {"name": attack.name.split("/")[1], "aimed_at": len(outcome.rows), "broke": broken}
+        steps.append(step | {**attack.settings, "restarts": attack.restarts, **_passes(outcome)})
     spent = {name: sum(step[name] for step in steps) for name in PASSES}
-    return _counts(standing) | {"attack": "cascade", **threat, **_seed(configuration), **spent, "cascade": steps}
+    return _counts(standing) | {"attack": "cascade", **ball(threat_model), **run, **spent, "cascade": steps}
 
 
 def _counts(right: Tensor) -> dict[str, Any]:
     return {"n": len(right), "correct": int(right.sum()), "interval": list(wilson(int(right.sum()), len(right)))}
-
-
-def _seed(configuration: config.Config) -> dict[str, Any]:
-    return {"seed": configuration.evaluate.seed, "batch_size": configuration.evaluate.batch_size}
 
 
 def _passes(outcome: Outcome) -> dict[str, int]:

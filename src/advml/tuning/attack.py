@@ -14,14 +14,13 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from advml.attacks import autoattack
-from advml.attacks.isolation import copied
 from advml.attacks.pgd import Adversary, evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.config import Config
 from advml.data.datasets import Split
 from advml.evaluation.attack_suite import AttackSpec, classification, library_attack, pgd_attack
 from advml.evaluation.intervals import wilson
-from advml.evaluation.run_attacks import Effort, Scorer, run_attacks
+from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.runtime.machine import Machine, generator_for
@@ -82,16 +81,16 @@ def withstood(network: Network, split: Split, attack: Attack | None, *, batch_si
     An image has the same random starts whatever the attack: those of `evaluate`, as `seed` is `evaluate.seed`.
     """
     figures = [AttackSpec("clean"), *([attack.figure()] if attack else [])]
-    scorer = Scorer(copied(network.eval()), machine)
-    effort = Effort(batch_size, seed, machine)
+    scorer = Scorer.of(network, machine)
     for rows in torch.arange(len(split.labels)).split(batch_size):
-        outcomes = run_attacks(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
+        some = Split(split.images[rows], split.labels[rows])
+        outcomes = run_attacks(network, scorer, some, figures, batch_size=batch_size, seed=seed)
         yield outcomes[figures[-1].name].right
 
 
 def evaluation_attack(configuration: Config, *, share: float = 1.0) -> Attack:
     """The attack of `evaluate`, at a share of its radius: how searches for better training measure every trial."""
-    adversary = evaluation_adversary(configuration, epsilon=share * configuration.attacked_epsilon)
+    adversary = evaluation_adversary(configuration.evaluate, configuration.threat_model, share=share)
     return Attack(adversary, configuration.evaluate.objective, configuration.evaluate.restarts)
 
 
@@ -201,8 +200,8 @@ def _autoattack(subject: Subject, split: Split) -> Tensor:
         for name in autoattack.ATTACKS
         if autoattack.applicable(name, classes)
     ]
-    effort = Effort(spec.batch_size, spec.seed, subject.context.machine)
+    scorer, run = Scorer.of(subject.network, subject.context.machine), {"batch_size": spec.batch_size, "seed": spec.seed}
     right = torch.ones(len(split.labels), dtype=torch.bool)
-    for outcome in run_attacks(subject.network, split, [AttackSpec("clean"), *figures], effort).values():
+    for outcome in run_attacks(subject.network, scorer, split, [AttackSpec("clean"), *figures], **run).values():
         right[outcome.rows] &= outcome.right
     return right

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.isolation import copied
+from advml.attacks.pgd import evaluation_adversary
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.evaluation import samples
+from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.probes import probe
 from advml.evaluation.metrics import survivors
-from advml.evaluation.run_attacks import Outcome, Scorer
+from advml.evaluation.run_attacks import Scorer
+from advml.evaluation.samples import Outcome
 from advml.runtime.machine import Machine
 
 PARAMS = Path(__file__).parents[3] / "params.yaml"
@@ -59,9 +62,20 @@ def outcomes(white: set[int], square: set[int] | None = None) -> dict[str, Outco
     return found if square is None else found | {"worst_case/square": outcome(square, left)}
 
 
-def look(dataset: Dataset, network: nn.Module, found: dict[str, Outcome], *overrides: str) -> dict:
-    settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "diagnostics.shares=[1]", *overrides])
-    return diagnose.diagnose(network, Scorer(copied(network), CPU), dataset.test, found, settings, CPU, classes=4)
+def settings(*overrides: str) -> dict:
+    found = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "diagnostics.shares=[1]", *overrides])
+    adversary = evaluation_adversary(found.evaluate, found.threat_model)
+    return {"spec": found.diagnostics, "threat_model": adversary.threat_model, "seed": found.evaluate.seed, "batch_size": 512}
+
+
+def look(dataset: Dataset, network: nn.Module, found: dict[str, Outcome], *overrides: str, scorer: nn.Module | None = None) -> dict:
+    decides = Scorer(scorer or copied(network), CPU)
+    return diagnose.diagnose(network, decides, dataset.test, found, classes=4, **settings(*overrides))
+
+
+def as_attacks(found: dict, before: dict[str, Outcome], *overrides: str) -> tuple[list[AttackSpec], dict[str, Outcome]]:
+    asked = settings(*overrides)
+    return diagnose.as_attacks(found, before, asked["spec"], asked["threat_model"])
 
 
 def names(found: dict) -> list[str]:
@@ -75,9 +89,9 @@ SMALL = "threat_model.epsilon=0.001"  # breaks nothing
 def test_a_model_that_decides_itself_bears_a_flag_for_it(dataset, fails, monkeypatch):
     if fails:
         monkeypatch.setattr(diagnose, "probe", lambda *_, **__: raising(UserError("it fails")))
-    network, settings = Rounded(dataset), config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=2", SMALL])
+    network = Rounded(dataset)
     found = {
-        who: names(diagnose.diagnose(network, Scorer(scorer, CPU), dataset.test, outcomes(set()), settings, CPU, classes=4))
+        who: names(look(dataset, network, outcomes(set()), "diagnostics.steps=2", SMALL, scorer=scorer))
         for who, scorer in {"copy": copied(network), "itself": network}.items()
     }
     assert found["itself"] == [*found["copy"], "not_copied"]
@@ -239,10 +253,9 @@ def test_a_model_that_fails_on_the_probes_is_not_judged_but_for_what_needs_none(
 
 
 def test_what_the_probes_break_is_broken_in_the_worst_case(dataset):
-    network, before = Nearest(dataset), outcomes({0, 1})
-    settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=10", "threat_model.epsilon=0.5"])
-    found = json.loads(json.dumps(diagnose.diagnose(network, Scorer(network, CPU), dataset.test, before, settings, CPU, classes=4)))
-    figures, steps = diagnose.counted(found, before, settings)
+    network, before, wide = Nearest(dataset), outcomes({0, 1}), "threat_model.epsilon=0.5"
+    found = json.loads(json.dumps(look(dataset, network, before, wide, scorer=network)))
+    figures, steps = as_attacks(found, before, wide)
     assert list(steps) == [figure.name for figure in figures] == [f"worst_case/probe-{kind}" for kind in ("pgd", "step", "noise")]
     left = survivors(before | steps)
     assert left[:FIRST].sum() == 0 and left[FIRST:].all()
@@ -260,14 +273,13 @@ def test_what_the_scorer_sees_otherwise_does_not_count(dataset):
         def forward(self, images: Tensor) -> Tensor:
             return torch.nn.functional.one_hot(dataset.test.labels[:1].expand(len(images)), 4).float()
 
-    settings = config.load(PARAMS, ["diagnostics.images=1", "diagnostics.steps=10", "threat_model.epsilon=0.5"])
-    before = outcomes(set())
-    found = diagnose.diagnose(Nearest(dataset), Scorer(Wise(dataset), CPU), dataset.test, before, settings, CPU, classes=4)
-    assert survivors(before | diagnose.counted(found, before, settings)[1]).all() and found["evidence"]["broken"] == 1
+    before, changes = outcomes(set()), ("diagnostics.images=1", "threat_model.epsilon=0.5")
+    found = look(dataset, Nearest(dataset), before, *changes, scorer=Wise(dataset))
+    assert survivors(before | as_attacks(found, before, *changes)[1]).all() and found["evidence"]["broken"] == 1
 
 
 def test_nearest_images_within_epsilon_count_and_others_do_not(dataset, monkeypatch):
-    split, wrong = dataset.test, dataset.test.labels.clone()
+    wrong = dataset.test.labels
     distances = torch.tensor([0.0, 0.125, 0.126, 0.5, *FAR])
 
     class Scoring(nn.Module):
@@ -275,10 +287,9 @@ def test_nearest_images_within_epsilon_count_and_others_do_not(dataset, monkeypa
             return torch.nn.functional.one_hot((wrong[1:2] + 1) % 4, 4).float().expand(len(images), -1)
 
     monkeypatch.setattr(diagnose.minimum_norm, "minimal_distances", lambda name, network, images, *rest, **how: (distances, images))
-    settings = config.load(PARAMS, [f"diagnostics.images={FIRST}", "diagnostics.steps=2", "diagnostics.shares=[1]", *MINIMAL])
     monkeypatch.setattr(diagnose, "probe", lambda *arguments, on_broken, **how: probe(*arguments, **how))
     monkeypatch.setattr(diagnose, "PROBES", {})
     before = outcomes(set())
-    found = diagnose.diagnose(Nearest(dataset), Scorer(Scoring(), CPU), split, before, settings, CPU, classes=4)
+    found = look(dataset, Nearest(dataset), before, "diagnostics.steps=2", *MINIMAL, scorer=Scoring())
     assert list(found["broken"]) == ["fmn"] and found["broken"]["fmn"]["rows"] == [1]
-    assert diagnose.counted(found, before, settings)[1]["worst_case/fmn"].right.tolist() == [True, False, *[True] * 6]
+    assert as_attacks(found, before, *MINIMAL)[1]["worst_case/fmn"].right.tolist() == [True, False, *[True] * 6]

@@ -1,4 +1,4 @@
-"""What speaks against a model's figures: diagnostics on its first test images, against the verdicts that the figures rest on."""
+"""Gradient-masking checks: probes on the first test images, held against what the attacks of the evaluation have broken."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from advml.attacks import minimum_norm
 from advml.attacks.threat_model import ThreatModel
 from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.attack_suite import AttackSpec, threat_of
+from advml.evaluation.attack_suite import AttackSpec, ball
 from advml.evaluation.masking.evidence import Evidence
 from advml.evaluation.masking.probes import probe
 from advml.evaluation.masking.rules import Flag, beyond_tolerance, flags
 from advml.evaluation.metrics import survivors
-from advml.evaluation.run_attacks import Outcome, Scorer
-from advml.runtime.machine import Machine, derived_seed, own_randomness
+from advml.evaluation.run_attacks import Scorer
+from advml.evaluation.samples import Outcome
+from advml.runtime.machine import derived_seed, own_randomness
 
 SQUARE, SQUARE_FLAG = "worst_case/square", "black_box_stronger"
 NOT_COPIED = Flag(
@@ -35,21 +36,23 @@ def diagnose(
     scorer: Scorer,
     split: Split,
     outcomes: Mapping[str, Outcome],
-    configuration: config.Config,
-    machine: Machine,
+    spec: config.Diagnostics,
+    threat_model: ThreatModel,
     *,
     classes: int,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, Any]:
-    """`flags`, the `evidence` they rest on, where asked for `minimal` distances, and what of this was `broken`.
+    """`flags`, the `evidence` they rest on, `minimal` distances where asked for, and what of this was `broken`. JSON-able.
 
     Of a model on which the probes fail there is what `unprobed` gives: `not_copied`, where the scorer has nothing but the model itself,
     and what Square says.
     """
-    spec, threat_model, results = configuration.diagnostics, _threat_model(configuration), ProbeResults()
-    images, labels = machine.images(split.images[: spec.images]), split.labels[: spec.images].to(machine.device)
-    white, black = _verdicts(outcomes, len(labels))
+    results = ProbeResults()
+    images, labels = scorer.machine.images(split.images[: spec.images]), split.labels[: spec.images].to(scorer.machine.device)
+    white, black = _after_attacks(outcomes, len(labels))
     try:
-        with machine.autocast():
+        with scorer.machine.autocast():
             evidence = probe(
                 network,
                 images,
@@ -57,7 +60,7 @@ def diagnose(
                 threat_model=threat_model,
                 classes=classes,
                 steps=spec.steps,
-                seed=configuration.evaluate.seed,
+                seed=seed,
                 shares=spec.shares,
                 white_box=white,
                 black_box=black,
@@ -67,9 +70,12 @@ def diagnose(
         return unprobed(network, scorer, outcomes, reason=str(reason))
     found, raised, standing = {}, [], survivors(outcomes)
     if spec.minimal:
-        found["minimal"], raised = _nearest(network, images, labels, evidence, standing[: len(labels)], configuration, results)
-    how = {"seed": configuration.evaluate.seed, "batch_size": configuration.evaluate.batch_size}
-    broken = results.scored(scorer, split, standing, threat_model, **how)
+        about = {"norm": threat_model.norm, "steps": spec.minimal_steps, "seed": seed}
+        distances, nearest = minimum_norm.minimal_distances(spec.minimal, network, images, labels, **about)
+        (near,) = ((distances > 0) & (distances <= threat_model.epsilon)).nonzero(as_tuple=True)
+        results.add(spec.minimal, near, nearest[near])
+        found["minimal"], raised = _security_curve(distances.cpu(), evidence, standing[: len(labels)], spec)
+    broken = results.scored(scorer, split, standing, threat_model, seed=seed, batch_size=batch_size)
     evidence = replace(evidence, figure_broken=sum(len(broken[kind]["rows"]) for kind in PROBES))
     judged = flags(evidence)
     judged += _square(outcomes) if not any(flag.name == SQUARE_FLAG for flag in judged) else []
@@ -83,22 +89,8 @@ def unprobed(network: nn.Module, scorer: Scorer, outcomes: Mapping[str, Outcome]
     return {"flags": [flag.as_record() for flag in judged], "skipped": reason}
 
 
-def counted(
-    found: Mapping[str, Any], outcomes: Mapping[str, Outcome], configuration: config.Config
-) -> tuple[list[AttackSpec], dict[str, Outcome]]:
-    """What `diagnose` has found broken, as further steps of the worst case."""
-    broken, first = found.get("broken", {}), configuration.diagnostics.images
-    clean = next(iter(outcomes.values()))
-    figures = figures_of(broken, _threat_model(configuration), configuration.diagnostics)
-    return figures, outcomes_of(broken, survivors(outcomes), clean, first=first)
-
-
 def _not_copied(network: nn.Module, scorer: Scorer) -> list[Flag]:
     return [NOT_COPIED] if scorer.network is network else []
-
-
-def _threat_model(configuration: config.Config) -> ThreatModel:
-    return ThreatModel(configuration.threat_model.norm, configuration.attacked_epsilon)
 
 
 def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
@@ -114,46 +106,31 @@ def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
 
 
 def _square_is_last(outcomes: Mapping[str, Outcome]) -> bool:
-    """What Square breaks before others have had a try says nothing about gradients: they are not aimed at it any more."""
+    """What Square breaks before the others says nothing about gradients: they are not aimed at it any more."""
     return list(outcomes)[-1:] == [SQUARE]
 
 
-def _verdicts(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the first images: who survives all attacks by gradients, and who survives Square after them."""
+def _after_attacks(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which of the first images survive all attacks by gradients, and which survive Square after them."""
     white = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
     after = survivors(outcomes)
     return white[:count], {"square": after[:count]} if _square_is_last(outcomes) else {}
 
 
-def _nearest(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    evidence: Evidence,
-    standing: Tensor,
-    configuration: config.Config,
-    results: ProbeResults,
-) -> tuple[dict[str, Any], list[Flag]]:
-    """Minimal distances, the security curve they give, beside PGD's at each epsilon."""
-    spec, norm, epsilon = configuration.diagnostics, configuration.threat_model.norm, configuration.attacked_epsilon
-    distances, nearest = minimum_norm.minimal_distances(
-        spec.minimal, network, images, labels, norm=norm, steps=spec.minimal_steps, seed=configuration.evaluate.seed
-    )
-    (near,) = ((distances > 0) & (distances <= epsilon)).nonzero(as_tuple=True)
-    results.add(spec.minimal, near, nearest[near])
-    distances = distances.cpu()
+def _security_curve(distances: Tensor, evidence: Evidence, standing: Tensor, spec: config.Diagnostics) -> tuple[dict[str, Any], list[Flag]]:
+    """The security curve that minimal distances give, beside PGD's at each epsilon; flagged where it is lower than the worst case."""
     epsilons = [point.epsilon for point in evidence.curve]
     accuracies = minimum_norm.security_curve(distances, torch.tensor(epsilons)).tolist()
     curve = [
         {"epsilon": point.epsilon, "accuracy": value, "pgd": point.accuracy}
         for point, value in zip(evidence.curve, accuracies, strict=True)
     ]
-    found = {"attack": spec.minimal, "library": "foolbox", "steps": spec.minimal_steps, "n": len(labels), "curve": curve}
+    found = {"attack": spec.minimal, "library": "foolbox", "steps": spec.minimal_steps, "n": len(distances), "curve": curve}
     found["distances"] = [value if value < torch.inf else None for value in distances.tolist()]
-    nearer = int((standing & (distances <= epsilon)).sum())
+    nearer = int((standing & (distances <= evidence.epsilon)).sum())
     if not beyond_tolerance(nearer, evidence.n):
         return found, []
-    saw = f"{spec.minimal} comes within {epsilon:.4g} of {nearer} of {evidence.n} samples that survive all attacks"
+    saw = f"{spec.minimal} comes within {evidence.epsilon:.4g} of {nearer} of {evidence.n} samples that survive all attacks"
     return found, [Flag("minimal_stronger", saw, "more steps and restarts in worst_case; quote the smaller figure of the two")]
 
 
@@ -203,21 +180,24 @@ class ProbeResults:
         return found
 
 
-def outcomes_of(found: Mapping[str, Broken], standing: Tensor, clean: Outcome, *, first: int) -> dict[str, Outcome]:
-    """As steps of the cascade: aimed at what all before them have left of the first images. Their passes are in the evidence."""
-    left, steps = standing.clone(), {}
-    for kind, broken in found.items():
-        rows = left[:first].nonzero().squeeze(1)
+def as_attacks(
+    diagnosis: Mapping[str, Any], outcomes: Mapping[str, Outcome], spec: config.Diagnostics, threat_model: ThreatModel
+) -> tuple[list[AttackSpec], dict[str, Outcome]]:
+    """What `diagnose` has found broken, as further steps of the cascade: each aimed at what all before it have left of its images.
+
+    Their passes are in the evidence.
+    """
+    settings = {**ball(threat_model), "images": spec.images, "steps": spec.steps, "shares": list(spec.shares)}
+    settings |= {"note": "on the images of the diagnostics, which hold its passes"}
+    clean, left = next(iter(outcomes.values())), survivors(outcomes)
+    attacks, steps = [], {}
+    for kind, broken in diagnosis.get("broken", {}).items():
+        attack = AttackSpec(f"worst_case/{kind}", settings={"attack": PROBES.get(kind, kind), **settings}, left_only=True)
+        rows = left[: spec.images].nonzero().squeeze(1)
         right, predicted = ~torch.isin(rows, torch.tensor(broken["rows"], dtype=torch.long)), clean.predicted[rows]
         distance, nothing = torch.full((len(rows),), torch.nan), torch.zeros(len(rows))
         predicted[~right], distance[~right] = torch.tensor(broken["as"], dtype=torch.long), torch.tensor(broken["distances"])
-        steps[f"worst_case/{kind}"] = Outcome(rows, right, predicted, distance, nothing, nothing)
+        attacks.append(attack)
+        steps[attack.name] = Outcome(rows, right, predicted, distance, nothing, nothing)
         left[rows] = right
-    return steps
-
-
-def figures_of(found: Mapping[str, Broken], threat_model: ThreatModel, spec: config.Diagnostics) -> list[AttackSpec]:
-    """The same steps for the record."""
-    settings = {"images": spec.images, "steps": spec.steps, "shares": list(spec.shares)}
-    about = {**threat_of(threat_model), **settings, "note": "on the images of the diagnostics, which hold its passes"}
-    return [AttackSpec(f"worst_case/{kind}", settings={"attack": PROBES.get(kind, kind), **about}, left_only=True) for kind in found]
+    return attacks, steps
