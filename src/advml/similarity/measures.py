@@ -1,4 +1,4 @@
-"""Scalars of a model's CKA matrices and RankMe, with intervals by a jackknife over batches (see `estimates`).
+"""Scalars of a model's CKA matrices and RankMe, with intervals by a jackknife over batches (see `statistics`).
 
 Models measured on the same batches have errors in common, batch by batch, so differences between them are paired.
 """
