@@ -153,15 +153,6 @@ def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name
     assert torch.equal(broken(network, ours, labels), broken(network, theirs, labels))
 
 
-def test_only_the_targeted_dlr_loss_needs_four_classes():
-    assert {name: [classes for classes in (1, 2, 3, 4, 100) if applicable(name, classes)] for name in ATTACKS} == {
-        "apgd-ce": [2, 3, 4, 100],
-        "apgd-t": [4, 100],
-        "fab-t": [2, 3, 4, 100],
-        "square": [2, 3, 4, 100],
-    }
-
-
 @pytest.mark.parametrize("name", ["apgd-t", "fab-t"])
 def test_no_more_targets_than_other_classes_are_tried(name, monkeypatch):
     seen, recipe = [], ATTACKS[name]

@@ -29,7 +29,7 @@ from advml.errors import Failure, UserError
 NORM_NAMES = {"linf": "Linf", "l2": "L2"}  # ours -> the library's
 TOLERANCE = 1e-5  # how far outside of ball or box a library's point may lie through rounding
 
-# The library warns of zero gradients through a logger, and without one through `warnings`. This one is known to nobody, and is silent.
+# The library warns of zero gradients through a logger, and without one through `warnings`. This one is not registered, and is silent.
 _SILENT = logging.Logger("advml.attacks.autoattack", level=logging.CRITICAL + 1)
 
 
@@ -239,7 +239,7 @@ class Square(SquareAttack):
             self.predict = whole
 
     def random_choice(self, shape: list[int]) -> Tensor:
-        """Signs of this shape, the same for all images of a batch, as the library's windows are: company decides nothing about an image.
+        """Signs of this shape, the same for all images of a batch, as the library's windows are: no image depends on the rest of the batch.
 
         The library asks for (C, 1, 1), which all images get, or for (N, C, ...), and only reads what it gets.
         """

@@ -1,4 +1,4 @@
-"""What stands between a model and an attack library: nothing of the process changes, and the model keeps its manners."""
+"""Restores random-number state, modes and gradients around attack libraries, and gives them a model in the form they expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `evaluate`, of the study's models and of anyone's."""
+"""The command `evaluate`, for models of the study and from elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SCHEME|MODEL",
-            help="SL, CL or SCL, with a regime. Or anyone's model: a folder with model.json, a timm name, or module:function.",
+            help="SL, CL or SCL, with a regime. Or a model from elsewhere: a folder with model.json, a timm name, or module:function.",
             show_default=False,
         ),
     ],
@@ -58,7 +58,7 @@ def evaluate(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="For the files of anyone's model, or to measure one of the study anew beside it.")
+        str | None, typer.Option(help="For the files of a model from elsewhere, or to measure one of the study anew beside it.")
     ] = None,
     overrides: Overrides = None,
     params: Params = PARAMS,

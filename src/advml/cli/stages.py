@@ -106,7 +106,7 @@ def compare(
 
     out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
     if stage.run(context, chosen=tuple(models or ()), out=out) is None:
-        return say(f"{out}/cka.json ({stage.NO_PAIRS})", "advml train CL Full-AT")
+        return say(f"{out}/cka.json ({stage.NOTHING})", "advml train CL Full-AT")
     return say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
 
 

@@ -44,7 +44,7 @@ class Expectations:
     record: dict[str, Any]
 
 
-def look(
+def check_expectations(
     network: nn.Module,
     dataset: Dataset,
     machine: Machine,

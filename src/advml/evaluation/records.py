@@ -86,7 +86,7 @@ def reusable(workspace: Workspace, stage: str, model: str, *, inputs: str) -> di
 # The transfer between models: transfer.json, transfer.csv, and the record that the report depends on
 
 TRANSFER, MATRIX = "transfer", "matrix"
-NO_PAIRS = "no seed of the grid has two trained and evaluated models: there is nobody to transfer to"
+NO_PAIRS = "transfer needs two trained and evaluated models of one seed; the grid has none"
 
 Block = dict[str, Any]
 
@@ -121,7 +121,7 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
     """
     folder = workspace.report(TRANSFER)
     content = {"rule": rule, "seeds": list(blocks), **made_by} | ({} if blocks else {"reason": NO_PAIRS})
-    text = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+    text = to_json(content, indent=1)
     for name, data in (("transfer.csv", _to_csv(transfer_rows(blocks))), ("transfer.png", picture)):
         if data:
             write_atomically(folder / name, data)
@@ -130,7 +130,7 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
     write_atomically(folder / "transfer.json", text)
     digests = {name: digest for block in blocks for name, digest in block["digests"].items()}
     record = {"digests": digests, "transfer": hashlib.sha256(text).hexdigest()}
-    write_atomically(workspace.record(TRANSFER, MATRIX), (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(workspace.record(TRANSFER, MATRIX), to_json(record, indent=1))
 
 
 def _to_csv(table: list[dict[str, Any]]) -> bytes | None:
@@ -172,11 +172,11 @@ NONE, UNJUDGED = "none", "not judged"
 
 
 def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Names of the flags, or that there are none, or that nobody looked.
+    """Names of the flags; `none`, or `not judged` where the probes were not run.
 
     Args:
         diagnostics: of the record of `evaluate`.
-        transferred: the model's flags of `transferred`.
+        transferred: the model's flags of `transfer_flags`.
     """
     flags = [flag["name"] for flag in (*diagnostics.get("flags", ()), *transferred)]
     return ", ".join(flags) or (NONE if "evidence" in diagnostics else UNJUDGED)

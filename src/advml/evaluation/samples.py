@@ -87,7 +87,7 @@ def table(outcomes: Mapping[str, Outcome], split: Split, *, about: Mapping[str, 
 
 
 def _breaks(outcomes: Mapping[str, Outcome]) -> dict[str, pa.Array]:
-    """Who broke each image first, in the order of the figures."""
+    """Which attack broke each image first, in the order of the attacks."""
     number = len(outcomes[CLEAN].right)
     by = np.full(number, None, dtype=object)
     broken_as, distance = np.full(number, -1), np.full(number, np.nan)

@@ -90,7 +90,7 @@ def transfer(
     The images of one source at a time are in memory. Batches are those of `evaluate`, so that rounding is the same.
 
     Args:
-        on_pair: told the names of source and target when a pair is done.
+        on_pair: called with the names of source and target when a pair is done.
     Raises:
         UserError: adversarial images are missing, damaged, of other weights, or do not fit the test images.
     """
@@ -160,7 +160,7 @@ class Breaks:
 
 
 def breaks(found: Transfer, target: int) -> Breaks:
-    """Of the target with this number. Only sources whose attack had the norm and epsilon of the target's evaluation count."""
+    """Of the target with this number. Only sources attacked at the norm and epsilon of its own evaluation count."""
     model = found.models[target]
     survived, broken = torch.zeros_like(model.survived), torch.zeros_like(model.survived)
     counts = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def represent(
 
     Args:
         adversarial: (n, C, H, W) in [0, 1], of the first n test images.
-        on_part: told what is being done next, for progress bars.
+        on_part: called with what is done next, for progress bars.
     Raises:
         UserError: too few images, or no layer of the encoder.
     """
@@ -118,7 +118,7 @@ def represent(
     return Representation(rows, counted_rows(rows), similarity, fitted, rankme, len(adversarial))
 
 
-def paired_batches(adversarial: dict[str, Tensor], split: Split, spec: config.Similarity, machine: Machine) -> list[dict[Key, Tensor]]:
+def paired_batches(adversarial: dict[str, Tensor], split: Split, spec: config.Similarity, machine: Machine) -> Iterator[dict[Key, Tensor]]:
     """Batches of the same test images, clean for every model and as attacked for each.
 
     Smaller ones than asked for where there would be fewer than WANTED_BATCHES: without them there is no interval.
@@ -133,26 +133,11 @@ def paired_batches(adversarial: dict[str, Tensor], split: Split, spec: config.Si
         )
     size = min(spec.batch_size, max(FEWEST, count // WANTED_BATCHES))
 
-    def batch(start: int) -> dict[Key, Tensor]:
+    for start in range(0, count, size):
         place = slice(start, min(start + size, count))
         clean = machine.images(split.images[place])
         attacked = {model: images[place].to(clean) for model, images in adversarial.items()}
-        return {(model, kind): clean if kind == CLEAN else attacked[model] for model in adversarial for kind in KINDS}
-
-    return _Lazy(batch, range(0, count, size))
-
-
-class _Lazy:
-    """A list whose entries are made when they are asked for."""
-
-    def __init__(self, make: Callable[[int], Any], arguments: range) -> None:
-        self._make, self._arguments = make, arguments
-
-    def __len__(self) -> int:
-        return len(self._arguments)
-
-    def __iter__(self) -> Any:
-        return map(self._make, self._arguments)
+        yield {(model, kind): clean if kind == CLEAN else attacked[model] for model in adversarial for kind in KINDS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,17 +154,15 @@ class _Features:
         cls, network: Network, rows: tuple[Layer, ...], dataset: Dataset, adversarial: Tensor, spec: config.Similarity, machine: Machine
     ) -> _Features:
         def pooled(images: Tensor) -> list[np.ndarray]:
-            batches = _Lazy(lambda start: machine.images(images[start : start + 512]), range(0, len(images), 512))
-            return probes.pooled_features(network, rows, batches)
+            return probes.pooled_features(network, rows, map(machine.images, images.split(512)))
 
-        attacked = _Lazy(lambda start: adversarial[start : start + 512].to(machine.device), range(0, len(adversarial), 512))
         chosen = slice(spec.probe_images)
         return cls(
             train=pooled(dataset.train.images[chosen]),
             validation=pooled(dataset.validation.images),
             test={
                 CLEAN: pooled(dataset.test.images[: len(adversarial)]),
-                ADVERSARIAL: probes.pooled_features(network, rows, attacked),
+                ADVERSARIAL: probes.pooled_features(network, rows, (part.to(machine.device) for part in adversarial.split(512))),
             },
             labels={
                 "train": dataset.train.labels[chosen].numpy(),

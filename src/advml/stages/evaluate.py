@@ -142,7 +142,7 @@ def _expected(context: Context, given: Given, network: nn.Module) -> expectation
         return expectations.Expectations((), {})
     size = context.config.evaluate.batch_size
     about = {"constants": given.constants, "classes": given.classes}
-    return expectations.look(network, context.dataset, context.machine, **about, batch_size=size)
+    return expectations.check_expectations(network, context.dataset, context.machine, **about, batch_size=size)
 
 
 def _parts(context: Context, *model: object) -> dict[str, str]:

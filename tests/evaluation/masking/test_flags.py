@@ -91,137 +91,61 @@ def measure(model: nn.Module, norm: str = "linf", **changes: object) -> Evidence
 class Wrapped(nn.Module):
     """Around an honest model that maps images (N, C, H, W) to logits (N, K)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: Callable[[Tensor], Tensor] | None = None, after: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.model = model
-
-
-class Scaled(Wrapped):
-    """Logits so large that the softmax of float32 is exactly 0 or 1."""
+        self.model, self.before, self.after = model, before, after
 
     def forward(self, images: Tensor) -> Tensor:
-        return 1e4 * self.model(images)
+        logits = self.model(self.before(images) if self.before else images)
+        return self.after(logits) if self.after else logits
 
 
-class ScaledSoftmax(Wrapped):
-    """Probabilities times 1000, as if they were logits."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return 1e3 * self.model(images).softmax(1)
+def wrapped(before: Callable[[Tensor], Tensor] | None = None, after: Callable[[Tensor], Tensor] | None = None):
+    return lambda model: Wrapped(model, before, after)
 
 
-class Softmax(Wrapped):
-    """Probabilities, as if they were logits."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).softmax(1)
-
-
-class UnitLength(Wrapped):
-    """Logits on the unit sphere: saturated where the model is sure."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(self.model(images), dim=1)
-
-
-class LogSoftmax(Wrapped):
-    """Log-probabilities."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).log_softmax(1)
-
-
-class Quantised(Wrapped):
-    """Images rounded to eight grey levels: a staircase, flat almost everywhere."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model((images * 7).round() / 7)
-
-
-class Detached(Wrapped):
-    """Leaves PyTorch on the way, as a JPEG codec does: no gradient, and an error for whoever asks."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(torch.from_numpy(images.numpy().round(1)))
-
-
-class NoGrad(Wrapped):
-    """Forgets the graph."""
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
-
-
-class RandomLayer(Wrapped):
-    """Noise on the input, drawn anew in every pass, also in eval mode."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images + 0.1 * torch.randn_like(images))
-
-
-class Shattered(Wrapped):
-    """A ripple far below what eyes or predictions notice, but fifty times as steep as the image."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images + 0.005 * torch.sin(1e4 * images))
-
-
-class _Noise(torch.autograd.Function):
-    """The identity; backward, noise instead of the gradient."""
+class _Backward(torch.autograd.Function):
+    """The identity; backward, what `change` makes of the gradient."""
 
     @staticmethod
-    def forward(ctx: object, images: Tensor) -> Tensor:
+    def forward(ctx, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
         return images.clone()
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return torch.randn_like(gradient) * gradient.norm()
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.change(gradient), None
 
 
-class NoisyBackward(Wrapped):
-    """Right values with wrong gradients."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(_Noise.apply(images))
+def backward(change: Callable[[Tensor], Tensor]):
+    return wrapped(before=lambda images: _Backward.apply(images, change))
 
 
-class _Trickle(torch.autograd.Function):
-    """The identity; backward, the gradient of one pixel in twenty."""
-
-    @staticmethod
-    def forward(ctx: object, images: Tensor) -> Tensor:
-        return images.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient * (torch.rand_like(gradient) < 0.05)
+def broken(gradient: Tensor) -> Tensor:
+    raise ValueError("no way back\nat all")
 
 
-class Trickle(Wrapped):
-    """True gradients, but few at a time: an attack gets there, in twenty times the steps."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(_Trickle.apply(images))
-
-
-class _Reversed(torch.autograd.Function):
-    """The identity; backward, the opposite of the gradient."""
-
-    @staticmethod
-    def forward(ctx: object, images: Tensor) -> Tensor:
-        return images.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return -gradient
+scaled = wrapped(after=lambda logits: 1e4 * logits)  # so large that the softmax of float32 is exactly 0 or 1
+scaled_softmax = wrapped(after=lambda logits: 1e3 * logits.softmax(1))
+softmax = wrapped(after=lambda logits: logits.softmax(1))
+log_softmax = wrapped(after=lambda logits: logits.log_softmax(1))
+unit_length = wrapped(after=lambda logits: F.normalize(logits, dim=1))  # saturated where the model is sure
+quantised = wrapped(before=lambda images: (images * 7).round() / 7)  # a staircase, flat almost everywhere
+detached = wrapped(before=lambda images: torch.from_numpy(images.numpy().round(1)))  # leaves PyTorch, as a JPEG codec does: no gradient
+no_graph = wrapped(before=lambda images: images.detach())
+random_layer = wrapped(before=lambda images: images + 0.1 * torch.randn_like(images))  # in eval mode, too
+shattered = wrapped(before=lambda images: images + 0.005 * torch.sin(1e4 * images))  # fifty times as steep as the image
+noisy_backward = backward(lambda gradient: torch.randn_like(gradient) * gradient.norm())
+trickle = backward(lambda gradient: gradient * (torch.rand_like(gradient) < 0.05))  # an attack gets there, in twenty times the steps
+reversed_backward = backward(lambda gradient: -gradient)
+broken_backward = backward(broken)
 
 
-class ReversedBackward(Wrapped):
-    """Ascends where it should descend."""
+class NaNGradient(Wrapped):
+    """sqrt(0): the value is right, its derivative is infinite, and 0 times that is not a number."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(_Reversed.apply(images))
+        return self.model(images) + 0 * (images - images.detach()).pow(2).flatten(1).sum(1, keepdim=True).sqrt()
 
 
 class Fenced(Wrapped):
@@ -247,35 +171,6 @@ class BatchDependent(Wrapped):
                 module.training = True
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
-
-
-class _Broken(torch.autograd.Function):
-    """The identity, whose backward pass does not work."""
-
-    @staticmethod
-    def forward(ctx: object, images: Tensor) -> Tensor:
-        return images.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        raise ValueError("no way back\nat all")
-
-
-class BrokenBackward(Wrapped):
-    """An operation that nobody has written a derivative for."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(_Broken.apply(images))
-
-
-class NaNGradient(Wrapped):
-    """sqrt(0): the value is right, its derivative is infinite, and 0 times that is not a number."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images) + 0 * (images - images.detach()).pow(2).flatten(1).sum(1, keepdim=True).sqrt()
-
 
 # Flags
 
@@ -291,22 +186,22 @@ def test_an_honest_model_raises_no_flag(build, norm, adversarial):
 
 
 MASKED = {
-    "saturated logits": (Scaled, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "attack the margin"),
-    "saturated softmax": (ScaledSoftmax, {"curve_above_chance", "dead_gradients", "softmax_output"}, "row sums to 1000"),
-    "softmax": (Softmax, {"softmax_output"}, "every row sums to 1"),
-    "log-softmax": (LogSoftmax, {"softmax_output"}, "log-probabilities"),
-    "quantised": (Quantised, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
+    "saturated logits": (scaled, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "attack the margin"),
+    "saturated softmax": (scaled_softmax, {"curve_above_chance", "dead_gradients", "softmax_output"}, "row sums to 1000"),
+    "softmax": (softmax, {"softmax_output"}, "every row sums to 1"),
+    "log-softmax": (log_softmax, {"softmax_output"}, "log-probabilities"),
+    "quantised": (quantised, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
     "detached": (
-        Detached,
+        detached,
         {"curve_above_chance", "black_box_stronger", "dead_gradients"},
         "RuntimeError: Can't call numpy()",
     ),
-    "no graph": (NoGrad, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
-    "broken backward": (BrokenBackward, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "ValueError: no way back"),
-    "random": (RandomLayer, {"randomised"}, "of the largest output, "),
-    "shattered": (Shattered, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
-    "noisy backward": (NoisyBackward, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
-    "reversed backward": (ReversedBackward, {"curve_above_chance", "black_box_stronger", "misleading_gradients"}, "gains -"),
+    "no graph": (no_graph, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
+    "broken backward": (broken_backward, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "ValueError: no way back"),
+    "random": (random_layer, {"randomised"}, "of the largest output, "),
+    "shattered": (shattered, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
+    "noisy backward": (noisy_backward, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
+    "reversed backward": (reversed_backward, {"curve_above_chance", "black_box_stronger", "misleading_gradients"}, "gains -"),
     "infinite": (NaNGradient, {"curve_above_chance", "dead_gradients"}, "not finite for "),
     "batch": (BatchDependent, {"success_lost"}, "in a fresh copy of the model"),
 }
@@ -345,7 +240,7 @@ def test_a_fence_around_the_image_itself_makes_one_step_stronger_than_many():
 
 
 def test_a_loss_that_rises_to_the_last_step_is_flagged_and_more_steps_proposed():
-    evidence = measure(Trickle(trained(convolutional)), steps=20)
+    evidence = measure(trickle(trained(convolutional)), steps=20)
     flag = next(flag for flag in flags(evidence) if flag.name == "loss_still_rising")
     assert f"on the {evidence.survivors} samples that survive it" in flag.saw and "80 instead of 20" in flag.try_
 
@@ -356,7 +251,7 @@ def test_saturated_logits_of_unit_length_are_flagged_and_more_steps_of_the_same_
     images, labels = images[labels < 2], labels[labels < 2]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = UnitLength(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2)))
+        model = unit_length(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2)))
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -381,7 +276,7 @@ def test_saturated_logits_of_unit_length_are_flagged_and_more_steps_of_the_same_
 
 
 def test_the_numbers_of_dead_gradients_are_those_of_the_model():
-    saturated, flat = (measure(wrap(trained(convolutional))) for wrap in (Scaled, Quantised))
+    saturated, flat = (measure(wrap(trained(convolutional))) for wrap in (scaled, quantised))
     assert (saturated.zero_clean, saturated.zero_margin) == (saturated.n, 0)
     assert (flat.zero_clean, flat.zero_random, flat.zero_margin) == (flat.n,) * 3
     assert flat.slope_kept is None and saturated.slope_kept == pytest.approx(1, abs=0.1)
@@ -420,13 +315,13 @@ def test_verdicts_handed_in_are_compared_with_each_other():
 
 
 def test_evidence_is_the_same_every_time_and_another_under_another_seed():
-    model = RandomLayer(trained(convolutional))
+    model = random_layer(trained(convolutional))
     first, again, other = measure(model, steps=3), measure(model, steps=3), measure(model, steps=3, seed=1)
     assert first == again != other
 
 
 def test_model_and_random_numbers_stay_as_they_are():
-    model = BatchDependent(RandomLayer(trained(convolutional))).train()
+    model = BatchDependent(random_layer(trained(convolutional))).train()
     model.model.model[0].weight.requires_grad_(True).grad = torch.ones_like(model.model.model[0].weight)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes, random = [module.training for module in model.modules()], torch.get_rng_state()
@@ -438,7 +333,7 @@ def test_model_and_random_numbers_stay_as_they_are():
     assert len(learning) == 1 and torch.equal(learning[0].grad, torch.ones_like(learning[0])) and torch.equal(digits()[0], images)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, Quantised, RandomLayer], ids=["honest", "quantised", "random"])
+@pytest.mark.parametrize("wrap", [lambda model: model, quantised, random_layer], ids=["honest", "quantised", "random"])
 def test_a_model_that_cannot_be_copied_is_judged_itself_and_stays_as_it_is(wrap):
     class Uncopied(Wrapped):
         def __deepcopy__(self, memo: object) -> nn.Module:

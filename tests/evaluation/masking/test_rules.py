@@ -152,7 +152,7 @@ def test_a_rule_fires_above_its_threshold_and_not_at_it(name, below, above, says
 
 
 def test_every_rule_has_a_line():
-    assert {name for name, _ in RULES} == {line[0] for line in LINES}
+    assert {rule.__name__ for rule in RULES} == {line[0] for line in LINES}
 
 
 def test_outputs_that_differ_in_another_batch_no_more_than_in_the_same_one_are_random_not_lost():

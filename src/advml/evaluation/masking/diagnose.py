@@ -138,7 +138,7 @@ def _security_curve(distances: Tensor, evidence: Evidence, standing: Tensor, spe
 
 Broken = dict[str, list[Any]]  # rows of the split in rising order, the classes that they are taken for, distances
 
-# What the probes of `diagnostics` are called as steps of the worst case, and what they are; other finds bear the name of their attack.
+# Names of the probes as steps of the worst case, and what they are; a minimal-distance attack has its own name.
 PROBES = {
     "probe-pgd": "PGD of the security curve, at all its radii up to epsilon",
     "probe-step": "one step of epsilon",

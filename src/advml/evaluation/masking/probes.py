@@ -56,7 +56,7 @@ def probe(
         shares: multiples of epsilon for the curve; epsilon itself and the one that spans the box are always on it.
         white_box: bool (N,), right after all white-box attacks that the figure rests on; None: the probes' own.
         black_box: name -> bool (N,), right after an attack without gradients of this model: Square, or transfer.
-        on_broken: told what "probe-pgd", "probe-step" and "probe-noise" break within epsilon: rows (m,) and images (m, C, H, W).
+        on_broken: called with what "probe-pgd", "probe-step" and "probe-noise" break within epsilon: rows (m,), images (m, C, H, W).
     Raises:
         UserError: the model fails on a batch.
         ValueError: shapes disagree.
@@ -250,7 +250,7 @@ class Samples:
     def again(self, fresh: Target, adversarial: Tensor) -> Tensor:
         """Logits (n, K) of adversarial images in a fresh copy, among clean ones of the same class, in small batches.
 
-        Whoever judges by the company, as batch norm in train mode does, judges differently here.
+        A model whose output depends on the batch, as with batch norm in train mode, gives others here.
         """
         n = len(self.labels)
         mixed, labels = torch.cat([adversarial, self.images]), torch.cat([self.labels, self.labels])

@@ -1,4 +1,4 @@
-"""The rules of `diagnostics`: each looks at the evidence and says what it saw and what to try, or None.
+"""Rules of the gradient-masking checks: each judges the evidence and says what it saw and what to try, or None; and the flags.
 
 No rule fires on a difference that chance explains: counts are tested against it, exactly.
 """
@@ -80,7 +80,7 @@ def figure_too_high(e: Evidence) -> Finding | None:
         return None
     return (
         f"{e.figure_broken} of {e.n} samples survive all attacks of the worst case, but not {e.steps} steps of PGD, one step, or noise; "
-        "they are counted as broken, and on the other test images nobody has looked",
+        "they are counted as broken; the other test images were not probed",
         "a stronger attack in evaluate (step_size: null, more steps, a random start) and the whole cascade in worst_case",
     )
 
@@ -153,7 +153,7 @@ def loss_still_rising(e: Evidence) -> Finding | None:
 
 
 def success_lost(e: Evidence) -> Finding | None:
-    """An adversarial image is one in whatever company. More than TOLERATED of them are not, or outputs move by more than INDEPENDENT.
+    """An adversarial image is one in any batch. More than TOLERATED of them are not, or outputs move by more than INDEPENDENT.
 
     Outputs of a randomised model move anyway; they count only beyond that.
     """
@@ -194,20 +194,19 @@ def softmax_output(e: Evidence) -> Finding | None:
 
 # Flags
 
-
-# Name of the flag -> its rule.
-RULES: tuple[tuple[str, Callable[[Evidence], Finding | None]], ...] = (
-    ("curve_not_monotone", curve_not_monotone),
-    ("curve_above_chance", curve_above_chance),
-    ("single_step_stronger", single_step_stronger),
-    ("figure_too_high", figure_too_high),
-    ("black_box_stronger", black_box_stronger),
-    ("dead_gradients", dead_gradients),
-    ("misleading_gradients", misleading_gradients),
-    ("loss_still_rising", loss_still_rising),
-    ("randomised", randomised),
-    ("success_lost", success_lost),
-    ("softmax_output", softmax_output),
+# In this order. A flag has the name of its rule.
+RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
+    curve_not_monotone,
+    curve_above_chance,
+    single_step_stronger,
+    figure_too_high,
+    black_box_stronger,
+    dead_gradients,
+    misleading_gradients,
+    loss_still_rising,
+    randomised,
+    success_lost,
+    softmax_output,
 )
 
 
@@ -225,5 +224,13 @@ class Flag:
 
 
 def flags(evidence: Evidence) -> list[Flag]:
-    """All flags that the evidence raises, in the order of RULES."""
-    return [Flag(name, *found) for name, rule in RULES if (found := rule(evidence))]
+    """All flags that the evidence raises, in the order of RULES.
+
+        >>> evidence = probe(model, images, labels, threat_model=ThreatModel("linf", 8 / 255), classes=10, steps=50, seed=0)
+        >>> [flag.name for flag in flags(evidence)]
+        ['curve_above_chance', 'black_box_stronger', 'dead_gradients']
+
+    A robust model and one whose gradients lead attacks astray have the same accuracy under attack; they differ in what `probe` measures.
+    A model without flags may still be weaker than its accuracy; one with flags has not been attacked properly yet.
+    """
+    return [Flag(rule.__name__, *found) for rule in RULES if (found := rule(evidence))]
