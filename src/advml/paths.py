@@ -105,8 +105,9 @@ class Workspace:
         """The records of `evaluate` of models that are not of the study, by name; of an older version where there is no newer one."""
         older = {path.parent.name: path for path in sorted(self.reports.glob("*/evaluation.json"))}
         older |= {path.stem: path for path in sorted(self.record("given", "").parent.glob("*.json"))}
-        found = sorted(self.record("evaluate", "").parent.glob("*.json"))
-        return older | {path.stem: path for path in found if not OF_THE_STUDY.fullmatch(path.stem)}
+        found = {path.stem: path for path in sorted(self.record("evaluate", "").parent.glob("*.json"))}
+        trained = {name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()}  # the latter: of an earlier regime
+        return older | {name: path for name, path in found.items() if name not in trained}
 
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
