@@ -13,7 +13,7 @@ from advml.data import adversarial
 from advml.data.datasets import Split
 from advml.errors import UserError
 from advml.evaluation import samples
-from advml.evaluation.records import read_transfer, transfer_rows, write_transfer
+from advml.evaluation.records import NO_PAIRS, read_transfer, transfer_rows, write_transfer
 from advml.evaluation.run_attacks import Outcome
 from advml.evaluation.transfer import FLAG, RULE, Breaks, Evaluated, Transfer, breaks, describe, evaluated, evaluated_models, transfer
 from advml.paths import Workspace
@@ -242,7 +242,7 @@ def test_what_was_written_reads_back_and_nobody_leaves_no_older_picture(written)
     write_transfer(workspace, [], rule=RULE, picture=None, made_by={})
     assert read_transfer(workspace) is None
     assert [path.name for path in workspace.report("transfer").iterdir()] == ["transfer.json"]
-    assert "nobody" in json.loads((workspace.report("transfer") / "transfer.json").read_text())["reason"]
+    assert json.loads((workspace.report("transfer") / "transfer.json").read_text())["reason"] == NO_PAIRS
 
 
 def test_what_was_measured_on_other_weights_is_left_out(written):
