@@ -14,13 +14,12 @@ from advml.attacks.per_image_rng import PerImageGenerator as Generator
 from advml.attacks.pgd import evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.data.datasets import Split
-from advml.evaluation.attack_suite import AttackSpec, attack_suite, threat_model_2
+from advml.evaluation.attack_suite import threat_model_2
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, kept_images, run_attacks
 from advml.networks.models import Architecture, build
 from advml.runtime.machine import Machine, derived_seed
 from advml.training.objectives import contrastive_pair, cross_entropy, margin
-from advml.training.schemes import SCHEMES
 
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.4,), (0.3,), 10, 16, False, False)
 CPU = Machine(torch.device("cpu"))
@@ -32,19 +31,15 @@ def configuration(*overrides: str) -> config.Config:
     return config.load(PARAMS, overrides)
 
 
-def suite(settings: config.Config, scheme: str | None = None, *, classes: int = 10, note: str = "") -> list[AttackSpec]:
-    about = {"temperature": settings.temperature, "classes": classes, "note": note}
-    return attack_suite(settings.evaluate, settings.threat_model, settings.worst_case, SCHEMES.get(scheme), **about)
-
-
 ALONE = "worst_case.attacks=[]"  # the threat models alone
 
 
-def cascade_of(settings: config.Config, *, classes: int = 10) -> list[AttackSpec]:
-    return [attack for attack in suite(settings, classes=classes) if attack.left_only]
+@pytest.fixture
+def cascade_of(suite):
+    return lambda settings, classes=10: [attack for attack in suite(settings, classes=classes) if attack.left_only]
 
 
-def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilons():
+def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilons(suite):
     asked = suite(configuration("threat_model.epsilon=0.3", ALONE), "CL", note="old head")
     listed = {attack.name: attack for attack in asked}
     assert list(listed) == [
@@ -61,17 +56,17 @@ def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilo
     assert [name for name, figure in listed.items() if figure.kept] == ["accuracy/threat_model_2"]
 
 
-def test_the_supervised_scheme_has_no_threat_model_1():
+def test_the_supervised_scheme_has_no_threat_model_1(suite):
     names = [attack.name for attack in suite(configuration(ALONE), "SL")]
     assert names == ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half"]
 
 
-def test_without_a_scheme_there_is_no_threat_model_1():
+def test_without_a_scheme_there_is_no_threat_model_1(suite):
     without, supervised = (suite(configuration(ALONE), scheme) for scheme in (None, "SL"))
     assert [attack.name for attack in without] == [attack.name for attack in supervised]
 
 
-def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_there_are_enough_classes():
+def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_there_are_enough_classes(cascade_of):
     names = ["pgd-margin", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert [figure.name for figure in cascade_of(configuration())] == [f"worst_case/{name}" for name in names]
     few = [attack.name for attack in cascade_of(configuration(), classes=3)]
@@ -92,7 +87,7 @@ def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_the
         ("margin", "[]", []),
     ],
 )
-def test_pgd_on_cross_entropy_and_on_the_margin_are_always_in_the_worst_case(objective, attacks, names):
+def test_pgd_on_cross_entropy_and_on_the_margin_are_always_in_the_worst_case(objective, attacks, names, cascade_of):
     found = cascade_of(configuration(f"evaluate.objective={objective}", f"worst_case.attacks={attacks}"))
     assert [figure.name for figure in found] == [f"worst_case/{name}" for name in names]
     own = {figure.name: figure for figure in found if "objective" in figure.settings}
@@ -110,7 +105,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_figure_ascends_its_own_objective(name):
+def test_each_figure_ascends_its_own_objective(name, suite):
     """The attack of the plan against the adversary of params.yaml on the objective of the methods, written out."""
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=3")
     images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 2, 1, 5])
@@ -126,7 +121,7 @@ def test_each_figure_ascends_its_own_objective(name):
         assert not torch.allclose(found, wanted, atol=1e-3)
 
 
-def test_without_a_random_start_the_first_run_begins_at_the_image_and_the_others_at_random():
+def test_without_a_random_start_the_first_run_begins_at_the_image_and_the_others_at_random(suite):
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.random_start=false", "evaluate.restarts=2")
     images, labels = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
     figure = suite(settings)[1]
@@ -134,7 +129,7 @@ def test_without_a_random_start_the_first_run_begins_at_the_image_and_the_others
     assert torch.equal(*runs["craft"]) and not torch.equal(*runs["again"])
 
 
-def test_pgd_on_the_margin_begins_at_random_whatever_the_other_attacks_do():
+def test_pgd_on_the_margin_begins_at_random_whatever_the_other_attacks_do(suite):
     """It is the first of the cascade, and at the image it would repeat what threat model II has done."""
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.random_start=false", "evaluate.steps=2")
     images, labels = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
@@ -148,7 +143,7 @@ def test_pgd_on_the_margin_begins_at_random_whatever_the_other_attacks_do():
 
 @pytest.mark.parametrize("name", ["accuracy/threat_model_1", "accuracy/threat_model_2", "worst_case/pgd-margin"])
 @pytest.mark.parametrize(("key", "value", "usual"), [("momentum", 0.5, 0.0), ("schedule", "linear", "constant"), ("keep", "last", "best")])
-def test_every_attack_of_our_own_is_made_as_evaluate_says(name, key, value, usual):
+def test_every_attack_of_our_own_is_made_as_evaluate_says(name, key, value, usual, suite):
     network, settings = build(ARCHITECTURE, seed=0).eval(), configuration("evaluate.steps=4", f"evaluate.{key}={value}")
     images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 2, 1, 5])
     (figure,) = (figure for figure in suite(settings, "SCL") if figure.name == name)
@@ -173,7 +168,7 @@ def undecided(images: torch.Tensor):
         return network, network(images / 255).argmax(1)
 
 
-def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_is_below_all():
+def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_is_below_all(suite):
     settings = configuration("evaluate.steps=3", "threat_model.epsilon=0.01", "evaluate.batch_size=5", "evaluate.seed=3", *WEAK)
     images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network, labels = undecided(images)
@@ -193,7 +188,7 @@ def test_a_figure_equals_its_attack_followed_by_a_prediction_and_the_worst_case_
 
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.03), ("l2", 0.2)])
-def test_neither_the_batch_nor_who_has_left_it_changes_anything(norm, epsilon):
+def test_neither_the_batch_nor_who_has_left_it_changes_anything(norm, epsilon, suite):
     """In double precision, where rounding does not either: the cascade, and every attack on all images in batches of another size.
 
     Steps of 1e-6 leave PGD with its random starts, and the images that are found tell more than verdicts.
@@ -232,7 +227,7 @@ WEAK = ("worst_case.steps=2", "worst_case.targets=2", "worst_case.queries=5")
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_images_are_kept_alike_with_and_without_the_rest_of_the_evaluation(norm):
+def test_images_are_kept_alike_with_and_without_the_rest_of_the_evaluation(norm, suite):
     settings = configuration(f"threat_model.norm={norm}", "evaluate.steps=2", "evaluate.restarts=2", ALONE)
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network, labels = undecided(images)

@@ -8,22 +8,15 @@ import pytest
 import torch
 
 from advml import config
-from advml.evaluation.attack_suite import AttackSpec, attack_suite
 from advml.evaluation.intervals import wilson
 from advml.evaluation.metrics import describe, describe_kept, metrics, survivors
 from advml.evaluation.samples import Outcome
-from advml.training.schemes import SCHEMES
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
 def configuration(*overrides: str) -> config.Config:
     return config.load(PARAMS, overrides)
-
-
-def suite(settings: config.Config, scheme: str | None = None, *, classes: int = 10, note: str = "") -> list[AttackSpec]:
-    about = {"temperature": settings.temperature, "classes": classes, "note": note}
-    return attack_suite(settings.evaluate, settings.threat_model, settings.worst_case, SCHEMES.get(scheme), **about)
 
 
 def outcome(right: list[bool], rows: list[int] | None = None, *, backward: float = 2.0) -> Outcome:
@@ -57,7 +50,7 @@ def test_an_image_that_two_attacks_break_in_turn_counts_for_neither_twice():
     assert clean.right.all()
 
 
-def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
+def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack(suite):
     settings = configuration("evaluate.restarts=3", "threat_model.epsilon=0.2", "evaluate.steps=10", "worst_case.attacks=[]")
     attacks = suite(settings, "CL", note="old head")
     found = {attack.name: outcome([True, True, False]) for attack in attacks}
@@ -76,12 +69,16 @@ def test_the_record_holds_every_hyperparameter_and_seed_of_the_attack():
     assert (kept["n"], kept["restarts"]) == (2, 1) and all(kept[key] == second[key] for key in same) and "correct" not in kept
 
 
-def worst_case(*overrides: str) -> dict:
-    listed = [attack for attack in suite(configuration("worst_case.attacks=[pgd-margin, square]", *overrides)) if attack.name in FOUND]
-    return describe(listed, FOUND, seed=0, batch_size=512)["accuracy/worst_case"]
+@pytest.fixture
+def worst_case(suite):
+    def record(*overrides: str) -> dict:
+        listed = suite(configuration("worst_case.attacks=[pgd-margin, square]", *overrides))
+        return describe([attack for attack in listed if attack.name in FOUND], FOUND, seed=0, batch_size=512)["accuracy/worst_case"]
+
+    return record
 
 
-def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_and_cost():
+def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_and_cost(worst_case):
     record = worst_case("worst_case.restarts=3", "worst_case.queries=77")
     steps = record.pop("cascade")
     assert record == {
@@ -93,6 +90,6 @@ def test_the_record_of_the_worst_case_tells_what_each_attack_was_aimed_at_broke_
     assert steps[1]["objective"] == "margin" and steps[2]["queries"] == 77 and steps[2]["library"] == "pyautoattack"
 
 
-def test_the_record_of_the_worst_case_holds_the_radius_of_the_attacks_not_that_of_training():
+def test_the_record_of_the_worst_case_holds_the_radius_of_the_attacks_not_that_of_training(worst_case):
     record = worst_case("threat_model.epsilon=0.3", "evaluate.epsilon=0.1")
     assert [record["epsilon"], *(step["epsilon"] for step in record["cascade"])] == [0.1] * 4
