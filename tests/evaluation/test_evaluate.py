@@ -158,6 +158,13 @@ def test_an_evaluation_holds_accuracies_flags_corruptions_samples_and_images(sub
         assert found.metrics[name] == described["correct"] / described["n"]
 
 
+def test_every_part_draws_from_the_seed_and_works_in_the_batches_of_the_settings(subject, dataset):
+    record = evaluate(subject, dataset, "evaluate.seed=5", "corruptions.names=none").record
+    attacked = [figure for name, figure in record["figures"].items() if name != "accuracy/clean"]
+    assert {(figure["seed"], figure["batch_size"]) for figure in attacked} == {(5, 16)}
+    assert record["diagnostics"]["evidence"]["seed"] == 5
+
+
 def test_without_corruptions_there_is_nothing_of_them(subject, dataset, monkeypatch):
     plant(monkeypatch)
     found = evaluate(subject, dataset, "corruptions.names=none")

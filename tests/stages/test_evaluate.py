@@ -74,6 +74,19 @@ def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given
     assert not interrupted.workspace.scratch("evaluate-linear").exists()
 
 
+def test_an_evaluation_is_asked_for_what_params_yaml_says(make_study, given, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda subject, dataset, settings, machine, **how: asked.append(settings) or stop())
+    changes = ("evaluate.seed=4", "evaluate.batch_size=7", "evaluate.adversarial_images=5", "evaluate.epsilon=0.25", "diagnostics.images=3")
+    with pytest.raises(Stop):
+        evaluate.run_given(make_study("asked").context(*QUICK, *changes), replace(given, scheme="CL"))
+    (settings,) = asked
+    assert (settings.seed, settings.batch_size, settings.keep, settings.threat_model.epsilon) == (4, 7, 5, 0.25)
+    assert settings.diagnostics.images == 3 and settings.corruptions.names == ("contrast",) and settings.published is None
+    threats = [f"accuracy/threat_model_{number}{suffix}" for suffix in ("", "_half") for number in (1, 2)]
+    assert [attack.name for attack in settings.attacks] == ["accuracy/clean", *threats, "worst_case/pgd-margin"]
+
+
 def test_a_missing_foolbox_is_said_before_the_first_attack(make_study, given, monkeypatch):
     def absent(name: str) -> str:
         if name == "foolbox":
