@@ -262,3 +262,10 @@ def test_overrides_are_written_into_the_text_and_checked():
     assert len(changed) == 2
     with pytest.raises(UserError, match=r"unknown key 'threat_model\.eps'"):
         preset("digits", overrides=["threat_model.eps=1"])
+
+
+@pytest.mark.parametrize("override", ["data={name: digits, validation: 0.1, test: 0.2}", "runtime={threads: 1}"])
+def test_a_section_given_as_a_whole_keeps_the_empty_line_behind_it(override: str) -> None:
+    text = preset("digits", overrides=[override])
+    assert text.count("\n\n") == written("digits").count("\n\n") and "\n\n\n" not in text
+    assert config.apply(text, ()) == config.apply(written("digits"), [override])

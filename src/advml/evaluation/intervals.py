@@ -42,7 +42,7 @@ def clustered(shares: Sequence[float], *, looks: int) -> tuple[float, float]:
 
 
 def binomial_tail(successes: int, n: int, *, share: float) -> float:
-    """P(X >= successes) of a binomial with 0 < share < 1: how likely chance alone gives that many.
+    """P(X >= successes) of a binomial with 0 < share <= 1: how likely chance alone gives that many.
 
     With share 1/2 and n the pairs that disagree it is the one-sided sign test.
     """
