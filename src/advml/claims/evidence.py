@@ -15,7 +15,7 @@ from advml import config
 from advml.claims.measured import Block, Measured, Missing
 from advml.errors import UserError
 from advml.evaluation import records, samples
-from advml.evaluation.records import NONE, flag_summary, transfer_flags
+from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.paths import Workspace, model_name
 from advml.similarity import compare, represent, statistics
 from advml.similarity.statistics import Estimate

@@ -18,9 +18,9 @@ from advml.data.datasets import Dataset, Split
 from advml.errors import UserError
 from advml.evaluation import corruption, metrics, samples
 from advml.evaluation.attack_suite import AttackSpec
+from advml.evaluation.flag_summary import flag_summary
 from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
-from advml.evaluation.records import flag_summary
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.evaluation.samples import Outcome
 from advml.runtime.machine import Machine, own_randomness

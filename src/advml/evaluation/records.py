@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advml.errors import UserError
@@ -164,28 +164,3 @@ def read_transfer(workspace: Workspace) -> dict[str, Any] | None:
         raise UserError(f"{path} is not the file that {made} describes; measure again with: dvc repro, or advml transfer")
     now = {name: (read(workspace, "evaluate", name) or {}).get("digest") for name in digests}
     return found if now == digests and found["seeds"] else None
-
-
-# The flags of a model, in a word
-
-NONE, UNJUDGED = "none", "not judged"
-
-
-def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Names of the flags; `none`, or `not judged` where the probes were not run.
-
-    Args:
-        diagnostics: of the record of `evaluate`.
-        transferred: the model's flags of `transfer_flags`.
-    """
-    flags = [flag["name"] for flag in (*diagnostics.get("flags", ()), *transferred)]
-    return ", ".join(flags) or (NONE if "evidence" in diagnostics else UNJUDGED)
-
-
-def transfer_flags(found: Mapping[str, Any] | None) -> dict[str, list[dict[str, str]]]:
-    """Flags by model, of a transfer as `read_transfer` gives it."""
-    flags: dict[str, list[dict[str, str]]] = {}
-    for block in (found or {"seeds": ()})["seeds"]:
-        for flag in block["flags"]:
-            flags.setdefault(flag["model"], []).append(flag)
-    return flags

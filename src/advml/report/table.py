@@ -11,7 +11,7 @@ from typing import Any
 from advml.config import Config
 from advml.errors import UserError
 from advml.evaluation import records
-from advml.evaluation.records import transfer_flags
+from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
 from advml.paths import Workspace, model_name
 

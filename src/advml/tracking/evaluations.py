@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from advml.evaluation.records import flag_summary
+from advml.evaluation.flag_summary import flag_summary
 from advml.paths import Workspace
 from advml.tracking.files import digest, read
 

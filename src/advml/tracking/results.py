@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.evaluation.records import NONE, flag_summary, transfer_flags
+from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
 from advml.tracking.files import digest, read, read_table, read_yaml
