@@ -22,8 +22,8 @@ import torch
 from timing import hardware_line, interleaved
 from torch import Tensor
 
-from advml.attacks.adversary import Adversary
-from advml.attacks.threat import ThreatModel
+from advml.attacks.pgd import Adversary
+from advml.attacks.threat_model import ThreatModel
 from advml.config import View
 from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build

@@ -21,8 +21,8 @@ from timing import hardware_line, interleaved
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from advml.attacks.adversary import Adversary
-from advml.attacks.threat import ThreatModel
+from advml.attacks.pgd import Adversary
+from advml.attacks.threat_model import ThreatModel
 from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build
 from advml.runtime.machine import Machine

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build
 from advml.similarity.cka import measure
-from advml.similarity.features import Layer, layers
+from advml.similarity.layers import Layer, layers
 
 PLAIN, OURS, ROUNDED = "one plain pass", "advml", "advml, bfloat16"
 PEERS = {"torch_cka": "torch-cka", "pytorch-cka": "pytorch-cka"}  # and their packages

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +29,11 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.data import datasets
-from advml.data.datasets import Dataset, Split
-from advml.evaluation.accuracy import survivors
-from advml.evaluation.measure import Effort, measure
-from advml.evaluation.plan import Figure, plan
+from advml.data.datasets import Dataset
+from advml.evaluation.attack_suite import AttackSpec, attack_suite
+from advml.evaluation.metrics import survivors
+from advml.evaluation.run_attacks import Scorer, run_attacks
+from advml.evaluation.samples import Outcome
 from advml.presets import preset
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -41,6 +44,8 @@ from advml.training.schemes import SCHEMES
 WANTED = {"CL-ST": 0.05, "CL-AT": 0.8, "SL-AT@0.2": 0.8}  # at most so much of the peer's time
 STANDARD = ("worst_case.restarts=5", "worst_case.steps=100", "worst_case.targets=9", "worst_case.queries=5000")
 QUICK = ("worst_case.restarts=2", "worst_case.steps=10", "worst_case.targets=9", "worst_case.queries=500")
+
+Run = Callable[[list[AttackSpec]], dict[str, Outcome]]
 
 
 def trained(configuration: config.Config, dataset: Dataset, machine: Machine, scheme: str, regime: str, seed: int) -> nn.Module:
@@ -53,21 +58,19 @@ def trained(configuration: config.Config, dataset: Dataset, machine: Machine, sc
     return network.eval()
 
 
-def one_after_another(network: nn.Module, split: Split, figures: list[Figure], effort: Effort) -> Tensor:
+def one_after_another(run: Run, figures: list[AttackSpec]) -> Tensor:
     """Which images survive: every attack on all of them."""
     alone = [replace(figure, left_only=False, coupled=True, kept=False) for figure in figures]  # coupled: no image leaves the batch
-    return survivors(measure(network, split, alone, effort))
+    return survivors(run(alone))
 
 
-def compare(
-    network: nn.Module, split: Split, figures: list[Figure], effort: Effort, rounds: int
-) -> tuple[dict[str, Timing], dict[str, Tensor]]:
+def compare(run: Run, figures: list[AttackSpec], rounds: int) -> tuple[dict[str, Timing], dict[str, Tensor]]:
     """Times and verdicts of the cascade, of its peer and of the floor."""
     verdicts: dict[str, Tensor] = {}
     tasks = {
-        "cascade": lambda: verdicts.update(cascade=survivors(measure(network, split, figures, effort))),
-        "one after another": lambda: verdicts.update(peer=one_after_another(network, split, figures, effort)),
-        "PGD-CE alone": lambda: measure(network, split, figures[:2], effort),
+        "cascade": lambda: verdicts.update(cascade=survivors(run(figures))),
+        "one after another": lambda: verdicts.update(peer=one_after_another(run, figures)),
+        "PGD-CE alone": lambda: run(figures[:2]),
     }
     return interleaved(tasks, rounds, warm_up=0), verdicts
 
@@ -94,13 +97,16 @@ def main() -> None:
     settings = [*(QUICK if options.quick else STANDARD), "runtime.device=cpu"]
     configuration = config.validate(config.apply(preset("digits"), settings))
     dataset, machine = datasets.prepare(configuration.data), Machine(torch.device("cpu"))
-    effort = Effort(configuration.evaluate.batch_size, options.seed, machine)
     print(f"worst case of {len(dataset.test)} digits; {hardware_line('pyautoattack')}; seed {options.seed}")
     for model, (scheme, regime, overrides) in cases.items():
         network = trained(configuration, dataset, machine, scheme, regime, options.seed)
         attacked = config.validate(config.apply(preset("digits"), [*settings, *overrides]))
-        figures = [figure for figure in plan(attacked, None, classes=len(dataset.classes)) if not figure.name.endswith("_half")]
-        times, verdicts = compare(network, dataset.test, figures, effort, options.rounds)
+        spec, about = attacked.evaluate, {"temperature": attacked.temperature, "classes": len(dataset.classes)}
+        suite = attack_suite(spec, attacked.threat_model, attacked.worst_case, None, **about)
+        figures = [attack for attack in suite if not attack.name.endswith("_half")]
+        how = {"batch_size": spec.batch_size, "seed": options.seed}
+        run = partial(run_attacks, network, Scorer.of(network, machine), dataset.test, **how)
+        times, verdicts = compare(run, figures, options.rounds)
         ratio, floor = (times[key].over(times["one after another"]) for key in ("cascade", "PGD-CE alone"))
         same = int((verdicts["cascade"] == verdicts["peer"]).sum())
         target = f"wanted: at most {WANTED[model]}" if model in WANTED else "no target"

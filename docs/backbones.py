@@ -24,7 +24,7 @@ from advml.networks.folding import folded
 from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build, load, save
 from advml.networks.trial import try_step
-from advml.similarity.features import layers
+from advml.similarity.layers import layers
 
 PAGE = Path(__file__).with_suffix(".md")
 SIZES = (32, 64, 224)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -110,6 +111,12 @@ def test_imports_point_down(module):
     """`advml/__init__.py` is left out: `load_model` reaches into the library for the outside world, when it is called."""
     upwards = [other for other in imports(module, for_types=True) if other in MODULES and layer(other) < layer(module)]
     assert set(upwards) <= EXCEPTIONS.get(module, set()), f"{module} imports upwards: {', '.join(upwards)}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if top(name) in ("attacks", "evaluation", "similarity")])
+def test_what_measures_takes_resolved_settings_and_not_the_whole_of_params_yaml(module):
+    arguments = [node for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))) if isinstance(node, ast.arg)]
+    assert not [node.arg for node in arguments if node.annotation and "Config" in re.findall(r"\w+", ast.unparse(node.annotation))]
 
 
 def test_no_two_modules_import_each_other_in_a_circle():

@@ -127,7 +127,7 @@ def test_a_model_of_the_study_can_be_measured_beside_itself(study):
     folder, said = study
     told = said["evaluate CL-ST-s0 --name beside -S evaluate.steps=1"].splitlines()
     assert told[0].startswith("beside: clean ") and told[-1] == "next: advml show beside"
-    assert said["show beside"].startswith("beside   (records/given/beside.json)") and " 1 steps" in said["show beside"]
+    assert said["show beside"].startswith("beside   (records/evaluate/beside.json)") and " 1 steps" in said["show beside"]
     assert " 1 steps" not in said["show CL-ST-s0"] and json.loads(folder.workspace.record("evaluate", "CL-ST-s0").read_text())
 
 

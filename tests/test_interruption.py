@@ -26,7 +26,7 @@ import pytest
 from advml import tracking
 from advml.data import adversarial
 from advml.engine.fork_server import ADDRESS, forward
-from advml.evaluation import measure, records, samples, scoring
+from advml.evaluation import records, run_attacks, samples
 from advml.networks import models
 from advml.progress import Bar
 from advml.runtime import checkpoint, memo
@@ -348,9 +348,9 @@ def evaluation(study, *overrides: str) -> Callable[[], object]:
 SMALL_BATCHES = ("evaluate.batch_size=5", "worst_case.restarts=2")
 # What the end of a process may fall upon.
 ENDS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
-    "in an attack": lambda patch, number: patch.setattr(measure, "counted", nth(number, die, measure.counted)),
+    "in an attack": lambda patch, number: patch.setattr(run_attacks, "counted", nth(number, die, run_attacks.counted)),
     "after a prediction": lambda patch, number: patch.setattr(
-        scoring.Scorer, "predict", nth(number, after(scoring.Scorer.predict), scoring.Scorer.predict)
+        run_attacks.Scorer, "predict", nth(number, after(run_attacks.Scorer.predict), run_attacks.Scorer.predict)
     ),
     "before a part is written": lambda patch, number: patch.setattr(memo, "write_atomically", nth(number, die, memo.write_atomically)),
     "after a part is written": lambda patch, number: patch.setattr(
@@ -383,7 +383,7 @@ def test_a_finished_part_is_not_measured_again(finetuned, uninterrupted, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(module, "write_atomically", die)
             fork_and_die(evaluation(finetuned))
-        monkeypatch.setattr(measure._Batch, "measure", None)
+        monkeypatch.setattr(run_attacks._Batch, "measure", None)
     evaluation(finetuned)()
     assert results(finetuned, MODEL).items() <= results(uninterrupted, PRETRAINING, MODEL).items()
     assert len(evaluated(finetuned)) == 4

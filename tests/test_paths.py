@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from advml.paths import home_of
+from advml.paths import Workspace, home_of
 
 NAME = "CL-AT-s0"
 
@@ -47,3 +47,13 @@ def test_the_folder_that_one_is_in_has_a_name_too(study, monkeypatch):
 def test_other_folders_belong_to_no_study(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     assert home_of(Path(folder)) is None
+
+
+def test_a_record_of_evaluate_is_of_a_model_from_elsewhere_unless_the_study_has_such_a_model(tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.model("CL-Other-s0").mkdir(parents=True)  # of a regime that params.yaml no longer knows
+    for name in ("CL-AT-s0", "CL-Other-s0", "mine"):
+        record = workspace.record("evaluate", name)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text("{}")
+    assert workspace.evaluations_of_given() == {"mine": workspace.record("evaluate", "mine")}

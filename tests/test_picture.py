@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.adversary import Adversary
-from advml.attacks.threat import ThreatModel
+from advml.attacks.pgd import Adversary
+from advml.attacks.threat_model import ThreatModel
 from advml.errors import UserError
 from advml.figures.style import to_png
 from advml.networks import models

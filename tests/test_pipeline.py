@@ -258,13 +258,12 @@ def test_the_committed_lock_is_of_the_committed_stages_and_parameters(tmp_path):
         assert {stage: dep.status() for dep, stage in params.items() if dep.status()} == {}
 
 
-def test_an_evaluation_of_a_model_from_elsewhere_runs_the_report_again_and_nothing_else(committed):
-    """`dvc repro` would otherwise restore a page without it."""
-    made = Workspace(committed).given("mine")
-    made.parent.mkdir()
+def test_an_evaluation_of_a_model_from_elsewhere_runs_what_reads_all_records_again_and_nothing_else(committed):
+    """`dvc repro` would otherwise restore a page without it. `transfer` depends on all records of `evaluate`."""
+    made = Workspace(committed).record("evaluate", "mine")
     made.write_text("{}")
-    assert after_edit(committed)[1] == {"report"}
-    shutil.rmtree(made.parent)
+    assert after_edit(committed)[1] == {"report", "transfer"}
+    made.unlink()
     assert after_edit(committed)[1] == set()
 
 

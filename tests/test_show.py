@@ -161,9 +161,9 @@ GIVEN = {
 
 
 def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, model):
-    write(workspace.given("mine"), GIVEN)
+    write(workspace.record("evaluate", "mine"), GIVEN)
     told = " | ".join(" ".join(line.split()) for line in record_of(workspace, "mine").splitlines())
-    assert told.startswith(f"mine ({workspace.given('mine')}) | ")
+    assert told.startswith(f"mine ({workspace.record('evaluate', 'mine')}) | ")
     for part in (
         "function my.models:net",
         "weights bbbbbbbbbbbbbbbb",
@@ -176,8 +176,8 @@ def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, mod
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"], ids=["empty", "too little", "a list"])
 def test_a_damaged_evaluation_of_anyones_model_is_one_line(workspace, content):
-    write(workspace.given("mine"), content)
-    with pytest.raises(UserError, match=r"given/mine.json is damaged \(.*\); measure again with: advml evaluate") as stopped:
+    write(workspace.record("evaluate", "mine"), content)
+    with pytest.raises(UserError, match=r"evaluate/mine.json is damaged") as stopped:
         record_of(workspace, "mine")
     assert "\n" not in str(stopped.value)
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from advml.evaluation.intervals import wilson
-from advml.similarity.estimates import difference, over_seeds, share
+from advml.similarity.statistics import difference, over_seeds, share
 
 Z = 1.959963984540054
 SIZES, ACCURACIES, LESS, CORRELATIONS = (100, 360, 1000), (0.5, 0.75, 0.9, 0.97, 0.99), (0, 0.02, 0.1), (0, 0.5, 0.8)

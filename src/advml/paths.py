@@ -6,8 +6,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from advml.errors import UserError
+from advml.names import PhaseName, RegimeName, SchemeName
 
 
 def pretraining_name(scheme: str, phase: str, seed: int) -> str:
@@ -38,9 +40,13 @@ SEARCH_FILES = ("best.yaml", "trials.csv")  # in reports/tune/NAME/
 FOLDERS = ("compare", "transfer", "tune")
 
 
+OF_THE_STUDY = re.compile(rf"({'|'.join(get_args(SchemeName))})-({'|'.join((*get_args(RegimeName), *get_args(PhaseName)))})-s\d+")
+
+
 def is_reserved(name: str) -> bool:
-    """Whether `reports/<name>` is something else than a model's folder; in lower case, as some disks see no difference."""
-    return name.lower() in (*REPORT_FILES, *FOLDERS) or name.lower().startswith("compare-")
+    """Whether a model from elsewhere may not have this name: it is one of the study's models and pretrainings, or something else has it in
+    `reports/`; in lower case, as some disks see no difference."""
+    return bool(OF_THE_STUDY.fullmatch(name)) or name.lower() in (*REPORT_FILES, *FOLDERS) or name.lower().startswith("compare-")
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,17 @@ class Workspace:
         """How a stage made its figures: settings, counts, seeds. The report depends on this folder."""
         return self.root / "records" / stage / f"{name}.json"
 
-    def given(self, name: str) -> Path:
-        """The record of an evaluation of a model that is not of the study. The report depends on it as on all of `records/`."""
-        return self.record("given", name)
+    def older_evaluations(self, name: str) -> tuple[Path, ...]:
+        """Where older versions kept the record of a model from elsewhere, the newest last."""
+        return self.report(name) / "evaluation.json", self.record("given", name)
 
     def evaluations_of_given(self) -> dict[str, Path]:
-        """These records by name; those that older versions wrote as reports/<NAME>/evaluation.json, too."""
+        """The records of `evaluate` of models that are not of the study, by name; of an older version where there is no newer one."""
         older = {path.parent.name: path for path in sorted(self.reports.glob("*/evaluation.json"))}
-        return older | {path.stem: path for path in sorted(self.given("x").parent.glob("*.json"))}
+        older |= {path.stem: path for path in sorted(self.record("given", "").parent.glob("*.json"))}
+        found = {path.stem: path for path in sorted(self.record("evaluate", "").parent.glob("*.json"))}
+        trained = {name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()}  # the latter: of an earlier regime
+        return older | {name: path for name, path in found.items() if name not in trained}
 
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from advml.attacks.adversary import Adversary, evaluation_adversary
-from advml.attacks.threat import NORMS
+from advml.attacks.pgd import Adversary, evaluation_adversary
+from advml.attacks.threat_model import NORMS
 from advml.core.io import write_atomically
 from advml.data.images import decode
 from advml.errors import UserError
@@ -45,7 +45,7 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
     record, network = models.read_record(folder), models.load_classifier(folder).to(context.machine.device)
     architecture = network.architecture
     image = load_image(path, channels=architecture.channels, size=architecture.image_size, white=record.get("white_level"))
-    adversary = evaluation_adversary(context.config, epsilon=context.config.attacked_epsilon)
+    adversary = evaluation_adversary(context.config.evaluate, context.config.threat_model)
     figure, result = attack_figure(network, image, record["classes"], adversary=adversary, seed=context.config.evaluate.seed)
     write_atomically(out, to_png(figure))
     return f"{result['headline']}: {result['size']}"

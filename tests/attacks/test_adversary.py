@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.adversary import Adversary, evaluation_adversary, training_adversary
-from advml.attacks.pgd import Objective, pgd
-from advml.attacks.threat import NORMS, ThreatModel
+from advml.attacks.pgd import Adversary, Objective, evaluation_adversary, training_adversary
+from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.networks.models import Architecture, Network, build, under_attack
 from advml.training.objectives import contrastive_pair, cross_entropy
 from advml.training.tasks import contrastive_objective
@@ -144,13 +143,6 @@ def test_under_attack_restores_after_an_exception(mode):
     assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["classifier.weight", "classifier.bias"]
 
 
-def test_an_attack_that_fails_restores_the_network():
-    network, (images, _) = small_network().train(), batch()
-    with pytest.raises(ZeroDivisionError):
-        adversary().attack(network, lambda: lambda x: 1 / 0, images, generator=seeded())
-    assert network.training and all(p.requires_grad for p in network.parameters())
-
-
 def test_the_objective_is_built_once_while_the_network_is_under_attack():
     network, (images, labels), seen = small_network().train(), batch(), []
 
@@ -238,26 +230,6 @@ def test_the_hoisted_clean_embedding_gives_exactly_what_recomputing_it_gives(mod
     assert torch.equal(ours, slow) and not torch.equal(ours, images)
 
 
-@pytest.mark.parametrize("option", [{"momentum": 0.9}, {"schedule": "linear"}], ids=["momentum", "schedule"])
-def test_momentum_and_schedule_reach_the_attack(option):
-    network, (images, labels) = small_network().eval(), batch()
-
-    def attack(**changes) -> Tensor:
-        return adversary(steps=5, **changes).attack(network, lambda: classification(network, labels), images, generator=seeded())
-
-    expected = pgd(
-        classification(network, labels),
-        images,
-        threat_model=ThreatModel("linf", 0.1),
-        steps=5,
-        step_size=0.05,
-        start=ThreatModel("linf", 0.1).random_start(images, generator=seeded()),
-        **option,
-    )
-    torch.testing.assert_close(attack(**option), expected, atol=1e-5, rtol=0)
-    assert (attack(**option) - attack()).abs().max() > 1e-3
-
-
 def test_a_scaled_adversary_is_smaller_in_radius_and_step_alone():
     whole = adversary(momentum=0.5, schedule="cosine", mode="train")
     half = whole.scaled(0.5)
@@ -272,10 +244,11 @@ def test_the_training_adversary_is_what_params_yaml_says():
     configuration = config.load(
         PARAMS, ["threat_model.epsilon=8/255", "attack.steps=5", "attack.batch_norm=train", "attack.random_start=false"]
     )
-    assert training_adversary(configuration) == Adversary(
+    assert training_adversary(configuration.attack, configuration.threat_model) == Adversary(
         ThreatModel("linf", 8 / 255), steps=5, step_size=pytest.approx(4 / 255), random_start=False, keep="last", mode="train"
     )
-    assert training_adversary(config.load(PARAMS, ["attack.step_size=0.01"])).step_size == 0.01
+    longer = config.load(PARAMS, ["attack.step_size=0.01"])
+    assert training_adversary(longer.attack, longer.threat_model).step_size == 0.01
 
 
 @pytest.mark.parametrize(
@@ -290,15 +263,21 @@ def test_the_training_adversary_is_what_params_yaml_says():
 )
 def test_a_phase_may_have_a_radius_and_a_number_of_steps_of_its_own(overrides, epsilon, steps, step_size):
     configuration = config.load(PARAMS, ["threat_model.epsilon=0.2", "attack.steps=5", *overrides])
-    made = training_adversary(configuration, configuration.regimes["Full-AT"])
+    made = training_adversary(configuration.attack, configuration.threat_model, configuration.regimes["Full-AT"])
     assert (made.threat_model.epsilon, made.steps) == (epsilon, steps) and made.step_size == pytest.approx(step_size)
-    assert training_adversary(configuration, configuration.regimes["Partial-AT"]).threat_model.epsilon == 0.2
-    assert evaluation_adversary(configuration, epsilon=configuration.attacked_epsilon).threat_model.epsilon == 0.2
+    other = training_adversary(configuration.attack, configuration.threat_model, configuration.regimes["Partial-AT"])
+    assert other.threat_model == evaluation_adversary(configuration.evaluate, configuration.threat_model).threat_model
+    assert other.threat_model.epsilon == 0.2
 
 
 def test_the_evaluation_adversary_is_what_params_yaml_says():
     overrides = ["threat_model.norm=l2", "evaluate.steps=20", "evaluate.keep=last", "attack.batch_norm=train", "attack.steps=3"]
-    assert evaluation_adversary(config.load(PARAMS, overrides), epsilon=0.4) == Adversary(
-        ThreatModel("l2", 0.4), steps=20, step_size=pytest.approx(0.05), random_start=True, keep="last", mode="eval"
-    )
-    assert evaluation_adversary(config.load(PARAMS, ["evaluate.step_size=0.01"]), epsilon=0.4).step_size == 0.01
+
+    def adversary(*changes: str, share: float = 1.0) -> Adversary:
+        asked = config.load(PARAMS, [*overrides, "threat_model.epsilon=0.4", *changes])
+        return evaluation_adversary(asked.evaluate, asked.threat_model, share=share)
+
+    expected = Adversary(ThreatModel("l2", 0.4), steps=20, step_size=pytest.approx(0.05), random_start=True, keep="last", mode="eval")
+    assert adversary() == expected
+    assert adversary("evaluate.epsilon=0.8", share=0.5) == expected
+    assert adversary("evaluate.step_size=0.01", share=0.5).step_size == 0.01

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from advml.attacks.pgd import STEP_SCHEDULES, accumulate, default_step_size, pgd
-from advml.attacks.threat import NORMS, ThreatModel
+from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.networks.models import Architecture, Network, build
 from advml.training.objectives import contrastive_pair, cross_entropy
 

@@ -7,7 +7,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from advml.attacks.square import Square, _starts
+from advml.attacks.autoattack import Square, _starts
 
 
 def seeded(seed: int = 0) -> torch.Generator:

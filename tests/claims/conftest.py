@@ -20,9 +20,8 @@ from advml import config as configuration
 from advml.claims.testing import check
 from advml.evaluation import samples
 from advml.paths import Workspace, model_name
-from advml.similarity.arrays import to_npz
-from advml.similarity.comparison import SCHEME_PAIRS
-from advml.similarity.representation import ESTIMATOR
+from advml.similarity.compare import SCHEME_PAIRS
+from advml.similarity.represent import ESTIMATOR, to_npz
 
 REPOSITORY = Path(__file__).parents[2]
 BATCHES, LAYERS, SIZE = 12, 8, 30

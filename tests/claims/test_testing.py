@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from advml.claims.hypotheses import AGREE, MARGIN
-from advml.evaluation import transfer_files
+from advml.evaluation import records
 
 MAIN = ("redundancy", "full_fine_tuning_redundancy", "full_fine_tuning_robustness", "clean_adversarial", "convergence")
 
@@ -143,7 +143,7 @@ def test_a_claim_names_the_models_that_its_accuracies_cannot_be_trusted_of(plant
 
 def test_a_flag_of_a_transfer_is_named_too(planted, monkeypatch):
     flags = [FLAG | {"model": "CL-AT-s0", "name": "transfer_stronger"}]
-    monkeypatch.setattr(transfer_files, "read", lambda workspace: {"seeds": [{"flags": flags}]})
+    monkeypatch.setattr(records, "read_transfer", lambda workspace: {"seeds": [{"flags": flags}]})
     assert planted.parts()["CL: worst-case accuracy, Full-AT minus AT"]["doubts"] == {"CL-AT-s0": "transfer_stronger"}
 
 

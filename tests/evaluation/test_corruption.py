@@ -14,7 +14,7 @@ from advml.data.corruptions.corrupt import corrupt
 from advml.data.corruptions.published import Published
 from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.corruption import describe, measure, metrics, one
+from advml.evaluation.corruption import describe, metrics, one
 from advml.evaluation.intervals import clustered, wilson
 from advml.runtime.machine import Machine
 
@@ -74,21 +74,9 @@ def test_a_limit_takes_the_first_images():
     assert torch.equal(right, one(Light(), split(), SPEC, "gaussian_noise", machine=CPU, batch_size=9)[:, :5])
 
 
-def test_an_interrupted_measurement_goes_on_where_it_was():
-    parts: list[str] = []
-    whole = measure(Light(), split(), SPEC, machine=CPU, batch_size=4, on_part=lambda name, right: parts.append(name))
-    assert list(whole) == parts == ["gaussian_noise", "brightness"]
-    network, parts = Light(), []
-    done = {"gaussian_noise": whole["gaussian_noise"]}
-    resumed = measure(network, split(), SPEC, machine=CPU, batch_size=4, done=done, on_part=lambda name, right: parts.append(name))
-    assert parts == ["brightness"]
-    assert list(resumed) == list(whole) and all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert len(network.seen) == 2 * 3
-
-
 def test_no_corruptions_are_no_figures():
     spec = Corruptions(names="none", severities=(1,))
-    assert measure(Light(), split(), spec, machine=CPU, batch_size=4) == metrics({}) == describe({}, spec) == {}
+    assert metrics({}) == describe({}, spec) == {}
 
 
 # Published files
@@ -166,7 +154,8 @@ def test_the_interval_covers_the_truth_in_95_of_100_test_sets():
 def test_the_record_tells_how_to_measure_it_again(tmp_path):
     images = split(6, 32, 3)
     published = files(tmp_path, images, [0, 1, 2, 3, 4, 5])
-    results = measure(Light(), images, SPEC, machine=CPU, batch_size=4, published=published)
+    about = {"machine": CPU, "batch_size": 4, "published": published}
+    results = {name: one(Light(), images, SPEC, name, **about) for name in SPEC.names}
     described = json.loads(json.dumps(describe(results, SPEC, published=published)))
     noise, read = described["corruption/gaussian_noise"], described["corruption/brightness"]
     assert (noise["source"], noise["seed"], noise["kind"], noise["severities"], noise["n"]) == ("computed", 3, "noise", [1, 5], 6)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advml.data.datasets import Dataset, Split, channel_statistics
 from advml.errors import UserError
-from advml.evaluation.expectations import Expectations, look
+from advml.evaluation.expectations import Expectations, check_expectations
 from advml.networks.class_names import positions
 from advml.networks.normalization import KNOWN, NONE, Constants
 from advml.runtime.machine import Machine
@@ -51,7 +51,7 @@ class Levels(nn.Module):
 
 
 def found(network: nn.Module, data: Dataset, *, constants: Constants = NONE, **how: object) -> Expectations:
-    return look(network, data, CPU, constants=constants.of_channels(3), **how)
+    return check_expectations(network, data, CPU, constants=constants.of_channels(3), **how)
 
 
 def named(expected: Expectations) -> dict[str, str]:

@@ -10,9 +10,8 @@ import torch
 
 from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.measure import Outcome
+from advml.evaluation.run_attacks import NOT_FINITE, Outcome
 from advml.evaluation.samples import digest_of, read, table, write
-from advml.evaluation.scoring import NOT_FINITE
 
 NAN = float("nan")
 

@@ -13,10 +13,9 @@ from advml.data import adversarial
 from advml.data.datasets import Split
 from advml.errors import UserError
 from advml.evaluation import samples
-from advml.evaluation.measure import Outcome
-from advml.evaluation.transfer import Evaluated, Transfer, evaluated, evaluated_models, transfer
-from advml.evaluation.transfer_files import read, rows, write
-from advml.evaluation.transfer_findings import FLAG, RULE, Breaks, breaks, describe
+from advml.evaluation.records import NO_PAIRS, read_transfer, transfer_rows, write_transfer
+from advml.evaluation.run_attacks import Outcome
+from advml.evaluation.transfer import FLAG, RULE, Breaks, Evaluated, Transfer, breaks, describe, evaluated, evaluated_models, transfer
 from advml.paths import Workspace
 from advml.runtime.machine import Machine
 
@@ -67,7 +66,7 @@ def test_the_matrix_is_that_of_a_loop_over_single_images(tmp_path):
     assert block["n"] == list(counts) and block["correct"][1][2] == int(found.right[1][2].sum())
     assert len({count for row in block["correct"] for count in row}) > 3  # the numbers are not all alike
     assert block["accuracy"][0][1] == block["correct"][0][1] / 23
-    table = rows([block])
+    table = transfer_rows([block])
     assert [(row["source"], row["target"]) for row in table] == told
     assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["seed"] == 3 for row in table)
 
@@ -145,7 +144,7 @@ def test_a_planted_flag_names_its_model_and_no_other():
     block = describe(found, seed=0)
     assert [flag["model"] for flag in block["flags"]] == ["target"]
     assert block["breaks"][0] == {"model": "target", "survived": 40, "transfer_breaks": 10, "sources": {"a": 10}}
-    assert {row["transfer_breaks"] for row in rows([block]) if (row["source"], row["target"]) == ("a", "target")} == {10}
+    assert {row["transfer_breaks"] for row in transfer_rows([block]) if (row["source"], row["target"]) == ("a", "target")} == {10}
 
 
 def test_saturated_gradients_are_flagged_and_the_honest_model_is_not(tmp_path):
@@ -232,26 +231,26 @@ def written(tmp_path) -> tuple[Workspace, dict]:
     workspace, block = Workspace(tmp_path), describe(planted([True] * 4, {"a": [True, False, True, True]}), seed=0)
     for name, digest in block["digests"].items():
         put(workspace.record("evaluate", name), {"model": name, "metrics": {}, "digest": digest})
-    write(workspace, [block], rule=RULE, picture=b"picture", made_by={})
+    write_transfer(workspace, [block], rule=RULE, picture=b"picture", made_by={})
     return workspace, block
 
 
 def test_what_was_written_reads_back_and_nobody_leaves_no_older_picture(written):
     workspace, block = written
-    assert read(workspace) == {"rule": RULE, "seeds": [block]}
+    assert read_transfer(workspace) == {"rule": RULE, "seeds": [block]}
     assert {path.name for path in workspace.report("transfer").iterdir()} == {"transfer.json", "transfer.csv", "transfer.png"}
-    write(workspace, [], rule=RULE, picture=None, made_by={})
-    assert read(workspace) is None
+    write_transfer(workspace, [], rule=RULE, picture=None, made_by={})
+    assert read_transfer(workspace) is None
     assert [path.name for path in workspace.report("transfer").iterdir()] == ["transfer.json"]
-    assert "nobody" in json.loads((workspace.report("transfer") / "transfer.json").read_text())["reason"]
+    assert json.loads((workspace.report("transfer") / "transfer.json").read_text())["reason"] == NO_PAIRS
 
 
 def test_what_was_measured_on_other_weights_is_left_out(written):
     workspace, _ = written
     put(workspace.record("evaluate", "a"), {"model": "a", "metrics": {}, "digest": "newer"})
-    assert read(workspace) is None
+    assert read_transfer(workspace) is None
     workspace.record("transfer", "matrix").unlink()
-    assert read(workspace) is None
+    assert read_transfer(workspace) is None
 
 
 @pytest.mark.parametrize(
@@ -262,5 +261,5 @@ def test_damaged_files_are_one_line(written, file, content):
     path = workspace.report("transfer") / "transfer.json" if file == "json" else workspace.record("transfer", "matrix")
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(UserError, match=r"transfer\.json .*advml transfer") as refused:
-        read(workspace)
+        read_transfer(workspace)
     assert "\n" not in str(refused.value)

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from advml.evaluation.accuracy import wilson
+from advml.evaluation.metrics import wilson
 from advml.figures.accuracy import MEASURES, accuracy_chart
 from advml.figures.marks import MEANING, mark
 from advml.figures.style import ADVERSARIAL, STYLE, to_png

@@ -366,7 +366,7 @@ def test_strangers_that_need_contiguous_images_change_them_or_have_no_gradient_a
     study = make_study(name)
     context = study.context("diagnostics.images=40")
     metrics = evaluate.run_given(context, found(f"somebodys:{name}", context.dataset))
-    record = json.loads(study.workspace.given(f"somebodys-{name}").read_text())
+    record = json.loads(study.workspace.record("evaluate", f"somebodys-{name}").read_text())
     assert "accuracy/worst_case" in metrics and record["figures"]["accuracy/threat_model_2"]["forward"] > 0
     assert ("dead_gradients" in {flag["name"] for flag in record["diagnostics"]["flags"]}) == (name == "rounding")
 
@@ -387,7 +387,7 @@ def test_anyones_model_gets_the_figures_of_the_grid_but_threat_model_1(make_stud
     given = found("somebodys:good", context.dataset)
     metrics = evaluate.run_given(context, given)
     folder = study.workspace.report("somebodys-good")
-    record = json.loads(study.workspace.given("somebodys-good").read_text())
+    record = json.loads(study.workspace.record("evaluate", "somebodys-good").read_text())
     assert json.loads((folder / "metrics.json").read_text()) == metrics == record["metrics"]
     names = {f"accuracy/{name}" for name in ("clean", "threat_model_2", "threat_model_2_half", "worst_case")}
     assert set(record["figures"]) == names == {name for name in metrics if name.startswith("accuracy/") and name.count("/") == 1}
@@ -468,17 +468,17 @@ def test_a_model_that_expects_other_input_is_told_before_the_attacks_and_flagged
     (here / "levels.py").write_text(LEVELS)
     torch.save(means, here / "means.pt")
     given = found("levels:make", context.dataset)
-    attacked = evaluate.protocol.evaluate
+    attacked = evaluate.evaluation.evaluate
 
     def attacks(*given: object, **how: object) -> object:
         print("attacks", file=sys.stderr)
         return attacked(*given, **how)
 
-    monkeypatch.setattr(evaluate.protocol, "evaluate", attacks)
+    monkeypatch.setattr(evaluate.evaluation, "evaluate", attacks)
     metrics = evaluate.run_given(context, given)
     said = capsys.readouterr().err
     assert 0 < said.index("--mean levels") < said.index("attacks") and metrics["diagnostics/flags"] == 1
-    record = json.loads(study.workspace.given("levels-make").read_text())
+    record = json.loads(study.workspace.record("evaluate", "levels-make").read_text())
     (flag,) = record["diagnostics"]["flags"]
     assert flag["name"] == "other_normalization" and record["expected"]["accuracy"]["levels"]["as given"] > 0.9
     assert any("other_normalization" in line for line in flags_of(record))
@@ -510,5 +510,5 @@ def test_a_module_that_cannot_be_copied_is_measured_and_judged_all_the_same(make
     context = make_study("stubborn").context()
     metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
     assert "accuracy/worst_case" in metrics and "diagnostics/flags" in metrics
-    record = json.loads(context.workspace.given("stubborn").read_text())
+    record = json.loads(context.workspace.record("evaluate", "stubborn").read_text())
     assert "not_copied" in [flag["name"] for flag in record["diagnostics"]["flags"]]

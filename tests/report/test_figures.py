@@ -14,8 +14,7 @@ from advml.errors import UserError
 from advml.figures.curves import REGIME_COLOURS
 from advml.paths import Workspace
 from advml.report import figures
-from advml.similarity.arrays import to_npz
-from advml.similarity.representation import MATRICES
+from advml.similarity.represent import MATRICES, to_npz
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = configuration.load(REPOSITORY / "params.yaml")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from advml.errors import UserError
-from advml.evaluation.accuracy import wilson
+from advml.evaluation.metrics import wilson
 from advml.report import others
 from advml.stages import report as stage
 
@@ -45,7 +45,7 @@ def study(make_study):
         record("stiff", data, flags=[], skipped="no copy of it"),
         record("far", "other", flags=[], evidence=EVIDENCE),
     ):
-        write(study.workspace.given(content["model"]), content)
+        write(study.workspace.record("evaluate", content["model"]), content)
     return study
 
 
@@ -68,25 +68,26 @@ def test_the_page_has_a_section_of_other_models(study):
 
 def test_a_page_without_other_models_has_no_such_section(study):
     for name in ("bent", "stiff", "far"):
-        study.workspace.given(name).unlink()
+        study.workspace.record("evaluate", name).unlink()
     stage.run(study.context())
     page = (study.workspace.reports / "report.html").read_text()
     assert "Other models" not in page and "measured on other data" not in page
 
 
 def test_an_evaluation_that_an_older_version_wrote_elsewhere_is_read_until_there_is_a_newer_one(study):
-    made = study.workspace.given("bent")
-    older = study.workspace.report("bent") / "evaluation.json"
-    older.parent.mkdir()
-    older.write_text(made.read_text().replace("0.75", "0.5"))
-    assert others.row("bent", others.read(study.workspace)["bent"])["epsilon"] == 0.75
-    made.unlink()
-    assert others.row("bent", others.read(study.workspace)["bent"])["epsilon"] == 0.5
+    made = study.workspace.record("evaluate", "bent")
+    places = {epsilon: path for epsilon, path in zip((0.5, 0.25), study.workspace.older_evaluations("bent")[::-1], strict=True)}
+    for epsilon, older in places.items():
+        write(older, json.loads(made.read_text().replace("0.75", str(epsilon))))
+    for epsilon, path in ({0.75: made} | places).items():
+        assert others.row("bent", others.read(study.workspace)["bent"])["epsilon"] == epsilon
+        path.unlink()
+    assert "bent" not in others.read(study.workspace)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"model": "bent"}'])
 def test_a_damaged_evaluation_is_one_line(study, content):
-    study.workspace.given("bent").write_text(content)
-    with pytest.raises(UserError, match=r"given/bent.json is damaged \(.*\); measure again with: advml evaluate") as stopped:
+    study.workspace.record("evaluate", "bent").write_text(content)
+    with pytest.raises(UserError, match=r"evaluate/bent.json is damaged") as stopped:
         others.read(study.workspace)
     assert "\n" not in str(stopped.value)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from advml import paths
 from advml.errors import UserError
-from advml.evaluation import transfer_files
-from advml.evaluation.accuracy import wilson
+from advml.evaluation import records
+from advml.evaluation.metrics import wilson
 from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_csv, to_markdown
 from advml.stages import report as stage
 from advml.tracking import store as stores
@@ -124,7 +124,7 @@ def test_the_footnote_names_the_first_model_of_each_mark_in_a_line_of_its_own():
 
 def test_flags_of_a_transfer_are_counted_for_the_models_that_they_name(measured, monkeypatch):
     flags = [{"model": name} for name in ("SL-ST-s3", "CL-ST-s3", "SL-ST-s3", "SCL-ST-s0")]
-    monkeypatch.setattr(transfer_files, "read", lambda workspace: {"seeds": [{"flags": flags[:2]}, {"flags": flags[2:]}]})
+    monkeypatch.setattr(records, "read_transfer", lambda workspace: {"seeds": [{"flags": flags[:2]}, {"flags": flags[2:]}]})
     rows = {row["model"]: row for row in grid_rows(measured.config(), measured.workspace)}
     assert {name: row.get("transfer/flags") for name, row in rows.items()} == {"CL-ST-s3": 1, "SL-ST-s3": 2, "CL-Full-AT-s0": None}
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from advml.similarity.arrays import to_npz
+from advml.similarity.represent import to_npz
 
 ARRAYS = {
     "clean": np.random.default_rng(0).normal(size=(5, 7)),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from advml.networks.models import Network
 from advml.similarity import cka
 from advml.similarity.cka import Similarity, centred_gram, measure
-from advml.similarity.features import Layer, layers
+from advml.similarity.layers import Layer, layers
 
 CLEAN, NOISE = ("net", "clean"), ("net", "noise")
 

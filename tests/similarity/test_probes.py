@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from advml.similarity import probes
-from advml.similarity.features import layers
+from advml.similarity.layers import layers
 
 
 def sample(count: int, *, classes: int = 3, size: int = 5, seed: int = 0, noise: float = 1.5) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from advml import paths
-from advml.attacks.minimal import MINIMAL
+from advml.attacks.minimum_norm import MINIMAL
 from advml.config.evaluation import MINIMAL_NORMS
 from advml.errors import UserError
-from advml.evaluation import protocol, transfer_files
-from advml.evaluation.measure import _Batch
+from advml.evaluation import evaluate as evaluation
+from advml.evaluation import records
+from advml.evaluation.masking import diagnose
+from advml.evaluation.run_attacks import _Batch
 from advml.networks.given import Given
 from advml.stages import evaluate
 
@@ -41,7 +43,7 @@ def interrupted(make_study, given, monkeypatch):
     """A study in which the evaluation of `given` has ended after all attacks and corruptions; what would attack again stops."""
     study = make_study("interrupted")
     with monkeypatch.context() as patch:
-        patch.setattr(protocol.samples, "table", stop)
+        patch.setattr(evaluation.samples, "table", stop)
         with pytest.raises(Stop):
             evaluate.run_given(study.context(*QUICK), given)
     return study
@@ -50,12 +52,12 @@ def interrupted(make_study, given, monkeypatch):
 @pytest.mark.parametrize(
     ("correction", "again"),
     [
-        ("diagnostics.steps=3", {"look"}),
-        ("diagnostics.images=4", {"look"}),
+        ("diagnostics.steps=3", {"diagnose"}),
+        ("diagnostics.images=4", {"diagnose"}),
         ("corruptions.severities=[2]", {"one"}),
-        ("evaluate.steps=3", {"measure", "look"}),
-        ("threat_model.epsilon=0.1", {"measure", "look"}),
-        ("worst_case.restarts=2", {"measure", "look"}),
+        ("evaluate.steps=3", {"measure", "diagnose"}),
+        ("threat_model.epsilon=0.1", {"measure", "diagnose"}),
+        ("worst_case.restarts=2", {"measure", "diagnose"}),
     ],
 )
 def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given, monkeypatch, correction, again):
@@ -65,11 +67,24 @@ def test_a_correction_costs_the_parts_that_depend_on_it_alone(interrupted, given
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *arguments, **options: (ran.add(name), real(*arguments, **options))[1])
 
-    for owner, name in ((_Batch, "measure"), (protocol.doubts, "look"), (protocol.corruption, "one")):
+    for owner, name in ((_Batch, "measure"), (diagnose, "diagnose"), (evaluation.corruption, "one")):
         watch(owner, name)
     metrics = evaluate.run_given(interrupted.context(*QUICK, correction), given)
     assert ran == again and "corruption/mean" in metrics
     assert not interrupted.workspace.scratch("evaluate-linear").exists()
+
+
+def test_an_evaluation_is_asked_for_what_params_yaml_says(make_study, given, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda subject, dataset, settings, machine, **how: asked.append(settings) or stop())
+    changes = ("evaluate.seed=4", "evaluate.batch_size=7", "evaluate.adversarial_images=5", "evaluate.epsilon=0.25", "diagnostics.images=3")
+    with pytest.raises(Stop):
+        evaluate.run_given(make_study("asked").context(*QUICK, *changes), replace(given, scheme="CL"))
+    (settings,) = asked
+    assert (settings.seed, settings.batch_size, settings.keep, settings.threat_model.epsilon) == (4, 7, 5, 0.25)
+    assert settings.diagnostics.images == 3 and settings.corruptions.names == ("contrast",) and settings.published is None
+    threats = [f"accuracy/threat_model_{number}{suffix}" for suffix in ("", "_half") for number in (1, 2)]
+    assert [attack.name for attack in settings.attacks] == ["accuracy/clean", *threats, "worst_case/pgd-margin"]
 
 
 def test_a_missing_foolbox_is_said_before_the_first_attack(make_study, given, monkeypatch):
@@ -79,7 +94,7 @@ def test_a_missing_foolbox_is_said_before_the_first_attack(make_study, given, mo
         return "1"
 
     monkeypatch.setattr(evaluate, "version", absent)
-    monkeypatch.setattr(protocol, "evaluate", stop)
+    monkeypatch.setattr(evaluation, "evaluate", stop)
     context = make_study("bare").context("diagnostics.minimal=fmn")
     told = r'diagnostics.minimal = fmn needs foolbox; install it with: pip install "advml\[foolbox\]"'
     with pytest.raises(UserError, match=told) as stopped:
@@ -134,14 +149,14 @@ def test_other_published_files_of_the_same_name_make_corruptions_anew(make_study
     context = make_study("published").context()
     for name in ("contrast", "labels"):
         (tmp_path / f"{name}.npy").write_bytes(b"1234")
-    monkeypatch.setattr(evaluate.corruptions, "find", lambda data, spec: Published())
+    monkeypatch.setattr(evaluate.published, "find", lambda data, spec: Published())
     before = evaluate._parts(context)
     (tmp_path / "contrast.npy").write_bytes(b"12345")
     after = evaluate._parts(context)
     assert {part for part in before if before[part] != after[part]} == {"corruption"}
 
 
-TAKEN = (*paths.REPORT_FILES, transfer_files.STAGE, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
+TAKEN = (*paths.REPORT_FILES, records.TRANSFER, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
 
 
 @pytest.mark.parametrize("name", TAKEN)

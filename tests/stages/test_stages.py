@@ -23,8 +23,8 @@ from advml import config as configuration
 from advml.data import datasets
 from advml.data.storage import digest
 from advml.errors import UserError
-from advml.evaluation.accuracy import wilson
-from advml.evaluation.measure import _Batch
+from advml.evaluation.metrics import wilson
+from advml.evaluation.run_attacks import _Batch
 from advml.runtime.checkpoint import Checkpoint
 from advml.stages import evaluate, finetune, learning, prepare, pretrain, report, represent, train
 from advml.tracking import results

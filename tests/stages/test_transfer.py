@@ -14,8 +14,8 @@ from PIL import Image
 from advml import cli, paths
 from advml.data import adversarial
 from advml.errors import UserError
-from advml.evaluation import transfer_files
-from advml.evaluation.transfer_findings import FLAG
+from advml.evaluation import records
+from advml.evaluation.transfer import FLAG
 from advml.stages import evaluate, finetune, pretrain, report, transfer
 from advml.tracking import store as stores
 
@@ -114,8 +114,8 @@ def test_a_grid_of_one_model_is_no_error_and_says_so(study, capsys, models):
     if not models:
         shutil.rmtree(study.root / "records" / "evaluate")
     cli.app(["transfer", "--params", str(params), *grid], standalone_mode=False)
-    assert "nobody to transfer to" in capsys.readouterr().out
-    assert content(study)["seeds"] == [] and "nobody" in content(study)["reason"]
+    assert records.NO_PAIRS in capsys.readouterr().out
+    assert content(study)["seeds"] == [] and content(study)["reason"] == records.NO_PAIRS
     assert not (study.workspace.reports / "transfer" / "transfer.png").exists()
 
 
@@ -158,7 +158,7 @@ def test_the_page_shows_the_matrix_and_names_flagged_models(study):
     found = content(study)
     saw = "adversarial images of other models break 9 of 10 images"
     found["seeds"][1]["flags"] = [{"model": "SL-AT-s1", "name": FLAG, "saw": saw, "try": "more"}]
-    transfer_files.write(study.workspace, found["seeds"], rule=found["rule"], picture=b"", made_by={})
+    records.write_transfer(study.workspace, found["seeds"], rule=found["rule"], picture=b"", made_by={})
     report.run(study.context())
     page = (study.workspace.reports / "report.html").read_text()
     assert f"<strong>SL-AT-s1</strong>: {saw}" in page and "no sign here" not in page

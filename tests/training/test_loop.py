@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.adversary import Adversary, training_adversary
+from advml.attacks.pgd import Adversary, training_adversary
 from advml.data.datasets import Dataset, Split
 from advml.data.views import view
 from advml.errors import Failure
@@ -91,7 +91,7 @@ def fit(tmp_path, small, make_network) -> Callable[..., tuple[Network, list[dict
     ) -> tuple[Network, list[dict[str, float]]]:
         network = network or make_network()
         values = settings(**changes)
-        adversary = training_adversary(configuration, values) if PHASES[phase][2] else None
+        adversary = training_adversary(configuration.attack, configuration.threat_model, values) if PHASES[phase][2] else None
         checkpoint = checkpoint or Checkpoint(tmp_path / f"scratch{next(made)}", "same")
         task = make_task(phase, network, data, values)
         return network, list(train(task, data, values, adversary=adversary, seed=seed, machine=machine, checkpoint=checkpoint))
@@ -400,7 +400,9 @@ def test_the_selected_epoch_is_kept(tmp_path, small, make_network, kind, keep, s
     checkpoint = Checkpoint(tmp_path, "x")
     task = kind(make_network(), scores)
     of_epoch = []
-    for _ in train(task, small, values, adversary=training_adversary(CONFIG), seed=SEED, machine=CPU, checkpoint=checkpoint):
+    for _ in train(
+        task, small, values, adversary=training_adversary(CONFIG.attack, CONFIG.threat_model), seed=SEED, machine=CPU, checkpoint=checkpoint
+    ):
         of_epoch.append(weights(task.network))
     final = weights(task.network)
     assert [not changed(one, final) for one in of_epoch] == [epoch == kept for epoch in (1, 2, 3)]
@@ -412,7 +414,13 @@ def test_the_selected_epoch_is_kept(tmp_path, small, make_network, kind, keep, s
 def test_a_score_that_is_not_finite_ends_the_training(tmp_path, small, make_network, kind, keep):
     task, checkpoint = kind(make_network(), [(0.5, 0.4), (0.9, math.nan), (0.1, 0.1)]), Checkpoint(tmp_path, "x")
     epochs = train(
-        task, small, settings(epochs=3, keep=keep), adversary=training_adversary(CONFIG), seed=SEED, machine=CPU, checkpoint=checkpoint
+        task,
+        small,
+        settings(epochs=3, keep=keep),
+        adversary=training_adversary(CONFIG.attack, CONFIG.threat_model),
+        seed=SEED,
+        machine=CPU,
+        checkpoint=checkpoint,
     )
     assert next(epochs)["epoch"] == 1
     with pytest.raises(Failure, match=rf"^validation/adversarial_{kind.metric} is not finite in epoch 2; lower the learning rate"):
@@ -523,7 +531,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, fit, small, m
             make_task(phase, network, small, values),
             small,
             values,
-            adversary=training_adversary(CONFIG, values) if PHASES[phase][2] else None,
+            adversary=training_adversary(CONFIG.attack, CONFIG.threat_model, values) if PHASES[phase][2] else None,
             seed=SEED,
             machine=CPU,
             checkpoint=Checkpoint(tmp_path / "scratch", "x"),

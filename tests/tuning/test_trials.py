@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from advml.attacks import autoattack
-from advml.attacks.threat import ThreatModel
+from advml.attacks.threat_model import ThreatModel
 from advml.cli import searching
 from advml.data.datasets import Split
 from advml.errors import Failure
-from advml.evaluation import plan, scoring
-from advml.evaluation.measure import Effort, measure
+from advml.evaluation import attack_suite
+from advml.evaluation import run_attacks as running
 from advml.networks import models
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
@@ -211,8 +211,8 @@ def test_a_trials_attack_is_what_its_values_say(trained):
 @pytest.mark.parametrize("objective", ["ce", "margin", "dlr"])
 def test_the_objective_of_a_trial_is_the_one_that_is_maximised(dataset, monkeypatch, objective):
     asked = []
-    original = plan.classification_objective
-    monkeypatch.setattr(plan, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
+    original = attack_suite.classification_objective
+    monkeypatch.setattr(attack_suite, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
     chosen = attack_trial.Attack.of(VALUES | {"objective": objective}, steps=1, threat_model=ThreatModel("linf", 0.1))
     list(attack_trial.withstood(Counter(), dataset.validation, chosen, batch_size=32, seed=0, machine=CPU))
     assert asked == [objective]
@@ -252,8 +252,10 @@ def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_st
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
     subject = attack_trial.Subject(search)
     test, configuration = subject.context.dataset.test, search.config
-    effort = Effort(configuration.evaluate.batch_size, configuration.evaluate.seed, subject.context.machine)
-    study = measure(subject.network, test, plan.figures(configuration, None), effort)["accuracy/threat_model_2"].right
+    spec, scorer = configuration.evaluate, running.Scorer.of(subject.network, subject.context.machine)
+    attacks = [attack_suite.CLEAN_IMAGES, attack_suite.threat_model_2(spec, configuration.threat_model)]
+    run = {"batch_size": spec.batch_size, "seed": spec.seed}
+    study = running.run_attacks(subject.network, scorer, test, attacks, **run)["accuracy/threat_model_2"].right
     assert torch.equal(torch.cat(list(subject.under(subject.default(), test))), study) and 0 < study.sum() < len(study)
     told = search.confirm({"step_size": 1.0})
     assert told["test"]["default"]["accuracy"] == float(study.double().mean()) and told["default_is"] == "the attack of evaluate"
@@ -280,7 +282,7 @@ def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypat
     assert list(asked) == [name for name in autoattack.ATTACKS if autoattack.applicable(name, 4)] and len(asked) > 2
     assert found["n"] == 40 and set(asked.values()) == {round(40 * found["accuracy"])} != {0}
     asked.clear()
-    monkeypatch.setattr(scoring, "predict", lambda network, images, machine: torch.full((len(images),), -1))
+    monkeypatch.setattr(running, "predict", lambda network, images, machine: torch.full((len(images),), -1))
     assert search.measure("autoattack")["test"]["accuracy"] == 0 and not asked
 
 

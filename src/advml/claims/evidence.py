@@ -13,11 +13,11 @@ from advml import config
 from advml.claims.measured import Block, Measured, Missing
 from advml.core.io import read_json
 from advml.errors import UserError
-from advml.evaluation import records, samples, transfer_files
-from advml.evaluation.verdict import NONE, transferred, verdict
+from advml.evaluation import records, samples
+from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.paths import Workspace, model_name
-from advml.similarity import estimates, files, panels, representation
-from advml.similarity.estimates import Estimate
+from advml.similarity import compare, represent, statistics
+from advml.similarity.statistics import Estimate
 
 HALF = "_half"  # metrics at half of the epsilon end in it
 REMEDY = "make it again with: dvc repro"
@@ -47,7 +47,7 @@ class Study:
         found, images = self._by_image(name, metric, record)
         data = self._model(name).get("data", {}).get("digest")
         conditions = {"data": data, "images": figure["n"], "test images": images, "attacks": _attacks(figure)}
-        said = verdict(record.get("diagnostics", {}), self._transferred.get(name, ()))
+        said = flag_summary(record.get("diagnostics", {}), self._transferred.get(name, ()))
         return Measured(name, found, conditions, {} if said == NONE else {name: said})
 
     def _by_image(self, name: str, metric: str, record: dict[str, Any]) -> tuple[Estimate, str]:
@@ -65,7 +65,7 @@ class Study:
         if (len(right), int(right.sum())) != (figure["n"], figure["correct"]):
             counts = f"{int(right.sum())} of {len(right)} images right under {metric}, its record {figure['correct']} of {figure['n']}"
             raise Missing(f"{path} has {counts}; {again}")
-        return estimates.share(right), images
+        return statistics.share(right), images
 
     def _block(self, scheme: str, regime: str) -> Block:
         """A model's layers against themselves."""
@@ -77,8 +77,8 @@ class Study:
         except KeyError as error:
             raise Missing(f"{name} was measured by an older version ({error} is not recorded); measure again with: dvc repro") from None
         self._require_attack(name, how["adversarial_source"])
-        similarity, counted = files.read(self.workspace.report(name) / "cka.npz", digest=record["cka"])
-        own = representation.MODEL
+        similarity, counted = represent.read(self.workspace.report(name) / "cka.npz", digest=record["cka"])
+        own = represent.MODEL
         return Block(name, similarity, own, own, counted, counted, conditions)
 
     def cross(self, regime: str, first: str, second: str) -> Block:
@@ -109,11 +109,11 @@ class Study:
 
     @cached_property
     def _transferred(self) -> dict[str, list[dict[str, str]]]:
-        return transferred(transfer_files.read(self.workspace))
+        return transfer_flags(records.read_transfer(self.workspace))
 
     @cached_property
-    def _comparison(self) -> panels.Stored | None:
-        return panels.stored(self.workspace)
+    def _comparison(self) -> compare.Stored | None:
+        return compare.stored(self.workspace)
 
     def _record(self, stage: str, name: str) -> dict[str, Any]:
         """The record of a measurement of the present weights."""
@@ -154,7 +154,7 @@ class Study:
 def _attacks(figure: dict[str, Any]) -> list[dict[str, Any]]:
     """How a figure was attacked. Of a cascade its steps too, but for threat model I, which the schemes without a projection head lack."""
     steps = [step for step in figure.get("cascade", ()) if step.get("objective") != "contrastive"]
-    return [files.settings(attack) for attack in (figure, *steps)]
+    return [represent.settings(attack) for attack in (figure, *steps)]
 
 
 def _conditions(how: dict[str, Any], *, data: Any, layers: list[str], attacks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,5 +165,5 @@ def _conditions(how: dict[str, Any], *, data: Any, layers: list[str], attacks: l
         "images": how["n"],
         "batches": how["batch_sizes"],
         "layers": layers,
-        "attacks": [files.settings(attack) for attack in attacks],
+        "attacks": [represent.settings(attack) for attack in attacks],
     }

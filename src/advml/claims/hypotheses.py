@@ -16,16 +16,16 @@ from typing import Any
 from advml.claims.evidence import Study
 from advml.claims.measured import Measured, change, difference
 from advml.claims.verdicts import Side
-from advml.similarity import summary
-from advml.similarity.comparison import SCHEME_PAIRS
-from advml.similarity.summary import SCALARS
+from advml.similarity import measures
+from advml.similarity.compare import SCHEME_PAIRS
+from advml.similarity.measures import SCALARS
 
 SCHEMES = ("SL", "CL", "SCL")
 MARGIN = 0.02  # of CKA: a smaller change counts as none
 AGREE = 0.9  # of CKA: clean and adversarial representations above it agree
 THREAT_MODEL, WORST_CASE = "accuracy/threat_model_2", "accuracy/worst_case"
 
-CROSS = summary.Scalar(summary.mean_off_diagonal, **summary.ADVERSARIAL)
+CROSS = measures.Scalar(measures.mean_off_diagonal, **measures.ADVERSARIAL)
 
 # A number of one study (or, for training epsilons, of several: weakest adversary first) and one seed.
 Effect = Callable[[list[Study]], Measured]

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from advml.similarity import estimates, summary
+from advml.similarity import measures, statistics
 from advml.similarity.cka import Similarity
-from advml.similarity.estimates import Estimate
-from advml.similarity.summary import Scalar
+from advml.similarity.measures import Scalar
+from advml.similarity.statistics import Estimate
 
 
 class Missing(Exception):
@@ -42,15 +42,15 @@ def require_alike(first: Measured | Block, second: Measured | Block) -> None:
 def difference(first: Measured, second: Measured) -> Measured:
     """first - second; errors that both have in common are taken off."""
     require_alike(first, second)
-    found = estimates.difference(first.estimate, second.estimate)
+    found = statistics.difference(first.estimate, second.estimate)
     return Measured(f"{first.name} minus {second.name}", found, first.conditions, {**first.doubts, **second.doubts})
 
 
 def over_seeds(found: Sequence[Measured]) -> Estimate:
-    """Mean over seeds, see `estimates.over_seeds`."""
+    """Mean over seeds, see `statistics.over_seeds`."""
     for other in found[1:]:
         require_alike(found[0], other)
-    return estimates.over_seeds([each.estimate for each in found])
+    return statistics.over_seeds([each.estimate for each in found])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +72,12 @@ class Block:
 
     def scalar(self, scalar: Scalar, *, chosen: np.ndarray | None = None) -> Measured:
         """A scalar; `chosen` (bool, of the layers that count) leaves out more than the dead ones."""
-        found = summary.estimate(self.similarity, scalar, self.first, self.second, rows=self.rows, columns=self.columns, chosen=chosen)
+        found = measures.estimate(self.similarity, scalar, self.first, self.second, rows=self.rows, columns=self.columns, chosen=chosen)
         return Measured(self.name, found, self.conditions)
 
     def alive(self, scalar: Scalar) -> np.ndarray:
         """Which of the layers that count are alive in the kinds of input that the scalar is of."""
-        return summary.living(self.similarity, scalar.keys(self.first, self.second), self.rows, self.columns).alive
+        return measures.living(self.similarity, scalar.keys(self.first, self.second), self.rows, self.columns).alive
 
 
 def change(after: Block, before: Block, scalar: Scalar) -> Measured:

@@ -1,4 +1,4 @@
-"""The command `evaluate`, of the study's models and of anyone's."""
+"""The command `evaluate`, for models of the study and from elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SCHEME|MODEL",
-            help="SL, CL or SCL, with a regime. Or anyone's model: a folder with model.json, a timm name, or module:function.",
+            help="SL, CL or SCL, with a regime. Or a model from elsewhere: a folder with model.json, a timm name, or module:function.",
             show_default=False,
         ),
     ],
@@ -58,15 +58,15 @@ def evaluate(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="For the files of anyone's model, or to measure one of the study anew beside it.")
+        str | None, typer.Option(help="For the files of a model from elsewhere, or to measure one of the study anew beside it.")
     ] = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
     """Measure clean, robust and worst-case accuracy on the test split.
 
-    Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json, for anyone's model
-    in records/given/<NAME>.json. Next: advml show MODEL
+    Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json.
+    Next: advml show MODEL
     """
     kind = _kind(target, regime, Workspace(params.parent))
     given = {"--seed": seed, "--weights": weights, "--mean": mean, "--std": std, "--classes": classes, "--name": name}
@@ -115,6 +115,6 @@ def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, conte
         tell(f"note: {remark}")
     metrics = stage.run_given(context, given)
     print(f"{given.name}: {percent(metrics)}")
-    made = context.workspace.given(given.name)
+    made = context.workspace.record("evaluate", given.name)
     show_flags(made)
     say(f"{context.workspace.report(given.name)}/metrics.json, samples.parquet, {made}", f"advml show {given.name}")

@@ -106,7 +106,7 @@ def compare(
 
     out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
     if stage.run(context, chosen=tuple(models or ()), out=out) is None:
-        return say(f"{out}/cka.json ({stage.NOBODY})", "advml train CL Full-AT")
+        return say(f"{out}/cka.json ({stage.NOTHING})", "advml train CL Full-AT")
     return say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
 
 
@@ -116,14 +116,14 @@ def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
     Writes reports/transfer/: transfer.json, transfer.csv, transfer.png. Next: advml report
     """
     context = context_of(params, overrides)
-    from advml.evaluation.transfer_files import NOBODY
+    from advml.evaluation.records import NO_PAIRS
     from advml.stages import transfer as stage
 
     blocks = stage.run(context)
     for block in blocks:
         flagged = ", ".join(flag["model"] for flag in block["flags"]) or "none"
         print(f"seed {block['seed']}: {len(block['models'])} models; flagged because of others' images: {flagged}")
-    files = ", ".join(TRANSFER_FILES) if blocks else f"{TRANSFER_FILES[0]} ({NOBODY})"
+    files = ", ".join(TRANSFER_FILES) if blocks else f"{TRANSFER_FILES[0]} ({NO_PAIRS})"
     say(f"{context.workspace.report('transfer')}/{files}", "advml report")
 
 

@@ -67,7 +67,7 @@ def _all_or_none(value: Any) -> Any:
     return value
 
 
-# Attack that looks for the nearest adversarial example -> norms that it works in; how, says `attacks.minimal`.
+# Attack that looks for the nearest adversarial example -> norms that it works in; how, says `attacks.minimum_norm`.
 MINIMAL_NORMS = {"fmn": ("linf", "l2"), "ddn": ("l2",), "cw": ("l2",)}
 
 

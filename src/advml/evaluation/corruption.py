@@ -1,6 +1,6 @@
 """Accuracy under common corruptions, per corruption and on average.
 
-    >>> rights = measure(network, split, spec, machine=machine, batch_size=512)      # name -> bool (severities, images)
+    >>> rights = {name: one(network, split, spec, name, machine=machine, batch_size=512) for name in spec.names}
     >>> metrics(rights)["corruption/mean"]
 
 `corruption/<name>`: mean accuracy over the severities. `corruption/mean`: mean over the corruptions. (Hendrycks & Dietterich 2019;
@@ -25,37 +25,9 @@ from advml.data.corruptions.published import Published
 from advml.data.datasets import Split
 from advml.errors import UserError
 from advml.evaluation.intervals import clustered
-from advml.evaluation.scoring import predict
+from advml.evaluation.run_attacks import predict
 from advml.networks.models import Network
 from advml.runtime.machine import Machine
-
-
-def measure(
-    network: Network,
-    split: Split,
-    spec: Corruptions,
-    *,
-    machine: Machine,
-    batch_size: int,
-    published: Published | None = None,
-    done: Mapping[str, Tensor] | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
-    on_part: Callable[[str, Tensor], None] = lambda name, right: None,
-) -> dict[str, Tensor]:
-    """`one` for every corruption of `spec`, in its order.
-
-    Args:
-        done: what an interrupted measurement had finished; these are not measured again.
-        on_part: called after each corruption that was measured, with its name and `one`'s result.
-    """
-    results = {}
-    for name in spec.names:
-        right = (done or {}).get(name)
-        if right is None:
-            right = one(network, split, spec, name, machine=machine, batch_size=batch_size, published=published, on_batch=on_batch)
-            on_part(name, right)
-        results[name] = right
-    return results
 
 
 @torch.no_grad()
@@ -108,7 +80,7 @@ def metrics(results: Mapping[str, Tensor]) -> dict[str, float]:
     """Flat metrics: accuracies, and the ends of their 95 % intervals.
 
     The same images recur at every severity and in every corruption, so an image counts once, with its share of right answers:
-    see `clustered`. The interval speaks of other test images, not of other draws of the noise.
+    see `clustered`. The interval covers other test images, not other draws of the noise.
 
     Args:
         results: name -> bool (S, N), N the same for all.

@@ -15,13 +15,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from advml.attacks.guard import borrowed
+from advml.attacks.isolation import frozen_copy
 from advml.data.datasets import Dataset
 from advml.errors import UserError
-from advml.evaluation.diagnostics.flags import Flag
-from advml.evaluation.diagnostics.rules import SIGNIFICANCE
 from advml.evaluation.intervals import binomial_tail
-from advml.evaluation.scoring import predict
+from advml.evaluation.masking.rules import SIGNIFICANCE, Flag
+from advml.evaluation.run_attacks import predict
 from advml.networks.class_names import ORDERS
 from advml.networks.normalization import KNOWN, Constants
 from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
@@ -45,7 +44,7 @@ class Expectations:
     record: dict[str, Any]
 
 
-def look(
+def check_expectations(
     network: nn.Module,
     dataset: Dataset,
     machine: Machine,
@@ -101,7 +100,7 @@ def _guesses(
     m0, s0 = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in constants)
     for name, candidate in candidates.items():
         mean, std = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in candidate)
-        with borrowed(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
+        with frozen_copy(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
             try:
                 found[name] = torch.cat(
                     [
@@ -190,7 +189,7 @@ def _order_flag(order: str, names: Sequence[str], better: Tensor, given: Tensor,
         if order in ORDERS
         else listed
         if short
-        else "FILE with the names that its record (records/given/) holds under expected.classes"
+        else "FILE with the names that its record (records/evaluate/) holds under expected.classes"
     )
     return Flag(
         "other_class_order",

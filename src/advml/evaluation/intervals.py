@@ -1,6 +1,6 @@
 """Confidence intervals of shares, and how likely a count is by chance.
 
-Of a difference of shares of the same images: `advml.similarity.estimates.share`.
+Of a difference of shares of the same images: `advml.similarity.statistics.share`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 
 def wilson(successes: float, n: float, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+
+    Numbers need not be whole, as SciPy's must be: see `clustered`.
+    """
     share = successes / n
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -39,8 +42,8 @@ def clustered(shares: Sequence[float], *, looks: int) -> tuple[float, float]:
 
 
 def binomial_tail(successes: int, n: int, *, share: float) -> float:
-    """P(X >= successes) of a binomial with 0 < share <= 1: how likely noise alone gives that many.
+    """P(X >= successes) of a binomial with 0 < share <= 1: how likely chance alone gives that many.
 
     With share 1/2 and n the pairs that disagree it is the one-sided sign test.
     """
-    return float(binom.sf(successes - 1, n, share))
+    return float(bdtrc(successes - 1, n, share)) if successes > 0 else 1.0

@@ -21,24 +21,45 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
+from torch import Tensor
 
 from advml.core.io import write_atomically
+from advml.data.datasets import Split
 from advml.errors import UserError
-from advml.evaluation.passes import PASSES
-
-if TYPE_CHECKING:
-    from advml.data.datasets import Split
-    from advml.evaluation.measure import Outcome
 
 CLEAN, WORST = "accuracy/clean", "accuracy/worst_case"
 METADATA = b"advml"
+PASSES = ("forward", "backward")
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one figure did to each of the n images that it was aimed at.
+
+    Attributes:
+        rows: (n,) places in the split.
+        right: (n,) bool, still classified right.
+        predicted: (n,) class of the example that broke the image, of the clean image where none did; NOT_FINITE.
+        distance: (n,) size of the perturbation that broke it; NaN where none did.
+        forward, backward: (n,) passes that the attack has spent on it; of its batch, divided evenly.
+        images: (m, C, H, W) adversarial images of the first m, where they are kept.
+    """
+
+    rows: Tensor
+    right: Tensor
+    predicted: Tensor
+    distance: Tensor
+    forward: Tensor
+    backward: Tensor
+    images: Tensor | None = None
 
 
 def digest_of(split: Split) -> str:
@@ -66,7 +87,7 @@ def table(outcomes: Mapping[str, Outcome], split: Split, *, about: Mapping[str, 
 
 
 def _breaks(outcomes: Mapping[str, Outcome]) -> dict[str, pa.Array]:
-    """Who broke each image first, in the order of the figures."""
+    """Which attack broke each image first, in the order of the attacks."""
     number = len(outcomes[CLEAN].right)
     by = np.full(number, None, dtype=object)
     broken_as, distance = np.full(number, -1), np.full(number, np.nan)

@@ -18,9 +18,9 @@ from advml.figures.curves import Curve, curve_grid
 from advml.figures.layers import Heatmap, heatmaps
 from advml.networks.models import read_record
 from advml.paths import Workspace, model_name
-from advml.similarity import files
-from advml.similarity.panels import stored
-from advml.similarity.representation import KINDS, MATRICES
+from advml.similarity import represent
+from advml.similarity.compare import stored
+from advml.similarity.represent import KINDS, MATRICES
 
 
 def matrices(config: Config, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
@@ -88,7 +88,7 @@ def _read(workspace: Workspace, model: str) -> tuple[dict[str, Any], dict[str, n
         return None
     try:
         described = json.loads(Path(folder / "cka.json").read_text(encoding="utf-8"))
-        with np.load(files.content(folder / "cka.npz", digest=record.get("cka")), allow_pickle=False) as stored:
+        with np.load(represent.content(folder / "cka.npz", digest=record.get("cka")), allow_pickle=False) as stored:
             return described, {name: stored[name] for name in MATRICES}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{folder} is damaged ({error}); measure again with: dvc repro") from None

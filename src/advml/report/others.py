@@ -1,4 +1,4 @@
-"""Anyone's models that `advml evaluate` has measured, beside those of the grid: `records/given/<NAME>.json`."""
+"""Models from elsewhere that `advml evaluate` has measured, beside those of the grid."""
 
 from __future__ import annotations
 

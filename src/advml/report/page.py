@@ -11,8 +11,8 @@ import jinja2
 from matplotlib.figure import Figure
 
 from advml.config import Config
-from advml.evaluation import records, transfer_files
-from advml.evaluation.verdict import transferred, verdict
+from advml.evaluation import records
+from advml.evaluation.flag_summary import flag_summary, transfer_flags
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
 from advml.figures.style import to_png
@@ -41,12 +41,12 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
-    found = transfer_files.read(workspace)
+    found = records.read_transfer(workspace)
     drawings = _figures(config, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
     given = others.read(workspace)
     shown = others.of_data(given, provenance["digest"])
-    made = _how(workspace, evaluated | shown, flags=transferred(found))
+    made = _how(workspace, evaluated | shown, flags=transfer_flags(found))
     drawings |= {"security": doubts.curves(table, evaluated, seed=config.seeds[0]), "corruptions": doubts.corruptions(table)}
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
     return template.render(
@@ -120,7 +120,7 @@ def _how(workspace: Workspace, evaluated: Mapping[str, Any], *, flags: Mapping[s
     found = []
     for name, record in ((name, record) for name, record in evaluated.items() if record):
         represented = records.read(workspace, "represent", name)
-        said = verdict(record.get("diagnostics", {}), flags.get(name, ()))
+        said = flag_summary(record.get("diagnostics", {}), flags.get(name, ()))
         about = {"model": name, "weights": record["digest"][:12], "figures": how_made.rows(record["figures"], flags=said)}
         about |= {"corruptions": how_made.corruptions(record.get("corruptions", {})), "cascade": how_made.steps(record["figures"])}
         found.append(about | {"representation": represented["how"] if represented else {}})

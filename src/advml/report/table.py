@@ -9,8 +9,8 @@ from typing import Any
 
 from advml.config import Config
 from advml.core.io import read_json
-from advml.evaluation import transfer_files
-from advml.evaluation.verdict import transferred
+from advml.evaluation import records
+from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
 from advml.paths import Workspace, model_name
 
@@ -44,7 +44,7 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
         if path.exists():
             metrics = read_json(path, remedy="measure again with: dvc repro")
             found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
-    flagged = transferred(transfer_files.read(workspace))
+    flagged = transfer_flags(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
     return found

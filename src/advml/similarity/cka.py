@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from advml.similarity.features import Layer, watching
+from advml.similarity.layers import Layer, watching
 
 SMALLEST_BATCH = 4  # HSIC_1 divides by n (n - 3)
 CACHED = 60_000  # numbers, under 256 KiB; with a power of two the rows of a piece would fight for the same lines of the cache

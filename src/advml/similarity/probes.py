@@ -11,7 +11,7 @@ computed again here, in float64, and its largest entry is recorded beside every 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from advml.similarity.features import Layer, watching
+from advml.similarity.layers import Layer, watching
 
 TOLERANCE = 1e-4  # of the objective's gradient (mean cross-entropy + penalty), largest entry
 MOST_STEPS = 2000
@@ -49,7 +49,7 @@ def pooled(output: Tensor) -> Tensor:
             return output.flatten(2).mean(2)
 
 
-def pooled_features(network: nn.Module, rows: Sequence[Layer], batches: Sequence[Tensor]) -> list[np.ndarray]:
+def pooled_features(network: nn.Module, rows: Sequence[Layer], batches: Iterable[Tensor]) -> list[np.ndarray]:
     """Pooled features (N, C) of every row, in one pass over image batches (n, C, H, W)."""
     parts: list[list[Tensor]] = [[] for _ in rows]
     with watching(network, rows, lambda number, output: parts[number].append(pooled(output).cpu())) as run:

@@ -1,8 +1,7 @@
-"""`evaluate SCHEME REGIME`, or anyone's model: clean, robust and worst-case accuracy of one model on the test split."""
+"""`evaluate SCHEME REGIME`, or a model from elsewhere: clean, robust and worst-case accuracy of one model on the test split."""
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from advml import config, tracking
-from advml.core.io import discard, write_atomically
+from advml.core.io import discard
 from advml.data import adversarial
-from advml.data.corruptions import published as corruptions
+from advml.data.corruptions import published
 from advml.errors import UserError
-from advml.evaluation import expectations, protocol, records, samples
+from advml.evaluation import evaluate as evaluation
+from advml.evaluation import expectations, records, samples
+from advml.evaluation.attack_suite import attack_suite
 from advml.lines import tell
 from advml.networks import models
 from advml.networks.given import Given
@@ -24,45 +25,38 @@ from advml.runtime.checkpoint import Checkpoint, discard_finished
 from advml.runtime.memo import Memo, forget
 from advml.stages.context import Context
 from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
+from advml.training.schemes import SCHEMES, Scheme
 
 KEYS = ("scheme", "regime", "seed")
-GRID = rf"({'|'.join(SCHEMES)})-({'|'.join((*REGIMES, 'st', 'at'))})-s\d+"  # names of the study's models and pretrainings
 ATTACKS = ("temperature", "threat_model", "evaluate", "worst_case")
-# Part of an evaluation -> what its figures depend on beside model and test images: parameters, and libraries. Each part is remembered
-# by itself: who corrects a mistake in `diagnostics` keeps the attacks. `corruption` and `diagnostics` are what `protocol` calls its parts.
+# Part of an evaluation -> what its metrics depend on beside model and test images: parameters, and libraries. Each part is remembered
+# by itself: a correction in `diagnostics` keeps the attacks. `corruption` and `diagnostics` are what `evaluate` calls its parts.
 PARTS = {
     "attacks": (ATTACKS, ("torch", "numpy", "timm", "pyautoattack")),
     "diagnostics": ((*ATTACKS, "diagnostics"), ("torch", "numpy", "timm", "pyautoattack")),
     "corruption": (("data", "evaluate.batch_size", "corruptions"), ("torch", "numpy", "timm", "scipy", "pillow")),
 }
-SECTIONS = ("data", *ATTACKS, "diagnostics", "corruptions")
+OF_THE_STUDY = ("threat_model", "evaluate", "worst_case", "diagnostics", "corruptions")  # parameters in the record
+OF_GIVEN = ("data", "temperature", *OF_THE_STUDY)  # nothing else tells those of a model from elsewhere
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, float]:
     """Write the model's record, metrics, samples and adversarial test images; returns the metrics."""
     name = model_name(scheme, regime, seed)
     workspace, folder = context.workspace, context.workspace.model(name)
-    record, network = context.load_network(folder)
-    discard_finished(workspace.scratch(f"finetune-{name}"), record.get("inputs"))
-    parts = _parts(context, record["digest"])
-    inputs = config.digest(parts)
+    model, network = context.load_network(folder)
+    discard_finished(workspace.scratch(f"finetune-{name}"), model.get("inputs"))
+    parts, scratch = _parts(context, model["digest"]), workspace.scratch(f"evaluate-{name}")
     stored = workspace.adversarial(name), workspace.samples(name)
-    scratch = workspace.scratch(f"evaluate-{name}")
-    if reuse and all(path.exists() for path in stored) and records.reusable(workspace, "evaluate", name, inputs=inputs):
+    if reuse and all(path.exists() for path in stored) and records.reusable(workspace, "evaluate", name, inputs=config.digest(parts)):
         forget(scratch, "images")
-        return records.publish(workspace, name, digest=record["digest"])
+        return records.publish(workspace, name, digest=model["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
-    memo = _memo(scratch, parts)
-    subject = protocol.Subject(name, record["digest"], network, SCHEMES[scheme], note=f"projection head: {head}")
-    found = evaluate(context, subject, memo)
-    of = {"model": name, "digest": record["digest"]}
-    adversarial.write(adversarial.AdversarialImages(found.images, of | found.kept), workspace.adversarial(name))
-    samples.write(found.samples, workspace.samples(name))
-    parameters = context.parameters(*SECTIONS[2:])
-    metrics = records.write(
-        workspace, "evaluate", of | {"inputs": inputs, "parameters": parameters, "metrics": found.metrics} | found.record
-    )
+    subject = evaluation.Subject(name, model["digest"], network)
+    found = _evaluate(context, subject, _settings(context, SCHEMES[scheme], note=f"projection head: {head}"), parts)
+    about = {"model": name, "digest": model["digest"]}
+    adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
+    metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
     tracking.log_folder(context.config, folder, root=workspace.root)
     # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
     # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
@@ -87,27 +81,59 @@ def trained(workspace: Workspace, model: str) -> Path:
 
 
 def run_given(context: Context, given: Given) -> dict[str, float]:
-    """Measure a model that is not of the grid: `metrics.json` and `samples.parquet` in `reports/<name>/`, and its record."""
-    workspace = context.workspace
-    if is_reserved(checked_name(given.name)) or re.fullmatch(GRID, given.name):
-        raise UserError(f"{given.name} is a name of this study, whose results would be written over; choose another: --name")
-    folder = workspace.report(given.name)
-    memo = _memo(workspace.scratch(f"evaluate-{given.name}"), _parts(context, given.digest, given.origin))
-    network = given.network.to(context.machine.device)
+    """Measure a model that is not of the grid; writes its record, metrics and samples, and returns the metrics."""
+    workspace, name = context.workspace, given.name
+    if is_reserved(checked_name(name)):
+        raise UserError(f"{name} is a name of this study, whose results would be written over; choose another: --name")
+    parts, network = _parts(context, given.digest, given.origin), given.network.to(context.machine.device)
     expected = _expected(context, given, network)
     for flag in expected.flags:  # before the hours that it takes to attack the wrong model
-        tell(f"warning: {given.name}: {flag.saw}; to try: {flag.try_}")
-    found = evaluate(context, protocol.Subject(given.name, given.digest, network, SCHEMES.get(given.scheme), flags=expected.flags), memo)
-    samples.write(found.samples, workspace.samples(given.name))
-    of = {"model": given.name, "digest": given.digest, "origin": given.origin, "data_digest": context.dataset.digest}
-    of |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
-    record = of | {"metrics": found.metrics} | found.record | context.made_by(context.parameters(*SECTIONS))
-    write_atomically(workspace.given(given.name), records.to_json(record))
-    write_atomically(folder / "metrics.json", records.to_json(found.metrics))
-    (folder / "evaluation.json").unlink(missing_ok=True)  # of an older version, which wrote the record there
-    tracking.log_result(context.config, given.name, root=workspace.root)
-    discard(workspace.scratch(f"evaluate-{given.name}"))
-    return found.metrics
+        tell(f"warning: {name}: {flag.saw}; to try: {flag.try_}")
+    subject = evaluation.Subject(name, given.digest, network, flags=expected.flags)
+    found = _evaluate(context, subject, _settings(context, SCHEMES.get(given.scheme)), parts)
+    about = {"model": name, "digest": given.digest, "origin": given.origin}
+    about |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
+    metrics = _write(context, found, about, parts, parameters=OF_GIVEN)
+    for older in workspace.older_evaluations(name):
+        older.unlink(missing_ok=True)
+    tracking.log_result(context.config, name, root=workspace.root)
+    discard(workspace.scratch(f"evaluate-{name}"))
+    return metrics
+
+
+def _settings(context: Context, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:
+    """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, `note` on it for the record."""
+    whole, spec = context.config, context.config.evaluate
+    about = {"temperature": whole.temperature, "classes": len(context.dataset.classes), "note": note}
+    return evaluation.EvaluationSettings(
+        attacks=tuple(attack_suite(spec, whole.threat_model, whole.worst_case, scheme, **about)),
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+        diagnostics=whole.diagnostics,
+        corruptions=whole.corruptions,
+        keep=spec.adversarial_images,
+        published=_published(whole),
+    )
+
+
+def _evaluate(
+    context: Context, subject: evaluation.Subject, settings: evaluation.EvaluationSettings, parts: dict[str, str]
+) -> evaluation.Evaluation:
+    """Everything that params.yaml asks for, with a bar that shows the accuracy that stands so far."""
+    scratch = context.workspace.scratch(f"evaluate-{subject.name}")
+    attacks, *others = (Checkpoint(scratch / part, fingerprint).folder / fingerprint for part, fingerprint in parts.items())
+    memo = Memo(attacks, apart=dict(zip(list(parts)[1:], others, strict=True)))
+    with Bar(f"evaluate {subject.name}", total=settings.parts * len(context.dataset.test)) as bar:
+        return evaluation.evaluate(subject, context.dataset, settings, context.machine, memo=memo, on_progress=bar.reach)
+
+
+def _write(
+    context: Context, found: evaluation.Evaluation, about: dict[str, Any], parts: dict[str, str], *, parameters: tuple[str, ...]
+) -> dict[str, float]:
+    """Write samples and record; `about` is what the record says of the model. Returns the metrics."""
+    samples.write(found.samples, context.workspace.samples(about["model"]))
+    record = about | {"data_digest": context.dataset.digest, "inputs": config.digest(parts), "metrics": found.metrics} | found.record
+    return records.write(context.workspace, "evaluate", record | context.made_by(context.parameters(*parameters)))
 
 
 def _expected(context: Context, given: Given, network: nn.Module) -> expectations.Expectations:
@@ -116,7 +142,7 @@ def _expected(context: Context, given: Given, network: nn.Module) -> expectation
         return expectations.Expectations((), {})
     size = context.config.evaluate.batch_size
     about = {"constants": given.constants, "classes": given.classes}
-    return expectations.look(network, context.dataset, context.machine, **about, batch_size=size)
+    return expectations.check_expectations(network, context.dataset, context.machine, **about, batch_size=size)
 
 
 def _parts(context: Context, *model: object) -> dict[str, str]:
@@ -126,7 +152,7 @@ def _parts(context: Context, *model: object) -> dict[str, str]:
         UserError: a library that is asked for is not installed.
     """
     spec = context.config.diagnostics
-    more = {"diagnostics": _foolbox(spec.minimal) if spec.images and spec.minimal else None, "corruption": _published(context.config)}
+    more = {"diagnostics": _foolbox(spec.minimal) if spec.images and spec.minimal else None, "corruption": _files(context.config)}
     return {
         part: context.fingerprint(
             part, context.parameters(*keys), context.dataset.digest, {name: version(name) for name in libraries}, more.get(part), *model
@@ -143,23 +169,13 @@ def _foolbox(minimal: str) -> str:
         raise UserError(f"diagnostics.minimal = {minimal} needs foolbox; {remedy}") from None
 
 
-def _published(configuration: config.Config) -> list[list[Any]]:
-    """The published files that are read, by size and date: a digest of theirs would take as long as an evaluation."""
-    spec = configuration.corruptions
-    found = corruptions.find(configuration.data, spec) if spec.names else None
-    files = [found.folder / f"{name}.npy" for name in (*spec.names, "labels") if name in found] if found else []
+def _published(configuration: config.Config) -> published.Published | None:
+    """The published corruption files that are read instead of computing them."""
+    return published.find(configuration.data, configuration.corruptions) if configuration.corruptions.names else None
+
+
+def _files(configuration: config.Config) -> list[list[Any]]:
+    """Their sizes and dates: a digest of the files would take as long as an evaluation."""
+    found = _published(configuration)
+    files = [found.folder / f"{name}.npy" for name in (*configuration.corruptions.names, "labels") if name in found] if found else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _memo(scratch: Path, parts: dict[str, str]) -> Memo:
-    """Remembers the parts of an evaluation, each as long as what it depends on stays the same."""
-    attacks, *others = (Checkpoint(scratch / part, fingerprint).folder / fingerprint for part, fingerprint in parts.items())
-    return Memo(attacks, apart=dict(zip(list(parts)[1:], others, strict=True)))
-
-
-def evaluate(context: Context, subject: protocol.Subject, memo: Memo) -> protocol.Evaluation:
-    """Everything that params.yaml asks for, with a bar that shows the accuracy that stands so far."""
-    with Bar(f"evaluate {subject.name}", total=protocol.work(context.config, subject, context.dataset)) as bar:
-        return protocol.evaluate(
-            subject, context.dataset, context.config, context.machine, memo=memo, tell=lambda done, note: bar.reach(done, note)
-        )

@@ -16,8 +16,8 @@ from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
 from advml.paths import model_name
 from advml.progress import Bar
-from advml.similarity import files, representation
-from advml.similarity.arrays import to_npz
+from advml.similarity import represent
+from advml.similarity.represent import to_npz
 from advml.stages.context import Context
 
 
@@ -30,33 +30,33 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     attacked = adversarial.read(workspace.adversarial(name), digest=weights)
     inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
     of = {"model": name, "digest": weights}
-    with Bar(f"represent {name}", total=len(representation.PARTS) + 1) as bar:
-        measured = representation.represent(network, context.dataset, attacked.images, spec, context.machine, on_part=bar.begin)
+    with Bar(f"represent {name}", total=len(represent.PARTS) + 1) as bar:
+        measured = represent.represent(network, context.dataset, attacked.images, spec, context.machine, on_part=bar.begin)
         bar.begin("figures")
-        described = files.describe(measured, spec, of=of, attack=attacked.record)
+        described = represent.describe(measured, spec, of=of, attack=attacked.record)
         cka = _write(workspace.report(name), measured, described, chance=1 / len(context.dataset.classes))
-    measures = files.metrics(measured)
+    measures = represent.metrics(measured)
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
-    metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in files.HOW}})
+    metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
     tracking.log_folder(context.config, folder, root=workspace.root)
     return metrics
 
 
-def _write(folder: Path, measured: representation.Representation, described: dict[str, object], *, chance: float) -> str:
+def _write(folder: Path, measured: represent.Representation, described: dict[str, object], *, chance: float) -> str:
     """Write the files of one model; returns the sha256 of cka.npz."""
-    arrays, names = to_npz(files.arrays(measured)), [layer.name for layer in measured.layers]
+    arrays, names = to_npz(represent.arrays(measured)), [layer.name for layer in measured.layers]
     write_atomically(folder / "cka.npz", arrays)
     write_atomically(folder / "cka.json", records.to_json(described, indent=1))
     panels = [
         Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names, *(kind if pair[0] != pair[1] else "" for kind in pair))
-        for pair in representation.MATRICES.values()
+        for pair in represent.MATRICES.values()
     ]
     write_atomically(folder / "cka.png", to_png(heatmaps(panels, title=f"{folder.name}: CKA between layers")))
     curves = layer_curves(
         names,
         np.diagonal(measured.cka("clean", "adversarial")),
-        {kind: [probe.accuracy[kind] for probe in measured.probes] for kind in representation.KINDS},
+        {kind: [probe.accuracy[kind] for probe in measured.probes] for kind in represent.KINDS},
         title=folder.name,
         chance=chance,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from advml.config import Config
 from advml.core.io import modified, read_csv, read_json, sha256
-from advml.evaluation.verdict import NONE, transferred, verdict
+from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
 from advml.tracking.run import COMMIT, DIGEST, MODEL, Record, Run, guarded
@@ -71,7 +71,7 @@ def _log_training(run: Run, record: Record, file: Path, curves: Path) -> None:
 
 def _log_evaluation(run: Run, record: Record, file: Path, *samples: Path) -> None:
     run.log_metrics(record["metrics"], instead_of=EVALUATION)
-    run.set_tags({FLAGS: verdict(record.get("diagnostics", {}))})
+    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {}))})
     _log_files(run, "records/evaluate", file)
     _log_files(run, "samples", *samples)
 
@@ -110,7 +110,7 @@ def _log_transfer_flags(run: Run, workspace: Workspace, name: str) -> bool:
     """The flags that a transfer has given these weights."""
     path = workspace.report("transfer") / "transfer.json"
     content = read_json(path, needs=("seeds",), remedy=REMEDY) if path.exists() else {"seeds": []}
-    flags = ", ".join(flag["name"] for flag in transferred(content).get(name, ())) or NONE
+    flags = ", ".join(flag["name"] for flag in transfer_flags(content).get(name, ())) or NONE
     weights = {block["digests"].get(name) for block in content["seeds"]}
     if run.tags.get(DIGEST) not in weights or run.tags.get("advml.transfer_flags") == flags:
         return False
@@ -201,7 +201,7 @@ def _log_study(run: Run, record: Record, *files: Path) -> None:
 def _log_given(run: Run, record: Record, *files: Path) -> None:
     _log_files(run, None, *files)
     run.log_metrics(record["metrics"])
-    run.set_tags({FLAGS: verdict(record.get("diagnostics", {}))})
+    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {}))})
 
 
 def _log_search(run: Run, record: Record, *files: Path) -> None:

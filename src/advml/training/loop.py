@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.attacks.adversary import Adversary
+from advml.attacks.pgd import Adversary
 from advml.data.datasets import Dataset, Split
 from advml.errors import Failure
 from advml.networks.layout import place

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from advml import config
-from advml.attacks.adversary import Adversary, training_adversary
+from advml.attacks.pgd import Adversary, training_adversary
 from advml.data.datasets import Dataset
 from advml.errors import UserError
 from advml.networks.layers import batch_norms, knows_blocks
@@ -53,7 +53,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     Raises:
         UserError: the backbone cannot be built, or not trained, for these images.
     """
-    row, attacked = SCHEMES[scheme], phase == "at"
+    row, attacked, section = SCHEMES[scheme], phase == "at", configuration.pretrain[scheme]
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
     check_regimes(configuration, network)
@@ -63,9 +63,9 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     try_step(network, count=views * _smallest_batch(configuration.pretrain[scheme], dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,
-        phase=configuration.pretrain[scheme],
+        phase=section,
         task=lambda: pretraining_task(network, row, configuration),
-        adversary=training_adversary(configuration, configuration.pretrain[scheme]) if attacked else None,
+        adversary=training_adversary(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
     )
 
@@ -94,7 +94,7 @@ def finetuning(
         network=network,
         phase=phase,
         task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
-        adversary=training_adversary(configuration, phase) if plan.attacked else None,
+        adversary=training_adversary(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
     )
 

@@ -14,19 +14,17 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from advml.attacks import autoattack
-from advml.attacks.adversary import Adversary, evaluation_adversary
-from advml.attacks.guard import copied
-from advml.attacks.threat import ThreatModel
+from advml.attacks.pgd import Adversary, evaluation_adversary
+from advml.attacks.threat_model import ThreatModel
 from advml.config import Config
 from advml.data.datasets import Split
+from advml.evaluation.attack_suite import AttackSpec, classification, library_attack, pgd_attack
 from advml.evaluation.intervals import wilson
-from advml.evaluation.measure import Effort, measure
-from advml.evaluation.plan import Figure, autoattack_figure, classification, pgd_figure
-from advml.evaluation.scoring import Scorer
+from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.runtime.machine import Machine, generator_for
-from advml.similarity import estimates
+from advml.similarity import statistics
 from advml.stages.context import Context
 from advml.tuning.budget import passes
 from advml.tuning.search import Attempt
@@ -71,9 +69,9 @@ class Attack:
         """Forward and backward passes of an image that nothing breaks."""
         return passes(steps=self.adversary.steps, restarts=self.restarts, keep=self.adversary.keep)
 
-    def figure(self) -> Figure:
+    def figure(self) -> AttackSpec:
         """The attack as `evaluate` measures it: broken images leave the next restart, and examples must lie in the ball."""
-        figure = pgd_figure(STUDIED, self.adversary, classification(self.objective), loss=self.objective)
+        figure = pgd_attack(STUDIED, self.adversary, classification(self.objective), loss=self.objective)
         return replace(figure, restarts=self.restarts)
 
 
@@ -82,17 +80,17 @@ def withstood(network: Network, split: Split, attack: Attack | None, *, batch_si
 
     An image has the same random starts whatever the attack: those of `evaluate`, as `seed` is `evaluate.seed`.
     """
-    figures = [Figure("clean"), *([attack.figure()] if attack else [])]
-    scorer = Scorer(copied(network.eval()), machine)
-    effort = Effort(batch_size, seed, machine)
+    figures = [AttackSpec("clean"), *([attack.figure()] if attack else [])]
+    scorer = Scorer.of(network, machine)
     for rows in torch.arange(len(split.labels)).split(batch_size):
-        outcomes = measure(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
+        some = Split(split.images[rows], split.labels[rows])
+        outcomes = run_attacks(network, scorer, some, figures, batch_size=batch_size, seed=seed)
         yield outcomes[figures[-1].name].right
 
 
 def evaluation_attack(configuration: Config, *, share: float = 1.0) -> Attack:
     """The attack of `evaluate`, at a share of its radius: how searches for better training measure every trial."""
-    adversary = evaluation_adversary(configuration, epsilon=share * configuration.attacked_epsilon)
+    adversary = evaluation_adversary(configuration.evaluate, configuration.threat_model, share=share)
     return Attack(adversary, configuration.evaluate.objective, configuration.evaluate.restarts)
 
 
@@ -177,14 +175,14 @@ def interval(right: Tensor) -> dict[str, Any]:
 def paired(default: Tensor, winner: Tensor) -> dict[str, Any]:
     """Two attacks on the same images: those that only one of them breaks, with the two-sided p of McNemar's exact test (McNemar 1947).
 
-    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `estimates.share`.
+    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `statistics.share`.
 
     Args:
         default, winner: (N,) bool, which images each attack leaves right.
     """
     winner_only, default_only = int((default & ~winner).sum()), int((~default & winner).sum())
     p = binomtest(default_only, default_only + winner_only).pvalue if default_only + winner_only else 1.0
-    found = estimates.difference(estimates.share(winner.numpy()), estimates.share(default.numpy()))
+    found = statistics.difference(statistics.share(winner.numpy()), statistics.share(default.numpy()))
     low, high = found.interval
     return {
         "broken_by_winner_only": winner_only,
@@ -198,12 +196,12 @@ def _autoattack(subject: Subject, split: Split) -> Tensor:
     """Which images (N,) the whole of AutoAttack's standard set leaves right."""
     classes, spec = len(subject.context.dataset.classes), subject.search.config.evaluate
     figures = [
-        replace(autoattack_figure(name, subject.threat_model, classes=classes, strength=autoattack.Strength()), left_only=True)
+        replace(library_attack(name, subject.threat_model, classes=classes, strength=autoattack.Strength()), left_only=True)
         for name in autoattack.ATTACKS
         if autoattack.applicable(name, classes)
     ]
-    effort = Effort(spec.batch_size, spec.seed, subject.context.machine)
+    scorer, run = Scorer.of(subject.network, subject.context.machine), {"batch_size": spec.batch_size, "seed": spec.seed}
     right = torch.ones(len(split.labels), dtype=torch.bool)
-    for outcome in measure(subject.network, split, [Figure("clean"), *figures], effort).values():
+    for outcome in run_attacks(subject.network, scorer, split, [AttackSpec("clean"), *figures], **run).values():
         right[outcome.rows] &= outcome.right
     return right

@@ -1,0 +1,172 @@
+"""The attacks of an evaluation, in this order, as data: a list of `AttackSpec`.
+
+`accuracy/threat_model_1`: PGD on the contrastive objective of encoder and projection head, then classify.
+`accuracy/threat_model_2`: PGD end to end on an objective of the classifier, by default cross-entropy.
+Each at `evaluate.epsilon` (by default that of training) and, under the suffix `_half`, at half of it.
+Then the cascade: attacks from cheap to expensive, each aimed at what all before it have left standing. An image counts for
+`accuracy/worst_case` only if it survives every attack of the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from advml import config
+from advml.attacks import autoattack
+from advml.attacks.per_image_rng import PerImageGenerator
+from advml.attacks.pgd import Adversary, Objective, evaluation_adversary
+from advml.attacks.threat_model import ThreatModel
+from advml.networks.models import Network
+from advml.training.schemes import Scheme
+from advml.training.tasks import classification_objective, contrastive_objective
+
+# (network, images, labels, random numbers) -> adversarial images
+Craft = Callable[[nn.Module, Tensor, Tensor, PerImageGenerator], Tensor]
+# (network, images, labels) -> objective; built anew for every batch of images.
+MakeObjective = Callable[[Network, Tensor, Tensor], Objective]
+
+SHARES = {"": 1.0, "_half": 0.5}  # suffix of a threat model's metric -> share of epsilon
+PGD_LOSSES = {"pgd-ce": "ce", "pgd-margin": "margin"}  # our own attacks of the cascade, and their objectives
+RECORDED = {"ce": "cross-entropy"}  # names of objectives in records, where they differ
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack of an evaluation with its settings, and how its outcome counts. `craft=None`: the clean images.
+
+    Attributes:
+        name: of the metric, or under `worst_case/` of a step of the cascade. Its random numbers follow from it.
+        again: what repetitions do; None: the same. An attack that begins at the image begins at random then, or it would repeat itself.
+        settings: of the attack, for the record.
+        restarts: the attack is repeated on what it has left over.
+        coupled: the objective couples the batch: images must not leave it.
+        kept: its adversarial images are stored, for `represent` and `compare`.
+        left_only: aimed at the images that no attack before has broken; else at all.
+    """
+
+    name: str
+    craft: Craft | None = None
+    again: Craft | None = None
+    threat_model: ThreatModel | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    restarts: int = 1
+    coupled: bool = False
+    kept: bool = False
+    left_only: bool = False
+
+
+CLEAN_IMAGES = AttackSpec("accuracy/clean")
+
+
+def attack_suite(
+    spec: config.EvaluationAttack,
+    threat: config.ThreatModelSection,
+    worst_case: config.WorstCase,
+    scheme: Scheme | None,
+    *,
+    temperature: float,
+    classes: int,
+    note: str = "",
+) -> list[AttackSpec]:
+    """Everything that is measured on a model: clean images and threat models, each on all images, then the cascade.
+
+    Args:
+        scheme: without one, or with one without a projection head (SL), there is no threat model I.
+        temperature: of the contrastive objective.
+        classes: of the model.
+        note: on the projection head, for the record.
+    """
+    attacks = [CLEAN_IMAGES]
+    for suffix in SHARES:
+        if scheme and scheme.groups:
+            attacks.append(threat_model_1(spec, threat, scheme.groups, suffix=suffix, temperature=temperature, note=note))
+        attacks.append(threat_model_2(spec, threat, suffix=suffix))
+    return [*attacks, *cascade(spec, threat, worst_case, classes=classes)]
+
+
+def threat_model_1(
+    spec: config.EvaluationAttack,
+    threat: config.ThreatModelSection,
+    groups: Callable[[Tensor], Tensor],
+    *,
+    suffix: str = "",
+    temperature: float,
+    note: str = "",
+) -> AttackSpec:
+    """PGD on the contrastive objective of encoder and projection head; `groups`: labels (N,) -> group ids (N,)."""
+
+    def make(network: Network, images: Tensor, labels: Tensor) -> Objective:
+        return contrastive_objective(network, images, groups(labels), temperature=temperature)
+
+    adversary = evaluation_adversary(spec, threat, share=SHARES[suffix])
+    attack = pgd_attack(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", note=note)
+    return replace(attack, restarts=spec.restarts, coupled=True)
+
+
+def threat_model_2(spec: config.EvaluationAttack, threat: config.ThreatModelSection, *, suffix: str = "") -> AttackSpec:
+    """PGD end to end on an objective of the classifier."""
+    adversary, loss = evaluation_adversary(spec, threat, share=SHARES[suffix]), RECORDED.get(spec.objective, spec.objective)
+    attack = pgd_attack(f"accuracy/threat_model_2{suffix}", adversary, classification(spec.objective), loss=loss)
+    return replace(attack, restarts=spec.restarts, kept=not suffix)
+
+
+def cascade(
+    spec: config.EvaluationAttack, threat: config.ThreatModelSection, worst_case: config.WorstCase, *, classes: int
+) -> list[AttackSpec]:
+    """The attacks of `worst_case.attacks` that exist for so many classes, each on what is left; without any there is no cascade.
+
+    PGD on cross-entropy and on the margin are always among the attacks: what neither threat model II nor the list has comes first.
+    """
+    asked, adversary = worst_case.attacks, evaluation_adversary(spec, threat)
+    strength = autoattack.Strength(steps=worst_case.steps, targets=worst_case.targets, queries=worst_case.queries)
+
+    def attack(name: str) -> AttackSpec:
+        if name not in PGD_LOSSES:
+            return library_attack(name, adversary.threat_model, classes=classes, strength=strength)
+        loss = PGD_LOSSES[name]
+        make, at_random = classification(loss), replace(adversary, random_start=True)
+        return replace(pgd_attack(f"worst_case/{name}", at_random, make, loss=RECORDED.get(loss, loss)), restarts=worst_case.restarts)
+
+    missing = [name for name, loss in PGD_LOSSES.items() if name not in asked and loss != spec.objective] if asked else []
+    names = [*missing, *(name for name in asked if name in PGD_LOSSES or autoattack.applicable(name, classes))]
+    return [replace(attack(name), left_only=True) for name in names]
+
+
+def library_attack(name: str, threat_model: ThreatModel, *, classes: int, strength: autoattack.Strength) -> AttackSpec:
+    """One of AutoAttack's attacks."""
+
+    def craft(network: nn.Module, images: Tensor, labels: Tensor, generator: PerImageGenerator) -> Tensor:
+        seed = generator.seed % 2**31
+        return autoattack.attack(name, network, images, labels, threat_model=threat_model, classes=classes, strength=strength, seed=seed)
+
+    settings = {"attack": name, "library": "pyautoattack", **ball(threat_model), **asdict(strength)}
+    return AttackSpec(f"worst_case/{name}", craft, threat_model=threat_model, settings=settings)
+
+
+def pgd_attack(name: str, adversary: Adversary, make: MakeObjective, *, loss: str, note: str = "") -> AttackSpec:
+    """Our own PGD on the objective that `make` builds; `loss` is its name in the record."""
+
+    def crafting(adversary: Adversary) -> Craft:
+        return lambda network, images, labels, generator: adversary.attack(
+            network, lambda: make(network, images, labels), images, generator=generator
+        )
+
+    attack = asdict(adversary)
+    del attack["threat_model"]
+    settings = {"attack": "pgd", "objective": loss, **ball(adversary.threat_model), **attack}
+    again = crafting(replace(adversary, random_start=True))
+    return AttackSpec(name, crafting(adversary), again, adversary.threat_model, settings | ({"note": note} if note else {}))
+
+
+def ball(threat_model: ThreatModel) -> dict[str, Any]:
+    """The ball and the box, for the record."""
+    return {**asdict(threat_model), "box": [0, 1]}
+
+
+def classification(loss: str) -> MakeObjective:
+    """An objective of the classifier by name: ce, margin, dlr."""
+    return lambda network, images, labels: classification_objective(network, labels, loss)

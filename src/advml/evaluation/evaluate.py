@@ -1,0 +1,206 @@
+"""The whole evaluation of one model: threat models, worst case, diagnostics, corruptions; resumable in small parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from advml import config
+from advml.attacks.isolation import copied, frozen_copy
+from advml.attacks.threat_model import ThreatModel
+from advml.data.corruptions.published import Published
+from advml.data.datasets import Dataset, Split
+from advml.errors import UserError
+from advml.evaluation import corruption, metrics, samples
+from advml.evaluation.attack_suite import AttackSpec
+from advml.evaluation.flag_summary import flag_summary
+from advml.evaluation.masking import diagnose
+from advml.evaluation.masking.rules import Flag
+from advml.evaluation.run_attacks import Scorer, run_attacks
+from advml.evaluation.samples import Outcome
+from advml.runtime.machine import Machine, own_randomness
+from advml.runtime.memo import Memo
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured on a model, and how: params.yaml, resolved by the stage for this model and these data.
+
+    Attributes:
+        attacks: as `attack_suite` lists them; exactly one is `kept`.
+        batch_size, seed: of attacks, diagnostics and corruptions.
+        keep: adversarial images to keep of the `kept` attack; None: all.
+        published: files of corrupted images, read instead of computed; None: there are none.
+    """
+
+    attacks: tuple[AttackSpec, ...]
+    batch_size: int
+    seed: int
+    diagnostics: config.Diagnostics
+    corruptions: config.Corruptions
+    keep: int | None = None
+    published: Published | None = None
+
+    @property
+    def kept(self) -> AttackSpec:
+        """The attack whose images are stored: threat model II at full epsilon."""
+        (found,) = (attack for attack in self.attacks if attack.kept)
+        return found
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """The ball of the evaluation."""
+        return self.kept.threat_model
+
+    @property
+    def parts(self) -> int:
+        """Passes over the test images, for a bar: one per attack, and one for diagnostics and one for all corruptions, if any."""
+        return len(self.attacks) + bool(self.diagnostics.images) + bool(self.corruptions.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to evaluate.
+
+    Attributes:
+        digest: sha256 of its weights.
+        network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
+        flags: raised before it is measured.
+    """
+
+    name: str
+    digest: str
+    network: nn.Module
+    flags: tuple[Flag, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` has measured.
+
+    Attributes:
+        metrics: flat, under the contract's names.
+        record: `figures` (how each accuracy was made), and whatever else explains the metrics.
+        samples: a row per test image.
+        images, kept: the adversarial images of threat model II, and the record of their attack.
+    """
+
+    metrics: dict[str, float]
+    record: dict[str, Any]
+    samples: pa.Table
+    images: Tensor
+    kept: dict[str, Any]
+
+    @property
+    def flag_summary(self) -> str:
+        """Names of the flags that the diagnostics raised, or that there are none, or that the model was not judged."""
+        return flag_summary(self.record["diagnostics"])
+
+
+def evaluate(
+    subject: Subject,
+    dataset: Dataset,
+    settings: EvaluationSettings,
+    machine: Machine,
+    *,
+    memo: Memo,
+    on_progress: Callable[[int, str], None] = lambda done, note: None,
+) -> Evaluation:
+    """Measure a model on the test split.
+
+    Args:
+        memo: remembers finished parts.
+        on_progress: called with how many of `settings.parts` * N images are done, and the worst case so far.
+    """
+    test, classes, network = dataset.test, len(dataset.classes), subject.network.eval()
+    run = {"seed": settings.seed, "batch_size": settings.batch_size}
+    check_model(network, machine.images(test.images[: settings.batch_size]), machine, classes=classes)
+    scorer, untouched = Scorer.of(network, machine), copied(network)  # made before any attack
+
+    def on_batch(done: int, standing: float) -> None:
+        on_progress(done, f"worst case so far {100 * standing:.1f} %")
+
+    attacks, spec = list(settings.attacks), settings.diagnostics
+    outcomes = run_attacks(network, scorer, test, attacks, **run, keep=settings.keep, memo=memo, on_batch=on_batch)
+    images = outcomes[settings.kept.name].images
+    if spec.images:
+
+        def diagnosed() -> dict[str, Any]:
+            return diagnose.diagnose(network, scorer, test, outcomes, spec, settings.threat_model, classes=classes, **run)
+
+        diagnosis = memo.json("diagnostics", diagnosed)
+    else:
+        diagnosis = diagnose.unprobed(network, scorer, outcomes, reason="diagnostics.images = 0")
+    diagnosis = diagnosis | {"flags": [*(flag.as_record() for flag in subject.flags), *diagnosis["flags"]]}
+    more, steps = diagnose.as_attacks(diagnosis, outcomes, spec, settings.threat_model)
+    attacks, outcomes = attacks + more, outcomes | steps
+    found = metrics.metrics(outcomes)
+    worst, done = f"worst case {100 * found[samples.WORST]:.1f} %", (len(settings.attacks) + bool(spec.images)) * len(test)
+    on_progress(done, worst)
+    rights = _corrupted(untouched, test, settings, machine, memo, lambda share: on_progress(done + int(share * len(test)), worst))
+    test_digest = samples.digest_of(test)
+    return Evaluation(
+        found | _number_of_flags(diagnosis) | corruption.metrics(rights),
+        {
+            "figures": metrics.describe(attacks, outcomes, **run),
+            "test_digest": test_digest,
+            "diagnostics": diagnosis,
+            "corruptions": corruption.describe(rights, settings.corruptions, published=settings.published),
+        },
+        _samples(subject, test, outcomes, settings.threat_model, test_digest),
+        images,
+        metrics.describe_kept(settings.kept, len(images), **run),
+    )
+
+
+def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes: int) -> None:
+    """Check output shape and gradients of a copy of the network, on all images (N, C, H, W) and on the first alone.
+
+    Raises:
+        UserError: it does not give a logit per class and image, for batches of any size.
+    """
+    for batch in (images, images[:1]):
+        with own_randomness(0, images.device), frozen_copy(network) as own, torch.enable_grad():
+            asked = batch.detach().clone().requires_grad_()
+            with machine.autocast():
+                logits = own(asked)
+            found = tuple(logits.shape)
+            if found != (len(batch), classes):
+                raise UserError(
+                    f"the model gives {found} for {len(batch)} images; attacks need ({len(batch)}, {classes}): a logit per class"
+                )
+            if logits.requires_grad:
+                torch.autograd.grad(logits.float().sum(), asked, allow_unused=True)
+
+
+def _number_of_flags(diagnosis: dict[str, Any]) -> dict[str, int]:
+    """Of a model that was not judged, only where there are some: the absence of a number is not the absence of flags."""
+    return {"diagnostics/flags": len(diagnosis["flags"])} if diagnosis["flags"] or "skipped" not in diagnosis else {}
+
+
+def _samples(subject: Subject, test: Split, outcomes: dict[str, Outcome], threat_model: ThreatModel, test_digest: str) -> pa.Table:
+    threat = {"norm": threat_model.norm, "epsilon": threat_model.epsilon}
+    return samples.table(outcomes, test, about={"model": subject.name, "digest": subject.digest, "test_digest": test_digest, **threat})
+
+
+def _corrupted(
+    untouched: nn.Module, test: Split, settings: EvaluationSettings, machine: Machine, memo: Memo, on_share: Callable[[float], None]
+) -> dict[str, Tensor]:
+    """Which images are right under each corruption, (severities, images) by name.
+
+    Each is scored by a copy of its own of the model that no attack has touched: nothing that the model remembers of an attack, or of
+    another corruption, changes it.
+    """
+    spec, rights = settings.corruptions, {}
+    about = {"machine": machine, "batch_size": settings.batch_size, "published": settings.published}
+    for name in spec.names:
+        rights[name] = memo(
+            f"corruption {name}", lambda name=name: {"right": corruption.one(copied(untouched), test, spec, name, **about)}
+        )["right"]
+        on_share(len(rights) / len(spec.names))
+    return rights

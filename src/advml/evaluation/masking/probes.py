@@ -1,0 +1,328 @@
+"""Probes that show whether a model's gradients lead attacks to its weak spots or astray.
+
+After Athalye et al. 2018 (sec. 3.1), Carlini et al. 2019 (sec. 3 and 4) and Pintor et al. 2022. They measure; `diagnostics` judges.
+
+Cost per sample, that is an image that the clean model gets right, with S steps and E epsilons (6 by default): E S + 5 gradients, each
+a forward and a backward pass, and at most 2 E + 106 forward passes more: random noise leaves alone what it has broken. Every image
+costs 2 forward passes more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from advml.attacks.isolation import frozen_copy
+from advml.attacks.pgd import Objective, default_step_size, finite, pgd
+from advml.attacks.threat_model import NORMS, ThreatModel
+from advml.evaluation.intervals import binomial_tail, wilson
+from advml.evaluation.masking.evidence import SHORT, Evidence, Point, Rise
+from advml.networks.foreign import Foreign
+from advml.runtime.machine import derived_seed, generator_for, own_randomness
+from advml.training.objectives import cross_entropy, margin
+
+RANDOM_NOISE = "random noise"  # its name among the black-box attacks
+
+
+def probe(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    threat_model: ThreatModel,
+    classes: int,
+    steps: int,
+    seed: int,
+    shares: Sequence[float] = (0.25, 0.5, 1, 2, 4),
+    white_box: Tensor | None = None,
+    black_box: Mapping[str, Tensor] | None = None,
+    batch_size: int = 500,
+    on_broken: Callable[[str, Tensor, Tensor], None] = lambda probe, rows, images: None,
+) -> Evidence:
+    """Measure what the rules of `diagnostics` judge. The model, its modes and gradients, and the global RNG stay as they are.
+
+    Args:
+        model: maps images (n, C, H, W) in [0, 1] to logits (n, classes); is copied where it can be, and judged in eval mode. It need not
+            be differentiable, deterministic, or independent of the batch: that is what is found out.
+        images, labels: the subset, (N, C, H, W) in [0, 1] and (N,), on the model's device.
+        threat_model: the ball in which the figure was measured.
+        steps: of each PGD, from a random start, with steps of 2.5 * epsilon / steps.
+        shares: multiples of epsilon for the curve; epsilon itself and the one that spans the box are always on it.
+        white_box: bool (N,), right after all white-box attacks that the figure rests on; None: the probes' own.
+        black_box: name -> bool (N,), right after an attack without gradients of this model: Square, or transfer.
+        on_broken: called with what "probe-pgd", "probe-step" and "probe-noise" break within epsilon: rows (m,), images (m, C, H, W).
+    Raises:
+        UserError: the model fails on a batch.
+        ValueError: shapes disagree.
+    """
+    black_box = dict(black_box or {})
+    for given in (labels, *black_box.values(), *([] if white_box is None else [white_box])):
+        if given.shape != (len(images),):
+            raise ValueError(f"one value per image is needed: {len(images)} images, shape {tuple(given.shape)}")
+    with own_randomness(derived_seed("diagnostics", seed), images.device), frozen_copy(model) as own, frozen_copy(model) as other:
+        target, fresh = Target(own), Target(other)
+        first, second = (torch.cat([target.logits(images[rows]) for rows in batches(len(images), batch_size)]) for _ in range(2))
+        if first.shape[1] != classes:
+            raise ValueError(f"the model gives {first.shape[1]} outputs, for {classes} classes")
+        chosen = (first.argmax(1) == labels).nonzero().squeeze(1)
+        samples = Samples(target, images[chosen], labels[chosen], seed, batch_size)
+        curve = {size: samples.pgd(ThreatModel(threat_model.norm, size), steps=steps) for size in _epsilons(threat_model, shares, images)}
+        plain, single = curve[threat_model.epsilon], samples.pgd(threat_model, steps=1)
+        white = plain.right & single.right & (True if white_box is None else white_box.to(images.device)[chosen])
+        quiet, noisy = samples.noise(threat_model)
+        within = [("probe-pgd", found.right, found.images) for size, found in curve.items() if size <= threat_model.epsilon]
+        for name, right, adversarial in (*within, ("probe-step", single.right, single.images), ("probe-noise", quiet, noisy)):
+            on_broken(name, chosen[~right], adversarial[~right])
+        after = {RANDOM_NOISE: quiet} | {name: right.to(images.device)[chosen] for name, right in black_box.items()}
+        again = samples.again(fresh, plain.images)
+        return Evidence(
+            norm=threat_model.norm,
+            epsilon=threat_model.epsilon,
+            steps=steps,
+            seed=seed,
+            classes=classes,
+            largest_class=float(labels.bincount().max() / len(labels)) if len(labels) else 0.0,
+            images=len(images),
+            n=len(chosen),
+            curve=_points(curve, n=len(chosen), images=len(images)),
+            rise=_rise(curve),
+            single_step_only=_count(~single.right & plain.right),
+            multi_step_only=_count(single.right & ~plain.right),
+            white_box_right=_count(white),
+            black_box={name: _count(white & ~right) for name, right in after.items()},
+            **samples.gradients(threat_model),
+            slope_kept=samples.slope_kept(threat_model),
+            gradient_error=target.error,
+            margins=tuple(plain.margins[:, plain.right].mean(1).tolist()) if plain.right.any() else (),
+            survivors=_count(plain.right),
+            broken=_count(~plain.right),
+            lost=_count(~plain.right & (again.argmax(-1) == samples.labels)) if len(chosen) else 0,
+            batch_difference=_difference(plain.logits, again),
+            output_difference=_difference(first, second),
+            predictions_changed=_count(first.argmax(1) != second.argmax(1)),
+            output_low=float(first.min()),
+            output_sum=float(first.sum(1).mean()),
+            output_sum_spread=float(first.sum(1).amax() - first.sum(1).amin()),
+            output_log_sum_exp=float(first.logsumexp(1).abs().max()),
+            forward=(target.forward + fresh.forward) / max(1, len(chosen)),
+            backward=target.backward / max(1, len(chosen)),
+        )
+
+
+def _epsilons(threat_model: ThreatModel, shares: Sequence[float], images: Tensor) -> list[float]:
+    """Multiples of epsilon up to the one at which every image reaches every other: 1 in linf, sqrt(C * H * W) in l2."""
+    box = 1.0 if threat_model.norm == "linf" else math.sqrt(images.shape[1:].numel())
+    epsilon, widest = threat_model.epsilon, max(box, threat_model.epsilon)
+    return sorted({share * epsilon for share in shares if 0 < share * epsilon < widest} | {epsilon, widest})
+
+
+def _points(curve: Mapping[float, Attacked], *, n: int, images: int) -> tuple[Point, ...]:
+    counts = {0.0: n} | {epsilon: _count(attacked.right) for epsilon, attacked in curve.items()}
+    return tuple(Point(epsilon, count, count / images, *wilson(count, images)) for epsilon, count in counts.items())
+
+
+def _rise(curve: Mapping[float, Attacked]) -> Rise:
+    """The pair of epsilons with the least likely number of regained samples."""
+    pairs = list(combinations(curve.items(), 2)) or [tuple(curve.items()) * 2]
+    rises = (
+        Rise(smaller, larger, _count(~before.right & after.right), _count(before.right & ~after.right), len(pairs))
+        for (smaller, before), (larger, after) in pairs
+    )
+    return min(rises, key=lambda rise: binomial_tail(rise.regained, rise.regained + rise.lost, share=0.5))
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    """Largest |first - second|, relative to the largest |first|; NaN equals NaN."""
+    if not len(first):
+        return 0.0
+    scale = first[first.isfinite()].abs()
+    largest = float(scale.max()) if len(scale) else 0.0
+    return float((first - second).abs().nan_to_num(nan=0, posinf=torch.inf).max()) / max(largest, 1e-12)
+
+
+def _count(which: Tensor) -> int:
+    return int(which.sum())
+
+
+# The samples that probes perturb: those that the clean model gets right
+
+NOISE_DRAWS = 100  # half of them uniform in the ball, half on its boundary (for linf: at its corners)
+SMALL_BATCH = 16  # where verdicts are checked again
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What PGD made of the samples."""
+
+    images: Tensor  # (n, C, H, W)
+    logits: Tensor  # (n, K)
+    right: Tensor  # bool (n,)
+    margins: Tensor  # (steps + 1, n): the largest so far
+
+
+@dataclass(frozen=True)
+class Samples:
+    """n images (n, C, H, W) with labels (n,), a target, and how to go about it. Every probe draws from `seed` alone."""
+
+    target: Target
+    images: Tensor
+    labels: Tensor
+    seed: int
+    batch_size: int
+
+    def pgd(self, threat_model: ThreatModel, *, steps: int) -> Attacked:
+        """The iterate of largest cross-entropy, from a random start; with one step FGSM, from the image."""
+        parts = [self._pgd(rows, number, threat_model, steps) for number, rows in enumerate(batches(len(self.labels), self.batch_size))]
+        if not parts:
+            none = self.images.new_zeros(0)
+            return Attacked(self.images, none, none.bool(), none.view(0, 0))
+        images, logits, margins = zip(*parts, strict=True)
+        logits = torch.cat(logits)
+        return Attacked(torch.cat(images), logits, logits.argmax(1) == self.labels, torch.cat(margins, dim=1))
+
+    def _pgd(self, rows: Tensor, number: int, threat_model: ThreatModel, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, margins = self.images[rows], self.labels[rows], []
+        generator = generator_for("diagnostics", "pgd", self.seed, threat_model.epsilon, number)
+        adversarial = pgd(
+            self.target.objective(partial(cross_entropy, labels=labels), watch=lambda logits: margins.append(margin(logits, labels))),
+            images,
+            threat_model=threat_model,
+            steps=steps,
+            step_size=default_step_size(threat_model.epsilon, steps),
+            start=threat_model.random_start(images, generator=generator) if steps > 1 else None,
+            keep="best" if steps > 1 else "last",
+        )
+        return adversarial, self.target.logits(adversarial), torch.stack(margins).cummax(0).values
+
+    def noise(self, threat_model: ThreatModel) -> tuple[Tensor, Tensor]:
+        """bool (n,): right under every one of NOISE_DRAWS draws; and (n, C, H, W) the noisy images that are not, else the images."""
+        right, images = torch.ones_like(self.labels, dtype=torch.bool), self.images.clone()
+        for draw in range(NOISE_DRAWS):
+            generator = generator_for("diagnostics", "noise", self.seed, draw)
+            if draw % 2:
+                direction = NORMS[threat_model.norm].steepest(torch.randn(self.images.shape, generator=generator)).to(self.images)
+                noisy = threat_model.project(self.images + threat_model.epsilon * direction, self.images)
+            else:
+                noisy = threat_model.random_start(self.images, generator=generator)
+            left = right.nonzero().squeeze(1)
+            for rows in (left[part] for part in batches(len(left), self.batch_size)):
+                right[rows] = self.target.logits(noisy[rows]).argmax(1) == self.labels[rows]
+            broken = left[~right[left]]
+            images[broken] = noisy[broken]
+        return right, images
+
+    def gradients(self, threat_model: ThreatModel) -> dict[str, int]:
+        """How many samples have a gradient that is exactly zero or not finite."""
+        start = threat_model.random_start(self.images, generator=generator_for("diagnostics", "gradients", self.seed))
+        places = {"zero_clean": (self.images, cross_entropy), "zero_random": (start, cross_entropy), "zero_margin": (self.images, margin)}
+        counts, bad = dict.fromkeys(places, 0), torch.zeros_like(self.labels, dtype=torch.bool)
+        for rows in batches(len(self.labels), self.batch_size):
+            for name, (images, loss) in places.items():
+                gradient = self.target.gradient(partial(loss, labels=self.labels[rows]), images[rows])[-1].flatten(1)
+                counts[name] += int((gradient == 0).all(1).sum())
+                bad[rows] |= ~gradient.isfinite().all(1)
+        return counts | {"non_finite": int(bad.sum())}
+
+    def slope_kept(self, threat_model: ThreatModel) -> float | None:
+        """Median of (margin(x + s) - margin(x)) / <gradient, s>, s being SHORT * epsilon along the gradient, within the box.
+
+        1 for a linear model, near 1 wherever a gradient says what the model does; None without any gradient.
+        """
+        kept = []
+        for rows in batches(len(self.labels), self.batch_size):
+            images, labels = self.images[rows], self.labels[rows]
+            _, before, gradient = self.target.gradient(partial(margin, labels=labels), images)
+            gradient = finite(gradient)
+            moved = threat_model.ascend(images, gradient, images, step_size=SHORT * threat_model.epsilon)
+            promised = ((moved - images) * gradient).flatten(1).sum(1)
+            gained = margin(self.target.logits(moved), labels) - before
+            kept.append((gained / promised)[promised > 0])
+        ratios = torch.cat(kept) if kept else torch.empty(0)
+        ratios = ratios[ratios.isfinite()]
+        return float(ratios.median()) if len(ratios) else None
+
+    def again(self, fresh: Target, adversarial: Tensor) -> Tensor:
+        """Logits (n, K) of adversarial images in a fresh copy, among clean ones of the same class, in small batches.
+
+        A model whose output depends on the batch, as with batch norm in train mode, gives others here.
+        """
+        n = len(self.labels)
+        mixed, labels = torch.cat([adversarial, self.images]), torch.cat([self.labels, self.labels])
+        order = torch.randperm(2 * n, generator=generator_for("diagnostics", "again", self.seed)).to(mixed.device)
+        order = order[labels[order].argsort(stable=True)]
+        parts = [fresh.logits(mixed[order[rows]]) for rows in batches(2 * n, SMALL_BATCH)]
+        return torch.cat(parts)[order.argsort()][:n] if parts else mixed.new_zeros(0)
+
+
+def batches(n: int, size: int) -> list[Tensor]:
+    """Row numbers 0 .. n - 1 in nearly equal parts, so that no batch is much smaller than the others."""
+    return list(torch.arange(n).tensor_split(math.ceil(n / size))) if n else []
+
+
+# A model as given, as the target of an attack that must not fail or go uncounted
+
+Loss = Callable[[Tensor], Tensor]  # logits (N, K) -> values (N,)
+
+
+class Target:
+    """A model as given, which must be in eval mode and frozen, behind a wall: see `Foreign`.
+
+    Some models give no gradient: they round, detach, or compute outside of PyTorch. Here that is a gradient of zero.
+
+    Attributes:
+        forward, backward: images that have passed so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model if isinstance(model, Foreign) else Foreign(model, memory_format=torch.preserve_format)
+        self.model.gradient_error = None
+        self.forward = self.backward = 0
+
+    @property
+    def error(self) -> str | None:
+        """Why a gradient could not be computed, in its own words; None if every one could."""
+        return self.model.gradient_error
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K), in float32."""
+        self.forward += len(images)
+        return self.model(images).float()
+
+    def gradient(self, loss: Loss, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N, K), values (N,) of `loss(logits)`, and their gradient with respect to the images, zero or non-finite as it may be."""
+        images = images.detach().requires_grad_()
+        self.forward += len(images)
+        self.backward += len(images)
+        with torch.enable_grad():
+            logits = self.model(images).float()
+            values = loss(logits)
+            with torch.autocast(images.device.type, enabled=False):  # as in `pgd`
+                (gradient,) = torch.autograd.grad(values.sum(), images)
+        return logits.detach(), values.detach(), gradient
+
+    def objective(self, loss: Loss, *, watch: Callable[[Tensor], None] = lambda logits: None) -> Objective:
+        """For `pgd`: values of `loss`. Non-finite parts of a gradient are 0, and a value of NaN is -inf: never the best.
+
+        Args:
+            watch: is shown the logits (N, K) of every iterate.
+        """
+
+        def objective(images: Tensor) -> Tensor:
+            if not images.requires_grad:
+                logits, slope = self.logits(images), 0
+                values = loss(logits)
+            else:
+                logits, values, gradient = self.gradient(loss, images)
+                slope = ((images - images.detach()) * finite(gradient)).flatten(1).sum(1)  # 0, with that gradient
+            values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            watch(logits)
+            return values + slope
+
+        return objective
