@@ -26,17 +26,16 @@ from timing import Timing, hardware_line, interleaved
 from torch import Tensor, nn
 
 from advml import config
+from advml.config.presets import preset
 from advml.data import datasets
 from advml.data.datasets import Dataset, Split
 from advml.evaluation.accuracy import survivors
 from advml.evaluation.measure import Effort, measure
 from advml.evaluation.plan import Figure, plan
-from advml.presets import preset
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.training.phases import fit_phase
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 
 WANTED = {"CL-ST": 0.05, "CL-AT": 0.8, "SL-AT@0.2": 0.8}  # at most so much of the peer's time
 STANDARD = ("worst_case.restarts=5", "worst_case.steps=100", "worst_case.targets=9", "worst_case.queries=5000")

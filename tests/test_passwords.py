@@ -12,9 +12,9 @@ import pytest
 from advml import config, passwords
 from advml.cli import app
 from advml.cli.failures import guarded, print_fault
+from advml.config.presets import preset
 from advml.errors import UserError
 from advml.passwords import masked, remember
-from advml.presets import preset
 from advml.stages import pretrain
 from advml.tracking import store as stores
 from advml.tuning.locking import reach

@@ -28,9 +28,8 @@ from advml import config
 from advml.cli.stages import stage_arguments
 from advml.errors import UserError
 from advml.paths import Workspace, model_name, pretraining_name
+from advml.recipes import REGIMES, SCHEMES
 from advml.stages import check
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]

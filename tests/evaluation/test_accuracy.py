@@ -20,9 +20,9 @@ from advml.evaluation.intervals import wilson
 from advml.evaluation.measure import Effort, Outcome, measure
 from advml.evaluation.plan import cascade, figures, plan
 from advml.networks.models import Architecture, build
+from advml.recipes import SCHEMES
 from advml.runtime.machine import Machine, derived_seed
 from advml.training.objectives import contrastive_pair, cross_entropy, margin
-from advml.training.schemes import SCHEMES
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.4,), (0.3,), 10, 16, False, False)

@@ -21,10 +21,10 @@ from advml.errors import Failure
 from advml.evaluation import plan, scoring
 from advml.evaluation.measure import Effort, measure
 from advml.networks import models
+from advml.recipes import REGIMES, Regime
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.training.regimes import REGIMES, Regime
 from advml.tuning import attack, budget, census, comparison, training, worker
 from advml.tuning import study as studies
 from advml.tuning.board import reached

@@ -17,8 +17,8 @@ from advml.evaluation.passes import PASSES
 from advml.evaluation.plan import Figure, figures
 from advml.evaluation.samples import WORST
 from advml.networks.models import Network
+from advml.recipes import Scheme
 from advml.runtime.machine import Machine
-from advml.training.schemes import Scheme
 
 
 def effort(configuration: config.Config, machine: Machine) -> Effort:

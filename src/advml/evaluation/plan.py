@@ -22,7 +22,7 @@ from advml.attacks.draws import PerImage
 from advml.attacks.pgd import Objective
 from advml.attacks.threat import ThreatModel
 from advml.networks.models import Network
-from advml.training.schemes import Scheme
+from advml.recipes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective
 
 # (network, images, labels, draws) -> adversarial images

@@ -20,9 +20,9 @@ from advml.evaluation.plan import Figure, plan
 from advml.evaluation.rehearsal import rehearse
 from advml.evaluation.scoring import Scorer
 from advml.evaluation.verdict import verdict
+from advml.recipes import Scheme
 from advml.runtime.machine import Machine
 from advml.runtime.memo import Memo
-from advml.training.schemes import Scheme
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from advml.errors import UserError
 from advml.evaluation import accuracy
 from advml.networks.models import Network
 from advml.paths import home_of
+from advml.recipes import SCHEMES
 from advml.runtime.machine import Machine
-from advml.training.schemes import SCHEMES
 
 OWN = "own"
 

@@ -19,11 +19,10 @@ from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
 from advml.progress import Bar
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint, discard, discard_finished, write_atomically
 from advml.runtime.memo import Memo, forget
 from advml.stages.context import Context
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 
 KEYS = ("scheme", "regime", "seed")
 GRID = rf"({'|'.join(SCHEMES)})-({'|'.join((*REGIMES, 'st', 'at'))})-s\d+"  # names of the study's models and pretrainings
@@ -127,11 +126,12 @@ def _parts(context: Context, *model: object) -> dict[str, str]:
     """
     spec = context.config.diagnostics
     more = {"diagnostics": _foolbox(spec.minimal) if spec.images and spec.minimal else None, "corruption": _published(context.config)}
+    versions = {part: {name: version(name) for name in libraries} for part, (_, libraries) in PARTS.items()}
     return {
         part: context.fingerprint(
-            part, context.parameters(*keys), context.dataset.digest, {name: version(name) for name in libraries}, more.get(part), *model
+            "evaluate", part, context.parameters(*keys), context.dataset.digest, versions[part], more.get(part), *model
         )
-        for part, (keys, libraries) in PARTS.items()
+        for part, (keys, _) in PARTS.items()
     }
 
 

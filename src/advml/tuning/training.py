@@ -20,14 +20,13 @@ from advml.config import Config, digest
 from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import Workspace
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint, Progress, write_atomically
 from advml.runtime.machine import derived_seed
 from advml.stages.context import Context
 from advml.stages.finetune import load_pretrained
 from advml.training import phases
 from advml.training.loop import Record
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 from advml.tuning.attack import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
 from advml.tuning.sampling import Hyperband

@@ -9,10 +9,8 @@ from typing import Any, Literal
 from advml import config
 from advml.config import Config, changed, flatten
 from advml.errors import UserError
-from advml.names import PhaseName
 from advml.paths import Workspace, pretraining_name
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
+from advml.recipes import REGIMES, SCHEMES, PhaseName
 from advml.tuning import space as spaces
 from advml.tuning.searches.files import record_of
 from advml.tuning.space import Values

@@ -12,8 +12,7 @@ import optuna
 from advml.config import Config, digest
 from advml.errors import UserError
 from advml.paths import checked_name
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
+from advml.recipes import REGIMES, SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.sampling import Hyperband, tpe
 from advml.tuning.searches.files import data_digest

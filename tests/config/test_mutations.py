@@ -1,6 +1,6 @@
 """Damaged params.yaml: whatever is in it, it loads, or one line names the key. And every key of the schema has bounds.
 
-A hundred mutations run in the suite. Two thousand: `ADVML_MUTATIONS=2000 python -m pytest tests/test_config_mutations.py`.
+A hundred mutations run in the suite. Two thousand: `ADVML_MUTATIONS=2000 python -m pytest tests/config/test_mutations.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pytest
 from advml import config
 from advml.cli import app
 from advml.cli.failures import guarded
+from advml.config.presets import preset
 from advml.errors import UserError
 from advml.lines import LONGEST, one_line
-from advml.presets import preset
 
 COUNT = int(os.environ.get("ADVML_MUTATIONS", "100"))
 HOSTILE: tuple[Any, ...] = (
