@@ -1,4 +1,4 @@
-"""What made a result: the git commit and the DVC stage for people, a digest of the sources for resuming."""
+"""What made a result: the git commit and the DVC stage for people, a digest of a stage's sources for resuming."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent
 LOCKS = ":(exclude,top,glob)**/dvc.lock"
 
 
@@ -36,9 +37,28 @@ def dvc_stage() -> str | None:
 
 
 @functools.cache
-def source_digest() -> str:
-    """sha256 over the package's own sources: an interrupted stage is not resumed under other code."""
-    package = Path(__file__).parent
-    sources = sorted(package.rglob("*.py"))
-    parts = (hashlib.sha256(source.read_bytes()).hexdigest() + str(source.relative_to(package)) for source in sources)
+def source_digest(stage: str | None = None) -> str:
+    """sha256 over sources: of the package, or of what dvc.yaml lists under the `deps` of a kind of stage, e.g. `finetune`.
+
+    A stage is not resumed, and its result not taken as it is, after these have changed: DVC and the stage itself agree on what is
+    up to date.
+    """
+    listed = [PACKAGE / path for path in _sources()[stage]] if stage else [PACKAGE]
+    files = {file for path in listed for file in (path.rglob("*") if path.is_dir() else [path])}
+    kept = sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
+    parts = (hashlib.sha256(file.read_bytes()).hexdigest() + file.relative_to(PACKAGE).as_posix() for file in kept)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _sources() -> dict[str, list[str]]:
+    """Kind of stage -> its sources, seen from the package's folder."""
+    from ruamel.yaml import YAML
+
+    installed = PACKAGE / "dvc.yaml"  # a wheel's; in a checkout it is at the root
+    pipeline = YAML(typ="safe").load(installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml")
+    prefix = "src/advml/"
+    return {
+        name.removesuffix("_st"): [path.removeprefix(prefix) for path in stage["deps"] if path.startswith(prefix)]
+        for name, stage in pipeline["stages"].items()
+    }
