@@ -152,7 +152,9 @@ def test_no_command_prints_a_password(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
     monkeypatch.setattr(stores, "_broken", set())
     said += [told(capsys, "link", *here)]
-    params.write_text(preset("digits").replace("  uri: null", f"  uri: '{url}'").replace("seeds: [0]", "seeds: [a]"), encoding="utf-8")
+    params.write_text(
+        preset("digits", full=True).replace("  uri: null", f"  uri: '{url}'").replace("seeds: [0]", "seeds: [a]"), encoding="utf-8"
+    )
     said += [told(capsys, "sync", *here)]
     for number, text in enumerate(said):
         assert text and "S3CRET" not in text, (number, text)

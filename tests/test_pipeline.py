@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -28,6 +29,7 @@ from advml import config
 from advml.cli.stages import stage_arguments
 from advml.errors import UserError
 from advml.paths import Workspace, model_name, pretraining_name
+from advml.provenance import source_digest
 from advml.recipes import REGIMES, SCHEMES
 from advml.stages import check
 
@@ -153,6 +155,25 @@ def test_an_edited_training_attack_leaves_standard_models_alone(committed):
     assert {stage for stage in reached if parts(stage)[1]} == {stage for stage in stages if parts(stage)[1] == "at"}
 
 
+@pytest.mark.parametrize(
+    ("file", "kinds"),
+    [
+        ("figures/curves.py", {"represent", "compare", "transfer", "report"}),
+        ("training/schedules.py", {"pretrain", "finetune", "evaluate", "compare", "transfer"}),
+        ("tuning/study.py", set()),
+    ],
+)
+def test_an_edited_source_is_one_change_to_dvc_and_to_the_stages_themselves(copied, sources, file, kinds):
+    """The key by which a stage resumes, and takes a result as it is, covers the sources that dvc.yaml lists."""
+    every = {parts(stage)[0] for stage in after_edit(copied)[0]}
+    before = {kind: source_digest(kind) for kind in every}
+    sources.edit(file)
+    shutil.copy(sources.package / file, copied / "src" / "advml" / file)
+    after = {kind: source_digest(kind) for kind in every}
+    assert {kind for kind in every if after[kind] != before[kind]} == kinds
+    assert {parts(stage)[0] for stage in after_edit(copied)[1]} == kinds
+
+
 # Nothing in params.yaml is a command
 
 PLANTED = """0; touch PWNED; $(touch PWNED) `touch PWNED` '; touch PWNED; ' "; touch PWNED; " #"""
@@ -183,6 +204,19 @@ def test_a_value_that_would_name_stages_and_files_is_refused_by_its_key(copied, 
     plant(copied, key)
     with pytest.raises(UserError, match=rf"^{re.escape(str(copied / 'params.yaml'))}: {re.escape(key)}\[0\] = [^\n]*$"):
         check.run(copied / "params.yaml")
+
+
+def test_a_regime_whose_stage_does_not_watch_its_attack_is_refused(copied, monkeypatch):
+    """DVC would take its models for up to date after the attack has changed."""
+    check.run(copied / "params.yaml")
+    monkeypatch.setitem(REGIMES, "ST", replace(REGIMES["ST"], attacked=True))
+    with pytest.raises(UserError, match=r"finetune_st trains ST under attack .* add to its params: threat_model, attack$"):
+        check.run(copied / "params.yaml")
+    text = (copied / "dvc.yaml").read_text()
+    (copied / "dvc.yaml").write_text(
+        text.replace('"regimes.${item.regime}", runtime]', '"regimes.${item.regime}", runtime, threat_model, attack]')
+    )
+    check.run(copied / "params.yaml")
 
 
 @pytest.mark.parametrize("seed", ["../../x", "0/x", "0 ", "1_000", "0"])

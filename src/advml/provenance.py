@@ -43,22 +43,22 @@ def source_digest(stage: str | None = None) -> str:
     A stage is not resumed, and its result not taken as it is, after these have changed: DVC and the stage itself agree on what is
     up to date.
     """
-    listed = [PACKAGE / path for path in _sources()[stage]] if stage else [PACKAGE]
+    listed = _sources(stage) if stage else [PACKAGE]
     files = {file for path in listed for file in (path.rglob("*") if path.is_dir() else [path])}
     kept = sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
     parts = (hashlib.sha256(file.read_bytes()).hexdigest() + file.relative_to(PACKAGE).as_posix() for file in kept)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-@functools.cache
-def _sources() -> dict[str, list[str]]:
-    """Kind of stage -> its sources, seen from the package's folder."""
+def _sources(stage: str) -> list[Path]:
+    """Files and folders of the package under the `deps` of a kind of stage; all, where dvc.yaml lacks it. Both of a pair have the same."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     installed = PACKAGE / "dvc.yaml"  # a wheel's; in a checkout it is at the root
-    pipeline = YAML(typ="safe").load(installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml")
-    prefix = "src/advml/"
-    return {
-        name.removesuffix("_st"): [path.removeprefix(prefix) for path in stage["deps"] if path.startswith(prefix)]
-        for name, stage in pipeline["stages"].items()
-    }
+    try:
+        stages = YAML(typ="safe").load(installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml")["stages"]
+        deps = stages[stage if stage in stages else f"{stage}_st"]["deps"]
+    except (OSError, YAMLError, KeyError, TypeError):
+        return [PACKAGE]
+    return [PACKAGE / path.removeprefix("src/advml/") for path in deps if path.startswith("src/advml/")]
