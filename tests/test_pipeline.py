@@ -206,17 +206,15 @@ def test_a_value_that_would_name_stages_and_files_is_refused_by_its_key(copied, 
         check.run(copied / "params.yaml")
 
 
-def test_a_regime_whose_stage_does_not_watch_its_attack_is_refused(copied, monkeypatch):
+def test_a_regime_whose_stage_does_not_watch_its_attack_is_refused(tmp_path, monkeypatch):
     """DVC would take its models for up to date after the attack has changed."""
-    check.run(copied / "params.yaml")
+    params, pipeline = (Path(shutil.copy(REPOSITORY / name, tmp_path)) for name in ("params.yaml", "dvc.yaml"))
+    check.run(params)
     monkeypatch.setitem(REGIMES, "ST", replace(REGIMES["ST"], attacked=True))
     with pytest.raises(UserError, match=r"finetune_st trains ST under attack .* add to its params: threat_model, attack$"):
-        check.run(copied / "params.yaml")
-    text = (copied / "dvc.yaml").read_text()
-    (copied / "dvc.yaml").write_text(
-        text.replace('"regimes.${item.regime}", runtime]', '"regimes.${item.regime}", runtime, threat_model, attack]')
-    )
-    check.run(copied / "params.yaml")
+        check.run(params)
+    pipeline.write_text(pipeline.read_text().replace('item.regime}", runtime]', 'item.regime}", runtime, threat_model, attack]'))
+    check.run(params)
 
 
 @pytest.mark.parametrize("seed", ["../../x", "0/x", "0 ", "1_000", "0"])
@@ -244,6 +242,20 @@ def test_a_planted_command_is_not_run_with_the_check_nor_without_it(copied, dvc)
     said = dvc(copied, "repro", "--single-item", f"pretrain_st@SL-{PLANTED} seeds", code=255)
     assert "advml: 'pretrain_st@SL-0; touch PWNED" in said
     assert not list(copied.rglob("PWNED"))
+
+
+def test_dvc_and_advml_take_the_same_overrides(tmp_path):
+    """`dvc exp run -S` wants a plus before a key that params.yaml does not write; what it then writes is what `advml -S` means."""
+    pytest.importorskip("hydra")
+    from dvc.utils.hydra import apply_overrides
+
+    params = tmp_path / "params.yaml"
+    overrides = ["+regimes.Full-AT.loss=trades", "++evaluate.restarts=3", "++temperature=0.5", "seeds=[1, 2]", "+cluster.slots=2"]
+    overrides += ["threat_model.epsilon=4/255", "+tune.finetune.space.gradient_clip={float: [0.1, 1]}"]
+    expected = config.load(REPOSITORY / "params.yaml", overrides)
+    shutil.copy(REPOSITORY / "params.yaml", params)
+    apply_overrides(params, overrides)
+    assert config.load(params) == expected != config.load(REPOSITORY / "params.yaml")
 
 
 # Bare commands

@@ -45,7 +45,7 @@ def source_digest(stage: str | None = None) -> str:
     """
     listed = _sources(stage) if stage else [PACKAGE]
     files = {file for path in listed for file in (path.rglob("*") if path.is_dir() else [path])}
-    kept = sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts)
+    kept = sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."))
     parts = (hashlib.sha256(file.read_bytes()).hexdigest() + file.relative_to(PACKAGE).as_posix() for file in kept)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -58,7 +58,9 @@ def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "p
     raw = _parse_yaml(text, source=source)
     if not isinstance(raw, dict):
         raise UserError(f"{source} holds no mapping of sections; print a complete one with: advml preset digits")
-    return put(raw, dict(parse_override(override) for override in overrides), told="-S ")
+    for override in overrides:
+        put(raw, dict([parse_override(override)]), told="-S ")
+    return raw
 
 
 def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -303,7 +303,8 @@ def preset(name: str, *, protocol: str = "corrected", overrides: Sequence[str] =
         raise UserError(f"preset = {name!r} has no protocol {protocol!r}; choose the preset from {able}")
     chosen = PRESETS[name][protocol]
     raw = put({}, deepcopy(chosen.values))
-    put(raw, dict(parse_override(override) for override in overrides), told="-S ")
+    for override in overrides:
+        put(raw, dict([parse_override(override)]), told="-S ")
     validate(raw, source=f"preset {name}", overrides=overrides)
     command = name if protocol == "corrected" else f"{name} --protocol {protocol}"
     header = f"# {chosen.title}\n" + HEADER.format(command=command, schema=chosen.schema)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from advml.config.schema import Config
@@ -32,42 +33,46 @@ def write(raw: Mapping[str, Any], remarks: Mapping[str, str] | None = None, *, f
         remarks: comments by dotted key, in place of the schema's.
         full: also the keys that keep their defaults; else those of `raw` alone.
     """
-    lines = _section(Config, raw, "", remarks or {}, full, set())
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return "\n".join(_Writer(remarks or {}, full).section(Config, raw)).lstrip("\n") + "\n"
 
 
-def _section(
-    model: type[Section], raw: Mapping[str, Any], path: str, remarks: Mapping[str, str], full: bool, told: set[type]
-) -> Iterator[str]:
-    """The lines of a section. Keys that several sections share are explained in the first one of them."""
-    explained = model in told
-    told.add(model)
-    indent = "  " * path.count(".")
-    for name in model.model_fields if full else [name for name in model.model_fields if name in raw]:
-        field, key = model.model_fields[name], f"{path}{name}"
-        inner, rows = _kinds(field.annotation)
-        value = raw[name] if name in raw else {} if inner else field.get_default(call_default_factory=True)
-        comment = remarks.get(key) or ("" if explained else field.description)
-        if not path and name != next(iter(Config.model_fields)):
-            yield ""
-        if inner and (not path or full or not _fits(name, _ordered(inner, value), indent)):
-            yield _line(f"{indent}{name}:", comment)
-            yield from _section(inner, value, f"{key}.", remarks, full, told)
-        elif inner:
-            yield f"{indent}{name}: {_flow(_ordered(inner, value))}"
-        elif rows:
-            yield _line(f"{indent}{name}:", comment)
-            for row, values in value.items():
-                if full or not _fits(row, _ordered(rows, values), f"{indent}  "):
-                    yield f"{indent}  {row}:"
-                    yield from _section(rows, values, f"{key}.{row}.", remarks, full, told)
-                else:
-                    yield f"{indent}  {row}: {_flow(_ordered(rows, values))}"
-        elif name == "space":
-            yield _line(f"{indent}{name}:", comment)
-            yield from (f"{indent}  {one}: {_flow(spread)}" for one, spread in value.items())
+@dataclass
+class _Writer:
+    remarks: Mapping[str, str]
+    full: bool
+    explained: set[type] = field(default_factory=set)
+
+    def section(self, model: type[Section], values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+        """The lines inside of a section. Keys that several sections share are explained in the first one of them."""
+        explained, indent = model in self.explained, "  " * path.count(".")
+        self.explained.add(model)
+        for name, about in model.model_fields.items():
+            if name not in values and not self.full:
+                continue
+            key, (inner, rows) = f"{path}{name}", _kinds(about.annotation)
+            value = values[name] if name in values else {} if inner else about.get_default(call_default_factory=True)
+            comment = self.remarks.get(key) or ("" if explained else about.description)
+            if not path:
+                yield ""
+            if inner:
+                yield from self.entry(inner, key, value, comment)
+            elif rows or name == "space":
+                yield _line(f"{indent}{name}:", comment)
+                for one, held in value.items():
+                    yield from self.entry(rows, f"{key}.{one}", held, "") if rows else [f"{indent}  {one}: {_flow(held)}"]
+            else:
+                yield _line(f"{indent}{name}: {_flow(value)}", comment)
+
+    def entry(self, model: type[Section], key: str, values: Mapping[str, Any], comment: str) -> Iterator[str]:
+        """A section inside of another one has a line, where it fits; others have a line for each key."""
+        path, _, name = key.rpartition(".")
+        code = f"{'  ' * key.count('.')}{name}:"
+        line = f"{code} {_flow({one: values[one] for one in model.model_fields if one in values})}"
+        if path and not self.full and len(line) <= WIDTH and not any(isinstance(held, Mapping) for held in values.values()):
+            yield line
         else:
-            yield _line(f"{indent}{name}: {_flow(value)}", comment)
+            yield _line(code, comment)
+            yield from self.section(model, values, f"{key}.")
 
 
 def _kinds(annotation: Any) -> tuple[type[Section] | None, type[Section] | None]:
@@ -75,15 +80,6 @@ def _kinds(annotation: Any) -> tuple[type[Section] | None, type[Section] | None]
     inner = get_args(annotation)[-1] if get_origin(annotation) is dict else annotation
     found = inner if isinstance(inner, type) and issubclass(inner, Section) else None
     return (None, found) if get_origin(annotation) is dict else (found, None)
-
-
-def _ordered(model: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in model.model_fields if name in values}
-
-
-def _fits(name: str, value: Mapping[str, Any], indent: str) -> bool:
-    """Whether a section has room in one line, and holds no other."""
-    return not any(isinstance(inner, Mapping) for inner in value.values()) and len(f"{indent}{name}: {_flow(value)}") <= WIDTH
 
 
 def _line(code: str, comment: str) -> str:
