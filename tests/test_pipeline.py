@@ -181,8 +181,9 @@ PIPELINES = sorted({path.resolve() for path in [REPOSITORY / "dvc.yaml", *REPOSI
 
 
 def interpolated(pipeline: Path) -> set[str]:
-    """The keys of params.yaml that a dvc.yaml puts into its stages."""
-    return {key for key in re.findall(r"\$\{(.*?)\}", pipeline.read_text(encoding="utf-8")) if not key.startswith("item.")}
+    """The keys of params.yaml that a dvc.yaml puts into its stages; `phase` is its own."""
+    keys = re.findall(r"\$\{(.*?)\}", pipeline.read_text(encoding="utf-8"))
+    return {key for key in keys if not key.startswith("item.") and key != "phase"}
 
 
 def plant(root: Path, *keys: str) -> None:
