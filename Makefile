@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test ui bench lint lock clean
+.PHONY: help repro test ui server bench lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,10 +27,13 @@ repro: .venv/.stamp ## run the study: JOBS stages at a time, only what has chang
 
 # worksteal: every worker begins with one stretch of the files, so that what the tests of a module share is made once, not by each worker.
 test: .venv/.stamp ## run the tests
-	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not postgres"
+	@OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not postgres and not servers and not slurm and not cluster"
 
 ui: .venv/.stamp ## open the MLflow UI on this repository's runs
 	@advml ui --port $(PORT)
+
+server: .venv/.stamp ## run an MLflow server for a group, with users and passwords (docs/scaling.md)
+	@advml server --port $(PORT)
 
 bench: .venv/.stamp ## compare speed with other libraries, side by side
 	@for file in benchmarks/[a-z]*.py; do case $$file in */timing.py) ;; *) python $$file || exit 1 ;; esac; done

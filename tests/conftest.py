@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -244,3 +248,53 @@ class Shell:
 def advml(warm: dict[str, str]) -> Shell:
     """advml("show", "CL-AT-s0", cwd=folder) -> exit code, stdout and stderr of the real command."""
     return Shell(warm)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The address of a PostgreSQL server: that of ADVML_POSTGRES_URL, or one started from Debian's packages."""
+    given = os.environ.get("ADVML_POSTGRES_URL")
+    if given:
+        yield given
+        return
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    assert programs, "install Debian's package postgresql, or name a server in ADVML_POSTGRES_URL"
+    with tempfile.TemporaryDirectory(prefix="advml-postgres-") as name, contextlib.ExitStack() as cleaning:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "data").mkdir()
+        user = {}
+        if os.getuid() == 0:  # which PostgreSQL refuses to run as
+            who = next(one for name in ("postgres", "nobody") for one in pwd.getpwall() if one.pw_name == name)
+            os.chown(folder / "data", who.pw_uid, who.pw_gid)
+            user = {"user": who.pw_uid, "group": who.pw_gid, "extra_groups": [], "cwd": folder}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        data = str(folder / "data")
+        options = {"check": True, "stdout": subprocess.DEVNULL, **user}
+        subprocess.run([programs[-1] / "initdb", "-D", data, "-U", "advml", "--auth=trust", "--no-sync", "-E", "UTF8"], **options)
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=100"
+        log = str(folder / "data" / "log")
+        subprocess.run([programs[-1] / "pg_ctl", "-D", data, "-l", log, "-w", "-o", settings, "start"], **options)
+        cleaning.callback(subprocess.run, [programs[-1] / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **options)
+        yield f"postgresql+psycopg://advml@127.0.0.1:{port}/postgres"
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres: str) -> Iterator[Callable[[], str]]:
+    """new_database() -> the address of an empty database in PostgreSQL, dropped in the end."""
+    from sqlalchemy import NullPool, create_engine, make_url, text
+
+    def execute(statement: str) -> None:
+        with create_engine(postgres, isolation_level="AUTOCOMMIT", poolclass=NullPool).connect() as connection:
+            connection.execute(text(statement))
+
+    with contextlib.ExitStack() as cleaning:
+
+        def make() -> str:
+            name = f"advml_{uuid.uuid4().hex[:12]}"
+            execute(f"CREATE DATABASE {name}")
+            cleaning.callback(execute, f"DROP DATABASE {name} WITH (FORCE)")
+            return make_url(postgres).set(database=name).render_as_string(hide_password=False)
+
+        yield make

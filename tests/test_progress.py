@@ -208,26 +208,43 @@ def test_lines_do_not_speak_of_all_before_the_end_either(clock, capsys):
 # The board of `advml repro`
 
 
-def test_a_board_without_a_terminal_prints_a_line_per_finished_stage(capsys):
-    with Board(total=3) as board:
-        board.show("prepare", {})
-        board.finish("prepare", ok=True, seconds=2.4)
-        board.show("pretrain_st@CL-0", {"title": "pretrain CL-st-s0", "done": 1, "total": 2, "note": ""})
-        board.finish("pretrain_st@CL-0", ok=False, seconds=61)
+@pytest.fixture
+def report(tmp_path) -> Callable[..., None]:
+    """report("prepare", "half way", 1, 2) is what a stage's process writes."""
+
+    def write(stage: str, note: str, done: int, total: int) -> None:
+        (tmp_path / f"{stage}.progress").write_text(json.dumps({"title": f"{stage} digits", "done": done, "total": total, "note": note}))
+
+    return write
+
+
+def test_a_board_without_a_terminal_prints_a_line_per_finished_stage(tmp_path, report, clock, capsys):
+    with Board(total=3, folder=tmp_path) as board:
+        board.show("prepare")
+        clock.now += 2.4
+        board.finish("prepare", ok=True)
+        report("pretrain_st@CL-0", "", 1, 2)
+        board.show("pretrain_st@CL-0")
+        clock.now += 61
+        board.finish("pretrain_st@CL-0", ok=False)
     assert capsys.readouterr().err.splitlines() == ["[1/3] prepare: done in 2 s", "[2/3] pretrain_st@CL-0: FAILED in 61 s"]
 
 
-def test_a_board_on_a_terminal_shows_every_stage_at_work_and_all_of_them_together(on_terminal):
-    with on_terminal() as terminal, Board(total=4) as board:
-        board.show("prepare", {})
+def test_a_board_on_a_terminal_shows_every_stage_at_work_and_all_of_them_together(on_terminal, tmp_path, report):
+    with on_terminal() as terminal, Board(total=4, folder=tmp_path) as board:
+        board.show("prepare")
         assert "starting" in refreshed(board, terminal)
-        board.show("prepare", {"title": "prepare digits", "done": 1, "total": 2, "note": "half way"})
+        report("prepare", "half way", 1, 2)
+        board.show("prepare")
         shown = refreshed(board, terminal)
         assert "prepare digits" in shown and "50 %" in shown and "half way" in shown and "all stages" in shown
-        board.finish("prepare", ok=True, seconds=1)
+        (tmp_path / "prepare.progress").write_text('{"title": "the wo')
+        board.show("prepare")
+        assert "half way" in refreshed(board, terminal)  # half a file changes nothing
+        board.finish("prepare", ok=True)
         shown = refreshed(board, terminal)
         assert "half way" not in shown.rpartition("all stages")[2] and "25 %" in shown
-    assert "[1/4] prepare: done in 1 s" in terminal.getvalue()
+    assert "[1/4] prepare: done in 0 s" in terminal.getvalue()
 
 
 def refreshed(board: Board, terminal: Terminal) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,7 +17,7 @@ from ruamel.yaml import YAML
 from advml import repro as module
 from advml.config.presets import preset
 from advml.engine import stage_task
-from advml.engine.cluster import Slots
+from advml.engine.exclusive import exclusive
 from advml.errors import Failure, UserError
 from advml.repro import repro
 
@@ -29,13 +26,9 @@ MEET = "touch {0}.begun; for i in $(seq 300); do test -e {1}.begun && echo {0} >
 # A failure stops what has not begun, so the stage that fails waits for the one that must run beside it.
 AWAIT = "for i in $(seq 300); do test -e {0}.begun && break; sleep 0.1; done"
 REPORTING = """
-import json, os, sys, time
+import os, sys, time
 with open(os.environ["ADVML_BOARD"], "w") as file:
-    file.write('{"title": "the wo')
-    file.flush()
-    time.sleep(0.3)
-with open(os.environ["ADVML_BOARD"], "w") as file:
-    json.dump({"title": "the work", "done": 3, "total": 4, "note": "nearly"}, file)
+    file.write("nearly")
 time.sleep(0.5)
 print(sys.executable, file=open("after", "w"))
 """
@@ -58,17 +51,18 @@ def no_server(monkeypatch):
 class Seen(module.Board):
     """A board that remembers what it was told."""
 
-    states: list[tuple[str, dict]]
+    reports: set[tuple[str, str]]
     ended: list[tuple[str, bool]]
 
-    def __init__(self, *, total: int) -> None:
-        super().__init__(total=total)
-        Seen.states, Seen.ended, Seen.planned = [], [], total
+    def __init__(self, *, total: int, folder: Path) -> None:
+        super().__init__(total=total, folder=folder)
+        Seen.reports, Seen.ended, Seen.planned = set(), [], total
 
-    def show(self, name: str, state: dict) -> None:
-        self.states.append((name, state))
+    def show(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.reports.add((name, (self.folder / f"{name}.progress").read_text()))
 
-    def finish(self, name: str, *, ok: bool, seconds: float) -> None:
+    def finish(self, name: str, *, ok: bool) -> None:
         self.ended.append((name, ok))
 
 
@@ -98,9 +92,8 @@ def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_o
     # What ran beside it was finished and is kept; what needs it was not begun.
     assert Seen.planned == 5 and sorted(Seen.ended) == [("after", True), ("bad", False), ("left", True), ("right", True)]
     assert set(YAML(typ="safe").load(tmp_path / "dvc.lock")["stages"]) == {"left", "right", "after"}
-    # Progress came through the file; half a file showed nothing; no file is left behind.
-    states = [state for name, state in Seen.states if name == "after"]
-    assert {} in states and {"title": "the work", "done": 3, "total": 4, "note": "nearly"} in states
+    # Progress came through the file, which is not left behind.
+    assert ("after", "nearly") in Seen.reports
     assert not list((tmp_path / ".scratch" / "repro").glob("*.progress"))
     # Stages say `python` and get the one that runs advml, whatever is on PATH.
     assert (tmp_path / "after").read_text().strip() == sys.executable
@@ -161,141 +154,130 @@ def test_the_plan_reaches_all_the_way_back_and_knows_matrix_names_and_what_lies_
             "alone": {"cmd": "echo 1 > alone", "outs": ["alone"]},
         },
     )
-    upstream, outdated = module._plan(tmp_path)
-    assert upstream == {"join": {"make@0", "make@1", "first"}, "make@0": {"first"}, "make@1": {"first"}, "first": set(), "alone": set()}
-    assert outdated == ["alone", "first", "join", "make@0", "make@1"]
+    planned = {name: sorted(needs) for name, needs in module._plan(tmp_path).items()}
+    assert planned == {"alone": [], "first": [], "join": ["first", "make@0", "make@1"], "make@0": ["first"], "make@1": ["first"]}
     subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=tmp_path, check=True)
-    assert module._plan(tmp_path)[1] == []
+    assert module._plan(tmp_path) == {}
     (tmp_path / "made-1").write_text("2")
     # What turns out to be as it was has not run: once made again, `made-1` is what `join` has seen.
-    assert module._plan(tmp_path)[1] == ["join", "make@1"] and "join" not in repro(tmp_path, jobs=1)
+    assert list(module._plan(tmp_path)) == ["join", "make@1"]
+    os.link(tmp_path / "dvc.lock", tmp_path / "before")
+    assert "join" not in repro(tmp_path, jobs=1)
+    # DVC, if it is killed while it writes, leaves the old file: what it writes is another one, which takes its place.
+    assert not (tmp_path / "before").samefile(tmp_path / "dvc.lock") and not list(tmp_path.glob("*.part"))
 
 
 def test_other_pipelines_that_need_this_one_are_not_run_with_it(tmp_path):
     pipeline(tmp_path, {"first": {"cmd": "echo 1 > first", "outs": ["first"]}})
     (other := tmp_path / "pipelines" / "other").mkdir(parents=True)
     (other / "dvc.yaml").write_text("stages: {behind: {cmd: cp ../../first behind, deps: [../../first], outs: [behind]}}")
-    assert module._plan(tmp_path) == ({"first": set()}, ["first"])
+    assert module._plan(tmp_path) == {"first": []}
     assert repro(tmp_path, jobs=1) == ["first"] and not (other / "behind").exists()
 
 
 # The order, with commands in place of DVC
 
 
-class Finished:
-    """What the driver sees of a task that `FakeClient` runs in a thread."""
-
-    def __init__(self, work: Callable[[], int]) -> None:
-        self.code: int | None = None
-        self.thread = threading.Thread(target=lambda: setattr(self, "code", work()))
-        self.thread.start()
-
-    status = "finished"
-
-    def done(self) -> bool:
-        return self.code is not None
-
-    def result(self) -> int:
-        return self.code
-
-
-class FakeClient:
+class Shell:
     """Runs stages as short shell commands; remembers their order and how many ran at once."""
 
-    def __init__(self, slots: int) -> None:
-        self.commands = {"fails": "echo 'ERROR: it broke'; exit 3", "slow": "sleep 0.6"}
-        self.slots, self.order, self.most, self.tasks = slots, [], 0, []
+    def __init__(self) -> None:
+        self.commands = {"fails": "echo 'ERROR: it broke'; exit 3", "slow": "sleep 0.6; echo 'note: odd images'"}
+        self.order, self.running, self.most, self.ended = [], set(), 0, []
 
-    def nthreads(self) -> dict[str, int]:
-        return {"worker": self.slots}
-
-    def submit(self, _: object, name: str, *, root: str, **__: object) -> Finished:
-        def work() -> int:
-            with (Path(root) / stage_task.FOLDER / f"{name}.log").open("wb") as output:
-                command = f"echo \"Running stage '{name}':\"; {self.commands.get(name, 'sleep 0.15')}"
-                return subprocess.run(["sh", "-c", command], stdout=output, check=False).returncode
-
+    def run(self, name: str, *, log: Path, **_: object) -> int:
         self.order.append(name)
-        self.tasks.append(Finished(work))
-        self.most = max(self.most, sum(not task.done() for task in self.tasks))
-        return self.tasks[-1]
-
-    def cancel(self, _: object) -> None: ...
-
-    def run(self, _: object, **__: object) -> None: ...
+        self.running.add(name)
+        self.most = max(self.most, len(self.running))
+        with log.open("wb") as output:
+            command = f"echo \"Running stage '{name}':\"; {self.commands.get(name, 'sleep 0.15')}"
+            code = subprocess.run(["sh", "-c", command], stdout=output, check=False).returncode
+        self.running.remove(name)
+        self.ended.append((name, code))
+        return code
 
 
 @pytest.fixture
-def client(monkeypatch, tmp_path) -> FakeClient:
-    client = FakeClient(2)
-    (tmp_path / stage_task.FOLDER).mkdir(parents=True)
-    monkeypatch.setattr(module, "connect", lambda *_, **__: contextlib.nullcontext(Slots(client, "token")))
-    return client
+def shell(monkeypatch) -> Shell:
+    """In place of DVC."""
+    shell = Shell()
+    monkeypatch.setattr(stage_task, "_run_dvc", shell.run)
+    monkeypatch.setattr(stage_task, "PAUSE", 0)
+    return shell
 
 
-def plan(monkeypatch, upstream: dict[str, set[str]]) -> None:
-    monkeypatch.setattr(module, "_plan", lambda root: (upstream, list(upstream)))
+def plan(monkeypatch, upstream: dict[str, list[str]]) -> None:
+    monkeypatch.setattr(module, "_plan", lambda root: upstream)
 
 
-@pytest.mark.parametrize("jobs", [1, 2, 3])
-def test_never_more_stages_than_slots_and_never_one_before_what_it_needs(monkeypatch, tmp_path, client, jobs):
-    upstream = {"a": set(), "b": set(), "c": set(), "d": {"a", "b"}, "e": {"d", "a", "b"}}
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_never_more_stages_than_slots_and_never_one_before_what_it_needs(monkeypatch, tmp_path, shell, jobs):
+    upstream = {"a": [], "b": [], "c": [], "d": ["a", "b"], "e": ["d", "a", "b"]}
     plan(monkeypatch, upstream)
-    client.slots = jobs
     ran = repro(tmp_path, jobs=jobs)
-    assert sorted(ran) == sorted(upstream) and client.order[:3] == ["a", "b", "c"] and client.most == jobs
-    assert all(ran.index(name) > ran.index(before) for name, needed in upstream.items() for before in needed)
+    assert sorted(ran) == sorted(upstream) and sorted(shell.order[:3]) == ["a", "b", "c"] and shell.most == jobs
+    ended = [name for name, _ in shell.ended]
+    assert all(ended.index(name) > ended.index(before) for name, needed in upstream.items() for before in needed)
 
 
-def test_a_needed_stage_that_is_up_to_date_delays_nothing(monkeypatch, tmp_path, client):
-    plan(monkeypatch, {"b": {"a"}})
+def test_a_needed_stage_that_is_up_to_date_delays_nothing(monkeypatch, tmp_path, shell):
+    plan(monkeypatch, {"b": ["a"]})
     assert repro(tmp_path, jobs=2) == ["b"]
 
 
-def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatch, tmp_path, client):
-    plan(monkeypatch, {"slow": set(), "fails": set(), "c": set(), "d": {"fails"}})
+def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatch, tmp_path, shell, capsys):
+    plan(monkeypatch, {"slow": [], "fails": [], "c": [], "d": ["fails"]})
     with pytest.raises(Failure, match=r"^stage fails failed: it broke \(whole output: "):
         repro(tmp_path, jobs=2)
-    assert client.order == ["slow", "fails"] and [task.code for task in client.tasks] == [0, 3]
-
-
-@pytest.mark.parametrize("end", ["kill -9 $$", "echo 'ERROR: failed to run: x, exited with -9'; exit 1"], ids=["DVC", "its command"])
-def test_a_killed_stage_runs_again_but_not_for_ever(monkeypatch, tmp_path, client, end):
-    plan(monkeypatch, {"killed": set()})
-    monkeypatch.setattr(module, "MOST_KILLS", 2)
-    client.commands = {"killed": f"echo >> {tmp_path}/times; test $(wc -l < {tmp_path}/times) = 2 || {{ {end}; }}"}
-    assert repro(tmp_path, jobs=1) == ["killed"] and client.order == ["killed"] * 2
-    client.commands = {"killed": end}
-    with pytest.raises(Failure, match="killed"):
-        repro(tmp_path, jobs=1)
-    assert len(client.order) == 2 + 3
-
-
-def test_two_commands_do_not_run_one_study(monkeypatch, tmp_path, client):
-    plan(monkeypatch, {"slow": set()})
-    with module._alone(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"):
-        repro(tmp_path, jobs=1)
-    assert repro(tmp_path, jobs=1) == ["slow"]
-
-
-# Words
+    assert sorted(shell.ended) == [("fails", 3), ("slow", 0)]
+    assert "note: odd images" in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(
-    ("log", "reason"),
+    ("end", "most", "reason"),
     [
-        ("Running stage 'a':\nadvml: first\nadvml: the loss is not finite\nERROR: failed to reproduce 'a'\n", "the loss is not finite"),
-        ("Running stage 'a':\nERROR: failed to reproduce 'a': out of inodes\n\n", "failed to reproduce 'a': out of inodes"),
-        ("", "no output"),
+        ("kill -9 $$", 3, "killed"),
+        ("echo 'ERROR: failed to run: x, exited with -9'; exit 1", 3, "exited with -9"),
+        ("echo \"ERROR: 'x' is busy, remove '.dvc/tmp/rwlock' and try again.\"; exit 1", 11, "busy"),
+    ],
+    ids=["DVC", "its command", "still locked"],
+)
+def test_a_killed_stage_runs_again_but_not_for_ever(monkeypatch, tmp_path, shell, end, most, reason):
+    plan(monkeypatch, {"killed": []})
+    shell.commands = {"killed": f"echo >> {tmp_path}/times; test $(wc -l < {tmp_path}/times) = 2 || {{ {end}; }}"}
+    assert repro(tmp_path, jobs=1) == ["killed"] and shell.order == ["killed"] * 2
+    shell.commands = {"killed": end}
+    with pytest.raises(Failure, match=reason):
+        repro(tmp_path, jobs=1)
+    assert len(shell.order) == 2 + most
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("advml: first\nadvml: the loss is not finite\nERROR: failed to reproduce a\n", "the loss is not finite"),
+        ("ERROR: failed to reproduce a: out of inodes\n\n", "failed to reproduce a: out of inodes"),
     ],
 )
-def test_the_reason_of_a_failure_is_advmls_last_word_or_dvcs(tmp_path, log, reason):
-    (tmp_path / "log").write_text(log)
-    assert module._reason(tmp_path / "log") == reason
+def test_the_reason_of_a_failure_is_advmls_last_word_or_dvcs(monkeypatch, tmp_path, shell, output, reason):
+    plan(monkeypatch, {"a": []})
+    shell.commands = {"a": f"printf '{output}'; exit 1"}
+    with pytest.raises(Failure, match=f"^stage a failed: {reason} "):
+        repro(tmp_path, jobs=1)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"title": "x"', json.dumps({"title": "x", "done": 1})])
-def test_half_a_progress_file_is_no_state(tmp_path, content):
-    if content is not None:
-        (tmp_path / "progress").write_text(content)
-    assert module._read(tmp_path / "progress") == ({"title": "x", "done": 1} if content and content.endswith("}") else {})
+def test_a_folder_that_a_stage_cannot_write_to_is_one_line(monkeypatch, tmp_path, shell):
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    plan(monkeypatch, {"a": []})
+    monkeypatch.setattr(stage_task, "_run_dvc", full)
+    with pytest.raises(Failure, match=r"^stage a failed: .*No space left on device"):
+        repro(tmp_path, jobs=1)
+
+
+def test_two_commands_do_not_run_one_study(monkeypatch, tmp_path, shell):
+    plan(monkeypatch, {"slow": []})
+    with exclusive(tmp_path / stage_task.FOLDER / "repro", work="it runs"), pytest.raises(UserError, match=f"process {os.getpid()}"):
+        repro(tmp_path, jobs=1)
+    assert repro(tmp_path, jobs=1) == ["slow"]

@@ -1069,6 +1069,22 @@ def newest(config, root, name):
     return store.client.search_runs([store.experiment], f"tags.`advml.name` = '{name}'", order_by=["attributes.start_time DESC"])[0]
 
 
+def test_a_picture_that_has_not_changed_is_logged_once(config, whole):
+    """Whatever else of the representation has, or an older version has called all of it by another digest."""
+    store, run = store_of(config, whole), newest(config, whole, "CL-AT-s0").info.run_id
+
+    def logged(key: str) -> int:
+        return sum(entry.path.startswith(f"images/{key}+") for entry in store.client.list_artifacts(run, "images"))
+
+    before = {key: logged(key) for key in ("cka", "layers")}
+    store.client.set_tag(run, "advml.representation", "k" * 64)
+    assert tracking.sync(config, root=whole) == ["CL-AT-s0"]
+    assert {key: logged(key) for key in before} == before and all(before.values())
+    (whole / "reports" / "CL-AT-s0" / "cka.png").write_bytes((whole / "reports" / "transfer" / "transfer.png").read_bytes() + b"\0")
+    assert tracking.sync(config, root=whole) == ["CL-AT-s0"]
+    assert logged("cka") == 2 * before["cka"] and logged("layers") == before["layers"]
+
+
 def test_the_models_own_record_in_mlflow_is_that_of_the_file(config, whole):
     path = whole / "models" / "finetune" / "CL-AT-s0" / "model.json"
     path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -116,10 +117,15 @@ class Board:
     """The board of `advml repro`: a bar for the whole pipeline and one for every stage at work.
 
     Without a terminal it prints a line per finished stage.
+
+    Args:
+        total: number of stages.
+        folder: where each reports, to STAGE.progress.
     """
 
-    def __init__(self, *, total: int) -> None:
-        self.total, self.finished, self.started = total, 0, time.monotonic()
+    def __init__(self, *, total: int, folder: Path) -> None:
+        self.total, self.folder, self.finished = total, folder, 0
+        self.begun: dict[str, float] = {}
         self.bars = _bars() if sys.stderr.isatty() else None
         self.tasks: dict[str, Any] = {}
 
@@ -133,19 +139,22 @@ class Board:
         if self.bars:
             self.bars.stop()
 
-    def show(self, name: str, state: dict[str, Any]) -> None:
+    def show(self, name: str) -> None:
         """Draw what a running stage has reported."""
+        self.begun.setdefault(name, time.monotonic())
         if not self.bars:
             return
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=None, note="starting")
-        if state:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended, or is writing
+            state = json.loads((self.folder / f"{name}.progress").read_text(encoding="utf-8"))
             fields = {"description": state["title"], "total": state["total"], "completed": state["done"], "note": state["note"]}
             self.bars.update(self.tasks[name], **fields)
 
-    def finish(self, name: str, *, ok: bool, seconds: float) -> None:
+    def finish(self, name: str, *, ok: bool) -> None:
         """Take a stage off the board and leave a line behind."""
         self.finished += 1
+        seconds = time.monotonic() - self.begun.pop(name)
         line = f"[{self.finished}/{self.total}] {name}: {'done' if ok else 'FAILED'} in {seconds:.0f} s"
         if self.bars:
             self.bars.remove_task(self.tasks.pop(name))

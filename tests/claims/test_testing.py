@@ -102,10 +102,10 @@ def test_effects_within_their_noise_are_inconclusive(planting, tmp_path):
 
 @pytest.mark.parametrize("robust", [0.0, 1.0])
 def test_models_that_agree_on_every_image_may_differ_on_others(planting, tmp_path, robust):
-    """By two pseudo-images that only one of them has right."""
+    """Tango's interval of 0 differing images of n: z^2 / (n + z^2) to either side."""
     table = planting.AS_PAPER | {"robust": dict.fromkeys(planting.REGIMES, robust)}
     part = planting.Planted(tmp_path, table, n=40).plant().parts()["CL: accuracy under threat model II, Full-AT minus AT"]
-    half = 1.959964 * math.sqrt(2) / 40
+    half = 1.959964**2 / (40 + 1.959964**2)
     assert part["effect"] == 0 and (part["low"], part["high"]) == pytest.approx((-half, half), abs=1e-5)
 
 

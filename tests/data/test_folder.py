@@ -84,7 +84,13 @@ DOUBTFUL = {  # tree -> a part of the line
     "groups, deeper": (("one/a/cats=3", "one/a/dogs=3", "two/b/cats=3"), "data.layout=classes"),
     "groups in splits": (("train/one/cats=3", "train/one/dogs=3", "train/two/cats=3", "train/two/dogs=3"), "data.layout=splits"),
     "masks beside the images": (("a=3", "a/masks=3", "b=3", "b/masks=3"), "data.layout=classes"),
-    "thumbnails beside some images": (("a/thumbs=3", "b=3", "b/Thumbs=3"), "a/thumbs and"),
+    "thumbnails beside some images": (("a/thumbs=3", "b=3", "b/Thumbs=3"), "b/Thumbs seems to hold"),
+    "masks in one class": (("cats=3", "cats/masks=3", "dogs=3"), "cats/masks seems to hold masks"),
+    "masks by name": (("cats/1.png", "cats/1_mask.png", "cats/2.png", "dogs=3"), "cats/1_mask.png seems to be a mask"),
+    "several masks of an image": (("a/b (1).png", "a/b (1)_mask_1.png", "a/b (1)_mask_2.png", "c=2"), "as 2 of 3 images"),
+    "annotations in a split": (("train/a/1.jpg", "train/a/1-gt.png", "train/b=3", "test/a=1", "test/b=1"), "data.layout=splits"),
+    "masks as a class": (("images=3", "masks=3"), "masks seems to hold masks"),
+    "segmentations as a class": (("JPEGImages=3", "SegmentationClass=3", "SegmentationObject=3"), "and not a class"),
     "masks in splits": (("train/a=3", "train/a/masks=3", "train/b=3", "train/b/masks=3"), "data.layout=splits"),
     "a split of each class": (("cats/train=3", "cats/test=1", "dogs/train=3", "dogs/test=1"), "data.layout=classes"),
     "splits in one of several": (("pets/train/cats=3", "pets/test/cats=3", "others=4"), "give it alone as data.path"),
@@ -115,6 +121,24 @@ def test_what_is_doubtful_is_refused_in_a_line_with_the_remedy(tmp_path, tree):
     with pytest.raises(UserError) as error:
         read(plant(tmp_path / "p", *specs))
     assert part in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ("with_mask/1_mask.png", "with_mask/2_mask.png", "without_mask/1.png", "without_mask/2.png"),  # faces
+        ("mask=2", "no_mask=2"),
+        ("edges=2", "boxes=2", "labels=2"),
+        ("cats/a_label.png", "cats/label.png", "dogs/1.png"),
+    ],
+)
+def test_classes_and_files_with_such_words_alone_are_no_masks(tmp_path, specs):
+    assert len(read(plant(tmp_path / "p", *specs)).classes) == len({spec.partition("/")[0] for spec in specs})
+
+
+def test_masks_are_images_where_data_layout_says_so(tmp_path):
+    source = read(plant(tmp_path / "p", "cats/1.png", "cats/1_mask.png", "dogs/masks=2", "dogs=1"), layout="classes")
+    assert counts(source) == {"train": [2, 3]}
 
 
 def test_images_are_numbered_by_folder_and_file_name_on_which_the_division_depends(tmp_path):
@@ -323,11 +347,60 @@ def test_a_file_that_does_not_label_every_image_once_is_refused(tmp_path, fault)
     assert part in str(error.value) and "p" in str(error.value)
 
 
+def test_a_list_of_classes_by_number_is_no_list_of_images_by_number(tmp_path):
+    root = plant(tmp_path / "p", "=3")
+    (root / "classes.txt").write_text("0 cats\n1 dogs\n")
+    (root / "labels.csv").write_text("0.png,0\n1.png,1\n2.png,0\n")
+    assert read(root).classes == ("0", "1")
+
+
 def test_two_files_that_name_the_images_are_refused(tmp_path):
     root = plant(tmp_path / "p", "=2")
     for name in ("old.csv", "new.csv"):
         (root / name).write_text("0.png,cats\n1.png,dogs\n")
     with pytest.raises(UserError, match=r"new\.csv and old\.csv both name"):
+        read(root)
+
+
+BOTH = {"train": [1, 1], "test": [1, 1]}
+BESIDE = {  # folders, text files beside them -> images of cats and dogs in each split
+    "one file for all": (
+        ("train=2", "test=2"),
+        {"labels.csv": "train/0.png,cats\ntrain/1.png,dogs\ntest/0.png,cats\ntest/1.png,dogs\n"},
+        BOTH,
+    ),
+    "a file a split": (
+        ("train=2", "test=2"),
+        {"train.csv": "id,label\n0,cats\n1,dogs\n", "test_labels.csv": "id,label\n0.png,cats\n1.png,dogs\n"},
+        BOTH,
+    ),
+    "no labels of test": (
+        ("train=2", "test/7.png"),
+        {"labels.csv": "id,breed\n0,cats\n1,dogs\n", "sample_submission.csv": "id,cats,dogs\n7,0.5,0.5\n"},
+        {"train": [1, 1]},
+    ),
+    "a list of test images": (
+        ("train=2", "test=1"),
+        {"Training_set.csv": "filename,label\n0.png,cats\n1.png,dogs\n", "Testing_set.csv": "filename\n0.png\n"},
+        {"train": [1, 1]},
+    ),
+    "only train": (("box/train=2",), {"box/train_labels.txt": "0.png cats\n1.png dogs\n"}, {"train": [1, 1]}),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_labels_of_splits_may_stand_beside_them(tmp_path, case):
+    specs, tables, expected = BESIDE[case]
+    root = plant(tmp_path / "p", *specs)
+    for name, text in tables.items():
+        (root / name).write_text(text)
+    assert counts(read(root)) == expected
+
+
+def test_a_name_that_two_splits_have_is_not_guessed(tmp_path):
+    root = plant(tmp_path / "p", "train=2", "test=2")
+    (root / "labels.csv").write_text("0.png,cats\n1.png,dogs\n")
+    with pytest.raises(UserError, match=r"labels\.csv"):
         read(root)
 
 

@@ -1,13 +1,14 @@
-"""Stages on workers of a Dask scheduler: each test has one of its own, on this machine, with workers in sessions of their own."""
+"""Stages on workers of a Dask scheduler: each test has one of its own, on this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -52,34 +53,6 @@ def study(tmp_path) -> Path:
     return root
 
 
-@pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """start("scheduler" or "worker", ...) -> a Dask process in a session of its own, ended with the test."""
-    started = []
-
-    def run(kind: str, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *arguments, "--no-dashboard"]
-        with (tmp_path / f"{kind}.log").open("ab") as log:
-            started.append(subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True))
-        return started[-1]
-
-    yield run
-    for process in started:
-        for member in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
-            member.kill()
-        process.wait()
-
-
-@pytest.fixture
-def scheduler(start, tmp_path) -> str:
-    """Address of a scheduler with one worker of one slot."""
-    file = tmp_path / "scheduler.json"
-    start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
-    start("worker", "--scheduler-file", str(file), "--nthreads", "1")
-    wait_for(file.exists)
-    return YAML(typ="safe").load(file)["address"]
-
-
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition():
@@ -95,47 +68,51 @@ def pid(study: Path) -> int | None:
     return int(text) if text else None
 
 
-def driver(study: Path, where: str, options: str = "") -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+def driver(study: Path, where: str, options: str = "", **settings: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | settings
     command = [sys.executable, "-c", DRIVER.format(options=options), where]
     return subprocess.Popen(command, cwd=study, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_worker_costs_the_stage_nothing_but_time_and_a_killed_driver_leaves_nothing_at_work(study, scheduler):
-    process = driver(study, scheduler)
-    wait_for(lambda: pid(study) is not None, process)
-    first = psutil.Process(pid(study))
-    worker = next(one for one in first.parents() if "multiprocessing" in " ".join(one.cmdline()))
-    worker.kill()
-    wait_for(lambda: pid(study) not in (None, first.pid), process)
-    second = psutil.Process(pid(study))
-    assert not first.is_running()
+def test_a_driver_that_ends_leaves_nothing_at_work_and_the_next_one_goes_on(study, scheduler, start):
+    start("worker", scheduler, "--nthreads", "1")
+    ended = []
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = driver(study, scheduler)
+        wait_for(lambda: pid(study) not in (None, *ended), process)
+        stage = psutil.Process(pid(study))
+        ended.append(stage.pid)
+        process.send_signal(number)
+        process.communicate(timeout=TIMEOUT)
+        assert process.returncode != 0
+        if number == signal.SIGINT:  # it waits for the end of its stages
+            assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
+        assert psutil.wait_procs([stage], timeout=TIMEOUT)[1] == []
 
-    process.kill()
-    process.communicate()
-    assert psutil.wait_procs([second], timeout=TIMEOUT)[1] == []
-
     process = driver(study, scheduler)
-    wait_for(lambda: pid(study) not in (None, first.pid, second.pid), process)
+    wait_for(lambda: pid(study) not in ended, process)
     (study / "go").touch()
     told, said = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, told.strip()) == (0, "['one']"), said
     assert (study / "one").read_text() == str(CPU_COUNT)
 
 
-def test_an_interrupted_driver_ends_the_stage_on_the_worker(study, scheduler):
-    process = driver(study, scheduler)
+def test_a_job_of_a_queue_that_is_killed_is_submitted_again(study):
+    """dask-jobqueue's jobs as processes of this machine, over an encrypted line; its real queues differ in the commands."""
+    process = driver(
+        study, "local", "slots=2, memory='1GB', options={'death_timeout': 50}", DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT="0.1s"
+    )
     wait_for(lambda: pid(study) is not None, process)
-    stage = psutil.Process(pid(study))
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=TIMEOUT)
-    assert process.returncode != 0 and (not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
-
-
-def test_jobs_of_a_queue_run_the_stages_over_an_encrypted_line(study):
-    """dask-jobqueue's jobs as processes of this machine; its real queues differ in the command that submits them."""
+    first = psutil.Process(pid(study))
+    job = psutil.Process(process.pid).children(recursive=True)
+    assert any("tls://" in word for member in job for word in member.cmdline())
+    for member in job:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "distributed.cli.dask_worker" in member.cmdline() or "spawn_main" in " ".join(member.cmdline()):
+                member.kill()
+    wait_for(lambda: pid(study) != first.pid, process)
+    assert not first.is_running()
     (study / "go").touch()
-    process = driver(study, "local", "slots=2, memory='1GB', options={'death_timeout': 50}")
     told, said = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, told.strip()) == (0, "['one']"), said
     assert (study / "one").read_text() == str(max(1, CPU_COUNT // 2))
@@ -147,11 +124,14 @@ def test_jobs_of_a_queue_run_the_stages_over_an_encrypted_line(study):
     [
         ("slrum", {}, "slurm"),
         ("tcp://127.0.0.1:1", {}, "tcp://127.0.0.1:1"),
+        ("tls://127.0.0.1:1", {}, "DASK_DISTRIBUTED__COMM__TLS__CA_FILE"),
         ("pbs", {"gpus": 1}, "cluster.gpus"),
         ("slurm", {"options": {"no_such": 1}}, "cluster"),
+        ("pbs", {"memory": "1GB"}, "qsub"),  # which is not installed
     ],
 )
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, where, options, told):
+def test_a_cluster_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, where, options, told):
+    monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr("advml.engine.cluster.PATIENCE", 0.2)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match=told), connect(where, root=tmp_path, jobs=1, options=Cluster(**options)):
@@ -175,3 +155,51 @@ def test_a_local_engine_takes_no_connection_from_another_machine(tmp_path):
         assert slots.count() == 3
         listening = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN]
         assert set(listening) <= {"127.0.0.1"}
+
+
+@pytest.fixture
+def certificates(tmp_path) -> Callable[[str], dict[str, Path]]:
+    """certificates("name") -> files of a new authority and of a certificate that it has signed: ca, cert, key."""
+
+    def make(name: str) -> dict[str, Path]:
+        found = {kind: tmp_path / f"{name}-{kind}.pem" for kind in ("authority", "ca", "request", "cert", "key")}
+        new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj"]
+        signed = ["-x509", "-keyout", found["authority"], "-out", found["ca"]]
+        subprocess.run([*new, f"/CN={name}", *signed], check=True, capture_output=True)
+        subprocess.run([*new, "/CN=advml", "-keyout", found["key"], "-out", found["request"]], check=True, capture_output=True)
+        sign = ["openssl", "x509", "-req", "-CA", found["ca"], "-CAkey", found["authority"], "-CAcreateserial"]
+        subprocess.run([*sign, "-in", found["request"], "-out", found["cert"]], check=True, capture_output=True)
+        return found
+
+    return make
+
+
+@pytest.mark.servers
+def test_a_scheduler_with_certificates_refuses_drivers_without_one(study, start, certificates, tmp_path, monkeypatch):
+    def trust(found: dict[str, Path]) -> None:
+        for name, kind in (("CA_FILE", "ca"), ("CLIENT__CERT", "cert"), ("CLIENT__KEY", "key")):
+            monkeypatch.setenv(f"DASK_DISTRIBUTED__COMM__TLS__{name}", str(found[kind]))
+
+    ours, file = certificates("ours"), tmp_path / "scheduler.json"
+    options = [word for name, kind in (("ca-file", "ca"), ("cert", "cert"), ("key", "key")) for word in (f"--tls-{name}", str(ours[kind]))]
+    start("scheduler", "--host", "127.0.0.1", "--port", "0", "--protocol", "tls", "--scheduler-file", str(file), *options)
+    wait_for(file.exists)
+    address = YAML(typ="safe").load(file)["address"]
+    start("worker", address, "--nthreads", "1", *options)
+    (study / "go").touch()
+
+    def outcome(where: str) -> tuple[int, str, str]:
+        process = driver(study, where)
+        return *reversed(process.communicate(timeout=TIMEOUT)), process.returncode
+
+    assert address.startswith("tls://")
+    for where in (address, address.replace("tls:", "tcp:")):  # without a certificate
+        said, _, code = outcome(where)
+        assert code and f"UserError: --cluster {where}" in said.splitlines()[-1]
+    trust(certificates("theirs"))
+    said, _, code = outcome(address)
+    assert code and f"UserError: --cluster {address}" in said.splitlines()[-1]
+    assert not (study / "one").exists()
+    trust(ours)
+    said, told, code = outcome(address)
+    assert (code, told.strip()) == (0, "['one']"), said

@@ -618,6 +618,29 @@ def test_a_loss_that_is_not_finite_stops_with_the_knobs_to_turn(fit):
     assert "epoch 1" in line and "learning rate" in line and "1e+30" in line and "gradient_clip" in line and "\n" not in line
 
 
+BROKEN = {  # what is broken before the training, and what the message names; never the learning rate
+    "weights": (lambda network: network.classifier.weight.data[0, 0].fill_(math.inf), r"classifier.weight .* starts from broken weights"),
+    "loss": (lambda network: network.classifier.weight.data.mul_(1e38), r"train/loss .* model.options"),
+    "gradient": (
+        lambda network: network.classifier.bias.register_hook(lambda gradient: gradient * math.nan),
+        r"the gradient of classifier.bias .* model.options",
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("breaks", "said"), BROKEN.values(), ids=BROKEN)
+def test_what_is_not_finite_before_the_first_step_is_not_blamed_on_the_learning_rate(
+    tmp_path, dataset, make_network, breaks, said, precision
+):
+    task, machine = Classification(make_network()), Machine(torch.device("cpu"), precision)
+    breaks(task.network)
+    with pytest.raises(Failure, match=said) as stopped:
+        next(train(task, dataset, settings(), adversary=None, seed=SEED, machine=machine, checkpoint=Checkpoint(tmp_path, "x")))
+    line = str(stopped.value)
+    assert "lower the learning rate" not in line and ("fp32" in line) == (precision == "bf16" and "model.options, a" in line)
+
+
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_weights_that_the_last_step_has_broken_are_not_taken_for_good(fit, keep):
     """One step: its loss was finite, and predictions may be counted whatever the logits are."""

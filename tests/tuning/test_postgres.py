@@ -1,23 +1,15 @@
-"""Studies on a real PostgreSQL server: several commands share one, and kills leave nothing behind.
-
-The server is the one of ADVML_POSTGRES_URL, or one that these tests start from Debian's packages.
-"""
+"""Studies on a real PostgreSQL server: several commands share one, and kills leave nothing behind."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pwd
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,53 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import Toy
 
 pytestmark = pytest.mark.postgres
-PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The address of a server, without a database's name."""
-    given = os.environ.get("ADVML_POSTGRES_URL")
-    if given:
-        yield given
-        return
-    assert PROGRAMS, "install Debian's package postgresql, or name a server in ADVML_POSTGRES_URL"
-    with tempfile.TemporaryDirectory(prefix="advml-postgres-") as name, contextlib.ExitStack() as cleaning:
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "data").mkdir()
-        user = {}
-        if os.getuid() == 0:  # which PostgreSQL refuses to run as
-            who = pwd.getpwnam("postgres" if _exists("postgres") else "nobody")
-            os.chown(folder / "data", who.pw_uid, who.pw_gid)
-            user = {"user": who.pw_uid, "group": who.pw_gid, "extra_groups": [], "cwd": folder}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        data = str(folder / "data")
-        options = {"check": True, "stdout": subprocess.DEVNULL, **user}
-        subprocess.run([PROGRAMS[-1] / "initdb", "-D", data, "-U", "advml", "--auth=trust", "--no-sync", "-E", "UTF8"], **options)
-        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off -c max_connections=100"
-        log = str(folder / "data" / "log")
-        subprocess.run([PROGRAMS[-1] / "pg_ctl", "-D", data, "-l", log, "-w", "-o", settings, "start"], **options)
-        cleaning.callback(subprocess.run, [PROGRAMS[-1] / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **options)
-        yield f"postgresql+psycopg://advml@127.0.0.1:{port}/postgres"
-
-
-def _exists(user: str) -> bool:
-    return any(entry.pw_name == user for entry in pwd.getpwall())
 
 
 @pytest.fixture
-def url(server: str) -> Iterator[str]:
-    """An empty database, dropped afterwards."""
-    name = f"advml_{uuid.uuid4().hex[:12]}"
-    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
-    yield sqlalchemy.make_url(server).set(database=name).render_as_string(hide_password=False)
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
+def url(new_database: Callable[[], str]) -> str:
+    return new_database()
 
 
 def numbers(toy: Toy) -> list[int]:
@@ -153,11 +103,11 @@ def test_a_database_that_is_not_there_is_said_at_once_in_the_servers_words(tmp_p
     assert time.monotonic() - started < 10
 
 
-def test_a_server_that_restarts_is_waited_for(tmp_path, run, server, url):
+def test_a_server_that_restarts_is_waited_for(tmp_path, run, postgres, url):
     """Every connection is cut in the middle of a study, as a restart does."""
     if "ADVML_POSTGRES_URL" in os.environ:
         pytest.skip("the server is somebody else's")
-    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    engine = sqlalchemy.create_engine(postgres, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
     end, name, cuts = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n", sqlalchemy.make_url(url).database, []
 
     def cut(trials: Sequence[FrozenTrial]) -> None:

@@ -10,6 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from advml import config
 from advml.errors import UserError
 from advml.paths import Workspace
+from advml.provenance import source_digest
 from advml.recipes import REGIMES
 from advml.tuning import budget
 from advml.tuning import space as spaces
@@ -184,6 +185,17 @@ def test_the_default_of_an_attack_search_is_the_attack_of_evaluate_whatever_it_i
 def test_whatever_changes_the_default_attack_or_its_random_numbers_makes_another_study(made, override):
     before, after = (AttackSearch.of(load(*given), made, "CL-AT-s0").definition() for given in ((), (override,)))
     assert before.fingerprint != after.fingerprint
+
+
+def test_other_code_of_attacks_makes_another_study(made, monkeypatch):
+    before = AttackSearch.of(load(), made, "CL-AT-s0").definition()
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + (b"#" if path.name == "pgd.py" else b""))
+    source_digest.cache_clear()
+    assert AttackSearch.of(load(), made, "CL-AT-s0").definition().fingerprint != before.fingerprint
+    monkeypatch.undo()
+    source_digest.cache_clear()
+    assert AttackSearch.of(load(), made, "CL-AT-s0").definition().fingerprint == before.fingerprint
 
 
 def test_a_budget_without_a_step_for_every_restart_is_refused(made):

@@ -11,6 +11,7 @@ import typer
 
 from advml.cli.options import PARAMS, Overrides, Params, Regime, Scheme, Seed, context_of
 from advml.cli.printing import percent, say, show_table
+from advml.cli.server import server
 from advml.errors import UserError
 from advml.lines import tell
 from advml.paths import Workspace, model_name
@@ -148,7 +149,7 @@ def ui(
     if command is not None:
         tracking.server.require_free(**local)
         if host not in tracking.server.LOOPBACK:
-            tell(f"note: MLflow asks for no password: whoever reaches {host}:{port} can read and delete these runs")
+            tell(f"note: no password protects these runs: all that reach {host}:{port} can delete them; advml server asks for one")
     link = f"MLflow: {tracking.ui_link(configuration, root=params.parent, **local)}"
     if command is None:
         print(f"{link}\nthis is a server's address: open it in a browser")
@@ -198,4 +199,4 @@ def repro(
 
 
 # In the order in which `advml --help` lists them.
-COMMANDS = (train, show, attack, preset, schema, sync, link, ui, repro)
+COMMANDS = (train, show, attack, preset, schema, sync, link, ui, server, repro)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -18,7 +19,7 @@ def rewrite(text: str, values: dict[str, Any]) -> str:
     A mapping replaces all keys of a section. A key that the text does not have is added at the end of its section; whether there is
     such a key is for the caller to check.
     """
-    yaml = _yaml()
+    yaml, apart = _yaml(), re.findall(r"^\n(\w+):", text, re.MULTILINE)
     document, absent = yaml.load(text), {}
     for key, value in values.items():
         if not _put(document, key, value):
@@ -27,6 +28,8 @@ def rewrite(text: str, values: dict[str, Any]) -> str:
     for key, value in absent.items():
         document = yaml.load(text)  # anew: the key before may have made the section of this one
         text = _text(yaml, document) if _put(document, key, value) else _with_line(text, key, value)
+    for section in apart:  # ruamel takes an empty line for a part of the line above, which may have gone
+        text = re.sub(rf"(?<!\n)\n(?={section}:)", "\n\n", text)
     return text
 
 

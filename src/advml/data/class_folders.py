@@ -8,12 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from advml.data.class_order import natural_order
+from advml.data.clutter import original_of
 from advml.data.split_names import split_of
 from advml.data.tree import Folder
 from advml.errors import UserError
 
 Classes = dict[str, list[Path]]  # class name -> its images, sorted by path
 SHOWN = 12  # names in a remark
+ORIGINALS = frozenset(
+    ("image", "images", "img", "imgs", "jpegimages", "original", "originals", "photo", "photos", "picture", "pictures", "raw")
+)
 
 
 def images_by_class(place: Folder) -> Classes:
@@ -44,8 +48,9 @@ def check_meaning(place: Folder, *, layout: str) -> None:
 
     Raises:
         UserError: folders of the same name hold images in several of them, where there are several such names or images beside them;
-            or one of them holds splits.
+            or one of them holds splits, or what seems to be masks.
     """
+    _refuse_masks(place, layout=layout)
     remedy = f"if the folders in {place.path} are the classes, set data.layout={layout}"
     holders: dict[str, dict[str, Path]] = defaultdict(dict)
     for folder in place.folders:
@@ -68,6 +73,27 @@ def check_meaning(place: Folder, *, layout: str) -> None:
             f"{shared[0][0]} and {shared[0][1]} have one name, so the folders in {place.path} look like splits or groups of images; "
             f"rename splits to train, validation and test, or give one group as data.path, or, {remedy}"
         )
+
+
+def _refuse_masks(place: Folder, *, layout: str) -> None:
+    """Masks and annotations would count as images of a class, or be a class."""
+    remedy = f"move them out of {place.path}, or, if they are images like the others, set data.layout={layout}"
+    classes = [folder for folder in place.folders if folder.holds_images]
+    for folder in classes:
+        holding = [part for part in folder.below() if part.images]
+        for part in holding:
+            if part is not folder and len(holding) > 1 and original_of(part.name) is not None:
+                raise UserError(f"{part.path} seems to hold masks, annotations or thumbnails of images in {folder.path}; {remedy}")
+            stems = {image.stem for image in part.images}
+            if masks := [image for image in part.images if original_of(image.stem) in stems]:
+                raise UserError(
+                    f"{masks[0]} seems to be a mask or an annotation of {original_of(masks[0].stem)}{masks[0].suffix}, as {len(masks)} of "
+                    f"{len(part.images)} images in this folder by their names; {remedy}"
+                )
+        if original_of(folder.name) is not None and (images := [one for one in classes if one.name.casefold() in ORIGINALS]):
+            raise UserError(
+                f"{folder.path} seems to hold masks, annotations or thumbnails of the images in {images[0].path} and not a class; {remedy}"
+            )
 
 
 def _splits_in(folder: Folder) -> list[str]:

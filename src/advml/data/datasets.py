@@ -103,7 +103,7 @@ def remarks(dataset: Dataset) -> list[str]:
         said.append(depth.sentence(dataset.depth, chosen=white is not None))
     elif white is not None:
         said.append(f"data.white_level = {white:g} has no effect: no image has more than 8 bits per channel")
-    if dataset.duplicates:
+    if dataset.duplicates and dataset.duplicates["pictures"]:
         said.append(duplicates.sentence(dataset.duplicates))
     return said
 

@@ -110,9 +110,7 @@ def treat(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, An
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """The `duplicates` of dataset.json in words, without capital and full stop."""
-    if not found["pictures"]:
-        return "no two images are identical"
+    """The `duplicates` of dataset.json in words, where there are some, without capital and full stop."""
     parts = [f"{count} in both {pair}" for pair, count in found["between"].items() if count]
     parts += [f"{found['labels']} under more than one label"] if found["labels"] else []
     parts += [f"{count} surplus in {name}" for name, count in found["within"].items() if count]

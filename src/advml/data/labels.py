@@ -3,6 +3,7 @@
     1.jpg,cats                                        labels.csv, with or without a header
     filename,width,height,class,xmin,...              a header that names the column of the class (`LABEL_WORDS`)
     val_0.JPEG	n03444034	0	32	44	62            Tiny-ImageNet's val/val_annotations.txt
+    1,cats    or    train/1.jpg,cats             also beside the folders of splits: labels.csv for all of them, train.csv for one
 
 Separated by tabs, commas, semicolons, or the first blank of a line. More than two columns without a header that names one of
 them are refused, Tiny-ImageNet's form excepted: the second may be a coordinate, a size, or one of several 0/1 columns.
@@ -14,8 +15,10 @@ import csv
 import io
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
+from advml.data.split_names import split_of
 from advml.data.tree import composed
 from advml.errors import UserError
 
@@ -29,24 +32,25 @@ LABEL_WORDS = frozenset(
     )
 )
 SHOWN = 12  # columns in a message
+Known = dict[str, Path | None]  # what a table may call an image -> the image; None: of another split
 NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?\s*")
 
 
-def read_labels(tables: list[Path], images: list[Path]) -> tuple[Path, dict[str, list[Path]]] | None:
+def read_labels(tables: list[Path], images: list[Path], *, others: Sequence[Path] = ()) -> tuple[Path, dict[str, list[Path]]] | None:
     """The text file that names the images, and the images of each class; None if no file names any of them.
 
+    Args:
+        others: images of other splits, which a file beside the splits may name as well, unless it is called after one (`train.csv`).
     Raises:
         UserError: several files do, or the one that does leaves an image out, names one that is not there, or gives one two classes.
     """
-    rows = {table: found for table in tables if (found := _rows(table))}
-    naming = [table for table, found in rows.items() if not {row[0] for row in found}.isdisjoint(_by_name(images, table))]
+    naming = [(table, rows, known) for table in tables if (rows := _rows(table)) and (known := _known(table, rows, images, others))]
     if len(naming) > 1:
-        raise UserError(f"{naming[0]} and {naming[1].name} both name the images beside them; keep the one that holds their classes")
-    return (naming[0], _by_class(naming[0], rows[naming[0]], images)) if naming else None
+        raise UserError(f"{naming[0][0]} and {naming[1][0].name} both name the images beside them; keep the one that holds their classes")
+    return (naming[0][0], _by_class(*naming[0], images)) if naming else None
 
 
-def _by_class(table: Path, rows: list[list[str]], images: list[Path]) -> dict[str, list[Path]]:
-    known = _by_name(images, table)
+def _by_class(table: Path, rows: list[list[str]], known: Known, images: list[Path]) -> dict[str, list[Path]]:
     column = _label_column(table, rows, header=rows[0][0] not in known)
     if rows[0][0] not in known:
         rows = rows[1:]
@@ -55,10 +59,12 @@ def _by_class(table: Path, rows: list[list[str]], images: list[Path]) -> dict[st
         name, label = row[0], composed(row[column].strip()) if len(row) > column else ""
         if name not in known:
             raise UserError(f"{table} names '{name}', and there is not one image of that name; write a line 'FILE,CLASS' for each image")
+        if (image := known[name]) is None:
+            continue
         if not label:
             raise UserError(f"{table} gives '{name}' no class; write a line 'FILE,CLASS' for each image")
-        if classes.setdefault(known[name], label) != label:
-            raise UserError(f"{table} gives '{name}' two classes, '{classes[known[name]]}' and '{label}'; keep one")
+        if classes.setdefault(image, label) != label:
+            raise UserError(f"{table} gives '{name}' two classes, '{classes[image]}' and '{label}'; keep one")
     if missing := [image for image in images if image not in classes]:
         raise UserError(f"{table} lacks {len(missing)} of {len(images)} images, e.g. '{missing[0].name}'; add their lines or remove them")
     chosen = defaultdict(list)
@@ -88,11 +94,21 @@ def _is_tiny_imagenet(row: list[str]) -> bool:
     return len(row) == 6 and not NUMBER.fullmatch(row[1]) and all(map(NUMBER.fullmatch, row[2:]))
 
 
-def _by_name(images: list[Path], table: Path) -> dict[str, Path]:
-    """By path from the table's folder, and by bare name where that is unique."""
-    count = Counter(image.name for image in images)
-    bare = {composed(image.name): image for image in images if count[image.name] == 1}
-    return bare | {composed(image.relative_to(table.parent).as_posix()): image for image in images if table.parent in image.parents}
+def _known(table: Path, rows: list[list[str]], images: list[Path], others: Sequence[Path]) -> Known:
+    """By path from the table's folder, and by name where that is unique; by name without suffix if it names all images so; or nothing."""
+    cells = {row[0] for row in rows if len(row) > 1}
+    shared = not split_of(table.stem)[0]
+    places = {other: None for other in others if shared and table.parent in other.parents} | {image: image for image in images}
+    paths = {composed(path.relative_to(table.parent).as_posix()): image for path, image in places.items() if table.parent in path.parents}
+    if any(map((known := _unique(places, "name") | paths).get, cells)):
+        return known
+    return known if set(images) <= set(map((known := _unique(places, "stem")).get, cells)) else {}
+
+
+def _unique(places: dict[Path, Path | None], part: str) -> Known:
+    names = {path: composed(getattr(path, part)) for path in places}
+    times = Counter(names.values())
+    return {name: places[path] for path, name in names.items() if times[name] == 1}
 
 
 def _rows(table: Path) -> list[list[str]]:

@@ -4,6 +4,7 @@
     photos/Training/cats/1.jpg                  splits, under any usual name (`split_names`), of classes
     photos/dataset/train/cats/1.jpg             either of them in a folder beside which there is nothing else
     val/images/1.jpg, val/val_annotations.txt   a split whose labels are in a text file (`labels`); a flat tree likewise
+    train/1.jpg, labels.csv or train.csv        the same, the file beside the split
 
 What may be meant in two ways is refused: if splits were taken for classes, a network would learn to tell train from test.
 """
@@ -60,10 +61,12 @@ def read_layout(root: Folder, layout: str) -> Layout:
         ]
     if splits:
         remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in splits.values()]
+    beside = {split: [table for table in place.tables if split_of(table.stem)[0] in (None, split)] for split in splits}
+    everywhere = [image for one in splits.values() for part in one.below() for image in part.images]
     found: dict[str, Classes] = {}
     tables: list[Path] = []
     for split, folder in (splits or {"train": place}).items():
-        inner, labels = _labelled(folder, known=found.get("train", {}))
+        inner, labels = _labelled(folder, known=found.get("train", {}), beside=beside.get(split, []), others=everywhere)
         if labels:
             table, found[split] = labels
             tables.append(table)
@@ -162,10 +165,12 @@ def _only_folder(place: Folder, known: Classes | None = None) -> Folder | None:
     return folders[0] if alone else None
 
 
-def _labelled(folder: Folder, *, known: Classes) -> tuple[Folder, tuple[Path, Classes] | None]:
-    """Where the class folders are or, if there are none, the images; these with what a text file says of them."""
-    tables = list(folder.tables)
+def _labelled(folder: Folder, *, known: Classes, beside: list[Path], others: list[Path]) -> tuple[Folder, tuple[Path, Classes] | None]:
+    """Where the class folders are or, if there are none, the images; these with what a text file in there, or `beside` it, says of them."""
+    tables = [*beside, *folder.tables]
     while inner := _only_folder(folder, known):
         folder = inner
         tables += folder.tables
-    return folder, None if any(one.holds_images for one in folder.subfolders) else read_labels(tables, folder.images)
+    return folder, None if any(one.holds_images for one in folder.subfolders) else read_labels(
+        tables, folder.images, others=[image for image in others if folder.path not in image.parents]
+    )

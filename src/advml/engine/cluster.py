@@ -10,13 +10,14 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.config import Cluster
 from advml.engine.stage_task import FOLDER, require_shared
 from advml.errors import Failure, UserError
+from advml.lines import one_line
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -32,19 +33,37 @@ QUEUES = {
     "local": ("LocalCluster", None, None),  # jobs are processes of this machine: to try the section `cluster`
 }
 LOCALHOST = "127.0.0.1:0"  # of Dask's pages about itself, which it cannot do without; any free port
+# Dask's own settings, here as environment variables.
+CERTIFICATES = ", ".join(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLIENT__CERT", "CLIENT__KEY"))
+MOST_LOSSES = 10  # jobs that a stage may lose
 PATIENCE = 30.0  # seconds to wait for a running scheduler
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where stages run. `token` is the content of the study's token file, by which a worker knows that it sees the folder."""
+    """Where stages run.
+
+    Attributes:
+        token: content of the study's token file, by which a worker knows that it sees the folder.
+        refusals: what the queue has said against jobs.
+    """
 
     client: Client
     token: str
+    refusals: list[str] = field(default_factory=list)
 
     def count(self) -> int:
-        """Stages that can run at once now: one per thread of each worker. 0: no worker has come yet."""
-        return sum(self.client.nthreads().values())
+        """Stages that can run at once now: one per thread of each worker. 0: no worker has come yet.
+
+        Raises:
+            Failure: the last one is lost, and the queue has refused another job.
+        """
+        count = sum(self.client.nthreads().values())
+        if self.refusals and not count:
+            raise Failure(
+                f"no worker is left, and the queue refuses another job: {self.refusals[-1]}; once it takes jobs, the same command goes on"
+            )
+        return count
 
 
 @contextlib.contextmanager
@@ -60,12 +79,12 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         UserError: there is no such place.
         Failure: a worker does not see `root`.
     """
-    from distributed import Client, LocalCluster
+    from distributed import Client, LocalCluster, Security
     from distributed.comm import CommClosedError
 
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
-    token = uuid.uuid4().hex
+    refusals, token = [], uuid.uuid4().hex
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     (root / FOLDER / "token").write_text(token)
     with contextlib.ExitStack() as stack:
@@ -75,16 +94,18 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         elif "://" in where:
             target = where
         else:
-            target = stack.enter_context(_jobs(where, root=root, jobs=jobs, options=options))
+            target = stack.enter_context(_jobs(where, root=root, jobs=jobs, options=options, refusals=refusals))
         try:
+            if target == where and where.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
+                raise ValueError(f"it asks for certificates: name yours in {CERTIFICATES}")
             client = stack.enter_context(Client(target, timeout=PATIENCE, set_as_default=False))
         except (OSError, ValueError) as error:
-            raise UserError(f"--cluster {where}: no Dask scheduler answers there ({' '.join(str(error).split())})") from None
+            raise UserError(f"--cluster {where}: cannot be used ({one_line(error)})") from None
         try:
             for answer in client.run(_sees, str(root.resolve()), token).values():
                 if answer:
                     raise Failure(answer)
-            yield Slots(client, token)
+            yield Slots(client, token, refusals)
         except CommClosedError:
             raise Failure(f"the Dask scheduler ({where}) is gone; once it is back, the same command goes on") from None
 
@@ -96,12 +117,16 @@ def _sees(root: str, token: str) -> str | None:
         return str(error)
 
 
-def _jobs(name: str, *, root: Path, jobs: int, options: Cluster) -> Any:
+def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[str]) -> Any:
     """A cluster whose workers are jobs of a queue; lost jobs are submitted again.
 
+    Args:
+        refusals: gets what the queue says against jobs, one line each.
     Raises:
         UserError: no such queue, or the section `cluster` does not fit it.
     """
+    from distributed import Status
+
     if name not in QUEUES:
         raise UserError(f"--cluster {name!r}: choose from {', '.join(QUEUES)}, or give a scheduler's address such as tcp://host:8786")
     kind, account, cores = QUEUES[name]
@@ -122,7 +147,8 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster) -> Any:
         "memory": options.memory,
         "python": sys.executable,
         "log_directory": str(logs.resolve()),
-        "scheduler_options": {"dashboard_address": LOCALHOST},
+        "scheduler_options": {"dashboard_address": LOCALHOST, "allowed_failures": MOST_LOSSES},
+        "worker_extra_args": ["--dashboard-address", LOCALHOST],
         # Certificates of this command alone: whoever else reaches the port can run nothing.
         "protocol": "tls://",
         "security": True,
@@ -136,10 +162,24 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster) -> Any:
     known = {key for part in (*make.job_cls.__mro__, *make.__mro__) for key in inspect.signature(part.__init__).parameters}
     if strange := settings.keys() - known:
         raise UserError(f"params.yaml: cluster.options has {min(strange)!r}, which dask_jobqueue.{kind} does not take")
-    try:
-        cluster = make(**settings)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--cluster {name}: the section `cluster` of params.yaml does not fit: {' '.join(str(error).split())}") from None
+
+    class Job(make.job_cls):
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (OSError, RuntimeError, ValueError) as error:  # dask-jobqueue logs it, and waits for the job for ever
+                refusals.append(one_line(error))
+                self.status = Status.running
+
     wanted_jobs = -(-jobs // options.slots)
+    try:
+        cluster = make(**settings, job_cls=Job)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--cluster {name}: the section `cluster` of params.yaml does not fit: {one_line(error)}") from None
+    cluster.scale(jobs=wanted_jobs)
+    cluster.sync(lambda: cluster)  # awaits it: then all jobs are submitted
+    if refusals:
+        cluster.close()
+        raise UserError(f"--cluster {name} refuses the job that the section `cluster` of params.yaml describes: {refusals[0]}")
     cluster.adapt(minimum_jobs=wanted_jobs, maximum_jobs=wanted_jobs)
     return cluster

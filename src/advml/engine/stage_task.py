@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,11 +23,31 @@ from advml.progress import BOARD
 
 FOLDER = Path(".scratch") / "repro"  # in the study: logs and progress of stages
 GRACE = 15.0  # seconds for a stage to end its MLflow run after SIGTERM
+# DVC's words for a command that a signal has ended (137 and 143: through a shell), and ours.
+KILLED = re.compile(r"exited with (-9|137|-15|143)\b|process killed")
+MOST_KILLED = 3  # times that a stage which is killed is started: mostly for want of memory, and then it will be killed again
+MOST_BLOCKED = 11  # times that a stage is started while a process of a lost worker still holds its files
+PAUSE = 1.0  # seconds before that
 _at_work: set[int] = set()  # processes of this worker
 
 
-def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], reserve: bool) -> int:
-    """Bring one stage up to date; returns DVC's exit code. Its output goes to a log file, its progress to another one.
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended.
+
+    Attributes:
+        failure: the line that says why, or None.
+        ran: whether DVC ran its command, which else was found up to date.
+        notes: lines that the stage wants to be read.
+    """
+
+    failure: str | None
+    ran: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], reserve: bool) -> Outcome:
+    """Bring one stage up to date. Its output goes to a log file, its progress to another one.
 
     Args:
         token: content of the study's token file, which shows that this machine sees the study's folder.
@@ -33,35 +56,58 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
     Raises:
         Failure: this machine does not see the folder.
     """
+    require_shared(root, token)
+    log = Path(root, FOLDER, f"{name}.log")
+    for attempt in itertools.count(1):
+        with one_device() if reserve else contextlib.nullcontext({}) as device:
+            code = _run_dvc(name, root=root, log=log, environment=device | environment)
+        output = log.read_text(encoding="utf-8", errors="replace")
+        attempts = MOST_BLOCKED if "tmp/rwlock" in output else MOST_KILLED if code < 0 or KILLED.search(output) else 1
+        if code == 0 or attempt >= attempts or is_cancelled():
+            break
+        time.sleep(PAUSE)
+    lines = [line for line in output.splitlines() if line.strip()]
+    said = [line.removeprefix("advml: ") for line in lines if line.startswith("advml: ")]
+    why = "DVC was killed" if code < 0 else said[-1] if said else last_line(output)
+    ran, notes = any("Running stage '" in line for line in lines), tuple(line for line in lines if line.startswith("note: "))
+    return Outcome(f"{why} (whole output: {log})" if code else None, ran, notes)
+
+
+def last_line(output: str) -> str:
+    """Where DVC says what went wrong."""
+    return next((line.removeprefix("ERROR: ") for line in reversed(output.splitlines()) if line.strip()), "no output")
+
+
+def _run_dvc(name: str, *, root: str, log: Path, environment: dict[str, str]) -> int:
+    """Run one stage in a session of its own; returns DVC's exit code."""
     from dask.system import CPU_COUNT
     from distributed.worker import get_worker
 
-    require_shared(root, token)
-    folder = Path(root, FOLDER)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # stages say `python`: this one
-    share = max(1, CPU_COUNT // get_worker().state.nthreads)
-    with one_device() if reserve else contextlib.nullcontext({}) as device, (folder / f"{name}.log").open("wb") as log:
+    progress = log.with_suffix(".progress").resolve()
+    settings = {
+        "OMP_NUM_THREADS": str(max(1, CPU_COUNT // get_worker().state.nthreads)),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # stages say `python`: this one
+        BOARD: str(progress),
+        PARENT: str(os.getpid()),
+    }
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
+            [sys.executable, "-m", "advml.engine.dvc_command", name],
             cwd=root,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that one signal reaches DVC, its shell and the stage
-            env=os.environ
-            | {"OMP_NUM_THREADS": str(share), "PATH": path, BOARD: str(folder.resolve() / f"{name}.progress"), PARENT: str(os.getpid())}
-            | device
-            | environment,
+            env=os.environ | settings | environment,
         )
-        _at_work.add(process.pid)
-        try:
-            while process.poll() is None:
-                if _is_cancelled():
-                    _end(process)
-                time.sleep(0.1)
-        finally:
-            _end(process)
-            _at_work.discard(process.pid)
+    _at_work.add(process.pid)
+    try:
+        while process.poll() is None and not is_cancelled():
+            time.sleep(0.1)
+    finally:
+        _end(process)
+        _at_work.discard(process.pid)
+        progress.unlink(missing_ok=True)
     return process.returncode
 
 
@@ -80,7 +126,7 @@ def require_shared(root: str, token: str) -> None:
     raise Failure(f"{os.uname().nodename} does not see {root}: all workers need the study's folder under this path (NFS, Lustre, ...)")
 
 
-def _is_cancelled() -> bool:
+def is_cancelled() -> bool:
     """Whether the task that this thread runs was withdrawn: the driver was interrupted or has died, or the scheduler has."""
     from distributed import Status
     from distributed.worker import get_worker, thread_state

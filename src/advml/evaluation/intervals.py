@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from scipy.stats import binom
+
 
 def wilson(successes: float, n: float, *, z: float = 1.959963984540054) -> tuple[float, float]:
     """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
@@ -37,14 +39,8 @@ def clustered(shares: Sequence[float], *, looks: int) -> tuple[float, float]:
 
 
 def binomial_tail(successes: int, n: int, *, share: float) -> float:
-    """P(X >= successes) of a binomial with 0 < share < 1: how likely noise alone gives that many.
+    """P(X >= successes) of a binomial with 0 < share <= 1: how likely noise alone gives that many.
 
-    With share 1/2 and n the pairs that disagree it is the one-sided sign test. Summed from logarithms, so that n may be large.
+    With share 1/2 and n the pairs that disagree it is the one-sided sign test.
     """
-    if successes <= 0:
-        return 1.0
-    logs = (
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(share) + (n - k) * math.log1p(-share)
-        for k in range(successes, n + 1)
-    )
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    return float(binom.sf(successes - 1, n, share))

@@ -19,7 +19,8 @@ def run(params: Path) -> Path:
     """Validate params.yaml and write `data/checked`, on which `prepare` and so every stage depends.
 
     DVC empties a stage's outputs before it starts the command, so a seed `../x` must stop it one stage earlier. The file
-    is always the same: other seeds do not make `prepare` run again.
+    is always the same: other seeds do not make `prepare` run again. `dvc checkout -f` runs no stage, and deletes what a seed
+    `/../../../x` makes an output, within the repository: nothing in dvc.yaml can forbid that. Check a params.yaml from elsewhere first.
 
     Raises:
         UserError: params.yaml is not valid, or dvc.yaml does not watch the attack of a regime of the grid.

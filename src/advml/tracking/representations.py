@@ -31,9 +31,10 @@ def log_representation(run: Run, workspace: Workspace, name: str) -> bool:
     run.log_metrics(record["metrics"], instead_of=METRICS)
     scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1 and value is not None}
     for file in files:
-        run.log_file(file, "cka")
-        if file.suffix == ".png":
-            run.log_image(file, key=file.stem)
+        if not run.has_file(file, "cka"):
+            if file.suffix == ".png":  # first: the grid keeps every picture that it is given, and the file says that it has this one
+                run.log_image(file, key=file.stem)
+            run.log_file(file, "cka")
     run.log_table([{"model": name, **scalars}], "cka/scalars.json")
     run.log_file(made, "records/represent")
     run.set_tag(TAG, logged)

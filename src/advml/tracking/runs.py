@@ -77,11 +77,14 @@ def ui_link(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 
 
     Raises:
         Failure: the store is a local one, and cannot be opened.
+        UserError: the server does not take user or password.
     """
     place = stores.locate(config, root=root)
     base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{server.shown_host(host)}:{port}"
     try:
         experiment = stores.connect(place).experiment
+    except stores.Denied:
+        raise
     except Exception as error:
         if not place.is_server:
             raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
@@ -95,10 +98,8 @@ def ui_command(config: Config, *, root: Path, host: str = "127.0.0.1", port: int
     place = stores.locate(config, root=root)
     if place.is_server:
         return None
-    # In the environment, where a database's password is less exposed than in a list of processes. No jobs: they want a broker.
-    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": place.uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", host, "--port", str(port)]
-    return command, environment | server.names(host, port)
+    return command, {**os.environ, **server.environment(place.uri), **server.names(host, port)}
 
 
 def search(store: stores.Store, **tags: str | None) -> Record | None:

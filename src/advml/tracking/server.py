@@ -8,9 +8,11 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -54,7 +56,20 @@ def shown_host(host: str) -> str:
     return socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
 
 
-def names(host: str, port: int) -> dict[str, str]:
+def environment(backend: str) -> dict[str, str]:
+    """Settings of every server that we start: no jobs, which want a broker, no reports to MLflow's makers, no warnings about its code.
+
+    The database is named here, where its password is less exposed than in a list of processes.
+    """
+    return {
+        "MLFLOW_BACKEND_STORE_URI": backend,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def names(host: str, port: int, *, scheme: str = "http") -> dict[str, str]:
     """Environment under which MLflow serves browsers that call this machine by its names and addresses; the user's own settings win.
 
     By itself MLflow refuses names (DNS rebinding), and lets no page but localhost's search runs (CORS).
@@ -66,22 +81,35 @@ def names(host: str, port: int) -> dict[str, str]:
     known = list(dict.fromkeys(["localhost", shown_host(host), socket.gethostname(), socket.getfqdn(), *bracketed]))
     wanted = {
         "MLFLOW_SERVER_ALLOWED_HOSTS": [*known, *(f"{name}:{port}" for name in known)],
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": [f"http://{name}:{port}" for name in known],
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": [f"{scheme}://{name}:{port}" for name in known],
     }
     return {key: ",".join(values) for key, values in wanted.items() if key not in os.environ}
 
 
-def serve(command: Sequence[str], environment: Mapping[str, str], *, host: str, port: int, on_answer: Callable[[], None]) -> None:
+def serve(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    host: str,
+    port: int,
+    on_answer: Callable[[], None],
+    folder: Path | None = None,
+    tls: bool = False,
+) -> None:
     """Run the server until it ends or an exception (Ctrl-C, SIGTERM) ends this process; the server and its workers end with it.
 
     Args:
+        folder: where it runs; what it writes there, only the user can read.
+        tls: whether it speaks HTTPS.
         on_answer: called once, when the server answers.
     Raises:
         Failure: the server has ended with an error.
     """
-    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)  # a Ctrl-C in the terminal is ours to handle
+    mask = -1 if folder is None else 0o077
+    # In a session of its own: a Ctrl-C in the terminal is ours to handle.
+    process = subprocess.Popen(command, env=dict(environment), cwd=folder, umask=mask, start_new_session=True)
     try:
-        while process.poll() is None and not _answers(host, port):
+        while process.poll() is None and not _answers(host, port, tls=tls):
             time.sleep(0.1)
         if process.poll() is None:
             on_answer()
@@ -91,8 +119,10 @@ def serve(command: Sequence[str], environment: Mapping[str, str], *, host: str, 
         _end(process)
 
 
-def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection("localhost" if host in EVERYWHERE else host, port, timeout=2)
+def _answers(host: str, port: int, *, tls: bool) -> bool:
+    options = {"context": ssl._create_unverified_context()} if tls else {}  # it is our own process, whatever name its certificate has
+    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+    connection = kind("localhost" if host in EVERYWHERE else host, port, timeout=2, **options)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == http.HTTPStatus.OK

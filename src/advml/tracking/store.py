@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http
 import logging
 import os
 import re
@@ -27,17 +28,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # A dead server must cost seconds: MLflow's own settings make it 120 s per attempt and 7 retries.
-# The user's own settings win. The last three keep MLflow off stdout, stderr and the internet.
+# The user's own settings win. The last four keep MLflow off stdout, stderr and the internet.
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 DEFAULT_URI = "sqlite:///mlflow.db"
 LOCK_TIMEOUT = 60  # seconds; creating the tables takes 2, and other processes may wait in line
 _broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
+
+
+class Denied(UserError):
+    """A server does not take the user's name or password."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,19 @@ def require_usable(config: Config, *, root: Path) -> None:
 
 
 def warn_if_unusable(config: Config, *, root: Path) -> None:
-    """One line for what `require_usable` refuses, before hours of work whose stages would say it in their logs."""
+    """One line for what `require_usable` refuses, and for a server that is down, before hours of work.
+
+    Raises:
+        Denied: a server does not take user or password.
+    """
     place = locate(config, root=root)
-    if place.refused:
-        give_up(place, UserError(place.refused))
+    try:
+        if place.refused or place.is_server:
+            connect(place)
+    except Denied:
+        raise
+    except Exception as error:
+        give_up(place, error)
 
 
 def prepare() -> None:
@@ -165,13 +180,20 @@ def explain(place: Place, error: Exception) -> str:
 
 def _open(place: Place) -> Store:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     if not place.is_server:
         from mlflow.store.db import utils
 
         utils.MAX_RETRY_COUNT = 1  # else a database that is down costs 102 s of retries
     client = MlflowClient(tracking_uri=place.uri)
-    experiment = client.get_experiment_by_name(place.experiment) or _create_experiment(client, place)
+    try:
+        experiment = client.get_experiment_by_name(place.experiment) or _create_experiment(client, place)
+    except MlflowException as error:
+        if error.get_http_status_code() != http.HTTPStatus.UNAUTHORIZED:
+            raise
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        raise Denied(f"MLflow at {masked(place.uri)} refuses user or password, or was given none; {remedy}") from None
     if experiment.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
         client.restore_experiment(experiment.experiment_id)
     ui.ensure_view(client, experiment)

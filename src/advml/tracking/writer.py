@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,15 @@ class Writer:
     def log_file(self, file: Path, folder: str | None = None) -> None:
         """Copy a file into the artifacts, under its own name."""
         self._store.client.log_artifact(self.id, str(file), folder)
+
+    @guarded
+    def has_file(self, file: Path, folder: str) -> bool:
+        """Whether `folder` of the artifacts holds this file, byte for byte."""
+        name = f"{folder}/{file.name}"
+        if name not in {entry.path for entry in self._store.client.list_artifacts(self.id, folder)}:
+            return False
+        with tempfile.TemporaryDirectory() as place:
+            return Path(self._store.client.download_artifacts(self.id, name, place)).read_bytes() == file.read_bytes()
 
     @guarded
     def log_figure(self, figure: Any, path: str) -> None:

@@ -10,7 +10,7 @@ follows from (seed, epoch) alone, so a resumed run needs no RNG state to end whe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -121,10 +121,13 @@ class _Trainer:
                 attacked = adversary.attack(self.task.network, objective, images, generator=generator)
                 adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
             (self.phase.adversarial_weight * adversarial).backward()
+        losses = torch.stack([clean.detach().cpu(), adversarial.detach().cpu()]).double()
+        if step == 0:
+            self._check_first(losses)
         if self.phase.gradient_clip:
             torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
         self.optimizer.step()
-        return torch.stack([clean.detach().cpu(), adversarial.detach().cpu()]).double()
+        return losses
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The attack of validation: the whole radius in every epoch, so that epochs compare."""
@@ -153,11 +156,29 @@ class _Trainer:
             Failure: the training has diverged.
         """
         broken = [key for key, value in record.items() if not math.isfinite(value)]
-        broken += [key for key, value in self.task.network.state_dict().items() if not torch.isfinite(value).all()]
+        broken += _not_finite(self.task.network.state_dict())
         if broken:
+            precision = ", or runtime.precision: fp32" if self.machine.precision == "bf16" else ""
             raise Failure(
                 f"{broken[0]} is not finite in epoch {record['epoch']}; lower the learning rate (now {self.phase.learning_rate:g}) "
-                "or set gradient_clip in this phase's section of params.yaml"
+                f"or set gradient_clip in this phase's section of params.yaml{precision}"
+            )
+
+    def _check_first(self, losses: Tensor) -> None:
+        """What is not finite before the first step does not come from the learning rate.
+
+        Raises:
+            Failure: a weight that the training starts from, a loss or a gradient is not finite.
+        """
+        if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
+            remedy = "the training starts from broken weights: make them again with: advml pretrain; fresh ones come from model.options"
+            raise Failure(f"{weights[0]} is not finite before the first step; {remedy}")
+        gradients = {f"the gradient of {key}": value.grad for key, value in self.task.network.named_parameters() if value.grad is not None}
+        if broken := _not_finite({"train/loss": losses[0], "train/adversarial_loss": losses[1]} | gradients):
+            precision = "runtime.precision: fp32, then " if self.machine.precision == "bf16" else ""
+            raise Failure(
+                f"{broken[0]} is not finite before the first step, so no learning rate can mend it; try {precision}another model.backbone, "
+                "model.stem or model.options, a larger temperature, or, in a fine-tuning, another pretraining"
             )
 
     def select(self, progress: Progress, record: Record) -> None:
@@ -170,6 +191,10 @@ class _Trainer:
         if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
             progress.best = _copy(self.task.network.state_dict())
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, value in tensors.items() if not value.isfinite().all()]
 
 
 def batches_per_epoch(dataset: Dataset, phase: config.Phase) -> int:

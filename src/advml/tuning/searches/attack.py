@@ -10,6 +10,7 @@ from typing import Any
 from advml.config import Config, digest
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name, find_model
+from advml.provenance import source_digest
 from advml.tuning import budget
 from advml.tuning import space as spaces
 from advml.tuning.sampling import tpe, wilcoxon
@@ -123,6 +124,7 @@ class AttackSearch:
             record_of(self.folder)["digest"],
             data_digest(self.root),
             self.config.runtime.precision,
+            source_digest(),  # random starts and what counts as broken follow from the code
         )
 
     def open(self) -> Callable[[Attempt], Sequence[float]]:
