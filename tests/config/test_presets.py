@@ -193,6 +193,10 @@ def test_rewriting_changes_the_named_lines_only() -> None:
     assert rewrite(YAML_TEXT, {"e": None}) == YAML_TEXT.replace("[1, 2]", "null")
 
 
+def test_a_section_rewritten_as_a_whole_keeps_the_empty_line_behind_it() -> None:
+    assert rewrite("a:\n  b: 1 # of b\n\nc: 2\n", {"a": {"x": 3}}) == "a:\n  x: 3\n\nc: 2\n"
+
+
 def test_a_new_key_comes_before_the_comments_that_lead_to_the_next_section() -> None:
     text = "a:\n  b: 1  # of b\n\n  # of all\n\n# of c\nc:\n- 1\n"
     assert rewrite(text, {"a.new": None}) == text.replace("# of b\n", "# of b\n  new: null\n")
