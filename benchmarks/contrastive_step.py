@@ -27,9 +27,9 @@ from advml.attacks.threat_model import ThreatModel
 from advml.config import View
 from advml.networks.layout import place
 from advml.networks.models import Architecture, Network, build
+from advml.recipes import instances
 from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair
-from advml.training.schemes import instances
 from advml.training.tasks import Contrastive
 
 EPSILON, STEPS, TEMPERATURE = 8 / 255, 5, 0.2

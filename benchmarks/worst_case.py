@@ -28,18 +28,17 @@ from timing import Timing, hardware_line, interleaved
 from torch import Tensor, nn
 
 from advml import config
+from advml.config.presets import preset
 from advml.data import datasets
 from advml.data.datasets import Dataset
 from advml.evaluation.attack_suite import AttackSpec, attack_suite
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.evaluation.samples import Outcome
-from advml.presets import preset
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.training.phases import fit_phase
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 
 WANTED = {"CL-ST": 0.05, "CL-AT": 0.8, "SL-AT@0.2": 0.8}  # at most so much of the peer's time
 STANDARD = ("worst_case.restarts=5", "worst_case.steps=100", "worst_case.targets=9", "worst_case.queries=5000")

@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from advml import config as configuration
+from advml import provenance
 from advml.engine.fork_server import ADDRESS, server
 from advml.paths import Workspace
+from advml.provenance import source_digest
 from advml.tracking import store as stores
 
 if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and its workers wait for it: what needs torch imports it when called
@@ -170,6 +172,30 @@ def new_study(dataset: Dataset, empty_store: Path) -> Callable[..., Study]:
 def make_study(tmp_path: Path, new_study: Callable[..., Study]) -> Callable[..., Study]:
     """make_study("first", "seeds=[1]") makes a study in the test's own folder."""
     return lambda name="study", *overrides: new_study(tmp_path / name, *overrides)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A copy of the sources; by it stages judge what is up to date, and DVC where it lies beside dvc.yaml."""
+
+    package: Path
+
+    def edit(self, file: str) -> None:
+        """Add a comment to a source."""
+        with (self.package / file).open("a", encoding="utf-8") as source:
+            source.write("# edited\n")
+        source_digest.cache_clear()
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sources]:
+    root = tmp_path / "sources"
+    shutil.copytree(REPOSITORY / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "dvc.yaml", root)
+    monkeypatch.setattr(provenance, "PACKAGE", root / "src" / "advml")
+    source_digest.cache_clear()
+    yield Sources(root / "src" / "advml")
+    source_digest.cache_clear()
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tuning",),
     ("stages", "repro", "engine", "show"),
     ("mlflow_server", "mlflow_ui"),
-    ("claims", "report", "picture", "presets", "tracking"),
+    ("claims", "report", "picture", "tracking"),
     ("similarity",),
     ("evaluation",),
     ("training",),
     ("attacks",),
-    ("networks", "data", "runtime", "figures", "rewrite"),
-    ("__init__", "config", "core", "errors", "lines", "names", "passwords", "paths", "progress", "provenance"),
+    ("networks", "data", "runtime", "figures"),
+    ("__init__", "config", "core", "errors", "lines", "passwords", "paths", "progress", "provenance", "recipes"),
 )
 EXCEPTIONS = {
     "advml.picture": {"advml.stages.context"},  # the type of an argument
@@ -48,7 +48,16 @@ OWNERS = {
     "foolbox": "attacks",
 }
 # What `advml --help` reads, in 0.3 s.
-AT_ONCE = ("advml", "advml.cli", "advml.errors", "advml.lines", "advml.names", "advml.passwords", "advml.paths", "advml.engine.fork_server")
+AT_ONCE = (
+    "advml",
+    "advml.cli",
+    "advml.errors",
+    "advml.lines",
+    "advml.recipes",
+    "advml.passwords",
+    "advml.paths",
+    "advml.engine.fork_server",
+)
 LIGHT = (*AT_ONCE, "advml.config", "advml.progress", "advml.repro", "advml.show")
 DRIVER = ("advml.tuning.attack_search", "advml.tuning.training_search", "advml.tuning.command")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
@@ -190,7 +199,6 @@ NEUTRAL = {
     "advml.errors": "two exceptions",
     "advml.lines": "how messages are printed",
     "advml.passwords": "what is left out of messages",
-    "advml.names": "names to choose from",
     "advml.paths": "names of outputs, which dvc.yaml repeats: a change of one alone fails at once",
     "advml.progress": "bars",
     "advml.provenance": "names the code, does not compute",

@@ -220,7 +220,7 @@ USER = {
     "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "there is no model 'CL-FAT-s0'; choose from"),
     "an encoder to attack": ("attack image.png --model models/pretrain/CL-st-s0", "holds a pretrained encoder, no classifier"),
     "an image that is none": ("attack params.yaml --model CL-ST-s0", "params.yaml cannot be read as an image"),
-    "an unknown preset": ("preset imagenet", "preset = 'imagenet'; choose from digits, cifar10, cifar100, folder"),
+    "an unknown preset": ("preset imagenet", "preset = 'imagenet'; choose from digits, smoke, cifar10, cifar100, folder"),
     "an unknown scheme": ("pretrain SimCLR st", "'SimCLR' is not one of 'SL', 'CL', 'SCL'"),
     "an unknown regime": ("finetune CL FAT", "'FAT' is not one of 'ST', 'AT', 'Partial-AT', 'Full-AT'"),
     "a missing argument": ("finetune CL", "Missing argument 'regime'"),

@@ -434,7 +434,7 @@ def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted
 
 
 def test_another_version_of_the_sources_starts_afresh(killed, monkeypatch):
-    monkeypatch.setattr("advml.stages.context.source_digest", lambda: "other sources")
+    monkeypatch.setattr("advml.stages.context.source_digest", lambda stage: "other sources")
     assert first_step(killed, monkeypatch) == 1
     assert killed.runs() == [(PRETRAINING, "KILLED")]  # a copy of a study has runs of its own
 

@@ -12,9 +12,9 @@ import pytest
 from advml import config, passwords
 from advml.cli import app
 from advml.cli.failures import guarded, print_fault
+from advml.config.presets import preset
 from advml.errors import UserError
 from advml.passwords import masked, remember
-from advml.presets import preset
 from advml.stages import pretrain
 from advml.tracking import store as stores
 from advml.tuning.storage import address, alone
@@ -151,7 +151,9 @@ def test_no_command_prints_a_password(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
     monkeypatch.setattr(stores, "_broken", set())
     said += [told(capsys, "link", *here)]
-    params.write_text(preset("digits").replace("  uri: null", f"  uri: '{url}'").replace("seeds: [0]", "seeds: [a]"), encoding="utf-8")
+    params.write_text(
+        preset("digits", full=True).replace("  uri: null", f"  uri: '{url}'").replace("seeds: [0]", "seeds: [a]"), encoding="utf-8"
+    )
     said += [told(capsys, "sync", *here)]
     for number, text in enumerate(said):
         assert text and "S3CRET" not in text, (number, text)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
+from advml.config.presets import preset
 from advml.errors import UserError
 from advml.figures.style import to_png
 from advml.networks import models
 from advml.paths import Workspace
 from advml.picture import attack_figure, attack_picture, load_image
-from advml.presets import preset
 from advml.stages.context import Context
 
 CLASSES = ["cat", "dog", "bird"]

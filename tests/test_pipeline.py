@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -28,9 +29,9 @@ from advml import config
 from advml.cli.stages import stage_arguments
 from advml.errors import UserError
 from advml.paths import Workspace, model_name, pretraining_name
+from advml.provenance import source_digest
+from advml.recipes import REGIMES, SCHEMES
 from advml.stages import check
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]
@@ -154,6 +155,25 @@ def test_an_edited_training_attack_leaves_standard_models_alone(committed):
     assert {stage for stage in reached if parts(stage)[1]} == {stage for stage in stages if parts(stage)[1] == "at"}
 
 
+@pytest.mark.parametrize(
+    ("file", "kinds"),
+    [
+        ("figures/curves.py", {"represent", "compare", "transfer", "report"}),
+        ("training/schedules.py", {"pretrain", "finetune", "evaluate", "compare", "transfer"}),
+        ("tuning/study.py", set()),
+    ],
+)
+def test_an_edited_source_is_one_change_to_dvc_and_to_the_stages_themselves(copied, sources, file, kinds):
+    """The key by which a stage resumes, and takes a result as it is, covers the sources that dvc.yaml lists."""
+    every = {parts(stage)[0] for stage in after_edit(copied)[0]}
+    before = {kind: source_digest(kind) for kind in every}
+    sources.edit(file)
+    shutil.copy(sources.package / file, copied / "src" / "advml" / file)
+    after = {kind: source_digest(kind) for kind in every}
+    assert {kind for kind in every if after[kind] != before[kind]} == kinds
+    assert {parts(stage)[0] for stage in after_edit(copied)[1]} == kinds
+
+
 # Nothing in params.yaml is a command
 
 PLANTED = """0; touch PWNED; $(touch PWNED) `touch PWNED` '; touch PWNED; ' "; touch PWNED; " #"""
@@ -161,8 +181,9 @@ PIPELINES = sorted({path.resolve() for path in [REPOSITORY / "dvc.yaml", *REPOSI
 
 
 def interpolated(pipeline: Path) -> set[str]:
-    """The keys of params.yaml that a dvc.yaml puts into its stages."""
-    return {key for key in re.findall(r"\$\{(.*?)\}", pipeline.read_text(encoding="utf-8")) if not key.startswith("item.")}
+    """The keys of params.yaml that a dvc.yaml puts into its stages; `phase` is its own."""
+    keys = re.findall(r"\$\{(.*?)\}", pipeline.read_text(encoding="utf-8"))
+    return {key for key in keys if not key.startswith("item.") and key != "phase"}
 
 
 def plant(root: Path, *keys: str) -> None:
@@ -184,6 +205,17 @@ def test_a_value_that_would_name_stages_and_files_is_refused_by_its_key(copied, 
     plant(copied, key)
     with pytest.raises(UserError, match=rf"^{re.escape(str(copied / 'params.yaml'))}: {re.escape(key)}\[0\] = [^\n]*$"):
         check.run(copied / "params.yaml")
+
+
+def test_a_regime_whose_stage_does_not_watch_its_attack_is_refused(tmp_path, monkeypatch):
+    """DVC would take its models for up to date after the attack has changed."""
+    params, pipeline = (Path(shutil.copy(REPOSITORY / name, tmp_path)) for name in ("params.yaml", "dvc.yaml"))
+    check.run(params)
+    monkeypatch.setitem(REGIMES, "ST", replace(REGIMES["ST"], attacked=True))
+    with pytest.raises(UserError, match=r"finetune_st trains ST under attack .* add to its params: threat_model, attack$"):
+        check.run(params)
+    pipeline.write_text(pipeline.read_text().replace('item.regime}", runtime]', 'item.regime}", runtime, threat_model, attack]'))
+    check.run(params)
 
 
 @pytest.mark.parametrize("seed", ["../../x", "0/x", "0 ", "1_000", "0"])
@@ -211,6 +243,20 @@ def test_a_planted_command_is_not_run_with_the_check_nor_without_it(copied, dvc)
     said = dvc(copied, "repro", "--single-item", f"pretrain_st@SL-{PLANTED} seeds", code=255)
     assert "advml: 'pretrain_st@SL-0; touch PWNED" in said
     assert not list(copied.rglob("PWNED"))
+
+
+def test_dvc_and_advml_take_the_same_overrides(tmp_path):
+    """`dvc exp run -S` wants a plus before a key that params.yaml does not write; what it then writes is what `advml -S` means."""
+    pytest.importorskip("hydra")
+    from dvc.utils.hydra import apply_overrides
+
+    params = tmp_path / "params.yaml"
+    overrides = ["+regimes.Full-AT.loss=trades", "++evaluate.restarts=3", "++temperature=0.5", "seeds=[1, 2]", "+cluster.slots=2"]
+    overrides += ["threat_model.epsilon=4/255", "+tune.finetune.space.gradient_clip={float: [0.1, 1]}"]
+    expected = config.load(REPOSITORY / "params.yaml", overrides)
+    shutil.copy(REPOSITORY / "params.yaml", params)
+    apply_overrides(params, overrides)
+    assert config.load(params) == expected != config.load(REPOSITORY / "params.yaml")
 
 
 # Bare commands

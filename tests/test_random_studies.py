@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from advml import config
+from advml.config.presets import preset
 from advml.errors import UserError
-from advml.presets import preset
 
 Draw = Callable[[random.Random], Any]
 COUNT = int(os.environ.get("ADVML_STUDIES", "0"))
@@ -189,7 +189,7 @@ def drawn(seed: int, template: dict[str, Any], photos: Path) -> config.Config:
     for _ in range(1000):
         values = {key: draw(rng) for key, draw in DRAWN.items()} | FIXED
         for phase, names in config.WITHOUT_EFFECT.items():
-            values |= {f"{phase}.{name}": config.NEUTRAL[name] for name in names}
+            values |= {f"{phase}.{name}": config.Phase.model_fields[name].default for name in names}
         for phase in PHASES:
             values[f"{phase}.warmup"] = 0 if values[f"{phase}.schedule"] == "onecycle" else values[f"{phase}.warmup"]
             values[f"{phase}.loss"] = values[f"{phase}.loss"] if values["attack.random_start"] else "two-term"
@@ -215,10 +215,10 @@ def test_a_configuration_that_is_accepted_runs_through_every_stage(
     seed: int, template: dict[str, Any], photos: Path, empty_store: Path, tmp_path: Path
 ) -> None:
     from advml.paths import Workspace
+    from advml.recipes import REGIMES
     from advml.stages import compare, evaluate, finetune, prepare, pretrain, report, represent, transfer
     from advml.stages.context import Context
     from advml.training.phases import pretraining
-    from advml.training.regimes import REGIMES
 
     configuration = drawn(seed, template, photos)
     print(config.dump(configuration))  # shown where it fails

@@ -15,10 +15,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from advml import repro as module
+from advml.config.presets import preset
 from advml.engine import stage_task
 from advml.engine.exclusive import exclusive
 from advml.errors import Failure, UserError
-from advml.presets import preset
 from advml.repro import repro
 
 # A stage waits until the other one has begun: they end only if they overlap.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from advml.errors import UserError
-from advml.names import PhaseName, RegimeName, SchemeName
+from advml.recipes import PhaseName, RegimeName, SchemeName
 
 
 def pretraining_name(scheme: str, phase: str, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""What made a result: the git commit and the DVC stage for people, a digest of the sources for resuming."""
+"""What made a result: the git commit and the DVC stage for people, a digest of a stage's sources for resuming."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent
 LOCKS = ":(exclude,top,glob)**/dvc.lock"
 
 
@@ -36,9 +37,28 @@ def dvc_stage() -> str | None:
 
 
 @functools.cache
-def source_digest() -> str:
-    """sha256 over the package's own sources: an interrupted stage is not resumed under other code."""
-    package = Path(__file__).parent
-    sources = sorted(package.rglob("*.py"))
-    parts = (hashlib.sha256(source.read_bytes()).hexdigest() + str(source.relative_to(package)) for source in sources)
+def source_digest(stage: str | None = None) -> str:
+    """sha256 over sources: of the package, or of what dvc.yaml lists under the `deps` of a kind of stage, e.g. `finetune`.
+
+    A stage is not resumed, and its result not taken as it is, after these have changed: DVC and the stage itself agree on what is
+    up to date.
+    """
+    listed = _sources(stage) if stage else [PACKAGE]
+    files = {file for path in listed for file in (path.rglob("*") if path.is_dir() else [path])}
+    kept = sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."))
+    parts = (hashlib.sha256(file.read_bytes()).hexdigest() + file.relative_to(PACKAGE).as_posix() for file in kept)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _sources(stage: str) -> list[Path]:
+    """Files and folders of the package under the `deps` of a kind of stage; all, where dvc.yaml lacks it. Both of a pair have the same."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    installed = PACKAGE / "dvc.yaml"  # a wheel's; in a checkout it is at the root
+    try:
+        stages = YAML(typ="safe").load(installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml")["stages"]
+        deps = stages[stage if stage in stages else f"{stage}_st"]["deps"]
+    except (OSError, YAMLError, KeyError, TypeError):
+        return [PACKAGE]
+    return [PACKAGE / path.removeprefix("src/advml/") for path in deps if path.startswith("src/advml/")]

@@ -6,7 +6,7 @@ import pytest
 
 from advml.config import Config
 from advml.evaluation.attack_suite import AttackSpec, attack_suite
-from advml.training.schemes import SCHEMES
+from advml.recipes import SCHEMES
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from torch import nn
 
 from advml import paths
 from advml.attacks.minimum_norm import MINIMAL
-from advml.config.evaluation import MINIMAL_NORMS
+from advml.config.schema import MINIMAL_NORMS
 from advml.errors import UserError
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation import records

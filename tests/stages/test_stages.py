@@ -477,6 +477,38 @@ def test_train_does_what_is_missing_or_out_of_date_and_nothing_else(make_study, 
         assert run("Full-AT", "pretrain.CL.epochs=1") == everything[2:]
 
 
+def test_train_after_an_edit_does_what_the_edited_source_has_a_part_in(make_study, trained, sources):
+    study = make_study("study", *PLAIN, "pretrain.CL.epochs=1", "regimes.ST.epochs=1")
+
+    def run() -> list[str]:
+        trained.clear()
+        train.run(study.context(), scheme="CL", regime="ST", seed=0)
+        return list(trained)
+
+    everything = ["CL-st-s0", "CL-ST-s0", "evaluate CL-ST-s0"]
+    assert run() == everything
+    for file in ("figures/curves.py", "report/page.py", "config/schema.py"):
+        sources.edit(file)
+        assert run() == [], file
+    sources.edit("evaluation/accuracy.py")
+    assert run() == everything[2:]
+    sources.edit("training/loop.py")
+    assert run() == everything
+    sources.edit("stages/finetune.py")
+    assert run() == everything[1:2]  # the same weights come out of it
+
+
+def test_data_are_prepared_again_after_an_edit_of_their_sources_and_not_for_want_of_a_note(make_study, sources):
+    context = make_study("prepared").context("data.max_train=100")
+    prepare.run(context)
+    sources.edit("training/loop.py")
+    assert prepare.is_current(context)
+    sources.edit("data/splits.py")
+    assert not prepare.is_current(context)
+    shutil.rmtree(context.workspace.scratch("prepare"))  # as after `dvc pull`
+    assert prepare.is_current(context)
+
+
 def test_train_prepares_data_that_are_missing_or_of_other_parameters(make_study, monkeypatch, dataset):
     study = make_study("prepared", *PLAIN, "pretrain.SL.epochs=1")
     prepared = []

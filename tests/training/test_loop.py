@@ -20,12 +20,11 @@ from advml.data.views import view
 from advml.errors import Failure
 from advml.networks.dual import DualBatchNorm
 from advml.networks.models import Network
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine, generator_for
 from advml.training.loop import train
-from advml.training.regimes import REGIMES
 from advml.training.schedules import learning_rate
-from advml.training.schemes import SCHEMES
 from advml.training.tasks import Classification, finetuning_task, pretraining_task
 
 
@@ -51,7 +50,7 @@ PHASES = {
 
 
 def settings(**changes: object) -> config.Phase:
-    plain = {"optimizer": "adamw", "schedule": "cosine", "warmup": 0.0, **config.NEUTRAL}
+    plain = {"optimizer": "adamw", "schedule": "cosine"}
     plain |= {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01, "gradient_clip": None, "keep": "best"}
     return config.Phase(**(plain | changes))
 

@@ -29,7 +29,7 @@ TOPS = {
 
 def phase(**changes: object) -> config.Phase:
     values = {"epochs": 1, "batch_size": 8, "optimizer": "adamw", "learning_rate": 0.1, "weight_decay": 0.01, "schedule": "constant"}
-    return config.Phase(**{**values, "warmup": 0.0, **config.NEUTRAL, "gradient_clip": None, "keep": "last", **changes})
+    return config.Phase(**{**values, "keep": "last", **changes})
 
 
 @pytest.mark.parametrize("backbone", TOPS)

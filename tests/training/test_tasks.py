@@ -15,10 +15,9 @@ from advml.errors import UserError
 from advml.networks.dual import DualBatchNorm
 from advml.networks.layers import batch_norms
 from advml.networks.models import under_attack
+from advml.recipes import REGIMES, SCHEMES, classes, instances
 from advml.runtime.machine import Machine
 from advml.training.objectives import OBJECTIVES, contrastive_pair, cross_entropy, divergence
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES, classes, instances
 from advml.training.tasks import (
     Classification,
     Contrastive,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from advml import config
+from advml.config.presets import preset
 from advml.errors import UserError
 from advml.paths import Workspace
 from advml.tuning.apply import merge, proposal, warnings
 
-PARAMS = Path(__file__).parents[2] / "params.yaml"
+PARAMS = preset("digits", full=True)  # every key in a line of its own
 
 
 @pytest.fixture
 def params(tmp_path) -> Path:
-    shutil.copy(PARAMS, tmp_path / "params.yaml")
-    return tmp_path / "params.yaml"
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS, encoding="utf-8")
+    return path
 
 
 def propose(root: Path, name: str, text: str) -> None:
@@ -38,7 +39,7 @@ def test_only_the_proposed_lines_change_and_comments_stay(params):
     after, difference = merged.text, merged.difference
     assert len(changed_lines(difference)) == 2 * 3 and merged.changes == values
     assert "+  schedule: linear" in difference and "# of the step size: constant, linear, cosine" in difference
-    assert sum("#" in line for line in after.splitlines()) == sum("#" in line for line in PARAMS.read_text().splitlines())
+    assert sum("#" in line for line in after.splitlines()) == sum("#" in line for line in PARAMS.splitlines())
     params.write_text(after)
     loaded = config.flatten(config.load(params).model_dump())
     assert {key: loaded[key] for key in values} == values
@@ -46,6 +47,7 @@ def test_only_the_proposed_lines_change_and_comments_stay(params):
 
 
 def test_an_option_that_was_not_written_out_is_added(params):
+    params.write_text(preset("digits"), encoding="utf-8")
     params.write_text(merge(params, {"views.contrastive.contrast": 0.4}).text)
     assert config.load(params).views.contrastive.contrast == 0.4 and config.load(params).views.contrastive.rotation == 20
 

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,7 +11,7 @@ from advml import config
 from advml.errors import UserError
 from advml.paths import Workspace
 from advml.provenance import source_digest
-from advml.training.regimes import REGIMES
+from advml.recipes import REGIMES
 from advml.tuning import budget
 from advml.tuning import space as spaces
 from advml.tuning.apply import proposal
@@ -133,55 +126,6 @@ def test_a_fine_tuning_is_attacked_and_starts_as_the_row_of_its_regime_says(made
     search = finetuning(made, regime=regime.name)
     assert search.attacked == regime.attacked == ("adversarial_weight" in search.space)
     assert search.start_digest() == f"CL-{regime.pretraining}"
-
-
-def test_a_regime_that_was_added_as_the_documents_say_is_searched_by_its_row(made, tmp_path):
-    """The edits of docs/extending.md, on a copy of the sources."""
-    section = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8").partition("## A regime")[2].partition("\n## ")[0]
-    row, names, listed = (
-        re.search(rf"^ +({start}.*)$", section, re.MULTILINE)[1] for start in ('"ST-Full-AT": ', "RegimeName = ", "standard_r")
-    )
-    package = Path(shutil.copytree(REPOSITORY / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))) / "advml"
-    for file, old, new in (
-        ("training/regimes.py", r'(?m)^    "Full-AT": .*$', rf"\g<0>\n    {row}"),
-        ("names.py", r"(?m)^RegimeName = .*$", names),
-        ("config/study.py", r"(?m)^    standard_regimes: .*$", f"    {listed}"),
-    ):
-        text = (package / file).read_text(encoding="utf-8")
-        edited, count = re.subn(old, new, text)
-        assert count == 1, file
-        (package / file).write_text(edited, encoding="utf-8")
-    text = (REPOSITORY / "params.yaml").read_text(encoding="utf-8")
-    whole = re.search(r"(?ms)^  Full-AT:.*?(?=^\S|^  \S)", text)[0]
-    params = text.replace(whole, f"{whole}  ST-{whole.lstrip()}")
-    (made / "params.yaml").write_text(re.sub(r"standard_regimes: .*", "standard_regimes: [ST, ST-Full-AT]", params), encoding="utf-8")
-    code = """
-        import json, sys
-        from pathlib import Path
-        from advml.config import load
-        from advml.tuning.training_search import TrainingSearch
-        settings = load(Path("params.yaml"), [])
-        search = TrainingSearch.of(settings, Path(), "finetune", "CL", "ST-Full-AT", seed=0)
-        told = {"attacked": search.attacked, "from": search.start_digest(), "space": list(search.space), "grid": settings.grid.regimes}
-        print(json.dumps(told | {"proposes": search.proposal({"epsilon": 0.1}), "torch": "torch" in sys.modules}))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=made,
-        env=os.environ | {"PYTHONPATH": str(package.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert not done.returncode, done.stderr
-    assert json.loads(done.stdout) == {
-        "attacked": True,
-        "from": "CL-st",
-        "space": list(finetuning(made).space),
-        "proposes": {"regimes.ST-Full-AT.epsilon": 0.1},
-        "grid": ["ST", "ST-Full-AT", "AT", "Partial-AT", "Full-AT"],
-        "torch": False,
-    }
 
 
 def test_a_proposal_names_the_keys_of_params_yaml(made):

@@ -20,10 +20,10 @@ from advml.errors import Failure
 from advml.evaluation import attack_suite
 from advml.evaluation import run_attacks as running
 from advml.networks import models
+from advml.recipes import REGIMES, Regime
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.training.regimes import REGIMES, Regime
 from advml.tuning import attack_trial, budget, comparison, training_trial, trial_state, workers
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from advml import recipes
 from advml.claims.evidence import Study
 from advml.claims.measured import Measured, change, difference
 from advml.claims.verdicts import Side
@@ -20,7 +21,6 @@ from advml.similarity import measures
 from advml.similarity.compare import SCHEME_PAIRS
 from advml.similarity.measures import SCALARS
 
-SCHEMES = ("SL", "CL", "SCL")
 MARGIN = 0.02  # of CKA: a smaller change counts as none
 AGREE = 0.9  # of CKA: clean and adversarial representations above it agree
 THREAT_MODEL, WORST_CASE = "accuracy/threat_model_2", "accuracy/worst_case"
@@ -56,6 +56,9 @@ class Claim:
 def paper() -> dict[str, Any]:
     """The authors' figures, by quantity."""
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+
+
+SCHEMES = tuple(name for name in recipes.SCHEMES if name in paper()["redundancy"])  # those that the paper has studied
 
 
 def _changed(quantity: str, scheme: str, before: str, after: str, label: str, **rule: Any) -> Part:

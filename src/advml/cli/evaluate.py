@@ -11,8 +11,8 @@ from advml.cli.options import PARAMS, Overrides, Params, context_of
 from advml.cli.printing import percent, say, show_flags
 from advml.errors import UserError
 from advml.lines import tell
-from advml.names import RegimeName, SchemeName
 from advml.paths import Workspace, model_name
+from advml.recipes import RegimeName, SchemeName
 
 if TYPE_CHECKING:
     from advml.stages.context import Context

@@ -74,17 +74,28 @@ def attack(
 
 
 def preset(
-    name: Annotated[str, typer.Argument(help="digits, cifar10, cifar100 or folder.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="digits, smoke, cifar10, cifar100 or folder.", show_default=False)],
     protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
+    full: Annotated[bool, typer.Option("--full", help="All keys, also those that keep their neutral defaults.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print a complete params.yaml.
+    """Print a params.yaml to start from.
 
     Writes to standard output. Next: advml preset cifar10 > params.yaml && dvc repro
     """
-    from advml.presets import preset as text
+    from advml.config.presets import preset as text
 
-    print(text(name, protocol=protocol, overrides=overrides or ()), end="")
+    print(text(name, protocol=protocol, overrides=overrides or (), full=full), end="")
+
+
+def schema() -> None:
+    """Print the JSON schema of params.yaml, by which editors explain and complete its keys.
+
+    Writes to standard output. Next: advml schema > params.schema.json
+    """
+    from advml.config.writing import editor_schema
+
+    print(editor_schema(), end="")
 
 
 def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
@@ -176,4 +187,4 @@ def repro(
 
 
 # In the order in which `advml --help` lists them.
-COMMANDS = (train, show, attack, preset, sync, link, ui, server, repro)
+COMMANDS = (train, show, attack, preset, schema, sync, link, ui, server, repro)

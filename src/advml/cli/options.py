@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from advml.lines import tell
-from advml.names import PhaseName, RegimeName, SchemeName
 from advml.paths import Workspace
+from advml.recipes import PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
     from advml.stages.context import Context
@@ -43,7 +43,7 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
 
     configuration = load(params, overrides or [])
     values = flatten(configuration.model_dump(mode="json")) if overrides else {}
-    for name in (override.partition("=")[0] for override in overrides or []):
+    for name in (override.partition("=")[0].strip(" +") for override in overrides or []):
         for key in (key for key in values if f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
             tell(f"# {key} = {values[key]}")
     from advml.stages.context import Context

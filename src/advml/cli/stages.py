@@ -48,8 +48,8 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
     Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and its curves in reports/. Next: advml finetune SCHEME REGIME
     """
     context = context_of(params, overrides)
+    from advml.recipes import REGIMES
     from advml.stages import pretrain as stage
-    from advml.training.regimes import REGIMES
 
     stage.run(context, scheme=scheme, phase=phase, seed=seed)
     regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]

@@ -11,8 +11,8 @@ import typer
 from advml.cli.options import PARAMS, ClusterOption, Scheme
 from advml.cli.searching import run
 from advml.lines import tell
-from advml.names import PhaseName, RegimeName
 from advml.paths import Workspace
+from advml.recipes import PhaseName, RegimeName
 
 app = typer.Typer(
     help="Search for stronger attacks and better training. The same command goes on where an earlier one was stopped or killed.",

@@ -11,55 +11,29 @@ names the key, the value and the choices.
 
 from __future__ import annotations
 
-from advml.config.evaluation import Corruptions, Diagnostics, EvaluationAttack, Similarity, WorstCase
+# ruff: noqa: F401 - names of the package
 from advml.config.loading import apply, changed, digest, dump, flatten, load, parse_override, parts_of, validate
-from advml.config.search import AttackSearch, TrainingSearch, Tune
-from advml.config.study import Cluster, Data, Grid, Model, Runtime, ThreatModelSection, Tracking
-from advml.config.training import NEUTRAL, OF_THE_ATTACK, WITHOUT_EFFECT, Phase, TrainAttack, View, Views
-from advml.config.values import Section
-from advml.config.whole import Config
-from advml.names import CorruptionName, PhaseName, RegimeName, SchemeName
-
-__all__ = [
-    # params.yaml and its sections
-    "Config",
-    "Section",
-    "Grid",
-    "Data",
-    "Model",
-    "ThreatModelSection",
-    "View",
-    "Views",
-    "TrainAttack",
-    "Phase",
-    "EvaluationAttack",
-    "WorstCase",
-    "Diagnostics",
-    "Corruptions",
-    "Similarity",
-    "Tune",
-    "AttackSearch",
-    "TrainingSearch",
-    "Tracking",
-    "Runtime",
-    "Cluster",
-    # names to choose from
-    "SchemeName",
-    "RegimeName",
-    "PhaseName",
-    "CorruptionName",
-    # what a phase may have no use for
-    "NEUTRAL",
-    "OF_THE_ATTACK",
-    "WITHOUT_EFFECT",
-    # reading, checking, changing, printing
-    "load",
-    "apply",
-    "parse_override",
-    "parts_of",
-    "validate",
-    "changed",
-    "dump",
-    "flatten",
-    "digest",
-]
+from advml.config.schema import (
+    WITHOUT_EFFECT,
+    AttackSearch,
+    Cluster,
+    Config,
+    Corruptions,
+    Data,
+    Diagnostics,
+    EvaluationAttack,
+    Grid,
+    Model,
+    Phase,
+    Runtime,
+    Similarity,
+    ThreatModelSection,
+    Tracking,
+    TrainAttack,
+    TrainingSearch,
+    Tune,
+    View,
+    Views,
+    WorstCase,
+)
+from advml.config.values import CorruptionName, Section

@@ -1,30 +1,28 @@
-"""Between params.yaml and `Config`: reading with overrides, checking, changing, printing, and fingerprints."""
+"""Between params.yaml and `Config`: reading with overrides, checking, changing, printing, fingerprints, and what is wrong in one line."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from advml.config.explain import explain, first, unknown
-from advml.config.search import SPACE_KINDS
-from advml.config.whole import Config
+from advml.config.schema import Config
+from advml.config.values import SPACE_KINDS, Section
 from advml.errors import UserError
-from advml.passwords import remember
+from advml.passwords import masked, remember
 
 LONGEST = 1_000_000  # characters of a params.yaml
 MOST_VALUES = 100_000  # in it, and in all that its aliases stand for
 DEEPEST = 30  # levels of sections and lists
-FREE = ("model.options", "cluster.options")  # sections of any keys
-OPTIONAL = {name for name, field in Config.model_fields.items() if not field.is_required()}  # sections that a file may leave out
 
 
 def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -47,7 +45,7 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
     if len(text) > LONGEST:
         raise UserError(f"{path} has more than {LONGEST} characters; a configuration has some thousands: advml preset digits > {path}")
     for override in overrides:
-        if override.lstrip().startswith("tracking"):
+        if override.lstrip(" +").startswith("tracking"):
             remember(override)
     raw = apply(text, overrides, source=str(path))
     if isinstance(tracking := raw.get("tracking"), dict):
@@ -61,7 +59,7 @@ def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "p
     if not isinstance(raw, dict):
         raise UserError(f"{source} holds no mapping of sections; print a complete one with: advml preset digits")
     for override in overrides:
-        _apply(raw, override)
+        put(raw, dict([parse_override(override)]), told="-S ")
     return raw
 
 
@@ -77,7 +75,7 @@ def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: lis
 def _culprit(line: str, overrides: list[str] | tuple[str, ...]) -> str | None:
     """The last override of the key that an explanation begins with."""
     key = line.removeprefix("unknown key '")
-    return next((f"-S {one}" for one in reversed(overrides) if re.match(rf"{re.escape(one.partition('=')[0].strip())}\b", key)), None)
+    return next((f"-S {one}" for one in reversed(overrides) if re.match(rf"{re.escape(one.partition('=')[0].strip(' +'))}\b", key)), None)
 
 
 def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.yaml") -> Config:
@@ -86,10 +84,7 @@ def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.
     Raises:
         UserError: one line naming key, value and choices.
     """
-    raw = config.model_dump(mode="json")
-    for key, value in values.items():
-        _put(raw, key, value)
-    return validate(raw, source=source)
+    return validate(put(config.model_dump(mode="json"), values), source=source)
 
 
 def dump(config: Config) -> str:
@@ -176,29 +171,53 @@ def _parse_yaml(text: str, *, source: str) -> Any:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML."""
+    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML. `dvc exp run -S` wants a `+` before keys that params.yaml does not
+    write; here it changes nothing.
+    """
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not key.strip(" +"):
         raise UserError(f"-S {override} is not of the form key=value, e.g. -S threat_model.epsilon=8/255")
-    return key.strip(), _parse_yaml(value, source=f"-S {override}")
+    return key.strip(" +"), _parse_yaml(value, source=f"-S {override}")
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, value = parse_override(override)
-    _put(raw, key, value, told="-S ")
+def put(raw: dict[str, Any], values: Mapping[str, Any], *, told: str = "") -> dict[str, Any]:
+    """Set dotted keys of a mapping, written or not; returns it. Sections that it leaves out are begun, if the schema knows them.
+
+    Raises:
+        UserError: a section is unknown. Whether the last part is a key, and its value right, is for `validate` to say.
+    """
+    for key, value in values.items():
+        _put(raw, key, value, told)
+    return raw
 
 
-def _put(raw: dict[str, Any], key: str, value: Any, *, told: str = "") -> None:
-    node: Any = raw
+def _put(raw: dict[str, Any], key: str, value: Any, told: str) -> None:
+    node, schema = raw, Config
     *parents, leaf = parts_of(key)
     for done, name in enumerate(parents, 1):
-        path = ".".join(parents[:done])
-        if name not in node and path not in OPTIONAL and path not in FREE and not path.startswith(tuple(f"{free}." for free in FREE)):
-            raise UserError(f"{told}{key}: {unknown(path, Config.model_fields if node is raw else node)}")
+        path, below = ".".join(parents[:done]), _below(schema, name)
+        if name not in node and below is None:
+            raise UserError(f"{told}{key}: {unknown(path, _names(schema))}")
         if not isinstance(node.setdefault(name, {}), dict):
             raise UserError(f"{told}{key}: '{path}' is a value, not a section")
-        node = node[name]
+        node, schema = node[name], below
     node[leaf] = value
+
+
+def _names(schema: Any) -> tuple[str, ...]:
+    """The keys of a section, where the schema lists them."""
+    if isinstance(schema, type) and issubclass(schema, Section):
+        return tuple(schema.model_fields)
+    return get_args(get_args(schema)[0]) if get_args(schema) else ()
+
+
+def _below(schema: Any, name: str) -> Any:
+    """The type of a key of a section; None: there is no such key."""
+    if isinstance(schema, type) and issubclass(schema, Section):
+        return schema.model_fields[name].annotation if name in schema.model_fields else None
+    if get_origin(schema) is dict and get_origin(get_args(schema)[0]) is Literal:
+        return get_args(schema)[1] if name in _names(schema) else None
+    return dict  # of any keys
 
 
 def parts_of(key: str) -> list[str]:
@@ -211,3 +230,109 @@ def parts_of(key: str) -> list[str]:
         return parts
     kind = parts[-1:] if parts[-1] in SPACE_KINDS else []
     return [*parts[:3], ".".join(parts[3 : len(parts) - len(kind)]), *kind]
+
+
+# What is wrong, in one line that names key, value and choices
+
+# pydantic's kinds of error -> what the value should be; {names} come from the error's context.
+REMEDIES = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number of reasonable size",
+    "float_type": "must be a number, e.g. 0.1, 1e-3 or 8/255",
+    "float_parsing": "must be a number, e.g. 0.1, 1e-3 or 8/255",
+    "finite_number": "must be finite",
+    "bool_type": "choose from true, false",
+    "bool_parsing": "choose from true, false",
+    "string_type": "must be text; put it in quotes",
+    "string_unicode": "must be text",
+    "tuple_type": "must be a list in brackets",
+    "dict_type": "must be a section of `key: value`",
+    "too_short": "must hold at least {min_length:g}",
+    "too_long": "must hold at most {max_length:g}",
+    "string_too_long": "must hold at most {max_length:g} characters",
+    **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "must be {range}"),
+    "string_pattern_mismatch": "must be {form}",
+}
+# Words of a range -> what a bound of that kind is called by pydantic and by JSON schemas.
+BOUNDS = {
+    "at least {:.10g}": ("ge", "minimum"),
+    "above {:.10g}": ("gt", "exclusiveMinimum"),
+    "at most {:.10g}": ("le", "maximum"),
+    "below {:.10g}": ("lt", "exclusiveMaximum"),
+}
+
+
+def first(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several errors, the one to tell: a key that is not known before one that is missing, which it may be meant for."""
+    return next((error for error in errors if error["type"] == "extra_forbidden" or "[key]" in error["loc"]), errors[0])
+
+
+def unknown(key: str, choices: Iterable[str]) -> str:
+    """A key that is not known, the one that is spelt most like it, and all."""
+    choices = list(choices)
+    near = difflib.get_close_matches(key.rpartition(".")[2], choices, n=1)
+    return f"unknown key '{key}'; {f'did you mean {near[0]}? ' if near else ''}choose from {', '.join(choices) or 'none'}"
+
+
+def explain(error: dict[str, Any], root: type[BaseModel]) -> str:
+    """One line for one of pydantic's errors (an item of `ValidationError.errors()`) about a `root` model."""
+    location = tuple(part for part in error["loc"] if part != "[key]")
+    key, kind, context = _dotted(location), error["type"], error.get("ctx", {})
+    if kind == "value_error":  # a validator of ours has written the whole line
+        return str(context["error"])
+    if kind == "missing" and isinstance(location[-1], int):
+        return f"{_dotted(location[:-1])} = {_shown(error)}; must hold at least {location[-1] + 1}"
+    if kind == "missing":
+        return f"{key} is missing; a complete file is printed by: advml preset digits"
+    if kind == "extra_forbidden":
+        return unknown(key, _section(location[:-1], root).model_fields)
+    if kind == "literal_error":
+        choices = context["expected"].replace(" or ", ", ").replace("'", "")
+        return unknown(key, choices.split(", ")) if "[key]" in error["loc"] else f"{key} = {_shown(error)}; choose from {choices}"
+    if kind == "model_type":
+        return f"{key} = {_shown(error)}; must be a section with the keys {', '.join(_section(location, root).model_fields)}"
+    allowed = _schema(location, root.model_json_schema(), "propertyNames" if "[key]" in error["loc"] else None)
+    context = context | {"range": _range(allowed), "form": allowed.get("form")}
+    return f"{key} = {_shown(error)}; {REMEDIES.get(kind, error['msg']).format(**context)}"
+
+
+def _schema(location: tuple[int | str, ...], root: dict[str, Any], last: str | None) -> dict[str, Any]:
+    """The JSON schema at an error's location, or of the keys there."""
+    current = root
+    for part in location[:-1] if last else location:
+        current = _resolved(current, root)
+        items = current.get("prefixItems") or [current.get("items", {})]
+        found = items[min(part, len(items) - 1)] if isinstance(part, int) else current.get("properties", {}).get(part)
+        current = found or current.get("additionalProperties") or {}
+    current = _resolved(current, root)
+    return current.get(last, {}) if last else current
+
+
+def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    """Without references, and of alternatives the one that is not null."""
+    schema = schema["anyOf"][0] if "anyOf" in schema else schema
+    return root["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def _range(schema: dict[str, Any]) -> str:
+    return " and ".join(words.format(schema[name]) for words, names in BOUNDS.items() for name in names if name in schema)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """('views', 'supervised', 'scale', 1) -> views.supervised.scale[1]"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _shown(error: dict[str, Any]) -> str:
+    """The value as YAML writes it, cut short: it may be a whole section."""
+    value = error["input"]
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    text = masked(text[:10_000])  # much more than is shown, so that no password is cut in the midst there
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _section(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
+    """The model class at an error's location."""
+    return functools.reduce(_below, location, root)

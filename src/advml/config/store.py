@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from advml.config.whole import Config
+from advml.config.schema import Config
 from advml.passwords import remember
 
 DEFAULT_URI = "sqlite:///mlflow.db"

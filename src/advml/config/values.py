@@ -1,9 +1,9 @@
-"""The kinds of values in params.yaml, and what all its sections have in common."""
+"""The kinds of values in params.yaml, each with its range or form, and what all its sections have in common."""
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -87,12 +87,107 @@ Text = Annotated[
     Field(
         max_length=1000,
         pattern=rf"^[^{_CONTROL}]*[^{_CONTROL}\s][^{_CONTROL}]*$",
-        description="text in one line, not empty, without control characters",
+        json_schema_extra={"form": "text in one line, not empty, without control characters"},
     ),
 ]
+Options = Annotated[dict[str, Any], Field(max_length=100), AfterValidator(checked_options)]
+
+
+def means(explanation: str, default: Any = ..., **more: Any) -> Any:
+    """A key, what it means, and its neutral value if it has one."""
+    return Field(default, description=explanation, **more)
 
 
 class Section(BaseModel):
     """A section of params.yaml. Unknown keys are errors; values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # built on first use: `--help` needs no schema
+
+
+# Lists that may be written as one word
+
+CorruptionName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
+
+
+def _one_or_many(value: Any) -> Any:
+    """`layers: blocks` and `layers: "*.act2"` name one thing; inside, there is always a list."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _all_or_none(value: Any) -> Any:
+    """`names: all` and `names: none` stand for lists, and so does a single name."""
+    known = get_args(CorruptionName)
+    value = {"all": known, "none": ()}.get(value, (value,)) if isinstance(value, str) else value
+    if isinstance(value, (list, tuple)) and any(name not in known for name in value):
+        raise PydanticCustomError("corruption", "{choices}", {"choices": f"choose from all, none, {', '.join(known)}"})
+    return value
+
+
+OneOrMany = BeforeValidator(_one_or_many)
+AllOrNone = BeforeValidator(_all_or_none)
+
+
+# Ranges of a search
+
+SPACE_KINDS = ("float", "log", "int", "choice")
+
+
+def _dimension(value: Any) -> dict[str, list[Any]]:
+    """`{log: [1e-4, 1e-1]}`, `{float: [0, 1]}`, `{int: [5, 20]}` or `{choice: [two-term, trades]}`; numbers as everywhere."""
+    if not isinstance(value, dict) or len(value) != 1 or not {*value} <= {*SPACE_KINDS}:
+        raise PydanticCustomError(
+            "dimension", "must be one of {{float: [low, high]}}, {{log: [low, high]}}, {{int: [low, high]}}, {{choice: [...]}}"
+        )
+    ((kind, ends),) = value.items()
+    if not isinstance(ends, (list, tuple)) or not ends:
+        raise PydanticCustomError("dimension", "must hold a list in brackets")
+    if kind == "choice":
+        chosen = [_as_plain(end) for end in ends]
+        if any(isinstance(end, (list, dict)) for end in chosen) or len({repr(end) for end in chosen}) < len(chosen):
+            raise PydanticCustomError("dimension", "must list plain values, each once")
+        if len(chosen) > 1000:
+            raise PydanticCustomError("dimension", "must hold at most 1000")
+        for end in chosen:
+            plain_value(end)
+        return {kind: chosen}
+    numbers = [as_number(end) for end in ends]
+    if len(numbers) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in numbers):
+        raise PydanticCustomError("dimension", "must hold two numbers, low and high")
+    for end in numbers:
+        plain_value(end)
+    if numbers[0] >= numbers[1]:
+        raise PydanticCustomError("dimension", "must run from low to high")
+    if kind == "log" and numbers[0] <= 0:
+        raise PydanticCustomError("dimension", "must lie above 0 to be searched in logarithms")
+    if kind == "int" and not all(float(end).is_integer() for end in numbers):
+        raise PydanticCustomError("dimension", "must hold whole numbers")
+    return {kind: [int(end) if kind == "int" else float(end) for end in numbers]}
+
+
+def _as_plain(value: Any) -> Any:
+    """Choices may be words or numbers: of text, only what is meant as a number becomes one."""
+    number = as_number(value)
+    return number if isinstance(value, str) and isinstance(number, float) else value
+
+
+Dimension = Annotated[dict[str, Any], BeforeValidator(_dimension)]
+Key = Annotated[
+    str, Field(max_length=100, pattern=r"^[a-z_0-9]+(\.[a-z_0-9]+)*$", json_schema_extra={"form": "a key, e.g. epsilon or view.shift"})
+]
+Space = Annotated[dict[Key, Dimension], Field(max_length=100)]

@@ -21,7 +21,7 @@ from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.pgd import Adversary, Objective, evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.networks.models import Network
-from advml.training.schemes import Scheme
+from advml.recipes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective
 
 # (network, images, labels, random numbers) -> adversarial images

@@ -96,9 +96,9 @@ class Context:
         """
         return {"git_commit": git_commit(self.workspace.root), "parameters": parameters}
 
-    def fingerprint(self, *parts: Any) -> str:
-        """Of everything that determines a stage's result: parts (parameters, upstream digests), machine settings, sources."""
-        return digest(self.parameters("runtime"), source_digest(), *parts)
+    def fingerprint(self, stage: str, *parts: Any) -> str:
+        """Of everything that determines a stage's result: its sources, machine settings, parts (parameters, upstream digests)."""
+        return digest(self.parameters("runtime"), source_digest(stage), stage, *parts)
 
 
 def check_fit(configuration: Config, dataset: datasets.Dataset) -> None:

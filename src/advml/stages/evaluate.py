@@ -21,11 +21,10 @@ from advml.networks import models
 from advml.networks.given import Given
 from advml.paths import Workspace, checked_name, home_of, is_reserved, model_name
 from advml.progress import Bar
+from advml.recipes import REGIMES, SCHEMES, Scheme
 from advml.runtime.checkpoint import Checkpoint, discard_finished
 from advml.runtime.memo import Memo, forget
 from advml.stages.context import Context
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES, Scheme
 
 KEYS = ("scheme", "regime", "seed")
 ATTACKS = ("temperature", "threat_model", "evaluate", "worst_case")
@@ -153,11 +152,12 @@ def _parts(context: Context, *model: object) -> dict[str, str]:
     """
     spec = context.config.diagnostics
     more = {"diagnostics": _foolbox(spec.minimal) if spec.images and spec.minimal else None, "corruption": _files(context.config)}
+    versions = {part: {name: version(name) for name in libraries} for part, (_, libraries) in PARTS.items()}
     return {
         part: context.fingerprint(
-            part, context.parameters(*keys), context.dataset.digest, {name: version(name) for name in libraries}, more.get(part), *model
+            "evaluate", part, context.parameters(*keys), context.dataset.digest, versions[part], more.get(part), *model
         )
-        for part, (keys, libraries) in PARTS.items()
+        for part, (keys, _) in PARTS.items()
     }
 
 

@@ -7,12 +7,11 @@ from typing import Any
 from advml.errors import UserError
 from advml.networks.models import Network
 from advml.paths import model_name, pretraining_name
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import discard_finished
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
 from advml.training.phases import finetuning
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from advml.data import datasets
 from advml.errors import UserError
 from advml.lines import tell
 from advml.paths import given_path
+from advml.provenance import source_digest
 from advml.stages.context import Context
 
 
@@ -25,13 +26,15 @@ def run(context: Context) -> datasets.Dataset:
     datasets.save(dataset, context.workspace.prepared)
     for remark in datasets.remarks(dataset):
         tell(f"note: {remark}")
-    if seen:
-        write_atomically(_note(context), f"{seen} {dataset.digest}\n".encode())
+    write_atomically(_note(context), f"{seen} {source_digest('prepare')} {dataset.digest}\n".encode())
     return dataset
 
 
 def is_current(context: Context) -> bool:
-    """Whether `data/prepared/` was made from the `data` section, and from its images, as they stand."""
+    """Whether `data/prepared/` was made from the `data` section, its images and the sources as they stand.
+
+    Where there are no images to look at, or no note of them, as after `dvc pull`, what is left decides.
+    """
     try:
         prepared = datasets.load(context.workspace.prepared)
     except UserError:
@@ -39,7 +42,11 @@ def is_current(context: Context) -> bool:
     if prepared.parameters != context.config.data.model_dump(mode="json"):
         return False
     seen = _fingerprint(context)
-    return seen is None or (_note(context).is_file() and _note(context).read_text(encoding="utf-8").split() == [seen, prepared.digest])
+    try:
+        noted, *others = _note(context).read_text(encoding="utf-8").split()
+    except (FileNotFoundError, ValueError):
+        return seen is None
+    return others == [source_digest("prepare"), prepared.digest] and seen in (None, noted)
 
 
 def _check_place(context: Context) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from advml.paths import pretraining_name
+from advml.recipes import SCHEMES
 from advml.stages.context import Context
 from advml.stages.learning import Job, learn
 from advml.training.phases import pretraining
-from advml.training.schemes import SCHEMES
 
 
 def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from advml.recipes import REGIMES
 from advml.stages import evaluate, finetune, prepare, pretrain
 from advml.stages.context import Context
-from advml.training.regimes import REGIMES
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:

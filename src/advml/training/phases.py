@@ -21,11 +21,10 @@ from advml.errors import UserError
 from advml.networks.layers import batch_norms, knows_blocks
 from advml.networks.models import Architecture, Network, build
 from advml.networks.trial import try_step
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine, derived_seed
 from advml.training.loop import Record, train
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 from advml.training.tasks import Task, finetuning_task, pretraining_task
 
 

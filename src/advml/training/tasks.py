@@ -27,10 +27,9 @@ from advml.networks.dual import clean_statistics
 from advml.networks.layers import batch_norms
 from advml.networks.layout import place
 from advml.networks.models import Network
+from advml.recipes import Regime, Scheme
 from advml.runtime.machine import Machine
 from advml.training.objectives import contrastive_pair, cross_entropy
-from advml.training.regimes import Regime
-from advml.training.schemes import Scheme
 from advml.training.terms import TERMS, classification_objective, contrastive_objective
 
 

@@ -12,9 +12,9 @@ from ruamel.yaml.error import YAMLError
 
 from advml.config import apply as parse
 from advml.config import validate
+from advml.config.rewrite import difference, rewrite
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name
-from advml.rewrite import difference, rewrite
 from advml.tuning.outputs import BEST
 
 # Keys or sections of which a proposal means more than its search has looked at -> what else they change.
@@ -98,7 +98,7 @@ def merge(params: Path, values: dict[str, Any]) -> Merged:
             continue
         changes[key] = section[leaf] = value
     validate(raw, source=f"{params} with the proposal")
-    after = rewrite(before, changes, {}) if changes else before
+    after = rewrite(before, changes) if changes else before
     return Merged(after, changes, difference(before, after, str(params)))
 
 

@@ -12,10 +12,8 @@ import optuna
 from advml import config
 from advml.config import Config, changed, digest, flatten
 from advml.errors import UserError
-from advml.names import PhaseName
 from advml.paths import Workspace, checked_name, pretraining_name
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
+from advml.recipes import REGIMES, SCHEMES, PhaseName
 from advml.tuning import space as spaces
 from advml.tuning.search import Attempt, Definition, Hyperband, data_digest, digest_of, tpe
 from advml.tuning.space import Values

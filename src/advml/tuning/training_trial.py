@@ -18,6 +18,7 @@ from advml.config import Config, digest
 from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import Workspace
+from advml.recipes import REGIMES, SCHEMES
 from advml.runtime.checkpoint import Checkpoint, Progress
 from advml.runtime.machine import derived_seed
 from advml.runtime.memo import Memo
@@ -25,8 +26,6 @@ from advml.stages.context import Context
 from advml.stages.finetune import load_pretrained
 from advml.training import phases
 from advml.training.loop import Record
-from advml.training.regimes import REGIMES
-from advml.training.schemes import SCHEMES
 from advml.tuning.attack_trial import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
 from advml.tuning.search import Attempt, Hyperband

@@ -1,6 +1,6 @@
 """Damaged params.yaml: whatever is in it, it loads, or one line names the key. And every key of the schema has bounds.
 
-A hundred mutations run in the suite. Two thousand: `ADVML_MUTATIONS=2000 python -m pytest tests/test_config_mutations.py`.
+A hundred mutations run in the suite. Two thousand: `ADVML_MUTATIONS=2000 python -m pytest tests/config/test_mutations.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pytest
 from advml import config
 from advml.cli import app
 from advml.cli.failures import guarded
+from advml.config.presets import preset
 from advml.errors import UserError
 from advml.lines import LONGEST, one_line
-from advml.presets import preset
 
 COUNT = int(os.environ.get("ADVML_MUTATIONS", "100"))
 HOSTILE: tuple[Any, ...] = (
@@ -44,22 +44,9 @@ HOSTILE: tuple[Any, ...] = (
         "*",
     ),
     *("a\0b", "\x1b[31mred\x1b[0m", "two\nlines", "\u202eright to left", "\u2028", "\ud800", "x" * 10_000, "${seeds}", "0; id #", "{{x}}"),
-    *(
-        [],
-        [[]],
-        [None],
-        [True],
-        ["a", "a"],
-        [1.5, 0.5],
-        [float("nan")],
-        [0] * 2000,
-        list(range(2000)),
-        {},
-        {"a": 1},
-        {"": None},
-        {"a.b": []},
-    ),
-    *({"float": [0, 10**300]}, {"log": [0, 1]}, {"choice": [{}]}, {"int": ["a", "b"]}, {"x\n\x1b": {"y": [[{}]]}}),
+    *([], [[]], [None], [True], ["a", "a"], [1.5, 0.5], [float("nan")], [0] * 2000, list(range(2000))),
+    *({}, {"a": 1}, {"": None}, {"a.b": []}, {"x\n\x1b": {"y": [[{}]]}}),
+    *({"float": [0, 10**300]}, {"log": [0, 1]}, {"choice": [{}]}, {"int": ["a", "b"]}),
 )
 TOKENS = (
     *("", "\t", "\0", "\x1b[2J", "[" * 3000, "{", "]", ": ", "- ", "&a ", "*a", "<<: *a\n", "? ", "| ", "\ufeff", "\n---\n", "%YAML 9\n"),
@@ -165,7 +152,6 @@ def is_refused(text: str, path: Path) -> bool:
 
 
 LOWER, UPPER = {"minimum", "exclusiveMinimum", "ge", "gt"}, {"maximum", "exclusiveMaximum", "le", "lt"}
-# By validators of their own.
 # By validators of their own.
 JUDGED_ELSEWHERE = {"model.options", "cluster.options", "tune.attack.space", "tune.finetune.space", "tune.pretrain.space"}
 

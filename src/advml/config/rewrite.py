@@ -1,4 +1,4 @@
-"""Change values and comments in a YAML text without touching anything else of it, and show what has changed."""
+"""Change values in a YAML text and leave all else of it, comments included, as it is; and show what has changed."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import CommentMark
-from ruamel.yaml.tokens import CommentToken
 
-from advml.config import parts_of
-
-COMMENT_COLUMN = 32
+from advml.config.loading import parts_of
 
 
-def rewrite(text: str, values: dict[str, Any], remarks: dict[str, str]) -> str:
-    """Put `values` and the comments `remarks` behind the dotted keys of a YAML text.
+def rewrite(text: str, values: dict[str, Any]) -> str:
+    """Put values behind the dotted keys of a YAML text.
 
-    A mapping replaces all keys of a section. A key that the text does not have is added at the end of its section; whether
-    there is such a key is for the caller to check. A remark of such a key raises KeyError.
+    A mapping replaces all keys of a section. A key that the text does not have is added at the end of its section; whether there is
+    such a key is for the caller to check.
     """
     yaml, apart = _yaml(), re.findall(r"^\n(\w+):", text, re.MULTILINE)
     document, absent = yaml.load(text), {}
     for key, value in values.items():
         if not _put(document, key, value):
             absent[key] = value
-    for key, remark in remarks.items():
-        _remark(*_parent(document, key), remark)
     text = _text(yaml, document)
     for key, value in absent.items():
         document = yaml.load(text)  # anew: the key before may have made the section of this one
@@ -76,13 +70,6 @@ def _place(document: CommentedMap, key: str) -> tuple[CommentedMap, list[str]]:
             return document, [*parents[done:], leaf]
         document = document[name]
     return document, [leaf]
-
-
-def _parent(document: CommentedMap, key: str) -> tuple[CommentedMap, str]:
-    section, rest = _place(document, key)
-    if len(rest) > 1 or rest[0] not in section:
-        raise KeyError(key)
-    return section, rest[0]
 
 
 def _nested(parts: list[str], value: Any) -> Any:
@@ -131,10 +118,3 @@ def _with_line(text: str, key: str, value: Any) -> str:
             last = number
     added = _text(_yaml(), CommentedMap({rest[0]: _in_a_line(_nested(rest[1:], value))}))
     return "".join([*lines[:last], lines[last].rstrip("\n") + "\n", " " * column + added, *lines[last + 1 :]])
-
-
-def _remark(section: CommentedMap, key: str, remark: str) -> None:
-    """Replace a line's comment, keeping the blank lines that ruamel counts as part of it."""
-    tokens = section.ca.items.setdefault(key, [None, None, None, None])
-    blank_lines = "\n" * (tokens[2].value.count("\n") - 1) if tokens[2] else ""
-    tokens[2] = CommentToken(f"# {remark}\n{blank_lines}", CommentMark(COMMENT_COLUMN))

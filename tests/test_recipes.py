@@ -1,0 +1,99 @@
+"""The tables of the paper, and that a row is all that a new regime takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from advml.config import WITHOUT_EFFECT, Grid
+from advml.config.schema import OF_THE_ATTACK
+from advml.recipes import REGIMES, SCHEMES, RegimeName, SchemeName, classes, instances
+
+REPOSITORY = Path(__file__).parents[1]
+PIPELINE = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def test_the_names_to_choose_from_are_the_rows():
+    assert get_args(SchemeName) == tuple(SCHEMES) and get_args(RegimeName) == tuple(REGIMES)
+    assert all(name == row.name for name, row in (SCHEMES | REGIMES).items())
+    assert not any("-" in name for name in SCHEMES)
+
+
+def test_images_of_a_group_are_positives_of_each_other():
+    labels = torch.tensor([3, 3, 1])
+    assert len(instances(labels).unique()) == 3 and instances(labels).dtype == torch.int64
+    assert classes(labels) is labels
+
+
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+def test_a_regime_stands_in_the_grid_by_its_pretraining_and_its_stage_knows_its_attack(regime):
+    """Otherwise DVC would take a model for up to date after its attack has changed."""
+    lists = {"st": "standard_regimes", "at": "adversarial_regimes"}
+    listed = {phase: get_args(get_args(Grid.model_fields[key].annotation)[0]) for phase, key in lists.items()}
+    assert [phase for phase, names in listed.items() if regime.name in names] == [regime.pretraining]
+    assert not regime.attacked or {"threat_model", "attack"} <= set(PIPELINE[f"finetune_{regime.pretraining}"]["params"])
+
+
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+def test_keys_that_a_regime_has_no_use_for_are_refused(regime):
+    idle = {*(() if regime.attacked else OF_THE_ATTACK), *(() if regime.encoder_learns else ("layer_decay", "frozen_statistics"))}
+    assert set(WITHOUT_EFFECT[f"regimes.{regime.name}"]) == idle
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_keys_that_a_pretraining_has_no_use_for_are_refused(scheme):
+    idle = {"frozen_statistics"} | ({"label_smoothing", "loss"} if scheme.groups else set())
+    assert set(WITHOUT_EFFECT[f"pretrain.{scheme.name}"]) == idle
+
+
+NEW = "ST-Full-AT"
+COMMANDS = f"""
+    from advml.cli import app
+    tune = ["tune", "finetune", "CL", "{NEW}", "--trials", "1", "-S", "tune.finetune.space={{epochs: {{int: [1, 2]}}}}"]
+    tune += ["-S", "tune.finetune.confirm=0", "-S", "tune.finetune.clean_floor=0"]
+    for command in (["check"], ["train", "CL", "{NEW}"], ["represent", "CL", "{NEW}"], tune, ["report"], ["show", "CL-{NEW}-s0"]):
+        app(args=command, standalone_mode=False)
+"""
+
+
+def test_the_regime_of_the_documents_is_trained_evaluated_represented_tuned_and_reported(make_study, tmp_path):
+    """Its row, on a copy of the sources, and its section of params.yaml; nothing else is edited."""
+    text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    row = re.search(rf'^ +("{NEW}": .*)$', text, re.MULTILINE)[1]
+    package = Path(shutil.copytree(REPOSITORY / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))) / "advml"
+    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    recipes = (package / "recipes.py").read_text(encoding="utf-8")
+    (package / "recipes.py").write_text(re.sub(r'(?m)^    "Full-AT": .*$', rf"\g<0>\n    {row}", recipes), encoding="utf-8")
+    study = make_study("study", "grid.schemes=[CL]", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0")
+    values = YAML(typ="safe").load(study.params)
+    values["regimes"] = {NEW: values["regimes"]["Full-AT"]}
+    values["grid"] |= {"standard_regimes": [NEW], "adversarial_regimes": []}
+    YAML(typ="safe").dump(values, study.params)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(COMMANDS)],
+        cwd=study.root,
+        env=os.environ | {"PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr
+    name, space = f"CL-{NEW}-s0", study.workspace
+    model = json.loads((space.model(name) / "model.json").read_text())
+    assert model["pretraining"]["name"] == "CL-st-s0" and {"threat_model", "attack"} <= model["parameters"].keys()
+    assert {"accuracy/threat_model_2", "cka/redundancy"} <= json.loads((space.report(name) / "metrics.json").read_text()).keys()
+    best = (space.reports / "tune" / f"finetune-{name}" / "best.yaml").read_text()
+    assert f"regimes.{NEW}.epochs" in best
+    assert name in (space.reports / "summary.csv").read_text() and name in (space.reports / "report.html").read_text()
+    assert name in done.stdout
