@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from advml import tracking
-from advml.core.io import write_atomically
+from advml.core.io import to_json, write_atomically
 from advml.data import adversarial
 from advml.data.adversarial import AdversarialImages
 from advml.data.class_order import few
 from advml.errors import UserError
 from advml.evaluation.attack_suite import threat_model_2
 from advml.evaluation.metrics import describe_kept
-from advml.evaluation.records import to_json
 from advml.evaluation.run_attacks import kept_images
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png

@@ -5,9 +5,8 @@ from __future__ import annotations
 from advml import __version__, tracking
 from advml.claims.testing import check
 from advml.config import Config
-from advml.core.io import write_atomically
+from advml.core.io import to_json, write_atomically
 from advml.errors import UserError
-from advml.evaluation.records import to_json
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.report import page

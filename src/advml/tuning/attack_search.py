@@ -110,7 +110,7 @@ class AttackSearch:
         threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
         model = digest_of(self.folder / "model.json", remedy="evaluate needs it, too")
         subject = (*threat, default, self.passes, self.config.evaluate.seed, model, data_digest(self.root), self.config.runtime.precision)
-        code = source_digest()  # random starts and what counts as broken follow from it
+        code = source_digest("evaluate")  # random starts and what counts as broken follow from it
         return Definition(
             name=self.name,
             directions=("minimize",),
