@@ -440,9 +440,9 @@ def trained(monkeypatch) -> list[str]:
         names.append(job.name)
         return real_train(context, job, *rest)
 
-    def spy_evaluate(context, subject, memo):
+    def spy_evaluate(context, subject, *rest):
         names.append(f"evaluate {subject.name}")
-        return real_evaluate(context, subject, memo)
+        return real_evaluate(context, subject, *rest)
 
     monkeypatch.setattr(learning, "_train", spy_train)
     monkeypatch.setattr(evaluate, "evaluate", spy_evaluate)
