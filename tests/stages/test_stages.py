@@ -326,7 +326,7 @@ def test_adversarial_images_are_stored_once_and_a_correction_repeats_the_attack_
         assert "images" not in load_file(path)
     assert sum(path.stat().st_size for path in scratch.rglob("*")) < 4 * len(images)  # a few hundred bytes per attack, of 40 tiny images
     attacked, measure = [], _Batch.measure
-    monkeypatch.setattr(_Batch, "measure", lambda batch, *before: attacked.append(batch.figure.name) or measure(batch, *before))
+    monkeypatch.setattr(_Batch, "measure", lambda batch, *before: attacked.append(batch.attack.name) or measure(batch, *before))
     corrected = run("corruptions.severities=[2]")
     assert set(attacked) == {"accuracy/threat_model_2"} and stored() == images
     shutil.rmtree(finetuned.root / ".scratch")
@@ -440,9 +440,9 @@ def trained(monkeypatch) -> list[str]:
         names.append(job.name)
         return real_train(context, job, *rest)
 
-    def spy_evaluate(context, subject, memo):
+    def spy_evaluate(context, subject, *rest):
         names.append(f"evaluate {subject.name}")
-        return real_evaluate(context, subject, memo)
+        return real_evaluate(context, subject, *rest)
 
     monkeypatch.setattr(learning, "_train", spy_train)
     monkeypatch.setattr(evaluate, "evaluate", spy_evaluate)

@@ -52,7 +52,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
         return records.publish(workspace, name, digest=model["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
     subject = evaluation.Subject(name, model["digest"], network)
-    found = _evaluate(context, subject, _settings(context, SCHEMES[scheme], note=f"projection head: {head}"), parts)
+    found = evaluate(context, subject, _settings(context, SCHEMES[scheme], note=f"projection head: {head}"), parts)
     about = {"model": name, "digest": model["digest"]}
     adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
     metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
@@ -89,7 +89,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     for flag in expected.flags:  # before the hours that it takes to attack the wrong model
         tell(f"warning: {name}: {flag.saw}; to try: {flag.try_}")
     subject = evaluation.Subject(name, given.digest, network, flags=expected.flags)
-    found = _evaluate(context, subject, _settings(context, SCHEMES.get(given.scheme)), parts)
+    found = evaluate(context, subject, _settings(context, SCHEMES.get(given.scheme)), parts)
     about = {"model": name, "digest": given.digest, "origin": given.origin}
     about |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
     metrics = _write(context, found, about, parts, parameters=OF_GIVEN)
@@ -115,7 +115,7 @@ def _settings(context: Context, scheme: Scheme | None, *, note: str = "") -> eva
     )
 
 
-def _evaluate(
+def evaluate(
     context: Context, subject: evaluation.Subject, settings: evaluation.EvaluationSettings, parts: dict[str, str]
 ) -> evaluation.Evaluation:
     """Everything that params.yaml asks for, with a bar that shows the accuracy that stands so far."""
