@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advml.attacks.adversary import evaluation_adversary, training_adversary
 from ruamel.yaml import YAML
 
 from advml import config
+from advml.attacks.pgd import evaluation_adversary, training_adversary
 from advml.config.presets import PRESETS, preset
 from advml.config.rewrite import rewrite
 from advml.config.writing import editor_schema
@@ -117,8 +117,13 @@ def test_the_paper_protocol_is_the_column_of_the_paper(name: str) -> None:
     )
     threat_model = {"norm": "linf", "epsilon": 8 / 255}
     attack = {"step_size": 0.01, "random_start": False, "keep": "last", "momentum": 0.0, "schedule": "constant"}
-    assert asdict(training_adversary(paper)) == {"threat_model": threat_model, "steps": 5, "mode": "train", **attack}
-    measured = evaluation_adversary(paper, epsilon=paper.threat_model.epsilon / 2)
+    assert asdict(training_adversary(paper.attack, paper.threat_model)) == {
+        "threat_model": threat_model,
+        "steps": 5,
+        "mode": "train",
+        **attack,
+    }
+    measured = evaluation_adversary(paper.evaluate, paper.threat_model, share=0.5)
     assert asdict(measured) == {"threat_model": {**threat_model, "epsilon": 4 / 255}, "steps": 40, "mode": "eval", **attack}
     assert paper.evaluate.restarts == 1
 
@@ -134,11 +139,11 @@ def test_the_corrected_protocol_corrects_what_the_table_says(name: str) -> None:
     ours = load(name)
     assert (ours.model.backbone, ours.model.stem, ours.model.normalize_logits) == ("resnet18", "small", False)
     assert ours.threat_model.epsilon == 8 / 255
-    for adversary in (training_adversary(ours), evaluation_adversary(ours, epsilon=8 / 255)):
+    for adversary in (training_adversary(ours.attack, ours.threat_model), evaluation_adversary(ours.evaluate, ours.threat_model)):
         assert adversary.random_start
         assert adversary.step_size == pytest.approx(2.5 * 8 / 255 / adversary.steps)
         assert adversary.mode == "eval"
-    assert evaluation_adversary(ours, epsilon=1).keep == "best"
+    assert evaluation_adversary(ours.evaluate, ours.threat_model).keep == "best"
     assert ours.views.supervised == config.View(pad=4, flip=0.5)
     assert ours.views.contrastive == config.View(
         resized_crop=(0.2, 1), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2
