@@ -46,7 +46,7 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
     ):
         environment = environment | sent_environment(remark=cluster is not None)
         ended = _run(plan, slots, board, root=str(root.resolve()), token=slots.token, environment=environment, reserve=reserve)
-    for note in (note for outcome in ended.values() for note in outcome.notes):
+    for note in dict.fromkeys(note for outcome in ended.values() for note in outcome.notes):
         tell(note)  # it would otherwise stay in the stage's log
     for name, outcome in ended.items():
         if outcome.failure:

@@ -42,7 +42,7 @@ class Outcome:
     Attributes:
         failure: the line that says why, or None.
         ran: whether DVC ran its command, which else was found up to date.
-        notes: lines that the stage wants to be read.
+        notes: notes and warnings of the stage.
     """
 
     failure: str | None
@@ -86,7 +86,8 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
     lines = [line for line in output.splitlines() if line.strip()]
     said = [line.removeprefix("advml: ") for line in lines if line.startswith("advml: ")]
     why = "DVC was killed" if code < 0 else said[-1] if said else last_line(output)
-    ran, notes = any("Running stage '" in line for line in lines), tuple(line for line in lines if line.startswith("note: "))
+    ran = any("Running stage '" in line for line in lines)
+    notes = tuple(line for line in lines if line.startswith(("note: ", "warning: ")))
     return Outcome(f"{why} (whole output: {log})" if code else None, ran, notes)
 
 
