@@ -54,6 +54,17 @@ def test_the_admins_password_is_made_once_and_only_its_owner_can_read_it(prepare
     assert password not in " ".join([*first.command, *first.lines]) and str(file) in first.lines[0]
 
 
+def test_a_folder_that_others_can_write_to_is_refused_and_an_empty_one_is_kept_out_of_git(prepare, tmp_path):
+    (folder := tmp_path / "server").mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match=str(folder)):
+        prepare()
+    assert not any(folder.iterdir())
+    folder.chmod(0o755)
+    prepare()
+    assert (folder / ".gitignore").read_text() == "*\n"
+
+
 def test_a_given_password_is_kept_nowhere_and_a_later_one_is_said_not_to_count(prepare, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(mlflow_server.PASSWORD, SECRET)
     ready = prepare()

@@ -51,7 +51,7 @@ def prepare(
     """Make the folder and the admin's password, and check all that the server needs.
 
     Args:
-        folder: database of users, the admin's password and, by default, runs and artifacts. Only its owner can read it.
+        folder: database of users, the admin's password and, by default, runs and artifacts. Nobody else reads its files.
         backend: SQLAlchemy's address of the runs' database, PostgreSQL or another; None: SQLite in the folder.
         artifacts: a folder or an address such as s3://bucket/path; None: `artifacts` in the folder.
         host: address to listen on; another than localhost needs a certificate.
@@ -61,8 +61,10 @@ def prepare(
     """
     _require_safe(artifacts, host, port, tls_cert, tls_key)
     mlflow_ui.require_free(host, port)
-    if not folder.exists():
-        folder.mkdir(parents=True, mode=0o700)
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise UserError(f"--folder {folder}: others could replace the passwords in it; name a new one, or one that you alone can write to")
+    if not any(folder.iterdir()):
         (folder / ".gitignore").write_text("*\n")
     password, place = _admin_password(folder)
     scheme = "https" if tls_cert else "http"

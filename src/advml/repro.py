@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from advml.config import Cluster
 from advml.engine.cluster import Slots, connect
 from advml.engine.exclusive import exclusive
 from advml.engine.fork_server import server
-from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, wait_for_stages
+from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, sent_environment, wait_for_stages
 from advml.errors import Failure, UserError
 from advml.lines import one_line, tell
 from advml.progress import Board
@@ -45,9 +44,9 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
         server(root) if cluster is None else contextlib.nullcontext({}) as environment,
         Board(total=len(plan), folder=root / FOLDER) as board,
     ):
-        environment = environment | {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
+        environment = environment | sent_environment(remark=cluster is not None)
         ended = _run(plan, slots, board, root=str(root.resolve()), token=slots.token, environment=environment, reserve=reserve)
-    for note in (note for outcome in ended.values() for note in outcome.notes):
+    for note in dict.fromkeys(note for outcome in ended.values() for note in outcome.notes):
         tell(note)  # it would otherwise stay in the stage's log
     for name, outcome in ended.items():
         if outcome.failure:
@@ -58,8 +57,6 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
 def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any) -> dict[str, Outcome]:
     """Run the stages of the plan, as many at a time as there are slots; after a failure, wait for those at work only."""
     waiting, running, ended = list(plan), {}, {}
-    if not slots.count():
-        tell("waiting for a worker of the cluster")
     try:
         while running or waiting:
             unfinished, free = {*waiting, *running}, max(0, slots.count() - len(running))
@@ -86,8 +83,8 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
 
 
 def _plan(root: Path) -> dict[str, list[str]]:
-    """See `advml.engine.dvc_command.plan`."""
-    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_command"], cwd=root, capture_output=True, text=True, check=False)
+    """See `advml.engine.dvc_plan.plan`."""
+    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_plan"], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise Failure("DVC was killed; the same command goes on")
     if done.returncode:

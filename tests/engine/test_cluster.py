@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from ruamel.yaml import YAML
 
 from advml.config import Cluster
 from advml.engine import stage_task
-from advml.engine.cluster import connect
+from advml.engine.cluster import Slots, connect
 from advml.errors import Failure, UserError
 
 # What `advml.cli.main` does under an engine, and then a stage that waits for a file.
@@ -29,7 +30,7 @@ end_with(int(os.environ[PARENT]))
 print(os.getpid(), file=open(sys.argv[1] + ".pid", "w"), flush=True)
 while not os.path.exists("go"):
     time.sleep(0.02)
-open(sys.argv[1], "w").write(os.environ["OMP_NUM_THREADS"])
+print(os.environ["OMP_NUM_THREADS"], os.environ.get("MLFLOW_TRACKING_URI"), file=open(sys.argv[1], "w"))
 """
 DRIVER = """
 import sys
@@ -89,12 +90,12 @@ def test_a_driver_that_ends_leaves_nothing_at_work_and_the_next_one_goes_on(stud
             assert not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE
         assert psutil.wait_procs([stage], timeout=TIMEOUT)[1] == []
 
-    process = driver(study, scheduler)
+    process = driver(study, scheduler, MLFLOW_TRACKING_URI="http://127.0.0.1:1")
     wait_for(lambda: pid(study) not in ended, process)
     (study / "go").touch()
     told, said = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, told.strip()) == (0, "['one']"), said
-    assert (study / "one").read_text() == str(CPU_COUNT)
+    assert (study / "one").read_text().split() == [str(CPU_COUNT), "http://127.0.0.1:1"]
 
 
 def test_a_job_of_a_queue_that_is_killed_is_submitted_again(study):
@@ -115,7 +116,7 @@ def test_a_job_of_a_queue_that_is_killed_is_submitted_again(study):
     (study / "go").touch()
     told, said = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, told.strip()) == (0, "['one']"), said
-    assert (study / "one").read_text() == str(max(1, CPU_COUNT // 2))
+    assert (study / "one").read_text().split() == [str(max(1, CPU_COUNT // 2)), "None"]
     assert list((study / stage_task.FOLDER / "jobs").glob("*cert*")) == []
 
 
@@ -148,6 +149,35 @@ def test_a_machine_that_does_not_see_the_study_is_named(tmp_path):
         stage_task.require_shared(str(tmp_path), "token")
     stage_task.token_file(tmp_path, "token").touch()
     stage_task.require_shared(str(tmp_path), "token")
+    stage_task.token_file(tmp_path, "token").write_text("digest of other sources")
+    with pytest.raises(Failure, match=f"{os.uname().nodename}.*other sources"):
+        stage_task.require_shared(str(tmp_path), "token")
+
+
+def test_a_worker_without_advml_is_named(tmp_path, scheduler, start):
+    (tmp_path / "bare" / "advml").mkdir(parents=True)
+    (tmp_path / "bare" / "advml" / "__init__.py").touch()
+    start("worker", scheduler, "--no-nanny", PYTHONPATH=str(tmp_path / "bare"))
+    wait_for(lambda: "Registered" in (tmp_path / "worker.log").read_text())
+    with pytest.raises(Failure, match=r"worker tcp://127.0.0.1:\d+ .*advml"), connect(scheduler, root=tmp_path, jobs=1, options=Cluster()):
+        pass
+
+
+def test_that_there_is_no_worker_is_said_again_now_and_then(monkeypatch, capsys):
+    client = SimpleNamespace(nthreads=dict, scheduler=SimpleNamespace(address="tcp://10.0.0.1:8786"))
+    slots = Slots(client, "token")
+    assert [slots.count(), slots.count()] == [0, 0] and capsys.readouterr().err.count("tcp://10.0.0.1:8786") == 1
+    monkeypatch.setattr("advml.engine.cluster.REMINDER", 0)
+    assert slots.count() == 0 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_address_with_a_password_is_not_sent_to_workers(monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for address, is_sent in (("http://10.0.0.1:5000", True), ("postgresql://ann@host/runs", True), ("https://ann:S3CRET@host", False)):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert stage_task.sent_environment(remark=True) == ({"MLFLOW_TRACKING_URI": address} if is_sent else {})
+        said = capsys.readouterr().err
+        assert ("MLFLOW_TRACKING_URI" in said, "S3CRET" in said) == (not is_sent, False)
 
 
 def test_a_local_engine_takes_no_connection_from_another_machine(tmp_path):

@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import inspect
 import logging
+import math
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from advml.config import Cluster
 from advml.engine.stage_task import FOLDER, require_shared, token_file
 from advml.errors import Failure, UserError
-from advml.lines import one_line
+from advml.lines import one_line, tell
+from advml.provenance import source_digest
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,9 +40,10 @@ LOCALHOST = "127.0.0.1:0"  # of Dask's pages about itself, which it cannot do wi
 CERTIFICATES = ", ".join(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLIENT__CERT", "CLIENT__KEY"))
 MOST_LOSSES = 10  # jobs that a stage may lose
 PATIENCE = 30.0  # seconds to wait for a running scheduler
+REMINDER = 60.0  # seconds after which it is said again that there is no worker
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slots:
     """Where stages run.
 
@@ -51,19 +55,24 @@ class Slots:
     client: Client
     token: str
     refusals: list[str] = field(default_factory=list)
+    _told: float = -math.inf
 
     def count(self) -> int:
-        """Stages that can run at once now: one per thread of each worker. 0: no worker has come yet.
+        """Stages that can run at once now: one per thread of each worker. 0: there is none, which is said once a minute.
 
         Raises:
             Failure: the last one is lost, and the queue has refused another job.
         """
-        count = sum(self.client.nthreads().values())
-        if self.refusals and not count:
+        if count := sum(self.client.nthreads().values()):
+            return count
+        if self.refusals:
             raise Failure(
                 f"no worker is left, and the queue refuses another job: {self.refusals[-1]}; once it takes jobs, the same command goes on"
             )
-        return count
+        if (now := time.monotonic()) - self._told > REMINDER:
+            self._told = now
+            tell(f"{self.client.scheduler.address} has no worker; waiting for one")
+        return 0
 
 
 @contextlib.contextmanager
@@ -77,7 +86,7 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         options: the section `cluster` of params.yaml, for jobs of a queue.
     Raises:
         UserError: there is no such place.
-        Failure: a worker does not see `root`.
+        Failure: a worker does not see `root`, or lacks advml or has another one.
     """
     from distributed import Client, LocalCluster, Security
     from distributed.comm import CommClosedError
@@ -86,7 +95,7 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         logging.getLogger(name).setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
     refusals, token = [], uuid.uuid4().hex
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    token_file(root, token).touch()
+    token_file(root, token).write_text(source_digest() if where else "")  # sources may be edited while this machine runs stages
     with contextlib.ExitStack() as stack:
         stack.callback(token_file(root, token).unlink, missing_ok=True)
         if where is None:
@@ -103,19 +112,14 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         except (OSError, ValueError) as error:
             raise UserError(f"--cluster {where}: cannot be used ({one_line(error)})") from None
         try:
-            for answer in client.run(_sees, str(root.resolve()), token).values():
-                if answer:
-                    raise Failure(answer)
+            for worker, error in client.run(require_shared, str(root.resolve()), token, on_error="return").items():
+                if isinstance(error, Failure):
+                    raise error
+                if error:
+                    raise Failure(f"worker {worker} cannot run stages ({one_line(error)}); start it in an environment with this advml")
             yield Slots(client, token, refusals)
         except CommClosedError:
             raise Failure(f"the Dask scheduler ({where}) is gone; once it is back, the same command goes on") from None
-
-
-def _sees(root: str, token: str) -> str | None:
-    try:
-        require_shared(root, token)
-    except Failure as error:
-        return str(error)
 
 
 def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[str]) -> Any:

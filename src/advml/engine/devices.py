@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import itertools
 import os
 import subprocess
@@ -21,14 +20,14 @@ _turns = itertools.count()
 def one_device() -> Iterator[dict[str, str]]:
     """Reserve a GPU of this host; yields the environment variable that shows a process this GPU alone, or {} without GPUs.
 
-    A lock file per GPU, which the operating system releases when a process dies, keeps workers of one host apart, whoever started
-    them. With more stages than GPUs, stages share them in turn.
+    A lock file per GPU, which the operating system releases when a process dies, keeps a user's workers of one host apart, whatever
+    started them. With more stages than GPUs, stages share them in turn.
     """
     devices = _visible()
     if not devices:
         yield {}
         return
-    folder = Path(tempfile.gettempdir()) / f"advml-devices-{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"advml-devices-{os.getuid()}"  # users of containers may have no name
     folder.mkdir(exist_ok=True)
     for device, identity in devices.items():
         lock = FileLock(folder / identity.replace("/", "-"), thread_local=False)  # threads may end what others have begun

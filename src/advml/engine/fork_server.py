@@ -65,9 +65,7 @@ def forward(address: str, arguments: list[str]) -> int | None:
 
 
 class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
-    """Forks a child for each connection."""
-
-    request_queue_size = 64  # clients that connect during the imports wait
+    """Forks a child for each connection; clients that connect during the imports wait."""
 
 
 class Command(socketserver.StreamRequestHandler):

@@ -162,11 +162,13 @@ def advance(key: str, message: Any, *, root: str, token: str, environment: Mappi
     from dask.system import CPU_COUNT
     from distributed.worker import get_worker
 
-    require_shared(root, token)
     process = _waiting.pop(key, None)
     if process is None and isinstance(message, bool):
         return None
-    if process is None and (process := _free(token)) is None:
+    if process is None:
+        require_shared(root, token)
+        process = _free(token)
+    if process is None:
         slots = get_worker().state.nthreads
         share = {"OMP_NUM_THREADS": str(max(1, CPU_COUNT // slots))} if slots > 1 else {}
         process = Process({**share, **environment}, reserve=reserve)

@@ -19,7 +19,10 @@ import psutil
 from advml.engine.devices import one_device
 from advml.engine.parent import PARENT
 from advml.errors import Failure
+from advml.lines import tell
+from advml.passwords import masked
 from advml.progress import BOARD
+from advml.provenance import source_digest
 
 FOLDER = Path(".scratch") / "repro"  # in the study: logs and progress of stages
 GRACE = 15.0  # seconds for a stage to end its MLflow run after SIGTERM
@@ -28,6 +31,7 @@ KILLED = re.compile(r"exited with (-9|137|-15|143)\b|process killed")
 MOST_KILLED = 3  # times that a stage which is killed is started: mostly for want of memory, and then it will be killed again
 MOST_BLOCKED = 11  # times that a stage is started while a process of a lost worker still holds its files
 PAUSE = 1.0  # seconds before that
+SENT = ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")  # variables of the driver that replace those of workers
 _at_work: set[int] = set()  # processes of this worker
 
 
@@ -38,12 +42,25 @@ class Outcome:
     Attributes:
         failure: the line that says why, or None.
         ran: whether DVC ran its command, which else was found up to date.
-        notes: lines that the stage wants to be read.
+        notes: notes and warnings of the stage.
     """
 
     failure: str | None
     ran: bool = False
     notes: tuple[str, ...] = ()
+
+
+def sent_environment(*, remark: bool = False) -> dict[str, str]:
+    """Variables of this process for those on workers; none with a password, which Dask does not hide.
+
+    Args:
+        remark: whether to say which one is left out.
+    """
+    found = {name: os.environ[name] for name in SENT if name in os.environ}
+    sent = {name: value for name, value in found.items() if masked(value) == value}
+    for name in found.keys() - sent.keys() if remark else ():
+        tell(f"note: {name} holds a password and is not sent to the workers of the cluster; set it in their environment as well")
+    return sent
 
 
 def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], reserve: bool) -> Outcome:
@@ -54,7 +71,7 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
         environment: variables for the stage, beside those of this worker. Without OMP_NUM_THREADS, a stage gets its share of the cores.
         reserve: whether the stage gets a GPU of its own, where there are any.
     Raises:
-        Failure: this machine does not see the folder.
+        Failure: this machine does not see the folder, or has other sources of advml than the driver.
     """
     require_shared(root, token)
     log = Path(root, FOLDER, f"{name}.log")
@@ -69,7 +86,8 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
     lines = [line for line in output.splitlines() if line.strip()]
     said = [line.removeprefix("advml: ") for line in lines if line.startswith("advml: ")]
     why = "DVC was killed" if code < 0 else said[-1] if said else last_line(output)
-    ran, notes = any("Running stage '" in line for line in lines), tuple(line for line in lines if line.startswith("note: "))
+    ran = any("Running stage '" in line for line in lines)
+    notes = tuple(line for line in lines if line.startswith(("note: ", "warning: ")))
     return Outcome(f"{why} (whole output: {log})" if code else None, ran, notes)
 
 
@@ -92,7 +110,7 @@ def _run_dvc(name: str, *, root: str, log: Path, environment: dict[str, str]) ->
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "advml.engine.dvc_command", name],
+            [sys.executable, "-m", "advml.engine.dvc_stage", name],
             cwd=root,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -118,15 +136,20 @@ async def wait_for_stages() -> None:
 
 
 def token_file(root: str | Path, token: str) -> Path:
-    """An empty file that shows workers the study's folder, as long as the driver lives."""
+    """A file that shows workers the study's folder, as long as the driver lives. It holds the digest of the sources that they need."""
     return Path(root, FOLDER, f"token-{token}")
 
 
 def require_shared(root: str, token: str) -> None:
-    """Raises Failure if this machine does not see the study's folder, with the token file that the driver has made there."""
-    if token_file(root, token).exists():
-        return
-    raise Failure(f"{os.uname().nodename} does not see {root}: all workers need the study's folder under this path (NFS, Lustre, ...)")
+    """Raises Failure if this machine does not see the study's folder and the driver's token file in it, or has other sources of advml."""
+    host = os.uname().nodename
+    try:
+        wanted = token_file(root, token).read_text()
+    except FileNotFoundError:
+        raise Failure(f"{host} does not see {root}: all workers need the study's folder under this path (NFS, Lustre, ...)") from None
+    if wanted and wanted != source_digest.__wrapped__():  # as they are now: a stage imports them anew
+        where = Path(__file__).parents[1]
+        raise Failure(f"{host} has other sources of advml ({where}) than this command had at its start; make them the same and repeat it")
 
 
 def is_cancelled() -> bool:

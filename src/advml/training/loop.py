@@ -171,8 +171,8 @@ class _Trainer:
             Failure: a weight that the training starts from, a loss or a gradient is not finite.
         """
         if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
-            remedy = "the training starts from broken weights: make them again with: advml pretrain; fresh ones come from model.options"
-            raise Failure(f"{weights[0]} is not finite before the first step; {remedy}")
+            remedy = "a pretraining makes them by model.backbone and model.options; a fine-tuning reads them: make its pretraining again"
+            raise Failure(f"{weights[0]}, a weight that the training starts from, is not finite; {remedy}")
         gradients = {f"the gradient of {key}": value.grad for key, value in self.task.network.named_parameters() if value.grad is not None}
         if broken := _not_finite({"train/loss": losses[0], "train/adversarial_loss": losses[1]} | gradients):
             precision = "runtime.precision: fp32, then " if self.machine.precision == "bf16" else ""

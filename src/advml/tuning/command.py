@@ -7,7 +7,6 @@ and MLflow runs. Trials run in processes of the engine's slots.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from advml.config import Config
 from advml.engine.cluster import connect
 from advml.engine.fork_server import server
 from advml.engine.process_task import Call, Lost, Pool, call_here
+from advml.engine.stage_task import sent_environment
 from advml.errors import Failure, UserError
 from advml.lines import tell
 from advml.passwords import masked
@@ -101,8 +101,7 @@ def tune(
         driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed)
         try:
             with connect(cluster, root=workspace.root, jobs=slots, options=config.cluster) as where:
-                threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
-                driver.pool = Pool(where, workspace.root, forks | threads, config.runtime.device in ("auto", "cuda"))
+                driver.pool = Pool(where, workspace.root, forks | sent_environment(), config.runtime.device in ("auto", "cuda"))
                 try:
                     driver.search_on()
                     driver.confirm()
@@ -211,8 +210,8 @@ class Driver:
         if (now := time.monotonic()) - self._looked > 1:
             self.check()
             self.workers = self.pool.slots.client.nthreads()
-            if not (self.workers or self.pool.slots.count() or self._looked):  # `count` raises what a queue has said against jobs
-                tell("waiting for a worker of the cluster")
+            if not self.workers:
+                self.pool.slots.count()  # says so, and raises what a queue has said against jobs
             self._looked = now
 
     def wait(self) -> None:
