@@ -8,7 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent  # also where `src` is a link: one dvc.yaml lists the sources
 LOCKS = ":(exclude,top,glob)**/dvc.lock"
 
 
