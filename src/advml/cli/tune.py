@@ -138,7 +138,8 @@ def apply(
     Writes params.yaml. Next: advml repro
     """
     from advml.config import load
-    from advml.tuning.apply import merge, proposal, warnings
+    from advml.rewrite import merge
+    from advml.tuning.apply import proposal, warnings
 
     load(params)  # what is wrong with the file now must not look like the proposal's fault
     values = proposal(Workspace(params.parent), name, trial=trial)

@@ -1,102 +1,56 @@
-"""The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more.
-
-No attack takes more forward and backward passes of an image that nothing breaks than the default does: see `advml.tuning.budget`.
-"""
+"""The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
-from advml.attacks import autoattack
-from advml.attacks.adversary import Adversary, evaluation_adversary
+from advml.attacks import autoattack as autoattacks
 from advml.attacks.guard import copied
 from advml.attacks.threat import ThreatModel
-from advml.config import Config
+from advml.config import Config, changed
 from advml.data.datasets import Split
-from advml.evaluation.intervals import wilson
 from advml.evaluation.measure import Effort, measure
-from advml.evaluation.plan import Figure, autoattack_figure, classification, pgd_figure
+from advml.evaluation.plan import Figure, autoattack_figure, figures
 from advml.evaluation.scoring import Scorer
 from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.runtime.machine import Machine, generator_for
-from advml.similarity import estimates
+from advml.runtime.machine import generator_for
+from advml.similarity.estimates import mcnemar
 from advml.stages.context import Context
-from advml.tuning.budget import passes
-from advml.tuning.search import Attempt
+from advml.tuning.attack_search import passes
+from advml.tuning.comparison import interval
 from advml.tuning.space import Values
+from advml.tuning.trial import Attempt, Objective
 
 if TYPE_CHECKING:
     from advml.tuning.attack_search import AttackSearch
-
 
 # The figure of `evaluate` that searches measure. Random numbers follow from its name and `evaluate.seed`, so the same attack on the same
 # images gives the study's own figure.
 STUDIED = "accuracy/threat_model_2"
 
 
-@dataclass(frozen=True)
-class Attack:
-    """PGD on an objective of the classifier, repeated; an image counts as broken if any repetition breaks it.
-
-    Without `random_start` the first run begins at the image itself; the others begin at random, or they would repeat it.
-    """
-
-    adversary: Adversary
-    objective: str
-    restarts: int
-
-    @classmethod
-    def of(cls, values: Values, *, steps: int, threat_model: ThreatModel) -> Attack:
-        """The attack of a trial; step sizes count in epsilons."""
-        adversary = Adversary(
-            threat_model=threat_model,
-            steps=steps,
-            step_size=values["step_size"] * threat_model.epsilon,
-            random_start=values["random_start"],
-            keep=values["keep"],
-            momentum=values["momentum"],
-            schedule=values["schedule"],
-        )
-        return cls(adversary, values["objective"], values["restarts"])
-
-    @property
-    def passes(self) -> dict[str, int]:
-        """Forward and backward passes of an image that nothing breaks."""
-        return passes(steps=self.adversary.steps, restarts=self.restarts, keep=self.adversary.keep)
-
-    def figure(self) -> Figure:
-        """The attack as `evaluate` measures it: broken images leave the next restart, and examples must lie in the ball."""
-        figure = pgd_figure(STUDIED, self.adversary, classification(self.objective), loss=self.objective)
-        return replace(figure, restarts=self.restarts)
+def evaluation_attack(configuration: Config, *, half: bool = False) -> Figure:
+    """Threat model II of `evaluate`, PGD on an objective of the classifier; at half of its radius with the same random numbers."""
+    chosen = next(figure for figure in figures(configuration, None) if figure.name == f"{STUDIED}{'_half' if half else ''}")
+    return replace(chosen, name=STUDIED, kept=False)
 
 
-def withstood(network: Network, split: Split, attack: Attack | None, *, batch_size: int, seed: int, machine: Machine) -> Iterator[Tensor]:
+def withstood(network: Network, split: Split, attack: Figure | None, effort: Effort) -> Iterator[Tensor]:
     """Batch by batch, which images (n,) stay right: clean (`attack=None`), or under every restart of the attack.
 
-    An image has the same random starts whatever the attack: those of `evaluate`, as `seed` is `evaluate.seed`.
+    An image has the same random starts whatever the attack: those of `evaluate`, where `effort.seed` is `evaluate.seed`.
     """
-    figures = [Figure("clean"), *([attack.figure()] if attack else [])]
-    scorer = Scorer(copied(network.eval()), machine)
-    effort = Effort(batch_size, seed, machine)
-    for rows in torch.arange(len(split.labels)).split(batch_size):
-        outcomes = measure(network, Split(split.images[rows], split.labels[rows]), figures, effort, scorer=scorer)
-        yield outcomes[figures[-1].name].right
-
-
-def evaluation_attack(configuration: Config, *, share: float = 1.0) -> Attack:
-    """The attack of `evaluate`, at a share of its radius: how searches for better training measure every trial."""
-    adversary = evaluation_adversary(configuration, epsilon=share * configuration.attacked_epsilon)
-    return Attack(adversary, configuration.evaluate.objective, configuration.evaluate.restarts)
-
-
-# The search
+    listed = [Figure("clean"), *([attack] if attack else [])]
+    scorer = Scorer(copied(network.eval()), effort.machine)
+    for rows in torch.arange(len(split.labels)).split(effort.batch_size):
+        outcomes = measure(network, Split(split.images[rows], split.labels[rows]), listed, effort, scorer=scorer)
+        yield outcomes[listed[-1].name].right
 
 
 class Subject:
@@ -105,21 +59,21 @@ class Subject:
     def __init__(self, search: AttackSearch) -> None:
         self.search, self.spec = search, search.config.tune.attack
         self.context = Context(search.config, Workspace(search.root))
-        self.record, self.network = self.context.load_network(search.folder)
-        self.threat_model = ThreatModel(search.config.threat_model.norm, search.config.attacked_epsilon)
+        _, self.network = self.context.load_network(search.folder)
+        self.effort = Effort(self.spec.batch_size, search.config.evaluate.seed, self.context.machine)
 
-    def attack(self, values: Values) -> Attack:
-        return Attack.of(self.search.default() | values, steps=self.search.steps(values), threat_model=self.threat_model)
+    def attack(self, values: Values) -> Figure:
+        """The attack of `evaluate` under what these values mean in params.yaml."""
+        return evaluation_attack(changed(self.search.config, self.search.proposal(values)))
 
-    def default(self) -> Attack:
+    def default(self) -> Figure:
         """The attack of `evaluate`; where the budget is another, with as many steps as that allows."""
         spec = self.search.config.evaluate
-        same = self.search.budget == spec.steps * spec.restarts
-        return evaluation_attack(self.search.config) if same else self.attack({})
+        return evaluation_attack(self.search.config) if self.search.budget == spec.steps * spec.restarts else self.attack({})
 
-    def under(self, attack: Attack | None, split: Split) -> Iterator[Tensor]:
-        seed, size = self.search.config.evaluate.seed, self.spec.batch_size
-        return withstood(self.network, split, attack, batch_size=size, seed=seed, machine=self.context.machine)
+    def under(self, attack: Figure | None, split: Split) -> Iterator[Tensor]:
+        """See `withstood`."""
+        return withstood(self.network, split, attack, self.effort)
 
     def validation(self) -> Split:
         """The validation images of the search, shuffled: classes must not come one after another."""
@@ -128,7 +82,7 @@ class Subject:
         return Split(split.images[order], split.labels[order])
 
 
-def objective(search: AttackSearch) -> Callable[[Attempt], Sequence[float]]:
+def objective(search: AttackSearch) -> Objective:
     """The trial: accuracy on validation under the attack, reported after every batch; the pruner compares batch by batch."""
     subject = Subject(search)
     split = subject.validation()
@@ -146,64 +100,40 @@ def objective(search: AttackSearch) -> Callable[[Attempt], Sequence[float]]:
 
 def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
     """Winner and default at the same budget, on validation and, once, on test."""
-    subject = Subject(search)
+    subject, spec = Subject(search), search.config.evaluate
     attacks = {"default": subject.default(), "winner": subject.attack(values)}
-    splits = {"validation": subject.validation(), "test": subject.context.dataset.test}
-    told: dict[str, Any] = {"budget": search.budget, "epsilon": subject.threat_model.epsilon, "norm": subject.threat_model.norm}
-    other = (
-        "" if attacks["default"] == evaluation_attack(search.config) else f", with the {search.budget} steps of tune.attack.budget in all"
-    )
-    told["default_is"] = f"the attack of evaluate{other}"
-    told["passes"] = {who: attack.passes for who, attack in attacks.items()}
-    for name, split in splits.items():
-        right = {who: torch.cat(list(subject.under(attack, split))) for who, attack in attacks.items()}
-        told[name] = {"clean": interval(torch.cat(list(subject.under(None, split))))}
-        told[name] |= {who: interval(found) for who, found in right.items()} | {"paired": paired(right["default"], right["winner"])}
+    other = "" if search.budget == spec.steps * spec.restarts else f", with the {search.budget} steps of tune.attack.budget in all"
+    told: dict[str, Any] = {
+        "budget": search.budget,
+        "epsilon": search.config.attacked_epsilon,
+        "norm": search.config.threat_model.norm,
+        "default_is": f"the attack of evaluate{other}",
+        "passes": {who: passes_of(attack) for who, attack in attacks.items()},
+    }
+    for name, split in (("validation", subject.validation()), ("test", subject.context.dataset.test)):
+        right = {who: torch.cat(list(subject.under(attack, split))).numpy() for who, attack in {"clean": None, **attacks}.items()}
+        told[name] = {who: interval(found) for who, found in right.items()} | {"paired": mcnemar(right["default"], right["winner"])}
     return told
 
 
-def under_autoattack(search: AttackSearch) -> dict[str, Any]:
-    """The model under the whole of AutoAttack on test, which is what all cheaper attacks are to be compared with."""
-    subject = Subject(search)
-    return {"test": interval(_autoattack(subject, subject.context.dataset.test))}
+def passes_of(attack: Figure) -> dict[str, int]:
+    """Forward and backward passes of an image that nothing breaks."""
+    return passes(steps=attack.settings["steps"], restarts=attack.restarts, keep=attack.settings["keep"])
 
 
-def interval(right: Tensor) -> dict[str, Any]:
-    """Share of right images with its 95 % interval."""
-    low, high = wilson(int(right.sum()), len(right))
-    return {"accuracy": float(right.double().mean()), "low": low, "high": high, "n": len(right)}
-
-
-def paired(default: Tensor, winner: Tensor) -> dict[str, Any]:
-    """Two attacks on the same images: those that only one of them breaks, with the two-sided p of McNemar's exact test (McNemar 1947).
-
-    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `estimates.share`.
-
-    Args:
-        default, winner: (N,) bool, which images each attack leaves right.
-    """
-    winner_only, default_only = int((default & ~winner).sum()), int((~default & winner).sum())
-    p = binomtest(default_only, default_only + winner_only).pvalue if default_only + winner_only else 1.0
-    found = estimates.difference(estimates.share(winner.numpy()), estimates.share(default.numpy()))
-    low, high = found.interval
-    return {
-        "broken_by_winner_only": winner_only,
-        "broken_by_default_only": default_only,
-        "p": float(p),
-        **{"difference": found.value, "low": low, "high": high},
-    }
-
-
-def _autoattack(subject: Subject, split: Split) -> Tensor:
-    """Which images (N,) the whole of AutoAttack's standard set leaves right."""
-    classes, spec = len(subject.context.dataset.classes), subject.search.config.evaluate
-    figures = [
-        replace(autoattack_figure(name, subject.threat_model, classes=classes, strength=autoattack.Strength()), left_only=True)
-        for name in autoattack.ATTACKS
-        if autoattack.applicable(name, classes)
+def autoattack(search: AttackSearch) -> dict[str, Any]:
+    """The model under the whole of AutoAttack's standard set on test, which is what all cheaper attacks are to be compared with."""
+    subject, spec = Subject(search), search.config.evaluate
+    split, classes = subject.context.dataset.test, len(subject.context.dataset.classes)
+    threat_model = ThreatModel(search.config.threat_model.norm, search.config.attacked_epsilon)
+    listed = [
+        replace(autoattack_figure(name, threat_model, classes=classes, strength=autoattacks.Strength()), left_only=True)
+        for name in autoattacks.ATTACKS
+        if autoattacks.applicable(name, classes)
     ]
-    effort = Effort(spec.batch_size, spec.seed, subject.context.machine)
     right = torch.ones(len(split.labels), dtype=torch.bool)
-    for outcome in measure(subject.network, split, [Figure("clean"), *figures], effort).values():
+    for outcome in measure(
+        subject.network, split, [Figure("clean"), *listed], Effort(spec.batch_size, spec.seed, subject.context.machine)
+    ).values():
         right[outcome.rows] &= outcome.right
-    return right
+    return {"test": interval(right.numpy())}

@@ -49,12 +49,10 @@ def address(url: str | None, *, root: Path) -> str:
         kind = parsed.get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number
         kind = None
-    if kind not in ("sqlite", *LOCKS):
-        raise UserError(f"--storage {masked(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
-    if kind != "sqlite":
+    if kind in LOCKS:
         return url
-    if parsed.database in (None, "", ":memory:"):
-        raise UserError(f"--storage {masked(url)!r} names no file; write sqlite:///optuna.db")
+    if kind != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise UserError(f"--storage {masked(url)!r} names no database; write sqlite:///optuna.db or postgresql://user@host/name")
     return f"{SQLITE}{(root / parsed.database).resolve()}"
 
 
@@ -87,17 +85,16 @@ def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
     Raises:
         UserError: another process has it, or the database cannot be reached.
     """
-    if url.startswith(SQLITE):
-        with _usable(url), contextlib.ExitStack() as stack:
-            file = url.removeprefix(SQLITE)
-            stack.enter_context(exclusive(Path(file), work=f"advml tune is at work on {file}"))
-            held = stack.pop_all()
-        with held:
-            yield lambda: None
-        return
-    key = hashlib.sha256(f"{sqlalchemy.make_url(url).database} {name}".encode()).digest()[:8]
-    *before, take = LOCKS[sqlalchemy.make_url(url).get_backend_name()]
     with contextlib.ExitStack() as stack:
+        if url.startswith(SQLITE):
+            with _usable(url):
+                file = Path(url.removeprefix(SQLITE))
+                stack.enter_context(exclusive(file, work=f"advml tune is at work on {file}"))
+            yield lambda: None
+            return
+        parsed = sqlalchemy.make_url(url)
+        key = hashlib.sha256(f"{parsed.database} {name}".encode()).digest()[:8]
+        *before, take = LOCKS[parsed.get_backend_name()]
         with _usable(url):
             engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, connect_args=_timeout(url))
             session = stack.enter_context(contextlib.closing(engine.connect()))
@@ -106,12 +103,7 @@ def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
             given = session.execute(sqlalchemy.text(take), {"key": int.from_bytes(key, signed=True)}).scalar()
         if not given:
             raise UserError(at_work(f"advml tune is at work on {name}", _holder(url, name)))
-
-        def check() -> None:
-            with told():
-                session.execute(sqlalchemy.text("SELECT 1"))
-
-        yield check
+        yield told()(lambda: session.execute(sqlalchemy.text("SELECT 1")))
 
 
 def note_holder(study: optuna.Study) -> None:
