@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -9,9 +10,11 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from advml import config
+from advml.cli import searching
 from advml.cli.searching import told
 from advml.errors import Failure, UserError
-from advml.tuning import trial_state
+from advml.tracking import store as stores
+from advml.tuning import command, trial_state
 from advml.tuning.attack_search import AttackSearch
 from advml.tuning.command import Outcome
 from advml.tuning.training_search import TrainingSearch
@@ -85,6 +88,28 @@ def ended(state: TrialState, reason: str | None = None, violation: float | None 
         user_attrs={trial_state.REASON: reason} if reason else {},
         constraints=None if violation is None else {"clean_floor": violation},
     )
+
+
+def test_an_mlflow_server_that_is_down_or_refuses_is_said_before_the_search_begins(made, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(command, "tune", lambda *_, **__: begun.append(capsys.readouterr().err) or outcome("x", []))
+
+    def run(uri: str) -> None:
+        chosen = search(made, "attack")
+        asked = replace(chosen, config=config.changed(chosen.config, {"tracking.uri": uri}))
+        searching.run(asked, made / "params.yaml", trials=1, workers=1, cluster=None, storage=None, replace=False)
+
+    with pytest.raises(Failure, match="has run to its end"):
+        run("http://127.0.0.1:9")
+    assert begun[0].count("warning: no tracking, http://127.0.0.1:9") == 1
+
+    def refuse(place: stores.Place) -> None:
+        raise stores.Denied(f"MLflow at {place.uri} refuses user or password")
+
+    monkeypatch.setattr(stores, "connect", refuse)
+    with pytest.raises(UserError, match="refuses user or password"):
+        run("http://127.0.0.1:10")
+    assert len(begun) == 1
 
 
 @pytest.mark.parametrize("kind", ["finetune", "pretrain"])

@@ -305,6 +305,7 @@ def test_mysqls_answer_is_heeded(monkeypatch, answer, given):
 
     class Engine:
         connect = staticmethod(Session)
+        url = sqlalchemy.make_url("mysql://me@h/x")
 
     monkeypatch.setattr(storage.sqlalchemy, "create_engine", lambda *_, **__: Engine)
     monkeypatch.setattr(storage, "_holder", lambda *_: "process 1 on host")

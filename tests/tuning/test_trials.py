@@ -27,7 +27,7 @@ from advml.stages import finetune, pretrain
 from advml.training.regimes import REGIMES, Regime
 from advml.tuning import attack_trial, comparison, training_trial, trial_state
 from advml.tuning import study as studies
-from advml.tuning.attack_search import AttackSearch, steps_within
+from advml.tuning.attack_search import AttackSearch, passes, steps_within
 from advml.tuning.search import hyperband, rungs
 from advml.tuning.storage import address
 from advml.tuning.training_search import TrainingSearch
@@ -109,7 +109,7 @@ def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, re
         split = Split(dataset.validation.images, network(CPU.images(dataset.validation.images)).argmax(1))
     network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
     assert torch.cat(list(attack_trial.withstood(network, split, chosen, Effort(32, 0, CPU)))).all()
-    assert network.passes == attack_trial.passes_of(chosen) == {"forward": forward, "backward": restarts * steps}
+    assert network.passes == passes(steps=steps, restarts=restarts, keep=keep) == {"forward": forward, "backward": restarts * steps}
     assert sum(network.passes.values()) <= 12 + 12 + 2
 
 

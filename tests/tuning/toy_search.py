@@ -76,6 +76,7 @@ class Toy(Search):
     once: tuple[str, ...] = ()
     confirmation: str = ""  # "slow", "killed", "broken", "refused"
     further_seeds: int = 0
+    kind = "toy"
     space = SPACE
 
     @property

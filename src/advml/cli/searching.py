@@ -10,35 +10,24 @@ from advml.lines import tell
 from advml.paths import Workspace
 
 if TYPE_CHECKING:
-    from advml.config import Config
     from advml.tuning.command import Outcome
     from advml.tuning.search import Search
 
 
-def run(
-    search: Search,
-    configuration: Config,
-    params: Path,
-    *,
-    storage: str | None,
-    trials: int,
-    workers: int,
-    cluster: str | None,
-    seed: int,
-    replace: bool,
-) -> None:
-    """Search until so many trials have finished, then print what was found."""
+def run(search: Search, params: Path, *, trials: int | None, workers: int, cluster: str | None, storage: str | None, replace: bool) -> None:
+    """Search until so many trials have finished (None: as many as params.yaml says), then print what was found."""
     from advml.cli.live_table import LiveTable
     from advml.tracking import warn_if_unusable
     from advml.tuning.command import tune
 
-    warn_if_unusable(configuration, root=params.parent)
+    warn_if_unusable(search.config, root=params.parent)
     if missed := search.missed():
         listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
         tell(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with")
-    options = {"storage": storage, "trials": trials, "slots": workers, "cluster": cluster, "seed": seed, "replace": replace}
+    trials = trials or search.spec.trials
+    options = {"storage": storage, "trials": trials, "slots": workers, "cluster": cluster, "seed": search.spec.seed, "replace": replace}
     with LiveTable(search, total=trials) as table:
-        outcome = tune(search, configuration, Workspace(params.parent), **options, watch=table.show)
+        outcome = tune(search, search.config, Workspace(params.parent), **options, watch=table.show)
     print("\n".join(told(outcome, search)))
 
 

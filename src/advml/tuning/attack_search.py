@@ -53,6 +53,7 @@ class AttackSearch(Search):
     folder: Path  # of the model
     autoattack: bool = True
     chosen_name: str | None = None
+    kind = "attack"
     directions = ("minimize",)
 
     @classmethod
@@ -72,10 +73,6 @@ class AttackSearch(Search):
         return self.chosen_name or f"attack-{self.folder.name}"
 
     @property
-    def space(self) -> spaces.Space:
-        return self.config.tune.attack.space
-
-    @property
     def once(self) -> tuple[str, ...]:
         return ("autoattack",) if self.autoattack else ()
 
@@ -88,7 +85,7 @@ class AttackSearch(Search):
     @property
     def budget(self) -> int:
         """Steps times restarts of the default."""
-        return self.config.tune.attack.budget or self.config.evaluate.steps * self.config.evaluate.restarts
+        return self.spec.budget or self.config.evaluate.steps * self.config.evaluate.restarts
 
     @property
     def passes(self) -> int:
@@ -100,6 +97,11 @@ class AttackSearch(Search):
         """Steps of each restart that the budget has room for."""
         found = self.default() | values
         return steps_within(self.passes, restarts=found["restarts"], keep=found["keep"])
+
+    def passes_of(self, values: Values) -> dict[str, int]:
+        """Forward and backward passes of an attack for an image that nothing breaks."""
+        found = self.default() | values
+        return passes(steps=self.steps(values), restarts=found["restarts"], keep=found["keep"])
 
     def default(self) -> Values:
         """The attack of `evaluate`, with as many steps as the budget allows."""
@@ -129,8 +131,7 @@ class AttackSearch(Search):
 
     def fingerprint(self) -> str:
         """Of the sources, too: random starts and what counts as broken follow from them."""
-        spec = self.config.tune.attack
-        inputs = (dict(self.space), self.budget, spec.images, spec.batch_size, spec.seed)
+        inputs = (dict(self.space), self.budget, self.spec.images, self.spec.batch_size, self.spec.seed)
         threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
         model = digest_of(self.folder / "model.json", remedy="evaluate needs it, too")
         subject = (*threat, self.default(), self.passes, self.config.evaluate.seed, model, data_digest(self.root))
@@ -146,4 +147,6 @@ class AttackSearch(Search):
         return {"search": "attack", "model": self.folder.name}
 
     def parameters(self) -> dict[str, Any]:
-        return {"tune": {"attack": {**self.config.tune.attack.model_dump(mode="json"), "budget": self.budget}}}
+        whole = super().parameters()
+        whole["tune"]["attack"]["budget"] = self.budget
+        return whole

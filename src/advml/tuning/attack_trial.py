@@ -22,7 +22,6 @@ from advml.paths import Workspace
 from advml.runtime.machine import generator_for
 from advml.similarity.estimates import mcnemar
 from advml.stages.context import Context
-from advml.tuning.attack_search import passes
 from advml.tuning.comparison import interval
 from advml.tuning.space import Values
 from advml.tuning.trial import Attempt, Objective
@@ -57,7 +56,7 @@ class Subject:
     """The model under attack and everything that stays the same over all trials."""
 
     def __init__(self, search: AttackSearch) -> None:
-        self.search, self.spec = search, search.config.tune.attack
+        self.search, self.spec = search, search.spec
         self.context = Context(search.config, Workspace(search.root))
         _, self.network = self.context.load_network(search.folder)
         self.effort = Effort(self.spec.batch_size, search.config.evaluate.seed, self.context.machine)
@@ -100,25 +99,21 @@ def objective(search: AttackSearch) -> Objective:
 
 def confirm(search: AttackSearch, values: Values) -> dict[str, Any]:
     """Winner and default at the same budget, on validation and, once, on test."""
-    subject, spec = Subject(search), search.config.evaluate
+    subject = Subject(search)
     attacks = {"default": subject.default(), "winner": subject.attack(values)}
-    other = "" if search.budget == spec.steps * spec.restarts else f", with the {search.budget} steps of tune.attack.budget in all"
+    own = attacks["default"].settings == evaluation_attack(search.config).settings
+    other = "" if own else f", with the {search.budget} steps of tune.attack.budget in all"
     told: dict[str, Any] = {
         "budget": search.budget,
         "epsilon": search.config.attacked_epsilon,
         "norm": search.config.threat_model.norm,
         "default_is": f"the attack of evaluate{other}",
-        "passes": {who: passes_of(attack) for who, attack in attacks.items()},
+        "passes": {"default": search.passes_of({}), "winner": search.passes_of(values)},
     }
     for name, split in (("validation", subject.validation()), ("test", subject.context.dataset.test)):
         right = {who: torch.cat(list(subject.under(attack, split))).numpy() for who, attack in {"clean": None, **attacks}.items()}
         told[name] = {who: interval(found) for who, found in right.items()} | {"paired": mcnemar(right["default"], right["winner"])}
     return told
-
-
-def passes_of(attack: Figure) -> dict[str, int]:
-    """Forward and backward passes of an image that nothing breaks."""
-    return passes(steps=attack.settings["steps"], restarts=attack.restarts, keep=attack.settings["keep"])
 
 
 def autoattack(search: AttackSearch) -> dict[str, Any]:
@@ -132,8 +127,7 @@ def autoattack(search: AttackSearch) -> dict[str, Any]:
         if autoattacks.applicable(name, classes)
     ]
     right = torch.ones(len(split.labels), dtype=torch.bool)
-    for outcome in measure(
-        subject.network, split, [Figure("clean"), *listed], Effort(spec.batch_size, spec.seed, subject.context.machine)
-    ).values():
+    effort = Effort(spec.batch_size, spec.seed, subject.context.machine)
+    for outcome in measure(subject.network, split, [Figure("clean"), *listed], effort).values():
         right[outcome.rows] &= outcome.right
     return {"test": interval(right.numpy())}

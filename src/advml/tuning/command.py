@@ -104,7 +104,12 @@ def tune(
         stack.enter_context(told())
         study = studies.create(search, url, replace=replace)
         stack.callback(close, study)
-        _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
+        folder = workspace.reports / "tune" / search.name
+        if not replace and (folder / outputs.BEST).exists() and not finished(study.get_trials(deepcopy=False)):
+            raise UserError(  # else its results would be written over
+                f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
+                f"give this one a name of its own: --name {search.name}-2, or let it write over them: --replace"
+            )
         note_holder(study)
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
@@ -129,16 +134,6 @@ def tune(
         outcome = driver.close()
         shutil.rmtree(scratch, ignore_errors=True)
     return outcome
-
-
-def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: bool) -> None:
-    """Raises UserError if the folder holds the results of a search that this database knows nothing of: they would be written over."""
-    if replace or finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
-        return
-    raise UserError(
-        f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
-        f"give this one a name of its own: --name {study.study_name}-2, or let it write over them: --replace"
-    )
 
 
 @dataclass
@@ -241,7 +236,7 @@ class Driver:
 
     def confirm(self) -> None:
         """Measure the winner once more, and what else was asked for, unless an earlier command has. Test images are looked at once."""
-        best, attributes = self.best, self.study.user_attrs
+        best, attributes = best_of(self.trials(), self.search.directions), self.study.user_attrs
         if best is None:
             return
         known = attributes.get(CONFIRMED, {"trial": None, "times": 0})
@@ -257,10 +252,6 @@ class Driver:
         for name in self.search.once:
             if name not in (measured := self.study.user_attrs.get(MEASURED, {})):
                 self.study.set_user_attr(MEASURED, measured | {name: self.measure(self.search.measure, name)})
-
-    @property
-    def best(self) -> FrozenTrial | None:
-        return best_of(self.trials(), self.search.directions)
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it in a process of the pool."""
@@ -293,7 +284,7 @@ class Driver:
     def close(self) -> Outcome:
         """Write files and figures, and complete the runs."""
         trials, folder = self.trials(), self.root / "reports" / "tune" / self.search.name
-        best = self.best
+        best = best_of(trials, self.search.directions)
         found = self.confirmed(best)
         try:
             files = call_here(self.forks, outputs.write, folder, self.search, trials, found)

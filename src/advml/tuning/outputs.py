@@ -90,19 +90,16 @@ def fact(search: Search, trial: FrozenTrial) -> Trial:
 
 def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     """trials.csv."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-    measured = [key for key in dict.fromkeys(key for trial in trials for key in scores(metrics, trial)) if key not in metrics]
+    scored = dict.fromkeys((*metrics, *(name for trial in trials for name in scores(metrics, trial))))
+    values = dict.fromkeys(key for trial in trials for key in trial.params)
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["trial", "state", *metrics, *measured, "feasible", "seconds", *keys, "retry_of", "reason"])
+    writer = csv.DictWriter(stream, ["trial", "state", *scored, "feasible", SECONDS, *values, RETRY_OF, REASON], lineterminator="\n")
+    writer.writeheader()
     for trial in trials:
-        noted, scored = trial.user_attrs, scores(metrics, trial)
-        writer.writerow(
-            [trial.number, name_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
-            + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get(SECONDS)]
-            + [trial.params.get(key) for key in keys]
-            + [noted.get(RETRY_OF), noted.get(REASON)]
-        )
+        kept = all(violation <= 0 for violation in trial.constraints.values()) if trial.state == TrialState.COMPLETE else None
+        noted = {name: trial.user_attrs.get(name) for name in (SECONDS, RETRY_OF, REASON)}
+        figures = {"trial": trial.number, "state": name_of(trial), **scores(metrics, trial), "feasible": kept}
+        writer.writerow(figures | trial.params | noted)
     return stream.getvalue()
 
 

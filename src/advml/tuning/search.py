@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import optuna
 
+from advml.config import Config
 from advml.errors import UserError
 from advml.paths import Workspace
 from advml.tuning import space as spaces
 from advml.tuning.space import Space, Values
-from advml.tuning.trial import Attempt
+from advml.tuning.trial import Objective
 
 REDUCTION = 3  # of Hyperband: the share of trials that goes on from rung to rung is its inverse
 
@@ -24,17 +24,19 @@ class Search(ABC):
     """What is searched. Picklable: it is sent to the processes that run its trials.
 
     Attributes:
+        kind: its section of `tune`: attack, finetune or pretrain.
         name: in the database, in paths and in MLflow, e.g. `attack-SL-AT-s0`.
-        space: ranges of the keys.
         metrics: names of the objectives.
         directions: "minimize" or "maximize", one per objective.
-        once: what best.yaml tells of the study whichever trial wins, e.g. ("autoattack",); functions of `work`.
-        further_seeds: on which winner and default are compared.
-        work: the module that does the work, and imports torch: `objective(search)`, `confirm(search, values)`.
+        once: measurements for best.yaml that do not depend on the winner, e.g. ("autoattack",); functions of `work`.
+        further_seeds: number of seeds on which winner and default are trained again and compared.
+        work: the module that imports torch, with `objective(search)`, `confirm(search, values)` and `once`.
     """
 
+    config: Config
+    root: Path
+    kind: str
     name: str
-    space: Space
     metrics: tuple[str, ...] = ("robust",)
     directions: tuple[str, ...] = ("maximize",)
     once: tuple[str, ...] = ()
@@ -61,9 +63,19 @@ class Search(ABC):
     def tags(self) -> dict[str, Any]:
         """Of the MLflow run."""
 
-    @abstractmethod
     def parameters(self) -> dict[str, Any]:
         """Of the MLflow run: space and budget."""
+        return {"tune": {self.kind: {**self.spec.model_dump(mode="json"), "space": dict(self.space)}}}
+
+    @property
+    def spec(self) -> Any:
+        """The section `tune.<kind>`."""
+        return getattr(self.config.tune, self.kind)
+
+    @property
+    def space(self) -> Space:
+        """Ranges of the keys."""
+        return self.spec.space
 
     def missed(self) -> Values:
         """The default's values that the space does not contain: the search does not start from it, then."""
@@ -73,7 +85,7 @@ class Search(ABC):
         """TPE, multivariate, which takes trials at work for bad ones (constant liar) and constraints into account."""
         return optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=8)
 
-    def open(self) -> Callable[[Attempt], Sequence[float]]:
+    def open(self) -> Objective:
         """Load data and networks, which is costly; returns what runs a trial and gives its objectives."""
         return self.work.objective(self)
 

@@ -17,7 +17,7 @@ from advml.training.regimes import REGIMES
 from advml.training.schemes import SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of, hyperband
-from advml.tuning.space import Values
+from advml.tuning.space import Space, Values
 
 # Where a phase leaves one of these null, the value of the study counts.
 INHERITED = {"epsilon": "threat_model.epsilon", "attack_steps": "attack.steps"}
@@ -75,15 +75,11 @@ class TrainingSearch(Search):
         return ("maximize",) * len(self.metrics)
 
     @property
-    def spec(self) -> config.TrainingSearch:
-        return getattr(self.config.tune, self.kind)
-
-    @property
     def further_seeds(self) -> int:
         return self.spec.confirm
 
     @property
-    def space(self) -> spaces.Space:
+    def space(self) -> Space:
         return {key: dimension for key, dimension in self.spec.space.items() if key not in self.left_out}
 
     @property
@@ -169,6 +165,3 @@ class TrainingSearch(Search):
 
     def tags(self) -> dict[str, Any]:
         return {"search": self.kind, "scheme": self.scheme, "phase" if self.kind == "pretrain" else "regime": self.which, "seed": self.seed}
-
-    def parameters(self) -> dict[str, Any]:
-        return {"tune": {self.kind: {**self.spec.model_dump(mode="json"), "space": dict(self.space)}}}
