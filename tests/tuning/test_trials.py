@@ -299,6 +299,7 @@ def test_a_standard_pretraining_is_measured_at_half_of_the_radius(trained, phase
     settings = trained.config("tune.pretrain.space={temperature: {log: [0.1, 1]}}")
     bench = training_trial.Bench(TrainingSearch.of(settings, trained.root, "pretrain", "CL", phase, seed=0))
     assert bench.attack.threat_model.epsilon == pytest.approx(share * settings.attacked_epsilon)
+    assert bench.attack.name == attack_trial.STUDIED  # of which the random numbers follow
 
 
 def test_a_pretraining_is_measured_under_a_linear_head_and_leaves_the_encoder_alone(trained):

@@ -65,16 +65,13 @@ def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:
     """Why there is nothing to propose: no trial has run to its end, or none keeps the floor."""
     from advml.tuning.trial_state import REASON, name_of
 
-    failed = [trial for trial in outcome.trials if name_of(trial) == "failed"]
+    failed, total = [trial for trial in outcome.trials if name_of(trial) == "failed"], len(outcome.trials)
     if any(name_of(trial) == "complete" for trial in outcome.trials):
-        remedy = f"lower tune.{search.tags()['search']}.clean_floor and search anew, with --replace or under another --name"
+        remedy = f"lower tune.{search.kind}.clean_floor and search anew, with --replace or under another --name"
         return UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; {remedy}")
     if not failed:
-        return Failure(f"{outcome.name}: none of {len(outcome.trials)} trials has run to its end")
-    all_failed = len(failed) == len(outcome.trials)
-    count = (
-        f"all {len(failed)} trials failed" if all_failed else f"{len(failed)} of {len(outcome.trials)} trials failed, others were pruned"
-    )
+        return Failure(f"{outcome.name}: none of {total} trials has run to its end")
+    count = f"all {total} trials failed" if len(failed) == total else f"{len(failed)} of {total} trials failed, others were pruned"
     return Failure(f"{outcome.name}: {count}, the last one: {failed[-1].user_attrs[REASON]}")
 
 
