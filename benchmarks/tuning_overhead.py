@@ -9,32 +9,82 @@ in the number of trials alone; trials of TRAINING seconds stand in for training,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 from timing import hardware_line
-from waiting_search import REPOSITORY, Waiting
 
 from advml import config
 from advml.paths import Workspace
 from advml.tuning.command import tune
+from advml.tuning.search import Search, hyperband, rungs
 from advml.tuning.storage import address
+from advml.tuning.trial import Attempt
 
+REPOSITORY = Path(__file__).parents[1]
 STUDY_SECONDS, TARGET = 600.0, 0.05
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for the processes of trials
+EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Waiting(Search):
+    """The space of `advml tune finetune`, whose training is a wait of `seconds`, reported as training would be."""
+
+    config: config.Config
+    seconds: float
+    kind = "finetune"
+    name = "bench"
+
+    def default(self) -> dict[str, object]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return self.name
+
+    def pruner(self) -> optuna.pruners.BasePruner:
+        return hyperband(EPOCHS)
+
+    def open(self) -> Callable[[Attempt], Sequence[float]]:
+        from advml.tuning import training_trial  # noqa: F401 - what a process of a real search imports
+
+        return self.train
+
+    def train(self, attempt: Attempt) -> Sequence[float]:
+        score = 1 - abs(attempt.values["label_smoothing"] - 0.1)
+        for epoch in range(1, EPOCHS + 1):
+            time.sleep(self.seconds / EPOCHS)
+            attempt.history.append({"epoch": epoch, "train/loss": 1.0, "validation/robust": score})
+            if epoch in rungs(EPOCHS):
+                with contextlib.suppress(optuna.TrialPruned):  # all trials run to the end, so that all studies do the same
+                    attempt.report(epoch, score)
+        attempt.constraints["clean_floor"] = -0.01
+        return (score,)
+
+    def tags(self) -> dict[str, str]:
+        return {"search": "benchmark"}
+
+    def proposal(self, values: dict[str, object]) -> dict[str, object]:
+        return dict(values)
+
+    def confirm(self, values: dict[str, object]) -> dict[str, object]:
+        return {}
 
 
 def overhead(trials: int, *, workers: int, seconds: float) -> float:
     """Worker seconds that a whole study of so many trials spends outside of them."""
-    root = Path(tempfile.mkdtemp(prefix="advml-bench-"))
-    search = Waiting("bench", seconds)
+    from tuning_overhead import Waiting  # under a name that the processes of trials can import
+
+    root, settings = Path(tempfile.mkdtemp(prefix="advml-bench-")), config.load(REPOSITORY / "params.yaml")
     started = time.perf_counter()
-    tune(search, config.load(REPOSITORY / "params.yaml"), Workspace(root), storage=None, trials=trials, slots=workers, seed=0)
+    tune(Waiting(settings, seconds), settings, Workspace(root), storage=None, trials=trials, slots=workers, seed=0)
     spent = (time.perf_counter() - started) * workers
     study = optuna.load_study(study_name="bench", storage=address(None, root=root))
     shutil.rmtree(root)
@@ -48,6 +98,7 @@ def main() -> None:
     parser.add_argument("--training", type=float, default=1.0, help="seconds of a trial")
     parser.add_argument("--trial", type=float, default=30.0, help="seconds of a trial in the study that is told of: digits, CL-Full-AT")
     options = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     few, many, rounds = (4, 12, 1) if options.quick else (8, 40, 3)
     fixed, per_trial = [], []
     for _ in range(rounds):

@@ -20,6 +20,7 @@ from advml.engine.cluster import connect
 from advml.engine.devices import VISIBLE
 from advml.engine.process_task import Call, Lost, Pool, ask, call_here
 from advml.errors import Failure, UserError
+from advml.paths import checked_name
 
 HOLD = """
 import sys, time
@@ -69,8 +70,8 @@ def test_a_function_sends_messages_and_goes_on_with_the_answers_and_its_process_
         assert taken(Call(here, os.getpid)) == first != os.getpid()
         with pytest.raises(Failure, match=r"^FileNotFoundError: .*/nowhere.* \(.+, line \d+\)$"):
             taken(Call(here, os.listdir, "/nowhere"))
-        with pytest.raises(UserError, match="-j"):
-            taken(Call(here, process_task._value, ("error", UserError("use -j 2"))))
+        with pytest.raises(UserError, match="--name"):
+            taken(Call(here, checked_name, "../.."))
         assert taken(Call(here, os.getpid)) == first
         call = Call(here, ask, "how is it?")
         taken(call)
@@ -80,7 +81,7 @@ def test_a_function_sends_messages_and_goes_on_with_the_answers_and_its_process_
             taken(call)
         idle = taken(Call(here, os.getpid))
         os.kill(idle, signal.SIGKILL)  # as one that has waited for too long
-        wait_for(lambda: not process_task._idle[0][1].is_alive())
+        wait_for(lambda: not next(iter(process_task._processes)).is_alive())
         second = taken(Call(here, os.getpid))
         call = Call(here, time.sleep, 300)
         time.sleep(0.2)
@@ -100,7 +101,7 @@ def test_calls_at_a_time_share_the_cores_and_each_has_a_gpu_of_its_own(tmp_path,
     with pool(tmp_path, slots=2, reserve=True) as here:
         calls = [Call(here, ask, name) for name in ("a", "b")]
         assert [taken(call) for call in calls] == ["a", "b"]
-        environments = [psutil.Process(one._process.pid).environ() for one in process_task._all]
+        environments = [psutil.Process(one._process.pid).environ() for one in process_task._processes]
     assert sorted(one[VISIBLE] for one in environments) == ["0", "1"] and {one["OMP_NUM_THREADS"] for one in environments} == {"3"}
 
 
@@ -133,3 +134,14 @@ def test_a_killed_driver_leaves_nothing_at_work(tmp_path, request, remote):
     driver.kill()
     driver.communicate()
     assert psutil.wait_procs([process], timeout=30)[1] == []
+
+
+def test_a_driver_that_ends_leaves_the_processes_of_another_alone(tmp_path, scheduler, start):
+    start("worker", scheduler, "--nthreads", "2")
+    with pool(tmp_path, where=scheduler) as one:
+        call = Call(one, ask, "how is it?")
+        taken(call)
+        with pool(tmp_path, where=scheduler) as other:
+            taken(Call(other, os.getpid))
+        call.answer(True)
+        assert taken(call) is True

@@ -12,7 +12,7 @@ import torch
 from advml.evaluation.intervals import wilson
 from advml.similarity import measures
 from advml.similarity.cka import Similarity, centred_gram
-from advml.similarity.statistics import Estimate, difference, jackknife, over_seeds, share
+from advml.similarity.statistics import Estimate, difference, jackknife, mcnemar, over_seeds, share
 
 LAYERS, SIZE, POOL = 6, 30, 400
 KEY = ("net", "clean")
@@ -220,3 +220,13 @@ def test_which_images_a_model_has_right_decides_not_how_many():
     right = np.arange(100) < 80
     same, other = difference(share(right), share(right)), difference(share(right), share(right[::-1]))
     assert same.value == other.value == 0 and np.diff(same.interval).item() < 0.3 * np.diff(other.interval).item()
+
+
+def test_the_pairs_of_a_comparison_are_tested_exactly():
+    """Against the binomial by hand: 5 to 0 is 2 * 0.5^5. The difference is of the accuracies, and its interval of the same pairs."""
+    one, other = np.array([True] * 5 + [False, True]), np.array([False] * 5 + [False, True])
+    found = mcnemar(one, other)
+    assert (found["broken_by_winner_only"], found["broken_by_default_only"], found["p"]) == (5, 0, pytest.approx(2 * 0.5**5))
+    # Tango's interval (1998) for 0 against 5 of 7 pairs, by bisection of his score statistic.
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((-5 / 7, -0.917781, -0.106862), abs=1e-5)
+    assert mcnemar(one, one)["p"] == 1.0 and mcnemar(one, one)["high"] > 0

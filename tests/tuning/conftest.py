@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial
 from advml.engine.fork_server import server
 from advml.tuning import command, storage
 from advml.tuning import study as studies
-from advml.tuning.search import Attempt, Search
+from advml.tuning.search import Search
 from advml.tuning.storage import address
+from advml.tuning.trial import Attempt, result_of
 from advml.tuning.trial_state import finished
-from advml.tuning.workers import result_of
 
 HERE = str(Path(__file__).parent)
 REPOSITORY = Path(__file__).parents[2]
@@ -32,16 +32,16 @@ def light_server() -> Iterator[dict[str, str]]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, before)))
     try:
-        with server(REPOSITORY, ("advml.cli", "advml.tuning.workers", "advml.tuning.outputs", "toy_search")) as environment:
+        from toy_search import MODULES
+
+        with server(REPOSITORY, MODULES) as environment:
             yield environment
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
 @pytest.fixture(autouse=True)
-def light_processes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Toys can be imported; commands in this process use the light server."""
-    monkeypatch.syspath_prepend(HERE)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "POLL", 0.1)
 
 
@@ -79,11 +79,10 @@ def run_here(tmp_path: Path) -> Callable[..., list[FrozenTrial]]:
     """run_here(search, total=8) -> all trials of the study after that many have run, one by one, in this process."""
 
     def go(search: Search, *, total: int) -> list[FrozenTrial]:
-        definition = search.definition()
-        study, objective = studies.create(definition, address(None, root=tmp_path)), search.open()
+        study, objective = studies.create(search, address(None, root=tmp_path)), search.open()
         studies.requeue_dead(study)
         while len(finished(study.get_trials())) < total:
-            trial = studies.next_trial(study, definition, seed=0)
+            trial = studies.next_trial(study, search, seed=0)
             scratch = tmp_path / "scratch" / f"trial-{trial.user_attrs['origin']}"
             attempt = Attempt(dict(trial.params), scratch, lambda report, trial=trial: studies.note(trial, report))
             studies.finish(study, trial, result_of(objective, attempt))

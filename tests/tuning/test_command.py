@@ -15,6 +15,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from advml.cli.live_table import LiveTable
 from advml.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import command, trial_state
@@ -49,7 +50,9 @@ def tune(study, monkeypatch, light_server):
                 patch.setattr(command.outputs, "write", written_without_figures)
             if not runs:
                 patch.setattr(command.tracking, "open_search", lambda *_, **__: NoRuns())
-            return command.tune(toy, config, study.workspace, storage=None, trials=trials, slots=slots, seed=0, replace=replace)
+            options = {"storage": None, "trials": trials, "slots": slots, "seed": 0, "replace": replace}
+            with LiveTable(toy, total=trials) as table:
+                return command.tune(toy, config, study.workspace, **options, watch=table.show)
 
     return run
 
@@ -92,7 +95,7 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
 def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):
     outcome = tune(Toy(toy.log, two=True, metrics=("value", "x")), trials=6, figures=True)
     assert (outcome.folder / "pareto.png").exists()
-    opened = studies.create(Toy(toy.log, two=True).definition(), address(None, root=study.root))
+    opened = studies.create(Toy(toy.log, two=True), address(None, root=study.root))
     assert [one["trial"] for one in best(outcome)["front"]] == [
         trial.number for trial in sorted(opened.best_trials, key=lambda trial: trial.values[0])
     ]
@@ -111,7 +114,7 @@ def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_
     assert before.keys() < after.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
     parent = after["toy"]
     assert parent.info.run_id == before["toy"].info.run_id and parent.info.status == "FINISHED"
-    for trial in studies.create(toy.definition(), address(None, root=study.root)).get_trials():
+    for trial in studies.create(toy, address(None, root=study.root)).get_trials():
         run = after[f"toy/{trial.number}"]
         failed = trial.params["kind"] == "odd"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -133,7 +136,7 @@ def test_results_of_a_search_that_the_database_does_not_know_are_not_written_ove
     with pytest.raises(UserError, match=r"holds the results of a search of which sqlite:.* knows nothing; .*--name toy-2.*--replace$"):
         tune(toy, trials=3)
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").read_text() == kept
-    assert tune(toy, trials=3, replace=True).finished == 3
+    assert len(tune(toy, trials=3, replace=True).trials) == 3
 
 
 def count(toy: Toy, word: str) -> int:
@@ -161,17 +164,17 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
         tune(Toy(toy.log, pause=0.05), trials=200, slots=2, runs=True)
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
     assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
-    trials = studies.create(toy.definition(), address(None, root=study.root)).get_trials()
+    trials = studies.create(toy, address(None, root=study.root)).get_trials()
     assert not trial_state.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
     done = len(trial_state.finished(trials))
     outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, slots=2, runs=True)
-    assert outcome.finished == done + 3 and runs(study)["toy"].info.status == "FINISHED"
+    assert len(outcome.trials) == done + 3 and runs(study)["toy"].info.status == "FINISHED"
 
 
 def test_a_dead_tracking_server_costs_a_warning_only(tune, toy, capfd):
     outcome = tune(toy, trials=3, overrides=("tracking.uri=http://127.0.0.1:9",), runs=True)
-    assert outcome.finished == 3 and best(outcome)["trials"]["complete"] == 3
+    assert len(outcome.trials) == 3 and best(outcome)["trials"]["complete"] == 3
     assert capfd.readouterr().err.count("warning: no tracking") == 1
 
 
@@ -195,11 +198,9 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
 
     from rich.console import Console
 
-    from advml.tuning.live_table import LiveTable
-
     tune(Toy(toy.log, fails="odd"), trials=6)
-    opened = studies.create(toy.definition(), address(None, root=study.root))
-    table = LiveTable("toy", metrics=("value",), directions=("minimize",), total=6)
+    opened = studies.create(toy, address(None, root=study.root))
+    table = LiveTable(toy, total=6)
     stream = StringIO()
     Console(file=stream, width=120).print(table.table(opened.get_trials()))
     text = stream.getvalue()
@@ -278,7 +279,7 @@ def test_what_is_asked_for_later_is_measured_alone_and_once(tune, toy):
 def test_another_number_of_further_seeds_is_heeded_or_the_line_says_why_not(tune, toy, capfd):
     def confirm(seeds: int) -> tuple[int, str]:
         """Confirmations so far, and what is said."""
-        outcome = tune(Toy(toy.log, further=seeds), trials=1)
+        outcome = tune(Toy(toy.log, further_seeds=seeds), trials=1)
         assert "winners_confirmed" not in outcome.confirmed
         return count(toy, "confirm"), "".join(line for line in capfd.readouterr().err.splitlines() if "has been" in line)
 
@@ -306,8 +307,8 @@ def test_a_new_study_of_the_same_name_has_scratch_folders_of_its_own(tune, toy, 
 
 
 def test_four_slots_on_a_fresh_database_run_every_trial_once(tune, toy, fresh_database):
-    assert tune(toy, trials=12, slots=4).finished == 12
-    assert tune(toy, trials=4, slots=4).finished == 12
+    assert len(tune(toy, trials=12, slots=4).trials) == 12
+    assert len(tune(toy, trials=4, slots=4).trials) == 12
     lines = [line for line in toy.log.read_text().splitlines() if line[0].isdigit()]
     assert sorted(int(line.split()[0]) for line in lines) == list(range(12))
     assert 2 <= len({line.split()[1] for line in lines}) <= 4 and len({line.split(" ", 2)[2] for line in lines}) == 12
@@ -324,7 +325,7 @@ def test_a_study_in_which_everything_fails_ends_the_command_and_what_cannot_be_o
 
 def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(tune, toy):
     tune(toy, trials=2)
-    assert tune(Toy(toy.log, fails="all"), trials=2 + trial_state.HOPELESS + 2).finished == 2 + trial_state.HOPELESS + 2
+    assert len(tune(Toy(toy.log, fails="all"), trials=2 + command.HOPELESS + 2).trials) == 2 + command.HOPELESS + 2
 
 
 def test_a_killed_driver_leaves_no_process_and_a_second_one_is_refused(toy, driver):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -9,9 +10,11 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from advml import config
+from advml.cli import searching
 from advml.cli.searching import told
 from advml.errors import Failure, UserError
-from advml.tuning import outputs, trial_state
+from advml.tracking import store as stores
+from advml.tuning import command, trial_state
 from advml.tuning.attack_search import AttackSearch
 from advml.tuning.command import Outcome
 from advml.tuning.training_search import TrainingSearch
@@ -39,27 +42,25 @@ def search(root: Path, kind: str, which: str = "", **options):
 )
 def test_an_attack_is_to_leave_little_and_a_training_to_keep_much(made, kind, which, pareto, directions, pruner):
     chosen = search(made, kind, which, **({"pareto": True} if pareto else {}))
-    definition = chosen.definition()
-    assert definition.directions == directions and len(chosen.metrics) == len(directions) and chosen.metrics[0] == "robust"
-    assert type(definition.pruner()) is pruner and type(definition.sampler(0)) is optuna.samplers.TPESampler
-    assert definition.sampler(2**40)._rng.rng.random() != definition.sampler(1)._rng.rng.random()  # from the seed, of any size
+    assert chosen.directions == directions and len(chosen.metrics) == len(directions) and chosen.metrics[0] == "robust"
+    assert type(chosen.pruner()) is pruner and type(chosen.sampler(0)) is optuna.samplers.TPESampler
+    assert chosen.sampler(2**40)._rng.rng.random() != chosen.sampler(1)._rng.rng.random()  # from the seed, of any size
 
 
 def test_hyperbands_resource_is_the_epoch_and_its_largest_that_of_the_space(made):
     chosen = search(made, "finetune", "Full-AT")
-    pruner = chosen.definition().pruner()
-    assert chosen.most_epochs == 15 == pruner._max_resource and (pruner._min_resource, pruner._reduction_factor) == (1, 3)
+    pruner = chosen.pruner()
+    assert pruner._max_resource == 15 and (pruner._min_resource, pruner._reduction_factor) == (1, 3)
 
 
 @pytest.mark.parametrize(("direction", "better", "worse"), [("minimize", 0.1, 0.9), ("maximize", 0.9, 0.1)])
 def test_pruners_stop_the_worse_and_spare_the_better(made, direction, better, worse):
     """What is reported, the direction and the pruner of each search go together."""
     chosen = search(made, "attack") if direction == "minimize" else search(made, "finetune", "Full-AT")
-    definition = chosen.definition()
-    assert definition.directions == (direction,)
+    assert chosen.directions == (direction,)
 
     def share_stopped(value: float) -> float:
-        study = optuna.create_study(study_name="s", direction=definition.directions[0], pruner=definition.pruner())
+        study = optuna.create_study(study_name="s", direction=direction, pruner=chosen.pruner())
         stopped, drift = 0, (1 if better > worse else -1) * 1e-6  # each a little better than the one before: no ties
         for number in range(20):
             trial, mine = study.ask(), value if number >= 10 else 0.5
@@ -77,8 +78,7 @@ def test_pruners_stop_the_worse_and_spare_the_better(made, direction, better, wo
 
 
 def outcome(name: str, trials: list, directions=("maximize",)) -> Outcome:
-    best = outputs.best_of(trials, directions)
-    return Outcome(name, Path("reports"), len(trials), best, None, None, [], outputs.fruitless(trials))
+    return Outcome(name, Path("reports"), trials, trial_state.best_of(trials, directions), None, [])
 
 
 def ended(state: TrialState, reason: str | None = None, violation: float | None = None):
@@ -88,6 +88,28 @@ def ended(state: TrialState, reason: str | None = None, violation: float | None 
         user_attrs={trial_state.REASON: reason} if reason else {},
         constraints=None if violation is None else {"clean_floor": violation},
     )
+
+
+def test_an_mlflow_server_that_is_down_or_refuses_is_said_before_the_search_begins(made, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(command, "tune", lambda *_, **__: begun.append(capsys.readouterr().err) or outcome("x", []))
+
+    def run(uri: str) -> None:
+        chosen = search(made, "attack")
+        asked = replace(chosen, config=config.changed(chosen.config, {"tracking.uri": uri}))
+        searching.run(asked, made / "params.yaml", trials=1, workers=1, cluster=None, storage=None, replace=False)
+
+    with pytest.raises(Failure, match="has run to its end"):
+        run("http://127.0.0.1:9")
+    assert begun[0].count("warning: no tracking, http://127.0.0.1:9") == 1
+
+    def refuse(place: stores.Place) -> None:
+        raise stores.Denied(f"MLflow at {place.uri} refuses user or password")
+
+    monkeypatch.setattr(stores, "connect", refuse)
+    with pytest.raises(UserError, match="refuses user or password"):
+        run("http://127.0.0.1:10")
+    assert len(begun) == 1
 
 
 @pytest.mark.parametrize("kind", ["finetune", "pretrain"])

@@ -12,7 +12,7 @@ from advml.errors import UserError
 from advml.paths import Workspace
 from advml.provenance import source_digest
 from advml.recipes import REGIMES
-from advml.tuning import budget
+from advml.tuning import attack_search
 from advml.tuning import space as spaces
 from advml.tuning.apply import proposal
 from advml.tuning.attack_search import AttackSearch
@@ -144,9 +144,9 @@ def test_a_proposal_names_the_keys_of_params_yaml(made):
 
 def test_the_search_starts_from_the_default_also_where_a_phase_takes_over_values_of_the_study(made):
     space = "tune.finetune.space={epsilon: {float: [0.05, 0.2]}, attack_steps: {int: [2, 9]}, learning_rate: {log: [1e-4, 1]}}"
-    assert finetuning(made, space).definition().default == {"epsilon": 0.15, "attack_steps": 5, "learning_rate": 2e-3}
+    assert finetuning(made, space).default() == {"epsilon": 0.15, "attack_steps": 5, "learning_rate": 2e-3}
     outside = finetuning(made, "tune.finetune.space={learning_rate: {log: [0.1, 1]}}")
-    assert outside.definition().default is None
+    assert outside.missed()
 
 
 def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
@@ -161,10 +161,10 @@ def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
         finetuning(made, "attack.steps=9"),
         finetuning(made, "evaluate.steps=9"),
     ]
-    prints = {other.definition().fingerprint for other in (search, *others)}
-    assert same.definition().fingerprint == search.definition().fingerprint and len(prints) == 6
+    prints = {other.fingerprint() for other in (search, *others)}
+    assert same.fingerprint() == search.fingerprint() and len(prints) == 6
     (made / "models/pretrain/CL-at-s0/model.json").write_text('{"digest": "3"}')
-    assert finetuning(made).definition().fingerprint not in prints
+    assert finetuning(made).fingerprint() not in prints
 
 
 OWN = {"objective": "margin", "momentum": 0.75, "schedule": "cosine", "keep": "last", "random_start": False, "restarts": 2}
@@ -175,7 +175,7 @@ def test_the_default_of_an_attack_search_is_the_attack_of_evaluate_whatever_it_i
     assert {key: search.default()[key] for key in OWN} == OWN and search.steps({}) == 20
     own = load(*(f"evaluate.{key}={value}" for key, value in OWN.items()), "evaluate.step_size=0.03")
     search = AttackSearch.of(own, made, "CL-AT-s0")
-    assert search.definition().default == {key: search.default()[key] for key in search.space}
+    assert not search.missed()
     assert search.default()["step_size"] == pytest.approx(0.2)
     assert config.changed(own, search.proposal({})).evaluate == own.evaluate
 
@@ -184,19 +184,19 @@ def test_the_default_of_an_attack_search_is_the_attack_of_evaluate_whatever_it_i
     "override", ["tune.attack.seed=1", "evaluate.seed=1", "evaluate.steps=21", *(f"evaluate.{key}={value}" for key, value in OWN.items())]
 )
 def test_whatever_changes_the_default_attack_or_its_random_numbers_makes_another_study(made, override):
-    before, after = (AttackSearch.of(load(*given), made, "CL-AT-s0").definition() for given in ((), (override,)))
-    assert before.fingerprint != after.fingerprint
+    before, after = (AttackSearch.of(load(*given), made, "CL-AT-s0").fingerprint() for given in ((), (override,)))
+    assert before != after
 
 
 def test_other_code_of_attacks_makes_another_study(made, monkeypatch):
-    before = AttackSearch.of(load(), made, "CL-AT-s0").definition()
+    before = AttackSearch.of(load(), made, "CL-AT-s0").fingerprint()
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(path) + (b"#" if path.name == "pgd.py" else b""))
     source_digest.cache_clear()
-    assert AttackSearch.of(load(), made, "CL-AT-s0").definition().fingerprint != before.fingerprint
+    assert AttackSearch.of(load(), made, "CL-AT-s0").fingerprint() != before
     monkeypatch.undo()
     source_digest.cache_clear()
-    assert AttackSearch.of(load(), made, "CL-AT-s0").definition().fingerprint == before.fingerprint
+    assert AttackSearch.of(load(), made, "CL-AT-s0").fingerprint() == before
 
 
 def test_a_budget_without_a_step_for_every_restart_is_refused(made):
@@ -214,8 +214,8 @@ def test_no_attack_takes_more_passes_than_the_default_and_one_step_more_would(ma
     assert search.steps({}) == most // own
     for restarts in range(1, 9):
         steps = search.steps({"restarts": restarts, "keep": keep})
-        assert sum(budget.passes(steps=steps, restarts=restarts, keep=keep).values()) <= search.passes or not steps
-        assert sum(budget.passes(steps=steps + 1, restarts=restarts, keep=keep).values()) > search.passes
+        assert sum(attack_search.passes(steps=steps, restarts=restarts, keep=keep).values()) <= search.passes or not steps
+        assert sum(attack_search.passes(steps=steps + 1, restarts=restarts, keep=keep).values()) > search.passes
 
 
 def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):

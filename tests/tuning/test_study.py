@@ -21,12 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 from advml.errors import Failure, UserError
 from advml.tuning import storage, trial_state
 from advml.tuning import study as studies
-from advml.tuning.search import Attempt, Report
+from advml.tuning.search import hyperband
 from advml.tuning.storage import address, alone, connect, told
-from advml.tuning.workers import result_of
+from advml.tuning.trial import Attempt, Report, result_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_search import DEFAULT, SPACE, Toy, hyperband
+from toy_search import DEFAULT, SPACE, Toy
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def toy(tmp_path: Path) -> Toy:
 
 @pytest.fixture
 def study(toy: Toy, tmp_path: Path) -> optuna.Study:
-    return studies.create(toy.definition(), address(None, root=tmp_path))
+    return studies.create(toy, address(None, root=tmp_path))
 
 
 def states(trials: Sequence[FrozenTrial]) -> dict[str, int]:
@@ -56,7 +56,7 @@ def test_a_search_that_starts_again_proposes_the_same(toy, run_here, fresh_datab
 
 
 def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy, study, monkeypatch):
-    definition = replace(toy.definition(), default=None)
+    far = replace(toy, far=True)
 
     class Died(BaseException):
         pass
@@ -67,22 +67,22 @@ def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy,
     for victim in ("set_trial_param", "set_trial_user_attr"):
         with monkeypatch.context() as patch, pytest.raises(Died):
             patch.setattr(type(study._storage), victim, die)
-            studies.next_trial(study, definition, seed=0)
-            studies.next_trial(study, definition, seed=0)
+            studies.next_trial(study, far, seed=0)
+            studies.next_trial(study, far, seed=0)
         studies.requeue_dead(study)
         assert not trial_state.running(study.get_trials())
     assert states(study.get_trials()).keys() <= {"WAITING", "FAIL"}
 
 
 def test_a_dead_trial_is_queued_once_and_one_at_work_is_left_alone(toy, study):
-    trial = studies.next_trial(study, toy.definition(), seed=0)
+    trial = studies.next_trial(study, toy, seed=0)
     studies.requeue_dead(study, alive={trial.number})
     assert states(study.get_trials()) == {"RUNNING": 1}
     study.tell(trial, state=TrialState.FAIL)  # as far as it had got when the driver was killed
     for _ in range(3):
         studies.requeue_dead(study)
     assert states(study.get_trials()) == {"FAIL": 1, "WAITING": 1}
-    again = studies.next_trial(study, toy.definition(), seed=0)
+    again = studies.next_trial(study, toy, seed=0)
     assert again.params == DEFAULT and again.user_attrs[trial_state.ORIGIN] == trial.number
     assert again.user_attrs[trial_state.DEFAULT]
 
@@ -91,7 +91,7 @@ def test_a_dead_trial_is_queued_once_and_one_at_work_is_left_alone(toy, study):
 def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_unless_it_gets_further(toy, study, monkeypatch, gets_further):
     monkeypatch.setattr(studies, "MOST_KILLS", 3)
     for epoch in range(4):
-        trial = studies.next_trial(study, toy.definition(), seed=0)
+        trial = studies.next_trial(study, toy, seed=0)
         if gets_further:
             trial.report(1.0, epoch)
         studies.requeue_dead(study)
@@ -121,9 +121,9 @@ def test_the_winner_keeps_the_constraint(toy, run_here):
 
 
 def test_the_default_is_not_pruned_by_better_trials(toy, tmp_path):
-    definition = replace(toy.definition(), pruner=lambda: optuna.pruners.MedianPruner(n_startup_trials=1))
-    study = studies.create(definition, address(None, root=tmp_path))
-    default, *others = (studies.next_trial(study, definition, seed=0) for _ in range(4))
+    pruned = replace(toy, make_pruner=lambda: optuna.pruners.MedianPruner(n_startup_trials=1))
+    study = studies.create(pruned, address(None, root=tmp_path))
+    default, *others = (studies.next_trial(study, pruned, seed=0) for _ in range(4))
     for trial in others[:2]:
         assert not studies.note(trial, Report(1, 1.0))
         study.tell(trial, 1.0)
@@ -131,7 +131,7 @@ def test_the_default_is_not_pruned_by_better_trials(toy, tmp_path):
 
 
 def test_poor_trials_are_pruned(toy, run_here):
-    trials = run_here(Toy(toy.log, steps=4, pruner=hyperband), total=20)
+    trials = run_here(Toy(toy.log, steps=4, make_pruner=lambda: hyperband(4)), total=20)
     assert states(trials)["PRUNED"] >= 3
     assert trials[0].state == TrialState.COMPLETE
     assert all(trial.last_step < 4 for trial in trials if trial.state == TrialState.PRUNED)
@@ -150,7 +150,7 @@ def test_a_result_that_is_no_number_fails(toy, tmp_path):
 def test_curves_of_any_length_fit_into_mysqls_columns(toy, study, tmp_path):
     records = [{"epoch": epoch, **{f"train/figure-{number}": epoch / 7 for number in range(20)}} for epoch in range(1, 301)]
     result = result_of(lambda attempt: (1.0,), Attempt({}, tmp_path, history=records))
-    studies.finish(study, studies.next_trial(study, toy.definition(), seed=0), result)
+    studies.finish(study, studies.next_trial(study, toy, seed=0), result)
     trial = study.get_trials()[0]
     sizes = [len(json.dumps(value)) for value in trial.user_attrs.values()]
     assert sum(sizes) > 2 * 65_535 and max(sizes) < 65_535
@@ -162,10 +162,10 @@ def test_curves_of_any_length_fit_into_mysqls_columns(toy, study, tmp_path):
 
 def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path, run_here):
     run_here(toy, total=2)
-    url, other = address(None, root=tmp_path), Toy(toy.log, version=1).definition()
+    url, other = address(None, root=tmp_path), Toy(toy.log, version=1)
     with pytest.raises(UserError, match=r"--name toy-2.*--replace"):
         studies.create(other, url)
-    same = studies.create(toy.definition(), url, replace=True)
+    same = studies.create(toy, url, replace=True)
     assert len(same.get_trials()) == 2
     identity = same.user_attrs[studies.IDENTITY]
     new = studies.create(other, url, replace=True)
@@ -177,9 +177,9 @@ def test_a_study_whose_creator_was_killed_is_completed(toy, tmp_path, monkeypatc
     url = address(None, root=tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(optuna.Study, "set_user_attr", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        studies.create(toy.definition(), url)
+        studies.create(toy, url)
     for _ in range(2):
-        assert states(studies.create(toy.definition(), url).get_trials()) == {"WAITING": 1}
+        assert states(studies.create(toy, url).get_trials()) == {"WAITING": 1}
 
 
 def test_a_study_that_was_deleted_is_one_line(toy, study, tmp_path):
@@ -194,12 +194,12 @@ def test_a_study_that_was_deleted_is_one_line(toy, study, tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("studies.db", "is no database; write sqlite:///optuna.db or postgresql://user@host/name"),
-        ("redis://here", "is no database"),
-        ("postgresql://me:secret@here:port/x", r"'postgresql://me:\*\*\*@here:port/x' is no database"),
-        ("sqlite://", "names no file"),
-        ("sqlite:///", "names no file"),
-        ("sqlite:///:memory:", "names no file"),
+        ("studies.db", "names no database; write sqlite:///optuna.db or postgresql://user@host/name"),
+        ("redis://here", "names no database"),
+        ("postgresql://me:secret@here:port/x", r"'postgresql://me:\*\*\*@here:port/x' names no database"),
+        ("sqlite://", "names no database"),
+        ("sqlite:///", "names no database"),
+        ("sqlite:///:memory:", "names no database"),
     ],
 )
 def test_an_address_that_is_none_is_refused(tmp_path, url, said):
@@ -242,10 +242,10 @@ def test_the_driver_that_is_absent_is_named(monkeypatch):
 def test_a_database_that_was_removed_leaves_nothing_to_the_next(toy, tmp_path, run_here, fresh_database):
     """SQLite keeps the last transactions in a file beside it."""
     run_here(toy, total=2)
-    held = studies.create(toy.definition(), address(None, root=tmp_path))
+    held = studies.create(toy, address(None, root=tmp_path))
     (tmp_path / "optuna.db").unlink()
     assert (tmp_path / "optuna.db-wal").exists()
-    assert states(studies.create(toy.definition(), address(None, root=tmp_path)).get_trials()) == {"WAITING": 1}
+    assert states(studies.create(toy, address(None, root=tmp_path)).get_trials()) == {"WAITING": 1}
     del held
 
 
@@ -256,7 +256,7 @@ def test_tables_that_a_kill_has_left_half_made_are_completed(toy, tmp_path, fres
     with engine.begin() as connection:
         for table in ("alembic_version", "version_info", "trial_values"):
             connection.execute(sqlalchemy.text(f"DROP TABLE {table}"))
-    assert states(studies.create(toy.definition(), url).get_trials()) == {"WAITING": 1}
+    assert states(studies.create(toy, url).get_trials()) == {"WAITING": 1}
 
 
 HOLD = """
@@ -305,6 +305,7 @@ def test_mysqls_answer_is_heeded(monkeypatch, answer, given):
 
     class Engine:
         connect = staticmethod(Session)
+        url = sqlalchemy.make_url("mysql://me@h/x")
 
     monkeypatch.setattr(storage.sqlalchemy, "create_engine", lambda *_, **__: Engine)
     monkeypatch.setattr(storage, "_holder", lambda *_: "process 1 on host")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from advml.attacks import autoattack
+from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.cli import searching
+from advml.cli.live_table import reached
 from advml.data.datasets import Split
-from advml.errors import Failure
 from advml.evaluation import attack_suite
 from advml.evaluation import run_attacks as running
 from advml.networks import models
@@ -24,13 +25,13 @@ from advml.recipes import REGIMES, Regime
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.tuning import attack_trial, budget, comparison, training_trial, trial_state, workers
+from advml.tuning import attack_trial, comparison, training_trial, trial_state
 from advml.tuning import study as studies
-from advml.tuning.attack_search import AttackSearch
-from advml.tuning.live_table import reached
-from advml.tuning.search import Attempt, Hyperband
+from advml.tuning.attack_search import AttackSearch, passes, steps_within
+from advml.tuning.search import hyperband, rungs
 from advml.tuning.storage import address
 from advml.tuning.training_search import TrainingSearch
+from advml.tuning.trial import Attempt, result_of
 
 CPU = Machine(torch.device("cpu"))
 FEW = "tune.attack.space.restarts={choice: [1, 2]}"
@@ -54,12 +55,12 @@ def trained(stages, tmp_path):
 
 def one_trial(search, study):
     """Take the next trial and run it, as driver and worker do; the trial afterwards."""
-    opened = studies.create(search.definition(), address(None, root=study.root))
+    opened = studies.create(search, address(None, root=study.root))
     studies.requeue_dead(opened)
-    trial = studies.next_trial(opened, search.definition(), seed=0)
+    trial = studies.next_trial(opened, search, seed=0)
     scratch = study.root / "scratch" / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
     attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, report))
-    studies.finish(opened, trial, workers.result_of(search.open(), attempt))
+    studies.finish(opened, trial, result_of(search.open(), attempt))
     shutil.rmtree(scratch, ignore_errors=True)
     return opened.get_trials()[trial.number]
 
@@ -90,21 +91,11 @@ class Counter(torch.nn.Module):
         return self.linear(images.flatten(1))
 
 
-VALUES = {
-    "step_size": 1e-9,
-    "schedule": "linear",
-    "momentum": 0.5,
-    "objective": "margin",
-    "restarts": 1,
-    "random_start": False,
-    "keep": "best",
-}
-
-
-def agreeing(network: torch.nn.Module, split: Split) -> Split:
-    """The images under the labels that the network gives them."""
-    with torch.no_grad():
-        return Split(split.images, network(CPU.images(split.images)).argmax(1))
+def attack(*, restarts: int, keep: str, steps: int) -> attack_suite.AttackSpec:
+    """One that changes next to nothing."""
+    adversary = Adversary(ThreatModel("linf", 1e-9), steps, 1e-9, random_start=False, keep=keep)
+    made = attack_suite.pgd_attack(attack_trial.STUDIED, adversary, attack_suite.classification("margin"), loss="margin")
+    return replace(made, restarts=restarts)
 
 
 @pytest.mark.parametrize(
@@ -112,120 +103,25 @@ def agreeing(network: torch.nn.Module, split: Split) -> Split:
     [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
 )
 def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
-    assert budget.steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
-    network, values = Counter(), VALUES | {"restarts": restarts, "keep": keep}
-    chosen = attack_trial.Attack.of(values, steps=steps, threat_model=ThreatModel("linf", 1e-9))
-    split = agreeing(network, dataset.validation)
+    assert steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
+    network, chosen = Counter(), attack(restarts=restarts, keep=keep, steps=steps)
+    with torch.no_grad():  # under the network's own labels nothing breaks, so nothing leaves the batch early
+        split = Split(dataset.validation.images, network(CPU.images(dataset.validation.images)).argmax(1))
     network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
-    right = torch.cat(list(attack_trial.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU)))
-    assert right.all()  # nothing breaks, so nothing leaves the batch early
-    assert network.passes == chosen.passes == {"forward": forward, "backward": restarts * steps}
+    assert torch.cat(list(attack_trial.withstood(network, split, chosen, CPU, batch_size=32, seed=0))).all()
+    assert network.passes == passes(steps=steps, restarts=restarts, keep=keep) == {"forward": forward, "backward": restarts * steps}
     assert sum(network.passes.values()) <= 12 + 12 + 2
 
 
-def test_only_the_first_run_begins_at_the_image_itself(dataset):
-    chosen = attack_trial.Attack.of(VALUES | {"restarts": 3}, steps=3, threat_model=ThreatModel("linf", 0.1))
-    network, starts = Counter(), []
-    split = agreeing(network, dataset.validation)
-
-    class Noted(ThreatModel):
-        def random_start(self, images, *, generator):
-            starts.append(len(images))
-            return super().random_start(images, generator=generator)
-
-    chosen = replace(chosen, adversary=replace(chosen.adversary, threat_model=Noted("linf", 1e-9)))
-    assert torch.cat(list(attack_trial.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))).all()
-    assert starts == [32, 32]  # of three runs
-
-
-def test_attacks_of_trials_are_measured_as_evaluate_measures(dataset, monkeypatch):
-    """Logits that are no numbers are nobody's class, and an attack that leaves its ball counts for nothing."""
-
-    class Nothing(torch.nn.Module):
-        def forward(self, images):
-            return images.flatten(1)[:, :4] * torch.nan
-
-    chosen = attack_trial.Attack.of(VALUES, steps=1, threat_model=ThreatModel("linf", 0.1))
-    for tried in (None, chosen):
-        assert not torch.cat(list(attack_trial.withstood(Nothing(), dataset.validation, tried, batch_size=32, seed=0, machine=CPU))).any()
-    monkeypatch.setattr(attack_trial.Adversary, "attack", lambda self, network, objective, images, generator: 1 - images)
-    network = Counter()
-    split = agreeing(network, dataset.validation)
-    with pytest.raises(Failure, match="left its threat model"):
-        list(attack_trial.withstood(network, split, chosen, batch_size=32, seed=0, machine=CPU))
-
-
-def test_random_starts_of_an_image_are_the_same_for_every_attack_and_batch_and_differ_between_images(dataset):
-    seeds, network = {}, Counter()
-
-    class Noted(ThreatModel):
-        def random_start(self, images, *, generator):
-            seeds.setdefault(self.epsilon, []).extend(generator.seed_of(image) for image in images)
-            return super().random_start(images, generator=generator)
-
-    split = agreeing(network, dataset.validation)
-    for epsilon, objective, size in ((0.1, "ce", 8), (0.2, "margin", 32)):
-        values = VALUES | {"random_start": True, "objective": objective}
-        chosen = attack_trial.Attack.of(values, steps=1, threat_model=Noted("linf", epsilon))
-        list(attack_trial.withstood(network, split, chosen, batch_size=size, seed=0, machine=CPU))
-    assert seeds[0.1] == seeds[0.2] and len(set(seeds[0.1])) == 32
-
-
-def test_an_image_counts_as_broken_if_any_run_breaks_it(dataset):
-    """Every restart has random numbers of its own, so that more of them break more."""
-    network = Counter()
-    torch.nn.init.normal_(network.linear.weight, generator=torch.Generator().manual_seed(0))
-    split = agreeing(network, dataset.validation)
-    starts = []
-
-    class Noted(ThreatModel):
-        def random_start(self, images, *, generator):
-            starts.append(generator.seed)
-            return super().random_start(images, generator=generator)
-
-    def standing(restarts: int) -> torch.Tensor:
-        chosen = attack_trial.Attack.of(
-            VALUES | {"step_size": 1e-6, "random_start": True, "restarts": restarts}, steps=1, threat_model=Noted("linf", 0.3)
-        )
-        return torch.cat(list(attack_trial.withstood(network, split, chosen, batch_size=8, seed=0, machine=CPU)))
-
-    once = standing(1)
-    assert len(starts) == 4 and len(set(starts)) == 1  # four batches
-    starts.clear()
-    often = standing(4)
-    assert len(starts) > 4 and len(set(starts)) == 4
-    assert not (often & ~once).any()
-    assert often.sum() < once.sum()
-
-
-def test_a_trials_attack_is_what_its_values_say(trained):
+def test_a_trials_attack_is_threat_model_ii_as_its_values_say_and_its_random_numbers_are_those_of_the_default(trained):
     search = AttackSearch.of(trained.config("tune.attack.budget=8"), trained.root, "CL-AT-s0")
     values = {"schedule": "linear", "momentum": 0.75, "objective": "margin", "restarts": 2, "random_start": False, "step_size": 0.5}
-    made = attack_trial.Subject(search).attack(values)
-    adversary = made.adversary
-    assert (made.objective, made.restarts, adversary.steps, adversary.keep) == ("margin", 2, 3, "best")
-    assert (adversary.schedule, adversary.momentum, adversary.random_start) == ("linear", 0.75, False)
-    assert adversary.step_size == pytest.approx(0.5 * adversary.threat_model.epsilon)
-
-
-@pytest.mark.parametrize("objective", ["ce", "margin", "dlr"])
-def test_the_objective_of_a_trial_is_the_one_that_is_maximised(dataset, monkeypatch, objective):
-    asked = []
-    original = attack_suite.classification_objective
-    monkeypatch.setattr(attack_suite, "classification_objective", lambda *given: asked.append(given[2]) or original(*given))
-    chosen = attack_trial.Attack.of(VALUES | {"objective": objective}, steps=1, threat_model=ThreatModel("linf", 0.1))
-    list(attack_trial.withstood(Counter(), dataset.validation, chosen, batch_size=32, seed=0, machine=CPU))
-    assert asked == [objective]
-
-
-def test_the_pairs_of_a_comparison_are_tested_exactly():
-    """Against the binomial by hand: 5 to 0 is 2 * 0.5^5. The difference is of the accuracies, and its interval of the same pairs."""
-    one, other = torch.tensor([True] * 5 + [False, True]), torch.tensor([False] * 5 + [False, True])
-    found = attack_trial.paired(one, other)
-    assert (found["broken_by_winner_only"], found["broken_by_default_only"], found["p"]) == (5, 0, pytest.approx(2 * 0.5**5))
-    # Tango's interval (1998) for 0 against 5 of 7 pairs, by bisection of his score statistic.
-    assert (found["difference"], found["low"], found["high"]) == pytest.approx((-5 / 7, -0.917781, -0.106862), abs=1e-5)
-    assert attack_trial.paired(one, one)["p"] == 1.0 and attack_trial.paired(one, one)["high"] > 0
+    subject = attack_trial.Subject(search)
+    made, default = subject.attack(values), subject.default()
+    wanted = {"objective": "margin", "steps": 3, "keep": "best", "schedule": "linear", "momentum": 0.75, "random_start": False}
+    assert made.settings.items() >= wanted.items() and made.restarts == 2
+    assert made.settings["step_size"] == pytest.approx(0.5 * made.threat_model.epsilon)
+    assert made.name == default.name == "accuracy/threat_model_2" and made.threat_model == default.threat_model
 
 
 def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(trained):
@@ -332,14 +228,14 @@ def test_what_misses_the_floor_prunes_nothing_that_keeps_it():
 
 def test_no_trial_that_keeps_the_floor_is_pruned_by_more_robust_ones_below_it():
     """By Hyperband itself: nine of ten collapse to something robust."""
-    study = optuna.create_study(study_name="floor", direction="maximize", pruner=Hyperband(9)())
+    study = optuna.create_study(study_name="floor", direction="maximize", pruner=hyperband(9))
     outcomes = {True: [], False: []}
     for number in range(60):
         trial, keeps = study.ask(), number % 10 == 9
         outcome = {"robust": 0.3, "clean": 0.98} if keeps else {"robust": 0.9, "clean": 0.9 - number / 100}
         value = training_trial.standing(outcome, floor=0.97)
         pruned = False
-        for rung in Hyperband.rungs(9):
+        for rung in rungs(9):
             trial.report(value, rung)
             pruned = pruned or trial.should_prune()
         outcomes[keeps].append(pruned)
@@ -397,14 +293,15 @@ def test_a_training_that_diverges_fails_for_that_reason(trained):
 def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained):
     base = trained.config("tune.finetune.space={epsilon: {float: [0.01, 0.3]}}")
     bench = training_trial.Bench(TrainingSearch.of(base, trained.root, "finetune", "CL", "Full-AT", seed=0))
-    assert bench.attack.adversary.threat_model.epsilon == 0.15 and bench.attack.adversary.steps == base.evaluate.steps
+    assert bench.attack.threat_model.epsilon == 0.15 and bench.attack.settings["steps"] == base.evaluate.steps
 
 
 @pytest.mark.parametrize(("phase", "share"), [("st", 0.5), ("at", 1.0)])
 def test_a_standard_pretraining_is_measured_at_half_of_the_radius(trained, phase, share):
     settings = trained.config("tune.pretrain.space={temperature: {log: [0.1, 1]}}")
     bench = training_trial.Bench(TrainingSearch.of(settings, trained.root, "pretrain", "CL", phase, seed=0))
-    assert bench.attack.adversary.threat_model.epsilon == pytest.approx(share * settings.attacked_epsilon)
+    assert bench.attack.threat_model.epsilon == pytest.approx(share * settings.attacked_epsilon)
+    assert bench.attack.name == attack_trial.STUDIED  # of which the random numbers follow
 
 
 def test_a_pretraining_is_measured_under_a_linear_head_and_leaves_the_encoder_alone(trained):
@@ -487,4 +384,4 @@ def test_the_verdict_says_whether_the_difference_is_more_than_seed_noise(differe
 
 
 def test_hyperband_looks_at_powers_of_three():
-    assert [Hyperband.rungs(epochs) for epochs in (1, 3, 4, 10, 40)] == [(1,), (1,), (1, 3), (1, 3, 9), (1, 3, 9, 27)]
+    assert [rungs(epochs) for epochs in (1, 3, 4, 10, 40)] == [(1,), (1,), (1, 3), (1, 3, 9), (1, 3, 9, 27)]

@@ -12,23 +12,19 @@ from typing import Any
 
 import optuna
 
+from advml.cli.live_table import LiveTable
 from advml.config import digest, load
 from advml.errors import UserError
 from advml.paths import Workspace
 from advml.tuning import command, outputs
-from advml.tuning.search import Attempt, Definition
-from advml.tuning.space import distributions
+from advml.tuning.search import Search
+from advml.tuning.trial import Attempt
 
 SPACE = {"x": {"float": [-5, 5]}, "n": {"int": [1, 4]}, "kind": {"choice": ["plain", "odd"]}}
 DEFAULT = {"x": 4.0, "n": 1, "kind": "plain"}
 
 
-def nothing_pruned() -> optuna.pruners.BasePruner:
-    return optuna.pruners.NopPruner()
-
-
-def hyperband() -> optuna.pruners.BasePruner:
-    return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=4)
+MODULES = ("advml.cli", "advml.tuning.trial", "advml.tuning.outputs", "toy_search")
 
 
 def written_without_figures(*arguments: object) -> list[Path]:
@@ -56,16 +52,13 @@ def main(toy: Toy, root: Path, **options: Any) -> None:
     """`advml tune` without figures and MLflow runs, as a process of its own."""
     command.tracking.open_search = lambda *_, **__: NoRuns()
     command.outputs.write = written_without_figures
-    command.workers.MODULES = ("advml.cli", "advml.tuning.workers", "advml.tuning.outputs", "toy_search")
-    command.tune(toy, load(root / "params.yaml"), Workspace(root), seed=0, **options)
-
-
-def tpe(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+    command.MODULES = MODULES
+    with LiveTable(toy, total=options["trials"]) as table:
+        command.tune(toy, load(root / "params.yaml"), Workspace(root), seed=0, watch=table.show, **options)
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Search):
     """Minimise x^2 + n in `steps` steps; every trial leaves a line in `log`."""
 
     log: Path
@@ -77,22 +70,30 @@ class Toy:
     unusable: str = ""  # what `open` says
     version: int = 0
     two: bool = False
-    pruner: Callable[[], optuna.pruners.BasePruner] = nothing_pruned
+    make_pruner: Callable[[], optuna.pruners.BasePruner] = optuna.pruners.NopPruner
+    far: bool = False  # the default lies outside of the space
     metrics: tuple[str, ...] = ("value",)
     once: tuple[str, ...] = ()
-    confirmation: str = ""  # "slow", "brief", "killed", "broken", "refused"
-    further: int = 0  # seeds of the confirmation
+    confirmation: str = ""  # "slow", "killed", "broken", "refused"
+    further_seeds: int = 0
+    kind = "toy"
+    space = SPACE
 
-    def definition(self) -> Definition:
-        return Definition(
-            self.name,
-            ("minimize", "maximize") if self.two else ("minimize",),
-            distributions(SPACE),
-            DEFAULT,
-            digest(SPACE, self.version),
-            self.pruner,
-            tpe,
-        )
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("minimize", "maximize") if self.two else ("minimize",)
+
+    def default(self) -> dict:
+        return DEFAULT | ({"x": 9.0} if self.far else {})
+
+    def fingerprint(self) -> str:
+        return digest(SPACE, self.version)
+
+    def pruner(self) -> optuna.pruners.BasePruner:
+        return self.make_pruner()
+
+    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
 
     def open(self) -> Callable[[Attempt], Sequence[float]]:
         if self.unusable:
@@ -118,7 +119,7 @@ class Toy:
         return {"search": "toy"}
 
     def parameters(self) -> dict:
-        return {"tune": {"toy": {"space": SPACE, "confirm": self.further}}}
+        return {"tune": {"toy": {"space": SPACE}}}
 
     def proposal(self, values: dict) -> dict:
         return {f"toy.{key}": value for key, value in values.items()}
@@ -133,8 +134,6 @@ class Toy:
             file.write(f"confirm {os.getpid()}\n")
         if self.confirmation == "slow":
             time.sleep(60)
-        if self.confirmation == "brief":
-            time.sleep(2)
         if self.confirmation == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.confirmation == "refused":

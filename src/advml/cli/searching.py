@@ -10,61 +10,42 @@ from advml.lines import tell
 from advml.paths import Workspace
 
 if TYPE_CHECKING:
-    from advml.config import Config
-    from advml.tuning.attack_search import AttackSearch
     from advml.tuning.command import Outcome
-    from advml.tuning.training_search import TrainingSearch
+    from advml.tuning.search import Search
 
 
-def run(
-    search: AttackSearch | TrainingSearch,
-    configuration: Config,
-    params: Path,
-    *,
-    storage: str | None,
-    trials: int,
-    workers: int,
-    cluster: str | None,
-    seed: int,
-    replace: bool,
-) -> None:
-    """Search until so many trials have finished, then print what was found."""
+def run(search: Search, params: Path, *, trials: int | None, workers: int, cluster: str | None, storage: str | None, replace: bool) -> None:
+    """Search until so many trials have finished (None: as many as params.yaml says), then print what was found."""
+    from advml.cli.live_table import LiveTable
+    from advml.tracking import warn_if_unusable
     from advml.tuning.command import tune
 
+    warn_if_unusable(search.config, root=params.parent)
     if missed := search.missed():
         listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
         tell(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with")
-    outcome = tune(
-        search,
-        configuration,
-        Workspace(params.parent),
-        storage=storage,
-        trials=trials,
-        slots=workers,
-        cluster=cluster,
-        seed=seed,
-        replace=replace,
-    )
+    trials = trials or search.spec.trials
+    options = {"storage": storage, "trials": trials, "slots": workers, "cluster": cluster, "seed": search.spec.seed, "replace": replace}
+    with LiveTable(search, total=trials) as table:
+        outcome = tune(search, search.config, Workspace(params.parent), **options, watch=table.show)
     print("\n".join(told(outcome, search)))
 
 
-def told(outcome: Outcome, search: AttackSearch | TrainingSearch) -> list[str]:
+def told(outcome: Outcome, search: Search) -> list[str]:
     """What the command prints in the end.
 
     Raises:
         Failure: no trial has run to its end.
         UserError: none keeps the floor.
     """
-    from advml.tuning.live_table import show
+    from advml.tuning.space import show
+    from advml.tuning.trial_state import default_of
 
-    metrics = search.metrics
-    if outcome.fruitless:
-        raise Failure(f"{outcome.name}: {outcome.fruitless}")
+    metrics, count = search.metrics, len(outcome.trials)
     if outcome.best is None:
-        remedy = f"lower {search.floor_key} and search anew, with --replace or under another --name"
-        raise UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; {remedy}")
-    lines = [f"{outcome.name}: {outcome.finished} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
-    for who, trial in (("best", outcome.best), ("default", outcome.default)):
+        raise _fruitless(outcome, search)
+    lines = [f"{outcome.name}: {count} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
+    for who, trial in (("best", outcome.best), ("default", default_of(outcome.trials))):
         if trial is not None:
             lines.append(f"  {who}: " + ", ".join(f"{name} {value:.4g}" for name, value in zip(metrics, trial.values, strict=True)))
     for split in ("validation", "test"):
@@ -78,6 +59,20 @@ def told(outcome: Outcome, search: AttackSearch | TrainingSearch) -> list[str]:
         f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}",
         f"next: advml tune apply {outcome.name}{' --trial N' if len(metrics) > 1 else ''}",
     ]
+
+
+def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:
+    """Why there is nothing to propose: no trial has run to its end, or none keeps the floor."""
+    from advml.tuning.trial_state import REASON, name_of
+
+    failed, total = [trial for trial in outcome.trials if name_of(trial) == "failed"], len(outcome.trials)
+    if any(name_of(trial) == "complete" for trial in outcome.trials):
+        remedy = f"lower tune.{search.kind}.clean_floor and search anew, with --replace or under another --name"
+        return UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; {remedy}")
+    if not failed:
+        return Failure(f"{outcome.name}: none of {total} trials has run to its end")
+    count = f"all {total} trials failed" if len(failed) == total else f"{len(failed)} of {total} trials failed, others were pruned"
+    return Failure(f"{outcome.name}: {count}, the last one: {failed[-1].user_attrs[REASON]}")
 
 
 def _figure(found: dict[str, Any]) -> str:

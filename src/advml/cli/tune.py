@@ -63,21 +63,8 @@ def attack(
     from advml.config import load
     from advml.tuning.attack_search import AttackSearch
 
-    configuration = load(params, overrides or [])
-
-    search = AttackSearch.of(configuration, params.parent, model, autoattack=autoattack, name=name)
-    spec = configuration.tune.attack
-    run(
-        search,
-        configuration,
-        params,
-        storage=storage,
-        trials=trials or spec.trials,
-        workers=workers,
-        cluster=cluster,
-        seed=spec.seed,
-        replace=replace,
-    )
+    search = AttackSearch.of(load(params, overrides or []), params.parent, model, autoattack=autoattack, name=name)
+    run(search, params, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
 
 
 @app.command()
@@ -138,7 +125,8 @@ def apply(
     Writes params.yaml. Next: advml repro
     """
     from advml.config import load
-    from advml.tuning.apply import merge, proposal, warnings
+    from advml.config.rewrite import merge
+    from advml.tuning.apply import proposal, warnings
 
     load(params)  # what is wrong with the file now must not look like the proposal's fault
     values = proposal(Workspace(params.parent), name, trial=trial)
@@ -185,20 +173,7 @@ def _train(
     from advml.config import load
     from advml.tuning.training_search import TrainingSearch
 
-    configuration = load(params, overrides or [])
-
-    search = TrainingSearch.of(configuration, params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
+    search = TrainingSearch.of(load(params, overrides or []), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
         tell(f"left out, without effect here: {', '.join(search.left_out)}")
-    spec = search.spec
-    run(
-        search,
-        configuration,
-        params,
-        storage=storage,
-        trials=trials or spec.trials,
-        workers=workers,
-        cluster=cluster,
-        seed=spec.seed,
-        replace=replace,
-    )
+    run(search, params, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)

@@ -6,12 +6,14 @@ import difflib
 import functools
 import io
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from advml.config.loading import parts_of
+from advml.config.loading import apply, flatten, parts_of, validate
 
 
 def rewrite(text: str, values: dict[str, Any]) -> str:
@@ -32,6 +34,35 @@ def rewrite(text: str, values: dict[str, Any]) -> str:
     for section in apart:  # ruamel takes an empty line for a part of the line above, which may have gone
         text = re.sub(rf"(?<!\n)\n(?={section}:)", "\n\n", text)
     return text
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A params.yaml with other values in it.
+
+    Attributes:
+        text: comments and all else as they were.
+        changes: the keys that get another value, with it.
+        difference: of the texts, for review; '' without changes.
+    """
+
+    text: str
+    changes: dict[str, Any]
+    difference: str
+
+
+def merge(params: Path, values: dict[str, Any]) -> Merged:
+    """params.yaml with the values of a proposal; nothing is written.
+
+    Raises:
+        UserError: one of the keys is unknown, or the values do not go together.
+    """
+    before = params.read_text(encoding="utf-8")
+    given = flatten(apply(before, [], source=str(params)))
+    changes = {key: value for key, value in values.items() if given.get(key, given) != value}  # an absent key is like no value
+    after = rewrite(before, changes) if changes else before
+    validate(apply(after, [], source=str(params)), source=f"{params} with the proposal")
+    return Merged(after, changes, difference(before, after, str(params)))
 
 
 def difference(before: str, after: str, name: str) -> str:

@@ -1,16 +1,36 @@
-"""One command at a time: the operating system releases the lock when its holder dies, and a file beside it says who holds it."""
+"""One command at a time: the operating system releases the lock when its holder dies, and a file beside it says who holds it.
+
+On a database server the lock is a session's, which the server ends with its client.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from advml.errors import UserError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+_MYSQL = ("SET SESSION wait_timeout = 100", "SELECT GET_LOCK(CONCAT('advml-', :key), 0)")
+# The last statement takes a lock that ends with the session, and returns 1 or true if it is given; those before make the server notice
+# within two minutes that the machine of a session is gone.
+SESSION_LOCKS = {
+    "postgresql": (
+        *("SET tcp_keepalives_idle = 30", "SET tcp_keepalives_interval = 10", "SET tcp_keepalives_count = 3"),
+        "SELECT pg_try_advisory_lock(:key)",
+    ),
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+}
 
 
 @contextlib.contextmanager
@@ -34,6 +54,19 @@ def exclusive(path: Path, *, work: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def session_lock(engine: Engine, name: str) -> Iterator[Connection | None]:
+    """A session of a database server that holds the lock `name` until it ends; None: another session has it."""
+    from sqlalchemy import text
+
+    *before, take = SESSION_LOCKS[engine.url.get_backend_name()]
+    with contextlib.closing(engine.connect()) as session:
+        for statement in before:
+            session.execute(text(statement))
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+        yield session if session.execute(text(take), {"key": key}).scalar() else None
 
 
 def at_work(work: str, who: str) -> str:

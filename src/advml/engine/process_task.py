@@ -99,9 +99,15 @@ def described(error: BaseException) -> str:
 
 
 class Process:
-    """A process that runs `serve`."""
+    """A process that runs `serve`.
 
-    def __init__(self, environment: Mapping[str, str], *, reserve: bool = False) -> None:
+    Attributes:
+        token: of the driver that it works for: another may run other sources.
+        call: that it works on; None: it is free.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *, reserve: bool = False, token: str = "", call: str | None = None) -> None:
+        self.token, self.call = token, call
         self._resources = contextlib.ExitStack()
         device = self._resources.enter_context(one_device()) if reserve else {}
         ours, theirs = socket.socketpair()
@@ -119,15 +125,22 @@ class Process:
         return self._process.poll() is None
 
     def exchange(self, message: Any, *, until: Callable[[], bool] = lambda: False) -> tuple[str, Any]:
-        """Send a message, and return what comes back. Raises Lost if the process is killed, or `until()` holds first."""
+        """Send a message; returns the kind and value of what comes back, or raises it.
+
+        Raises:
+            Lost: the process is killed, or `until()` holds first.
+        """
         try:
             self._connection.send(message)
             while not self._connection.poll(0.1):
                 if until():
                     raise Lost
-            return self._connection.recv()
+            kind, value = self._connection.recv()
         except GONE:
             raise Lost from None
+        if kind == "error":
+            raise value
+        return kind, value
 
     def end(self) -> None:
         """Kill it, and wait until it is gone: it keeps nothing that matters."""
@@ -144,14 +157,13 @@ def call_here(environment: Mapping[str, str], function: Callable[..., Any], *arg
     """`function(*arguments)` in a process of this machine, without a slot, which ends with it."""
     process = Process(environment)
     try:
-        return _value(process.exchange((function, arguments)))[1]
+        return process.exchange((function, arguments))[1]
     finally:
         process.end()
 
 
-_waiting: dict[str, Process] = {}  # call -> its process, which waits for an answer
-_idle: list[tuple[str, Process]] = []  # with the token of the driver that it has worked for: another may run other sources
-_all: set[Process] = set()
+_processes: set[Process] = set()  # of this worker
+_choosing = threading.Lock()  # a worker's slots are threads
 
 
 def advance(key: str, message: Any, *, root: str, token: str, environment: Mapping[str, str], reserve: bool) -> tuple[str, str, Any] | None:
@@ -162,62 +174,53 @@ def advance(key: str, message: Any, *, root: str, token: str, environment: Mappi
     from dask.system import CPU_COUNT
     from distributed.worker import get_worker
 
-    process = _waiting.pop(key, None)
-    if process is None and isinstance(message, bool):
-        return None
-    if process is None:
+    begins = not isinstance(message, bool)
+    if begins:
         require_shared(root, token)
-        process = _free(token)
+    process = _chosen(key, token, or_free=begins)
+    if process is None and not begins:
+        return None
     if process is None:
         slots = get_worker().state.nthreads
         share = {"OMP_NUM_THREADS": str(max(1, CPU_COUNT // slots))} if slots > 1 else {}
-        process = Process({**share, **environment}, reserve=reserve)
-        _all.add(process)
+        process = Process({**share, **environment}, reserve=reserve, token=token, call=key)
+        _processes.add(process)
+    kind = "error"
     try:
-        kind, value = _value(process.exchange(message, until=is_cancelled))
+        kind, value = process.exchange(message, until=is_cancelled)
     except Lost:
         _discard(process)
         return None
-    except (UserError, Failure):
-        _idle.append((token, process))
-        raise
-    if kind == "message":
-        _waiting[key] = process
-    else:
-        _idle.append((token, process))
+    finally:
+        if kind != "message":  # else it waits for an answer
+            process.call = None
     return get_worker().address, kind, value
 
 
-def _free(token: str) -> Process | None:
-    """A process that has nothing to do; those that have given up waiting, or were killed, are forgotten."""
-    for entry in list(_idle):
-        owner, process = entry
-        if owner == token or not process.is_alive():
-            with contextlib.suppress(ValueError):  # another thread has taken it
-                _idle.remove(entry)
-                if process.is_alive():
-                    return process
+def _chosen(key: str, token: str, *, or_free: bool) -> Process | None:
+    """The process that works on the call `key`, or else one that is free; those that were killed, or gave up waiting, are forgotten."""
+    with _choosing:
+        for process in list(_processes):
+            if not process.is_alive():
                 _discard(process)
-    return None
-
-
-def _value(reply: tuple[str, Any]) -> tuple[str, Any]:
-    if reply[0] == "error":
-        raise reply[1]
-    return reply
+        known = list(_processes)
+        free = (one for one in known if or_free and one.call is None and one.token == token)
+        process = next((one for one in known if one.call == key), None) or next(free, None)
+        if process:
+            process.call = key
+        return process
 
 
 def _discard(process: Process) -> None:
-    _all.discard(process)
+    _processes.discard(process)
     process.end()
 
 
-def end_processes() -> None:
-    """End all processes of this worker."""
-    _waiting.clear()
-    _idle.clear()
-    for process in list(_all):
-        _discard(process)
+def end_processes(token: str) -> None:
+    """End the processes of this worker that work for a driver."""
+    for process in list(_processes):
+        if process.token == token:
+            _discard(process)
 
 
 # In the driver
@@ -241,7 +244,7 @@ class Pool:
 
     def close(self) -> None:
         """End all processes."""
-        self.slots.client.run(end_processes, on_error="ignore")
+        self.slots.client.run(end_processes, self.slots.token, on_error="ignore")
 
 
 class Call:

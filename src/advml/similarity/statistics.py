@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
+from scipy.stats import binomtest
 
 FEWEST_BATCHES = 5  # with fewer there is a value, and no interval
 
@@ -126,6 +128,22 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
         (-1.0, 1.0) if first.bounds and second.bounds else None,
         math.hypot(first.spread, second.spread),
     )
+
+
+def mcnemar(default: np.ndarray, winner: np.ndarray) -> dict[str, Any]:
+    """Two attacks on the same images: those that only one of them breaks, with the two-sided p of McNemar's exact test (McNemar 1947).
+
+    `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `share`.
+
+    Args:
+        default, winner: (N,) bool, which images each attack leaves right.
+    """
+    winner_only, default_only = int((default & ~winner).sum()), int((~default & winner).sum())
+    p = binomtest(default_only, default_only + winner_only).pvalue if default_only + winner_only else 1.0
+    found = difference(share(winner), share(default))
+    low, high = found.interval
+    counts = {"broken_by_winner_only": winner_only, "broken_by_default_only": default_only, "p": float(p)}
+    return counts | {"difference": found.value, "low": low, "high": high}
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:

@@ -1,18 +1,13 @@
-"""`advml tune apply NAME`: a proposal into params.yaml, as a difference that a person can review."""
+"""`advml tune apply NAME`: what a search proposes, and what it means for more than was searched."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from advml.config import apply as parse
-from advml.config import validate
-from advml.config.rewrite import difference, rewrite
 from advml.errors import UserError
 from advml.paths import Workspace, checked_name
 from advml.tuning.outputs import BEST
@@ -66,47 +61,3 @@ def warnings(changes: dict[str, Any]) -> list[str]:
         told = dict.fromkeys(f"{key} = {value}" if what == key else what for what, key, value in matches)
         found += [f"warning: {one} {said}" for one in told]
     return found
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A params.yaml with a proposal in it.
-
-    Attributes:
-        text: comments and all else as they were.
-        changes: the keys that get another value, with it.
-        difference: of the texts, for review; '' without changes.
-    """
-
-    text: str
-    changes: dict[str, Any]
-    difference: str
-
-
-def merge(params: Path, values: dict[str, Any]) -> Merged:
-    """params.yaml with other values; nothing is written.
-
-    Raises:
-        UserError: params.yaml does not have one of the keys, or its values do not go together.
-    """
-    before = params.read_text(encoding="utf-8")
-    raw = parse(before, [], source=str(params))
-    changes = {}
-    for key, value in values.items():
-        section, leaf = _section(raw, key, params)
-        if section.get(leaf) == value and leaf in section:
-            continue
-        changes[key] = section[leaf] = value
-    validate(raw, source=f"{params} with the proposal")
-    after = rewrite(before, changes) if changes else before
-    return Merged(after, changes, difference(before, after, str(params)))
-
-
-def _section(raw: dict[str, Any], key: str, params: Path) -> tuple[dict[str, Any], str]:
-    *parents, leaf = key.split(".")
-    section: Any = raw
-    for name in parents:
-        section = section.get(name) if isinstance(section, dict) else None
-    if not isinstance(section, dict):
-        raise UserError(f"{params} has no section {'.'.join(parents)!r}, which the proposal's {key} belongs to")
-    return section, leaf

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from advml import tracking
 from advml.config import Config
@@ -28,14 +28,21 @@ from advml.lines import tell
 from advml.passwords import masked
 from advml.paths import Workspace, checked_name
 from advml.runtime.signals import deferred
-from advml.tuning import outputs, workers
+from advml.tuning import outputs
 from advml.tuning import study as studies
-from advml.tuning.live_table import LiveTable, show
-from advml.tuning.search import Report, Search
+from advml.tuning.search import Search
+from advml.tuning.space import show
 from advml.tuning.storage import address, alone, close, note_holder, told
-from advml.tuning.trial_state import HOPELESS, ORIGIN, REASON, default_of, finished, is_hopeless, scores
+from advml.tuning.trial import Report, run_trial
+from advml.tuning.trial_state import ORIGIN, REASON, best_of, finished, scores
 
+# What the fork server imports for the processes; the last ones are what Optuna and the figures import when they are first used.
+MODULES = (
+    *("advml.cli", "advml.tuning.attack_trial", "advml.tuning.training_trial", "advml.tuning.outputs", "advml.figures.style"),
+    *("optuna.importance", "optuna.visualization.matplotlib"),
+)
 POLL = 0.25  # seconds between two looks at a study without news
+HOPELESS = 5  # trials that all fail: so will the next
 # Attributes of the study: the winner's measurements, and those that do not depend on the winner
 CONFIRMED, MEASURED = "confirmed", "measured"
 KILLED = "the process that {} was killed (out of memory?); the same command goes on"
@@ -43,16 +50,19 @@ KILLED = "the process that {} was killed (out of memory?); the same command goes
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command leaves behind. `best` is None if no trial keeps the constraints, or for the reason that `fruitless` gives."""
+    """What a command leaves behind.
+
+    Attributes:
+        trials: the finished ones.
+        best: None if no trial keeps the constraints, or none has run to its end.
+    """
 
     name: str
     folder: Path
-    finished: int
+    trials: list[FrozenTrial]
     best: FrozenTrial | None
-    default: FrozenTrial | None
     confirmed: dict[str, Any] | None
     files: list[Path]
-    fruitless: str | None = None
 
 
 def tune(
@@ -66,6 +76,7 @@ def tune(
     seed: int,
     replace: bool = False,
     cluster: str | None = None,
+    watch: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None,
 ) -> Outcome:
     """Run the study until it has `trials` finished trials, of all commands together; then confirm the winner and write it all down.
 
@@ -80,6 +91,7 @@ def tune(
         seed: of the samplers.
         replace: whether a study of this name that searched something else is thrown away.
         cluster: see `advml.engine.cluster.connect`.
+        watch: given all trials again and again while they run.
     Raises:
         UserError: the database, the study or the cluster cannot be used, or another command works on the study.
         Failure: all trials fail, or the database does.
@@ -87,18 +99,23 @@ def tune(
     checked_name(search.name)  # its folders are removed in the end
     url, scratch = address(storage, root=workspace.root), workspace.scratch(f"tune/{search.name}").resolve()
     with contextlib.ExitStack() as stack:
-        forks = stack.enter_context(server(workspace.root, workers.MODULES)) if cluster is None else {}
+        forks = stack.enter_context(server(workspace.root, MODULES)) if cluster is None else {}
         check = stack.enter_context(alone(url, search.name))
         stack.enter_context(told())
-        study = studies.create(search.definition(), url, replace=replace)
+        study = studies.create(search, url, replace=replace)
         stack.callback(close, study)
-        _require_unclaimed(workspace.reports / "tune" / search.name, study, url, replace=replace)
+        folder = workspace.reports / "tune" / search.name
+        if not replace and (folder / outputs.BEST).exists() and not finished(study.get_trials(deepcopy=False)):
+            raise UserError(  # else its results would be written over
+                f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
+                f"give this one a name of its own: --name {search.name}-2, or let it write over them: --replace"
+            )
         note_holder(study)
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
         about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": search.parameters()}
         run = stack.enter_context(tracking.open_search(config, root=workspace.root, **about))
-        driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed)
+        driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed, watch)
         try:
             with connect(cluster, root=workspace.root, jobs=slots, options=config.cluster) as where:
                 driver.pool = Pool(where, workspace.root, forks | sent_environment(), config.runtime.device in ("auto", "cuda"))
@@ -111,21 +128,11 @@ def tune(
             so_far = driver.close()
             if so_far.best is not None:
                 best = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
-                tell(f"{search.name}: {so_far.finished} of {trials} trials; {best}")
+                tell(f"{search.name}: {len(so_far.trials)} of {trials} trials; {best}")
             raise
         outcome = driver.close()
         shutil.rmtree(scratch, ignore_errors=True)
     return outcome
-
-
-def _require_unclaimed(folder: Path, study: optuna.Study, url: str, *, replace: bool) -> None:
-    """Raises UserError if the folder holds the results of a search that this database knows nothing of: they would be written over."""
-    if replace or finished(study.get_trials(deepcopy=False)) or not (folder / outputs.BEST).exists():
-        return
-    raise UserError(
-        f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
-        f"give this one a name of its own: --name {study.study_name}-2, or let it write over them: --replace"
-    )
 
 
 @dataclass
@@ -148,14 +155,12 @@ class Driver:
     check: Callable[[], None]
     total: int
     seed: int
+    watch: Callable[[Sequence[FrozenTrial]], None]
     pool: Pool | None = None
     workers: dict[str, int] = field(default_factory=dict)  # address of each worker of the pool -> its slots
     at_work: dict[int, tuple[optuna.Trial, Call]] = field(default_factory=dict)
-    _logged: dict[int, str] = field(default_factory=dict)
+    _logged: dict[int, TrialState] = field(default_factory=dict)
     _looked: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.definition = self.search.definition()
 
     def trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -164,28 +169,28 @@ class Driver:
 
     def search_on(self) -> None:
         """Run trials until enough have finished. Raises Failure if all fail."""
-        metrics, directions, since = self.search.metrics, self.definition.directions, len(finished(self.trials()))
-        with LiveTable(self.search.name, metrics=metrics, directions=directions, total=self.total) as table:
-            while True:
-                with deferred():  # a Ctrl-C waits for the pause: it would leave half of a drawing or a transaction
-                    self.look()
-                    for number, (trial, call) in list(self.at_work.items()):
-                        if call.is_ready(self.workers):
-                            self.take(number, trial, call)
-                    trials = self.trials()
-                    ended, hopeless = finished(trials), is_hopeless(trials, since=since)
-                    wanted = 0 if hopeless else self.total - len(ended)
-                    for _ in range(min(sum(self.workers.values()), wanted) - len(self.at_work)):
-                        trial = studies.next_trial(self.study, self.definition, seed=self.seed)
-                        call = Call(self.pool, workers.run_trial, self.search, dict(trial.params), self.scratch_of(trial))
-                        self.at_work[trial.number] = trial, call
-                    table.show(trials)
-                    self.log(trials)  # while the processes work
-                if hopeless:
-                    raise Failure(f"the first {HOPELESS} trials all failed, the last one: {ended[-1].user_attrs[REASON]}")
-                if len(ended) >= self.total:
-                    return
-                self.wait()
+        earlier = len(finished(self.trials()))
+        while True:
+            with deferred():  # a Ctrl-C waits for the pause: it would leave half of a drawing or a transaction
+                self.look()
+                for number, (trial, call) in list(self.at_work.items()):
+                    if call.is_ready(self.workers):
+                        self.take(number, trial, call)
+                trials = self.trials()
+                ended = finished(trials)
+                hopeless = len(ended) - earlier >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended)
+                wanted = 0 if hopeless else self.total - len(ended)
+                for _ in range(min(sum(self.workers.values()), wanted) - len(self.at_work)):
+                    trial = studies.next_trial(self.study, self.search, seed=self.seed)
+                    call = Call(self.pool, run_trial, self.search, dict(trial.params), self.scratch_of(trial))
+                    self.at_work[trial.number] = trial, call
+                self.watch(trials)
+                self.log(trials)  # while the processes work
+            if hopeless:
+                raise Failure(f"the first {HOPELESS} trials all failed, the last one: {ended[-1].user_attrs[REASON]}")
+            if len(ended) >= self.total:
+                return
+            self.wait()
 
     def take(self, number: int, trial: optuna.Trial, call: Call) -> None:
         """Deal with a report, a result or the loss of a trial."""
@@ -230,32 +235,22 @@ class Driver:
 
     def confirm(self) -> None:
         """Measure the winner once more, and what else was asked for, unless an earlier command has. Test images are looked at once."""
-        best = outputs.best_of(self.trials(), self.definition.directions)
+        best, attributes = best_of(self.trials(), self.search.directions), self.study.user_attrs
         if best is None:
             return
-        if self.is_due(best):
-            known = self.study.user_attrs.get(CONFIRMED) or {"trial": None, "times": 0}
-            found = self.measure(self.search.confirm, best.params)
-            times = known["times"] + (known["trial"] != best.number)  # on further seeds it is the same winner
-            self.study.set_user_attr(CONFIRMED, {"trial": best.number, "times": times, "seeds": self.further_seeds(), "of": found})
-        for name in self.search.once:
-            measured = self.study.user_attrs.get(MEASURED, {})
-            if name not in measured:
-                self.study.set_user_attr(MEASURED, measured | {name: self.measure(self.search.measure, name)})
-
-    def is_due(self, best: FrozenTrial) -> bool:
-        """Whether this winner has not been confirmed, or on fewer seeds than `confirm` asks for: the first n of one sequence."""
-        known, wanted = self.study.user_attrs.get(CONFIRMED), self.further_seeds()
-        if known is None or known["trial"] != best.number:
-            return True
-        if wanted != (has := known.get("seeds", wanted)):
+        known = attributes.get(CONFIRMED, {"trial": None, "times": 0})
+        has, wanted = known.get("seeds", self.search.further_seeds), self.search.further_seeds  # the first n of one sequence
+        is_new = known["trial"] != best.number
+        if not is_new and has != wanted:
             what = f"{self.search.name}: trial {best.number} has been confirmed on {has} further seeds"
             tell(f"{what}; confirming it on {wanted}" if wanted > has else f"{what}, more than confirm = {wanted}; they stay")
-        return wanted > has
-
-    def further_seeds(self) -> int:
-        """Seeds that a winner is confirmed on: `confirm` of the search's section; 0 where there are none."""
-        return max((section.get("confirm", 0) for section in self.search.parameters().get("tune", {}).values()), default=0)
+        if is_new or wanted > has:
+            found = self.measure(self.search.confirm, best.params)
+            confirmed = {"trial": best.number, "times": known["times"] + is_new, "seeds": wanted, "of": found}
+            self.study.set_user_attr(CONFIRMED, confirmed)
+        for name in self.search.once:
+            if name not in (measured := self.study.user_attrs.get(MEASURED, {})):
+                self.study.set_user_attr(MEASURED, measured | {name: self.measure(self.search.measure, name)})
 
     def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it in a process of the pool."""
@@ -281,14 +276,14 @@ class Driver:
 
     def log(self, trials: Sequence[FrozenTrial]) -> None:
         """Bring the MLflow runs up to date."""
-        changed = [trial for trial in trials if self._logged.get(trial.number) != trial.state.name]
-        self.run.show([fact for trial in changed if (fact := outputs.fact(self.search, trial))])
-        self._logged |= {trial.number: trial.state.name for trial in changed}
+        changed = [trial for trial in trials if trial.state != self._logged.get(trial.number, TrialState.WAITING)]
+        self._logged |= {trial.number: trial.state for trial in changed}
+        self.run.show([outputs.fact(self.search, trial) for trial in changed if ORIGIN in trial.user_attrs])  # else it never began
 
     def close(self) -> Outcome:
         """Write files and figures, and complete the runs."""
         trials, folder = self.trials(), self.root / "reports" / "tune" / self.search.name
-        best = outputs.best_of(trials, self.definition.directions)
+        best = best_of(trials, self.search.directions)
         found = self.confirmed(best)
         try:
             files = call_here(self.forks, outputs.write, folder, self.search, trials, found)
@@ -298,5 +293,4 @@ class Driver:
         if best is not None:
             self.run.mark_best(best.number)
         self.run.log_results(folder, files, scores(self.search.metrics, best) if best is not None else {})
-        reason = outputs.fruitless(trials)
-        return Outcome(self.search.name, folder, len(finished(trials)), best, default_of(trials), found, files, reason)
+        return Outcome(self.search.name, folder, finished(trials), best, found, files)

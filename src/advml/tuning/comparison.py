@@ -1,4 +1,4 @@
-"""Winner and default on further seeds: is their difference more than the noise of seeds?
+"""Winner and default side by side: two attacks on the same images, or two trainings on further seeds.
 
 Each seed trains both, so the differences d = winner - default are paired. Their mean has the 95 % interval mean +- t * sd / sqrt(S),
 with the quantile t of Student's distribution of S - 1 degrees of freedom (Student 1908). One seed has none. The interval is over trainings
@@ -12,10 +12,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from scipy.stats import t as student
+
+from advml.evaluation.intervals import wilson
 
 Measured = dict[str, float]  # robust, clean
 NOTE = "the winner was chosen on these validation images, which flatters it there; test images had no part in the choice"
+
+
+def interval(right: np.ndarray) -> dict[str, Any]:
+    """Share of right images with its 95 % interval."""
+    low, high = wilson(int(right.sum()), len(right))
+    return {"accuracy": float(right.mean()), "low": low, "high": high, "n": len(right)}
 
 
 def compare(scores: Mapping[str, Mapping[str, Sequence[Measured]]], *, floor: float | None) -> dict[str, Any]:

@@ -11,18 +11,20 @@ import csv
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from ruamel.yaml import YAML
 
+from advml.core.io import write_atomically
 from advml.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
-from advml.tuning.trial_state import ORIGIN, REASON, RETRY_OF, SECONDS, default_of, finished, history_of, name_of, ranked, scores
+from advml.tuning.trial_state import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
@@ -33,40 +35,28 @@ HEADER = """\
 
 def write(folder: Path, search: Search, trials: Sequence[FrozenTrial], confirmed: dict[str, Any] | None) -> list[Path]:
     """Write everything that the trials of a study, all of them, can tell by now; returns the files."""
-    from advml.runtime.checkpoint import write_atomically  # imports torch, as the processes that write have
-
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    study = optuna.create_study(directions=search.directions)
+    study.add_trials(trials)
     texts = {TRIALS: table(trials, search.metrics)}
-    if best := best_of(trials, search.definition().directions):
-        texts[BEST] = HEADER.format(name=search.name) + proposal(search, trials, best, confirmed)
+    if best := best_of(trials, search.directions):
+        texts[BEST] = HEADER.format(name=search.name) + proposal(search, study, best, confirmed)
     for name, text in texts.items():
         write_atomically(folder / name, text.encode())
-    return [*(folder / name for name in texts), *draw(folder, trials, search)]
+    return [*(folder / name for name in texts), *draw(folder, study, search)]
 
 
-def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenTrial | None:
-    """The best feasible trial, by the first objective."""
-    return next(iter(ranked(trials, directions)), None)
-
-
-def fruitless(trials: Sequence[FrozenTrial]) -> str | None:
-    """Why there is nothing to propose: no trial has run to its end; None: some have."""
-    ended = finished(trials)
-    failed = [trial for trial in ended if name_of(trial) == "failed"]
-    if any(name_of(trial) == "complete" for trial in ended):
-        return None
-    if not failed:
-        return f"none of {len(ended)} trials has run to its end"
-    others = "" if len(failed) == len(ended) else ", others were pruned"
-    count = f"all {len(ended)}" if not others else f"{len(failed)} of {len(ended)}"
-    return f"{count} trials failed{others}, the last one: {failed[-1].user_attrs[REASON]}"
-
-
-def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
+def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
     """best.yaml without its header."""
-    default = default_of(trials)
+    trials = study.get_trials(deepcopy=False)
+    default, front = default_of(trials), ranked(study.best_trials, search.directions)
+
+    def scored(trial: FrozenTrial) -> dict[str, Any]:
+        return {"parameters": search.proposal(trial.params), "scored": scores(search.metrics, trial)}
+
     content = {
         "study": search.name,
-        **({"front": front(search, trials)} if len(search.metrics) > 1 else {}),
+        **({"front": [{"trial": trial.number, **scored(trial)} for trial in front]} if len(search.metrics) > 1 else {}),
         "parameters": search.proposal(best.params),
         "trial": best.number,
         "values": dict(best.params),
@@ -85,22 +75,8 @@ def proposal(search: Search, trials: Sequence[FrozenTrial], best: FrozenTrial, c
     return stream.getvalue()
 
 
-def front(search: Search, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
-    """The complete trials that no other one beats in one objective without being beaten in another, the best in the first one first."""
-    directions = search.definition().directions
-    signs = [1 if direction == "minimize" else -1 for direction in directions]
-    costs = {trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in ranked(trials, directions)}
-    return [
-        {"trial": number, "parameters": search.proposal(trials[number].params), "scored": scores(search.metrics, trials[number])}
-        for number, cost in costs.items()
-        if not any(other != cost and all(a <= b for a, b in zip(other, cost, strict=True)) for other in costs.values())
-    ]
-
-
-def fact(search: Search, trial: FrozenTrial) -> Trial | None:
-    """A trial as MLflow shows it; None: there is nothing to show yet."""
-    if trial.state == optuna.trial.TrialState.WAITING or ORIGIN not in trial.user_attrs:
-        return None
+def fact(search: Search, trial: FrozenTrial) -> Trial:
+    """A trial as MLflow shows it."""
     return Trial(
         number=trial.number,
         state=name_of(trial),
@@ -113,23 +89,20 @@ def fact(search: Search, trial: FrozenTrial) -> Trial | None:
 
 def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     """trials.csv."""
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-    measured = [key for key in dict.fromkeys(key for trial in trials for key in scores(metrics, trial)) if key not in metrics]
+    scored = dict.fromkeys((*metrics, *(name for trial in trials for name in scores(metrics, trial))))
+    values = dict.fromkeys(key for trial in trials for key in trial.params)
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["trial", "state", *metrics, *measured, "feasible", "seconds", *keys, "retry_of", "reason"])
+    writer = csv.DictWriter(stream, ["trial", "state", *scored, "feasible", SECONDS, *values, RETRY_OF, REASON], lineterminator="\n")
+    writer.writeheader()
     for trial in trials:
-        noted, scored = trial.user_attrs, scores(metrics, trial)
-        writer.writerow(
-            [trial.number, name_of(trial), *(scored.get(key) for key in (*metrics, *measured))]
-            + [all(violation <= 0 for violation in trial.constraints.values()) if scored else None, noted.get(SECONDS)]
-            + [trial.params.get(key) for key in keys]
-            + [noted.get(RETRY_OF), noted.get(REASON)]
-        )
+        kept = all(violation <= 0 for violation in trial.constraints.values()) if trial.state == TrialState.COMPLETE else None
+        noted = {name: trial.user_attrs.get(name) for name in (SECONDS, RETRY_OF, REASON)}
+        figures = {"trial": trial.number, "state": name_of(trial), **scores(metrics, trial), "feasible": kept}
+        writer.writerow(figures | trial.params | noted)
     return stream.getvalue()
 
 
-def draw(folder: Path, trials: Sequence[FrozenTrial], search: Search) -> list[Path]:
+def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
     """The figures that there are enough trials for."""
     os.environ.setdefault("MPLBACKEND", "agg")  # no window
     from optuna.visualization import matplotlib as plots
@@ -137,30 +110,21 @@ def draw(folder: Path, trials: Sequence[FrozenTrial], search: Search) -> list[Pa
     from advml.figures.searches import legible
     from advml.figures.style import to_png
 
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    study = optuna.create_study(directions=search.definition().directions)
-    study.add_trials(trials)
-    metrics, keys = search.metrics, len(search.definition().distributions)
-    first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
-    drawings: dict[str, Callable[[], Any]] = {
-        "history": lambda: plots.plot_optimization_history(study, **first),
-        "importance": lambda: plots.plot_param_importances(study, **first),
-        "parallel": lambda: plots.plot_parallel_coordinate(study, **first),
-        "slice": lambda: plots.plot_slice(study, **first),
+    first = {"target": lambda trial: trial.values[0], "target_name": search.metrics[0]}
+    drawings = {
+        "history": (plots.plot_optimization_history, first),
+        "importance": (plots.plot_param_importances, first),
+        "parallel": (plots.plot_parallel_coordinate, first),
+        "slice": (plots.plot_slice, first),
     }
-    if len(metrics) > 1:
-        drawings["pareto"] = lambda: plots.plot_pareto_front(study, target_names=list(metrics))
-    written = []
-    complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    for name, drawing in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
+    if len(search.metrics) > 1:
+        drawings["pareto"] = plots.plot_pareto_front, {"target_names": list(search.metrics)}
+    complete, written = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), []
+    for name, (plot, options) in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
-            figure = legible(_figure(drawing()), keys=keys, title=f"{search.name}, {len(complete)} complete trials")
+            axes = np.ravel(plot(study, **options))[0]  # of one or many
+            figure = legible(axes.figure, keys=len(search.space), title=f"{search.name}, {len(complete)} complete trials")
             (folder / f"{name}.png").write_bytes(to_png(figure, dpi=120, whole=True))
         written.append(folder / f"{name}.png")
     return written
-
-
-def _figure(axes: Any) -> Any:
-    """The figure of one or of many axes."""
-    return axes.figure if hasattr(axes, "figure") else axes.flat[0].figure

@@ -62,6 +62,11 @@ def check(space: Space, accept: Callable[[Values], object], *, section: str) -> 
             raise UserError(f"{section} reaches {said}, which is refused: {error}") from None
 
 
+def show(values: Values) -> str:
+    """`learning_rate=0.00213 loss=trades`"""
+    return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
+
+
 def outside(values: Values, space: Space) -> dict[str, Any]:
     """The values that the space does not contain: a search cannot start from them."""
     return {key: values.get(key) for key, spread in distributions(space).items() if not _contains(spread, values.get(key))}

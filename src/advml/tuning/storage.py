@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG
 
-from advml.engine.exclusive import at_work, exclusive, this_process
+from advml.engine.exclusive import SESSION_LOCKS, at_work, exclusive, session_lock, this_process
 from advml.errors import Failure, UserError
 from advml.passwords import masked, remember
 
@@ -23,17 +22,6 @@ CONNECT_TIMEOUT = 10  # seconds
 HOLDER = "driver"  # attribute of a study: the process that works on it, or has
 # Drivers that know the option connect_timeout -> how they are installed
 DRIVERS = {"psycopg": "advml[postgres]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
-_MYSQL = ("SET SESSION wait_timeout = 100", "SELECT GET_LOCK(CONCAT('advml-', :key), 0)")
-# The last statement takes a lock that ends with the session, and returns 1 or true if it is given; those before make the server notice
-# within two minutes that the machine of a session is gone.
-LOCKS = {
-    "postgresql": (
-        *("SET tcp_keepalives_idle = 30", "SET tcp_keepalives_interval = 10", "SET tcp_keepalives_count = 3"),
-        "SELECT pg_try_advisory_lock(:key)",
-    ),
-    "mysql": _MYSQL,
-    "mariadb": _MYSQL,
-}
 
 
 def address(url: str | None, *, root: Path) -> str:
@@ -49,12 +37,10 @@ def address(url: str | None, *, root: Path) -> str:
         kind = parsed.get_backend_name()
     except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number
         kind = None
-    if kind not in ("sqlite", *LOCKS):
-        raise UserError(f"--storage {masked(url)!r} is no database; write sqlite:///optuna.db or postgresql://user@host/name")
-    if kind != "sqlite":
+    if kind in SESSION_LOCKS:
         return url
-    if parsed.database in (None, "", ":memory:"):
-        raise UserError(f"--storage {masked(url)!r} names no file; write sqlite:///optuna.db")
+    if kind != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise UserError(f"--storage {masked(url)!r} names no database; write sqlite:///optuna.db or postgresql://user@host/name")
     return f"{SQLITE}{(root / parsed.database).resolve()}"
 
 
@@ -87,31 +73,19 @@ def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
     Raises:
         UserError: another process has it, or the database cannot be reached.
     """
-    if url.startswith(SQLITE):
-        with _usable(url), contextlib.ExitStack() as stack:
-            file = url.removeprefix(SQLITE)
-            stack.enter_context(exclusive(Path(file), work=f"advml tune is at work on {file}"))
-            held = stack.pop_all()
-        with held:
-            yield lambda: None
-        return
-    key = hashlib.sha256(f"{sqlalchemy.make_url(url).database} {name}".encode()).digest()[:8]
-    *before, take = LOCKS[sqlalchemy.make_url(url).get_backend_name()]
     with contextlib.ExitStack() as stack:
+        if url.startswith(SQLITE):
+            with _usable(url):
+                file = Path(url.removeprefix(SQLITE))
+                stack.enter_context(exclusive(file, work=f"advml tune is at work on {file}"))
+            yield lambda: None
+            return
         with _usable(url):
             engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, connect_args=_timeout(url))
-            session = stack.enter_context(contextlib.closing(engine.connect()))
-            for statement in before:
-                session.execute(sqlalchemy.text(statement))
-            given = session.execute(sqlalchemy.text(take), {"key": int.from_bytes(key, signed=True)}).scalar()
-        if not given:
+            session = stack.enter_context(session_lock(engine, f"{engine.url.database} {name}"))
+        if session is None:
             raise UserError(at_work(f"advml tune is at work on {name}", _holder(url, name)))
-
-        def check() -> None:
-            with told():
-                session.execute(sqlalchemy.text("SELECT 1"))
-
-        yield check
+        yield told()(lambda: session.execute(sqlalchemy.text("SELECT 1")))
 
 
 def note_holder(study: optuna.Study) -> None:

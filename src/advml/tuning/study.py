@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from advml.errors import UserError
-from advml.tuning.search import Definition, Report
+from advml.tuning.search import Search
+from advml.tuning.space import distributions
 from advml.tuning.storage import connect
+from advml.tuning.trial import Report, Result
 from advml.tuning.trial_state import DEFAULT, KILLS, LATEST, ORIGIN, REACHED, REASON, RETRY_OF, is_killed, running
 
 MOST_KILLS = 10  # in a row without progress: perhaps for want of memory
@@ -20,59 +20,44 @@ FINGERPRINT = "fingerprint"  # of what it searches
 IDENTITY = "identity"  # what no other one has, also of the same name and fingerprint
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a trial has ended: values if complete, a reason if failed."""
-
-    state: TrialState
-    values: list[float] | None
-    attributes: dict[str, Any]
-    constraints: dict[str, float]
-
-
-def create(definition: Definition, url: str, *, replace: bool = False) -> optuna.Study:
-    """Create the study, or open the one that an earlier command has begun.
+def create(search: Search, url: str, *, replace: bool = False) -> optuna.Study:
+    """Create the study of a search, or open the one that an earlier command has begun.
 
     Args:
         replace: whether one that searched something else is thrown away.
     Raises:
         UserError: there is a study of this name that searched something else, or the database cannot be used.
     """
-    storage = connect(url)
-    options = {"study_name": definition.name, "storage": storage, "pruner": definition.pruner(), "directions": list(definition.directions)}
+    storage, fingerprint = connect(url), search.fingerprint()
+    options = {"study_name": search.name, "storage": storage, "pruner": search.pruner(), "directions": list(search.directions)}
     study = optuna.create_study(**options, load_if_exists=True)
-    begun = study.user_attrs.get(FINGERPRINT)
-    if begun not in (None, definition.fingerprint):
+    if study.user_attrs.get(FINGERPRINT, fingerprint) != fingerprint:
         if not replace:
             raise UserError(
-                f"the study {definition.name} searched another space, or under other parameters, data or weights; "
-                f"give this one a name of its own: --name {definition.name}-2, or throw that one away: --replace"
+                f"the study {search.name} searched another space, or under other parameters, data or weights; "
+                f"give this one a name of its own: --name {search.name}-2, or throw that one away: --replace"
             )
-        optuna.delete_study(study_name=definition.name, storage=storage)
-        study, begun = optuna.create_study(**options), None
-    if begun is None:  # new, or its creator was killed right here
-        if definition.default is not None and not study.get_trials(deepcopy=False):
-            study.add_trial(
-                create_trial(
-                    state=TrialState.WAITING,
-                    params=definition.default,
-                    distributions=definition.distributions,
-                    user_attrs={DEFAULT: True},
-                )
-            )
+        optuna.delete_study(study_name=search.name, storage=storage)
+        study = optuna.create_study(**options)
+    if FINGERPRINT not in study.user_attrs:  # new, or its creator was killed right here
+        if not search.missed() and not study.get_trials(deepcopy=False):
+            default = {key: search.default()[key] for key in search.space}
+            told = {"distributions": distributions(search.space), "user_attrs": {DEFAULT: True}}
+            # Not `enqueue_trial`: of its trials a kill can leave half of the parameters.
+            study.add_trial(create_trial(state=TrialState.WAITING, params=default, **told))
         study.set_user_attr(IDENTITY, uuid.uuid4().hex[:16])
-        study.set_user_attr(FINGERPRINT, definition.fingerprint)
+        study.set_user_attr(FINGERPRINT, fingerprint)
     return study
 
 
-def next_trial(study: optuna.Study, definition: Definition, *, seed: int) -> optuna.Trial:
+def next_trial(study: optuna.Study, search: Search, *, seed: int) -> optuna.Trial:
     """Take the next trial: one that waits, or new values.
 
     Args:
         seed: of the sampler, together with the number of trials so far.
     """
-    study.sampler = definition.sampler(seed + len(study.get_trials(deepcopy=False)))
-    trial = study.ask(definition.distributions)
+    study.sampler = search.sampler(seed + len(study.get_trials(deepcopy=False)))
+    trial = study.ask(distributions(search.space))
     trial.set_user_attr(ORIGIN, trial.user_attrs.get(ORIGIN, trial.number))
     return trial
 
@@ -116,11 +101,8 @@ def _again(trial: FrozenTrial) -> FrozenTrial:
     kills = 0 if reached > before else trial.user_attrs.get(KILLS, 0) + 1
     attributes = {key: trial.user_attrs[key] for key in (ORIGIN, DEFAULT) if key in trial.user_attrs}
     attributes |= {RETRY_OF: trial.number, KILLS: kills, REACHED: max(reached, before)}
+    state = TrialState.WAITING
     if kills > MOST_KILLS:
+        state = TrialState.FAIL
         attributes[REASON] = f"killed {kills} times in a row before it got any further (out of memory?)"
-    return create_trial(
-        state=TrialState.FAIL if kills > MOST_KILLS else TrialState.WAITING,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs=attributes,
-    )
+    return create_trial(state=state, params=trial.params, distributions=trial.distributions, user_attrs=attributes)

@@ -9,7 +9,9 @@ A trial that was killed goes on from its last epoch: checkpoint and measurements
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ from advml.data.datasets import Split
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.recipes import REGIMES, SCHEMES
-from advml.runtime.checkpoint import Checkpoint, Progress
+from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import derived_seed
 from advml.runtime.memo import Memo
 from advml.stages.context import Context
@@ -28,14 +30,12 @@ from advml.training import phases
 from advml.training.loop import Record
 from advml.tuning.attack_trial import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
-from advml.tuning.search import Attempt, Hyperband
+from advml.tuning.search import rungs
 from advml.tuning.space import Values
+from advml.tuning.trial import Attempt, Objective
 
 if TYPE_CHECKING:
     from advml.tuning.training_search import TrainingSearch
-
-# A standard pretraining withstands next to nothing at the whole radius; at half of it, better and worse ones differ.
-RADIUS = {"st": 0.5}
 
 
 class Bench:
@@ -44,7 +44,8 @@ class Bench:
     def __init__(self, search: TrainingSearch) -> None:
         self.search, self.context = search, Context(search.config, Workspace(search.root))
         self.machine, self.dataset = self.context.machine, self.context.dataset
-        self.attack = evaluation_attack(search.config, share=RADIUS.get(search.which, 1.0))
+        # A standard pretraining withstands next to nothing at the whole radius; at half of it, better and worse ones differ.
+        self.attack = evaluation_attack(search.config, half=search.which == "st")
         self.pretrained = None
         if search.kind == "finetune":
             _, self.pretrained = load_pretrained(self.context, scheme=search.scheme, regime=search.which, seed=search.seed)
@@ -54,19 +55,22 @@ class Bench:
         search = self.search
         if self.pretrained is None:
             return phases.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
-        network = copy.deepcopy(self.pretrained)
-        return phases.finetuning(configuration, self.dataset, self.machine, network, scheme=search.scheme, regime=search.which, seed=seed)
+        return self._finetuning(configuration, self.pretrained, regime=search.which, seed=seed)
+
+    def _finetuning(self, configuration: Config, network: Network, *, regime: str, seed: int) -> phases.Plan:
+        names = {"scheme": self.search.scheme, "regime": regime, "seed": seed}
+        return phases.finetuning(configuration, self.dataset, self.machine, copy.deepcopy(network), **names)
 
     def measure(self, network: Network, *splits: Split) -> list[Measured]:
         """Clean and robust accuracy on each split; an encoder without a classifier first gets a linear one, on clean images."""
-        spec, search = self.search.config.evaluate, self.search
-        if search.kind == "pretrain" and SCHEMES[search.scheme].head != "classifier":
+        spec = self.search.config.evaluate
+        if self.search.kind == "pretrain" and SCHEMES[self.search.scheme].head != "classifier":
             network = self._with_head(network)
         found = []
         for split in splits:
             measured = {}
             for name, attack in (("robust", self.attack), ("clean", None)):
-                right = withstood(network, split, attack, batch_size=spec.batch_size, seed=spec.seed, machine=self.machine)
+                right = withstood(network, split, attack, self.machine, batch_size=spec.batch_size, seed=spec.seed)
                 measured[name] = float(torch.cat(list(right)).double().mean())
             found.append(measured)
         return found
@@ -79,26 +83,12 @@ class Bench:
         """The encoder under the regime that fine-tunes nothing but a head on clean images."""
         search = self.search
         rows = (row for row in REGIMES.values() if row.pretraining == search.which and not row.attacked and not row.encoder_learns)
-        regime = next(rows).name
-        probed = copy.deepcopy(network)
-        plan = phases.finetuning(search.config, self.dataset, self.machine, probed, scheme=search.scheme, regime=regime, seed=search.seed)
-        return phases.fit(plan, self.dataset, self.machine, checkpoint=Unkept())[0]
+        plan = self._finetuning(search.config, network, regime=next(rows).name, seed=search.seed)
+        with tempfile.TemporaryDirectory() as folder:  # it takes a moment: nothing need be kept
+            return phases.fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
 
 
-class Unkept(Checkpoint):
-    """For what takes a moment: nothing is kept, and nothing found."""
-
-    def __init__(self) -> None:
-        """There is no folder."""
-
-    def save(self, progress: Progress) -> None:
-        pass
-
-    def load(self) -> Progress | None:
-        return None
-
-
-def objective(search: TrainingSearch) -> Callable[[Attempt], Sequence[float]]:
+def objective(search: TrainingSearch) -> Objective:
     """The trial: train, measured and reported at Hyperband's rungs; then measure what training has selected."""
     bench = Bench(search)
 
@@ -122,14 +112,14 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int, w
     """
     search, scratch = bench.search, attempt.scratch
     plan = bench.plan(configuration, seed=seed)
-    fingerprint = digest(attempt.values, search.definition().fingerprint, seed)
-    rungs = Hyperband.rungs(plan.phase.epochs) if watched and not search.pareto else ()
+    fingerprint = digest(attempt.values, search.fingerprint(), seed)
+    watched_epochs = rungs(plan.phase.epochs) if watched and not search.pareto else ()
     known = Memo(scratch / f"rungs-{fingerprint}")  # the weights of earlier epochs are gone when a killed trial goes on
 
     def on_epoch(record: Record) -> None:
         epoch = int(record["epoch"])
         attempt.history.append(dict(record))
-        if epoch in rungs:
+        if epoch in watched_epochs:
             measured = known.json(str(epoch), lambda: bench.validate(plan.network))
             attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
             attempt.report(epoch, standing(measured, floor=search.spec.clean_floor), measured)

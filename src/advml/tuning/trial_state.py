@@ -29,8 +29,6 @@ LATEST = "latest"  # what it has measured last, for people
 MEASURED = "measured"  # figures beside the objectives
 SECONDS = "seconds"  # that it took
 
-HOPELESS = 5  # trials that all fail: so will the next
-
 
 def finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Those that count: complete, pruned, or failed for a reason of their own; in the order in which they ended."""
@@ -54,17 +52,16 @@ def name_of(trial: FrozenTrial) -> str:
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
-def is_hopeless(trials: Sequence[FrozenTrial], *, since: int) -> bool:
-    """Whether everything that this command has tried has failed, and nothing of the study has ever worked."""
-    ended = finished(trials)
-    return len(ended) - since >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended)
-
-
 def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
     """Complete trials that keep all constraints by their first objective, the best first; ties: the earlier one."""
     sign = -1 if directions[0] == "maximize" else 1
     feasible = [trial for trial in trials if trial.state == TrialState.COMPLETE and max(trial.constraints.values(), default=0) <= 0]
     return sorted(feasible, key=lambda trial: (sign * trial.values[0], trial.number))
+
+
+def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenTrial | None:
+    """The best feasible trial, by the first objective."""
+    return next(iter(ranked(trials, directions)), None)
 
 
 def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
