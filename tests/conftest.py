@@ -30,6 +30,7 @@ from advml import provenance
 from advml.engine.fork_server import ADDRESS, server
 from advml.paths import Workspace
 from advml.provenance import source_digest
+from advml.runtime import signals
 from advml.tracking import store as stores
 
 if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and its workers wait for it: what needs torch imports it when called
@@ -50,6 +51,15 @@ TINY = (
     *(f"regimes.{regime}.{key}" for regime in ("ST", "AT", "Partial-AT", "Full-AT") for key in ("epochs=2", "batch_size=32")),
     "runtime.device=cpu",
 )
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Commands that run in this process set handlers for good, by which a second Ctrl-C within seconds of a first one does not count."""
+    before = {number: signal.getsignal(number) for number in signals.ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
