@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,6 +125,7 @@ def apply(
     """
     from advml.config import load
     from advml.config.rewrite import merge
+    from advml.core.io import write_atomically
     from advml.tuning.apply import proposal, warnings
 
     load(params)  # what is wrong with the file now must not look like the proposal's fault
@@ -140,10 +140,7 @@ def apply(
     if dry_run:
         print(f"nothing written; without --dry-run this goes into {params}")
         return
-    target = params.resolve()  # params.yaml may be a link to a file that several studies share
-    temporary = target.with_name(f"{target.name}.part")
-    temporary.write_text(merged.text, encoding="utf-8")
-    os.replace(temporary, target)
+    write_atomically(params.resolve(), merged.text.encode())  # params.yaml may be a link to a file that several studies share
     print(f"wrote {params}\nnext: advml repro")
 
 

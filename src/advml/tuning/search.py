@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,7 @@ from typing import Any
 import optuna
 
 from advml.config import Config
-from advml.errors import UserError
+from advml.core.io import read_json
 from advml.paths import Workspace
 from advml.tuning import space as spaces
 from advml.tuning.space import Space, Values
@@ -110,10 +109,7 @@ def rungs(epochs: int) -> tuple[int, ...]:
 
 def digest_of(file: Path, *, remedy: str) -> str:
     """The digest in a model.json or dataset.json, read without torch. Raises UserError with the remedy."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["digest"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{file} is missing or damaged; {remedy}") from None
+    return read_json(file, needs=("digest",), remedy=remedy)["digest"]
 
 
 def data_digest(root: Path) -> str:
