@@ -67,6 +67,13 @@ def weights(root: Path) -> dict[str, str]:
     return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def command(process: psutil.Process) -> str:
+    """Its words; nothing when it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def at_work(root: Path) -> list[psutil.Process]:
     """Processes in this folder: drivers, DVC, its shells and stages."""
     found = []
@@ -105,7 +112,7 @@ def test_a_study_on_two_hosts_whose_processes_are_killed_at_random_moments(tmp_p
         if kind == "host":
             return [*family, host]
         if kind == "worker":  # its nanny starts another one
-            return [process for process in family if "spawn_main" in " ".join(process.cmdline())]
+            return [process for process in family if "spawn_main" in command(process)]
         if kind == "stage":
             return moments.sample(found := stages(), min(1, len(found)))
         return [psutil.Process(driver.pid)] if driver.poll() is None else []
@@ -122,7 +129,7 @@ def test_a_study_on_two_hosts_whose_processes_are_killed_at_random_moments(tmp_p
         name = moments.choice(sorted(hosts))
         for victim in victims(kind, hosts[name]):
             with contextlib.suppress(psutil.NoSuchProcess):
-                print(f"{time.monotonic() - begun:.0f} s: {kind}", " ".join(victim.cmdline())[-70:], flush=True)
+                print(f"{time.monotonic() - begun:.0f} s: {kind}", command(victim)[-70:], flush=True)
                 victim.kill()
         if kind == "host":
             hosts[name] = start_host(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -49,10 +48,11 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def at_work(toy: Toy) -> list[int]:
-    """Processes that have begun a trial and live."""
+def at_work(toy: Toy) -> list[psutil.Process]:
+    """Processes that have begun a trial and live; one that ends meanwhile is left out."""
     pids = {int(line.split()[1]) for line in toy.log.read_text().splitlines()} if toy.log.exists() else set()
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    living = [process for process in psutil.process_iter(["status"]) if process.info["status"] != psutil.STATUS_ZOMBIE]
+    return [process for process in living if process.pid in pids]
 
 
 def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, trials: int, kills: int, drivers: int) -> None:
@@ -67,9 +67,9 @@ def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, tri
         process, killed = driver(pause=0.03, trials=trials, storage=url), 0
         while process.poll() is None and killed < kills:
             time.sleep(0.2)
-            if pids := at_work(toy):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(numbers.choice(pids), signal.SIGKILL)
+            if processes := at_work(toy):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    numbers.choice(processes).kill()
                     killed += 1
         if round_number < drivers:
             process.kill()
