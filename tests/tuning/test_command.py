@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import signal
 import sys
@@ -43,16 +44,16 @@ def tune(study, monkeypatch, light_server):
         figures: bool = False,
         runs: bool = False,
     ) -> command.Outcome:
-        config = study.config(*overrides)
         with monkeypatch.context() as patch:
             patch.setattr(command, "server", lambda *_: contextlib.nullcontext(light_server))
             if not figures:
                 patch.setattr(command.outputs, "write", written_without_figures)
             if not runs:
                 patch.setattr(command.tracking, "open_search", lambda *_, **__: NoRuns())
-            options = {"storage": None, "trials": trials, "slots": slots, "seed": 0, "replace": replace}
+            asked = dataclasses.replace(toy, config=study.config(*overrides), root=study.root)
+            options = {"storage": None, "trials": trials, "slots": slots, "replace": replace}
             with LiveTable(toy, total=trials) as table:
-                return command.tune(toy, config, study.workspace, **options, watch=table.show)
+                return command.tune(asked, **options, watch=table.show)
 
     return run
 

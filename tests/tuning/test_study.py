@@ -21,9 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from advml.errors import Failure, UserError
 from advml.tuning import storage, trial_state
 from advml.tuning import study as studies
-from advml.tuning.search import hyperband
+from advml.tuning.search import Attempt, hyperband
 from advml.tuning.storage import address, alone, connect, told
-from advml.tuning.trial import Attempt, Report, result_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import DEFAULT, SPACE, Toy
@@ -67,22 +66,22 @@ def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy,
     for victim in ("set_trial_param", "set_trial_user_attr"):
         with monkeypatch.context() as patch, pytest.raises(Died):
             patch.setattr(type(study._storage), victim, die)
-            studies.next_trial(study, far, seed=0)
-            studies.next_trial(study, far, seed=0)
+            studies.next_trial(study, far)
+            studies.next_trial(study, far)
         studies.requeue_dead(study)
         assert not trial_state.running(study.get_trials())
     assert states(study.get_trials()).keys() <= {"WAITING", "FAIL"}
 
 
 def test_a_dead_trial_is_queued_once_and_one_at_work_is_left_alone(toy, study):
-    trial = studies.next_trial(study, toy, seed=0)
+    trial = studies.next_trial(study, toy)
     studies.requeue_dead(study, alive={trial.number})
     assert states(study.get_trials()) == {"RUNNING": 1}
     study.tell(trial, state=TrialState.FAIL)  # as far as it had got when the driver was killed
     for _ in range(3):
         studies.requeue_dead(study)
     assert states(study.get_trials()) == {"FAIL": 1, "WAITING": 1}
-    again = studies.next_trial(study, toy, seed=0)
+    again = studies.next_trial(study, toy)
     assert again.params == DEFAULT and again.user_attrs[trial_state.ORIGIN] == trial.number
     assert again.user_attrs[trial_state.DEFAULT]
 
@@ -91,7 +90,7 @@ def test_a_dead_trial_is_queued_once_and_one_at_work_is_left_alone(toy, study):
 def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_unless_it_gets_further(toy, study, monkeypatch, gets_further):
     monkeypatch.setattr(studies, "MOST_KILLS", 3)
     for epoch in range(4):
-        trial = studies.next_trial(study, toy, seed=0)
+        trial = studies.next_trial(study, toy)
         if gets_further:
             trial.report(1.0, epoch)
         studies.requeue_dead(study)
@@ -123,11 +122,11 @@ def test_the_winner_keeps_the_constraint(toy, run_here):
 def test_the_default_is_not_pruned_by_better_trials(toy, tmp_path):
     pruned = replace(toy, make_pruner=lambda: optuna.pruners.MedianPruner(n_startup_trials=1))
     study = studies.create(pruned, address(None, root=tmp_path))
-    default, *others = (studies.next_trial(study, pruned, seed=0) for _ in range(4))
+    default, *others = (studies.next_trial(study, pruned) for _ in range(4))
     for trial in others[:2]:
-        assert not studies.note(trial, Report(1, 1.0))
+        assert not studies.note(trial, 1, 1.0, None)
         study.tell(trial, 1.0)
-    assert studies.note(others[2], Report(1, 9.0)) and not studies.note(default, Report(1, 9.0))
+    assert studies.note(others[2], 1, 9.0, None) and not studies.note(default, 1, 9.0, None)
 
 
 def test_poor_trials_are_pruned(toy, run_here):
@@ -143,14 +142,14 @@ def test_two_objectives_are_searched_without_pruning(toy, run_here):
 
 
 def test_a_result_that_is_no_number_fails(toy, tmp_path):
-    result = result_of(lambda attempt: (float("nan"),), Attempt({}, tmp_path))
-    assert result.state == TrialState.FAIL and "nan" in result.attributes[trial_state.REASON]
+    result = Attempt({}, tmp_path).run(lambda attempt: (float("nan"),))
+    assert result.state == TrialState.FAIL and "nan" in result.reason
 
 
 def test_curves_of_any_length_fit_into_mysqls_columns(toy, study, tmp_path):
     records = [{"epoch": epoch, **{f"train/figure-{number}": epoch / 7 for number in range(20)}} for epoch in range(1, 301)]
-    result = result_of(lambda attempt: (1.0,), Attempt({}, tmp_path, history=records))
-    studies.finish(study, studies.next_trial(study, toy, seed=0), result)
+    result = Attempt({}, tmp_path, history=records).run(lambda attempt: (1.0,))
+    studies.finish(study, studies.next_trial(study, toy), result)
     trial = study.get_trials()[0]
     sizes = [len(json.dumps(value)) for value in trial.user_attrs.values()]
     assert sum(sizes) > 2 * 65_535 and max(sizes) < 65_535

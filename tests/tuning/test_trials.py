@@ -25,13 +25,12 @@ from advml.recipes import REGIMES, Regime
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.tuning import attack_trial, comparison, training_trial, trial_state
+from advml.tuning import attack_trial, training_trial, trial_state
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch, passes, steps_within
-from advml.tuning.search import hyperband, rungs
+from advml.tuning.search import Attempt, hyperband, rungs
 from advml.tuning.storage import address
 from advml.tuning.training_search import TrainingSearch
-from advml.tuning.trial import Attempt, result_of
 
 CPU = Machine(torch.device("cpu"))
 FEW = "tune.attack.space.restarts={choice: [1, 2]}"
@@ -57,10 +56,10 @@ def one_trial(search, study):
     """Take the next trial and run it, as driver and worker do; the trial afterwards."""
     opened = studies.create(search, address(None, root=study.root))
     studies.requeue_dead(opened)
-    trial = studies.next_trial(opened, search, seed=0)
+    trial = studies.next_trial(opened, search)
     scratch = study.root / "scratch" / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
-    attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, report))
-    studies.finish(opened, trial, result_of(search.open(), attempt))
+    attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, *report))
+    studies.finish(opened, trial, attempt.run(search.open().objective))
     shutil.rmtree(scratch, ignore_errors=True)
     return opened.get_trials()[trial.number]
 
@@ -116,7 +115,7 @@ def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, re
 def test_a_trials_attack_is_threat_model_ii_as_its_values_say_and_its_random_numbers_are_those_of_the_default(trained):
     search = AttackSearch.of(trained.config("tune.attack.budget=8"), trained.root, "CL-AT-s0")
     values = {"schedule": "linear", "momentum": 0.75, "objective": "margin", "restarts": 2, "random_start": False, "step_size": 0.5}
-    subject = attack_trial.Subject(search)
+    subject = attack_trial.Bench(search)
     made, default = subject.attack(values), subject.default()
     wanted = {"objective": "margin", "steps": 3, "keep": "best", "schedule": "linear", "momentum": 0.75, "random_start": False}
     assert made.settings.items() >= wanted.items() and made.restarts == 2
@@ -130,7 +129,7 @@ def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(
     first, second = one_trial(search, trained), one_trial(search, trained)
     assert first.params["restarts"] == 1 and len(first.intermediate_values) == 4
     assert first.value == pytest.approx(sum(first.intermediate_values.values()) / 4)
-    told = search.confirm(second.params)
+    told = search.open().confirm(second.params)
     assert told["validation"]["default"]["accuracy"] == pytest.approx(first.value)
     assert {split: told[split]["winner"]["n"] for split in ("validation", "test")} == {"validation": 32, "test": 40}
 
@@ -146,20 +145,20 @@ def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_st
         FEW,
     )
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
-    subject = attack_trial.Subject(search)
+    subject = attack_trial.Bench(search)
     test, configuration = subject.context.dataset.test, search.config
     spec, scorer = configuration.evaluate, running.Scorer.of(subject.network, subject.context.machine)
     attacks = [attack_suite.CLEAN_IMAGES, attack_suite.threat_model_2(spec, configuration.threat_model)]
     run = {"batch_size": spec.batch_size, "seed": spec.seed}
     study = running.run_attacks(subject.network, scorer, test, attacks, **run)["accuracy/threat_model_2"].right
     assert torch.equal(torch.cat(list(subject.under(subject.default(), test))), study) and 0 < study.sum() < len(study)
-    told = search.confirm({"step_size": 1.0})
+    told = search.open().confirm({"step_size": 1.0})
     assert told["test"]["default"]["accuracy"] == float(study.double().mean()) and told["default_is"] == "the attack of evaluate"
 
 
 def test_a_default_of_another_budget_is_told(trained):
     search = AttackSearch.of(trained.config("tune.attack.budget=5", FEW), trained.root, "CL-AT-s0")
-    assert "5 steps of tune.attack.budget" in search.confirm({"step_size": 1.0})["default_is"]
+    assert "5 steps of tune.attack.budget" in search.open().confirm({"step_size": 1.0})["default_is"]
 
 
 def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypatch):
@@ -174,12 +173,12 @@ def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypat
         return images
 
     monkeypatch.setattr(autoattack, "attack", nothing)
-    found = search.measure("autoattack")["test"]
+    found = search.open().autoattack()["test"]
     assert list(asked) == [name for name in autoattack.ATTACKS if autoattack.applicable(name, 4)] and len(asked) > 2
     assert found["n"] == 40 and set(asked.values()) == {round(40 * found["accuracy"])} != {0}
     asked.clear()
     monkeypatch.setattr(running, "predict", lambda network, images, machine: torch.full((len(images),), -1))
-    assert search.measure("autoattack")["test"]["accuracy"] == 0 and not asked
+    assert search.open().autoattack()["test"]["accuracy"] == 0 and not asked
 
 
 # Trainings
@@ -202,7 +201,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
     pretrain.run(trained.context(), scheme="CL", phase="st", seed=0)
     settings = trained.config()
     settings = settings.model_copy(update={"regimes": settings.regimes | {"new": settings.regimes["Full-AT"]}})
-    bench = training_trial.Bench(TrainingSearch(settings, trained.root, "finetune", "CL", "new", 0))
+    bench = training_trial.Bench(TrainingSearch("finetune", "CL", "new", 0, config=settings, root=trained.root, name="new"))
     planned = bench.plan(settings, seed=0)
     standard = models.load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
     assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
@@ -332,9 +331,9 @@ def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
         share = 0.75 if network else 0.25
         return [{"robust": share + len(measured) / 100, "clean": 0.4 if len(measured) == 4 else 0.9} for _ in splits]
 
-    monkeypatch.setattr(training_trial, "train", train)
+    monkeypatch.setattr(training_trial.Bench, "train", train)
     monkeypatch.setattr(training_trial.Bench, "measure", measure)
-    told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
+    told = search.open().confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
     assert [rate for rate, _ in trainings] == [2e-3, 1e-3, 2e-3, 1e-3]  # default, winner
     seeds = [seed for _, seed in trainings]
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3] and search.seed not in seeds
@@ -349,7 +348,7 @@ def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
 def test_a_confirmation_trains_and_measures(trained):
     settings = trained.config(SPACE, "tune.finetune.confirm=1", "regimes.Full-AT.epochs=1")
     search = TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0)
-    told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
+    told = search.open().confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
     assert told["test"]["beats_default"] is None and 0 <= told["test"]["winner"]["clean"]["mean"] <= 1
 
 
@@ -360,7 +359,7 @@ def scores(differences: list[float]) -> dict:
 
 def test_a_difference_has_the_interval_of_student():
     """By hand: 0.01, 0.02, 0.03 have mean 0.02 and sd 0.01; t for 2 degrees of freedom is 4.302653, / sqrt(3)."""
-    found = comparison.difference([0.01, 0.02, 0.03])
+    found = training_trial.over_seeds([0.01, 0.02, 0.03])
     half = 4.302653 * 0.01 / 3**0.5
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.02, 0.02 - half, 0.02 + half), rel=1e-5)
 
@@ -375,11 +374,11 @@ def test_a_difference_has_the_interval_of_student():
     ],
 )
 def test_the_verdict_says_whether_the_difference_is_more_than_seed_noise(differences, verdict, said):
-    told = comparison.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.0)
+    told = training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.0)
     assert told["test"]["beats_default"] is verdict and told["validation"]["beats_default"] is verdict
     printed = searching.further(told)
     assert [line for line in printed if said in line] == [printed[2], printed[5]] and "below the clean floor" not in str(printed)
-    below = searching.further(comparison.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1))
+    below = searching.further(training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1))
     assert below[-1] == f"  warning: the winner is below the clean floor 1.1 on {len(differences)} of {len(differences)} further seeds"
 
 

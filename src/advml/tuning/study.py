@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from advml.errors import UserError
-from advml.tuning.search import Search
+from advml.tuning.search import Attempt, Search
 from advml.tuning.space import distributions
 from advml.tuning.storage import connect
-from advml.tuning.trial import Report, Result
-from advml.tuning.trial_state import DEFAULT, KILLS, LATEST, ORIGIN, REACHED, REASON, RETRY_OF, is_killed, running
+from advml.tuning.trial_state import DEFAULT, HISTORY, LATEST, MEASURED, ORIGIN, REASON, RETRY_OF, SECONDS, is_killed, running
 
 MOST_KILLS = 10  # in a row without progress: perhaps for want of memory
 # Attributes of a study
@@ -50,33 +50,31 @@ def create(search: Search, url: str, *, replace: bool = False) -> optuna.Study:
     return study
 
 
-def next_trial(study: optuna.Study, search: Search, *, seed: int) -> optuna.Trial:
-    """Take the next trial: one that waits, or new values.
-
-    Args:
-        seed: of the sampler, together with the number of trials so far.
-    """
-    study.sampler = search.sampler(seed + len(study.get_trials(deepcopy=False)))
+def next_trial(study: optuna.Study, search: Search) -> optuna.Trial:
+    """Take the next trial: one that waits, or new values; these follow from the search's seed and the number of trials so far."""
+    study.sampler = search.sampler(search.spec.seed + len(study.get_trials(deepcopy=False)))
     trial = study.ask(distributions(search.space))
     trial.set_user_attr(ORIGIN, trial.user_attrs.get(ORIGIN, trial.number))
     return trial
 
 
-def note(trial: optuna.Trial, report: Report) -> bool:
+def note(trial: optuna.Trial, step: int, value: float, measured: Mapping[str, float] | None) -> bool:
     """Keep a report; returns whether the trial is to stop. The default, the one to beat, never is."""
-    if report.measured:
-        trial.set_user_attr(LATEST, dict(report.measured))
-    trial.report(report.value, report.step)
+    if measured:
+        trial.set_user_attr(LATEST, measured)
+    trial.report(value, step)
     return not trial.user_attrs.get(DEFAULT, False) and trial.should_prune()
 
 
-def finish(study: optuna.Study, trial: optuna.Trial, result: Result) -> None:
-    """Keep a trial's result."""
-    for name, violation in result.constraints.items():
+def finish(study: optuna.Study, trial: optuna.Trial, attempt: Attempt) -> None:
+    """Keep how a trial has ended."""
+    records = {f"{HISTORY}/{number}": record for number, record in enumerate(attempt.history)}
+    for key, value in {MEASURED: attempt.measured, SECONDS: attempt.seconds, **records, REASON: attempt.reason}.items():
+        if value:
+            trial.set_user_attr(key, value)
+    for name, violation in attempt.constraints.items():
         trial.set_constraint(name, violation)
-    for key, value in result.attributes.items():
-        trial.set_user_attr(key, value)
-    study.tell(trial, values=result.values, state=result.state)
+    study.tell(trial, values=attempt.objectives, state=attempt.state)
 
 
 def requeue_dead(study: optuna.Study, *, alive: set[int] = frozenset()) -> None:
@@ -92,17 +90,18 @@ def requeue_dead(study: optuna.Study, *, alive: set[int] = frozenset()) -> None:
     retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     for trial in trials:
         if is_killed(trial) and trial.number not in retried:
-            study.add_trial(_again(trial))
+            study.add_trial(_again(trial, trials))
 
 
-def _again(trial: FrozenTrial) -> FrozenTrial:
+def _again(killed: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     """The same parameters as a waiting trial; or, for one that is killed whenever it runs, as a failed one."""
-    before, reached = trial.user_attrs.get(REACHED, -1), max(trial.intermediate_values, default=-1)
-    kills = 0 if reached > before else trial.user_attrs.get(KILLS, 0) + 1
-    attributes = {key: trial.user_attrs[key] for key in (ORIGIN, DEFAULT) if key in trial.user_attrs}
-    attributes |= {RETRY_OF: trial.number, KILLS: kills, REACHED: max(reached, before)}
+    origin = killed.user_attrs.get(ORIGIN, killed.number)
+    of_these = [trial for trial in trials if trial.user_attrs.get(ORIGIN, trial.number) == origin]
+    reached = [-1, *(max(trial.intermediate_values, default=-1) for trial in of_these)]  # the last step that each has reported
+    kills = len(reached) - 1 - reached.index(max(reached))  # since one of them got further than those before it
+    attributes = {RETRY_OF: killed.number, ORIGIN: origin, DEFAULT: killed.user_attrs.get(DEFAULT, False)}
     state = TrialState.WAITING
     if kills > MOST_KILLS:
         state = TrialState.FAIL
         attributes[REASON] = f"killed {kills} times in a row before it got any further (out of memory?)"
-    return create_trial(state=state, params=trial.params, distributions=trial.distributions, user_attrs=attributes)
+    return create_trial(state=state, params=killed.params, distributions=killed.distributions, user_attrs=attributes)

@@ -1,4 +1,4 @@
-"""What trials say by their states and attributes: which of them count, and which is best.
+"""What Optuna's record of a trial says: which trials count, and which is best.
 
 | state              | means                                                                                 |
 |--------------------|---------------------------------------------------------------------------------------|
@@ -21,9 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 REASON = "reason"  # why its parameters do not work
 ORIGIN = "origin"  # number of the first trial of the parameters that it repeats; names the scratch folder
 RETRY_OF = "retry_of"  # number of the killed trial whose parameters it repeats
-KILLS = "kills"  # of processes in a row, without progress
-REACHED = "reached"  # the last step that a trial of these parameters has reported before
-HISTORY = "epoch"  # epoch/0, epoch/1, ...: what it has recorded
+HISTORY = "epoch"  # epoch/0, epoch/1, ...: what it has recorded, apart because an attribute holds 65,535 bytes in MySQL
 DEFAULT = "default"  # whether it has the default's values
 LATEST = "latest"  # what it has measured last, for people
 MEASURED = "measured"  # figures beside the objectives
@@ -65,7 +63,7 @@ def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> FrozenT
 
 
 def default_of(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The finished trial of the default's values."""
+    """The complete trial of the default's values."""
     return next((trial for trial in trials if trial.user_attrs.get(DEFAULT) and trial.state == TrialState.COMPLETE), None)
 
 
@@ -76,12 +74,7 @@ def scores(metrics: Sequence[str], trial: FrozenTrial) -> dict[str, float]:
     return dict(zip(metrics, trial.values, strict=True)) | trial.user_attrs.get(MEASURED, {})
 
 
-def history_attributes(history: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The curves as attributes of a trial, one for each record: MySQL's hold 65,535 bytes."""
-    return {f"{HISTORY}/{number}": record for number, record in enumerate(history)}
-
-
 def history_of(trial: FrozenTrial) -> list[Mapping[str, Any]]:
-    """The curves whole again."""
+    """The records of all its epochs or batches."""
     keys = map(f"{HISTORY}/{{}}".format, itertools.count())
     return [trial.user_attrs[key] for key in itertools.takewhile(trial.user_attrs.__contains__, keys)]
