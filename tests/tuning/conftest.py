@@ -19,7 +19,7 @@ from advml.tuning import command, storage
 from advml.tuning import study as studies
 from advml.tuning.search import Attempt, Search
 from advml.tuning.storage import address
-from advml.tuning.trial_state import finished
+from advml.tuning.study import finished
 
 HERE = str(Path(__file__).parent)
 REPOSITORY = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from advml.cli import searching
 from advml.cli.searching import told
 from advml.errors import Failure, UserError
 from advml.tracking import store as stores
-from advml.tuning import command, trial_state
+from advml.tuning import command
+from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch
 from advml.tuning.command import Outcome
 from advml.tuning.training_search import TrainingSearch
@@ -78,14 +79,14 @@ def test_pruners_stop_the_worse_and_spare_the_better(made, direction, better, wo
 
 
 def outcome(trials: list, directions=("maximize",)) -> Outcome:
-    return Outcome(Path("reports"), trials, trial_state.best_of(trials, directions), None, [])
+    return Outcome(Path("reports"), trials, studies.best_of(trials, directions), None, [])
 
 
 def ended(state: TrialState, reason: str | None = None, violation: float | None = None):
     return create_trial(
         state=state,
         values=[0.5] if state == TrialState.COMPLETE else None,
-        user_attrs={trial_state.REASON: reason} if reason else {},
+        user_attrs={studies.REASON: reason} if reason else {},
         constraints=None if violation is None else {"clean_floor": violation},
     )
 

@@ -19,7 +19,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.errors import Failure, UserError
-from advml.tuning import storage, trial_state
+from advml.tuning import storage
 from advml.tuning import study as studies
 from advml.tuning.search import Attempt, hyperband
 from advml.tuning.storage import address, alone, connect, told
@@ -69,7 +69,7 @@ def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy,
             studies.next_trial(study, far)
             studies.next_trial(study, far)
         studies.requeue_dead(study)
-        assert not trial_state.running(study.get_trials())
+        assert not studies.running(study.get_trials())
     assert states(study.get_trials()).keys() <= {"WAITING", "FAIL"}
 
 
@@ -82,8 +82,8 @@ def test_a_dead_trial_is_queued_once_and_one_at_work_is_left_alone(toy, study):
         studies.requeue_dead(study)
     assert states(study.get_trials()) == {"FAIL": 1, "WAITING": 1}
     again = studies.next_trial(study, toy)
-    assert again.params == DEFAULT and again.user_attrs[trial_state.ORIGIN] == trial.number
-    assert again.user_attrs[trial_state.DEFAULT]
+    assert again.params == DEFAULT and again.user_attrs[studies.ORIGIN] == trial.number
+    assert again.user_attrs[studies.DEFAULT]
 
 
 @pytest.mark.parametrize("gets_further", [False, True])
@@ -98,22 +98,22 @@ def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_unless_it_gets_furt
     if gets_further:
         assert last.state == TrialState.WAITING
     else:
-        assert last.state == TrialState.FAIL and "out of memory" in last.user_attrs[trial_state.REASON]
-        assert last.params == DEFAULT and trial_state.finished(study.get_trials()) == [last]
+        assert last.state == TrialState.FAIL and "out of memory" in last.user_attrs[studies.REASON]
+        assert last.params == DEFAULT and studies.finished(study.get_trials()) == [last]
 
 
 def test_trials_that_fail_are_recorded_with_their_reason_and_do_not_end_the_study(toy, run_here):
     trials = run_here(Toy(toy.log, fails="odd"), total=16)
     assert len(trials) == 16
     assert all((trial.state == TrialState.FAIL) == (trial.params["kind"] == "odd") for trial in trials)
-    reasons = {trial.user_attrs[trial_state.REASON] for trial in trials if trial.state == TrialState.FAIL}
+    reasons = {trial.user_attrs[studies.REASON] for trial in trials if trial.state == TrialState.FAIL}
     assert reasons
     assert all(re.fullmatch(r"out of memory|ValueError: nothing works \(toy_search.py, line \d+\)", reason) for reason in reasons)
 
 
 def test_the_winner_keeps_the_constraint(toy, run_here):
     trials = run_here(Toy(toy.log, floor=1.0), total=20)
-    best = trial_state.ranked(trials, ("minimize",))[0]
+    best = studies.ranked(trials, ("minimize",))[0]
     infeasible = [trial for trial in trials if trial.params["x"] < 1.0]
     assert min(trial.value for trial in infeasible) < best.value  # a better one was tried, and does not count
     assert best.value == min(trial.value for trial in trials if trial.params["x"] >= 1.0)
@@ -153,7 +153,7 @@ def test_curves_of_any_length_fit_into_mysqls_columns(toy, study, tmp_path):
     trial = study.get_trials()[0]
     sizes = [len(json.dumps(value)) for value in trial.user_attrs.values()]
     assert sum(sizes) > 2 * 65_535 and max(sizes) < 65_535
-    assert trial_state.history_of(trial) == records
+    assert studies.history_of(trial) == records
 
 
 # Studies

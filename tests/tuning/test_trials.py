@@ -25,7 +25,7 @@ from advml.recipes import REGIMES, Regime
 from advml.runtime.checkpoint import Checkpoint
 from advml.runtime.machine import Machine
 from advml.stages import finetune, pretrain
-from advml.tuning import attack_trial, training_trial, trial_state
+from advml.tuning import attack_trial, training_trial
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch, passes, steps_within
 from advml.tuning.search import Attempt, hyperband, rungs
@@ -57,7 +57,7 @@ def one_trial(search, study):
     opened = studies.create(search, address(None, root=study.root))
     studies.requeue_dead(opened)
     trial = studies.next_trial(opened, search)
-    scratch = study.root / "scratch" / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
+    scratch = study.root / "scratch" / f"trial-{trial.user_attrs[studies.ORIGIN]}"
     attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, *report))
     studies.finish(opened, trial, attempt.run(search.open().objective))
     shutil.rmtree(scratch, ignore_errors=True)
@@ -101,13 +101,17 @@ def attack(*, restarts: int, keep: str, steps: int) -> attack_suite.AttackSpec:
     ("restarts", "keep", "steps", "forward"),
     [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
 )
-def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
+def test_all_passes_of_all_restarts_stay_within_those_of_the_default(trained, dataset, restarts, keep, steps, forward):
     assert steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
     network, chosen = Counter(), attack(restarts=restarts, keep=keep, steps=steps)
     with torch.no_grad():  # under the network's own labels nothing breaks, so nothing leaves the batch early
         split = Split(dataset.validation.images, network(CPU.images(dataset.validation.images)).argmax(1))
     network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
-    assert torch.cat(list(attack_trial.withstood(network, split, chosen, CPU, batch_size=32, seed=0))).all()
+    bench = attack_trial.Bench(
+        AttackSearch.of(trained.config("tune.attack.batch_size=32", "tune.attack.budget=20"), trained.root, "CL-AT-s0")
+    )
+    bench.network, bench.scorer = network, running.Scorer.of(network, CPU)
+    assert torch.cat(list(bench.under(chosen, split))).all()
     assert network.passes == passes(steps=steps, restarts=restarts, keep=keep) == {"forward": forward, "backward": restarts * steps}
     assert sum(network.passes.values()) <= 12 + 12 + 2
 
@@ -190,7 +194,7 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     record = finetune.run(trained.context(), scheme="CL", regime="Full-AT", seed=0)
     _, network = trained.context().load_network(trained.workspace.model("CL-Full-AT-s0"))
     measured = training_trial.Bench(search).validate(network)
-    assert trial_state.history_of(trial)[-1]["epoch"] == 2 and record["epoch"] in (1, 2)
+    assert studies.history_of(trial)[-1]["epoch"] == 2 and record["epoch"] in (1, 2)
     assert (trial.value, trial.user_attrs["measured"]["clean"]) == (measured["robust"], measured["clean"])
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
 
@@ -214,7 +218,7 @@ def test_at_a_rung_the_pruner_is_told_of_the_floor_and_people_of_what_was_measur
     settings = trained.config(SPACE, f"tune.finetune.clean_floor={floor}")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
     assert trial.intermediate_values == {1: pytest.approx({0.0: 0.6, 1.0: -1.1}[floor])}
-    assert trial_state.history_of(trial)[0]["validation/robust"] == 0.6
+    assert studies.history_of(trial)[0]["validation/robust"] == 0.6
     assert reached(trial) == ", at 1: robust=0.6 clean=0.9"
 
 
@@ -276,8 +280,8 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
         lambda self, epoch, *rest: trained_epochs.append(epoch) or train_epoch(self, epoch, *rest),
     )
     again = one_trial(search("killed"), trained)
-    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[trial_state.RETRY_OF] == 1
-    assert again.value == whole.value and trial_state.history_of(again) == trial_state.history_of(whole)
+    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[studies.RETRY_OF] == 1
+    assert again.value == whole.value and studies.history_of(again) == studies.history_of(whole)
     assert again.intermediate_values == whole.intermediate_values
     assert not list((trained.root / "scratch").iterdir())
 
@@ -286,7 +290,7 @@ def test_a_training_that_diverges_fails_for_that_reason(trained):
     space = "tune.finetune.space={learning_rate: {log: [1e17, 1e18]}}"
     settings = trained.config(space, "regimes.Full-AT.learning_rate=1e18", "regimes.Full-AT.optimizer=sgd")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
-    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[trial_state.REASON]
+    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[studies.REASON]
 
 
 def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained):

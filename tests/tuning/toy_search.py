@@ -18,7 +18,7 @@ from advml.cli.live_table import LiveTable
 from advml.config import Config, digest, load
 from advml.errors import UserError
 from advml.tuning import command, outputs
-from advml.tuning.search import Attempt, Search
+from advml.tuning.search import Attempt, Bench, Search
 
 SPACE = {"x": {"float": [-5, 5]}, "n": {"int": [1, 4]}, "kind": {"choice": ["plain", "odd"]}}
 DEFAULT = {"x": 4.0, "n": 1, "kind": "plain"}
@@ -67,7 +67,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Toy(Search):
+class Toy(Search, Bench):
     """Minimise x^2 + n in `steps` steps; every trial leaves a line in `log`."""
 
     log: Path

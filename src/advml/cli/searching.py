@@ -37,7 +37,7 @@ def told(outcome: Outcome, search: Search) -> list[str]:
         UserError: none keeps the floor.
     """
     from advml.tuning.space import show
-    from advml.tuning.trial_state import default_of
+    from advml.tuning.study import default_of
 
     metrics, count = search.metrics, len(outcome.trials)
     if outcome.best is None:
@@ -61,7 +61,7 @@ def told(outcome: Outcome, search: Search) -> list[str]:
 
 def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:
     """Why there is nothing to propose: no trial has run to its end, or none keeps the floor."""
-    from advml.tuning.trial_state import REASON, name_of
+    from advml.tuning.study import REASON, name_of
 
     failed, total = [trial for trial in outcome.trials if name_of(trial) == "failed"], len(outcome.trials)
     if any(name_of(trial) == "complete" for trial in outcome.trials):

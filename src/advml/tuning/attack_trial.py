@@ -17,13 +17,12 @@ from advml.evaluation.attack_suite import CLEAN_IMAGES, AttackSpec, library_atta
 from advml.evaluation.intervals import wilson
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, run_attacks
-from advml.networks.models import Network
 from advml.paths import Workspace
-from advml.runtime.machine import Machine, generator_for
+from advml.runtime.machine import generator_for
 from advml.similarity.statistics import mcnemar
 from advml.stages.context import Context
+from advml.tuning import search as searches
 from advml.tuning.attack_search import AttackSearch, passes
-from advml.tuning.search import Attempt
 from advml.tuning.space import Values
 
 # The attack of `evaluate` that searches measure. Random numbers follow from its name and `evaluate.seed`, so the same attack on the same
@@ -37,27 +36,13 @@ def evaluation_attack(configuration: Config, *, half: bool = False) -> AttackSpe
     return replace(chosen, name=STUDIED, kept=False)
 
 
-def withstood(
-    network: Network, split: Split, attack: AttackSpec | None, machine: Machine, *, batch_size: int, seed: int
-) -> Iterator[Tensor]:
-    """Batch by batch, which images (n,) stay right: clean (`attack=None`), or under every restart of the attack.
-
-    An image has the same random starts whatever the attack: those of `evaluate`, where `seed` is `evaluate.seed`.
-    """
-    attacks = [CLEAN_IMAGES, *([attack] if attack else [])]
-    scorer = Scorer.of(network, machine)
-    for rows in torch.arange(len(split.labels)).split(batch_size):
-        some = Split(split.images[rows], split.labels[rows])
-        yield run_attacks(network, scorer, some, attacks, batch_size=batch_size, seed=seed)[attacks[-1].name].right
-
-
 def interval(right: Tensor) -> dict[str, Any]:
     """Share of right images (n,) with its 95 % interval."""
     low, high = wilson(int(right.sum()), len(right))
     return {"accuracy": float(right.double().mean()), "low": low, "high": high, "n": len(right)}
 
 
-class Bench:
+class Bench(searches.Bench):
     """The model under attack, and the images on which attacks are compared.
 
     Attributes:
@@ -68,6 +53,7 @@ class Bench:
         self.search, self.spec, self.config = search, search.spec, search.config
         self.context = Context(search.config, Workspace(search.root))
         _, self.network = self.context.load_network(search.folder)
+        self.scorer = Scorer.of(self.network, self.context.machine)
         whole = self.context.dataset.validation
         order = torch.randperm(len(whole.labels), generator=generator_for("tune", self.spec.seed))[: self.spec.images]
         self.validation = Split(whole.images[order], whole.labels[order])
@@ -81,12 +67,17 @@ class Bench:
         spec = self.config.evaluate
         return evaluation_attack(self.config) if self.spec.budget == spec.steps * spec.restarts else self.attack({})
 
-    def under(self, attack: AttackSpec | None, split: Split) -> Iterator[Tensor]:
-        """See `withstood`."""
-        run = {"batch_size": self.spec.batch_size, "seed": self.config.evaluate.seed}
-        return withstood(self.network, split, attack, self.context.machine, **run)
+    def under(self, attack: AttackSpec, split: Split) -> Iterator[Tensor]:
+        """Batch by batch, which images (n,) stay right under every restart of the attack.
 
-    def objective(self, attempt: Attempt) -> Sequence[float]:
+        An image has the same random starts whatever the attack: those of `evaluate`.
+        """
+        run = {"batch_size": self.spec.batch_size, "seed": self.config.evaluate.seed}
+        for rows in torch.arange(len(split.labels)).split(self.spec.batch_size):
+            some = Split(split.images[rows], split.labels[rows])
+            yield run_attacks(self.network, self.scorer, some, [CLEAN_IMAGES, attack], **run)[attack.name].right
+
+    def objective(self, attempt: searches.Attempt) -> Sequence[float]:
         """Accuracy on validation under the attack, reported after every batch; the pruner compares batch by batch."""
         right = total = 0
         for number, batch in enumerate(self.under(self.attack(attempt.values), self.validation)):
@@ -108,7 +99,7 @@ class Bench:
             "passes": {"default": passes(**self.search.attack({})), "winner": passes(**self.search.attack(values))},
         }
         for name, split in (("validation", self.validation), ("test", self.context.dataset.test)):
-            right = {who: torch.cat(list(self.under(attack, split))) for who, attack in {"clean": None, **attacks}.items()}
+            right = {who: torch.cat(list(self.under(attack, split))) for who, attack in {"clean": CLEAN_IMAGES, **attacks}.items()}
             paired = mcnemar(right["default"].numpy(), right["winner"].numpy())
             told[name] = {who: interval(found) for who, found in right.items()} | {"paired": paired}
         return told
@@ -122,5 +113,5 @@ class Bench:
             for name in autoattacks.ATTACKS
             if autoattacks.applicable(name, classes)
         ]
-        scorer, run = Scorer.of(self.network, self.context.machine), {"batch_size": spec.batch_size, "seed": spec.seed}
-        return {"test": interval(survivors(run_attacks(self.network, scorer, split, [CLEAN_IMAGES, *attacks], **run)))}
+        run = {"batch_size": spec.batch_size, "seed": spec.seed}
+        return {"test": interval(survivors(run_attacks(self.network, self.scorer, split, [CLEAN_IMAGES, *attacks], **run)))}

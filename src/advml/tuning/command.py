@@ -31,10 +31,10 @@ from advml.paths import Workspace, checked_name
 from advml.runtime.signals import deferred
 from advml.tuning import outputs
 from advml.tuning import study as studies
-from advml.tuning.search import Search, measure, run_trial
+from advml.tuning.search import Search, on_bench
 from advml.tuning.space import show
 from advml.tuning.storage import HOLDER, address, alone, close, told
-from advml.tuning.trial_state import ORIGIN, REASON, best_of, finished, scores
+from advml.tuning.study import ORIGIN, REASON, best_of, finished, scores
 
 # What the fork server imports for the processes; the last one is what Optuna imports when it is first used.
 MODULES = (
@@ -178,7 +178,7 @@ class Driver:
                 wanted = 0 if hopeless else self.total - len(ended)
                 for _ in range(min(sum(self.workers.values()), wanted) - len(self.at_work)):
                     trial = studies.next_trial(self.study, self.search)
-                    call = Call(self.pool, run_trial, self.search, dict(trial.params), self.scratch_of(trial))
+                    call = Call(self.pool, on_bench, self.search, "trial", dict(trial.params), self.scratch_of(trial))
                     self.at_work[trial.number] = trial, call
                 self.watch(trials)
                 self.log(trials)  # while the processes work
@@ -248,9 +248,9 @@ class Driver:
             if name not in (measured := self.study.user_attrs.get(MEASURED, {})):
                 self.study.set_user_attr(MEASURED, measured | {name: self.measure(name)})
 
-    def measure(self, *what: Any) -> dict[str, Any]:
-        """See `advml.tuning.trial.measure`; in a process of the pool."""
-        call = Call(self.pool, measure, self.search, *what)
+    def measure(self, method: str, *values: Any) -> dict[str, Any]:
+        """Call a method of the search's bench in a process of the pool."""
+        call = Call(self.pool, on_bench, self.search, method, *values)
         while not call.is_ready(self.workers):
             with deferred():
                 self.look()

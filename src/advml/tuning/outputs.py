@@ -21,7 +21,7 @@ from advml.core.io import write_atomically
 from advml.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
-from advml.tuning.trial_state import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores
+from advml.tuning.study import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
@@ -50,16 +50,14 @@ def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: 
     trials = study.get_trials(deepcopy=False)
     default, front = default_of(trials), ranked(study.best_trials, search.directions)
 
-    def scored(trial: FrozenTrial) -> dict[str, Any]:
-        return {"parameters": search.proposal(trial.params), "scored": scores(search.metrics, trial)}
+    def about(trial: FrozenTrial) -> dict[str, Any]:
+        return {"parameters": search.proposal(trial.params), "trial": trial.number, "scored": scores(search.metrics, trial)}
 
     content = {
         "study": search.name,
-        **({"front": [{"trial": trial.number, **scored(trial)} for trial in front]} if len(search.metrics) > 1 else {}),
-        "parameters": search.proposal(best.params),
-        "trial": best.number,
+        **({"front": [about(trial) for trial in front]} if len(search.metrics) > 1 else {}),
+        **about(best),
         "values": dict(best.params),
-        "scored": scores(search.metrics, best),
         "default_scored": scores(search.metrics, default) if default else None,
         "trials": {
             "finished": len(finished(trials)),

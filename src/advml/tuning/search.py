@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import optuna
 from optuna.trial import TrialState
@@ -167,31 +167,27 @@ class Attempt:
         return self
 
 
-class Bench(Protocol):
-    """A search with data and networks loaded, in a process that runs its trials. It has a method for each of `Search.once`, too."""
+class Bench(ABC):
+    """A search with data and networks loaded, in a process that works for it. It has a method for each of `Search.once`, too."""
 
+    @abstractmethod
     def objective(self, attempt: Attempt) -> Sequence[float]:
         """Run a trial; returns its objectives."""
 
+    @abstractmethod
     def confirm(self, values: Values) -> dict[str, Any]:
         """Measure the winner once more, for best.yaml."""
+
+    def trial(self, values: Values, scratch: Path) -> Attempt:
+        return Attempt(values, scratch).run(self.objective)
 
 
 _opened: tuple[Search, Bench] | None = None  # data and networks serve all calls of a process
 
 
-def bench_of(search: Search) -> Bench:
-    """The bench of a search, opened once. Raises UserError or Failure if it cannot be opened."""
+def on_bench(search: Search, method: str, *arguments: Any) -> Any:
+    """Call a method of the search's bench. Raises UserError or Failure if that cannot be opened."""
     global _opened
     if _opened is None or _opened[0] != search:
         _opened = search, search.open()
-    return _opened[1]
-
-
-def run_trial(search: Search, values: Values, scratch: Path) -> Attempt:
-    return Attempt(values, scratch).run(bench_of(search).objective)
-
-
-def measure(search: Search, name: str, *values: Values) -> dict[str, Any]:
-    """For best.yaml: `confirm` of the winner's values, or one of `search.once`."""
-    return getattr(bench_of(search), name)(*values)
+    return getattr(_opened[1], method)(*arguments)

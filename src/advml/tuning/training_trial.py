@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import t as student
 
 from advml.config import Config, digest
 from advml.data.datasets import Split
-from advml.evaluation.attack_suite import AttackSpec
+from advml.evaluation.attack_suite import CLEAN_IMAGES
+from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.networks.models import Network
 from advml.paths import Workspace
 from advml.recipes import REGIMES, SCHEMES
@@ -32,8 +32,8 @@ from advml.stages.context import Context
 from advml.stages.finetune import load_pretrained
 from advml.training import phases
 from advml.training.loop import Record
-from advml.tuning.attack_trial import evaluation_attack, withstood
-from advml.tuning.search import Attempt, rungs
+from advml.tuning import search as searches
+from advml.tuning.attack_trial import evaluation_attack
 from advml.tuning.space import Values
 from advml.tuning.training_search import TrainingSearch
 
@@ -41,7 +41,7 @@ Measured = dict[str, float]  # robust, clean
 NOTE = "the winner was chosen on these validation images, which flatters it there; test images had no part in the choice"
 
 
-class Bench:
+class Bench(searches.Bench):
     """Everything that stays the same over all trials: data, machine, the pretrained encoder, and the attack that measures."""
 
     def __init__(self, search: TrainingSearch) -> None:
@@ -61,7 +61,7 @@ class Bench:
         start, names = copy.deepcopy(self.pretrained), {"scheme": search.scheme, "regime": search.which, "seed": seed}
         return phases.finetuning(configuration, self.dataset, self.machine, start, **names)
 
-    def train(self, configuration: Config, attempt: Attempt, *, seed: int, watched: bool = True) -> Network:
+    def train(self, configuration: Config, attempt: searches.Attempt, *, seed: int, watched: bool = True) -> Network:
         """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again.
 
         Args:
@@ -69,7 +69,7 @@ class Bench:
         """
         search, plan = self.search, self.plan(configuration, seed=seed)
         fingerprint = digest(attempt.values, search.fingerprint(), seed)
-        watched_epochs = rungs(plan.phase.epochs) if watched and not search.pareto else ()
+        watched_epochs = searches.rungs(plan.phase.epochs) if watched and not search.pareto else ()
         known = Memo(attempt.scratch / f"rungs-{fingerprint}")  # the weights of earlier epochs are gone when a killed trial goes on
 
         def on_epoch(record: Record) -> None:
@@ -89,11 +89,13 @@ class Bench:
         if self.search.kind == "pretrain" and SCHEMES[self.search.scheme].head != "classifier":
             network = self._with_head(network)
 
-        def accuracy(attack: AttackSpec | None, split: Split) -> float:
-            right = withstood(network, split, attack, self.machine, batch_size=spec.batch_size, seed=spec.seed)
-            return float(torch.cat(list(right)).double().mean())
-
-        return [{"robust": accuracy(self.attack, split), "clean": accuracy(None, split)} for split in splits]
+        scorer, run = Scorer.of(network, self.machine), {"batch_size": spec.batch_size, "seed": spec.seed}
+        found = []
+        for split in splits:
+            outcomes = run_attacks(network, scorer, split, [CLEAN_IMAGES, self.attack], **run)
+            right = {"robust": outcomes[self.attack.name].right, "clean": outcomes[CLEAN_IMAGES.name].right}
+            found.append({name: float(mask.double().mean()) for name, mask in right.items()})
+        return found
 
     def validate(self, network: Network) -> Measured:
         """What decides between trials."""
@@ -108,7 +110,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:  # it takes a moment: nothing need be kept
             return phases.fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
 
-    def objective(self, attempt: Attempt) -> Sequence[float]:
+    def objective(self, attempt: searches.Attempt) -> Sequence[float]:
         """Train, measured and reported at Hyperband's rungs; then measure what training has selected."""
         search = self.search
         measured = self.validate(self.train(search.accept(attempt.values), attempt, seed=search.seed))
@@ -127,7 +129,7 @@ class Bench:
             seed = derived_seed("tune", search.seed, number)
             for who, chosen in (("default", {}), ("winner", values)):
                 scratch = Workspace(search.root).scratch(f"tune/{search.name}/confirm-{who}-{number}")
-                network = self.train(search.accept(chosen), Attempt(chosen, scratch), seed=seed, watched=False)
+                network = self.train(search.accept(chosen), searches.Attempt(chosen, scratch), seed=seed, watched=False)
                 for name, measured in zip(splits, self.measure(network, *splits.values()), strict=True):
                     scores[name][who].append(measured)
         return {"confirmed": compare(scores, floor=None if search.pareto else search.spec.clean_floor)}
