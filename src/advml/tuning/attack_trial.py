@@ -89,8 +89,7 @@ class Bench(searches.Bench):
     def confirm(self, values: Values) -> dict[str, Any]:
         """Winner and default at the same budget, on validation and, once, on test."""
         attacks = {"default": self.default(), "winner": self.attack(values)}
-        own = attacks["default"].settings == evaluation_attack(self.config).settings
-        other = "" if own else f", with the {self.spec.budget} steps of tune.attack.budget in all"
+        other = "" if attacks["default"].settings == evaluation_attack(self.config).settings else f", with the {self.spec.budget} steps of tune.attack.budget in all"
         told: dict[str, Any] = {
             "budget": self.spec.budget,
             "epsilon": self.config.attacked_epsilon,

@@ -45,7 +45,6 @@ POLL = 0.25  # seconds between two looks at a study without news
 HOPELESS = 5  # trials that all fail: so will the next
 # Attributes of the study: the winner's measurements, and those that do not depend on the winner
 CONFIRMED, MEASURED = "confirmed", "measured"
-KILLED = "the process that {} was killed (out of memory?); the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -255,10 +254,7 @@ class Driver:
             with deferred():
                 self.look()
             self.wait()
-        try:
-            return call.take()
-        except Lost:
-            raise Failure(KILLED.format("measures")) from None
+        return call.take()
 
     def confirmed(self, best: FrozenTrial | None) -> dict[str, Any] | None:
         """What this command or an earlier one has measured of this winner."""
@@ -281,10 +277,7 @@ class Driver:
         trials = self.trials()
         best = best_of(trials, self.search.directions)
         found = self.confirmed(best)
-        try:
-            files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found)
-        except Lost:
-            raise Failure(KILLED.format("writes files and figures")) from None
+        files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found)
         self.log(trials)
         if best is not None:
             self.run.mark_best(best.number)
