@@ -23,7 +23,7 @@ import optuna
 from timing import hardware_line
 
 from advml import config
-from advml.paths import Workspace
+from advml.core.paths import Workspace
 from advml.tuning.command import tune
 from advml.tuning.search import Search, hyperband, rungs
 from advml.tuning.storage import address

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.config.presets import preset
+from advml.core.device import Machine
 from advml.data import datasets
 from advml.data.datasets import Dataset
 from advml.evaluation.attack_suite import AttackSpec, attack_suite
@@ -36,8 +37,7 @@ from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.evaluation.samples import Outcome
 from advml.recipes import REGIMES, SCHEMES
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import Machine
+from advml.training.checkpoint import Checkpoint
 from advml.training.phases import fit_phase
 
 WANTED = {"CL-ST": 0.05, "CL-AT": 0.8, "SL-AT@0.2": 0.8}  # at most so much of the peer's time

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from advml import config
-from advml.errors import UserError
-from advml.networks.models import Network
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import Machine
-from advml.stages import finetune, pretrain
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.models.network import Network
+from advml.pipeline.stages import finetune, pretrain
+from advml.training.checkpoint import Checkpoint
 from advml.training.phases import finetuning, fit, fit_phase, pretraining
 
 CPU = Machine(torch.device("cpu"))

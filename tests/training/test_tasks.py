@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advml import config
-from advml.data.views import view
-from advml.errors import UserError
-from advml.networks.dual import DualBatchNorm
-from advml.networks.layers import batch_norms
-from advml.networks.models import under_attack
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.data.augment import view
+from advml.models.layers import DualBatchNorm, batch_norms
+from advml.models.network import under_attack
 from advml.recipes import REGIMES, SCHEMES, classes, instances
-from advml.runtime.machine import Machine
-from advml.training.objectives import OBJECTIVES, contrastive_pair, cross_entropy, divergence
+from advml.training.losses import OBJECTIVES, contrastive_pair, cross_entropy, divergence
 from advml.training.tasks import (
     Classification,
     Contrastive,

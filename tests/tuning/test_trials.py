@@ -17,14 +17,14 @@ from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.cli import searching
 from advml.cli.live_table import reached
+from advml.core.device import Machine
 from advml.data.datasets import Split
 from advml.evaluation import attack_suite
 from advml.evaluation import run_attacks as running
-from advml.networks import models
+from advml.models.network import load
+from advml.pipeline.stages import finetune, pretrain
 from advml.recipes import REGIMES, Regime
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import Machine
-from advml.stages import finetune, pretrain
+from advml.training.checkpoint import Checkpoint
 from advml.tuning import attack_trial, comparison, training_trial, trial_state
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch, passes, steps_within
@@ -204,7 +204,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
     settings = settings.model_copy(update={"regimes": settings.regimes | {"new": settings.regimes["Full-AT"]}})
     bench = training_trial.Bench(TrainingSearch(settings, trained.root, "finetune", "CL", "new", 0))
     planned = bench.plan(settings, seed=0)
-    standard = models.load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
+    standard = load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
     assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
     assert planned.adversary is not None and planned.adversary.threat_model.epsilon == settings.threat_model.epsilon
 

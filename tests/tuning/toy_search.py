@@ -14,8 +14,8 @@ import optuna
 
 from advml.cli.live_table import LiveTable
 from advml.config import digest, load
-from advml.errors import UserError
-from advml.paths import Workspace
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
 from advml.tuning import command, outputs
 from advml.tuning.search import Search
 from advml.tuning.trial import Attempt

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.errors import Failure, UserError
-from advml.lines import tell
-from advml.paths import Workspace
+from advml.core.errors import Failure, UserError
+from advml.core.messages import tell
+from advml.core.paths import Workspace
 
 if TYPE_CHECKING:
     from advml.tuning.command import Outcome

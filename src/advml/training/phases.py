@@ -16,16 +16,16 @@ import torch
 
 from advml import config
 from advml.attacks.pgd import Adversary, training_adversary
+from advml.core.device import Machine, derived_seed
+from advml.core.errors import UserError
 from advml.data.datasets import Dataset
-from advml.errors import UserError
-from advml.networks.layers import batch_norms, knows_blocks
-from advml.networks.models import Architecture, Network, build
-from advml.networks.trial import try_step
+from advml.models.layers import batch_norms, knows_blocks
+from advml.models.network import Architecture, Network, build
+from advml.models.trial_step import try_step
 from advml.recipes import REGIMES, SCHEMES
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import Machine, derived_seed
-from advml.training.loop import Record, train
+from advml.training.checkpoint import Checkpoint
 from advml.training.tasks import Task, finetuning_task, pretraining_task
+from advml.training.trainer import Record, train
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from advml.errors import UserError
-from advml.paths import Workspace, checked_name
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, checked_name
 from advml.tuning.outputs import BEST
 
 # Keys or sections of which a proposal means more than its search has looked at -> what else they change.

@@ -12,14 +12,14 @@ from torch import Tensor
 from advml.attacks import autoattack as autoattacks
 from advml.attacks.threat_model import ThreatModel
 from advml.config import Config, changed
+from advml.core.device import Machine, generator_for
+from advml.core.paths import Workspace
 from advml.data.datasets import Split
 from advml.evaluation.attack_suite import CLEAN_IMAGES, AttackSpec, library_attack, threat_model_2
 from advml.evaluation.run_attacks import Scorer, run_attacks
-from advml.networks.models import Network
-from advml.paths import Workspace
-from advml.runtime.machine import Machine, generator_for
+from advml.models.network import Network
+from advml.pipeline.context import Context
 from advml.similarity.statistics import mcnemar
-from advml.stages.context import Context
 from advml.tuning.comparison import interval
 from advml.tuning.space import Values
 from advml.tuning.trial import Attempt, Objective

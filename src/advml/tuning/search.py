@@ -11,7 +11,7 @@ import optuna
 
 from advml.config import Config
 from advml.core.io import read_json
-from advml.paths import Workspace
+from advml.core.paths import Workspace
 from advml.tuning import space as spaces
 from advml.tuning.space import Space, Values
 from advml.tuning.trial import Objective

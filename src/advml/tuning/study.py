@@ -7,7 +7,7 @@ import uuid
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.tuning.search import Search
 from advml.tuning.space import distributions
 from advml.tuning.storage import connect

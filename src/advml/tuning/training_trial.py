@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from advml.config import Config, digest
+from advml.core.device import derived_seed
+from advml.core.paths import Workspace
+from advml.core.result_cache import Memo
 from advml.data.datasets import Split
-from advml.networks.models import Network
-from advml.paths import Workspace
+from advml.models.network import Network
+from advml.pipeline.context import Context
+from advml.pipeline.stages.finetune import load_pretrained
 from advml.recipes import REGIMES, SCHEMES
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import derived_seed
-from advml.runtime.memo import Memo
-from advml.stages.context import Context
-from advml.stages.finetune import load_pretrained
 from advml.training import phases
-from advml.training.loop import Record
+from advml.training.checkpoint import Checkpoint
+from advml.training.trainer import Record
 from advml.tuning.attack_trial import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
 from advml.tuning.search import rungs

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import TrialState
 
+from advml.core.errors import Failure
 from advml.engine import process_task
-from advml.errors import Failure
 from advml.tuning.space import Values
 from advml.tuning.trial_state import MEASURED, REASON, SECONDS, history_attributes
 
