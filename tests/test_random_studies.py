@@ -216,9 +216,9 @@ def test_a_configuration_that_is_accepted_runs_through_every_stage(
 ) -> None:
     from advml.core.paths import Workspace
     from advml.pipeline.context import Context
+    from advml.pipeline.plans import pretraining
     from advml.pipeline.stages import compare, evaluate, finetune, prepare, pretrain, report, represent, transfer
     from advml.recipes import REGIMES
-    from advml.training.phases import pretraining
 
     configuration = drawn(seed, template, photos)
     print(config.dump(configuration))  # shown where it fails

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from advml.core.errors import UserError
-from advml.training.phases import check_regimes
+from advml.pipeline.plans import check_regimes
 
 
 @pytest.mark.parametrize(

@@ -283,11 +283,10 @@ def test_learners_are_the_encoder_and_the_head_in_use(make_network, dataset):
     ("name", "kind", "groups"), [("SL", Classification, None), ("CL", Contrastive, instances), ("SCL", Contrastive, classes)]
 )
 def test_a_scheme_pretrains_its_own_task(make_network, name, kind, groups):
-    task = pretraining_task(make_network(), SCHEMES[name], CONFIG)
-    assert type(task) is kind
-    assert task.spec == (CONFIG.views.contrastive if groups else CONFIG.views.supervised)
+    task = pretraining_task(make_network(), SCHEMES[name], CONFIG.pretrain[name], spec=SHIFT, temperature=0.3)
+    assert type(task) is kind and task.spec == SHIFT
     if groups:
-        assert task.groups is groups and task.temperature == CONFIG.temperature
+        assert task.groups is groups and task.temperature == 0.3
 
 
 @pytest.mark.parametrize(("regime", "kind"), [("ST", HeadOnly), ("AT", HeadOnly), ("Partial-AT", HeadOnly), ("Full-AT", Classification)])

@@ -57,8 +57,8 @@ def settings(**changes: object) -> config.Phase:
 def make_task(phase: str, network: Network, dataset: Dataset, values: config.Phase):
     scheme, kind, _ = PHASES[phase]
     if kind == "pretrain":
-        changed = CONFIG.model_copy(update={"pretrain": {scheme: values}})
-        return pretraining_task(network, SCHEMES[scheme], changed)
+        spec = getattr(CONFIG.views, SCHEMES[scheme].view)
+        return pretraining_task(network, SCHEMES[scheme], values, spec=spec, temperature=CONFIG.temperature)
     return finetuning_task(network, REGIMES[kind], values, dataset.train, CPU)
 
 

@@ -270,12 +270,8 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
     killed_after(1)
     killed_after(3)
     trained_epochs = []
-    train_epoch = training_trial.phases.train.__globals__["_Trainer"].epoch
-    monkeypatch.setattr(
-        training_trial.phases.train.__globals__["_Trainer"],
-        "epoch",
-        lambda self, epoch, *rest: trained_epochs.append(epoch) or train_epoch(self, epoch, *rest),
-    )
+    save = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self, progress: trained_epochs.append(progress.epoch) or save(self, progress))
     again = one_trial(search("killed"), trained)
     assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[trial_state.RETRY_OF] == 1
     assert again.value == whole.value and trial_state.history_of(again) == trial_state.history_of(whole)

@@ -13,8 +13,7 @@ from advml.core.progress import Bar
 from advml.models import network
 from advml.pipeline.context import Context
 from advml.training.checkpoint import Checkpoint, is_unfinished
-from advml.training.phases import Plan, fit
-from advml.training.trainer import Record, batches_per_epoch
+from advml.training.trainer import Plan, Record, batches_per_epoch, fit
 
 
 @dataclass(frozen=True)

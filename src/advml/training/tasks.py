@@ -175,12 +175,10 @@ class Contrastive:
         return contrastive_pair(first, second, self.groups(labels), temperature=self.temperature)
 
 
-def pretraining_task(network: Network, scheme: Scheme, configuration: config.Config) -> Task:
+def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:
     """The task of a scheme's pretraining, by the head it learns."""
-    spec = getattr(configuration.views, scheme.view)
     if scheme.groups:
-        return Contrastive(network, spec=spec, temperature=configuration.temperature, groups=scheme.groups)
-    phase = configuration.pretrain[scheme.name]
+        return Contrastive(network, spec=spec, temperature=temperature, groups=scheme.groups)
     return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss)
 
 

@@ -1,9 +1,9 @@
 """One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
 
-    for record in train(task, dataset, phase, adversary=adversary, seed=0, checkpoint=checkpoint, ...):
-        print(record)      # {"epoch": 3, "train/loss": ..., "validation/accuracy": ..., ...}
+    network, history = fit(plan, dataset, machine, checkpoint=checkpoint)
+    history[2]      # {"epoch": 3, "train/loss": ..., "validation/accuracy": ..., ...}
 
-When the generator ends, the task's network holds the selected weights. Every random number of an epoch
+Every random number of an epoch
 follows from (seed, epoch) alone, so a resumed run needs no RNG state to end where an uninterrupted one would.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from advml.core.errors import Failure
 from advml.data.datasets import Dataset, Split
 from advml.models.layers import depths
 from advml.models.memory_format import place
+from advml.models.network import Network
 from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
 from advml.training.tasks import Task
 
@@ -111,6 +113,58 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 # One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
 
 Record = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one phase trains. `task=None`: there is nothing to learn, the network is taken as it is."""
+
+    network: Network
+    phase: config.Phase
+    task: Callable[[], Task] | None  # built only if there is something left to do
+    adversary: Adversary | None
+    seed: int
+
+
+def fit(
+    plan: Plan,
+    dataset: Dataset,
+    machine: Machine,
+    *,
+    checkpoint: Checkpoint,
+    on_epoch: Callable[[Record], None] = lambda record: None,
+    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+) -> tuple[Network, list[Record]]:
+    """Train as planned, going on where an interrupted process has left the checkpoint.
+
+    Args:
+        plan: what is trained.
+        dataset: learns from `train`, selects on `validation`; `test` is never read.
+        machine: device and precision.
+        checkpoint: written after every epoch, before `on_epoch` is told of it.
+        on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
+        on_batch: told (epoch, batches done, loss).
+    Returns:
+        The network with the selected weights, and one record per epoch.
+    Raises:
+        Failure: a loss, a score or a weight is not finite.
+    """
+    history: list[Record] = []
+    if plan.task:
+        epochs = train(
+            plan.task(),
+            dataset,
+            plan.phase,
+            adversary=plan.adversary,
+            seed=plan.seed,
+            machine=machine,
+            checkpoint=checkpoint,
+            on_batch=on_batch,
+        )
+        for record in epochs:
+            history.append(record)
+            on_epoch(record)
+    return plan.network, history
 
 
 def train(

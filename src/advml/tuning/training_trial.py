@@ -22,12 +22,12 @@ from advml.core.paths import Workspace
 from advml.core.result_cache import Memo
 from advml.data.datasets import Split
 from advml.models.network import Network
+from advml.pipeline import plans
 from advml.pipeline.context import Context
 from advml.pipeline.stages.finetune import load_pretrained
 from advml.recipes import REGIMES, SCHEMES
-from advml.training import phases
 from advml.training.checkpoint import Checkpoint
-from advml.training.trainer import Record
+from advml.training.trainer import Plan, Record, fit
 from advml.tuning.attack_trial import evaluation_attack, withstood
 from advml.tuning.comparison import Measured, compare
 from advml.tuning.search import rungs
@@ -50,16 +50,16 @@ class Bench:
         if search.kind == "finetune":
             _, self.pretrained = load_pretrained(self.context, scheme=search.scheme, regime=search.which, seed=search.seed)
 
-    def plan(self, configuration: Config, *, seed: int) -> phases.Plan:
+    def plan(self, configuration: Config, *, seed: int) -> Plan:
         """The phase under this configuration, on a network of its own."""
         search = self.search
         if self.pretrained is None:
-            return phases.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
+            return plans.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
         return self._finetuning(configuration, self.pretrained, regime=search.which, seed=seed)
 
-    def _finetuning(self, configuration: Config, network: Network, *, regime: str, seed: int) -> phases.Plan:
+    def _finetuning(self, configuration: Config, network: Network, *, regime: str, seed: int) -> Plan:
         names = {"scheme": self.search.scheme, "regime": regime, "seed": seed}
-        return phases.finetuning(configuration, self.dataset, self.machine, copy.deepcopy(network), **names)
+        return plans.finetuning(configuration, self.dataset, self.machine, copy.deepcopy(network), **names)
 
     def measure(self, network: Network, *splits: Split) -> list[Measured]:
         """Clean and robust accuracy on each split; an encoder without a classifier first gets a linear one, on clean images."""
@@ -85,7 +85,7 @@ class Bench:
         rows = (row for row in REGIMES.values() if row.pretraining == search.which and not row.attacked and not row.encoder_learns)
         plan = self._finetuning(search.config, network, regime=next(rows).name, seed=search.seed)
         with tempfile.TemporaryDirectory() as folder:  # it takes a moment: nothing need be kept
-            return phases.fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
+            return fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
 
 
 def objective(search: TrainingSearch) -> Objective:
@@ -124,7 +124,7 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int, w
             attempt.history[-1] |= {f"validation/{name}": value for name, value in measured.items()}
             attempt.report(epoch, standing(measured, floor=search.spec.clean_floor), measured)
 
-    return phases.fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)[0]
+    return fit(plan, bench.dataset, bench.machine, checkpoint=Checkpoint(scratch / "state", fingerprint), on_epoch=on_epoch)[0]
 
 
 def standing(measured: Measured, *, floor: float) -> float:

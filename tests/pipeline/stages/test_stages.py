@@ -413,7 +413,7 @@ FREE = {"tracking", "data"}  # writes history only; comes with data/prepared, on
 def test_a_stage_reads_no_parameter_that_dvc_does_not_track(finetuned, stage, item, monkeypatch):
     """Else its result would survive a change of that parameter. Checks may read all of them: they refuse, and change no result."""
     monkeypatch.setattr("advml.pipeline.context.check_fit", lambda *_: None)
-    monkeypatch.setattr("advml.training.phases.check_regimes", lambda *_: None)
+    monkeypatch.setattr("advml.pipeline.plans.check_regimes", lambda *_: None)
     name, _, phase = stage.partition("_")
     arguments = {"seed": 0, **item, **({"phase": phase} if name == "pretrain" else {})} if item else {}
     if name == "report":

@@ -8,10 +8,10 @@ from advml.core.errors import UserError
 from advml.core.paths import model_name, pretraining_name
 from advml.models.network import Network
 from advml.pipeline.context import Context
+from advml.pipeline.plans import finetuning
 from advml.pipeline.training_stage import Job, learn
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.checkpoint import discard_finished
-from advml.training.phases import finetuning
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from advml.core.paths import pretraining_name
 from advml.pipeline.context import Context
+from advml.pipeline.plans import pretraining
 from advml.pipeline.training_stage import Job, learn
 from advml.recipes import SCHEMES
-from advml.training.phases import pretraining
 
 
 def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One training phase as data: which network learns what, for how long, against whom. It knows neither folders nor tracking.
+"""What a phase of a study trains, resolved from params.yaml: network, task, adversary and seed.
 
     plan = finetuning(configuration, dataset, machine, network, scheme="CL", regime="Full-AT", seed=0)
     network, history = fit(plan, dataset, machine, checkpoint=Checkpoint(folder, fingerprint))
@@ -8,14 +8,10 @@ The stages write what comes of it into the study's folders; a search asks for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
 from advml import config
-from advml.attacks.pgd import Adversary, training_adversary
+from advml.attacks.pgd import training_adversary
 from advml.core.device import Machine, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
@@ -23,20 +19,8 @@ from advml.models.layers import batch_norms, knows_blocks
 from advml.models.network import Architecture, Network, build
 from advml.models.trial_step import try_step
 from advml.recipes import REGIMES, SCHEMES
-from advml.training.checkpoint import Checkpoint
-from advml.training.tasks import Task, finetuning_task, pretraining_task
-from advml.training.trainer import Record, train
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One phase of one network. `task=None`: there is nothing to learn, the network is taken as it is."""
-
-    network: Network
-    phase: config.Phase
-    task: Callable[[], Task] | None  # built only if there is something left to do
-    adversary: Adversary | None
-    seed: int
+from advml.training.tasks import finetuning_task, pretraining_task
+from advml.training.trainer import Plan
 
 
 def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, phase: str, seed: int) -> Plan:
@@ -54,16 +38,16 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     """
     row, attacked, section = SCHEMES[scheme], phase == "at", configuration.pretrain[scheme]
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
-    _check(f"pretrain.{scheme}", configuration.pretrain[scheme], network)
+    _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    views = 2 if row.groups else 1  # of each image, in one batch
+    spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
     on_cpu = configuration.runtime.device == "cpu" or (configuration.runtime.device == "auto" and not torch.cuda.is_available())
     bfloat16 = on_cpu and configuration.runtime.precision == "bf16"
-    try_step(network, count=views * _smallest_batch(configuration.pretrain[scheme], dataset), cpu_bfloat16=bfloat16)
+    try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,
         phase=section,
-        task=lambda: pretraining_task(network, row, configuration),
+        task=lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature),
         adversary=training_adversary(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
     )
@@ -96,81 +80,6 @@ def finetuning(
         adversary=training_adversary(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
     )
-
-
-def fit(
-    plan: Plan,
-    dataset: Dataset,
-    machine: Machine,
-    *,
-    checkpoint: Checkpoint,
-    on_epoch: Callable[[Record], None] = lambda record: None,
-    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
-) -> tuple[Network, list[Record]]:
-    """Train as planned, going on where an interrupted process has left the checkpoint.
-
-    Args:
-        plan: of `pretraining` or `finetuning`.
-        dataset: learns from `train`, selects on `validation`; `test` is never read.
-        machine: device and precision.
-        checkpoint: written after every epoch, before `on_epoch` is told of it.
-        on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
-        on_batch: told (epoch, batches done, loss).
-    Returns:
-        The network with the selected weights, and one record per epoch.
-    Raises:
-        Failure: a loss, a score or a weight is not finite.
-    """
-    history: list[Record] = []
-    if plan.task:
-        epochs = train(
-            plan.task(),
-            dataset,
-            plan.phase,
-            adversary=plan.adversary,
-            seed=plan.seed,
-            machine=machine,
-            checkpoint=checkpoint,
-            on_batch=on_batch,
-        )
-        for record in epochs:
-            history.append(record)
-            on_epoch(record)
-    return plan.network, history
-
-
-def fit_phase(
-    configuration: config.Config,
-    dataset: Dataset,
-    machine: Machine,
-    *,
-    kind: Literal["pretrain", "finetune"],
-    scheme: str,
-    which: str,
-    seed: int,
-    checkpoint: Checkpoint,
-    pretrained: Network | None = None,
-    on_epoch: Callable[[Record], None] = lambda record: None,
-    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
-) -> tuple[Network, list[Record]]:
-    """Plan and fit one phase: the very training of the stage of that name, to the bit.
-
-    Args:
-        kind: "pretrain" or "finetune".
-        scheme: a key of SCHEMES.
-        which: the phase ("st", "at") of a pretraining, or the regime of a fine-tuning.
-        seed: as in `pretraining` and `finetuning`.
-        pretrained: what a fine-tuning starts from, and changes.
-        checkpoint, on_epoch, on_batch: as in `fit`.
-    Returns:
-        The network with the selected weights, and one record per epoch.
-    """
-    if kind == "pretrain":
-        plan = pretraining(configuration, dataset, scheme=scheme, phase=which, seed=seed)
-    else:
-        assert pretrained is not None, "a fine-tuning starts from a pretrained network"
-        plan = finetuning(configuration, dataset, machine, pretrained, scheme=scheme, regime=which, seed=seed)
-    return fit(plan, dataset, machine, checkpoint=checkpoint, on_epoch=on_epoch, on_batch=on_batch)
 
 
 def check_regimes(configuration: config.Config, network: Network) -> None:

@@ -11,9 +11,10 @@ from advml import config
 from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.models.network import Network
+from advml.pipeline.plans import finetuning, pretraining
 from advml.pipeline.stages import finetune, pretrain
 from advml.training.checkpoint import Checkpoint
-from advml.training.phases import finetuning, fit, fit_phase, pretraining
+from advml.training.trainer import fit
 
 CPU = Machine(torch.device("cpu"))
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -31,25 +32,15 @@ def test_a_phase_is_the_training_of_the_stages_to_the_bit(make_study, dataset, t
     study = make_study("study", "attack.steps=1", *TINY)
     context = study.context()
     pretrain.run(context, scheme="CL", phase="at", seed=3)
-    made, history = fit_phase(
-        context.config, dataset, CPU, kind="pretrain", scheme="CL", which="at", seed=3, checkpoint=Checkpoint(tmp_path / "a", "x")
-    )
+    plan = pretraining(context.config, dataset, scheme="CL", phase="at", seed=3)
+    made, history = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "a", "x"))
     _, network = context.load_network(study.workspace.pretrained("CL-at-s3"))
     assert same(made, network) and len(history) == 2
 
     finetune.run(context, scheme="CL", regime="Full-AT", seed=3)
     _, start = finetune.load_pretrained(context, scheme="CL", regime="Full-AT", seed=3)
-    made, _ = fit_phase(
-        context.config,
-        dataset,
-        CPU,
-        kind="finetune",
-        scheme="CL",
-        which="Full-AT",
-        seed=3,
-        checkpoint=Checkpoint(tmp_path / "b", "x"),
-        pretrained=start,
-    )
+    plan = finetuning(context.config, dataset, CPU, start, scheme="CL", regime="Full-AT", seed=3)
+    made, _ = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "b", "x"))
     _, network = context.load_network(study.workspace.model("CL-Full-AT-s3"))
     assert same(made, network)
 
