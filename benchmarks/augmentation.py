@@ -20,7 +20,7 @@ from timing import hardware_line, interleaved
 from torch import Tensor, nn
 
 from advml.config import View
-from advml.data.views import view
+from advml.data.augment import view
 
 BATCH = 128
 TARGET = 0.15  # of a training step

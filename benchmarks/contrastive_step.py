@@ -25,11 +25,11 @@ from torch import Tensor
 from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.config import View
-from advml.networks.layout import place
-from advml.networks.models import Architecture, Network, build
+from advml.core.device import Machine
+from advml.models.memory_format import place
+from advml.models.network import Architecture, Network, build
 from advml.recipes import instances
-from advml.runtime.machine import Machine
-from advml.training.objectives import contrastive_pair
+from advml.training.losses import contrastive_pair
 from advml.training.tasks import Contrastive
 
 EPSILON, STEPS, TEMPERATURE = 8 / 255, 5, 0.2

@@ -23,9 +23,9 @@ from torch.nn.functional import cross_entropy
 
 from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
-from advml.networks.layout import place
-from advml.networks.models import Architecture, Network, build
-from advml.runtime.machine import Machine
+from advml.core.device import Machine
+from advml.models.memory_format import place
+from advml.models.network import Architecture, Network, build
 from advml.training.tasks import classification_objective
 
 with warnings.catch_warnings():

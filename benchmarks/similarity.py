@@ -33,8 +33,8 @@ from timing import hardware_line, interleaved
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from advml.networks.layout import place
-from advml.networks.models import Architecture, Network, build
+from advml.models.memory_format import place
+from advml.models.network import Architecture, Network, build
 from advml.similarity.cka import measure
 from advml.similarity.layers import Layer, layers
 

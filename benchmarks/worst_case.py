@@ -29,16 +29,17 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.config.presets import preset
+from advml.core.device import Machine
 from advml.data import datasets
 from advml.data.datasets import Dataset
 from advml.evaluation.attack_suite import AttackSpec, attack_suite
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.evaluation.samples import Outcome
+from advml.pipeline.plans import finetuning, pretraining
 from advml.recipes import REGIMES, SCHEMES
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import Machine
-from advml.training.phases import fit_phase
+from advml.training.checkpoint import Checkpoint
+from advml.training.trainer import fit
 
 WANTED = {"CL-ST": 0.05, "CL-AT": 0.8, "SL-AT@0.2": 0.8}  # at most so much of the peer's time
 STANDARD = ("worst_case.restarts=5", "worst_case.steps=100", "worst_case.targets=9", "worst_case.queries=5000")
@@ -49,12 +50,11 @@ Run = Callable[[list[AttackSpec]], dict[str, Outcome]]
 
 def trained(configuration: config.Config, dataset: Dataset, machine: Machine, scheme: str, regime: str, seed: int) -> nn.Module:
     """The network of the digits study."""
-    network = None
-    for kind, which in (("pretrain", REGIMES[regime].pretraining), ("finetune", regime)):
-        with tempfile.TemporaryDirectory() as folder:
-            run = {"kind": kind, "scheme": scheme, "which": which, "seed": seed, "pretrained": network}
-            network, _ = fit_phase(configuration, dataset, machine, **run, checkpoint=Checkpoint(Path(folder) / "state", "benchmark"))
-    return network.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = pretraining(configuration, dataset, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed)
+        network, _ = fit(plan, dataset, machine, checkpoint=Checkpoint(Path(folder) / "pretrain", "benchmark"))
+        plan = finetuning(configuration, dataset, machine, network, scheme=scheme, regime=regime, seed=seed)
+        return fit(plan, dataset, machine, checkpoint=Checkpoint(Path(folder) / "finetune", "benchmark"))[0].eval()
 
 
 def one_after_another(run: Run, figures: list[AttackSpec]) -> Tensor:

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from advml.errors import UserError
-from advml.networks.dual import dual
-from advml.networks.folding import folded
-from advml.networks.layout import place
-from advml.networks.models import Architecture, Network, build, load, save
-from advml.networks.trial import try_step
+from advml.core.errors import UserError
+from advml.models.bn_folding import folded
+from advml.models.layers import dual
+from advml.models.memory_format import place
+from advml.models.network import Architecture, Network, build, load, save
+from advml.models.trial_step import try_step
 from advml.similarity.layers import layers
 
 PAGE = Path(__file__).with_suffix(".md")

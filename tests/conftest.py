@@ -26,17 +26,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from advml import config as configuration
-from advml import provenance
+from advml.core import provenance, signals
+from advml.core.paths import Workspace
+from advml.core.provenance import source_digest
 from advml.engine.fork_server import ADDRESS, server
-from advml.paths import Workspace
-from advml.provenance import source_digest
-from advml.runtime import signals
 from advml.tracking import store as stores
 
 if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and its workers wait for it: what needs torch imports it when called
     from advml.data.datasets import Dataset, Split
-    from advml.networks.models import Network
-    from advml.stages.context import Context
+    from advml.models.network import Network
+    from advml.pipeline.context import Context
 
 REPOSITORY = Path(__file__).parents[1]
 # What reaches into a process from outside: DVC's, MLflow's and our own variables.
@@ -87,7 +86,7 @@ def patterns(count: int, *, seed: int, classes: int = 4, channels: int = 1, side
 def dataset() -> Dataset:
     """96 training, 32 validation and 40 test images of four classes, 1 x 8 x 8."""
     from advml.data.datasets import Dataset, channel_statistics
-    from advml.data.storage import digest
+    from advml.data.prepared import digest
 
     splits = {"train": patterns(96, seed=1), "validation": patterns(32, seed=2), "test": patterns(40, seed=3)}
     classes = ("ash", "birch", "cedar", "dogwood")
@@ -99,7 +98,7 @@ def dataset() -> Dataset:
 @pytest.fixture
 def make_network(dataset: Dataset) -> Callable[..., Network]:
     """make_network(seed=1, projection_size=None) builds a small network for the images of `dataset`, with both heads by default."""
-    from advml.networks.models import Architecture, build
+    from advml.models.network import Architecture, build
 
     def make(*, seed: int = 0, **changes: object) -> Network:
         values = {
@@ -139,7 +138,7 @@ class Study:
 
     def context(self, *overrides: str) -> Context:
         """What the command line hands to a stage."""
-        from advml.stages.context import Context
+        from advml.pipeline.context import Context
 
         return Context(self.config(*overrides), self.workspace)
 

@@ -21,18 +21,17 @@ PACKAGE = REPOSITORY / "src" / "advml"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli"),
     ("tuning",),
-    ("stages", "repro", "engine", "show"),
-    ("mlflow_server", "mlflow_ui"),
-    ("claims", "report", "picture", "tracking"),
+    ("pipeline",),
+    ("engine", "servers"),
+    ("claims", "report", "tracking"),
     ("similarity",),
     ("evaluation",),
     ("training",),
     ("attacks",),
-    ("networks", "data", "runtime", "figures"),
-    ("__init__", "config", "core", "errors", "lines", "passwords", "paths", "progress", "provenance", "recipes"),
+    ("models", "data", "figures"),
+    ("__init__", "config", "core", "recipes"),
 )
 EXCEPTIONS = {
-    "advml.picture": {"advml.stages.context"},  # the type of an argument
     "advml.engine.fork_server": {"advml.cli"},  # a forked child runs the command line, as __main__ does
 }
 # Library -> the only modules that may import it, anywhere in the file.
@@ -40,10 +39,10 @@ OWNERS = {
     "mlflow": "tracking",
     "optuna": ("tuning", "figures"),
     "typer": "cli",
-    "timm": "networks",
-    "matplotlib": ("figures", "picture", "report"),
+    "timm": "models",
+    "matplotlib": ("figures", "pipeline", "report"),
     "dvc": "engine",
-    "distributed": ("engine", "repro"),
+    "distributed": ("engine", "pipeline"),
     "pyautoattack": "attacks",
     "foolbox": "attacks",
 }
@@ -51,20 +50,20 @@ OWNERS = {
 AT_ONCE = (
     "advml",
     "advml.cli",
-    "advml.errors",
-    "advml.lines",
-    "advml.recipes",
-    "advml.passwords",
-    "advml.paths",
+    "advml.core.errors",
+    "advml.core.messages",
+    "advml.core.passwords",
+    "advml.core.paths",
     "advml.engine.fork_server",
+    "advml.recipes",
 )
-LIGHT = (*AT_ONCE, "advml.config", "advml.progress", "advml.repro", "advml.show")
+LIGHT = (*AT_ONCE, "advml.config", "advml.core.progress", "advml.pipeline.repro", "advml.report.show")
 DRIVER = ("advml.tuning.attack_search", "advml.tuning.training_search", "advml.tuning.command")
 HEAVY = ("torch", "torchvision", "timm", "mlflow", "kornia", "sklearn", "matplotlib", "pandas", "dvc", "numpy")
 
 
 def name_of(path: Path) -> str:
-    """src/advml/data/views.py -> advml.data.views"""
+    """src/advml/data/augment.py -> advml.data.augment"""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -73,7 +72,7 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def top(module: str) -> str:
-    """advml.data.views -> data: what LAYERS speaks of."""
+    """advml.data.augment -> data: what LAYERS speaks of."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -122,8 +121,10 @@ def test_imports_point_down(module):
     assert set(upwards) <= EXCEPTIONS.get(module, set()), f"{module} imports upwards: {', '.join(upwards)}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if top(name) in ("attacks", "evaluation", "similarity")])
-def test_what_measures_takes_resolved_settings_and_not_the_whole_of_params_yaml(module):
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if top(name) in ("attacks", "evaluation", "figures", "models", "similarity", "training")]
+)
+def test_what_is_below_the_stages_takes_resolved_settings_and_not_the_whole_of_params_yaml(module):
     arguments = [node for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))) if isinstance(node, ast.arg)]
     assert not [node.arg for node in arguments if node.annotation and "Config" in re.findall(r"\w+", ast.unparse(node.annotation))]
 
@@ -171,8 +172,8 @@ STAGES = sorted(pipeline())
 
 
 def stage_module(stage: str) -> str:
-    """finetune_at -> advml.stages.finetune"""
-    return f"advml.stages.{stage.partition('_')[0]}"
+    """finetune_at -> advml.pipeline.stages.finetune"""
+    return f"advml.pipeline.stages.{stage.partition('_')[0]}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -186,9 +187,8 @@ def test_a_stage_is_a_command_and_a_file(stage):
 
 
 def test_a_file_in_stages_is_a_command():
-    helpers = {"context", "learning"}  # shared by stages
-    names = {module.removeprefix("advml.stages.") for module in MODULES if module.startswith("advml.stages.")}
-    assert names - helpers <= {command.callback.__name__ for command in app.registered_commands}
+    names = {module.removeprefix("advml.pipeline.stages.") for module in MODULES if module.startswith("advml.pipeline.stages.")}
+    assert names <= {command.callback.__name__ for command in app.registered_commands}
 
 
 # A stage runs again when a file among its `deps` changes. These modules are left out on purpose, because an edit
@@ -196,31 +196,34 @@ def test_a_file_in_stages_is_a_command():
 NEUTRAL = {
     "advml": "version and load_model",
     "advml.config": "its values are tracked one by one, under `params`; the rest is words of error messages",
-    "advml.errors": "two exceptions",
-    "advml.lines": "how messages are printed",
-    "advml.passwords": "what is left out of messages",
-    "advml.paths": "names of outputs, which dvc.yaml repeats: a change of one alone fails at once",
-    "advml.progress": "bars",
-    "advml.provenance": "names the code, does not compute",
+    "advml.core": "an empty package",
+    "advml.core.errors": "two exceptions",
+    "advml.core.io": "reads and writes whole files",
+    "advml.core.memory": "refuses what does not fit",
+    "advml.core.messages": "how messages are printed",
+    "advml.core.passwords": "what is left out of messages",
+    "advml.core.paths": "names of outputs, which dvc.yaml repeats: a change of one alone fails at once",
+    "advml.core.processes": "names and ends processes",
+    "advml.core.progress": "bars",
+    "advml.core.provenance": "names the code, does not compute",
+    "advml.core.signals": "how a run ends early",
+    "advml.pipeline": "an empty package",
+    "advml.pipeline.stages": "an empty package",
     "advml.tracking": "written to, never read from",
-    "advml.core": "reads and writes whole files, names processes",
-    "advml.stages": "an empty package",
 }
+PACKAGES = ("advml", "advml.core", "advml.pipeline", "advml.pipeline.stages")  # of which the empty __init__ alone is meant
 CURVES = {"advml.figures": "draws the run's curves for MLflow, which no later stage reads"}
 NEUTRAL_FOR = {
     "pretrain": CURVES,
     "finetune": CURVES,
-    "prepare": {"advml.stages.context": "takes configuration and folders from it, no machine and no network"},
-    "report": {
-        "advml.stages.context": "takes configuration and folders from it, no machine and no network",
-        "advml.runtime.checkpoint": "writes files whole",
-    },
+    "prepare": {"advml.pipeline.context": "takes configuration and folders from it, no machine and no network"},
+    "report": {"advml.pipeline.context": "takes configuration and folders from it, no machine and no network"},
 }
 
 
 def is_neutral(module: str, stage: str) -> bool:
     known = NEUTRAL.keys() | NEUTRAL_FOR.get(stage.partition("_")[0], {}).keys()
-    return any(module == name or (name not in ("advml", "advml.stages") and module.startswith(f"{name}.")) for name in known)
+    return any(module == name or (name not in PACKAGES and module.startswith(f"{name}.")) for name in known)
 
 
 def closure(module: str, stage: str) -> set[str]:

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from advml import cli, mlflow_ui
+from advml import cli
 from advml.cli import app, guarded
-from advml.errors import Failure, UserError
-from advml.runtime import checkpoint
+from advml.core.errors import Failure, UserError
+from advml.servers import mlflow_ui
+from advml.training import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = [command.callback.__name__ for command in app.registered_commands]

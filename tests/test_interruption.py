@@ -24,13 +24,15 @@ import psutil
 import pytest
 
 from advml import tracking
+from advml.core import result_cache
+from advml.core.progress import Bar
 from advml.data import adversarial
 from advml.engine.fork_server import ADDRESS, forward
 from advml.evaluation import records, run_attacks, samples
-from advml.networks import models
-from advml.progress import Bar
-from advml.runtime import checkpoint, memo
-from advml.stages import evaluate, finetune, learning, pretrain
+from advml.models import network
+from advml.pipeline import training_stage
+from advml.pipeline.stages import evaluate, finetune, pretrain
+from advml.training import checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 TIMEOUT = 120.0
@@ -270,8 +272,8 @@ MOMENTS = {  # of the last of three epochs, and after
     "in the middle of an epoch": lambda patch: patch.setattr(Bar, "reach", nth(2, die, lambda *_: None)),
     "while a state is written": lambda patch: patch.setattr(checkpoint, "save_file", half_a_file),
     "when the last state is in place": lambda patch: patch.setattr(checkpoint.Checkpoint, "save", after(checkpoint.Checkpoint.save)),
-    "when the model is written but not in its place": lambda patch: patch.setattr(models, "save", after(models.save)),
-    "between model and history": lambda patch: patch.setattr(learning, "write_atomically", die),
+    "when the model is written but not in its place": lambda patch: patch.setattr(network, "save", after(network.save)),
+    "between model and history": lambda patch: patch.setattr(training_stage, "write_atomically", die),
     "between history and MLflow": lambda patch: patch.setattr(tracking.Run, "log_checkpoint", die),
     "before the run is ended": lambda patch: patch.setattr(tracking.Run, "finish", die),
     "when all is done but the note of it": lambda patch: patch.setattr(tracking.Run, "finish", after(tracking.Run.finish)),
@@ -352,9 +354,11 @@ ENDS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
     "after a prediction": lambda patch, number: patch.setattr(
         run_attacks.Scorer, "predict", nth(number, after(run_attacks.Scorer.predict), run_attacks.Scorer.predict)
     ),
-    "before a part is written": lambda patch, number: patch.setattr(memo, "write_atomically", nth(number, die, memo.write_atomically)),
+    "before a part is written": lambda patch, number: patch.setattr(
+        result_cache, "write_atomically", nth(number, die, result_cache.write_atomically)
+    ),
     "after a part is written": lambda patch, number: patch.setattr(
-        memo, "write_atomically", nth(number, after(memo.write_atomically), memo.write_atomically)
+        result_cache, "write_atomically", nth(number, after(result_cache.write_atomically), result_cache.write_atomically)
     ),
 }
 
@@ -434,7 +438,7 @@ def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted
 
 
 def test_another_version_of_the_sources_starts_afresh(killed, monkeypatch):
-    monkeypatch.setattr("advml.stages.context.source_digest", lambda stage: "other sources")
+    monkeypatch.setattr("advml.pipeline.context.source_digest", lambda stage: "other sources")
     assert first_step(killed, monkeypatch) == 1
     assert killed.runs() == [(PRETRAINING, "KILLED")]  # a copy of a study has runs of its own
 

@@ -27,11 +27,11 @@ from ruamel.yaml import YAML
 
 from advml import config
 from advml.cli.stages import stage_arguments
-from advml.errors import UserError
-from advml.paths import Workspace, model_name, pretraining_name
-from advml.provenance import source_digest
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, model_name, pretraining_name
+from advml.core.provenance import source_digest
+from advml.pipeline.stages import check
 from advml.recipes import REGIMES, SCHEMES
-from advml.stages import check
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")  # inside of DVC
 REPOSITORY = Path(__file__).parents[1]

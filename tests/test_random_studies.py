@@ -19,7 +19,7 @@ from PIL import Image
 
 from advml import config
 from advml.config.presets import preset
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 Draw = Callable[[random.Random], Any]
 COUNT = int(os.environ.get("ADVML_STUDIES", "0"))
@@ -214,11 +214,11 @@ def test_every_key_is_drawn_or_fixed(template: dict[str, Any]) -> None:
 def test_a_configuration_that_is_accepted_runs_through_every_stage(
     seed: int, template: dict[str, Any], photos: Path, empty_store: Path, tmp_path: Path
 ) -> None:
-    from advml.paths import Workspace
+    from advml.core.paths import Workspace
+    from advml.pipeline.context import Context
+    from advml.pipeline.plans import pretraining
+    from advml.pipeline.stages import compare, evaluate, finetune, prepare, pretrain, report, represent, transfer
     from advml.recipes import REGIMES
-    from advml.stages import compare, evaluate, finetune, prepare, pretrain, report, represent, transfer
-    from advml.stages.context import Context
-    from advml.training.phases import pretraining
 
     configuration = drawn(seed, template, photos)
     print(config.dump(configuration))  # shown where it fails

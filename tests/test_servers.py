@@ -22,8 +22,9 @@ import requests
 import sqlalchemy
 from werkzeug.security import generate_password_hash
 
-from advml import mlflow_server, mlflow_ui, tracking
-from advml.errors import Failure, UserError
+from advml import tracking
+from advml.core.errors import Failure, UserError
+from advml.servers import mlflow_server, mlflow_ui
 from advml.tracking import store as stores
 
 SECRETS = SECRET, OF_ANN, OF_BOB, OF_THE_DATABASE, OF_THE_BUCKET = [

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from advml.cli.failures import guarded
+from advml.cli.errors import guarded
 from advml.config import dump, load
-from advml.errors import UserError
-from advml.paths import checked_name
+from advml.core.errors import UserError
+from advml.core.paths import checked_name
 
 ROOT = Path(__file__).resolve().parents[2]
 

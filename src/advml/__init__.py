@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from advml.networks.models import Network
+    from advml.models.network import Network
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]
@@ -26,8 +26,8 @@ def load_model(path: str | Path) -> Network:
     Returns:
         A module that maps float images (N, C, H, W) in [0, 1] to logits (N, K).
     Raises:
-        advml.errors.UserError: if the folder is no trained classifier.
+        advml.core.errors.UserError: if the folder is no trained classifier.
     """
-    from advml.networks.models import load_classifier  # torch takes seconds to import: only when a model is wanted
+    from advml.models.network import load_classifier  # torch takes seconds to import: only when a model is wanted
 
     return load_classifier(path).eval()

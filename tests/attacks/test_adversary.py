@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.pgd import Adversary, Objective, evaluation_adversary, training_adversary
 from advml.attacks.threat_model import NORMS, ThreatModel
-from advml.networks.models import Architecture, Network, build, under_attack
-from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.models.network import Architecture, Network, build, under_attack
+from advml.training.losses import contrastive_pair, cross_entropy
 from advml.training.tasks import contrastive_objective
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"

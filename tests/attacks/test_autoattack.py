@@ -23,8 +23,8 @@ from advml.attacks import autoattack
 from advml.attacks.autoattack import ATTACKS, Recipe, Strength, applicable, attack
 from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.threat_model import NORMS, ThreatModel
-from advml.errors import Failure, UserError
-from advml.networks.models import Architecture, build
+from advml.core.errors import Failure, UserError
+from advml.models.network import Architecture, build
 
 QUICK = Strength(steps=8, queries=60)
 GRADIENT, BLIND = {"linf": 0.04, "l2": 0.3}, {"linf": 0.1, "l2": 0.9}  # break some of the images of `batch`, not all

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advml.attacks.isolation import Logits, checked, frozen_copy, isolated
-from advml.errors import Failure
+from advml.core.errors import Failure
 
 
 def draws() -> tuple[float, float, float]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from advml.attacks.minimum_norm import MINIMAL, minimal_distances, security_curve
 from advml.attacks.pgd import pgd
 from advml.attacks.threat_model import NORMS, ThreatModel
-from advml.errors import Failure, UserError
-from advml.training.objectives import cross_entropy
+from advml.core.errors import Failure, UserError
+from advml.training.losses import cross_entropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import STEP_SCHEDULES, accumulate, default_step_size, pgd
 from advml.attacks.threat_model import NORMS, ThreatModel
-from advml.networks.models import Architecture, Network, build
-from advml.training.objectives import contrastive_pair, cross_entropy
+from advml.models.network import Architecture, Network, build
+from advml.training.losses import contrastive_pair, cross_entropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters

@@ -18,8 +18,8 @@ import pytest
 
 from advml import config as configuration
 from advml.claims.testing import check
+from advml.core.paths import Workspace, model_name
 from advml.evaluation import samples
-from advml.paths import Workspace, model_name
 from advml.similarity.compare import SCHEME_PAIRS
 from advml.similarity.represent import ESTIMATOR, to_npz
 

@@ -11,7 +11,7 @@ import pytest
 from dvc.repo import Repo
 
 from advml import config
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 study = runpy.run_path(str(REPOSITORY / "pipelines" / "epsilon" / "run.py"))["study"]

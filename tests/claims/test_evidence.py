@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.evaluation import samples
 
 

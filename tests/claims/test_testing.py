@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from advml.claims.hypotheses import AGREE, MARGIN
+from advml.claims.claims import AGREE, MARGIN
 from advml.evaluation import records
 
 MAIN = ("redundancy", "full_fine_tuning_redundancy", "full_fine_tuning_robustness", "clean_adversarial", "convergence")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from advml import config
 from advml.config import schema
 from advml.config.presets import preset
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 PARAMS = preset("digits")
 

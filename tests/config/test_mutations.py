@@ -18,10 +18,10 @@ import pytest
 
 from advml import config
 from advml.cli import app
-from advml.cli.failures import guarded
+from advml.cli.errors import guarded
 from advml.config.presets import preset
-from advml.errors import UserError
-from advml.lines import LONGEST, one_line
+from advml.core.errors import UserError
+from advml.core.messages import LONGEST, one_line
 
 COUNT = int(os.environ.get("ADVML_MUTATIONS", "100"))
 HOSTILE: tuple[Any, ...] = (

@@ -17,7 +17,7 @@ from advml.attacks.pgd import evaluation_adversary, training_adversary
 from advml.config.presets import PRESETS, preset
 from advml.config.rewrite import rewrite
 from advml.config.writing import editor_schema
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 CASES = [(name, protocol) for name, protocols in PRESETS.items() for protocol in protocols]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from advml.core.errors import UserError
 from advml.core.io import read_csv, read_json, replace_folder, sha256, to_json, write_atomically
-from advml.errors import UserError
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -27,17 +27,15 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from advml.config import Data
+from advml.core.errors import Failure, UserError
 from advml.data import cifar as cifar_module
-from advml.data import storage
-from advml.data import tree as tree_module
-from advml.data.cifar import cifar
-from advml.data.cifar_archives import CIFAR10, CIFAR100, Archive, read_records
+from advml.data import folder_tree as tree_module
+from advml.data import prepared
+from advml.data.cifar import CIFAR10, CIFAR100, Archive, cifar, read_records
 from advml.data.datasets import DATASETS, Dataset, Split, channel_statistics, load, prepare, save
-from advml.data.folder import fingerprint
-from advml.data.images import decode, fit_arrays, read_all
-from advml.data.opening import opened
+from advml.data.image_folder import fingerprint
+from advml.data.images import decode, fit_arrays, opened, read_all
 from advml.data.splits import Source, _allocate, divide
-from advml.errors import Failure, UserError
 
 DIGITS_DIGEST = "7d412e4d54caf25e75ef72d64fb6f91fc15d1ed9339b252c4fadce35c41d9ed2"
 
@@ -325,7 +323,7 @@ def test_a_dataset_that_does_not_fit_into_memory_is_one_line(monkeypatch):
     def full(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("advml.runtime.memory.available", lambda: 2**40)
+    monkeypatch.setattr("advml.core.memory.available", lambda: 2**40)
     monkeypatch.setattr("advml.data.images.np.empty", full)
     with pytest.raises(Failure, match=r"need 3\.0 GiB of memory; lower data\.image_size or set data\.max_train"):
         read_all(lambda index: None, 2**20, size=32, channels=3)
@@ -775,7 +773,7 @@ def test_a_kill_while_saving_leaves_the_old_dataset_and_no_rubbish_later(tmp_pat
 
     other = prepare(settings_for("digits", max_train=50))
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "save_file", killed)
+        patch.setattr(prepared, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             save(other, folder)
     assert load(folder).digest == digits.digest

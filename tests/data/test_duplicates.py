@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from advml.config import Data
+from advml.core.errors import UserError
 from advml.data import duplicates
 from advml.data.datasets import DATASETS, Dataset, load, prepare, remarks, save
 from advml.data.images import Pixels
+from advml.data.prepared import SPLITS
 from advml.data.splits import Source
-from advml.data.storage import SPLITS
-from advml.errors import UserError
 
 
 def counted(images: np.ndarray, labels: np.ndarray, split: np.ndarray) -> dict:

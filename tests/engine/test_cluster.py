@@ -18,14 +18,14 @@ from dask.system import CPU_COUNT
 from ruamel.yaml import YAML
 
 from advml.config import Cluster
+from advml.core.errors import Failure, UserError
 from advml.engine import stage_task
 from advml.engine.cluster import Slots, connect
-from advml.errors import Failure, UserError
 
 # What `advml.cli.main` does under an engine, and then a stage that waits for a file.
 STAGE = """
 import os, sys, time
-from advml.engine.parent import PARENT, end_with
+from advml.core.processes import PARENT, end_with
 end_with(int(os.environ[PARENT]))
 print(os.getpid(), file=open(sys.argv[1] + ".pid", "w"), flush=True)
 while not os.path.exists("go"):
@@ -36,7 +36,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from advml.config import Cluster
-from advml.repro import repro
+from advml.pipeline.repro import repro
 print(repro(Path(), jobs=1, cluster=sys.argv[1], options=Cluster({options})))
 """
 TIMEOUT = 60.0

@@ -15,12 +15,12 @@ import psutil
 import pytest
 
 from advml.config import Cluster
+from advml.core.errors import Failure, UserError
+from advml.core.paths import checked_name
 from advml.engine import process_task
 from advml.engine.cluster import connect
 from advml.engine.devices import VISIBLE
 from advml.engine.process_task import Call, Lost, Pool, ask, call_here
-from advml.errors import Failure, UserError
-from advml.paths import checked_name
 
 HOLD = """
 import sys, time

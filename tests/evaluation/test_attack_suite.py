@@ -13,13 +13,13 @@ from advml.attacks import autoattack
 from advml.attacks.per_image_rng import PerImageGenerator as Generator
 from advml.attacks.pgd import evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
+from advml.core.device import Machine, derived_seed
 from advml.data.datasets import Split
 from advml.evaluation.attack_suite import threat_model_2
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, kept_images, run_attacks
-from advml.networks.models import Architecture, build
-from advml.runtime.machine import Machine, derived_seed
-from advml.training.objectives import contrastive_pair, cross_entropy, margin
+from advml.models.network import Architecture, build
+from advml.training.losses import contrastive_pair, cross_entropy, margin
 
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.4,), (0.3,), 10, 16, False, False)
 CPU = Machine(torch.device("cpu"))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from advml.config import Corruptions
-from advml.data.corruptions.corrupt import corrupt
-from advml.data.corruptions.published import Published
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.data.corruptions.cifar_c import Published
+from advml.data.corruptions.corruptions import corrupt
 from advml.data.datasets import Split
-from advml.errors import UserError
 from advml.evaluation.corruption import describe, metrics, one
 from advml.evaluation.intervals import clustered, wilson
-from advml.runtime.machine import Machine
 
 CPU = Machine(torch.device("cpu"))
 SPEC = Corruptions(names=["gaussian_noise", "brightness"], severities=(1, 5), seed=3)

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from advml import config
-from advml.errors import UserError
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.core.result_cache import Memo
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation.attack_suite import attack_suite
 from advml.evaluation.masking import diagnose
 from advml.evaluation.run_attacks import _Batch
-from advml.networks.foreign import Foreign
-from advml.runtime.machine import Machine
-from advml.runtime.memo import Memo
-from advml.show import flags_of
+from advml.models.adapter import Foreign
+from advml.report.show import flags_of
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 CPU = Machine(torch.device("cpu"))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from advml.core.device import Machine
+from advml.core.errors import UserError
 from advml.data.datasets import Dataset, Split, channel_statistics
-from advml.errors import UserError
 from advml.evaluation.expectations import Expectations, check_expectations
-from advml.networks.class_names import positions
-from advml.networks.normalization import KNOWN, NONE, Constants
-from advml.runtime.machine import Machine
+from advml.models.class_names import positions
+from advml.models.normalization import KNOWN, NONE, Constants
 
 CPU = Machine(torch.device("cpu"))
 CLASSES = tuple(sorted(str(number) for number in range(1, 13)))  # as text: 1, 10, 11, 12, 2, ...

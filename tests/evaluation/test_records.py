@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from advml.core.paths import Workspace
 from advml.evaluation import records
-from advml.paths import Workspace
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])

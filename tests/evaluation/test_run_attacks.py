@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.threat_model import ThreatModel
+from advml.core.device import Machine
+from advml.core.errors import Failure
+from advml.core.result_cache import Memo
 from advml.data.datasets import Split
-from advml.errors import Failure
 from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.run_attacks import NOT_FINITE, Scorer, counted, run_attacks
 from advml.evaluation.samples import Outcome
-from advml.runtime.machine import Machine
-from advml.runtime.memo import Memo
 
 CPU = Machine(torch.device("cpu"))
 THREAT = ThreatModel("linf", 0.05)

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from advml.core.errors import UserError
 from advml.data.datasets import Split
-from advml.errors import UserError
 from advml.evaluation.run_attacks import NOT_FINITE, Outcome
 from advml.evaluation.samples import digest_of, read, table, write
 

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from advml.config import Config, load
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
 from advml.data import adversarial
 from advml.data.datasets import Split
-from advml.errors import UserError
 from advml.evaluation import samples
 from advml.evaluation.records import NO_PAIRS, read_transfer, transfer_rows, write_transfer
 from advml.evaluation.run_attacks import Outcome
 from advml.evaluation.transfer import FLAG, RULE, Breaks, Evaluated, Transfer, breaks, describe, evaluated, evaluated_models, transfer
-from advml.paths import Workspace
-from advml.runtime.machine import Machine
 
 CPU = Machine(torch.device("cpu"))
 LINF = ("linf", 0.1)

@@ -13,8 +13,7 @@ from matplotlib.colors import to_rgb
 
 from advml.evaluation.metrics import wilson
 from advml.figures.accuracy import MEASURES, accuracy_chart
-from advml.figures.marks import MEANING, mark
-from advml.figures.style import ADVERSARIAL, STYLE, to_png
+from advml.figures.style import ADVERSARIAL, MEANING, STYLE, mark, to_png
 
 METRICS = [measure.metric for measure in MEASURES]
 SHARES = {"SL": (0.99, 0.9, 0.7), "CL": (0.98, 0.5, 0.01), "SCL": (1.0, 0.6, 0.0)}

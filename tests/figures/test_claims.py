@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from advml.claims.hypotheses import CLAIMS
+from advml.claims.claims import CLAIMS
 from advml.figures.claims import COLOURS, effects
 from advml.figures.style import FULL
 

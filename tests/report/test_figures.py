@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from advml import config as configuration
-from advml.errors import UserError
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
 from advml.figures.curves import REGIME_COLOURS
-from advml.paths import Workspace
 from advml.report import figures
 from advml.similarity.represent import MATRICES, to_npz
 

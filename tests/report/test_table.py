@@ -9,12 +9,12 @@ import json
 import pytest
 from PIL import Image
 
-from advml import paths
-from advml.errors import UserError
+from advml.core import paths
+from advml.core.errors import UserError
 from advml.evaluation import records
 from advml.evaluation.metrics import wilson
+from advml.pipeline.stages import report as stage
 from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_csv, to_markdown
-from advml.stages import report as stage
 from advml.tracking import store as stores
 
 NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")

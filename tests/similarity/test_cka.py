@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advml.networks.models import Network
+from advml.models.network import Network
 from advml.similarity import cka
 from advml.similarity.cka import Similarity, centred_gram, measure
 from advml.similarity.layers import Layer, layers

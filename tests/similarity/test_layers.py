@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.similarity.layers import layers, watching
 
 

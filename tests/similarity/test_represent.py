@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from advml import config as configuration
+from advml.core.device import machine
+from advml.core.errors import UserError
 from advml.data.datasets import Split
-from advml.errors import UserError
-from advml.runtime.machine import machine
 from advml.similarity import measures
 from advml.similarity import represent as representation
 from advml.similarity.layers import Layer, layers

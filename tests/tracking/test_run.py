@@ -11,8 +11,8 @@ import time
 import pytest
 
 from advml import tracking
-from advml.errors import Failure
-from advml.runtime.signals import ENDING, obey
+from advml.core.errors import Failure
+from advml.core.signals import ENDING, obey
 
 
 def test_a_run_carries_name_tags_parameters_data_and_commit(project, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from advml import tracking
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.tracking import store as stores
 
 

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from advml import tracking
+from advml.core.errors import Failure, UserError
+from advml.core.paths import REPORT_FILES
 from advml.core.processes import this_process
-from advml.errors import Failure, UserError
-from advml.paths import REPORT_FILES
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advml import config
-from advml.data.views import view
-from advml.errors import UserError
-from advml.networks.dual import DualBatchNorm
-from advml.networks.layers import batch_norms
-from advml.networks.models import under_attack
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.data.augment import view
+from advml.models.layers import DualBatchNorm, batch_norms
+from advml.models.network import under_attack
 from advml.recipes import REGIMES, SCHEMES, classes, instances
-from advml.runtime.machine import Machine
-from advml.training.objectives import OBJECTIVES, contrastive_pair, cross_entropy, divergence
+from advml.training.losses import OBJECTIVES, contrastive_pair, cross_entropy, divergence
 from advml.training.tasks import (
     Classification,
     Contrastive,
@@ -284,11 +283,10 @@ def test_learners_are_the_encoder_and_the_head_in_use(make_network, dataset):
     ("name", "kind", "groups"), [("SL", Classification, None), ("CL", Contrastive, instances), ("SCL", Contrastive, classes)]
 )
 def test_a_scheme_pretrains_its_own_task(make_network, name, kind, groups):
-    task = pretraining_task(make_network(), SCHEMES[name], CONFIG)
-    assert type(task) is kind
-    assert task.spec == (CONFIG.views.contrastive if groups else CONFIG.views.supervised)
+    task = pretraining_task(make_network(), SCHEMES[name], CONFIG.pretrain[name], spec=SHIFT, temperature=0.3)
+    assert type(task) is kind and task.spec == SHIFT
     if groups:
-        assert task.groups is groups and task.temperature == CONFIG.temperature
+        assert task.groups is groups and task.temperature == 0.3
 
 
 @pytest.mark.parametrize(("regime", "kind"), [("ST", HeadOnly), ("AT", HeadOnly), ("Partial-AT", HeadOnly), ("Full-AT", Classification)])

@@ -23,7 +23,7 @@ DRIVER = """
 import sys; sys.path.insert(0, {here!r})
 from pathlib import Path
 from toy_search import Toy, main
-from advml.errors import UserError
+from advml.core.errors import UserError
 try:
     main(Toy(Path("log").resolve(), pause={pause}), Path().resolve(), trials={trials}, slots=2, storage={storage!r}, cluster={cluster!r})
 except UserError as error:

@@ -10,8 +10,8 @@ import pytest
 from advml import config
 from advml.config.presets import preset
 from advml.config.rewrite import merge
-from advml.errors import UserError
-from advml.paths import Workspace
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
 from advml.tuning.apply import proposal, warnings
 
 PARAMS = preset("digits", full=True)  # every key in a line of its own

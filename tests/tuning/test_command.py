@@ -17,7 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from advml.cli.live_table import LiveTable
-from advml.errors import Failure, UserError
+from advml.core.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import command
 from advml.tuning import study as studies

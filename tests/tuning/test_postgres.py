@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.tuning.storage import address, alone
 
 sys.path.insert(0, str(Path(__file__).parent))

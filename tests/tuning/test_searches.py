@@ -12,7 +12,7 @@ from optuna.trial import TrialState, create_trial
 from advml import config
 from advml.cli import searching
 from advml.cli.searching import told
-from advml.errors import Failure, UserError
+from advml.core.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import command
 from advml.tuning import study as studies

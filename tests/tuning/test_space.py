@@ -8,9 +8,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from advml import config
-from advml.errors import UserError
-from advml.paths import Workspace
-from advml.provenance import source_digest
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
+from advml.core.provenance import source_digest
 from advml.recipes import REGIMES
 from advml.tuning import attack_search
 from advml.tuning import space as spaces

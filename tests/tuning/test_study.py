@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from advml.errors import Failure, UserError
+from advml.core.errors import Failure, UserError
 from advml.tuning import storage
 from advml.tuning import study as studies
 from advml.tuning.search import Attempt, hyperband

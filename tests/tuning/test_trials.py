@@ -17,14 +17,14 @@ from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.cli import searching
 from advml.cli.live_table import reached
+from advml.core.device import Machine
 from advml.data.datasets import Split
 from advml.evaluation import attack_suite
 from advml.evaluation import run_attacks as running
-from advml.networks import models
+from advml.models.network import load
+from advml.pipeline.stages import finetune, pretrain
 from advml.recipes import REGIMES, Regime
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import Machine
-from advml.stages import finetune, pretrain
+from advml.training.checkpoint import Checkpoint
 from advml.tuning import attack_trial, training_trial
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch, passes, steps_within
@@ -207,7 +207,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
     settings = settings.model_copy(update={"regimes": settings.regimes | {"new": settings.regimes["Full-AT"]}})
     bench = training_trial.Bench(TrainingSearch("finetune", "CL", "new", 0, config=settings, root=trained.root, name="new"))
     planned = bench.plan(settings, seed=0)
-    standard = models.load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
+    standard = load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
     assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
     assert planned.adversary is not None and planned.adversary.threat_model.epsilon == settings.threat_model.epsilon
 
@@ -273,12 +273,8 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
     killed_after(1)
     killed_after(3)
     trained_epochs = []
-    train_epoch = training_trial.phases.train.__globals__["_Trainer"].epoch
-    monkeypatch.setattr(
-        training_trial.phases.train.__globals__["_Trainer"],
-        "epoch",
-        lambda self, epoch, *rest: trained_epochs.append(epoch) or train_epoch(self, epoch, *rest),
-    )
+    save = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self, progress: trained_epochs.append(progress.epoch) or save(self, progress))
     again = one_trial(search("killed"), trained)
     assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[studies.RETRY_OF] == 1
     assert again.value == whole.value and studies.history_of(again) == studies.history_of(whole)

@@ -16,7 +16,7 @@ import optuna
 
 from advml.cli.live_table import LiveTable
 from advml.config import Config, digest, load
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.tuning import command, outputs
 from advml.tuning.search import Attempt, Bench, Search
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from advml.attacks.isolation import Logits, checked, isolated
 from advml.attacks.per_image_rng import PerImageGenerator, Sample
 from advml.attacks.threat_model import NORMS, ThreatModel
-from advml.errors import Failure, UserError
+from advml.core.errors import Failure, UserError
 
 NORM_NAMES = {"linf": "Linf", "l2": "L2"}  # ours -> the library's
 TOLERANCE = 1e-5  # how far outside of ball or box a library's point may lie through rounding

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from advml.attacks.pgd import finite
-from advml.errors import Failure
-from advml.networks.models import under_attack
+from advml.core.errors import Failure
+from advml.models.network import under_attack
 
 
 def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:

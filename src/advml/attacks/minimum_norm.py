@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from advml.attacks.isolation import Logits, checked, isolated
 from advml.attacks.threat_model import NORMS
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 # (foolbox, its model, images (N, C, H, W), labels (N,), steps) -> images (N, C, H, W), adversarial where it found something
 Search = Callable[[ModuleType, Any, Tensor, Tensor, int], Tensor]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from advml.runtime.machine import derived_seed
+from advml.core.device import derived_seed
 
 # (images (N, C, H, W), of which only the shape matters; generator) -> random numbers (N, C, H, W), drawn on the CPU
 Sample = Callable[[Tensor, torch.Generator], Tensor]

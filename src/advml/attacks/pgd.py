@@ -16,7 +16,7 @@ from torch import Tensor
 from advml import config
 from advml.attacks.per_image_rng import Randomness
 from advml.attacks.threat_model import ThreatModel
-from advml.networks.models import Network, under_attack
+from advml.models.network import Network, under_attack
 
 Objective = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> values (N,), to be made large
 

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
+import glob
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from advml import config
-from advml.claims import studies, verdicts
-from advml.claims.evidence import Study
-from advml.claims.hypotheses import AGREE, CLAIMS, MARGIN, Claim, Part, paper
-from advml.claims.measured import Missing, over_seeds
-from advml.paths import Workspace
+from advml.claims.claims import AGREE, CLAIMS, MARGIN, SCHEMES, Claim, Part, Verdict, judge, overall, paper, worded
+from advml.claims.evidence import REMEDY, Missing, Study, over_seeds
+from advml.core.io import read_json
+from advml.core.paths import Workspace, model_name, pretraining_name
+
+# The main study and those beside it, which differ in the training epsilon alone.
+
+
+@dataclass(frozen=True)
+class Found:
+    """A study and the epsilon that its AT models were trained at. `beside`: that epsilon, None for the main study."""
+
+    workspace: Workspace
+    epsilon: float
+    beside: float | None
+
+
+def find(configuration: config.Config, workspace: Workspace) -> list[Found]:
+    """The main study and those in the folders of `similarity.epsilon_studies`, one of each epsilon, smallest first.
+
+    The pattern starts at the workspace's folder, or at the root if it is absolute. Folders without AT models are none.
+    """
+    main = configuration.threat_model.epsilon
+    found = [Found(workspace, main, None)]
+    pattern = configuration.similarity.epsilon_studies
+    for name in sorted(glob.glob(pattern, root_dir=workspace.root)) if pattern else []:
+        other = Workspace(workspace.root / name)
+        epsilon = _trained_epsilon(other, configuration.seeds[0])
+        if epsilon is not None and not any(math.isclose(epsilon, known.epsilon) for known in found):
+            found.append(Found(other, epsilon, epsilon))
+    return sorted(found, key=lambda each: each.epsilon)
+
+
+def _trained_epsilon(workspace: Workspace, seed: int) -> float | None:
+    """The training epsilon of a study's AT models, from the first one found."""
+    for scheme in SCHEMES:
+        for folder in (workspace.model(model_name(scheme, "AT", seed)), workspace.pretrained(pretraining_name(scheme, "at", seed))):
+            path = Path(folder) / "model.json"
+            epsilon = read_json(path, remedy=REMEDY).get("parameters", {}).get("threat_model", {}).get("epsilon") if path.exists() else None
+            if epsilon is not None:
+                return float(epsilon)
+    return None
+
+
+# Testing the claims on a study: effects, intervals, verdicts, as in `claims.json`.
 
 EPSILONS = "python pipelines/epsilon/run.py 0.05 0.3"
 RULE = (
@@ -35,7 +78,7 @@ def check(configuration: config.Config, workspace: Workspace) -> dict[str, Any]:
 
     Effects are means over seeds; what their intervals are made of is in `intervals`.
     """
-    found = studies.find(configuration, workspace)
+    found = find(configuration, workspace)
     seeds = [[Study(configuration, each.workspace, seed, epsilon=each.beside) for each in found] for seed in configuration.seeds]
     return {
         "rule": RULE,
@@ -50,16 +93,16 @@ def check(configuration: config.Config, workspace: Workspace) -> dict[str, Any]:
 def _test(claim: Claim, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
     tested = [_test_part(part, seeds, configuration) for part in claim.parts]
     about = {"key": claim.key, "claim": claim.sentence}
-    verdict = verdicts.overall([verdict for verdict, _ in tested])
+    verdict = overall([verdict for verdict, _ in tested])
     return about | _worded(verdict, len(seeds)) | {"parts": [part | _worded(verdict, len(seeds)) for verdict, part in tested]}
 
 
-def _worded(verdict: verdicts.Verdict, seeds: int) -> dict[str, Any]:
+def _worded(verdict: Verdict, seeds: int) -> dict[str, Any]:
     """A verdict as claims.json has it, and the number of seeds behind it."""
-    return {"verdict": verdicts.worded(verdict, seeds=seeds), "seeds": 0 if verdict == "not tested" else seeds}
+    return {"verdict": worded(verdict, seeds=seeds), "seeds": 0 if verdict == "not tested" else seeds}
 
 
-def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Config) -> tuple[verdicts.Verdict, dict[str, Any]]:
+def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Config) -> tuple[Verdict, dict[str, Any]]:
     about = {
         "name": part.name,
         "claimed": f"{part.side} {part.bound:g}",
@@ -71,11 +114,11 @@ def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Confi
         measured = [part.effect(_needed(part, found, configuration)) for found in seeds]
         found = over_seeds(measured)
     except Missing as missing:
-        return verdicts.judge(None, part.side, part.bound), about | {"missing": str(missing)}
+        return judge(None, part.side, part.bound), about | {"missing": str(missing)}
     low, high = found.interval
     doubts = {name: said for each in measured for name, said in each.doubts.items()}
     numbers = {"effect": _number(found.value), "low": _number(low), "high": _number(high)}
-    return verdicts.judge((low, high), part.side, part.bound), about | numbers | ({"doubts": doubts} if doubts else {})
+    return judge((low, high), part.side, part.bound), about | numbers | ({"doubts": doubts} if doubts else {})
 
 
 def _needed(part: Part, found: list[Study], configuration: config.Config) -> list[Study]:

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from advml import __version__
-from advml.cli import everyday, stages, tune
-from advml.cli.failures import guarded, print_fault
-from advml.runtime import signals
+from advml.cli import models, stages, tune
+from advml.cli.errors import guarded, print_fault
+from advml.core import signals
 
 app = typer.Typer(
     help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
 
-for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, everyday.COMMANDS)):
+for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, models.COMMANDS)):
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)
@@ -45,7 +45,7 @@ def main() -> None:
     signals.obey()
     sys.excepthook = print_fault
     if parent := os.environ.get("ADVML_PARENT"):  # engine.parent.PARENT; imported only where it is set, because psutil takes time
-        from advml.engine.parent import end_with
+        from advml.core.processes import end_with
 
         end_with(int(parent))
     guarded(lambda: app(args=sys.argv[1:] or ["--help"], standalone_mode=False))

@@ -9,13 +9,13 @@ import typer
 
 from advml.cli.options import PARAMS, Overrides, Params, context_of
 from advml.cli.printing import percent, say, show_flags
-from advml.errors import UserError
-from advml.lines import tell
-from advml.paths import Workspace, model_name
+from advml.core.errors import UserError
+from advml.core.messages import tell
+from advml.core.paths import Workspace, model_name
 from advml.recipes import RegimeName, SchemeName
 
 if TYPE_CHECKING:
-    from advml.stages.context import Context
+    from advml.pipeline.context import Context
 
 # What there is to evaluate -> the options that mean something for it.
 OPTIONS = {
@@ -73,7 +73,7 @@ def evaluate(
     for option in (option for option, value in given.items() if value is not None and option not in OPTIONS[kind]):
         raise UserError(f"evaluate {target}: {option} has no meaning for {kind}, which takes {', '.join(OPTIONS[kind])}; leave it out")
     context = context_of(params, overrides)
-    from advml.stages import evaluate as stage
+    from advml.pipeline.stages import evaluate as stage
 
     own = {"scheme": target, "regime": regime, "seed": seed or 0} if regime else stage.of_study(context.workspace, target)
     wishes = {"weights": weights, "mean": mean, "std": std, "classes": classes}
@@ -106,8 +106,8 @@ def _kind(target: str, regime: str | None, workspace: Workspace) -> str:
 def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, context: Context) -> None:
     from dataclasses import replace
 
-    from advml.networks.given import Wishes, load
-    from advml.stages import evaluate as stage
+    from advml.models.external import Wishes, load
+    from advml.pipeline.stages import evaluate as stage
 
     given = load(target, Wishes(**wishes), spec=context.config.model, dataset=context.dataset, device=context.machine.device)
     given = replace(given, name=name) if name else given

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from advml.lines import tell
+from advml.core.messages import tell
 from advml.tuning.search import Search
 from advml.tuning.space import show
 from advml.tuning.study import LATEST, REASON, FrozenTrial, finished, name_of, ranked, running

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advml.lines import tell
-from advml.paths import Workspace
+from advml.core.messages import tell
+from advml.core.paths import Workspace
 from advml.recipes import PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
-    from advml.stages.context import Context
+    from advml.pipeline.context import Context
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a parameter, e.g. -S threat_model.epsilon=8/255.")
@@ -46,6 +46,6 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
     for name in (override.partition("=")[0].strip(" +") for override in overrides or []):
         for key in (key for key in values if f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
             tell(f"# {key} = {values[key]}")
-    from advml.stages.context import Context
+    from advml.pipeline.context import Context
 
     return Context(configuration, Workspace(params.parent))

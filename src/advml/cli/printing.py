@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advml.paths import Workspace
+from advml.core.paths import Workspace
 
 if TYPE_CHECKING:
     from advml.config import Config
@@ -30,7 +30,7 @@ def percent(metrics: dict[str, float]) -> str:
 def show_flags(record: Path) -> None:
     """What the diagnostics have found, as a record of `evaluate` (a JSON file) tells it."""
     from advml.core.io import read_json
-    from advml.show import flags_of
+    from advml.report.show import flags_of
 
     print("\n".join(flags_of(read_json(record, remedy="measure again with: advml evaluate"))))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from advml.errors import Failure, UserError
-from advml.lines import tell
+from advml.core.errors import Failure, UserError
+from advml.core.messages import tell
 
 if TYPE_CHECKING:
     from advml.tuning.command import Outcome

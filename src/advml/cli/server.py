@@ -37,8 +37,8 @@ def server(
     The password of user admin is that of MLFLOW_AUTH_ADMIN_PASSWORD, or made at the first start and kept in a file.
     Writes mlflow-server/. Next: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each machine
     """
-    from advml import mlflow_server
-    from advml.mlflow_ui import serve
+    from advml.servers import mlflow_server
+    from advml.servers.mlflow_ui import serve
 
     ready = mlflow_server.prepare(
         folder=folder, backend=backend, artifacts=artifacts, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key

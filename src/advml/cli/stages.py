@@ -11,8 +11,8 @@ import typer
 from advml.cli.evaluate import evaluate
 from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
 from advml.cli.printing import say, show_table
-from advml.errors import UserError
-from advml.paths import TRANSFER_FILES, model_name, pretraining_name
+from advml.core.errors import UserError
+from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
 
 
 def check(params: Params = PARAMS) -> None:
@@ -20,7 +20,7 @@ def check(params: Params = PARAMS) -> None:
 
     Writes data/checked, on which all other stages depend. Next: advml prepare
     """
-    from advml.stages import check as stage
+    from advml.pipeline.stages import check as stage
 
     say(str(stage.run(params)), "advml prepare")
 
@@ -31,8 +31,8 @@ def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
     Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
     """
     context = context_of(params, overrides)
-    from advml.data.class_order import few
-    from advml.stages import prepare as stage
+    from advml.data.folder_layout import few
+    from advml.pipeline.stages import prepare as stage
 
     dataset = stage.run(context)
     counts = ", ".join(f"{len(getattr(dataset, split).labels)} {split}" for split in ("train", "validation", "test"))
@@ -48,8 +48,8 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
     Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and its curves in reports/. Next: advml finetune SCHEME REGIME
     """
     context = context_of(params, overrides)
+    from advml.pipeline.stages import pretrain as stage
     from advml.recipes import REGIMES
-    from advml.stages import pretrain as stage
 
     stage.run(context, scheme=scheme, phase=phase, seed=seed)
     regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]
@@ -62,7 +62,7 @@ def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Override
     Writes models/finetune/<SCHEME>-<REGIME>-s<SEED>/ and its curves in reports/. Next: advml evaluate SCHEME REGIME
     """
     context = context_of(params, overrides)
-    from advml.stages import finetune as stage
+    from advml.pipeline.stages import finetune as stage
 
     stage.run(context, scheme=scheme, regime=regime, seed=seed)
     say(str(context.workspace.model(model_name(scheme, regime, seed))), f"advml evaluate {scheme} {regime} --seed {seed}")
@@ -74,7 +74,7 @@ def represent(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrid
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
     context = context_of(params, overrides)
-    from advml.stages import represent as stage
+    from advml.pipeline.stages import represent as stage
 
     metrics = stage.run(context, scheme=scheme, regime=regime, seed=seed)
     name = model_name(scheme, regime, seed)
@@ -102,7 +102,7 @@ def compare(
     Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png. Next: advml report
     """
     context = context_of(params, overrides)
-    from advml.stages import compare as stage
+    from advml.pipeline.stages import compare as stage
 
     out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
     if stage.run(context, chosen=tuple(models or ()), out=out) is None:
@@ -117,7 +117,7 @@ def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """
     context = context_of(params, overrides)
     from advml.evaluation.records import NO_PAIRS
-    from advml.stages import transfer as stage
+    from advml.pipeline.stages import transfer as stage
 
     blocks = stage.run(context)
     for block in blocks:
@@ -133,7 +133,7 @@ def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: make ui
     """
     context = context_of(params, overrides)
-    from advml.stages import report as stage
+    from advml.pipeline.stages import report as stage
 
     table = stage.run(context)
     show_table(context.config, context.workspace)

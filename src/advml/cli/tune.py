@@ -9,8 +9,8 @@ import typer
 
 from advml.cli.options import PARAMS, ClusterOption, Scheme
 from advml.cli.searching import run
-from advml.lines import tell
-from advml.paths import Workspace
+from advml.core.messages import tell
+from advml.core.paths import Workspace
 from advml.recipes import PhaseName, RegimeName
 
 app = typer.Typer(

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from advml.config.schema import Config
 from advml.config.values import SPACE_KINDS, Section
-from advml.errors import UserError
-from advml.passwords import masked, remember
+from advml.core.errors import UserError
+from advml.core.passwords import masked, remember
 
 LONGEST = 1_000_000  # characters of a params.yaml
 MOST_VALUES = 100_000  # in it, and in all that its aliases stand for

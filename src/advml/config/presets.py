@@ -15,7 +15,7 @@ from typing import Any
 
 from advml.config.loading import parse_override, put, validate
 from advml.config.writing import write
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.recipes import REGIMES, SCHEMES
 
 

@@ -42,8 +42,8 @@ from advml.config.values import (
     Zoom,
     means,
 )
-from advml.errors import UserError
-from advml.paths import model_name
+from advml.core.errors import UserError
+from advml.core.paths import model_name
 from advml.recipes import REGIMES, SCHEMES, RegimeName, SchemeName
 
 # Models, images and the threat

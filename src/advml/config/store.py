@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from advml.config.schema import Config
-from advml.passwords import remember
+from advml.core.passwords import remember
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 # A dead server must cost seconds: MLflow's own settings make it 120 s per attempt and 7 retries.

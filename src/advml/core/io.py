@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:

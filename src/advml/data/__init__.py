@@ -1,1 +1,1 @@
-"""Images: where they come from (`datasets`), and how they are varied during training (`views`)."""
+"""Images: where they come from (`datasets`), and how they are varied during training (`augment`)."""

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from advml.core.errors import UserError
 from advml.core.io import write_atomically
-from advml.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

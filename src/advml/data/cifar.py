@@ -7,6 +7,7 @@ import socket
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -14,11 +15,154 @@ from urllib.error import URLError
 import numpy as np
 
 from advml.config import Data
-from advml.data.cifar_archives import Archive
+from advml.core.errors import Failure, UserError
+from advml.core.paths import given_path
+from advml.data.cifar_pickle import read_pickle
 from advml.data.images import Pixels, fit_arrays
 from advml.data.splits import Source
-from advml.errors import Failure, UserError
-from advml.paths import given_path
+
+# CIFAR-10 and CIFAR-100 in their binary and python versions. (Krizhevsky 2009; https://www.cs.toronto.edu/~kriz/cifar.html)
+#
+# Binary: a record is one label byte (CIFAR-100: coarse, then fine), then 3072 bytes of red, green and blue, each 32 x 32
+# row by row. Python: pickled dicts of an array of such rows (`data`) and a list of labels, which are read without loading
+# a pickle (see `pickled`). Both hold the same images in the same order; the binary version is the one that is downloaded.
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The download of the binary version: its name and content."""
+
+    name: str
+    md5: str
+    folder: str
+    class_names: str
+    train: tuple[str, ...]
+    test: str
+    train_rows: int  # in each of the files of `train`
+    test_rows: int
+    label_bytes: int = 1  # the last of them is the label
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {**dict.fromkeys(self.train, self.train_rows), self.test: self.test_rows}
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether all files are there in full length; an extraction that was killed leaves a short one."""
+        sizes = {name: rows * (self.label_bytes + PIXELS) for name, rows in self.rows.items()}
+        present = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+        return present and (folder / self.class_names).is_file()
+
+    def read_classes(self, folder: Path) -> tuple[str, ...]:
+        return tuple((folder / self.class_names).read_text(encoding="utf-8").split())
+
+    def read(self, path: Path, *, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one file."""
+        return read_records(path, label_bytes=self.label_bytes, classes=classes)
+
+
+@dataclass(frozen=True)
+class PythonArchive(Archive):
+    """The download of the python version; `keys` are those of class names and of labels in its dicts."""
+
+    keys: tuple[str, str] = ("label_names", "labels")
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether all files are there, each at least as large as its pixels."""
+        sizes = {name: rows * PIXELS for name, rows in self.rows.items()} | {self.class_names: 1}
+        return all((folder / name).is_file() and (folder / name).stat().st_size > size for name, size in sizes.items())
+
+    def read_classes(self, folder: Path) -> tuple[str, ...]:
+        with _blaming(path := folder / self.class_names):
+            return tuple(read_pickle(path.read_bytes())[self.keys[0]])
+
+    def read(self, path: Path, *, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """As of the binary version.
+
+        Raises:
+            UserError: the file is damaged, or holds anything else than plain values and arrays of uint8.
+        """
+        with _blaming(path):
+            content = read_pickle(path.read_bytes())
+            pixels, labels = content["data"], np.array(content[self.keys[1]], dtype=np.int64)
+            if (pixels.shape, labels.shape) != ((self.rows[path.name], PIXELS), (self.rows[path.name],)):
+                raise ValueError(f"{pixels.shape} pixels and {labels.shape} labels")
+            if not ((labels >= 0) & (labels < classes)).all():
+                raise ValueError(f"labels from {labels.min()} to {labels.max()} of {classes} classes")
+            return np.ascontiguousarray(pixels).reshape(-1, 3, 32, 32), labels
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({reason}); delete it and run advml prepare again") from None
+
+
+def read_records(path: Path, *, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one binary file.
+
+    Raises:
+        UserError: if the file does not consist of whole records with labels below `classes`.
+    """
+    values = np.fromfile(path, dtype=np.uint8)
+    if len(values) % (label_bytes + PIXELS):
+        raise UserError(f"{path} is cut short; delete it and run advml prepare again")
+    records = values.reshape(-1, label_bytes + PIXELS)
+    labels = records[:, label_bytes - 1].astype(np.int64)
+    if (labels >= classes).any():
+        raise UserError(f"{path} holds label {labels.max()} of {classes} classes, so it is damaged; delete it and run advml prepare again")
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32), labels
+
+
+CIFAR10 = Archive(
+    name="cifar-10-binary.tar.gz",
+    md5="c32a1d4ab5d03f1284b67883e8d87530",
+    folder="cifar-10-batches-bin",
+    class_names="batches.meta.txt",
+    train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+    test="test_batch.bin",
+    train_rows=10_000,
+    test_rows=10_000,
+)
+CIFAR10_PYTHON = PythonArchive(
+    name="cifar-10-python.tar.gz",
+    md5="c58f30108f718f92721af3b95e74349a",
+    folder="cifar-10-batches-py",
+    class_names="batches.meta",
+    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+    test="test_batch",
+    train_rows=10_000,
+    test_rows=10_000,
+)
+CIFAR100 = Archive(
+    name="cifar-100-binary.tar.gz",
+    md5="03b5dce01913d631647c71ecec9e9cb8",
+    folder="cifar-100-binary",
+    class_names="fine_label_names.txt",
+    train=("train.bin",),
+    test="test.bin",
+    train_rows=50_000,
+    test_rows=10_000,
+    label_bytes=2,
+)
+CIFAR100_PYTHON = PythonArchive(
+    name="cifar-100-python.tar.gz",
+    md5="eb9058c3a382ffc7106e4002c42a8d85",
+    folder="cifar-100-python",
+    class_names="meta",
+    train=("train",),
+    test="test",
+    train_rows=50_000,
+    test_rows=10_000,
+    keys=("fine_label_names", "fine_labels"),
+)
+
+
+# CIFAR-10 and CIFAR-100: found on disk or downloaded, checked and extracted.
 
 BASE_URL = "https://www.cs.toronto.edu/~kriz"
 TIMEOUT = 30  # seconds without an answer, after which the network counts as absent

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from advml.config import Data
-from advml.data import depth, duplicates
-from advml.data.cifar import cifar
-from advml.data.cifar_archives import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON
-from advml.data.folder import fingerprint, folder
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
+from advml.data import bit_depth, duplicates
+from advml.data.cifar import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON, cifar
+from advml.data.image_folder import fingerprint, folder
 from advml.data.images import Pixels, fit_arrays
+from advml.data.prepared import Dataset, Split, digest, load, save
 from advml.data.splits import Rows, Source, divide
-from advml.data.storage import Dataset, Split, digest, load, save
-from advml.errors import UserError
-from advml.paths import Workspace
 
 __all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepare", "remarks", "save"]
 
@@ -100,7 +99,7 @@ def remarks(dataset: Dataset) -> list[str]:
     """What a user may not expect: of the folder, the range of the pixels and identical images; without capital and full stop."""
     white, said = dataset.parameters.get("white_level"), list(dataset.remarks)
     if dataset.depth:
-        said.append(depth.sentence(dataset.depth, chosen=white is not None))
+        said.append(bit_depth.sentence(dataset.depth, chosen=white is not None))
     elif white is not None:
         said.append(f"data.white_level = {white:g} has no effect: no image has more than 8 bits per channel")
     if dataset.duplicates and dataset.duplicates["pictures"]:

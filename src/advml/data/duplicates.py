@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from advml.data.prepared import SPLITS
 from advml.data.splits import Rows, Source
-from advml.data.storage import SPLITS
 
 EXAMPLES = 10  # pictures whose copies dataset.json lists
 PRECEDENCE = ("test", "validation", "train")  # which copy stays

@@ -1,7 +1,7 @@
 """Pictures of any format, mode and size -> uint8 arrays of one size.
 
 Everything goes through Pillow, whose resampling is integer arithmetic: the same bytes on every machine. A picture
-is turned upright (EXIF), brought to 8 bits (see `depth`), laid on white where it is transparent, turned grey (ITU-R 601 luma) or
+is turned upright (EXIF), brought to 8 bits (see `bit_depth`), laid on white where it is transparent, turned grey (ITU-R 601 luma) or
 RGB (CMYK without colour profile), scaled so that its shorter side fits (bilinear with antialias), and cropped at
 its centre. Of animations and multi-page files the first frame counts.
 """
@@ -9,22 +9,79 @@ its centre. Of animations and multi-page files the first frame counts.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from advml.data.depth import FULL, GREY, Depth, Largest, eight_bits, largest, settle
-from advml.data.opening import opened
-from advml.errors import Failure
-from advml.progress import Bar
-from advml.runtime import memory
+from advml.core import memory
+from advml.core.errors import Failure
+from advml.core.progress import Bar
+from advml.data.bit_depth import FULL, GREY, Depth, Largest, eight_bits, is_deep, largest, settle
+
+# Opens picture files: which formats, how large, and the right way up.
+
+# Pillow goes by content, not by name. EPS and the like stay out: they would start an interpreter.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+LARGE = 2**25  # pixels from which pictures are decoded one at a time
+BYTES_PER_PIXEL = 16  # while a picture is decoded, turned and converted
+
+# Pillow's limits are meant for servers. These are the user's own files: memory bounds a picture here (`_room_for`).
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes of text in a PNG file
+
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def opened(path: Path, *, size: int) -> Iterator[tuple[Image.Image, bool]]:
+    """The picture at `path`, decoded and upright, and whether it is deep (see `bit_depth`)."""
+    if path.stat().st_size == 0:
+        raise ValueError("empty file")
+    with Image.open(path, formats=_formats()) as image:
+        image.draft(None, (2 * size, 2 * size))  # JPEG only: decodes large photographs at 1/2, 1/4 or 1/8
+        deep = is_deep(image)
+        with _room_for(image):
+            image.load()
+            _turn_upright(image)
+            yield image, deep
+
+
+@contextmanager
+def _room_for(image: Image.Image) -> Iterator[None]:
+    """Lets one large picture at a time into memory, and none that does not fit."""
+    pixels = image.width * image.height
+    if pixels <= LARGE:
+        yield
+        return
+    with _one_at_a_time:
+        if (need := pixels * BYTES_PER_PIXEL) > (left := memory.available()):
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{size} need {need / 2**30:.1f} GiB of memory to decode, and {left / 2**30:.1f} GiB are available")
+        yield
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with; it stumbles over others."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(Exception):  # pixels can be sound while their EXIF block is not: then taken as upright, as viewers do
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+# Pictures of any format, mode and size -> uint8 arrays of one size.
 
 # A file with one of these names is meant to be a picture: if it cannot be read (HEIC among them), that is said.
 SUFFIXES = frozenset(

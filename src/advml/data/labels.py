@@ -18,9 +18,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from advml.core.errors import UserError
+from advml.data.folder_tree import composed
 from advml.data.split_names import split_of
-from advml.data.tree import composed
-from advml.errors import UserError
 
 # Headers of the column that holds the class, in small letters and without anything else.
 LABEL_WORDS = frozenset(

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from advml.config import Data
+from advml.core.errors import UserError
 from advml.data.images import Pixels
-from advml.data.storage import SPLITS, Split
-from advml.errors import UserError
+from advml.data.prepared import SPLITS, Split
 
 
 @dataclass(frozen=True, eq=False)

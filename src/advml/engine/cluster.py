@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.config import Cluster
+from advml.core.errors import Failure, UserError
+from advml.core.messages import one_line, tell
+from advml.core.provenance import source_digest
 from advml.engine.stage_task import FOLDER, require_shared, token_file
-from advml.errors import Failure, UserError
-from advml.lines import one_line, tell
-from advml.provenance import source_digest
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine

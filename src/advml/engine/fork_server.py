@@ -21,13 +21,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from advml.lines import tell
-from advml.provenance import source_digest
-from advml.runtime import signals
+from advml.core import signals
+from advml.core.messages import tell
+from advml.core.provenance import source_digest
 
 ADDRESS = "ADVML_FORK_SERVER"
 STAGES = ("train", "represent", "compare", "transfer", "report")
-MODULES = ("advml.cli", *(f"advml.stages.{stage}" for stage in STAGES), "mlflow", "mlflow.store.tracking.sqlalchemy_store")
+MODULES = ("advml.cli", *(f"advml.pipeline.stages.{stage}" for stage in STAGES), "mlflow", "mlflow.store.tracking.sqlalchemy_store")
 
 
 @contextlib.contextmanager

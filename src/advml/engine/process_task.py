@@ -27,11 +27,11 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advml.core.errors import Failure, UserError
+from advml.core.messages import one_line
+from advml.core.processes import PARENT
 from advml.engine.devices import one_device
-from advml.engine.parent import PARENT
 from advml.engine.stage_task import is_cancelled, require_shared
-from advml.errors import Failure, UserError
-from advml.lines import one_line
 
 if TYPE_CHECKING:
     from distributed import Future

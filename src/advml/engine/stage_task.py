@@ -16,13 +16,13 @@ from pathlib import Path
 
 import psutil
 
+from advml.core.errors import Failure
+from advml.core.messages import tell
+from advml.core.passwords import masked
+from advml.core.processes import PARENT
+from advml.core.progress import BOARD
+from advml.core.provenance import source_digest
 from advml.engine.devices import one_device
-from advml.engine.parent import PARENT
-from advml.errors import Failure
-from advml.lines import tell
-from advml.passwords import masked
-from advml.progress import BOARD
-from advml.provenance import source_digest
 
 FOLDER = Path(".scratch") / "repro"  # in the study: logs and progress of stages
 GRACE = 15.0  # seconds for a stage to end its MLflow run after SIGTERM

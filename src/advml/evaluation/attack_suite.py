@@ -20,7 +20,7 @@ from advml.attacks import autoattack
 from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.pgd import Adversary, Objective, evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
-from advml.networks.models import Network
+from advml.models.network import Network
 from advml.recipes import Scheme
 from advml.training.tasks import classification_objective, contrastive_objective
 

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from advml import __version__
 from advml.config import Corruptions
-from advml.data.corruptions.corrupt import CORRUPTIONS, corrupt
-from advml.data.corruptions.published import Published
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.data.corruptions.cifar_c import Published
+from advml.data.corruptions.corruptions import CORRUPTIONS, corrupt
 from advml.data.datasets import Split
-from advml.errors import UserError
 from advml.evaluation.intervals import clustered
 from advml.evaluation.run_attacks import predict
-from advml.networks.models import Network
-from advml.runtime.machine import Machine
+from advml.models.network import Network
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.isolation import copied, frozen_copy
 from advml.attacks.threat_model import ThreatModel
-from advml.data.corruptions.published import Published
+from advml.core.device import Machine, own_randomness
+from advml.core.errors import UserError
+from advml.core.result_cache import Memo
+from advml.data.corruptions.cifar_c import Published
 from advml.data.datasets import Dataset, Split
-from advml.errors import UserError
 from advml.evaluation import corruption, metrics, samples
 from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.flag_summary import flag_summary
@@ -23,8 +25,6 @@ from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.evaluation.samples import Outcome
-from advml.runtime.machine import Machine, own_randomness
-from advml.runtime.memo import Memo
 
 
 @dataclass(frozen=True)

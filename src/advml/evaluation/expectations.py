@@ -16,14 +16,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from advml.attacks.isolation import frozen_copy
+from advml.core.device import Machine, derived_seed, generator_for, own_randomness
+from advml.core.errors import UserError
 from advml.data.datasets import Dataset
-from advml.errors import UserError
 from advml.evaluation.intervals import binomial_tail
 from advml.evaluation.masking.rules import SIGNIFICANCE, Flag
 from advml.evaluation.run_attacks import predict
-from advml.networks.class_names import ORDERS
-from advml.networks.normalization import KNOWN, Constants
-from advml.runtime.machine import Machine, derived_seed, generator_for, own_randomness
+from advml.models.class_names import ORDERS
+from advml.models.normalization import KNOWN, Constants
 
 IMAGES = 512  # of validation, at most
 FAR = 0.05  # a gain in accuracy below which nothing is said

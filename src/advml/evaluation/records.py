@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from advml.core.errors import UserError
 from advml.core.io import read_json, sha256, to_json, write_atomically
-from advml.errors import UserError
-from advml.paths import Workspace
+from advml.core.paths import Workspace
 
 MEASURING = ("evaluate", "represent")  # stages, in the order of their metrics
 

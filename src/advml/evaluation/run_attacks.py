@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from advml.attacks.isolation import copied
 from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.threat_model import NORMS, ThreatModel
+from advml.core.device import Machine, derived_seed, own_randomness
+from advml.core.errors import Failure
+from advml.core.result_cache import Memo, Parts
 from advml.data.datasets import Split
-from advml.errors import Failure
 from advml.evaluation.attack_suite import CLEAN_IMAGES, AttackSpec
 from advml.evaluation.samples import PASSES, Outcome
-from advml.networks.models import Network
-from advml.runtime.machine import Machine, derived_seed, own_randomness
-from advml.runtime.memo import Memo, Parts
+from advml.models.network import Network
 
 NOTED = ("right", "predicted", "distance", *PASSES)  # of every image
 ROUNDING = 1e-5  # how far beyond the ball float32 may carry an honest attack

@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 from torch import Tensor
 
+from advml.core.errors import UserError
 from advml.core.io import write_atomically
 from advml.data.datasets import Split
-from advml.errors import UserError
 
 CLEAN, WORST = "accuracy/clean", "accuracy/worst_case"
 METADATA = b"advml"

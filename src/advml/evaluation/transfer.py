@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from advml.config import Grid
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, model_name
 from advml.data import adversarial
 from advml.data.datasets import Split
-from advml.errors import UserError
 from advml.evaluation import records, samples
 from advml.evaluation.intervals import binomial_tail, wilson
 from advml.evaluation.masking.rules import SIGNIFICANCE, TOLERATED, Flag
 from advml.evaluation.run_attacks import predict
-from advml.paths import Workspace, model_name
-from advml.runtime.machine import Machine
 
 
 @dataclass(frozen=True, eq=False)

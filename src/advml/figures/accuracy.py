@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from advml.figures.marks import MEANING, mark
-from advml.figures.style import ADVERSARIAL, ATTACKED, CLEAN, FULL, INK, styled
+from advml.figures.style import ADVERSARIAL, ATTACKED, CLEAN, FULL, INK, MEANING, mark, styled
 
 Row = dict[str, Any]
 

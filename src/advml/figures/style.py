@@ -8,12 +8,31 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable
-from typing import ParamSpec
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+# Marks beside figures that must not be taken as they stand, the same in tables and charts.
+
+FLAGGED, UNJUDGED = "!", "?"
+MEANING = {FLAGGED: "diagnostics raised flags", UNJUDGED: "not judged by diagnostics"}
+
+
+def mark(row: Mapping[str, Any]) -> str:
+    """`!` for a model with flags, `?` for an attacked one that diagnostics have not seen, else nothing.
+
+    Args:
+        row: a model's flat metrics.
+    """
+    if row.get("diagnostics/flags") or row.get("transfer/flags"):
+        return FLAGGED
+    return UNJUDGED if "accuracy/worst_case" in row and "diagnostics/flags" not in row else ""
+
+
+# How all figures look, defined once. Nothing here uses pyplot: no global state, no window.
 
 P = ParamSpec("P")
 

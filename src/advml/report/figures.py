@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -12,15 +12,56 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from advml.config import Config
-from advml.errors import UserError
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, model_name
 from advml.evaluation import records
 from advml.figures.curves import Curve, curve_grid
 from advml.figures.layers import Heatmap, heatmaps
-from advml.networks.models import read_record
-from advml.paths import Workspace, model_name
+from advml.figures.robustness import corruption_matrix, security_curves
+from advml.models.network import read_record
 from advml.similarity import represent
 from advml.similarity.compare import stored
 from advml.similarity.represent import KINDS, MATRICES
+
+# What speaks against the figures of the study's models, and how they fare beyond the threat model: from the records.
+
+
+def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """All flags of all models: `model`, `name`, `saw`, `try`."""
+    return [{"model": name, **flag} for name, record in evaluated.items() for flag in record.get("diagnostics", {}).get("flags", ())]
+
+
+def unjudged(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Models that diagnostics have not seen, and why."""
+    found = {name: record.get("diagnostics", {}) for name, record in evaluated.items() if record}
+    return {name: about.get("skipped", "it was measured by an older version") for name, about in found.items() if "evidence" not in about}
+
+
+def security(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]], *, seed: int) -> Figure | None:
+    """Security curves of a seed's models, by PGD and by minimal distances where there are any; None where diagnostics were off."""
+    found: dict[str, dict[str, Any]] = {}
+    nearest: dict[str, dict[str, Any]] = {}
+    about: dict[str, Any] = {}
+    for row in rows:
+        seen = evaluated.get(row["model"], {}).get("diagnostics", {})
+        evidence, minimal = seen.get("evidence"), seen.get("minimal")
+        if evidence and row["seed"] == seed:
+            found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
+            guessing = max(1 / evidence["classes"], evidence.get("largest_class", 0))  # the rule's; older records lack the second
+            about |= {"epsilon": evidence["epsilon"], "chance": guessing}
+            if minimal:
+                nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]
+                about |= {"attack": minimal["attack"].upper()}
+    return security_curves(found, nearest=nearest, **about) if found else None
+
+
+def corruptions(rows: list[dict[str, Any]]) -> Figure | None:
+    """Accuracy under each corruption; None where none was measured."""
+    measured = [row for row in rows if "corruption/mean" in row]
+    return corruption_matrix(measured) if measured else None
+
+
+# The figures of the page, from the files of the study's models.
 
 
 def matrices(config: Config, workspace: Workspace, name: str, *, seed: int) -> Figure | None:

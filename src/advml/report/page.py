@@ -11,16 +11,16 @@ import jinja2
 from matplotlib.figure import Figure
 
 from advml.config import Config
+from advml.core.paths import Workspace
 from advml.evaluation import records
 from advml.evaluation.flag_summary import flag_summary, transfer_flags
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
 from advml.figures.style import to_png
 from advml.figures.transfer import transfer_matrices
-from advml.paths import Workspace
-from advml.report import doubts, others
+from advml.report import external_models, figures
 from advml.report import figures as drawn
-from advml.report import how as how_made
+from advml.report import methods_table as how_made
 from advml.report.table import COLUMNS, NORM_NAMES, Row, cell, footnote
 
 REPRESENTATION = {  # column -> metric, and its number of digits
@@ -44,10 +44,10 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     found = records.read_transfer(workspace)
     drawings = _figures(config, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
-    given = others.read(workspace)
-    shown = others.of_data(given, provenance["digest"])
+    given = external_models.read(workspace)
+    shown = external_models.of_data(given, provenance["digest"])
     made = _how(workspace, evaluated | shown, flags=transfer_flags(found))
-    drawings |= {"security": doubts.curves(table, evaluated, seed=config.seeds[0]), "corruptions": doubts.corruptions(table)}
+    drawings |= {"security": figures.security(table, evaluated, seed=config.seeds[0]), "corruptions": figures.corruptions(table)}
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
     return template.render(
         config=config,
@@ -56,7 +56,7 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         representation_columns=list(REPRESENTATION),
         rows=[_row(row) for row in table],
         notes=footnote(table).splitlines(),
-        others=[_row(others.row(name, record)) for name, record in shown.items()],
+        others=[_row(external_models.row(name, record)) for name, record in shown.items()],
         elsewhere=sorted(given.keys() - shown.keys()),
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
@@ -64,8 +64,8 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
         panels={kind: _embedded(path.read_bytes()) for kind, path in drawn.panels(workspace).items()},
         shown=drawn.shown(workspace),
         transfer=found,
-        flags=doubts.flags(evaluated | shown),
-        unjudged=doubts.unjudged(evaluated | shown),
+        flags=figures.flags(evaluated | shown),
+        unjudged=figures.unjudged(evaluated | shown),
         judged=[name for name, record in (evaluated | shown).items() if "evidence" in record.get("diagnostics", {})],
         made=made,
         how_headers=how_made.HEADERS,

@@ -9,10 +9,10 @@ from typing import Any
 
 from advml.config import Config
 from advml.core.io import read_json
+from advml.core.paths import Workspace, model_name
 from advml.evaluation import records
 from advml.evaluation.flag_summary import transfer_flags
-from advml.figures.marks import FLAGGED, MEANING, UNJUDGED, mark
-from advml.paths import Workspace, model_name
+from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
 
 Row = dict[str, Any]
 

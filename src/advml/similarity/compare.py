@@ -17,11 +17,11 @@ import numpy as np
 from torch import Tensor
 
 from advml import config
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, model_name
 from advml.data.datasets import Split
-from advml.errors import UserError
-from advml.networks.models import Network
-from advml.paths import Workspace, model_name
-from advml.runtime.machine import Machine
+from advml.models.network import Network
 from advml.similarity import represent
 from advml.similarity.cka import Similarity, measure
 from advml.similarity.layers import Layer, layers

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 PREPROCESSING = "normalize"  # our networks' first module: constants, no representation
 HANDS_ON = (nn.Identity, nn.Dropout)  # nothing of their own, whatever made the tensor that they were given

@@ -22,11 +22,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from advml import config
+from advml.core.device import Machine
+from advml.core.errors import UserError
 from advml.data.datasets import Dataset, Split
-from advml.errors import UserError
 from advml.evaluation.intervals import wilson
-from advml.networks.models import Network
-from advml.runtime.machine import Machine
+from advml.models.network import Network
 from advml.similarity import measures, probes
 from advml.similarity.cka import SMALLEST_BATCH, Key, Similarity, measure
 from advml.similarity.layers import Layer, layers

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from advml.config import Config
 from advml.core.io import modified, read_csv, read_json, sha256
+from advml.core.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
-from advml.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.tracking import store as stores
 from advml.tracking.run import COMMIT, DIGEST, MODEL, Record, Run, guarded
 

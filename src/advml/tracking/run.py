@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from advml.config import Config, flatten
 from advml.core.processes import this_process
-from advml.provenance import dvc_stage, git_commit
-from advml.runtime.signals import deferred
+from advml.core.provenance import dvc_stage, git_commit
+from advml.core.signals import deferred
 from advml.tracking import store as stores
 
 Record = Mapping[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 
 from advml.config import Config
 from advml.core.io import sha256
-from advml.paths import SEARCH_FILES
+from advml.core.paths import SEARCH_FILES
 from advml.tracking import store as stores
 from advml.tracking.results import log_best
 from advml.tracking.run import DIGEST, NOTE, Run, guarded

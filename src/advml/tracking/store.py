@@ -14,10 +14,10 @@ from urllib.parse import unquote, urlparse
 
 from advml.config import Config
 from advml.config.store import Place, locate, prepare, sqlite_uri
-from advml.errors import UserError
-from advml.lines import one_line, tell
-from advml.passwords import masked
-from advml.runtime.signals import deferred
+from advml.core.errors import UserError
+from advml.core.messages import one_line, tell
+from advml.core.passwords import masked
+from advml.core.signals import deferred
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from advml.config import Config
+from advml.core.errors import Failure, UserError
 from advml.core.io import modified, read_json
+from advml.core.paths import Workspace
 from advml.core.processes import has_ended
-from advml.errors import Failure, UserError
-from advml.paths import Workspace
 from advml.tracking import store as stores
 from advml.tracking.results import REMEDY, complete, log_model, log_parts, results
 from advml.tracking.run import DIGEST, PROCESS, Run

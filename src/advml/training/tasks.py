@@ -8,7 +8,7 @@ A task gets images x (N, C, H, W) in [0, 1] and labels (N,) and returns one loss
 | Classification | CE(t(x))      | CE(x + d)        | CE(x + d), end to end            |
 | HeadOnly       | CE(x)         | CE(x + d)        | CE(x + d); the encoder is fixed  |
 
-Adversarial loss and training objective of the last two are those of `loss: two-term`; see `advml.training.terms` for others.
+Adversarial loss and training objective of the last two are those of `loss: two-term`; see `advml.training.losses` for others.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.pgd import Objective
+from advml.core.device import Machine
+from advml.data.augment import view
 from advml.data.datasets import Split
-from advml.data.views import view
-from advml.networks.dual import clean_statistics
-from advml.networks.layers import batch_norms
-from advml.networks.layout import place
-from advml.networks.models import Network
+from advml.models.layers import batch_norms, clean_statistics
+from advml.models.memory_format import place
+from advml.models.network import Network
 from advml.recipes import Regime, Scheme
-from advml.runtime.machine import Machine
-from advml.training.objectives import contrastive_pair, cross_entropy
-from advml.training.terms import TERMS, classification_objective, contrastive_objective
+from advml.training.losses import TERMS, classification_objective, contrastive_objective, contrastive_pair, cross_entropy
 
 
 class Task(Protocol):
@@ -177,12 +175,10 @@ class Contrastive:
         return contrastive_pair(first, second, self.groups(labels), temperature=self.temperature)
 
 
-def pretraining_task(network: Network, scheme: Scheme, configuration: config.Config) -> Task:
+def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:
     """The task of a scheme's pretraining, by the head it learns."""
-    spec = getattr(configuration.views, scheme.view)
     if scheme.groups:
-        return Contrastive(network, spec=spec, temperature=configuration.temperature, groups=scheme.groups)
-    phase = configuration.pretrain[scheme.name]
+        return Contrastive(network, spec=spec, temperature=temperature, groups=scheme.groups)
     return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from advml.core.errors import UserError
 from advml.core.io import read_json
-from advml.errors import UserError
-from advml.paths import Workspace, checked_name
+from advml.core.paths import Workspace, checked_name
 from advml.tuning.outputs import BEST
 
 # Keys or sections of which a proposal means more than its search has looked at -> what else they change.

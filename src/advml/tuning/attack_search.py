@@ -13,9 +13,9 @@ from typing import Any
 import optuna
 
 from advml.config import Config, changed, digest
-from advml.errors import UserError
-from advml.paths import Workspace, checked_name, find_model
-from advml.provenance import source_digest
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, checked_name, find_model
+from advml.core.provenance import source_digest
 from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of
 from advml.tuning.space import Values

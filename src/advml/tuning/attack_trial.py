@@ -12,15 +12,15 @@ from torch import Tensor
 from advml.attacks import autoattack as autoattacks
 from advml.attacks.threat_model import ThreatModel
 from advml.config import Config, changed
+from advml.core.device import generator_for
+from advml.core.paths import Workspace
 from advml.data.datasets import Split
 from advml.evaluation.attack_suite import CLEAN_IMAGES, AttackSpec, library_attack, threat_model_2
 from advml.evaluation.intervals import wilson
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, run_attacks
-from advml.paths import Workspace
-from advml.runtime.machine import generator_for
+from advml.pipeline.context import Context
 from advml.similarity.statistics import mcnemar
-from advml.stages.context import Context
 from advml.tuning import search as searches
 from advml.tuning.attack_search import AttackSearch, passes
 from advml.tuning.space import Values
@@ -89,7 +89,8 @@ class Bench(searches.Bench):
     def confirm(self, values: Values) -> dict[str, Any]:
         """Winner and default at the same budget, on validation and, once, on test."""
         attacks = {"default": self.default(), "winner": self.attack(values)}
-        other = "" if attacks["default"].settings == evaluation_attack(self.config).settings else f", with the {self.spec.budget} steps of tune.attack.budget in all"
+        own = attacks["default"].settings == evaluation_attack(self.config).settings
+        other = "" if own else f", with the {self.spec.budget} steps of tune.attack.budget in all"
         told: dict[str, Any] = {
             "budget": self.spec.budget,
             "epsilon": self.config.attacked_epsilon,

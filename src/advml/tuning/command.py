@@ -19,16 +19,16 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from advml import tracking
+from advml.core.errors import Failure, UserError
+from advml.core.messages import tell
+from advml.core.passwords import masked
+from advml.core.paths import Workspace, checked_name
+from advml.core.signals import deferred
 from advml.engine.cluster import connect
 from advml.engine.exclusive import this_process
 from advml.engine.fork_server import server
 from advml.engine.process_task import Call, Lost, Pool, call_here
 from advml.engine.stage_task import sent_environment
-from advml.errors import Failure, UserError
-from advml.lines import tell
-from advml.passwords import masked
-from advml.paths import Workspace, checked_name
-from advml.runtime.signals import deferred
 from advml.tuning import outputs
 from advml.tuning import study as studies
 from advml.tuning.search import Search, on_bench

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ruamel.yaml import YAML
 
 from advml.core.io import write_atomically
-from advml.paths import SEARCH_FILES
+from advml.core.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
 from advml.tuning.study import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores

@@ -15,10 +15,10 @@ import optuna
 from optuna.trial import TrialState
 
 from advml.config import Config
+from advml.core.errors import Failure
 from advml.core.io import read_json
+from advml.core.paths import Workspace
 from advml.engine import process_task
-from advml.errors import Failure
-from advml.paths import Workspace
 from advml.tuning.space import Space, Values, distributions, holds
 
 REDUCTION = 3  # of Hyperband: the share of trials that goes on from rung to rung is its inverse

@@ -13,7 +13,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 
 Space = Mapping[str, Mapping[str, Any]]  # key -> {kind: ends or choices}, as `config.Dimension` has checked it
 Values = dict[str, Any]  # key -> value

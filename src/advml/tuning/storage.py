@@ -13,9 +13,9 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG
 
+from advml.core.errors import Failure, UserError
+from advml.core.passwords import masked, remember
 from advml.engine.exclusive import SESSION_LOCKS, at_work, exclusive, session_lock
-from advml.errors import Failure, UserError
-from advml.passwords import masked, remember
 
 SQLITE = "sqlite:///"
 TIMEOUT = {"connect_timeout": 10}  # seconds

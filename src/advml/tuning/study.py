@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from advml.errors import UserError
+from advml.core.errors import UserError
 from advml.tuning.search import Attempt, Search
 from advml.tuning.space import distributions
 from advml.tuning.storage import connect

@@ -10,8 +10,8 @@ import optuna
 
 from advml import config
 from advml.config import Config, changed, digest, flatten
-from advml.errors import UserError
-from advml.paths import Workspace, checked_name, pretraining_name
+from advml.core.errors import UserError
+from advml.core.paths import Workspace, checked_name, pretraining_name
 from advml.recipes import REGIMES, SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of, hyperband

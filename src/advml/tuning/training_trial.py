@@ -19,19 +19,19 @@ from typing import Any
 from scipy.stats import t as student
 
 from advml.config import Config, digest
+from advml.core.device import derived_seed
+from advml.core.paths import Workspace
+from advml.core.result_cache import Memo
 from advml.data.datasets import Split
 from advml.evaluation.attack_suite import CLEAN_IMAGES
 from advml.evaluation.run_attacks import Scorer, run_attacks
-from advml.networks.models import Network
-from advml.paths import Workspace
+from advml.models.network import Network
+from advml.pipeline import plans
+from advml.pipeline.context import Context
+from advml.pipeline.stages.finetune import load_pretrained
 from advml.recipes import REGIMES, SCHEMES
-from advml.runtime.checkpoint import Checkpoint
-from advml.runtime.machine import derived_seed
-from advml.runtime.memo import Memo
-from advml.stages.context import Context
-from advml.stages.finetune import load_pretrained
-from advml.training import phases
-from advml.training.loop import Record
+from advml.training.checkpoint import Checkpoint
+from advml.training.trainer import Plan, Record, fit
 from advml.tuning import search as searches
 from advml.tuning.attack_trial import evaluation_attack
 from advml.tuning.space import Values
@@ -53,13 +53,13 @@ class Bench(searches.Bench):
         if search.kind == "finetune":
             _, self.pretrained = load_pretrained(self.context, scheme=search.scheme, regime=search.which, seed=search.seed)
 
-    def plan(self, configuration: Config, *, seed: int) -> phases.Plan:
+    def plan(self, configuration: Config, *, seed: int) -> Plan:
         """The phase under this configuration, on a network of its own."""
         search = self.search
         if self.pretrained is None:
-            return phases.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
+            return plans.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
         start, names = copy.deepcopy(self.pretrained), {"scheme": search.scheme, "regime": search.which, "seed": seed}
-        return phases.finetuning(configuration, self.dataset, self.machine, start, **names)
+        return plans.finetuning(configuration, self.dataset, self.machine, start, **names)
 
     def train(self, configuration: Config, attempt: searches.Attempt, *, seed: int, watched: bool = True) -> Network:
         """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again.
@@ -81,7 +81,7 @@ class Bench(searches.Bench):
                 attempt.report(epoch, standing(measured, floor=search.spec.clean_floor), measured)
 
         checkpoint = Checkpoint(attempt.scratch / "state", fingerprint)
-        return phases.fit(plan, self.dataset, self.machine, checkpoint=checkpoint, on_epoch=on_epoch)[0]
+        return fit(plan, self.dataset, self.machine, checkpoint=checkpoint, on_epoch=on_epoch)[0]
 
     def measure(self, network: Network, *splits: Split) -> list[Measured]:
         """Clean and robust accuracy on each split; an encoder without a classifier first gets a linear one, on clean images."""
@@ -106,9 +106,9 @@ class Bench(searches.Bench):
         search = self.search
         rows = (row for row in REGIMES.values() if row.pretraining == search.which and not row.attacked and not row.encoder_learns)
         start, names = copy.deepcopy(network), {"scheme": search.scheme, "regime": next(rows).name, "seed": search.seed}
-        plan = phases.finetuning(search.config, self.dataset, self.machine, start, **names)
+        plan = plans.finetuning(search.config, self.dataset, self.machine, start, **names)
         with tempfile.TemporaryDirectory() as folder:  # it takes a moment: nothing need be kept
-            return phases.fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
+            return fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
 
     def objective(self, attempt: searches.Attempt) -> Sequence[float]:
         """Train, measured and reported at Hyperband's rungs; then measure what training has selected."""

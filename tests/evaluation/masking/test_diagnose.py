@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.isolation import copied
 from advml.attacks.pgd import evaluation_adversary
+from advml.core.device import Machine
+from advml.core.errors import UserError
 from advml.data.datasets import Dataset
-from advml.errors import UserError
 from advml.evaluation import samples
 from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.masking import diagnose
@@ -21,7 +22,6 @@ from advml.evaluation.masking.probes import probe
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer
 from advml.evaluation.samples import Outcome
-from advml.runtime.machine import Machine
 
 PARAMS = Path(__file__).parents[3] / "params.yaml"
 CPU = Machine(torch.device("cpu"))

@@ -18,7 +18,7 @@ from advml.attacks.threat_model import ThreatModel
 from advml.evaluation.masking.evidence import Evidence
 from advml.evaluation.masking.probes import NOISE_DRAWS, probe
 from advml.evaluation.masking.rules import flags
-from advml.training.objectives import cross_entropy
+from advml.training.losses import cross_entropy
 
 THREATS = {"linf": ThreatModel("linf", 0.15), "l2": ThreatModel("l2", 0.8)}
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import pgd
 from advml.attacks.threat_model import ThreatModel
+from advml.core.device import own_randomness
 from advml.evaluation.masking.probes import Target
-from advml.runtime.machine import own_randomness
 
 IMAGES = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks import minimum_norm
 from advml.attacks.threat_model import ThreatModel
+from advml.core.device import derived_seed, own_randomness
+from advml.core.errors import UserError
 from advml.data.datasets import Split
-from advml.errors import UserError
 from advml.evaluation.attack_suite import AttackSpec, ball
 from advml.evaluation.masking.evidence import Evidence
 from advml.evaluation.masking.probes import probe
@@ -21,7 +22,6 @@ from advml.evaluation.masking.rules import Flag, beyond_tolerance, flags
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer
 from advml.evaluation.samples import Outcome
-from advml.runtime.machine import derived_seed, own_randomness
 
 SQUARE, SQUARE_FLAG = "worst_case/square", "black_box_stronger"
 NOT_COPIED = Flag(

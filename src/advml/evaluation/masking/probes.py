@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from advml.attacks.isolation import frozen_copy
 from advml.attacks.pgd import Objective, default_step_size, finite, pgd
 from advml.attacks.threat_model import NORMS, ThreatModel
+from advml.core.device import derived_seed, generator_for, own_randomness
 from advml.evaluation.intervals import binomial_tail, wilson
 from advml.evaluation.masking.evidence import SHORT, Evidence, Point, Rise
-from advml.networks.foreign import Foreign
-from advml.runtime.machine import derived_seed, generator_for, own_randomness
-from advml.training.objectives import cross_entropy, margin
+from advml.models.adapter import Foreign
+from advml.training.losses import cross_entropy, margin
 
 RANDOM_NOISE = "random noise"  # its name among the black-box attacks
 

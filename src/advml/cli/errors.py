@@ -1,0 +1,67 @@
+"""One line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+import typer
+
+from advml.core.errors import Failure, UserError
+from advml.core.messages import tell
+from advml.core.passwords import masked
+
+OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # of a file whose name the error does not tell
+
+
+def guarded(command: Callable[[], Any]) -> None:
+    """Run `command`, turning what people can understand into one line on stderr."""
+    interrupted = "interrupted; the same command continues from the last finished epoch"
+    try:
+        code = command()
+    except typer.TyperException as error:  # a wrong argument or option
+        _fail(error.format_message(), code=error.exit_code)
+    except UserError as error:
+        _fail(str(error), code=2)
+    except Failure as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        _fail(interrupted, code=130)
+    except MemoryError:
+        _fail("out of memory; lower batch_size in params.yaml", code=1)
+    except Exception as error:
+        if (line := _known(error)) is None:
+            raise
+        _fail(line, code=1)
+    if code == 130:  # typer turns Ctrl-C into this exit code
+        _fail(interrupted, code=130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nobody has foreseen, without passwords; in place of the interpreter's own `sys.excepthook`."""
+    sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _known(error: Exception) -> str | None:
+    """A line for errors of the machine that surface under several types."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
+    if isinstance(error, OSError) and (error.filename or error.errno in OF_THE_DISK):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or text}; once that is mended, the same command goes on"
+    if type(error).__name__ == "SafetensorError":  # an OSError in the words of another language
+        return f"tensors cannot be read or written: {text}"
+    return None
+
+
+def _fail(line: str, *, code: int) -> NoReturn:
+    tell(f"advml: {line}")
+    sys.exit(code)

@@ -1,0 +1,190 @@
+"""What people do beside the pipeline. Commands import what they need: nothing heavy up here."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advml.cli.options import PARAMS, ClusterOption, Overrides, Params, Regime, Scheme, Seed, context_of
+from advml.cli.printing import percent, say, show_table
+from advml.cli.server import server
+from advml.core.errors import UserError
+from advml.core.messages import tell
+from advml.core.paths import Workspace, model_name
+
+
+def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Do for one model what prepare, pretrain, finetune and evaluate do; what is up to date is not done again.
+
+    Writes what those stages write. Next: advml show MODEL
+    """
+    context = context_of(params, overrides)
+    from advml.pipeline.stages import train as everything
+    from advml.tracking import warn_if_unusable
+
+    warn_if_unusable(context.config, root=params.parent)
+    metrics = everything.run(context, scheme=scheme, regime=regime, seed=seed)
+    name = model_name(scheme, regime, seed)
+    print(f"{name}: {percent(metrics)}")
+    say(f"{context.workspace.model(name)}, {context.workspace.report(name)}", f"advml show {name}")
+
+
+def show(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the name of one that evaluate was given.", show_default=False),
+    ],
+    params: Annotated[
+        Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")
+    ] = PARAMS,
+) -> None:
+    """Print a model's record: what it was made from, how, and how well it does.
+
+    Writes nothing. Next: advml attack IMAGE --model MODEL
+    """
+    from advml.report.show import record_of
+
+    workspace = Workspace(params.parent)
+    print(record_of(workspace, model))
+    given = model in workspace.evaluations_of_given()
+    print("next: advml report     (the page shows it beside the study's models)" if given else f"next: advml attack IMAGE --model {model}")
+
+
+def attack(
+    image: Annotated[Path, typer.Argument(help="Any image file.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attack.png"),
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Attack one image and draw what happened: original, perturbation, adversarial image, predictions.
+
+    Writes attack.png. Next: the same image against a model of another regime
+    """
+    context = context_of(params, overrides)
+    from advml.pipeline.attack_demo import attack_picture
+
+    told = attack_picture(context, image, model=model, out=out)
+    print(told)
+    say(str(out), f"advml show {model}")
+
+
+def preset(
+    name: Annotated[str, typer.Argument(help="digits, smoke, cifar10, cifar100 or folder.", show_default=False)],
+    protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
+    full: Annotated[bool, typer.Option("--full", help="All keys, also those that keep their neutral defaults.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Print a params.yaml to start from.
+
+    Writes to standard output. Next: advml preset cifar10 > params.yaml && dvc repro
+    """
+    from advml.config.presets import preset as text
+
+    print(text(name, protocol=protocol, overrides=overrides or (), full=full), end="")
+
+
+def schema() -> None:
+    """Print the JSON schema of params.yaml, by which editors explain and complete its keys.
+
+    Writes to standard output. Next: advml schema > params.schema.json
+    """
+    from advml.config.writing import editor_schema
+
+    print(editor_schema(), end="")
+
+
+def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Rebuild MLflow runs that are missing, and bring others up to date, from files: after dvc pull, a run-cache hit, or an outage.
+
+    Writes to the MLflow store only. Next: make ui
+    """
+    from advml import tracking
+    from advml.config import load
+
+    configuration = load(params, overrides or [])
+
+    made = tracking.sync(configuration, root=params.parent)
+    print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: make ui")
+
+
+def link(
+    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
+    """Print the address of this study's runs in the MLflow UI.
+
+    Writes nothing. Next: make ui
+    """
+    from advml.config import load
+    from advml.servers import mlflow_ui
+
+    print(f"MLflow: {mlflow_ui.link(load(params, overrides or []), root=params.parent, port=port)}", flush=True)
+
+
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the local server.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: on all networks, for everyone in them.")] = "127.0.0.1",
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Open MLflow on this study's runs until Ctrl-C, and print the link to their table when it answers.
+
+    Writes nothing. Next: the link, in a browser
+    """
+    from advml.config import load
+    from advml.servers import mlflow_ui
+
+    configuration, local = load(params, overrides or []), {"host": host, "port": port}
+    command = mlflow_ui.command(configuration, root=params.parent, **local)  # before the store is opened, which quietens MLflow
+    if command is not None:
+        mlflow_ui.require_free(**local)
+        if host not in mlflow_ui.LOOPBACK:
+            tell(f"note: no password protects these runs: all that reach {host}:{port} can delete them; advml server asks for one")
+    link = f"MLflow: {mlflow_ui.link(configuration, root=params.parent, **local)}"
+    if command is None:
+        print(f"{link}\nthis is a server's address: open it in a browser")
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            mlflow_ui.serve(*command, **local, on_answer=lambda: print(link, flush=True))
+
+
+def repro(
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    cluster: ClusterOption = None,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Run what has changed, as dvc repro does, several stages at a time; end with the table.
+
+    Writes what the stages write. Next: make ui
+    """
+    if overrides or params.name != PARAMS.name:
+        raise UserError(
+            "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
+        )
+    from advml.config import load
+    from advml.pipeline.repro import repro as run
+    from advml.tracking import warn_if_unusable
+
+    configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    warn_if_unusable(configuration, root=params.parent)
+
+    started = time.monotonic()
+    ran = run(
+        params.parent, jobs=jobs, cluster=cluster, options=configuration.cluster, reserve=configuration.runtime.device in ("auto", "cuda")
+    )
+    print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
+    rows = show_table(configuration, Workspace(params.parent))
+    print("next: open reports/report.html     the whole study on one page")
+    print("      make ui                      compare the runs in MLflow")
+    if rows:
+        print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
+    print("      dvc plots show               training curves and the result chart as a page")
+
+
+# In the order in which `advml --help` lists them.
+COMMANDS = (train, show, attack, preset, schema, sync, link, ui, server, repro)

@@ -1,0 +1,211 @@
+"""Batched augmentation: one random view of every image, computed on the images' device.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> view(images, config.views.contrastive, generator=generator)  # (N, C, H, W) in [0, 1]
+
+The whole geometry is one resampling, so an image is interpolated once however many parts are on; colour follows, as
+in SimCLR. `draw` takes all random numbers from a CPU generator, so a seed gives the same views on every device; how
+many it takes depends on the spec and the number of images only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from kornia.color import rgb_to_grayscale
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_contrast_with_mean_subtraction,
+    adjust_saturation_with_gray_subtraction,
+)
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from advml.config import View
+
+# Colour changes with a strength per image, in torchvision's definitions.
+#
+# Brightness, contrast, saturation and grey come from kornia, which takes a factor per image and defines these four
+# functions as torchvision does. (Its `adjust_brightness`, `adjust_contrast` and `adjust_saturation` are other things.)
+
+
+def recolour(images: Tensor, spec: View, *, factors: Tensor, jitter: Tensor, grey: Tensor) -> Tensor:
+    """Jitter the images drawn for it, then turn some grey.
+
+    Args:
+        images: float (N, C, H, W) in [0, 1]; without three channels, saturation, hue and grey leave them alone.
+        spec: a part with strength zero is skipped.
+        factors: (4, N) brightness, contrast and saturation factors, and hue in turns.
+        jitter, grey: (N,) bool, on the CPU.
+    """
+    if spec.brightness or spec.contrast or spec.saturation or spec.hue:
+        some_factors = factors[:, jitter].to(images)
+        images = _replace(images, jitter, lambda some: _jitter(some, spec, some_factors))
+    if spec.grey and images.shape[1] == 3:
+        images = _replace(images, grey, lambda some: rgb_to_grayscale(some).expand_as(some))
+    return images
+
+
+def _replace(images: Tensor, mask: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change the images under the mask only: the others stay bitwise the same and cost nothing."""
+    if mask.all():
+        return change(images)
+    index = mask.nonzero().squeeze(1).to(images.device)
+    return images.index_copy(0, index, change(images[index])) if len(index) else images
+
+
+def _jitter(images: Tensor, spec: View, factors: Tensor) -> Tensor:
+    # Deviation: torchvision draws the order of the four for every image; a batch needs one, so it is fixed.
+    brightness, contrast, saturation, hue = factors
+    if spec.brightness:
+        images = adjust_brightness_accumulative(images, brightness)
+    if spec.contrast:
+        images = adjust_contrast_with_mean_subtraction(images, contrast)
+    if spec.saturation and images.shape[1] == 3:
+        images = adjust_saturation_with_gray_subtraction(images, saturation)
+    if spec.hue and images.shape[1] == 3:
+        images = turn_hue(images, hue)
+    return images
+
+
+def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of RGB images (N, 3, H, W) by `turns` (N,), keeping HSV saturation and value.
+
+    With h in sixths of a turn and chroma = max - min, a channel of HSV is
+    `min + chroma * clamp(|(h + offset) mod 6 - 3| - 1, 0, 1)`, offset 0, 4, 2 for R, G, B. Without a table of sextants
+    this takes a third of the time of kornia's adjust_hue, which is why it is written here.
+    """
+    red, green, blue = images.unbind(1)
+    low, top = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    chroma = top - low
+    divisor = chroma.clamp(min=torch.finfo(images.dtype).tiny)  # grey pixels: 0 / tiny
+    hue = torch.where(green == top, (blue - red) / divisor + 2, (red - green) / divisor + 4)
+    hue = torch.where(red == top, (green - blue) / divisor, hue) + 6 * turns[:, None, None]
+    result = hue[:, None] + torch.tensor([0, 4, 2])[:, None, None].to(images)
+    result = result.remainder_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return result.mul_(chroma[:, None]).add_(low[:, None])
+
+
+# Batched augmentation: one random view of every image, computed on the images' device.
+
+CROP_CANDIDATES = 10  # as torchvision's RandomResizedCrop
+LOG_ASPECT = math.log(4 / 3)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random parameters of N views, on the CPU. Pairs are (x, y); coordinates run from -1 to 1 over the image."""
+
+    rotation: Tensor  # (N,) degrees, clockwise to the eye
+    scale: Tensor  # (N,) zoom
+    shift: Tensor  # (2, N) shares of the sides
+    offset: Tensor  # (2, N) whole pixels, from pad and crop
+    crop_centre: Tensor  # (2, N) coordinates
+    crop_size: Tensor  # (2, N) shares of the sides
+    flip: Tensor  # (N,) bool
+    factors: Tensor  # (4, N) brightness, contrast, saturation factors; hue in turns
+    jitter: Tensor  # (N,) bool: do the factors apply
+    grey: Tensor  # (N,) bool
+
+
+@torch.no_grad()
+def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
+    """One random view per image: crop, rotate and zoom, shift, flip; brightness, contrast, saturation, hue; grey.
+
+    Each part does what torchvision's transform of that name does, but for the Deviations noted here and above.
+    Saturation, hue and grey leave images without three channels as they are. No gradient flows through a view.
+
+    Args:
+        images: float (N, C, H, W) in [0, 1]; left as they are.
+        spec: which parts are on, and how strong.
+        generator: on the CPU, wherever the images are.
+    Returns:
+        New images (N, C, H, W) in [0, 1] with the dtype and device of `images`.
+    Raises:
+        TypeError: if `images` are not floating point.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"view needs float images in [0, 1], not {images.dtype}; divide them by 255 first")
+    draws = draw(spec, images.shape, generator=generator)
+    result = images.to(torch.promote_types(images.dtype, torch.float32))  # bf16 is too coarse for positions and hue
+    result = resample(result, spec, draws)
+    result = recolour(result, spec, factors=draws.factors, jitter=draws.jitter, grey=draws.grey)
+    return result.clamp(0, 1).to(images.dtype)
+
+
+def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:
+    """The parameters of one view for each of `shape` = (N, C, H, W) images, uniform in the spec's ranges."""
+    count, _, height, width = shape
+    ranges = (
+        (-spec.rotation, spec.rotation),
+        spec.scale,
+        *2 * [(-spec.shift, spec.shift)],
+        *2 * [(0, 2 * spec.pad + 1)],
+        *2 * [(0, 1)],  # place of the resized crop
+        *[(max(0, 1 - strength), 1 + strength) for strength in (spec.brightness, spec.contrast, spec.saturation)],
+        (-spec.hue, spec.hue),
+        *3 * [(0, 1)],  # flip, jitter, grey: below their probability means yes
+    )
+    low, high = torch.tensor(ranges, dtype=torch.float32).T[..., None]
+    values = torch.lerp(low, high, torch.rand(len(ranges), count, generator=generator))
+    crop_size = torch.ones(2, count)
+    if spec.resized_crop:
+        crop_size = _crop_size(spec.resized_crop, width / height, torch.rand(2, CROP_CANDIDATES, count, generator=generator))
+    return Draws(
+        rotation=values[0],
+        scale=values[1],
+        shift=values[2:4],
+        offset=values[4:6].floor().clamp(max=2 * spec.pad) - spec.pad,  # rounding may reach the open end: clamp
+        crop_centre=(2 * values[6:8] - 1) * (1 - crop_size),
+        crop_size=crop_size,
+        factors=values[8:12],
+        flip=values[12] < spec.flip,
+        jitter=values[13] < spec.jitter,
+        grey=values[14] < spec.grey,
+    )
+
+
+def _crop_size(area: tuple[float, float], aspect: float, uniform: Tensor) -> Tensor:
+    """Sides (2, N), as shares, of the first of ten boxes that fits into the image; the whole image if none does.
+
+    Deviation: torchvision rounds boxes to whole pixels and centres its last resort. Here a crop may begin between
+    pixels, and the rim is interpolated with the neighbour outside the box where torchvision repeats the rim.
+    """
+    areas = area[0] + (area[1] - area[0]) * uniform[0]
+    ratios = torch.exp((2 * uniform[1] - 1) * LOG_ASPECT)  # width / height, in pixels
+    sizes = torch.stack([areas * ratios / aspect, areas / ratios * aspect]).sqrt()  # (2, candidates, N)
+    fits = (sizes <= 1).all(0)
+    first = fits.int().argmax(0)
+    return torch.where(fits.any(0), sizes.gather(1, first.expand(2, 1, -1)).squeeze(1), 1.0)
+
+
+def resample(images: Tensor, spec: View, draws: Draws) -> Tensor:
+    """Crop, rotate and zoom about the centre, shift, flip: composed and looked up backwards, once.
+
+    The view at p = (x, y) shows the image at `crop_centre + 2 offset / side + crop_size * R(F p - 2 shift) / scale`,
+    where F mirrors x and R rotates back. What lies outside the image is black.
+    """
+    moves = spec.rotation or spec.shift or spec.scale != (1, 1)
+    if not (moves or spec.resized_crop or spec.pad or spec.flip):
+        return images
+    height, width = images.shape[-2:]
+    angle = torch.deg2rad(draws.rotation)
+    cosine, sine = angle.cos() / draws.scale, angle.sin() / draws.scale
+    along_x = draws.crop_size * torch.stack([cosine, -sine * (width / height)])  # (2, N): where a step along x leads
+    along_y = draws.crop_size * torch.stack([sine * (height / width), cosine])
+    start = draws.crop_centre + 2 * draws.offset / torch.tensor([[width], [height]])
+    start = start - 2 * draws.shift[0] * along_x - 2 * draws.shift[1] * along_y
+    along_x = torch.where(draws.flip, -along_x, along_x)
+
+    along_x, along_y, start = torch.stack([along_x, along_y, start]).mT[:, :, None, None].to(images)  # (N, 1, 1, 2) each
+    x, y = ((2 * torch.arange(side).to(images) + 1) / side - 1 for side in (width, height))  # centres of the pixels
+    # affine_grid would multiply matrices here: slower, and inexact under autocast or TF32.
+    grid = (start + y[:, None, None] * along_y) + x[:, None] * along_x  # (N, H, W, 2)
+    # Pad, crop and flip alone land on the centres of pixels, where "nearest" copies the very values.
+    mode = "bilinear" if moves or spec.resized_crop else "nearest"
+    # A resized crop alone never leaves the image; black would only creep half a pixel into its rim.
+    padding = "border" if spec.resized_crop and not (moves or spec.pad) else "zeros"
+    return grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)

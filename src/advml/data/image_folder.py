@@ -1,0 +1,96 @@
+"""Any folder of images with a folder per class (torchvision's ImageFolder layout), flat or below split folders: see `folder_layout`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from advml.config import Data, digest
+from advml.core.errors import UserError
+from advml.core.paths import given_path
+from advml.data.folder_layout import SHOWN, Layout, read_layout
+from advml.data.folder_tree import Tree, list_tree
+from advml.data.images import Pixels, read_files
+from advml.data.splits import Source
+
+
+def folder(data: Data) -> Source:
+    """The tree at `data.path`; images are decoded to `data.image_size`, in RGB unless `data.channels` is 1.
+
+    Raises:
+        UserError: the tree is missing, cannot be listed, is no tree of at least two classes, or may be meant in several ways.
+    """
+    root = given_path(data.path)
+    if not os.path.isdir(root):  # which, unlike Path.is_dir, takes what cannot be a path as missing
+        problem = "is a file; unpack it if it is an archive, and" if os.path.isfile(root) else "does not exist;"
+        raise UserError(f"data.path = {data.path!r} {problem} name the folder of images in params.yaml, or with -S data.path=FOLDER")
+    tree = list_tree(root)
+    for error in tree.errors:
+        raise UserError(f"data.path: {error.filename} cannot be listed ({error.strerror}); give the right to read it")
+    return _source(root, data, tree, read_layout(tree.root, data.layout))
+
+
+def fingerprint(data: Data) -> str | None:
+    """Of names, sizes and times of the images at `data.path`, none of which is opened, and of files with labels.
+
+    What cannot be listed or read counts as such, so that it hides no change of the others. None: there is no folder.
+    """
+    root = given_path(data.path)
+    if not os.path.isdir(root):
+        return None
+    tree = list_tree(root)
+    try:
+        used, refusal = read_layout(tree.root, data.layout).tables, None
+    except UserError as error:
+        used, refusal = [], str(error)
+    paths = [path for place in tree.root.below() for path in (*place.images, *place.lost)]
+    facts = [(path.relative_to(root).as_posix(), *_size_and_time(path)) for path in (*paths, *used)]
+    return digest(facts, sorted((str(error.filename), error.errno) for error in tree.errors), refusal)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return -1, error.errno or 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
+    classes = tuple(layout.splits["train"])
+    paths: list[Path] = []
+    labels: list[int] = []
+    given: dict[str, np.ndarray] = {}
+    for split, images in layout.splits.items():
+        start = len(paths)
+        for label, name in enumerate(classes):
+            paths += images[name]
+            labels += [label] * len(images[name])
+        given[split] = np.arange(start, len(paths))
+
+    def read(chosen: np.ndarray) -> Pixels:
+        files = [paths[index] for index in chosen]
+        return read_files(files, size=data.image_size, channels=data.channels or 3, white=data.white_level)
+
+    def title(index: int) -> str:
+        return paths[index].relative_to(root).as_posix()
+
+    everything = sum(len(place.images) + len(place.tables) + len(place.lost) + place.others for place in tree.root.below())
+    return Source(
+        f"folder {root.name or root}",
+        classes,
+        np.array(labels),
+        read,
+        given,
+        ignored=everything - len(paths),
+        remarks=(*layout.remarks, *_left_out(tree)),
+        title=title,
+    )
+
+
+def _left_out(tree: Tree) -> list[str]:
+    names = [f"{name} ({count})" if count > 1 else name for name, count in sorted(tree.left_out.items())]
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return [f"left out as hidden, or made by a system or a program: {shown}"] if names else []

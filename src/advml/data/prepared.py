@@ -1,0 +1,166 @@
+"""A prepared dataset in memory and on disk.
+
+`data/prepared/` holds `{train,validation,test}.safetensors` with `images` (uint8, N x C x H x W) and `labels`
+(int64, N), and `dataset.json` with everything else. No pickle, and never a half-written folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advml.core.errors import Failure, UserError
+from advml.core.io import replace_folder
+
+SPLITS = ("train", "validation", "test")
+FILES = frozenset({"dataset.json", *(f"{name}.safetensors" for name in SPLITS)})
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images (uint8, N x C x H x W) and their labels (int64, N)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three disjoint splits, each with every class.
+
+    Attributes:
+        classes: names; a label is an index into them.
+        source: where the images come from, for people.
+        digest: sha256 (hex) of class names, shapes, pixels and labels; the same on every machine and under every path.
+        mean, std: per channel over the training images, in [0, 1] units.
+        skipped: `path: reason` of the images left out because they could not be read.
+        ignored: number of files that are no images, or lie where no class is.
+        remarks: what a user may not expect of these data, a line each.
+        duplicates: images with equal pixels, as `duplicates.describe` counts them, `dropped` per split, and `examples`.
+        depth: of images with more than 8 bits per channel: `images`, `largest`, `median`, `white_level`.
+        parameters: the `data` section that made it.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    source: str
+    digest: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    skipped: tuple[str, ...] = ()
+    ignored: int = 0
+    remarks: tuple[str, ...] = ()
+    duplicates: Mapping[str, Any] | None = None  # None: written by an older version, which did not look
+    depth: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {name: getattr(self, name) for name in SPLITS}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return tuple(self.train.images.shape[1:])
+
+
+def digest(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
+    """sha256 (hex) over class names and all tensors; little-endian, so that it is the same on every machine."""
+    total = hashlib.sha256(json.dumps(classes).encode())
+    for name in SPLITS:
+        split = splits[name]
+        total.update(f"{name} {tuple(split.images.shape)}".encode())
+        total.update(np.ascontiguousarray(split.images.numpy()))
+        total.update(np.ascontiguousarray(split.labels.numpy().astype("<i8")))
+    return total.hexdigest()
+
+
+def save(dataset: Dataset, folder: str | Path) -> None:
+    """Write `dataset` into `folder`, replacing an earlier one; a crash leaves the old folder or the new one.
+
+    Raises:
+        UserError: if `folder` holds files that are not a prepared dataset.
+        Failure: if the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        foreign = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
+        if foreign:
+            raise UserError(f"{folder} also holds {foreign[0]}, which is no prepared data; move it away and run advml prepare again")
+        with replace_folder(folder) as fresh:
+            for name, split in dataset.splits.items():
+                save_file({"images": split.images.contiguous(), "labels": split.labels.contiguous()}, fresh / f"{name}.safetensors")
+            (fresh / "dataset.json").write_text(json.dumps(_describe(dataset), indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{folder} cannot be written ({_reason(error)}); make room there and run advml prepare again") from None
+
+
+def load(folder: str | Path) -> Dataset:
+    """Read what `save` wrote and verify shapes, types, counts and digest.
+
+    Raises:
+        UserError: if it is missing or broken; the line names the command that makes it anew.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; make it with: advml prepare")
+    try:
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        splits = {name: _read_split(folder / f"{name}.safetensors", about["counts"][name], about["shape"]) for name in SPLITS}
+        if digest(splits, tuple(about["classes"])) != about["digest"]:
+            raise ValueError("the digest does not match")
+        lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")} | {"remarks": tuple(about.get("remarks", ()))}
+        plain = {key: about[key] for key in ("source", "digest", "ignored", "parameters")}
+        return Dataset(**splits, **lists, **plain, duplicates=about.get("duplicates"), depth=about.get("depth"))
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder} is broken ({_reason(error)}); make it again with: advml prepare") from None
+
+
+def _read_split(path: Path, count: int, shape: list[int]) -> Split:
+    tensors = load_file(path)
+    images, labels = tensors["images"], tensors["labels"]
+    expected = ((torch.uint8, (count, *shape)), (torch.int64, (count,)))
+    if tuple((tensor.dtype, tuple(tensor.shape)) for tensor in (images, labels)) != expected:
+        raise ValueError(f"{path.name} is not as dataset.json describes it")
+    return Split(images, labels)
+
+
+def _describe(dataset: Dataset) -> dict[str, Any]:
+    per_class = {name: torch.bincount(split.labels, minlength=len(dataset.classes)).tolist() for name, split in dataset.splits.items()}
+    return {
+        "source": dataset.source,
+        "digest": dataset.digest,
+        "classes": dataset.classes,
+        "shape": dataset.shape,
+        "counts": {name: len(split) for name, split in dataset.splits.items()},
+        "counts_per_class": {name: dict(zip(dataset.classes, counts, strict=True)) for name, counts in per_class.items()},
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "skipped": dataset.skipped,
+        "ignored": dataset.ignored,
+        "remarks": dataset.remarks,
+        "duplicates": dataset.duplicates,
+        "depth": dataset.depth,
+        "parameters": dict(dataset.parameters),
+    }
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror
+    return f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())

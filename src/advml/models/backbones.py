@@ -1,0 +1,197 @@
+"""Encoders: any timm backbone, with a stem that small images survive.
+
+A stock stem shrinks an image fourfold before the first block, which leaves nothing of 8 or 32 pixels.
+`stem: small` keeps the resolution: a 3x3 convolution of stride 1 and no pooling (He et al. 2016, sec. 4.2),
+or small patches for transformers. SMALL_STEMS says how, family by family; anything else is refused.
+`stem: native` takes any timm network that can be built for the size of the images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import timm
+import torch
+from timm.layers import HybridEmbed
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from advml.core.errors import UserError
+
+
+def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _resnet(model: nn.Module, channels: int) -> None:
+    model.conv1 = _conv3x3(channels, model.bn1.num_features)
+    model.maxpool = nn.Identity()
+
+
+def _convnext(model: nn.Module, channels: int) -> None:
+    model.stem[0] = _conv3x3(channels, model.stem[0].out_channels)
+    for layer in model.stem[1:]:
+        if isinstance(layer, nn.Conv2d):  # an overlapping stem (`_ols`) has a second strided convolution
+            layer.stride = (1, 1)
+
+
+def _mobile(model: nn.Module, channels: int) -> None:
+    model.conv_stem.stride = (1, 1)
+
+
+def _regnet(model: nn.Module, channels: int) -> None:
+    model.stem.conv.stride = (1, 1)
+
+
+# Family -> surgery on the finished model (convolutional families).
+SMALL_STEMS: dict[type[nn.Module], Callable[[nn.Module, int], None]] = {
+    ResNet: _resnet,
+    ConvNeXt: _convnext,
+    EfficientNet: _mobile,
+    MobileNetV3: _mobile,
+    RegNet: _regnet,
+}
+
+
+UNTRAINED = "encoders start from random weights"
+# Options of timm.create_model that are not the user's to set -> why.
+SET_ELSEWHERE = {
+    "checkpoint_path": f"no pickle is ever loaded, and {UNTRAINED}",
+    "cache_dir": UNTRAINED,
+    "num_classes": "the classifier is added later, for the classes of the data",
+    "in_chans": "the channels are those of the data",
+    "img_size": "the size is that of the data",
+    "features_only": "an encoder gives one vector per image",
+    "scriptable": "the network is not scripted",
+    "exportable": "the network is not exported",
+    "no_jit": "the network is not scripted",
+}
+
+
+# Sides in pixels that are tried, to say which ones a network takes.
+SIZES = (28, 32, 36, 48, 64, 72, 96, 120, 128, 160, 192, 224, 240, 256, 288, 384, 512)
+
+
+def _patches(image_size: int) -> dict[str, Any]:
+    """An 8 x 8 grid of patches where the side allows it: 4 pixels for 32, 1 pixel for 8."""
+    return {"patch_size": next(size for size in range(max(1, image_size // 8), 0, -1) if image_size % size == 0)}
+
+
+def create_encoder(
+    backbone: str, *, stem: str, channels: int, image_size: int, options: dict[str, Any], classes: int = 0
+) -> tuple[nn.Module, int]:
+    """Build a timm encoder that maps normalised images (N, C, S, S) to features (N, D); random weights.
+
+    Args:
+        backbone: a name that `timm.list_models()` knows.
+        stem: "native" (as timm builds it for images of that size) or "small" (resolution-keeping; see SMALL_STEMS).
+        channels, image_size: of the input.
+        options: further keyword arguments of `timm.create_model`.
+        classes: 0, or how many logits timm's own classifier gives instead of features.
+    Returns:
+        The encoder and its feature size D.
+    Raises:
+        UserError: an unknown name, options that timm does not take, a family without a small stem, or a network that cannot be built
+            for such images; the line names sizes that it can be built for.
+    """
+    _check_names(backbone, options)
+    what = f"model.backbone = {backbone!r}" + (f" with model.options = {options}" if options else "")
+    try:
+        family = _family(backbone)
+    except Exception as error:  # an unknown tag behind the name, for instance
+        raise UserError(f"{what} cannot be built ({_reason(error)}); choose another model.backbone") from None
+    sized = _small_stem(backbone, family, image_size) if stem == "small" else {}
+    try:
+        encoder = _built(family, backbone, image_size, {"in_chans": channels, "num_classes": classes} | sized | options)
+        if stem == "small" and family in SMALL_STEMS:
+            SMALL_STEMS[family](encoder, channels)
+        elif stem == "small" and isinstance(encoder.patch_embed, HybridEmbed):
+            raise UserError(f"model.stem = 'small' is not known for {backbone}, whose patches a network cuts; use model.stem = native")
+        features = _features(encoder, torch.zeros(1, channels, image_size, image_size))
+    except UserError:
+        raise
+    except Exception as error:  # timm's networks fail in their own ways
+        images = f"{channels} x {image_size} x {image_size} images"
+        remedy = _remedy(backbone, family, stem=stem, channels=channels, image_size=image_size, options=options)
+        raise UserError(f"{what} cannot be built with model.stem = {stem} for {images} ({_reason(error)}); {remedy}") from None
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"{what} gives features of shape {shape}, not one vector per image")
+    return encoder, features.shape[1]
+
+
+def _check_names(backbone: str, options: dict[str, Any]) -> None:
+    """Whether timm knows the name, and the options are the user's to set."""
+    if not timm.is_model(backbone):
+        close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
+        raise UserError(f"model.backbone = {backbone!r} is no timm model; did you mean {', '.join(close)}?")
+    for key in options:
+        if key in SET_ELSEWHERE or str(key).startswith("pretrained"):
+            raise UserError(f"model.options.{key} = {options[key]!r} is refused: {SET_ELSEWHERE.get(key, UNTRAINED)}; leave it out")
+
+
+def _family(backbone: str) -> type[nn.Module]:
+    with torch.device("meta"):  # no memory, no initialisation
+        return type(timm.create_model(backbone, pretrained=False))
+
+
+def _small_stem(backbone: str, family: type[nn.Module], image_size: int) -> dict[str, Any]:
+    """What timm's constructor is told for `stem: small`; convolutional families are changed afterwards."""
+    if issubclass(family, VisionTransformer):
+        return _patches(image_size)
+    if family not in SMALL_STEMS:
+        known = ", ".join(sorted(kind.__name__ for kind in (*SMALL_STEMS, VisionTransformer)))
+        raise UserError(f"model.stem = 'small' is not known for {backbone} ({family.__name__}); use model.stem = native, or one of {known}")
+    return {}
+
+
+def _built(family: type[nn.Module], backbone: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+    """timm's network, told the size of the images if it is of a kind that asks; most convolutional ones are not."""
+    asks = any("img_size" in inspect.signature(kind.__init__).parameters for kind in family.__mro__)
+    return timm.create_model(backbone, pretrained=False, **({"img_size": image_size} if asks else {}), **arguments)
+
+
+def _features(encoder: nn.Module, images: Tensor) -> Any:
+    """One forward pass: an encoder that does not take its images should say so before training."""
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            return encoder(images)
+    finally:
+        encoder.train()
+
+
+def _reason(error: Exception) -> str:
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:200])))
+
+
+def _remedy(backbone: str, family: type[nn.Module], *, stem: str, channels: int, image_size: int, options: dict[str, Any]) -> str:
+    """What to change: the options if the network can be built without them, else the size of the images."""
+
+    def fits(size: int) -> bool:
+        """Tried on the meta device, without memory and arithmetic."""
+        sized = _small_stem(backbone, family, size) if stem == "small" else {}
+        try:
+            with torch.device("meta"):
+                encoder = _built(family, backbone, size, {"in_chans": channels, "num_classes": 0} | sized)
+                _features(encoder, torch.zeros(1, channels, size, size))
+        except Exception:
+            return False
+        return True
+
+    if options and fits(image_size):
+        return f"without model.options it can; see the arguments of timm's {family.__name__}"
+    nearest = sorted(set(SIZES) - {image_size}, key=lambda size: abs(size - image_size))
+    sizes = sorted(islice(filter(fits, nearest), 4))
+    return (f"it takes data.image_size = {', '.join(map(str, sizes))}; or " if sizes else "") + "choose another model.backbone"

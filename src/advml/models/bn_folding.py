@@ -1,0 +1,158 @@
+"""Batch norms folded into the convolutions before them, while statistics and parameters are constant, as they are under attack."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from advml.models.layers import DualBatchNorm, batch_norms
+
+Layer = Callable[[Tensor], Tensor]
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+Names = list[tuple[str, str]]  # of pairs
+
+# Kind of batch norm -> what is left of it once its convolution has taken over the norm. Others stay as they are.
+LEFT: dict[type[nn.Module], Callable[[nn.Module], Layer]] = {
+    nn.BatchNorm2d: lambda norm: lambda features: features,
+    BatchNormAct2d: lambda norm: lambda features: norm.act(norm.drop(features)),
+}
+
+# Module -> its layers when its pairs were found, and their names: finding them takes as long as an attack on a small network.
+_known: WeakKeyDictionary[nn.Module, tuple[list[tuple[str, type]], Names]] = WeakKeyDictionary()
+
+
+@contextmanager
+def folded(module: nn.Module, shape: Sequence[int]) -> Iterator[None]:
+    """Within: every batch norm in eval mode that follows a convolution is part of it: w' = w * scale, b' = b * scale + shift.
+
+    The same function up to rounding. A gradient with respect to the images costs a fifth less on a ResNet than with PyTorch's batch
+    norm, whose backward pass on the CPU also sums up the gradients of weight and bias, wanted or not. Parameters and buffers stay;
+    neither may change within, and no gradient reaches those of the pairs.
+
+    Left as they are: batch norms in train mode, dual ones, which may change sides within, those that follow no convolution, or one that
+    something else looks at, a hook included, and all of a module that `torch.fx` cannot trace, or traces wrongly.
+
+    Args:
+        module: maps images (N, C, H, W) to features.
+        shape: (C, H, W).
+    """
+    pairs = [(module.get_submodule(conv), module.get_submodule(norm)) for conv, norm in _names(module, shape)]
+    with _fold([pair for pair in pairs if _free(*pair)]):
+        yield
+
+
+def _free(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether nobody watches a pair, or has changed its ways. The weight of one under `weight_norm` or `prune` is made by a hook."""
+    watched = conv._forward_hooks or norm._forward_pre_hooks or "weight" not in conv._parameters
+    return not (watched or norm.training or "forward" in vars(conv) or "forward" in vars(norm))
+
+
+@contextmanager
+def _fold(pairs: Sequence[Pair]) -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # constants that were made in inference mode could not be part of a backward pass
+        constants = [_fused(conv, norm) for conv, norm in pairs]
+    try:
+        for (conv, norm), (weight, bias) in zip(pairs, constants, strict=True):
+            conv.forward = _Override(conv, partial(conv._conv_forward, weight=weight, bias=bias))
+            norm.forward = _Override(norm, LEFT[type(norm)](norm))
+        yield
+    finally:
+        for layer in (layer for pair in pairs for layer in pair):
+            vars(layer).pop("forward", None)
+
+
+@dataclass(frozen=True)
+class _Override:
+    """What a layer does meanwhile. A copy of the layer does what the layer did before: its weights are its own."""
+
+    layer: nn.Module
+    act: Layer
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return self.act(features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        return MethodType(type(self.layer).forward, copy.deepcopy(self.layer, memo))
+
+
+def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    fused = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    weight, bias = (tensor.detach() for tensor in fused)
+    return weight, bias
+
+
+def _names(module: nn.Module, shape: Sequence[int]) -> Names:
+    layers = [(name, type(layer)) for name, layer in module.named_modules()]
+    if module not in _known or _known[module][0] != layers:
+        _known[module] = layers, _found(module, shape) if any(kind in LEFT for _, kind in layers) else []
+    return _known[module][1]
+
+
+class _Tracer(fx.Tracer):
+    """Sees a batch norm as one piece, timm's with an activation and dual ones too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm | DualBatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _found(module: nn.Module, shape: Sequence[int]) -> Names:
+    """The pairs of a module, looked for and tried out in a copy: tracing leaves things behind, and calls hooks."""
+    try:
+        tried = _stranger(module)
+        names = _traced(tried)
+        return names if _same(tried, names, shape) else []
+    except Exception:  # control flow that depends on the images, and whatever else a model may do to a tracer, or to a copy
+        return []
+
+
+def _stranger(module: nn.Module) -> nn.Module:
+    """A copy without hooks, in double precision, whose batch norms all change what they get."""
+    generator = torch.Generator().manual_seed(0)
+    tried = copy.deepcopy(module).cpu().double().eval()
+    for layer in tried.modules():
+        for hooks in (layer._forward_hooks, layer._forward_pre_hooks):
+            hooks.clear()
+    for layer in batch_norms(tried):
+        for tensor in filter(torch.is_floating_point, [*layer.parameters(), *layer.buffers()]):
+            tensor.data.uniform_(0.5, 1.5, generator=generator)
+    return tried
+
+
+def _traced(module: nn.Module) -> Names:
+    """Convolutions whose output goes into a batch norm and nowhere else; each of the two is used once."""
+    optional = list(inspect.signature(module.forward).parameters.values())[1:]
+    given = {each.name: each.default for each in optional if each.default is not each.empty}  # as in a call with the images alone
+    calls = [node for node in _Tracer().trace(module, concrete_args=given).nodes if node.op == "call_module"]
+    used = [module.get_submodule(node.target) for node in calls]
+    layers = dict(zip(calls, used, strict=True))
+    names = []
+    for node, norm in layers.items():
+        before = node.args[0] if node.args else None
+        conv = layers.get(before)
+        alone = conv is not None and list(before.users) == [node] and used.count(conv) == used.count(norm) == 1
+        if alone and type(conv) is nn.Conv2d and type(norm) in LEFT and norm.running_mean is not None:
+            names.append((before.target, node.target))
+    return names
+
+
+@torch.no_grad()
+def _same(module: nn.Module, names: Names, shape: Sequence[int]) -> bool:
+    """Whether the module, in double precision, does the same with its pairs folded: a tracer may have followed another path."""
+    images = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = module(images)
+    with _fold([(module.get_submodule(conv), module.get_submodule(norm)) for conv, norm in names]):
+        found = module(images)
+    return torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))

@@ -1,0 +1,219 @@
+"""Networks: Normalize -> timm encoder -> heads. Images live in [0, 1]; normalisation is the first layer.
+
+So epsilon means the same thing in every file, and an exported model attacks correctly in anyone's tool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from advml.core.errors import UserError
+from advml.core.io import read_json, sha256
+from advml.core.paths import Workspace
+from advml.models.backbones import create_encoder
+from advml.models.bn_folding import folded
+from advml.models.layers import dual
+from advml.models.memory_format import memory_format
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything needed to rebuild a network before its weights are loaded; stored in model.json."""
+
+    backbone: str
+    stem: str
+    options: dict[str, Any]
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int | None  # outputs of the classifier; None: no classifier
+    projection_size: int | None  # outputs of the projection head; None: no projection head
+    normalize_logits: bool
+    dual_batch_norm: bool
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel. The constants are buffers: they travel with the weights."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """Encoder with a classifier, a projection head, or both.
+
+    `network(images)` gives logits (N, K), `network.embed(images)` unit-length projections (N, P); images are
+    float (N, C, H, W) in [0, 1].
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = self.architecture = architecture
+        self.normalize = Normalize(a.mean, a.std)
+        encoder, width = create_encoder(a.backbone, stem=a.stem, channels=a.channels, image_size=a.image_size, options=a.options)
+        self.encoder = dual(encoder) if a.dual_batch_norm else encoder
+        self.memory_format = memory_format(self.encoder)
+        self.width = width
+        self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
+        self.projection_head = None
+        if a.projection_size is not None:
+            self.projection_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, a.projection_size))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the network is for."""
+        return self.architecture.channels, self.architecture.image_size, self.architecture.image_size
+
+    def attach_classifier(self, classes: int, *, seed: int) -> None:
+        """Put a fresh linear classifier on the encoder; its weights depend on `seed` alone."""
+        self.architecture = replace(self.architecture, classes=classes)
+        with _seeded(seed):
+            self.classifier = nn.Linear(self.width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encoder output (N, D)."""
+        images = self.normalize(images)
+        if self.memory_format is torch.contiguous_format:  # clone: strides of one channel fit both layouts, others would keep them
+            images = images.clone(memory_format=self.memory_format)
+        return self.encoder(images)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""
+        logits = self.classifier(features)
+        return F.normalize(logits.float(), dim=1) if self.architecture.normalize_logits else logits
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Unit-length projections (N, P)."""
+        return F.normalize(self.projection_head(self.features(images)).float(), dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
+
+    def run_all(self, images: Tensor) -> None:
+        """One pass of the encoder and of every head that there is: for those who watch the layers."""
+        features = self.features(images)
+        for head in (self.projection_head, self.classifier):
+            if head is not None:
+                head(features)
+
+
+def build(architecture: Architecture, *, seed: int) -> Network:
+    """A network with random weights that depend on `seed` alone; the global RNG is left as it was."""
+    with _seeded(seed):
+        return Network(architecture)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within: the CPU's global RNG follows from `seed`. `torch.manual_seed` would reseed every GPU as well."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
+    """Within: the network's parameters take no gradient. After: everything is as it was.
+
+    In mode "eval" batch-norm statistics cannot move. Mode "train", the paper's protocol, leaves batch norms as they are:
+    of a network that learns they move, of a frozen encoder or a network in validation they do not. Dropout and stochastic
+    depth are off in both: an attack draws from its own generator alone. Batch norms that cannot move are `folded`, in a `Network`:
+    of anyone else's module nothing is known.
+    """
+    modes = {module: module.training for module in network.modules()}
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    network.eval()
+    for module in modes if mode == "train" else ():
+        if isinstance(module, _BatchNorm):
+            module.training = modes[module]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        with folded(network.encoder, network.image_shape) if isinstance(network, Network) else contextlib.nullcontext():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
+    """Write model.safetensors and model.json into `folder`; return the sha256 of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    # clone: tensors of one storage (views, tied weights) are refused by safetensors
+    weights.write_bytes(safetensors.torch.save({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}))
+    digest = sha256(weights)
+    record = {**record, "architecture": asdict(network.architecture), "digest": digest}
+    (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return digest
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """model.json of a model's folder, or a UserError that says how to get the model."""
+    folder = Path(folder)
+    if not (folder / "model.json").exists():
+        raise UserError(f"{folder} holds no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull")
+    return read_json(folder / "model.json", remedy="restore it with: dvc checkout, or train it again with: dvc repro")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a model.json and the weights that it describes."""
+    try:
+        return sha256(folder / "model.safetensors") == read_record(folder).get("digest")
+    except (OSError, UserError):
+        return False
+
+
+def load_classifier(folder: str | Path) -> Network:
+    """`load`, for those who want logits.
+
+    Raises:
+        UserError: also if the network has no classifier.
+    """
+    network = load(folder)
+    if network.classifier is None:
+        raise UserError(f"{folder} holds a pretrained encoder, no classifier; choose a model of {Workspace().models}")
+    return network
+
+
+def load(folder: str | Path) -> Network:
+    """Rebuild a network from model.json and model.safetensors; every tensor must match.
+
+    Raises:
+        UserError: the folder holds no model, or its files are damaged or do not fit together.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    try:
+        weights = (folder / "model.safetensors").read_bytes()
+        if sha256(weights) != record.get("digest"):
+            raise ValueError("model.safetensors is not the file that model.json describes")
+        stored = record["architecture"]
+        network = build(Architecture(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])}), seed=0)
+        network.load_state_dict(safetensors.torch.load(weights), strict=True)
+    except (KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder} holds no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro"
+        ) from None
+    return network

@@ -1,0 +1,76 @@
+"""Normalisation constants: those that published models expect, and reading them from a command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from advml.core.errors import UserError
+
+
+class Constants(NamedTuple):
+    """A model expects (x - mean) / std per channel, of images x in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def of_channels(self, channels: int) -> Constants:
+        """One number per channel. Published constants are of RGB; for images of other channels their mean is taken."""
+        return Constants(*(values if len(values) == channels else (sum(values) / len(values),) * channels for values in self))
+
+
+NONE = Constants((0.0,), (1.0,))
+KNOWN: dict[str, Constants] = {
+    "none": NONE,  # [0, 1]
+    "imagenet": Constants(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "half": Constants((0.5,), (0.5,)),  # [-1, 1]
+    "clip": Constants(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "cifar10": Constants((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Constants((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": Constants((0.1307,), (0.3081,)),
+    "levels": Constants((0.0,), (1 / 255,)),  # grey levels, 0 to 255
+}
+
+
+def constants(mean: str | None, std: str | None, *, known: Mapping[str, Constants], channels: int) -> Constants | None:
+    """What `--mean` and `--std` ask for, a number per channel; None if neither is given.
+
+    Each is a name among `known`, one number, or one per channel ("0.485, 0.456, 0.406"). A name stands for both constants where the other
+    option is not given.
+
+    Raises:
+        UserError: an unknown name, a wrong number of numbers, one that no images in [0, 1] have, or numbers of one constant alone.
+    """
+    if mean is None and std is None:
+        return None
+    texts = {"--mean": std if mean is None else mean, "--std": mean if std is None else std}
+    if None in (mean, std) and texts["--mean"] not in known:
+        has, lacks = ("--mean", "--std") if std is None else ("--std", "--mean")
+        raise UserError(f"{has} {texts[has]} needs {lacks} beside it, or name both at once: {', '.join(known)}")
+    return Constants(*(_values(option, texts[option], known=known, channels=channels) for option in texts))
+
+
+# Option -> whether images in [0, 1] can have such a constant.
+POSSIBLE = {"--mean": lambda value: 0 <= value <= 1, "--std": lambda value: 0 < value <= 1}
+
+
+def _values(option: str, text: str, *, known: Mapping[str, Constants], channels: int) -> tuple[float, ...]:
+    if text in known:
+        return known[text].of_channels(channels)[option == "--std"]
+    try:
+        values = tuple(float(part) for part in re.split(r"[,;\s]+", text.strip(" ,;()[]")))
+    except ValueError:
+        close = get_close_matches(text, known, n=1)
+        meant = f"did you mean {close[0]}? C" if close else "c"
+        raise UserError(f"{option} {text!r} is no number and no name; {meant}hoose from {', '.join(known)}") from None
+    if len(values) not in (1, channels):
+        raise UserError(
+            f"{option} {text!r} has {len(values)} numbers, but images have {channels} channels; give one number, or one per channel"
+        )
+    if not all(map(POSSIBLE[option], values)):
+        raise UserError(f"{option} {text!r} is of no images in [0, 1]; constants of grey levels from 0 to 255 are to be divided by 255")
+    return values * (channels // len(values))

@@ -1,0 +1,132 @@
+"""What every stage starts from: configuration, folders, machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advml.config import Config, digest
+from advml.core.device import Machine, machine
+from advml.core.errors import UserError
+from advml.core.paths import Workspace
+from advml.core.provenance import git_commit, source_digest
+from advml.data import datasets
+from advml.models import network
+from advml.models.memory_format import place
+from advml.models.network import Network
+
+FEWEST = 4  # images of which CKA's estimator is defined
+
+
+@dataclass(frozen=True)
+class Context:
+    """Handed to every stage by the command line."""
+
+    config: Config
+    workspace: Workspace
+
+    @cached_property
+    def machine(self) -> Machine:
+        return machine(self.config.runtime)
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The prepared data, for which params.yaml has been checked: what does not fit must not turn up after hours of training."""
+        dataset = datasets.load(self.workspace.prepared)
+        check_fit(self.config, dataset)
+        return dataset
+
+    def load_network(self, folder: Path) -> tuple[dict[str, Any], Network]:
+        """The record and, on the device, the network of a model trained on the prepared data.
+
+        Raises:
+            UserError: it was trained on others. Other splits would have it measured on images it has learnt from.
+        """
+        record, here = network.read_record(folder), self.dataset.digest
+        if (there := record.get("data", {}).get("digest")) != here:
+            again = (
+                f"pretrain {record['scheme']} {record['phase']}" if "phase" in record else f"train {record['scheme']} {record['regime']}"
+            )
+            raise UserError(
+                f"{folder} was trained on other data ({str(there)[:16]}) than {self.workspace.prepared} holds ({here[:16]}); "
+                f"run: dvc repro, or: advml {again} --seed {record['seed']}"
+            )
+        return record, place(network.load(folder), self.machine.device)
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the data, e.g. on identical images."""
+        return datasets.remarks(self.dataset)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a model was made from, for model.json."""
+        data = self.dataset
+        counts = {name: len(split) for name, split in data.splits.items()}
+        return {
+            "git_commit": git_commit(self.workspace.root),
+            "versions": {"torch": str(torch.__version__), "timm": version("timm")},
+            "data": {"digest": data.digest, "source": data.source, "counts": counts},
+            "classes": list(data.classes),
+            "input": list(data.shape),
+            **({"white_level": data.depth["white_level"]} if data.depth else {}),
+        }
+
+    def parameters(self, *sections: str) -> dict[str, Any]:
+        """The named sections (`pretrain.CL` reaches into one) of the resolved configuration, nested as in params.yaml."""
+        everything, chosen = self.config.model_dump(mode="json"), {}
+        for section in sections:
+            head, _, tail = section.partition(".")
+            if tail:
+                chosen.setdefault(head, {})[tail] = everything[head][tail]
+            else:
+                chosen[head] = everything[head]
+        return chosen
+
+    def made_by(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """What a result tells of its making, so that its MLflow run can be rebuilt from the file.
+
+        Nothing that depends on how the stage was started (by DVC or by hand, when, where): DVC would call the same result modified.
+        """
+        return {"git_commit": git_commit(self.workspace.root), "parameters": parameters}
+
+    def fingerprint(self, stage: str, *parts: Any) -> str:
+        """Of everything that determines a stage's result: its sources, machine settings, parts (parameters, upstream digests)."""
+        return digest(self.parameters("runtime"), source_digest(stage), stage, *parts)
+
+
+def check_fit(configuration: Config, dataset: datasets.Dataset) -> None:
+    """Whether the values of params.yaml make sense for these images.
+
+    Raises:
+        UserError: one line with the key, its value, and what the data allow.
+    """
+    channels, height, width = dataset.shape
+    for kind in ("supervised", "contrastive"):
+        if (pad := getattr(configuration.views, kind).pad) >= min(height, width):
+            raise UserError(
+                f"views.{kind}.pad = {pad} can push a whole image of {height} x {width} pixels out; choose 0 to {min(height, width) - 1}"
+            )
+    diameter = (channels * height * width) ** 0.5
+    phases = {f"{key}.epsilon": phase.epsilon for key, phase in configuration.phases.items()}
+    radii = {"threat_model.epsilon": configuration.threat_model.epsilon, "evaluate.epsilon": configuration.evaluate.epsilon} | phases
+    for key, epsilon in radii.items():
+        if epsilon is not None and configuration.threat_model.norm == "l2" and epsilon > diameter:
+            told = f"{channels} x {height} x {width} images in [0, 1] are at most {diameter:.4g} apart"
+            raise UserError(f"{key} = {epsilon:g} exceeds the whole range of images: in the norm l2, {told}")
+    attacked = min(configuration.evaluate.adversarial_images or len(dataset.test), len(dataset.test))
+    if attacked < FEWEST:
+        key = "data.max_test" if len(dataset.test) == attacked else "evaluate.adversarial_images"
+        raise UserError(f"{key} = {attacked} leaves CKA too few adversarial images; it needs at least {FEWEST}")
+    shown, classes = dataset.train.labels[: configuration.similarity.probe_images], len(dataset.classes)
+    if len(shown.unique()) < classes:
+        told = f"the first {len(shown)} training images are of {len(shown.unique())} of {classes} classes"
+        raise UserError(
+            f"similarity.probe_images = {configuration.similarity.probe_images} is too few for linear probes: {told}; raise it, or null"
+        )

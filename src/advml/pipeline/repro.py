@@ -1,0 +1,93 @@
+"""`advml repro`: what `dvc repro` does, several stages at a time, on one machine or many, with one board of progress bars.
+
+Every stage whose inputs are ready runs as its own `dvc repro --single-item`, so DVC alone decides what is up to date and records results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from advml.config import Cluster
+from advml.core.errors import Failure, UserError
+from advml.core.messages import one_line, tell
+from advml.core.progress import Board
+from advml.engine.cluster import Slots, connect
+from advml.engine.exclusive import exclusive
+from advml.engine.fork_server import server
+from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, sent_environment, wait_for_stages
+
+
+def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster | None = None, reserve: bool = True) -> list[str]:
+    """Bring the pipeline in `root` up to date; returns the stages that ran.
+
+    Args:
+        jobs: stages at a time.
+        cluster: see `advml.engine.cluster.connect`.
+        options: the section `cluster` of params.yaml.
+        reserve: whether every stage gets a GPU of its own, where there are any.
+    Raises:
+        UserError: there is no pipeline here, dvc.yaml is wrong, the cluster cannot be used, or another command runs this study.
+        Failure: a stage failed; those already running are finished first, so that their work is kept.
+    """
+    plan = _plan(root)
+    if not plan:
+        return []
+    with (
+        exclusive(root / FOLDER / "repro", work=f"advml repro is at work in {root.resolve()}"),
+        connect(cluster, root=root, jobs=jobs, options=options or Cluster()) as slots,
+        server(root) if cluster is None else contextlib.nullcontext({}) as environment,
+        Board(total=len(plan), folder=root / FOLDER) as board,
+    ):
+        environment = environment | sent_environment(remark=cluster is not None)
+        ended = _run(plan, slots, board, root=str(root.resolve()), token=slots.token, environment=environment, reserve=reserve)
+    for note in dict.fromkeys(note for outcome in ended.values() for note in outcome.notes):
+        tell(note)  # it would otherwise stay in the stage's log
+    for name, outcome in ended.items():
+        if outcome.failure:
+            raise Failure(f"stage {name} failed: {outcome.failure}; after mending, the same command goes on")
+    return [name for name, outcome in ended.items() if outcome.ran]
+
+
+def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any) -> dict[str, Outcome]:
+    """Run the stages of the plan, as many at a time as there are slots; after a failure, wait for those at work only."""
+    waiting, running, ended = list(plan), {}, {}
+    try:
+        while running or waiting:
+            unfinished, free = {*waiting, *running}, max(0, slots.count() - len(running))
+            for name in [name for name in waiting if unfinished.isdisjoint(plan[name])][:free]:
+                waiting.remove(name)
+                running[name] = slots.client.submit(run_stage, name, **settings, key=f"{name}-{time.time_ns()}")
+            time.sleep(0.1)
+            for name, future in list(running.items()):
+                board.show(name)
+                if not future.done():
+                    continue
+                del running[name]
+                try:
+                    ended[name] = future.result()
+                except Exception as error:  # too many workers were lost, or one does not see the folder, or its disk is full
+                    ended[name] = Outcome(one_line(error))
+                board.finish(name, ok=not ended[name].failure)
+                if ended[name].failure:
+                    waiting.clear()
+    finally:
+        slots.client.cancel(list(running.values()))
+        slots.client.run(wait_for_stages, on_error="ignore")
+    return ended
+
+
+def _plan(root: Path) -> dict[str, list[str]]:
+    """See `advml.engine.dvc_graph.plan`."""
+    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_graph"], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        raise Failure("DVC was killed; the same command goes on")
+    if done.returncode:
+        reason, remedy = last_line(done.stderr), "; say: git init, or, to do without git: dvc config --local core.no_scm true"
+        raise UserError(f"dvc: {reason}{remedy if 'is not a git repository' in reason else ''}")
+    return json.loads(done.stdout)

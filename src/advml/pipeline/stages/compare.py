@@ -1,0 +1,175 @@
+"""`compare [MODELS]`: CKA between the layers of different models, on clean and on adversarial images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from advml import tracking
+from advml.core.errors import UserError
+from advml.core.io import to_json, write_atomically
+from advml.core.messages import tell
+from advml.core.paths import find_model, home_of
+from advml.core.progress import Bar
+from advml.data import adversarial
+from advml.data.adversarial import AdversarialImages
+from advml.data.folder_layout import few
+from advml.evaluation.attack_suite import threat_model_2
+from advml.evaluation.metrics import describe_kept
+from advml.evaluation.run_attacks import kept_images
+from advml.figures.layers import Heatmap, heatmaps
+from advml.figures.style import to_png
+from advml.models.memory_format import place
+from advml.models.network import Network, load_classifier, read_record
+from advml.pipeline.context import Context
+from advml.similarity import compare
+from advml.similarity.represent import ESTIMATOR, KINDS, to_npz
+
+OWN = "own"  # similarity.source: each model is shown its own adversarial images
+NOTHING = "the grid has no two trained models that the paper compares"
+
+
+def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> compare.Comparison | None:
+    """Write `cka.npz`, `cka.json` and a figure per kind of input into `out`; returns what was measured.
+
+    A grid without two models to compare is no mistake: then `cka.json` says so, and the result is None.
+
+    Args:
+        chosen: names or folders of models, to be compared with one another; none: the panels of the paper.
+        out: None: `reports/compare`, which the report reads.
+    """
+    workspace, spec = context.workspace, context.config.similarity
+    folders = {folder.name: folder for folder in (find_model(workspace, model) for model in chosen)}
+    if chosen and (len(folders) < 2 or len(folders) < len(chosen)):
+        raise UserError("compare needs at least two models with different names")
+    home = workspace.reports / "compare"
+    out = out or home
+    of_study = out.resolve() == home.resolve()
+    if chosen and of_study:
+        raise UserError(f"{home} holds the panels of the grid, which the report reads; give another --out")
+    found = compare.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
+    if not found:
+        _nothing(out)
+        if of_study:
+            _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
+        return None
+    if spec.source != OWN and spec.source not in folders:  # a model of the grid that is in no panel
+        folders[spec.source] = find_model(workspace, spec.source)
+    records = {name: _checked(context, folder, strict=not chosen) for name, folder in folders.items()}
+    networks = {name: _network(context, folder) for name, folder in folders.items()}
+    with Bar(f"compare {len(networks)} models", total=3) as bar:
+        bar.begin("adversarial images")
+        attacked = {
+            name: _adversarial_images(context, folder, records[name], networks[name], anew=bool(chosen)) for name, folder in folders.items()
+        }
+        shown = {name: attacked[name if spec.source == OWN else spec.source] for name in attacked}
+        images, source = ({name: getattr(found, key) for name, found in shown.items()} for key in ("images", "record"))
+        bar.begin("similarity")
+        compared = compare.compare(networks, images, found, context.dataset.test, spec, context.machine)
+        bar.begin("figures")
+        described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
+        described |= context.made_by({"similarity": spec.model_dump(mode="json")})
+        described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
+        digest = _write(out, compared, described | compare.describe(compared))
+    if of_study:
+        record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
+        _write_json(workspace.record("compare", "panels"), record)
+    tracking.log_result(context.config, out, root=workspace.root)
+    return compared
+
+
+def _grid_panels(context: Context, folders: dict[str, Path]) -> list[compare.Panel]:
+    """The paper's panels of all seeds whose models are trained; fills `folders`."""
+    config, workspace = context.config, context.workspace
+    wanted = [panel for seed in config.seeds for panel in compare.paper_panels(config.grid, seed)]
+    found = [panel for panel in wanted if all((workspace.model(name) / "model.json").exists() for name in (panel.first, panel.second))]
+    folders |= {name: workspace.model(name) for panel in found for name in (panel.first, panel.second)}
+    return found
+
+
+def _nothing(out: Path) -> None:
+    """Say that there is nothing to compare, and take away what an earlier comparison has left."""
+    for name in ("cka.npz", *(f"{kind}.png" for kind in KINDS)):
+        (out / name).unlink(missing_ok=True)
+    _write_json(out / "cka.json", {"panels": [], "reason": NOTHING})
+
+
+def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
+    """model.json of a model that can be compared on the prepared data; `strict`: it must have been trained on them.
+
+    Raises:
+        UserError: it takes other images, tells other classes apart, or was trained on other data.
+    """
+    record, name, data = read_record(folder), folder.name, context.dataset
+    ours, theirs = tuple(data.shape), tuple(record.get("input", ()))
+    if theirs != ours:
+        told = [" x ".join(str(side) for side in shape) for shape in (theirs, ours)]
+        raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
+    if list(record.get("classes", ())) != list(data.classes):
+        raise UserError(
+            f"{name} tells {few(record['classes'])} apart, data/prepared holds {few(data.classes)}; compare models of one data set"
+        )
+    if (there := record["data"]["digest"]) != data.digest:
+        told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
+        if strict:
+            raise UserError(f"{told}; run: dvc repro")
+        tell(f"note: {told}: it may have learnt from these test images")
+    return record
+
+
+def _network(context: Context, folder: Path) -> Network:
+    """The network, with the classifier that is attacked."""
+    return place(load_classifier(folder), context.machine.device)
+
+
+def _adversarial_images(context: Context, folder: Path, record: Mapping[str, Any], network: Network, *, anew: bool) -> AdversarialImages:
+    """Of a model in `folder` with this model.json: the stored ones if they were made as params.yaml asks, else new ones.
+
+    Args:
+        anew: attack where there are none, or none that fit; False: refuse, as a DVC stage must not do another's work.
+    Raises:
+        UserError: they do not fit and `anew` is False, or they are damaged.
+    """
+    spec, test = context.config.evaluate, context.dataset.test
+    run = {"seed": spec.seed, "batch_size": spec.batch_size}
+    attack = threat_model_2(spec, context.config.threat_model)
+    wanted = describe_kept(attack, min(spec.adversarial_images or len(test), len(test)), **run)
+    home, name = home_of(folder) or (None, Path(os.path.abspath(folder)).name)
+    if home and record["data"]["digest"] == context.dataset.digest and home.adversarial(name).exists():
+        stored = adversarial.read(home.adversarial(name), digest=record["digest"])
+        differing = [key for key, value in wanted.items() if key in stored.record and stored.record[key] != value]
+        if not differing:
+            return stored
+        if not anew:
+            told = ", ".join(f"{key} {stored.record[key]} instead of {wanted[key]}" for key in differing)
+            raise UserError(f"{home.adversarial(name)} was made with {told}; measure again with: dvc repro, or advml evaluate")
+    elif not anew:
+        raise UserError(f"{name} has no adversarial images; make them with: dvc repro, or advml evaluate")
+    images = kept_images(network, test, attack, context.machine, **run, keep=spec.adversarial_images)
+    return AdversarialImages(images, {"model": name, "digest": record["digest"]} | describe_kept(attack, len(images), **run))
+
+
+def _write(out: Path, compared: compare.Comparison, described: Mapping[str, Any]) -> str:
+    """Write the files; returns the sha256 of cka.npz."""
+    arrays = to_npz(compare.arrays(compared))
+    write_atomically(out / "cka.npz", arrays)
+    _write_json(out / "cka.json", described)
+    for kind in KINDS:
+        write_atomically(out / f"{kind}.png", to_png(_figure(compared, kind)))
+    return hashlib.sha256(arrays).hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, to_json(content, indent=1))
+
+
+def _figure(compared: compare.Comparison, kind: str) -> Any:
+    names = {model: [layer.name for layer in rows] for (model, _), rows in compared.similarity.rows.items()}
+    drawn = [
+        Heatmap(compared.cka(panel, kind), panel.group, names[panel.first], names[panel.second], panel.first, panel.second)
+        for panel in compared.panels
+    ]
+    return heatmaps(drawn, title=f"CKA between models, {kind} images", columns=min(3, len(drawn)))

@@ -1,0 +1,34 @@
+"""`pretrain SCHEME PHASE`: an encoder with its scheme's own head, trained with or without the adversary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from advml.core.paths import pretraining_name
+from advml.pipeline.context import Context
+from advml.pipeline.plans import pretraining
+from advml.pipeline.training_stage import Job, learn
+from advml.recipes import SCHEMES
+
+
+def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:
+    """Write `models/pretrain/<SCHEME>-<PHASE>-s<seed>/`; returns its model.json."""
+    row, attacked = SCHEMES[scheme], phase == "at"
+    sections = [
+        "data",
+        "model",
+        "runtime",
+        "temperature",
+        f"views.{row.view}",
+        f"pretrain.{scheme}",
+        *(["threat_model", "attack"] if attacked else []),
+    ]
+    job = Job(
+        stage="pretrain",
+        name=pretraining_name(scheme, phase, seed),
+        folder=context.workspace.pretrained(pretraining_name(scheme, phase, seed)),
+        plan=pretraining(context.config, context.dataset, scheme=scheme, phase=phase, seed=seed),
+        identity={"kind": "pretrain", "scheme": scheme, "phase": phase, "seed": seed},
+        parameters=context.parameters(*sections),
+    )
+    return learn(context, job, reuse=reuse)

@@ -1,0 +1,16 @@
+"""`train SCHEME REGIME`: the stages of one model in a row; what the same inputs have made before is not made again."""
+
+from __future__ import annotations
+
+from advml.pipeline.context import Context
+from advml.pipeline.stages import evaluate, finetune, prepare, pretrain
+from advml.recipes import REGIMES
+
+
+def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
+    """Returns the metrics of the model's evaluation."""
+    if not prepare.is_current(context):
+        prepare.run(context)
+    pretrain.run(context, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed, reuse=True)
+    finetune.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
+    return evaluate.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)

@@ -1,0 +1,87 @@
+"""One training phase from start to files, shared by `pretrain` and `finetune`: resume, train, track, write."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from advml import tracking
+from advml.core.io import replace_folder, write_atomically
+from advml.core.progress import Bar
+from advml.models import network
+from advml.pipeline.context import Context
+from advml.training.checkpoint import Checkpoint, is_unfinished
+from advml.training.trainer import Plan, Record, batches_per_epoch, fit
+
+
+@dataclass(frozen=True)
+class Job:
+    """One phase of one model, and where it goes."""
+
+    stage: str  # "pretrain" or "finetune"
+    name: str
+    folder: Path
+    plan: Plan
+    identity: dict[str, Any]  # kind, scheme, phase or regime, seed, pretraining
+    parameters: dict[str, Any]  # the sections of params.yaml that have a say
+
+
+def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
+    """Train `job`, continuing an interrupted process; write its folder and history; log its run. Returns model.json.
+
+    With `reuse`, a folder that the very same inputs have made is taken as it is.
+    """
+    inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
+    record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
+    scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
+    if reuse and network.is_whole(job.folder) and not is_unfinished(scratch, inputs):
+        made = network.read_record(job.folder)
+        if made.get("inputs") == inputs:
+            return made
+    checkpoint = Checkpoint(scratch, inputs)
+    runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
+    tracked = tracking.open_run(context.config, root=context.workspace.root, record=record, **runs)
+    with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
+        checkpoint.note(run_id=run.id)
+        history = _train(context, job, checkpoint, run, bar) if job.plan.task else []
+        selected = checkpoint.load().best_epoch if history else None
+        with replace_folder(job.folder) as folder:
+            digest = network.save(job.plan.network, folder, {**record, "epoch": selected})
+        write_atomically(
+            context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1, allow_nan=False) + "\n").encode()
+        )
+        tracking.log_model(run, job.folder, digest=digest)
+    checkpoint.note(finished=True)
+    return network.read_record(job.folder)
+
+
+def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run, bar: Bar) -> list[Record]:
+    epochs = job.plan.phase.epochs
+    per_epoch = _work(context, job) // epochs
+    history: list[Record] = []
+
+    def log(record: Record) -> None:
+        history.append(record)
+        run.log_epochs(history)
+
+    def show(epoch: int, done: int, loss: float) -> None:
+        bar.reach((epoch - 1) * per_epoch + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}")
+
+    fit(job.plan, context.dataset, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
+    return history
+
+
+def _work(context: Context, job: Job) -> int:
+    """Batches of all epochs, those of validation included."""
+    if not job.plan.task:
+        return 0
+    validation = -(-len(context.dataset.validation) // job.plan.phase.batch_size)
+    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.phase.epochs
+
+
+def _scores(history: list[Record]) -> str:
+    """The last validation scores, for the progress bar."""
+    last = history[-1] if history else {}
+    return "".join(f"  {key} {value:.3f}" for key, value in last.items() if key.startswith("validation/"))

@@ -1,0 +1,187 @@
+"""`advml show MODEL`: a model's record, for people."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from advml.config import flatten
+from advml.core.errors import UserError
+from advml.core.io import read_json
+from advml.core.paths import Workspace, find_model
+
+CHOSEN = {"best": "the best on validation", "last": "the last"}  # by `keep`
+
+
+def record_of(workspace: Workspace, model: str) -> str:
+    """What the model was made from, how, and how well it does, as text.
+
+    Args:
+        model: name or folder of a trained model, or the name under which `evaluate` has measured anyone's.
+    """
+    if given := workspace.evaluations_of_given().get(model):
+        return _given(given)
+    folder = find_model(workspace, model)
+    with _reading(folder / "model.json") as record:
+        lines = [f"{record['name']}   ({folder})", ""]
+        lines += _block("made from", _origin(record))
+        lines += _block("architecture", record["architecture"])
+        lines += _block("parameters", flatten(record["parameters"]))
+        lines += _figures(workspace, record)
+        lines += _representation(workspace, record)
+    return "\n".join(lines)
+
+
+def _given(made: Path) -> str:
+    with _reading(made, again="measure again with: advml evaluate") as record:
+        about = {**record["origin"], "data digest": record["data_digest"][:16], "weights": record["digest"][:16]}
+        about["trained on"] = (record["trained_on"] or "unknown")[:16]
+        return "\n".join([f"{record['model']}   ({made})", "", *_block("made from", about), *_accuracies(record), *_corruptions(record)])
+
+
+@contextlib.contextmanager
+def _reading(path: Path, *, again: str = "restore it with: dvc checkout") -> Iterator[dict[str, Any]]:
+    """The content of a JSON file; whatever it turns out to lack is one line."""
+    try:
+        yield read_json(path, remedy=again)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({reason}); {again}") from None
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    data = record["data"]
+    shown: dict[str, Any] = {
+        "data": f"{data['source']}, {', '.join(f'{count} {split}' for split, count in data['counts'].items())}",
+        "data digest": data["digest"][:16],
+        "git commit": record["git_commit"] or "none: made outside of git",
+        "weights": record["digest"][:16],
+    }
+    if "pretraining" in record:
+        shown["pretraining"] = f"{record['pretraining']['name']} ({record['pretraining']['digest'][:16]})"
+    if record.get("epoch"):
+        shown["selected epoch"] = f"{record['epoch']} ({CHOSEN[_phase(record)['keep']]})"
+    return shown
+
+
+def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:
+    made = workspace.record("evaluate", record["name"])
+    if not made.is_file():
+        return ["accuracy: not measured yet"] if record["kind"] == "model" else []
+    with _reading(made) as evaluation:
+        if evaluation["digest"] != record["digest"]:
+            again = f"advml evaluate {record['scheme']} {record['regime']} --seed {record['seed']}"
+            return [f"accuracy: {made} belongs to other weights; measure again with: {again}"]
+        flags = _transfer_flags(workspace, record["name"], digest=record["digest"])
+        return [*_accuracies(evaluation), *flags, *_corruptions(evaluation)]
+
+
+def _accuracies(evaluation: dict[str, Any]) -> list[str]:
+    shown = [line for name, figure in evaluation["figures"].items() for line in (_figure(name, figure), *_cascade(figure))]
+    return ["accuracy on test (95 % intervals)", *shown, *flags_of(evaluation)]
+
+
+def _figure(name: str, figure: dict[str, Any]) -> str:
+    low, high = figure["interval"]
+    attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
+    how = f"   {figure['norm']} {attack}" if "norm" in figure else ""
+    how += f", {figure['steps']} steps, {_runs(figure['restarts'])}" if "steps" in figure else ""
+    how += f", seed {figure['seed']}, {_passes(figure)} an image" if "forward" in figure else ""
+    share = figure["correct"] / figure["n"]
+    return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
+
+
+def _passes(figure: dict[str, Any]) -> str:
+    forward, backward = (figure[direction] / figure["n"] for direction in ("forward", "backward"))
+    return f"{forward:.0f} forward and {backward:.0f} backward passes"
+
+
+def _corruptions(evaluation: dict[str, Any]) -> list[str]:
+    """Their mean, and each by itself, the worst first."""
+    found = evaluation.get("corruptions")
+    if not found:
+        return []
+    metrics = evaluation["metrics"]
+    lines = []
+    for name in ("corruption/mean", *sorted(found, key=metrics.__getitem__)):
+        share, low, high = (100 * metrics[f"{name}{end}"] for end in ("", "/low", "/high"))
+        lines.append(f"  {name.removeprefix('corruption/'):22} {share:5.1f} % [{low:.1f}, {high:.1f}]")
+    severities = next(iter(found.values()))["severities"]
+    return ["", f"accuracy under corruptions (means over severities {', '.join(map(str, severities))}; 95 % intervals)", *lines]
+
+
+def flags_of(evaluation: dict[str, Any]) -> list[str]:
+    """A line per flag, whatever else is said; then a line if the probes were not run, or if nothing was found."""
+    diagnostics = evaluation.get("diagnostics", {})
+    lines = [_flag(flag) for flag in diagnostics.get("flags", ())]
+    if "skipped" in diagnostics:
+        return [*lines, f"  diagnostics: not judged ({diagnostics['skipped']})"]
+    return lines or (["  diagnostics: no flag"] if "evidence" in diagnostics else [])
+
+
+def _flag(flag: dict[str, str]) -> str:
+    return f"  ! {flag['name']}: {flag['saw']}; to try: {flag['try']}"
+
+
+def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[str]:
+    """The same for what `advml transfer` has found of these weights."""
+    made = workspace.report("transfer") / "transfer.json"
+    if not made.is_file():
+        return []
+    with _reading(made) as found:
+        blocks = [block for block in found["seeds"] if block["digests"].get(model) == digest]
+        flags = [flag for block in blocks for flag in block["flags"] if flag["model"] == model]
+        return [_flag(flag) for flag in flags]
+
+
+def _cascade(figure: dict[str, Any]) -> list[str]:
+    """What each attack of the worst case has broken that all before it had not."""
+    return [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
+
+
+def _phase(record: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the phase that selected the epoch."""
+    parameters = record["parameters"]
+    return parameters["regimes"][record["regime"]] if record["kind"] == "model" else parameters["pretrain"][record["scheme"]]
+
+
+def _runs(restarts: int) -> str:
+    """`restarts: 1` attacks once."""
+    return "one run" if restarts == 1 else f"worst of {restarts} runs"
+
+
+def _representation(workspace: Workspace, record: dict[str, Any]) -> list[str]:
+    made = workspace.record("represent", record["name"])
+    if not made.is_file():
+        return []
+    with _reading(made) as represented:
+        if represented["digest"] != record["digest"]:
+            return []
+        metrics = represented["metrics"]
+        named = [name for name in metrics if name.count("/") == 1]
+        width = max((len(name) for name in named), default=0)
+        shown, gaps = [], False
+        for name in named:
+            value, low, high = (metrics.get(f"{name}{end}") for end in ("", "/low", "/high"))
+            gaps |= None in (value, low, high)
+            shown.append(f"  {name:{width}} {_finite(value):>8} [{_finite(low)}, {_finite(high)}]")
+        return ["", "representation on test (95 % intervals)", *shown, *(_why_not_finite(represented.get("how", {})) if gaps else [])]
+
+
+def _finite(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _why_not_finite(how: dict[str, Any]) -> list[str]:
+    """What the record says about numbers that it lacks."""
+    dead = {layer for layers in how.get("dead_layers", {}).values() for layer in layers}
+    reasons = [f"intervals of CKA: {how['intervals']['cka']}"] if "intervals" in how else []
+    reasons += [f"constant layers, which have no CKA: {', '.join(sorted(dead))}"] if dead else []
+    return [f"  -: not finite ({'; '.join(reasons) or 'the record does not say why'})"]
+
+
+def _block(title: str, values: dict[str, Any]) -> list[str]:
+    width = max(len(key) for key in values)
+    return [title, *(f"  {key:{width}}  {value}" for key, value in values.items()), ""]

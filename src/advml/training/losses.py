@@ -1,0 +1,201 @@
+"""Losses of one example each, what an adversary ascends, and the adversarial term of a classification's training.
+
+| loss     | adversarial loss        | the adversary of training ascends | source            |
+|----------|-------------------------|-----------------------------------|-------------------|
+| two-term | CE(x + d)               | CE(x + d)                         | arXiv 2302.02502  |
+| trades   | KL(p(x), p(x + d))      | KL(p(x), p(x + d))                | Zhang et al. 2019 |
+
+To add a term, add a row to TERMS and its name to `config.Phase.loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advml.attacks.pgd import Objective
+from advml.core.errors import UserError
+from advml.models.layers import clean_statistics
+from advml.models.network import Network
+
+# Every loss returns one value per example; only the trainer takes the mean. The contrastive objective serves CL and SCL
+# alike: SimCLR is SupCon whose labels are the instance ids.
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """-log softmax(logits)[label], in nats.
+
+    Args:
+        logits: (N, K), any float type; computed in float32.
+        labels: (N,) int64.
+        label_smoothing: mass s spread evenly over all classes (Szegedy et al. 2016, sec. 7).
+    Returns:
+        Losses (N,).
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{k != y} logits[k] - logits[y]; positive exactly where the classifier errs (Carlini & Wagner 2017, f6).
+
+    Args:
+        logits: (N, K) with K >= 2.
+        labels: (N,) int64.
+    Returns:
+        Margins (N,), in logits.
+    """
+    logits = logits.float()
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+    return others - own
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio: -(z_y - max_{k != y} z_k) / (z_1st - z_3rd) (Croce & Hein 2020, eq. 6).
+
+    Blind to shift and scale of the logits, so that a classifier sure of itself does not starve the attack of gradient.
+
+    Args:
+        logits: (N, K) with K >= 3.
+        labels: (N,) int64.
+    Returns:
+        Ratios (N,), at least -1; positive exactly where the classifier errs.
+    Raises:
+        UserError: there are fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise UserError(f"objective = 'dlr' compares three logits, but there are {logits.shape[1]} classes; choose from ce, margin")
+    first, _, third = logits.float().topk(3, dim=1).values.unbind(1)
+    return margin(logits, labels) / (first - third).clamp(min=1e-12)
+
+
+# What an attack on a classifier may ascend: (logits (N, K), labels (N,)) -> values (N,)
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def divergence(logits: Tensor, attacked: Tensor) -> Tensor:
+    """KL(p || q) = sum_k p_k (log p_k - log q_k) of softmax distributions p and q, in nats.
+
+    Args:
+        logits: of p (N, K), any float type; computed in float32.
+        attacked: logits of q (N, K).
+    Returns:
+        Divergences (N,), at least 0.
+    """
+    log_p, log_q = logits.float().log_softmax(1), attacked.float().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """SupCon's L_out per anchor (Khosla et al. 2020, eq. 2); SimCLR's NT-Xent when groups are instance ids.
+
+        l_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p/t) / sum_{a != i} exp(z_i.z_a/t) )
+
+    where P(i) are the other embeddings of i's group. An anchor without positives contributes 0.
+
+    Deviation: the public SupCon code multiplies by t / 0.07; we leave the factor out, as the paper's
+    equation does.
+
+    Args:
+        embeddings: (M, D), unit length; the logits are computed in float32 under any autocast.
+        groups: (M,) integers; equal numbers are positives of each other.
+        temperature: t > 0.
+    Returns:
+        Losses (M,), in nats.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        z = embeddings.float()
+        similarity = z @ z.T / temperature  # (M, M)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    # The smallest float, not -inf: a lone embedding has an empty sum, and 0 * -inf would be NaN.
+    log_denominator = similarity.masked_fill(itself, torch.finfo(similarity.dtype).min).logsumexp(1)  # (M,)
+    positives = (groups[:, None] == groups[None, :]) & ~itself
+    count = positives.sum(1)
+    attraction = (similarity * positives).sum(1) / count.clamp(min=1)
+    return (log_denominator - attraction) * (count > 0)
+
+
+def contrastive_pair(first: Tensor, second: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """The contrastive objective of N images seen twice: the mean of an image's two anchors.
+
+    Args:
+        first, second: embeddings (N, D) of two views (or of the clean and the adversarial images).
+        groups: (N,) integers, one per image.
+        temperature: t > 0.
+    Returns:
+        Losses (N,), one per image; their mean is the objective of the 2N views.
+    """
+    anchors = contrastive(torch.cat([first, second]), torch.cat([groups, groups]), temperature=temperature)
+    return (anchors[: len(first)] + anchors[len(first) :]) / 2
+
+
+# What an adversary ascends, and the adversarial term of a classification's training.
+
+
+def classification_objective(network: Network, labels: Tensor, loss: str = "ce") -> Objective:
+    """x_adv -> objective of the whole classifier (N,): threat model II, on cross-entropy by default.
+
+    Args:
+        network: maps images (N, C, H, W) to logits (N, K).
+        labels: (N,) int64.
+        loss: a key of OBJECTIVES.
+    Raises:
+        UserError: `loss` is none, or needs more classes.
+    """
+    if loss not in OBJECTIVES:
+        raise UserError(f"objective = {loss!r}; choose from {', '.join(OBJECTIVES)}")
+    return lambda adversarial: OBJECTIVES[loss](network(adversarial), labels)
+
+
+def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float) -> Objective:
+    """x_adv -> contrastive loss between the images and x_adv (N,): threat model I.
+
+    The clean embedding is computed once, here; that is exact because an attacked network has no dropout
+    and its batch statistics do not depend on the other half of the pair.
+    """
+    with torch.no_grad():
+        clean = network.embed(images)
+    return lambda adversarial: contrastive_pair(clean, network.embed(adversarial), groups, temperature=temperature)
+
+
+def divergence_objective(network: Network, images: Tensor) -> Objective:
+    """x_adv -> KL(p(x) || p(x_adv)) (N,), with p(x) computed once, here.
+
+    It is smallest, and flat, at x itself: the attack needs a random start.
+    """
+    with torch.no_grad(), clean_statistics(network):
+        logits = network(images)
+    return lambda adversarial: divergence(logits, network(adversarial))
+
+
+def attacked_cross_entropy(network: Network, images: Tensor, adversarial: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
+    """CE(x + d) (N,)."""
+    return cross_entropy(network(adversarial), labels, label_smoothing=label_smoothing)
+
+
+def attacked_divergence(network: Network, images: Tensor, adversarial: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
+    """KL(p(x) || p(x + d)) (N,); gradients reach both. Labels, and their smoothing, belong to the clean term alone.
+
+    x passes the network again, unaugmented and apart from x + d, as in the authors' code.
+    """
+    with clean_statistics(network):
+        logits = network(images)
+    return divergence(logits, network(adversarial))
+
+
+@dataclass(frozen=True)
+class Term:
+    """One row of the table above."""
+
+    loss: Callable[..., Tensor]  # (network, images, adversarial images, labels, label_smoothing=...) -> losses (N,)
+    objective: Callable[[Network, Tensor, Tensor], Objective]  # (network, images, labels) -> what the adversary of training ascends
+
+
+TERMS: dict[str, Term] = {
+    "two-term": Term(attacked_cross_entropy, lambda network, images, labels: classification_objective(network, labels)),
+    "trades": Term(attacked_divergence, lambda network, images, labels: divergence_objective(network, images)),
+}

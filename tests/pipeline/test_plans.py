@@ -1,0 +1,117 @@
+"""One phase, planned and fitted outside of any study: the very training of the stages, resumable, and told epoch by epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from advml import config
+from advml.core.device import Machine
+from advml.core.errors import UserError
+from advml.models.network import Network
+from advml.pipeline.plans import finetuning, pretraining
+from advml.pipeline.stages import finetune, pretrain
+from advml.training.checkpoint import Checkpoint
+from advml.training.trainer import fit
+
+CPU = Machine(torch.device("cpu"))
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+TINY = [f"{phase}.{key}" for phase in ("pretrain.CL", "pretrain.SL", "regimes.Full-AT") for key in ("epochs=2", "batch_size=32")]
+CONFIG = config.load(PARAMS, ["attack.steps=1", *TINY])
+
+
+def same(first: Network, second: Network) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_phase_is_the_training_of_the_stages_to_the_bit(make_study, dataset, tmp_path):
+    study = make_study("study", "attack.steps=1", *TINY)
+    context = study.context()
+    pretrain.run(context, scheme="CL", phase="at", seed=3)
+    plan = pretraining(context.config, dataset, scheme="CL", phase="at", seed=3)
+    made, history = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "a", "x"))
+    _, network = context.load_network(study.workspace.pretrained("CL-at-s3"))
+    assert same(made, network) and len(history) == 2
+
+    finetune.run(context, scheme="CL", regime="Full-AT", seed=3)
+    _, start = finetune.load_pretrained(context, scheme="CL", regime="Full-AT", seed=3)
+    plan = finetuning(context.config, dataset, CPU, start, scheme="CL", regime="Full-AT", seed=3)
+    made, _ = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "b", "x"))
+    _, network = context.load_network(study.workspace.model("CL-Full-AT-s3"))
+    assert same(made, network)
+
+
+class Pruned(Exception):
+    pass
+
+
+def test_a_phase_ended_by_its_watcher_goes_on_from_that_very_epoch(dataset, tmp_path):
+    configuration = config.changed(CONFIG, {"pretrain.CL.epochs": 3})
+    whole, history = fit(
+        pretraining(configuration, dataset, scheme="CL", phase="at", seed=0), dataset, CPU, checkpoint=Checkpoint(tmp_path / "whole", "x")
+    )
+
+    def prune(record: dict[str, float]) -> None:
+        if record["epoch"] == 2:
+            raise Pruned
+
+    told, batches = [], []
+    plan = pretraining(configuration, dataset, scheme="CL", phase="at", seed=0)
+    with pytest.raises(Pruned):
+        fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "part", "x"), on_epoch=prune)
+    again, records = fit(
+        pretraining(configuration, dataset, scheme="CL", phase="at", seed=0),
+        dataset,
+        CPU,
+        checkpoint=Checkpoint(tmp_path / "part", "x"),
+        on_epoch=told.append,
+        on_batch=lambda epoch, done, loss: batches.append(epoch),
+    )
+    assert set(batches) == {3}
+    assert told == records == history and same(whole, again)
+
+
+def test_what_has_nothing_to_learn_is_handed_back_as_it_is(make_network, dataset, tmp_path):
+    network = make_network()
+    plan = finetuning(CONFIG, dataset, CPU, network, scheme="SL", regime="AT", seed=0)
+    made, history = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path, "x"))
+    assert made is network and history == [] and same(made, make_network())
+
+
+def test_a_plan_reads_no_image_before_it_is_fitted(make_network, dataset):
+    """So that an up-to-date stage, and a refused trial, cost nothing."""
+    network = make_network()
+    network.encoder.register_forward_hook(lambda *_: pytest.fail("an image passed the encoder"))
+    assert finetuning(CONFIG, dataset, CPU, network, scheme="CL", regime="Partial-AT", seed=0).task is not None
+
+
+# What a phase asks of the backbone
+
+
+def test_frozen_statistics_of_a_backbone_without_batch_norm_are_refused(make_network, dataset):
+    configuration = config.changed(CONFIG, {"regimes.Full-AT.frozen_statistics": True})
+    line = "regimes.Full-AT.frozen_statistics = true has no effect: test_vit has no batch norm; set it to false"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        finetuning(configuration, dataset, CPU, make_network(backbone="test_vit"), scheme="CL", regime="Full-AT", seed=0)
+    assert finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).task is not None
+
+
+def test_layer_decay_of_a_backbone_without_known_blocks_is_refused(make_network, dataset, monkeypatch):
+    configuration = config.changed(CONFIG, {"pretrain.CL.layer_decay": 0.5})
+    assert pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).task is not None
+    monkeypatch.delattr(type(make_network().encoder), "group_matcher")
+    line = r"pretrain\.CL\.layer_decay = 0\.5 needs the blocks of test_resnet, which timm does not tell; set it to 1"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        pretraining(configuration, dataset, scheme="CL", phase="at", seed=0)
+
+
+def test_a_phase_of_its_own_radius_and_steps_is_attacked_with_them(make_network, dataset):
+    configuration = config.changed(CONFIG, {"regimes.Full-AT.epsilon": 0.05, "pretrain.CL.attack_steps": 3})
+    tuned = finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).adversary
+    other = pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).adversary
+    assert (tuned.threat_model.epsilon, tuned.steps) == (0.05, 1)
+    assert (other.threat_model.epsilon, other.steps) == (CONFIG.threat_model.epsilon, 3)

@@ -1,0 +1,245 @@
+"""Objectives against slow transcriptions of their equations, a well-kept library, and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+from torch import Tensor
+
+from advml.core.errors import UserError
+from advml.training.losses import OBJECTIVES, contrastive, contrastive_pair, cross_entropy, divergence, dlr, margin
+
+TEMPERATURE = 0.2
+GROUPS = {
+    "classes": [0, 0, 1, 2, 1, 0, 2, 2],
+    "pairs": [0, 1, 2, 3, 0, 1, 2, 3],
+    "one class": [5] * 8,
+    "with loners": [0, 0, 7, 8, 9, 1, 1, -3],
+}
+
+
+def embeddings(count: int = 8, size: int = 5, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def supcon_equation_2(z: Tensor, groups: list[int], t: float) -> list[float]:
+    """Khosla et al. 2020, eq. 2, term by term in double precision; 0 where P(i) is empty."""
+    z = z.double()
+    losses = []
+    for i in range(len(z)):
+        denominator = sum(math.exp(float(z[i] @ z[a]) / t) for a in range(len(z)) if a != i)
+        positives = [p for p in range(len(z)) if p != i and groups[p] == groups[i]]
+        terms = [math.log(math.exp(float(z[i] @ z[p]) / t) / denominator) for p in positives]
+        losses.append(-sum(terms) / len(positives) if positives else 0.0)
+    return losses
+
+
+# The contrastive objective
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+def test_contrastive_equals_a_literal_transcription_of_supcon_equation_2(groups, temperature):
+    losses = contrastive(embeddings(), torch.tensor(groups), temperature=temperature)
+    expected = torch.tensor(supcon_equation_2(embeddings(), groups, temperature))
+    torch.testing.assert_close(losses, expected, atol=2e-6, rtol=2e-6)
+
+
+def test_contrastive_equals_pytorch_metric_learnings_supcon_loss():
+    z, labels = embeddings(), torch.tensor(GROUPS["classes"])
+    ours = contrastive(z, labels, temperature=TEMPERATURE).mean()
+    torch.testing.assert_close(ours, SupConLoss(temperature=TEMPERATURE)(z, labels))
+
+
+def test_contrastive_of_instance_ids_equals_pytorch_metric_learnings_ntxent_loss():
+    z, ids = embeddings(), torch.tensor(GROUPS["pairs"])
+    ours = contrastive(z, ids, temperature=TEMPERATURE).mean()
+    torch.testing.assert_close(ours, NTXentLoss(temperature=TEMPERATURE)(z, ids))
+
+
+def test_the_gradient_equals_pytorch_metric_learnings():
+    labels = torch.tensor(GROUPS["classes"])
+    ours, theirs = embeddings().requires_grad_(), embeddings().requires_grad_()  # the library normalises by itself
+    contrastive(F.normalize(ours, dim=1), labels, temperature=TEMPERATURE).mean().backward()
+    SupConLoss(temperature=TEMPERATURE)(theirs, labels).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_anchors_without_positives_contribute_0_and_no_nan_gradient():
+    z = embeddings().requires_grad_()
+    losses = contrastive(z, torch.tensor(GROUPS["with loners"]), temperature=TEMPERATURE)
+    assert losses[[2, 3, 4, 7]].tolist() == [0, 0, 0, 0]
+    assert (losses[[0, 1, 5, 6]] > 0).all()
+    losses.sum().backward()
+    assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
+
+
+def test_a_batch_of_loners_has_no_loss_and_no_gradient():
+    z = embeddings().requires_grad_()
+    losses = contrastive(z, torch.arange(8), temperature=TEMPERATURE)
+    losses.sum().backward()
+    assert losses.tolist() == [0] * 8 and z.grad.abs().max() == 0
+
+
+def test_a_single_embedding_has_no_loss_and_no_nan():
+    z = embeddings(1).requires_grad_()
+    losses = contrastive(z, torch.tensor([3]), temperature=TEMPERATURE)
+    losses.sum().backward()
+    assert losses.tolist() == [0] and z.grad.abs().max() == 0
+
+
+def test_a_lone_pair_has_no_negatives_and_so_no_loss():
+    losses = contrastive(embeddings(2), torch.tensor([4, 4]), temperature=TEMPERATURE)
+    torch.testing.assert_close(losses, torch.zeros(2))
+
+
+def test_contrastive_does_not_overflow_at_a_tiny_temperature():
+    z, groups = F.normalize(torch.eye(4).repeat(2, 1), dim=1), torch.arange(4).repeat(2)
+    assert contrastive(z, groups, temperature=1e-3).abs().max() < 1e-6  # exp(1 / t) alone is infinite
+    wrong = contrastive(z, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), temperature=1e-3)
+    torch.testing.assert_close(wrong, torch.full((8,), 1e3))
+
+
+def test_contrastive_is_right_under_bf16_autocast():
+    z, groups = embeddings(64, 16).requires_grad_(), torch.arange(32).repeat(2)
+    expected = contrastive(z, groups, temperature=0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = contrastive(z, groups, temperature=0.07)
+    (gradient,) = torch.autograd.grad(under_autocast.mean(), z)
+    assert under_autocast.dtype == torch.float32
+    assert torch.equal(under_autocast, expected)  # a bf16 product would be off by about 0.05
+    assert torch.equal(gradient, torch.autograd.grad(expected.mean(), z)[0])
+
+
+def test_contrastive_of_half_precision_embeddings_is_computed_in_float32():
+    z, groups = embeddings().bfloat16(), torch.tensor(GROUPS["pairs"])
+    expected = contrastive(z.float(), groups, temperature=TEMPERATURE)
+    assert torch.equal(contrastive(z, groups, temperature=TEMPERATURE), expected)
+
+
+def test_contrastive_follows_a_permutation_of_the_batch():
+    z, groups = embeddings(), torch.tensor(GROUPS["classes"])
+    order = torch.tensor([3, 1, 4, 0, 5, 7, 2, 6])
+    permuted = contrastive(z[order], groups[order], temperature=TEMPERATURE)
+    torch.testing.assert_close(permuted, contrastive(z, groups, temperature=TEMPERATURE)[order])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 0, 1, 0]], ids=["instances", "classes"])
+def test_the_pair_objective_is_the_mean_of_an_images_two_anchors(labels):
+    first, second = embeddings(4, seed=1), embeddings(4, seed=2)
+    losses = contrastive_pair(first, second, torch.tensor(labels), temperature=TEMPERATURE)
+    anchors = torch.tensor(supcon_equation_2(torch.cat([first, second]), labels * 2, TEMPERATURE))
+    torch.testing.assert_close(losses, (anchors[:4] + anchors[4:]) / 2)
+    torch.testing.assert_close(losses.mean(), anchors.mean())
+
+
+# Classification
+
+
+def test_cross_entropy_of_equal_logits_is_the_logarithm_of_the_number_of_classes():
+    losses = cross_entropy(torch.zeros(3, 10), torch.tensor([0, 4, 9]))
+    torch.testing.assert_close(losses, torch.full((3,), math.log(10)))
+
+
+def test_cross_entropy_of_two_classes_is_the_softplus_of_the_margin():
+    gaps = torch.tensor([-30.0, -1.0, 0.0, 2.0, 50.0])
+    losses = cross_entropy(torch.stack([torch.zeros(5), gaps], dim=1), torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(losses, F.softplus(gaps))
+
+
+def test_label_smoothing_spreads_its_mass_evenly_over_all_classes():
+    logits, labels, mass = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1]), 0.3
+    target = (1 - mass) * F.one_hot(labels, 4) + mass / 4
+    torch.testing.assert_close(cross_entropy(logits, labels, label_smoothing=mass), -(target * logits.log_softmax(1)).sum(1))
+
+
+def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
+    logits, labels = torch.tensor([[8.0, 0.0, -3.0]]).bfloat16(), torch.tensor([0])
+    loss = cross_entropy(logits, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, -logits.double().log_softmax(1)[:, 0].float())
+
+
+def test_margin_is_positive_exactly_where_the_classifier_errs():
+    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 5
+    assert torch.equal(margin(logits, labels) > 0, logits.argmax(1) != labels)
+
+
+def test_margin_is_the_best_other_logit_minus_the_own():
+    logits = torch.tensor([[3.0, 1.0, -2.0], [3.0, 1.0, -2.0], [-5.0, -6.0, -9.0]])
+    assert margin(logits, torch.tensor([0, 1, 2])).tolist() == [-2.0, 2.0, 4.0]
+
+
+def test_margin_and_its_gradient_stay_finite_with_two_classes():
+    logits = torch.tensor([[1.0, 4.0]], requires_grad=True)
+    values = margin(logits, torch.tensor([0]))
+    values.sum().backward()
+    assert values.tolist() == [3.0] and logits.grad.tolist() == [[-1.0, 1.0]]
+
+
+# Difference of logits ratio
+
+
+def random_logits(count: int = 40, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return 3 * torch.randn(count, classes, generator=torch.Generator().manual_seed(seed)), torch.arange(count) % classes
+
+
+@pytest.mark.parametrize("classes", [3, 4, 10])
+def test_dlr_equals_autoattacks_own(classes):
+    from pyautoattack.autopgd_base import APGDAttack
+
+    logits, labels = random_logits(classes=classes)
+    theirs = APGDAttack.dlr_loss(None, logits, labels)
+    torch.testing.assert_close(dlr(logits, labels), theirs)
+
+
+def test_dlr_is_blind_to_shift_and_scale_and_positive_where_the_classifier_errs():
+    logits, labels = random_logits()
+    torch.testing.assert_close(dlr(7 * logits - 3, labels), dlr(logits, labels), rtol=1e-4, atol=1e-5)
+    assert torch.equal(dlr(logits, labels) > 0, logits.argmax(1) != labels)
+    assert dlr(logits, labels).min() >= -1
+
+
+def test_dlr_of_equal_logits_is_finite_with_a_finite_gradient():
+    logits = torch.zeros(2, 4, requires_grad=True)
+    values = dlr(logits, torch.tensor([0, 3]))
+    values.sum().backward()
+    assert torch.equal(values, torch.zeros(2)) and logits.grad.isfinite().all()
+
+
+def test_dlr_of_two_classes_is_refused_with_the_choices():
+    with pytest.raises(UserError) as caught:
+        dlr(torch.zeros(1, 2), torch.tensor([0]))
+    assert str(caught.value) == "objective = 'dlr' compares three logits, but there are 2 classes; choose from ce, margin"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_per_sample_and_in_float32(name):
+    logits, labels = random_logits()
+    values = OBJECTIVES[name](logits, labels)
+    torch.testing.assert_close(torch.cat([OBJECTIVES[name](logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]), values)
+    assert OBJECTIVES[name](logits.bfloat16(), labels).dtype == torch.float32
+
+
+# Divergence
+
+
+def test_the_divergence_is_that_of_torch_and_of_the_formula():
+    p, q = random_logits(seed=1)[0], random_logits(seed=2)[0]
+    theirs = F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(1)
+    torch.testing.assert_close(divergence(p, q), theirs)
+    first, second = p.double().softmax(1), q.double().softmax(1)
+    by_hand = [sum(float(a * math.log(a / b)) for a, b in zip(*rows, strict=True)) for rows in zip(first, second, strict=True)]
+    torch.testing.assert_close(divergence(p, q), torch.tensor(by_hand), rtol=1e-4, atol=1e-5)
+
+
+def test_the_divergence_of_the_same_is_zero_and_certainty_keeps_it_finite():
+    logits = torch.tensor([[200.0, 0.0, -200.0], [1.0, 2.0, 3.0]])
+    torch.testing.assert_close(divergence(logits, logits), torch.zeros(2))
+    assert divergence(logits, logits.flip(1)).isfinite().all()
+    assert divergence(logits.bfloat16(), logits.bfloat16()).dtype == torch.float32
