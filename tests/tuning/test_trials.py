@@ -199,6 +199,26 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
 
 
+def test_trainings_are_measured_as_the_evaluation_measures_clean_images_and_threat_model_ii(trained):
+    settings = trained.config(SPACE, "threat_model.epsilon=0.9")
+    bench = training_trial.Bench(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0))
+    _, network = trained.context().load_network(trained.workspace.model("CL-AT-s0"))
+    split, clean, strong = (
+        bench.dataset.test,
+        attack_suite.CLEAN_IMAGES,
+        attack_suite.threat_model_2(settings.evaluate, settings.threat_model),
+    )
+    outcomes = running.run_attacks(
+        network, running.Scorer.of(network, CPU), split, [clean, strong], batch_size=7, seed=settings.evaluate.seed
+    )
+    (measured,) = bench.measure(network, split)
+    assert measured == {
+        "robust": float(outcomes[strong.name].right.double().mean()),
+        "clean": float(outcomes[clean.name].right.double().mean()),
+    }
+    assert measured["robust"] < measured["clean"]
+
+
 def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch):
     """A regime that no list of names holds: attacked, on a standard encoder."""
     monkeypatch.setitem(REGIMES, "new", Regime("new", pretraining="st", attacked=True, encoder_learns=True))
