@@ -15,7 +15,6 @@ from advml.evaluation import records
 from advml.evaluation.metrics import wilson
 from advml.pipeline.stages import report as stage
 from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_csv, to_markdown
-from advml.tracking import store as stores
 
 NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
 
@@ -157,7 +156,7 @@ def test_the_report_is_written_twice_with_the_same_bytes(measured):
 def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):
     stage.run(measured.context())
     assert measured.runs() == [("study", "FINISHED")]
-    store = stores.connect(stores.locate(measured.config(), root=measured.root))
+    store = measured.store()
     (run,) = store.client.search_runs([store.experiment])
     names = {artifact.path for artifact in store.client.list_artifacts(run.info.run_id)}
     assert names == {*paths.REPORT_FILES, "summary.json", "claims_table.json"} and run.data.params["threat_model.epsilon"] == "0.15"

@@ -42,7 +42,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
             return made
     checkpoint = Checkpoint(scratch, inputs)
     runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
-    tracked = tracking.open_run(context.config, root=context.workspace.root, record=record, **runs)
+    tracked = tracking.open_run(context.tracking, record=record, **runs)
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
         checkpoint.note(run_id=run.id)
         history = _train(context, job, checkpoint, run, bar) if job.plan.task else []

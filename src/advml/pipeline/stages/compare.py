@@ -77,7 +77,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         _write_json(workspace.record("compare", "panels"), record)
-    tracking.log_result(context.config, out, root=workspace.root)
+    tracking.log_result(context.tracking, out)
     return compared
 
 

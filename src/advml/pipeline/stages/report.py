@@ -30,7 +30,7 @@ def run(context: Context) -> list[tables.Row]:
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))
     write_atomically(reports / "claims.json", to_json(claims))
     write_atomically(reports / "report.html", page.render(config, workspace, table, claims, provenance=about).encode())
-    tracking.log_result(config, "study", root=workspace.root)
+    tracking.log_result(context.tracking, "study")
     return table
 
 

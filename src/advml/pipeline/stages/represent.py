@@ -39,7 +39,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
     metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
-    tracking.log_folder(context.config, folder, root=workspace.root)
+    tracking.log_folder(context.tracking, folder)
     return metrics
 
 
