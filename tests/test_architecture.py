@@ -47,7 +47,7 @@ OWNERS = {
     "foolbox": "attacks",
 }
 # Packages whose functions take sections and small values, never the whole of params.yaml.
-RESOLVED = ("attacks", "evaluation", "figures", "models", "servers", "similarity", "tracking", "training")
+RESOLVED = ("attacks", "claims", "evaluation", "figures", "models", "report", "servers", "similarity", "tracking", "training")
 # What `advml --help` reads, in 0.3 s.
 AT_ONCE = (
     "advml",
@@ -125,8 +125,7 @@ def test_imports_point_down(module):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if top(name) in RESOLVED])
 def test_what_is_below_the_stages_takes_resolved_settings_and_not_the_whole_of_params_yaml(module):
-    arguments = [node for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))) if isinstance(node, ast.arg)]
-    assert not [node.arg for node in arguments if node.annotation and "Config" in re.findall(r"\w+", ast.unparse(node.annotation))]
+    assert not re.search(r"\bConfig\b", MODULES[module].read_text(encoding="utf-8"))
 
 
 def test_no_two_modules_import_each_other_in_a_circle():

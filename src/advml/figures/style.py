@@ -36,6 +36,8 @@ def mark(row: Mapping[str, Any]) -> str:
 
 P = ParamSpec("P")
 
+NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}
+
 INK, QUIET, GRID = "#222222", "#6b6b6b", "#e3e3e3"
 CLEAN, ATTACKED, FULL, ADVERSARIAL = "#c3cdd6", "#56b4e9", "#0072b2", "#d55e00"
 STYLE = {

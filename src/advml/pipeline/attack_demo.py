@@ -17,9 +17,8 @@ from advml.core.io import write_atomically
 from advml.core.paths import find_model
 from advml.data.images import decode
 from advml.figures.example import draw, quoted
-from advml.figures.style import to_png
+from advml.figures.style import NORM_NAMES, to_png
 from advml.models.network import load_classifier, read_record, under_attack
-from advml.report.table import NORM_NAMES
 from advml.training.losses import cross_entropy
 
 if TYPE_CHECKING:
