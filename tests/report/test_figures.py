@@ -12,7 +12,7 @@ import pytest
 from advml import config as configuration
 from advml.core.errors import UserError
 from advml.core.paths import Workspace
-from advml.figures.curves import REGIME_COLOURS
+from advml.figures.style import regime_colours
 from advml.report import figures
 from advml.similarity.represent import MATRICES, to_npz
 
@@ -70,7 +70,7 @@ def test_curves_are_the_diagonal_and_the_probes_in_the_regimes_colours(workspace
                 model, scale = f"{scheme}-{line.get_label()}-s0", 1 if column == 0 else 100
                 expected = number(model, quantity) + np.array([0, 0.1, 0.2]) * (column == 0)
                 np.testing.assert_allclose(line.get_ydata(), scale * expected)
-                assert line.get_color() == REGIME_COLOURS[line.get_label()]
+                assert line.get_color() == regime_colours([])[line.get_label()]
 
 
 def test_without_measurements_there_is_no_figure(tmp_path):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from advml.recipes import REGIMES
 
 # Marks beside figures that must not be taken as they stand, the same in tables and charts.
 
@@ -64,6 +67,15 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
+
+
+# Of lines, a regime each, in the order of REGIMES.
+PALETTE = (QUIET, "#e69f00", ATTACKED, FULL, "#cc79a7", "#009e73", ADVERSARIAL, "#f0e442")
+
+
+def regime_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for every regime; a row of REGIMES has the same one whichever others are drawn."""
+    return dict(zip(dict.fromkeys((*REGIMES, *names)), itertools.cycle(PALETTE), strict=False))
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:

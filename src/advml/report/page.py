@@ -19,6 +19,7 @@ from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
 from advml.figures.style import NORM_NAMES, to_png
 from advml.figures.transfer import transfer_matrices
+from advml.recipes import REGIMES, SCHEMES
 from advml.report import external_models, figures
 from advml.report import figures as drawn
 from advml.report import methods_table as how_made
@@ -71,6 +72,8 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
     return template.render(
         settings=settings,
+        schemes=SCHEMES,
+        regimes=REGIMES,
         norm=NORM_NAMES[settings.attacked.norm],
         accuracy_columns=list(COLUMNS),
         representation_columns=list(REPRESENTATION),
