@@ -11,10 +11,11 @@ from PIL import Image
 
 from advml.core import paths
 from advml.core.errors import UserError
+from advml.core.io import to_csv
 from advml.evaluation import records
 from advml.evaluation.metrics import wilson
 from advml.pipeline.stages import report as stage
-from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_csv, to_markdown
+from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_markdown
 
 NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
 
@@ -61,7 +62,7 @@ def test_a_regime_outside_of_the_grid_has_no_row(measured):
 
 def test_the_csv_reads_back_and_leaves_absent_figures_empty(measured):
     rows = rows_of(measured)
-    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    read = list(csv.DictReader(io.StringIO(to_csv(rows).decode())))
     assert [row["model"] for row in read] == [row["model"] for row in rows]
     supervised = read[1]
     assert supervised["accuracy/threat_model_1"] == supervised["accuracy/threat_model_1/low"] == ""
@@ -155,7 +156,7 @@ def test_the_report_is_written_twice_with_the_same_bytes(measured):
     with Image.open(measured.workspace.reports / "summary.png") as picture:
         assert picture.width > 500
     rows = rows_of(measured)
-    assert first["summary.csv"].decode() == to_csv(rows) and first["summary.md"].decode() == to_markdown(rows)
+    assert first["summary.csv"] == to_csv(rows) and first["summary.md"].decode() == to_markdown(rows)
 
 
 def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):

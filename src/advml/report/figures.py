@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 
 from advml.config import Grid
 from advml.core.errors import UserError
+from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records
 from advml.figures.curves import Curve, curve_grid
@@ -128,7 +128,7 @@ def _read(workspace: Workspace, model: str) -> tuple[dict[str, Any], dict[str, n
     if record is None or not is_of_model(workspace, model, record.get("digest")):
         return None
     try:
-        described = json.loads(Path(folder / "cka.json").read_text(encoding="utf-8"))
+        described = read_json(folder / "cka.json", needs=("layers",), remedy="measure again with: dvc repro")
         with np.load(represent.content(folder / "cka.npz", digest=record.get("cka")), allow_pickle=False) as stored:
             return described, {name: stored[name] for name in MATRICES}
     except (OSError, ValueError, KeyError, BadZipFile) as error:

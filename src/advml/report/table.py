@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -47,16 +45,6 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
     return found
-
-
-def to_csv(table: list[Row]) -> str:
-    """The full table; a figure that a model does not have (threat model I of SL) is an empty cell."""
-    names = list(dict.fromkeys(key for row in table for key in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return stream.getvalue()
 
 
 def cell(row: Row, metric: str) -> str:

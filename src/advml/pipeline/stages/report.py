@@ -6,7 +6,7 @@ from advml import __version__, tracking
 from advml.claims.testing import check
 from advml.config import ThreatModelSection
 from advml.core.errors import UserError
-from advml.core.io import to_json, write_atomically
+from advml.core.io import to_csv, to_json, write_atomically
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.pipeline.context import Context
@@ -38,7 +38,7 @@ def run(context: Context) -> list[tables.Row]:
         diagnostics=config.diagnostics,
         corruptions=config.corruptions,
     )
-    write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
+    write_atomically(reports / "summary.csv", to_csv(table))
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=settings.threat_model)))
     write_atomically(reports / "claims.json", to_json(claims))
