@@ -19,6 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from advml import tracking
+from advml.config.store import locate
 from advml.core.errors import Failure, UserError
 from advml.core.messages import tell
 from advml.core.passwords import masked
@@ -108,7 +109,7 @@ def tune(
         identity = study.user_attrs[studies.IDENTITY]
         params = {"tune": {search.kind: search.spec.model_dump(mode="json")}}
         about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": params}
-        run = stack.enter_context(tracking.open_search(search.config, root=workspace.root, **about))
+        run = stack.enter_context(tracking.open_search(locate(search.config.tracking, root=workspace.root), **about))
         driver = Driver(search, study, run, folder, scratch / identity, forks, check, trials, watch)
         try:
             with connect(cluster, root=workspace.root, jobs=slots, options=search.config.cluster) as where:
