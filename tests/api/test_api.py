@@ -227,3 +227,15 @@ def test_cka_of_a_layer_with_a_rotation_of_itself_is_one_and_images_may_come_in_
     )
     assert shuffled.matrix[1, 1] < 0.9
     assert compared.plot(title="turned").get_suptitle() == "turned"
+
+
+def test_foolbox_gives_the_same_images_under_the_parameters_that_the_guide_names(model, dataset):
+    from foolbox import PyTorchModel
+    from foolbox.attacks import L2PGD, LinfPGD
+
+    images, labels = images_of(dataset.test)
+    peer = PyTorchModel(model.eval(), bounds=(0, 1), device="cpu")
+    for norm, attack, epsilon in (("linf", LinfPGD, 0.1), ("l2", L2PGD, 0.5)):
+        _, theirs, _ = attack(abs_stepsize=0.04, steps=6, random_start=False)(peer, images, labels, epsilons=epsilon)
+        settings = {"norm": norm, "epsilon": epsilon, "step_size": 0.04, "steps": 6, "random_start": False, "keep": "last"}
+        torch.testing.assert_close(advml.attack(model, images, labels, **settings), theirs, atol=1e-5, rtol=0)

@@ -47,6 +47,12 @@ class LayerComparison:
 
         return heatmaps([Heatmap(self.matrix, "", self.rows, self.columns, row_label, column_label)], title=title, columns=1, size=4.0)
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        from advml.figures.style import to_png
+
+        return to_png(self.plot())
+
 
 def compare_layers(
     first: nn.Module,

@@ -24,10 +24,12 @@ def model_name(scheme: str, regime: str, seed: int) -> str:
 
 
 def canonical(model: str) -> str:
-    """`cl-full-at` -> `CL-Full-AT-s0`: a study's model in any case, of seed 0 where none is named; anything else stays as it is."""
+    """`cl-full-at` -> `CL-Full-AT-s0`: a study's model in any case, of seed 0 where none is named; anything else, also the name of a
+    pretraining (`CL-at-s0`), stays as it is.
+    """
     regimes = "|".join(sorted(get_args(RegimeName), key=len, reverse=True))
     parts = re.fullmatch(rf"({'|'.join(get_args(SchemeName))})-({regimes})(?:-s(\d+))?", model, flags=re.IGNORECASE)
-    if not parts:
+    if not parts or re.fullmatch(rf"[^a-z]+-({'|'.join(get_args(PhaseName))})-s\d+", model):
         return model
     known = {name.lower(): name for name in (*get_args(SchemeName), *get_args(RegimeName))}
     scheme, regime = (known[part.lower()] for part in parts.groups()[:2])
@@ -132,7 +134,7 @@ def find_model(workspace: Workspace, model: str) -> Path:
     Raises:
         UserError: naming the models that exist.
     """
-    for folder in (Path(model), workspace.model(model), workspace.model(canonical(model)), workspace.pretrained(model)):
+    for folder in (Path(model), workspace.model(model), workspace.pretrained(model), workspace.model(canonical(model))):
         if (folder / "model.json").is_file():
             return folder
     names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))

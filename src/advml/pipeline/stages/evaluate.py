@@ -167,7 +167,7 @@ def _foolbox(minimal: str) -> str:
     try:
         return version("foolbox")
     except PackageNotFoundError:
-        remedy = 'install it with: pip install "advml[foolbox]", or set diagnostics.minimal: null'
+        remedy = 'install it with: pip install "advml[distances]", or set diagnostics.minimal: null'
         raise UserError(f"diagnostics.minimal = {minimal} needs foolbox; {remedy}") from None
 
 
