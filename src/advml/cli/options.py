@@ -11,7 +11,7 @@ import typer
 
 from advml.core.messages import is_verbose, tell
 from advml.core.paths import Workspace
-from advml.recipes import PhaseName, RegimeName, SchemeName
+from advml.recipes import REGIMES, SCHEMES, PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
@@ -42,8 +42,8 @@ def choice(names: Any, help: str) -> Any:
     return typer.Argument(parser=one_of(names), autocompletion=lambda: values, help=help, show_default=False)
 
 
-Scheme = Annotated[str, choice(SchemeName, "SL: supervised, CL: contrastive (SimCLR), SCL: supervised contrastive (SupCon).")]
-Regime = Annotated[str, choice(RegimeName, "ST: standard, AT: adversarial pretraining; Partial-AT and Full-AT fine-tune under attack too.")]
+Scheme = Annotated[str, choice(SchemeName, f"{', '.join(f'{name} {scheme.described}' for name, scheme in SCHEMES.items())}.")]
+Regime = Annotated[str, choice(RegimeName, "; ".join(f"{name}: {regime.described}" for name, regime in REGIMES.items()) + ".")]
 Phase = Annotated[str, choice(PhaseName, "st: standard, at: adversarial.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, batches, views and random starts.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

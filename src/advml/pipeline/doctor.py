@@ -88,7 +88,7 @@ def _stores(params: Path, wrong: list[str]) -> dict[str, str]:
     found["DVC remotes"] = _remotes(root, wrong)
     try:
         chosen = config.load(params)
-        place = locate(chosen, root=root)
+        place = locate(chosen.tracking, root=root)
     except UserError as error:
         return found | {"params.yaml": "none" if not params.exists() else _noted(wrong, str(error))}
     if place.refused:
