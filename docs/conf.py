@@ -5,7 +5,7 @@ from advml import __version__
 project, author, release = "advml", "the authors of advml", __version__
 copyright = author
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
-exclude_patterns = ["decisions/README.md"]
+exclude_patterns = ["decisions/README.md", "images"]
 html_theme, html_title = "furo", f"advml {__version__}"
 autodoc_typehints, autodoc_member_order = "description", "bysource"
 napoleon_custom_sections = [("Example", "Examples")]

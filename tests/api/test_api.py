@@ -200,6 +200,7 @@ def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exis
         (lambda: advml.evaluate(model, images, labels, overrides=["worst_case.stepz=3"]), "did you mean steps"),
         (lambda: advml.evaluate(model, images, labels, params="cifar11"), "cifar11"),
         (lambda: advml.evaluate(model, images, labels, scheme="XL"), "scheme = 'XL'"),
+        (lambda: advml.evaluate(model, images, labels, scheme="CL"), "projection head"),
         (lambda: advml.evaluate(model, images * 0.999, labels, corruptions=True), "256 grey levels"),
         (lambda: advml.train("CL", "FAT", images, labels, validation=(images, labels)), "regime = 'FAT'"),
         (lambda: advml.compare_layers(model, model, images[:3]), "CKA needs batches of 4"),
@@ -208,6 +209,13 @@ def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exis
         with pytest.raises(UserError) as refused:
             asked()
         assert words in str(refused.value)
+
+
+def test_an_epsilon_that_is_given_is_the_one_of_every_figure_whatever_the_settings_say(model, dataset):
+    settings = [*QUICK, "evaluate.epsilon=0.3", "threat_model.epsilon=0.2"]
+    measured = advml.evaluate(model, *images_of(dataset.test), epsilon=0.01, overrides=settings)
+    assert measured.record["figures"]["accuracy/threat_model_2"]["epsilon"] == 0.01
+    assert measured.record["figures"]["accuracy/worst_case"]["epsilon"] == 0.01
 
 
 # Layers

@@ -120,10 +120,12 @@ def evaluate(
         >>> measured.verdicts.num_rows, measured.judged
         (40, False)
     """
-    changed = {"threat_model.epsilon": epsilon, "threat_model.norm": norm}
+    changed = {"evaluate.epsilon": epsilon, "threat_model.norm": norm}
     asked = [*overrides, *(f"{key}={value}" for key, value in changed.items() if value is not None)]
     chosen = config_of(params, asked if corruptions else [*asked, "corruptions.names=none"])
     require(scheme is None or scheme in SCHEMES, f"scheme = {scheme!r}; choose from {', '.join(SCHEMES)}")
+    if scheme and SCHEMES[scheme].groups and getattr(model, "projection_head", None) is None:
+        raise UserError(f"scheme = {scheme!r} needs a network of advml with a projection head, which this model is not; leave scheme out")
     test, machine = labelled(images, labels), machine_of(model, chosen.runtime.precision)
     if chosen.corruptions.names and test.images.is_floating_point():
         raise UserError("corruptions = True needs images of 256 grey levels, and some lie between them; give uint8 images")

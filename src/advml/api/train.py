@@ -92,7 +92,7 @@ def train(
     chosen, learnt, selecting = config_of(params, overrides), labelled(images, labels), checked(*validation)
     names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or int(learnt.labels.max()) + 1)]
     dataset = dataset_of(learnt, selecting, names)
-    phase, machine = REGIMES[regime].pretraining, Machine(torch.device(device), chosen.runtime.precision)
+    phase, machine = REGIMES[regime].pretraining, Machine(torch.device(device), chosen.runtime.precision, compile=chosen.runtime.compile)
     with deterministic_kernels(), tempfile.TemporaryDirectory() as temporary:
 
         def run(plan: plans.Plan, stage: str) -> list[dict[str, float]]:
@@ -103,9 +103,9 @@ def train(
             total = batches_per_epoch(dataset, plan.phase) * plan.phase.epochs
             with Bar(f"{stage} {scheme} {regime}", total=total) if progress else contextlib.nullcontext() as bar:
 
-                def show(epoch: int, done: int, loss: float) -> None:
+                def show(epoch: int, done: int, loss: Tensor) -> None:
                     if bar:
-                        bar.reach(total * (epoch - 1) // plan.phase.epochs + done, f"loss {loss:.3f}")
+                        bar.reach(total * (epoch - 1) // plan.phase.epochs + done, lambda: f"loss {loss:.3f}")
 
                 return fit(plan, dataset, machine, checkpoint=checkpoint, on_batch=show)[1]
 
