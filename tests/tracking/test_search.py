@@ -70,7 +70,7 @@ def test_files_and_scores_are_logged_as_sync_would(project, open_search):
     (folder / "best.yaml").write_text("parameters: {attack.steps: 5}\nscored: {robust: 0.57}\n")
     (folder / "trials.csv").write_text("trial,state,robust\n0,complete,0.57\n")
     with open_search() as run:
-        run.log_results(folder, [folder / "best.yaml", folder / "trials.csv"], {"robust": 0.57})
+        run.log_results(folder, [folder / "best.yaml", folder / "trials.csv"])
         (folder / "best.yaml").write_text("scored: {robust: 0.53}\n")
         assert project.sync() == []  # the command is at work, and logs it itself
     record = project.entity(run.id)

@@ -34,7 +34,7 @@ from advml.tuning.search import Search
 from advml.tuning.space import show
 from advml.tuning.storage import address, alone, close, note_holder, told
 from advml.tuning.trial import Report, run_trial
-from advml.tuning.trial_state import ORIGIN, REASON, best_of, finished, scores
+from advml.tuning.trial_state import ORIGIN, REASON, best_of, finished
 
 # What the fork server imports for the processes; the last ones are what Optuna and the figures import when they are first used.
 MODULES = (
@@ -113,7 +113,9 @@ def tune(
         note_holder(study)
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
-        about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": search.parameters()}
+        params = search.parameters()
+        params["tune"][search.kind]["trials"] = trials  # as asked for by --trials
+        about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": params}
         run = stack.enter_context(tracking.open_search(config, root=workspace.root, **about))
         driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed, watch)
         try:
@@ -292,5 +294,5 @@ class Driver:
         self.log(trials)
         if best is not None:
             self.run.mark_best(best.number)
-        self.run.log_results(folder, files, scores(self.search.metrics, best) if best is not None else {})
+        self.run.log_results(folder, files)
         return Outcome(self.search.name, folder, finished(trials), best, found, files)
