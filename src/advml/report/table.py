@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from advml.config import Config
+from advml.config import Grid
 from advml.core.io import read_json
-from advml.core.paths import Workspace, model_name
+from advml.core.paths import Workspace, model_name, pretraining_name
 from advml.evaluation import records
 from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
+from advml.recipes import REGIMES
 
 Row = dict[str, Any]
-
-NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}
 
 # Column of the printed table -> metric.
 COLUMNS: dict[str, str] = {
@@ -28,17 +26,18 @@ COLUMNS: dict[str, str] = {
     "worst case": "accuracy/worst_case",
     "corrupted": "corruption/mean",
 }
+PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # in the order of DVC's page
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 
-def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
+def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Row]:
     """A row per evaluated model of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat.
 
     Raises:
         UserError: a metrics.json is damaged.
     """
     found = []
-    for seed, scheme, regime in itertools.product(configuration.seeds, configuration.grid.schemes, configuration.grid.regimes):
+    for seed, scheme, regime in itertools.product(seeds, grid.schemes, grid.regimes):
         name = model_name(scheme, regime, seed)
         path = workspace.report(name) / "metrics.json"
         if path.exists():
@@ -50,14 +49,23 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
     return found
 
 
-def to_csv(table: list[Row]) -> str:
-    """The full table; a figure that a model does not have (threat model I of SL) is an empty cell."""
-    names = list(dict.fromkeys(key for row in table for key in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return stream.getvalue()
+def slim(table: list[Row]) -> dict[str, dict[str, float]]:
+    """Of all figures those that say how a study has come out, by name and model: for `dvc metrics` and `dvc exp show`."""
+    names = {metric.partition("/")[2]: metric for metric in (COLUMNS["worst case"], COLUMNS["II"], COLUMNS["clean"])}
+    return {name: {row["model"]: round(row[metric], 4) for row in table if metric in row} for name, metric in names.items()}
+
+
+def training_rows(table: list[Row], workspace: Workspace) -> list[Row]:
+    """A row per epoch of every model of the table and of its pretraining: `model`, `scheme`, `regime`, `phase`, and the epoch's record."""
+    runs = {(row["model"], row["scheme"], row["regime"], FINE_TUNING) for row in table}
+    phases = {(REGIMES[row["regime"]].pretraining, row["scheme"], row["seed"]) for row in table}
+    runs |= {(pretraining_name(scheme, phase, seed), scheme, phase, PRETRAINING) for phase, scheme, seed in phases}
+    found = []
+    for model, scheme, regime, phase in sorted(runs):
+        curves = workspace.report(model) / "history.json"
+        history = read_json(curves, kind=list, remedy="restore it with: dvc checkout") if curves.exists() else []
+        found += [{"model": model, "scheme": scheme, "regime": regime, "phase": phase, **epoch} for epoch in history]
+    return found
 
 
 def cell(row: Row, metric: str) -> str:

@@ -26,7 +26,7 @@ OTHERS = {
     "evaluation": ("a model from elsewhere, measured like the study's own", ()),
     "search": ("a search on validation images; each trial is a run below this one", ()),
 }
-HEADS = {"classifier": "supervised learning", "projection": "contrastive learning"}
+MODES = {"st": "standard", "at": "adversarial"}
 
 
 def describe(tags: Mapping[str, str], *, run: str, experiment: str) -> str:
@@ -62,14 +62,8 @@ def _paragraphs(tags: Mapping[str, str], runs: str, run: str) -> Iterator[str]:
 
 
 def _training(tags: Mapping[str, str]) -> str:
-    """`supervised contrastive learning (SCL), adversarial pretraining, ...; seed 0`."""
+    """`contrastive (SimCLR) learning, adversarial pretraining, standard fine-tuning of the head; seed 0`."""
     scheme, regime = SCHEMES.get(tags.get("advml.scheme", "")), REGIMES.get(tags.get("advml.regime", ""))
-    mode = regime.pretraining if regime else tags.get("advml.phase")
-    words = [f"{HEADS[scheme.head]} ({scheme.name})" if scheme else tags.get("advml.scheme", "")]
-    words.append(f"{'adversarial' if mode == 'at' else 'standard'} pretraining")
-    if regime and scheme and regime.finetunes(scheme):
-        images = "under attack" if regime.attacked else "on clean images"
-        words.append(f"then {'encoder and head' if regime.encoder_learns else 'the head'} fine-tuned {images} ({regime.name})")
-    elif regime:
-        words.append(f"no fine-tuning ({regime.name})")
-    return ", ".join(words) + f"; seed {tags.get('advml.seed')}"
+    mode = MODES.get(regime.pretraining if regime else tags.get("advml.phase", ""), "")
+    done = regime.described if scheme and regime and regime.finetunes(scheme) else f"{mode} pretraining"
+    return f"{scheme.described if scheme else tags.get('advml.scheme')} learning, {done}; seed {tags.get('advml.seed')}"
