@@ -26,7 +26,7 @@ COLUMNS: dict[str, str] = {
     "worst case": "accuracy/worst_case",
     "corrupted": "corruption/mean",
 }
-PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # in the order of DVC's page
+PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # as DVC's page sorts them
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 

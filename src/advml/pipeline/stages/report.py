@@ -44,7 +44,7 @@ def run(context: Context) -> list[tables.Row]:
     write_atomically(reports / "results.json", to_json(tables.slim(table)))
     write_atomically(reports / "training.csv", to_csv(tables.training_rows(table, workspace)))
     if grid := figures.matrices(config.grid, workspace, "clean", seed=config.seeds[0]):
-        write_atomically(reports / "cka.png", to_png(grid, dpi=130))
+        write_atomically(reports / "cka.png", to_png(grid, dpi=110))
     write_atomically(reports / "claims.json", to_json(claims))
     write_atomically(reports / "report.html", page.render(settings, workspace, table, claims, provenance=about).encode())
     tracking.log_result(context.tracking, "study")
