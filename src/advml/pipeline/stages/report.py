@@ -12,6 +12,7 @@ from advml.figures.style import to_png
 from advml.pipeline.context import Context
 from advml.report import figures, page
 from advml.report import table as tables
+from advml.report.finding import finding
 
 
 def run(context: Context) -> list[tables.Row]:
@@ -38,6 +39,7 @@ def run(context: Context) -> list[tables.Row]:
         diagnostics=config.diagnostics,
         corruptions=config.corruptions,
     )
+    claims["finding"] = finding(table, claims, threat_model=settings.threat_model)
     write_atomically(reports / "summary.csv", to_csv(table))
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=settings.threat_model)))
