@@ -268,3 +268,15 @@ def test_a_run_of_discarded_inputs_is_ended_and_no_other(project, capfd):
     assert project.entity(orphan.id).info.status == "KILLED"
     assert project.entity(done.id).info.status == "FINISHED"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("switch", ["true", "false"])
+def test_the_machine_is_watched_if_mlflows_switch_is_on(project, monkeypatch, switch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", switch)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    with project.open_run() as run:
+        deadline = time.monotonic() + 20
+        while switch == "true" and not project.entity(run.id).data.metrics and time.monotonic() < deadline:
+            time.sleep(0.05)
+    measured = project.entity(run.id).data.metrics
+    assert ("system/cpu_utilization_percentage" in measured) == (switch == "true") and project.entity(run.id).info.status == "FINISHED"

@@ -288,6 +288,27 @@ def test_a_value_that_changes_in_a_file_changes_in_mlflow(whole):
     assert Path(model.artifact_location.removeprefix("file://"), "model.json").read_bytes() == path.read_bytes()
 
 
+def test_a_model_is_described_with_result_flags_pretraining_and_pictures_and_results_by_their_commit(whole):
+    write_json(whole.root / "records" / "evaluate" / "CL-AT-s0.json", {"digest": "b" * 64, "metrics": MEASURED, "diagnostics": {}})
+    whole.sync()
+    record = whole.newest("CL-AT-s0")
+    note = record.data.tags["mlflow.note.content"]
+    told = (
+        "contrastive (SimCLR)",
+        "adversarial pretraining",
+        "worst case 50.0 % [40.0, 60.0]",
+        "not judged",
+        "[CL-at-s0](",
+        "/artifacts/cka.png?",
+    )
+    assert [words for words in told if words not in note] == []
+    assert "accuracy/worst_case/low" not in record.data.metrics and "corruption/fog" not in record.data.metrics
+    table = json.loads((Path(record.info.artifact_uri.removeprefix("file://")) / "evaluation.json").read_text())
+    assert table["columns"] == ["figure", "value", "low", "high"] and ["corruption/fog", 0.3, None, None] in table["data"]
+    assert {"cka.png", "layers.png"} <= whole.artifacts(record.info.run_id)
+    assert whole.newest("study").info.run_name == "study ccccccc"
+
+
 def test_a_picture_that_has_not_changed_is_logged_once(whole):
     run = whole.newest("CL-AT-s0").info.run_id
 
@@ -302,6 +323,9 @@ def test_a_picture_that_has_not_changed_is_logged_once(whole):
     (whole.root / "reports" / "CL-AT-s0" / "cka.png").write_bytes(picture + b"\0")
     assert whole.sync() == ["CL-AT-s0"]
     assert logged("cka") == 2 * before["cka"] and logged("layers") == before["layers"]
+
+
+MEASURED = {"accuracy/worst_case": 0.5, "accuracy/worst_case/low": 0.4, "accuracy/worst_case/high": 0.6, "corruption/fog": 0.3}
 
 
 def is_shown(project, name, file, what, key, *value) -> bool:
