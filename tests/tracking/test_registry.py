@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 
-import mlflow
 import numpy as np
 import pytest
 import torch
@@ -56,14 +57,17 @@ def test_the_best_on_attacked_validation_images_is_registered_once_and_the_alias
 
 def test_a_registered_model_loads_through_mlflow_by_path_and_digest(study, monkeypatch):
     study.sync()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow, on its own type hints
+        pyfunc = importlib.import_module("mlflow.pyfunc")
     monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", study.place.uri)
     monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", study.place.uri)
     images = np.random.default_rng(0).random((2, 1, 8, 8), dtype=np.float32)
     folder = study.root / "models" / "finetune" / "CL-Full-AT-s0"
     with torch.inference_mode():
         expected = load_classifier(folder).eval()(torch.from_numpy(images)).numpy()
-    np.testing.assert_array_equal(mlflow.pyfunc.load_model("models:/advml@best").predict(images), expected)
+    np.testing.assert_array_equal(pyfunc.load_model("models:/advml@best").predict(images), expected)
     assert not [path for path in (study.root / "mlruns").rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
     (folder / "model.safetensors").write_bytes(b"others")
     with pytest.raises(UserError, match="dvc pull models/finetune/CL-Full-AT-s0"):
-        mlflow.pyfunc.load_model("models:/advml@best")
+        pyfunc.load_model("models:/advml@best")

@@ -44,16 +44,16 @@ def register_best(store: stores.Store) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"models:/{run.data.tags[MODEL]}"
     known = [version for version in client.search_model_versions(f"name = '{name}'") if version.run_id == run.info.run_id]
     if not known:
+        logged = client.get_logged_model(run.data.tags[MODEL])
         tags = {key: run.data.tags[key] for key in (DIGEST, FLAGS, TRANSFER_FLAGS) if key in run.data.tags} | {SCORE: f"{score:.4f}"}
         about = f"{model}. On test: {run.data.tags.get(RESULT, 'not measured')}. On validation under attack: {100 * score:.1f} %."
-        of = {"run_id": run.info.run_id, "model_id": run.data.tags[MODEL], "tags": tags, "description": about}
-        known = [client.create_model_version(name, source, **of)]
-        of_model = json.loads(client.get_logged_model(of["model_id"]).tags.get(VERSIONS, "[]"))
-        of_model.append({"name": name, "version": int(known[0].version)})
-        client.set_logged_model_tags(of["model_id"], {VERSIONS: json.dumps(of_model)})
+        of = {"run_id": run.info.run_id, "model_id": logged.model_id, "tags": tags, "description": about}
+        # Its place, not `models:/<id>`, which MLflow looks up in the store that is set globally.
+        known = [client.create_model_version(name, logged.artifact_location, **of)]
+        versions = [*json.loads(logged.tags.get(VERSIONS, "[]")), {"name": name, "version": int(known[0].version)}]
+        client.set_logged_model_tags(logged.model_id, {VERSIONS: json.dumps(versions)})
     if client.get_registered_model(name).aliases.get(ALIAS) != known[0].version:
         client.set_registered_model_alias(name, ALIAS, known[0].version)
 

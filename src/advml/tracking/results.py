@@ -47,8 +47,9 @@ def log_parts(run: Run, folder: Path) -> bool:
 @guarded
 def log_model(run: Run, folder: Path, *, digest: str) -> bool:
     """Log what a training phase has written, and with it complete its run; False if the run was complete."""
-    curves = Workspace(run.store.place.root).report(folder.name) / "history.json"
-    logged = _log_part(run, "training", (folder / "model.json", curves), _log_training)
+    workspace = Workspace(run.store.place.root)
+    curves = workspace.report(folder.name) / "history.json"
+    logged = _log_part(run, "training", (folder / "model.json", curves, *_pretraining(workspace, folder)), _log_training)
     run.log_checkpoint(folder, digest=digest)
     return logged
 
@@ -68,30 +69,30 @@ def _log_part(run: Run, part: str, files: tuple[Path, ...], log: Callable[..., N
     return True
 
 
-def _log_training(run: Run, record: Record, file: Path, curves: Path) -> None:
+def _pretraining(workspace: Workspace, folder: Path) -> list[Path]:
+    """The curves of the pretraining that a model started from, if they are here, and of the same weights."""
+    record = read_json(folder / "model.json", remedy=REMEDY) if (folder / "model.json").exists() else {}
+    parent = record.get("pretraining") or {"name": ""}
+    made, curves = workspace.pretrained(parent["name"]) / "model.json", workspace.report(parent["name"]) / "history.json"
+    if not parent["name"] or not made.exists() or not curves.exists():
+        return []
+    return [curves] if read_json(made, remedy=REMEDY).get("digest") == parent["digest"] else []
+
+
+def _log_training(run: Run, record: Record, file: Path, curves: Path, *before: Path) -> None:
     history = read_json(curves, kind=list, remedy=REMEDY)
     run.log_epochs(history, at=modified(file))
     if model := run.tags.get(MODEL):  # of before; a new one gets both later
         run.client.log_model_artifact(model, str(file))
         run.set_tags({COMMIT: record.get("git_commit")})
-    phases = {name: past for name, past in (*_pretraining(curves, record), (file.parent.name, (history, record.get("epoch")))) if past[0]}
-    if phases:
+    phases = {curves.parent.name: (history, record.get("epoch"))}
+    for past in before:
+        kept = read_json(Workspace(curves.parents[2]).pretrained(past.parent.name) / "model.json", remedy=REMEDY).get("epoch")
+        phases = {past.parent.name: (read_json(past, kind=list, remedy=REMEDY), kept)} | phases
+    if phases := {name: phase for name, phase in phases.items() if phase[0]}:
         from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
 
         run.client.log_figure(run.id, training_curves(phases), "curves.png")
-
-
-def _pretraining(curves: Path, record: Record) -> list[tuple[str, tuple[list[Record], int | None]]]:
-    """Name, curves and kept epoch of the pretraining that a model started from, if its files are here and of the same weights."""
-    parent = record.get("pretraining") or {"name": ""}
-    workspace = Workspace(curves.parents[2])
-    made, past = workspace.pretrained(parent["name"]) / "model.json", workspace.report(parent["name"]) / "history.json"
-    if not parent["name"] or not (made.exists() and past.exists()):
-        return []
-    found = read_json(made, remedy=REMEDY)
-    if found["digest"] != parent["digest"]:
-        return []
-    return [(parent["name"], (read_json(past, kind=list, remedy=REMEDY), found.get("epoch")))]
 
 
 def _log_evaluation(run: Run, record: Record, file: Path, *samples: Path) -> None:
