@@ -29,7 +29,7 @@ def curves(axes: Axes) -> dict[str, list[float]]:
 
 def test_curves_of_a_classifier_are_loss_accuracy_and_learning_rate() -> None:
     records = history("accuracy")
-    loss, accuracy, rate = training_curves(records, "CL-Full-AT-s0").axes
+    loss, accuracy, rate = training_curves({"CL-Full-AT-s0": (records, None)}).axes
     assert curves(loss) == {
         "train, clean": [record["train/loss"] for record in records],
         "train, adversarial": [record["train/adversarial_loss"] for record in records],
@@ -43,26 +43,31 @@ def test_curves_of_a_classifier_are_loss_accuracy_and_learning_rate() -> None:
 
 
 def test_curves_of_a_contrastive_pretraining_have_no_accuracy() -> None:
-    loss, _ = training_curves(history("loss"), "CL-at-s0").axes
+    loss, _ = training_curves({"CL-at-s0": (history("loss"), None)}).axes
     assert list(curves(loss)) == ["train, clean", "train, adversarial", "validation, clean", "validation, adversarial"]
 
 
-def test_the_kept_epoch_is_marked_and_named() -> None:
-    figure = training_curves(history("accuracy", adversarial=False), "SL-ST-s0", selected=4)
-    assert figure.get_suptitle() == "SL-ST-s0   (dotted: epoch 4 was kept)"
-    assert all(list(axes.lines[-1].get_xdata()) == [4, 4] for axes in figure.axes)
+KEPT = {"CL-at-s0": 2, "CL-ST-s0": 4}
+
+
+def test_phases_stand_side_by_side_and_the_kept_epoch_of_each_is_marked_and_named() -> None:
+    figure = training_curves({"CL-at-s0": (history("loss"), 2), "CL-ST-s0": (history("accuracy", adversarial=False), 4)})
+    titles = [f"{name}   (dotted: epoch {epoch} was kept)" for name, epoch in KEPT.items()]
+    assert [part.get_suptitle() for part in figure.subfigs] == titles
+    for part, epoch in zip(figure.subfigs, KEPT.values(), strict=True):
+        assert all(list(axes.lines[-1].get_xdata()) == [epoch, epoch] for axes in part.axes)
 
 
 def test_one_epoch_is_a_visible_point_and_none_is_no_error() -> None:
-    loss = training_curves(history("accuracy", epochs=1), "short").axes[0]
+    loss = training_curves({"short": (history("accuracy", epochs=1), None)}).axes[0]
     assert {line.get_marker() for line in loss.lines} == {"o"}
-    assert to_png(training_curves([], "nothing to learn"))[:4] == b"\x89PNG"
+    assert to_png(training_curves({"nothing to learn": ([], None)}))[:4] == b"\x89PNG"
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
     with matplotlib.rc_context(dict.fromkeys(("font.size", "savefig.dpi"), 77)):
         before = dict(matplotlib.rcParams)
-        figure = training_curves(history("accuracy"), "title")
+        figure = training_curves({"title": (history("accuracy"), None)})
         to_png(figure)
         assert dict(matplotlib.rcParams) == before
     assert figure.axes[0].xaxis.label.get_fontsize() == style.STYLE["font.size"]

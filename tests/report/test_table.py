@@ -159,13 +159,35 @@ def test_the_report_is_written_twice_with_the_same_bytes(measured):
     assert first["summary.csv"] == to_csv(rows) and first["summary.md"].decode() == to_markdown(rows)
 
 
+def test_what_dvc_shows_is_a_slim_table_and_the_curves_of_all_phases(measured):
+    for name, loss in {"CL-at-s0": 2.0, "CL-Full-AT-s0": 1.0, "SCL-at-s0": 9.0}.items():
+        measured.workspace.report(name).mkdir(parents=True, exist_ok=True)
+        (measured.workspace.report(name) / "history.json").write_text(json.dumps([{"epoch": 1, "train/loss": loss}]))
+    stage.run(measured.context())
+    results = json.loads((measured.workspace.reports / "results.json").read_text())
+    assert set(results) == {"worst_case", "threat_model_2", "clean"}
+    assert results["worst_case"] == {"CL-ST-s3": 0.0, "SL-ST-s3": 0.0, "CL-Full-AT-s0": 17 / 40}
+    with open(measured.workspace.reports / "training.csv", encoding="utf-8") as file:
+        curves = [(row["model"], row["phase"], float(row["train/loss"])) for row in csv.DictReader(file)]
+    assert curves == [("CL-Full-AT-s0", "2 fine-tuning", 1.0), ("CL-at-s0", "1 pretraining", 2.0)]
+
+
+def test_the_page_opens_with_the_finding_and_links_models_to_their_details(measured):
+    stage.run(measured.context())
+    page = (measured.workspace.reports / "report.html").read_text()
+    found = json.loads((measured.workspace.reports / "claims.json").read_text())["finding"]
+    assert found and 0 < page.index(found[0]) < page.index("<img") < page.index("The question")
+    assert page.count("<figure") == page.count("<figcaption><strong>") and "prefers-color-scheme: dark" in page
+
+
 def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):
     stage.run(measured.context())
-    assert measured.runs() == [("study", "FINISHED")]
+    assert [(name.partition(" ")[0], status) for name, status in measured.runs()] == [("study", "FINISHED")]
     store = measured.store()
     (run,) = store.client.search_runs([store.experiment])
     names = {artifact.path for artifact in store.client.list_artifacts(run.info.run_id)}
-    assert names == {*paths.REPORT_FILES, "summary.json", "claims_table.json"} and run.data.params["threat_model.epsilon"] == "0.15"
+    assert names == {*paths.REPORT_FILES, "config", "summary.json", "claims_table.json"} and run.data.params["epsilon"] == "0.15"
+    assert "Without adversarial training" in run.data.tags["mlflow.note.content"]
 
 
 def test_a_report_of_nothing_says_how_to_measure(make_study):

@@ -23,6 +23,16 @@ from advml.tracking import store as stores
 
 DATA = {"digest": "d" * 64, "source": "scikit-learn digits", "counts": {"train": 1257, "validation": 180, "test": 360}}
 HISTORY = [{"epoch": epoch, "train/loss": 1.0 / epoch, "validation/accuracy": 0.1 * epoch} for epoch in range(1, 6)]
+PARAMETERS = {
+    "threat_model": {"norm": "linf", "epsilon": 0.15},
+    "attack": {"steps": 5, "step_size": None},
+    "pretrain": {"CL": {"epochs": 7}},
+    "regimes": {"AT": {"epochs": 5}},
+}
+# Of them in MLflow: AT attacks in pretraining only
+COMPARED = {"scheme": "CL", "regime": "AT", "seed": "0", "training.pretrain.epochs": "7", "training.pretrain.epsilon": "0.15"}
+COMPARED |= {"training.pretrain.attack_steps": "5", "training.finetune.epochs": "5"}
+COMPARED |= {"training.finetune.epsilon": "0", "training.finetune.attack_steps": "0"}
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
@@ -40,6 +50,8 @@ class Project:
     overrides: tuple[str, ...] = ()
     data = DATA
     history = HISTORY
+    parameters = PARAMETERS
+    compared = COMPARED
 
     @property
     def place(self) -> Place:
@@ -56,7 +68,7 @@ class Project:
     def open_run(self, *, run_id: str | None = None, discarded: str | None = None, **changes: Any) -> tracking.Run:
         """The run of a training."""
         record = {"name": "CL-AT-s0", "kind": "model", "scheme": "CL", "regime": "AT", "seed": 0, "data": DATA}
-        record |= {"parameters": {"attack": {"steps": 5, "step_size": None}}} | changes
+        record |= {"parameters": PARAMETERS} | changes
         return tracking.open_run(self.place, record=record, run_id=run_id, discarded=discarded)
 
     def entity(self, run_id: str) -> Any:
@@ -83,7 +95,7 @@ class Project:
         scheme, *middle, seed = name.split("-")
         folder = self.root / "models" / ("pretrain" if kind == "pretrain" else "finetune") / name
         record = {"name": name, "kind": kind, "scheme": scheme, "phase" if kind == "pretrain" else "regime": "-".join(middle)}
-        record |= {"seed": int(seed[1:]), "parameters": {"attack": {"steps": 5}}, "git_commit": "c" * 40, "data": DATA, "digest": digest}
+        record |= {"seed": int(seed[1:]), "parameters": PARAMETERS, "git_commit": "c" * 40, "data": DATA, "digest": digest}
         write(folder / "model.json", record | more)
         write(self.root / "reports" / name / "history.json", HISTORY)
         (folder / "model.safetensors").write_bytes(b"")
@@ -93,7 +105,10 @@ class Project:
     def write_evaluation(self, name: str, metrics: dict[str, float]) -> None:
         """The record of `evaluate`, of the weights as they are."""
         digest = json.loads((self.root / "models" / "finetune" / name / "model.json").read_text())["digest"]
-        told = {"parameters": {"evaluate": {"steps": 7}}, "diagnostics": {"evidence": {}, "flags": [{"name": "a flag"}]}}
+        told = {
+            "parameters": {"evaluate": {"epsilon": None}, "threat_model": PARAMETERS["threat_model"]},
+            "diagnostics": {"evidence": {}, "flags": [{"name": "a flag"}]},
+        }
         write(self.root / "records" / "evaluate" / f"{name}.json", {"digest": digest, "metrics": metrics, **told})
 
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+import yaml
 
 from advml import tracking
 from advml.core.errors import Failure
@@ -24,11 +25,13 @@ def test_a_run_carries_name_tags_parameters_data_and_commit(project, monkeypatch
     monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
     (project.root / "params.yaml").write_text("seeds: [0]")
     subprocess.run([*git, "add", "params.yaml"], cwd=project.root, check=True)
-    with project.open_run(versions={"torch": "2"}) as run:
+    with project.open_run() as run:
         pass
     record = project.entity(run.id)
     assert record.info.run_name == "CL-AT-s0"
-    assert record.data.params == {"attack.steps": "5", "attack.step_size": "null", "versions.torch": "2"}
+    assert record.data.params == project.compared
+    (whole,) = (project.root / "mlruns").rglob("config/training.yaml")
+    assert yaml.safe_load(whole.read_text()) == project.parameters
     expected = {
         "advml.name": "CL-AT-s0",
         "advml.kind": "model",
@@ -49,10 +52,10 @@ def test_a_run_carries_name_tags_parameters_data_and_commit(project, monkeypatch
 
 
 def test_parameters_beyond_mlflows_limits_are_logged_in_batches_and_cut(project, capfd):
-    with project.open_run(parameters={f"key{number}": number for number in range(250)} | {"long": "x" * 9000}) as run:
-        pass
+    with project.open_run() as run:
+        run.log_params({f"key{number}": number for number in range(250)} | {"long": "x" * 9000})
     logged = project.entity(run.id).data.params
-    assert len(logged) == 251
+    assert len(logged) == 251 + len(project.compared)
     assert logged["long"] == "x" * 6000
     assert capfd.readouterr() == ("", "")
 
@@ -79,14 +82,13 @@ def test_parameters_of_a_later_stage_are_added_and_those_that_have_changed_are_t
         return {key: value for key, value in tags.items() if key.startswith("advml.now.")}, tags.get("mlflow.note.content", "")
 
     with project.open_run() as run:
-        run.log_params({"evaluate": {"steps": 20, "epsilon": None}})
+        run.log_params({"evaluate.steps": 20, "evaluate.epsilon": None})
         assert told()[0] == {} and "last measurement" not in told()[1]
-        run.log_params({"evaluate": {"steps": 40, "epsilon": None}})
+        run.log_params({"evaluate.steps": 40, "evaluate.epsilon": None})
         assert told()[0] == {"advml.now.evaluate.steps": "40"} and told()[1].endswith("The last measurement took: `evaluate.steps` 40")
-    expected = {"attack.steps": "5", "attack.step_size": "null", "evaluate.steps": "20", "evaluate.epsilon": "null"}
-    assert project.entity(run.id).data.params == expected
+    assert project.entity(run.id).data.params == project.compared | {"evaluate.steps": "20", "evaluate.epsilon": "null"}
     with project.open_run(run_id=run.id) as run:
-        run.log_params({"evaluate": {"steps": 20}})
+        run.log_params({"evaluate.steps": 20})
         assert told()[0] == {} and "last measurement" not in told()[1]
     assert capfd.readouterr() == ("", "")
 
@@ -94,7 +96,7 @@ def test_parameters_of_a_later_stage_are_added_and_those_that_have_changed_are_t
 def test_a_table_that_is_logged_again_is_replaced(project):
     with project.open_run() as run:
         for _ in range(2):
-            run.log_table([{"model": "CL-AT-s0", "clean": 0.9}, {"model": "SL-AT-s0", "robust": 0.7}], "summary.json")
+            run.log_table([{"model": "CL-AT-s0", "clean": 0.90004}, {"model": "SL-AT-s0", "robust": 0.7}], "summary.json")
     (file,) = (project.root / "mlruns").rglob("summary.json")
     table = json.loads(file.read_text())
     assert table == {"columns": ["model", "clean", "robust"], "data": [["CL-AT-s0", 0.9, None], ["SL-AT-s0", None, 0.7]]}
@@ -150,7 +152,7 @@ def test_a_model_links_to_the_newest_run_that_pretrained_it(project):
     record = project.entity(run.id)
     assert "advml.pretraining_run" not in early.tags and record.data.tags["advml.pretraining_run"] == pretraining.id
     link = f"#/experiments/{record.info.experiment_id}/runs/{pretraining.id}?workflowType=machine_learning"
-    assert record.data.tags["mlflow.note.content"] == f"Pretraining: [CL-at-s0]({link})"
+    assert f"Pretraining: [CL-at-s0]({link})" in record.data.tags["mlflow.note.content"]
     with project.open_run(pretraining=parent, run_id=run.id):
         (used,) = project.entity(run.id).inputs.model_inputs
         assert used.model_id == pretraining.tags["advml.model_id"]
@@ -233,11 +235,12 @@ def test_a_run_killed_outright_resumes_without_double_points_and_without_gaps(pr
 def test_resuming_a_killed_run_sets_it_running_again(project):
     with pytest.raises(KeyboardInterrupt), project.open_run() as run:
         raise KeyboardInterrupt
-    resumed = project.open_run(run_id=run.id, parameters={"attack": {"steps": 6}, "late": 1})
+    changed = {"evaluate": {"epsilon": 0.1}, "regimes": {"AT": {"epochs": 6}}}
+    resumed = project.open_run(run_id=run.id, parameters=project.parameters | changed)
     record = project.entity(run.id)
     assert (resumed.id, record.info.status) == (run.id, "RUNNING")
-    assert record.data.params == {"attack.steps": "5", "attack.step_size": "null", "late": "1"}  # MLflow refuses to change one
-    assert record.data.tags["advml.now.attack.steps"] == "6"
+    assert record.data.params == project.compared | {"epsilon": "0.1", "norm": "linf"}  # MLflow refuses to change one
+    assert record.data.tags["advml.now.training.finetune.epochs"] == "6"
     assert len(record.inputs.dataset_inputs) == 1
 
 
@@ -265,3 +268,15 @@ def test_a_run_of_discarded_inputs_is_ended_and_no_other(project, capfd):
     assert project.entity(orphan.id).info.status == "KILLED"
     assert project.entity(done.id).info.status == "FINISHED"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("switch", ["true", "false"])
+def test_the_machine_is_watched_if_mlflows_switch_is_on(project, monkeypatch, switch):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", switch)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    with project.open_run() as run:
+        deadline = time.monotonic() + 20
+        while switch == "true" and not project.entity(run.id).data.metrics and time.monotonic() < deadline:
+            time.sleep(0.05)
+    measured = project.entity(run.id).data.metrics
+    assert ("system/cpu_utilization_percentage" in measured) == (switch == "true") and project.entity(run.id).info.status == "FINISHED"

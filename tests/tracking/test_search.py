@@ -8,6 +8,7 @@ import pytest
 
 from advml import tracking
 from advml.tracking import Trial
+from advml.tracking.results import log_winner
 
 
 @pytest.fixture
@@ -70,10 +71,31 @@ def test_files_and_scores_are_logged_as_sync_would(project, open_search):
     (folder / "best.yaml").write_text("parameters: {attack.steps: 5}\nscored: {robust: 0.57}\n")
     (folder / "trials.csv").write_text("trial,state,robust\n0,complete,0.57\n")
     with open_search() as run:
-        run.log_results(folder, [folder / "best.yaml", folder / "trials.csv"], {"robust": 0.57})
+        run.log_results(folder, [folder / "best.yaml", folder / "trials.csv"])
         (folder / "best.yaml").write_text("scored: {robust: 0.53}\n")
         assert project.sync() == []  # the command is at work, and logs it itself
     record = project.entity(run.id)
     assert record.data.metrics == {"best/robust": 0.57} and project.artifacts(run.id, "tune") == {"tune/best.yaml", "tune/trials.csv"}
     assert project.sync() == ["attack"] and project.sync() == []
     assert project.newest("attack").info.run_id == run.id and project.newest("attack").data.metrics == {"best/robust": 0.53}
+
+
+PAIRED = {"p": 0.01, "difference": -0.1, "low": -0.2, "high": 0}
+ATTACK = {"test": {"winner": {"accuracy": 0.5}, "default": {"accuracy": 0.6}, "paired": PAIRED}}
+MEANS = {"winner": {"robust": {"mean": 0.8}}, "default": {"robust": {"mean": 0.7}}}
+TRAINING = {"confirmed": {"test": MEANS | {"difference": {"robust": {"mean": 0.1, "low": 0.05, "high": 0.15}}}}}
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (ATTACK, {"winner": 0.5, "default": 0.6} | PAIRED),
+        (TRAINING, {"winner": 0.8, "default": 0.7, "difference": 0.1, "low": 0.05, "high": 0.15}),
+        ({}, {}),
+    ],
+    ids=["attack", "training", "not confirmed"],
+)
+def test_winner_and_default_are_compared_on_test(project, open_search, measured, expected):
+    with open_search() as run:
+        log_winner(run, {"scored": {"robust": 0.57}} | measured)
+    assert project.entity(run.id).data.metrics == {"best/robust": 0.57} | {f"test/{key}": value for key, value in expected.items()}

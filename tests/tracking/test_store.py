@@ -73,7 +73,7 @@ def test_a_moved_or_copied_project_writes_beside_itself_and_rebuilds_its_runs_th
     assert later.id != run.id and len(list(root.rglob("new.json"))) == 1
     assert new.sync() == ["CL-AT-s0"] and new.sync() == []
     rebuilt = new.store.find(digest="w" * 64)
-    assert rebuilt.info.artifact_uri.startswith(root.as_uri()) and new.artifacts(rebuilt.info.run_id) == {"curves.png"}
+    assert rebuilt.info.artifact_uri.startswith(root.as_uri()) and new.artifacts(rebuilt.info.run_id) == {"config", "curves.png"}
     assert sorted(project.root.rglob("*")) == before
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and str(project.root) in told and "advml sync" in told

@@ -43,7 +43,7 @@ def test_sync_rebuilds_everything_from_files_once(study):
     record = runs["CL-AT-s0"]
     assert record.info.status == "FINISHED"
     assert (record.info.start_time, record.info.end_time) == (1_000_000_100_000, 1_000_000_100_000)
-    assert record.data.params == {"attack.steps": "5", "evaluate.steps": "7"}
+    assert record.data.params == study.compared | {"epsilon": "0.15", "norm": "linf"}
     assert record.data.metrics == {"accuracy/clean": 0.9, "train/loss": 0.2, "validation/accuracy": 0.5}
     assert study.steps(record.info.run_id, "train/loss") == [1, 2, 3, 4, 5]
     expected = {
@@ -75,7 +75,7 @@ def test_sync_leaves_a_run_that_training_made_and_adds_metrics_that_came_later(s
     after = study.entity(run.id)
     assert after.data.metrics == later | {"train/loss": 0.2, "validation/accuracy": 0.5}
     assert study.steps(run.id, "accuracy/clean") == [0]
-    assert after.data.params["evaluate.steps"] == "7" and after.data.tags["advml.flags"] == "a flag"
+    assert after.data.params["epsilon"] == "0.15" and after.data.tags["advml.flags"] == "a flag"
     assert (after.info.status, after.info.end_time) == (before.info.status, before.info.end_time)
 
 
@@ -115,7 +115,7 @@ def test_sync_makes_a_new_run_for_weights_that_were_trained_anew(study):
     study.write_model("CL-AT-s0", "model", digest="e" * 64)
     assert study.sync() == ["CL-AT-s0"]
     anew = study.store.find(digest="e" * 64)
-    assert "accuracy/clean" not in anew.data.metrics and "evaluate.steps" not in anew.data.params  # measured on the weights of before
+    assert "accuracy/clean" not in anew.data.metrics and "epsilon" not in anew.data.params  # measured on the weights of before
 
 
 def test_sync_ends_runs_whose_process_is_gone(study):
@@ -184,7 +184,7 @@ def test_an_outage_in_the_middle_of_a_result_is_mended_by_the_next_sync(reported
     assert reported.sync() == []
     (record,) = reported.runs()
     assert record.info.status == "FINISHED" and record.data.params == {"seeds": "[0]"}
-    assert reported.artifacts(record.info.run_id) == {*REPORT_FILES, "summary.json", "claims_table.json"}
+    assert reported.artifacts(record.info.run_id) == {*REPORT_FILES, "config", "summary.json", "claims_table.json"}
     (file,) = (reported.root / "mlruns").rglob("summary.json")
     assert json.loads(file.read_text()) == {"columns": ["model", "accuracy/clean"], "data": [["CL-AT-s0", 0.9]]}
 
@@ -251,12 +251,16 @@ def whole(study, reported):
 CHANGES = {
     "curves": ("reports/CL-AT-s0/history.json", "0.25", "0.26", "CL-AT-s0", ("curve", "train/loss", 4, 0.26)),
     "curves, at the end": ("reports/CL-AT-s0/history.json", "0.2,", "0.1,", "CL-AT-s0", ("metric", "train/loss", 0.1)),
-    "model record": ("models/finetune/CL-AT-s0/model.json", '"steps": 5', '"steps": 6', "CL-AT-s0", ("tag", "advml.now.attack.steps", "6")),
+    "model record": (
+        *("models/finetune/CL-AT-s0/model.json", '"epochs": 5', '"epochs": 6', "CL-AT-s0"),
+        ("tag", "advml.now.training.finetune.epochs", "6"),
+    ),
     "commit": ("models/pretrain/CL-at-s0/model.json", "c" * 40, "d" * 40, "CL-at-s0", ("tag", "mlflow.source.git.commit", "d" * 40)),
     "evaluation": ("records/evaluate/CL-AT-s0.json", "0.9", "0.8", "CL-AT-s0", ("metric", "accuracy/clean", 0.8)),
     "flags": ("records/evaluate/CL-AT-s0.json", "a flag", "another", "CL-AT-s0", ("tag", "advml.flags", "another")),
     "probes": ("records/represent/CL-AT-s0.json", "0.6045", "0.621", "CL-AT-s0", ("metric", "probe/clean", 0.621)),
-    "how it was measured": ("records/represent/CL-AT-s0.json", "auto", "low", "CL-AT-s0", ("tag", "advml.now.similarity.gram", "low")),
+    "how it was measured": ("records/represent/CL-AT-s0.json", "auto", "low", "CL-AT-s0", ("config", "config/representation.yaml", "low")),
+    "radius": ("records/evaluate/CL-AT-s0.json", "0.15", "0.25", "CL-AT-s0", ("tag", "advml.now.epsilon", "0.25")),
     "layers": ("reports/CL-AT-s0/cka.json", "1.0", "0.1", "CL-AT-s0", ("artifact", "cka/cka.json")),
     "comparison": ("reports/compare/cka.json", "1.0", "0.1", "compare", ("artifact", "cka/cka.json")),
     "transfer": ("reports/transfer/transfer.json", "3", "4", "transfer", ("metric", "transfer_breaks/CL-AT-s0", 4)),
@@ -284,6 +288,27 @@ def test_a_value_that_changes_in_a_file_changes_in_mlflow(whole):
     assert Path(model.artifact_location.removeprefix("file://"), "model.json").read_bytes() == path.read_bytes()
 
 
+def test_a_model_is_described_with_result_flags_pretraining_and_pictures_and_results_by_their_commit(whole):
+    write_json(whole.root / "records" / "evaluate" / "CL-AT-s0.json", {"digest": "b" * 64, "metrics": MEASURED, "diagnostics": {}})
+    whole.sync()
+    record = whole.newest("CL-AT-s0")
+    note = record.data.tags["mlflow.note.content"]
+    told = (
+        "contrastive (SimCLR)",
+        "adversarial pretraining",
+        "worst case 50.0 % [40.0, 60.0]",
+        "not judged",
+        "[CL-at-s0](",
+        "/artifacts/cka.png?",
+    )
+    assert [words for words in told if words not in note] == []
+    assert "accuracy/worst_case/low" not in record.data.metrics and "corruption/fog" not in record.data.metrics
+    table = json.loads((Path(record.info.artifact_uri.removeprefix("file://")) / "evaluation.json").read_text())
+    assert table["columns"] == ["figure", "value", "low", "high"] and ["corruption/fog", 0.3, None, None] in table["data"]
+    assert {"cka.png", "layers.png"} <= whole.artifacts(record.info.run_id)
+    assert whole.newest("study").info.run_name == "study ccccccc"
+
+
 def test_a_picture_that_has_not_changed_is_logged_once(whole):
     run = whole.newest("CL-AT-s0").info.run_id
 
@@ -300,12 +325,17 @@ def test_a_picture_that_has_not_changed_is_logged_once(whole):
     assert logged("cka") == 2 * before["cka"] and logged("layers") == before["layers"]
 
 
+MEASURED = {"accuracy/worst_case": 0.5, "accuracy/worst_case/low": 0.4, "accuracy/worst_case/high": 0.6, "corruption/fog": 0.3}
+
+
 def is_shown(project, name, file, what, key, *value) -> bool:
     record = project.newest(name)
     if what == "curve":
         history = project.store.client.get_metric_history(record.info.run_id, key)
         at = [point.value for point in sorted(history, key=lambda point: point.timestamp) if point.step == value[0]]
         return at[-1] == value[1] and len(at) == 2  # the changed one, and no other a second time
+    if what == "config":
+        return value[0] in (Path(record.info.artifact_uri.removeprefix("file://")) / key).read_text()
     if what == "artifact":
         return (Path(record.info.artifact_uri.removeprefix("file://")) / key).read_bytes() == file.read_bytes()
     return {"metric": record.data.metrics, "tag": record.data.tags}[what][key] == value[0]

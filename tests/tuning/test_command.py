@@ -114,6 +114,9 @@ def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_
     assert before.keys() < after.keys() == {"toy", *(f"toy/{number}" for number in range(8))}
     parent = after["toy"]
     assert parent.info.run_id == before["toy"].info.run_id and parent.info.status == "FINISHED"
+    trials = next(key for key in before["toy"].data.params if key.endswith(".trials"))
+    assert before["toy"].data.params[trials] == "5" and parent.data.tags[f"advml.now.{trials}"] == "8"
+    assert studies.create(toy, address(None, root=study.root)).metric_names == ["value"]  # for Optuna's dashboard
     for trial in studies.create(toy, address(None, root=study.root)).get_trials():
         run = after[f"toy/{trial.number}"]
         failed = trial.params["kind"] == "odd"

@@ -49,6 +49,7 @@ def checked_name(name: str, *, option: str = "--name") -> str:
 
 # What lies in reports/ beside a folder per model: files of `report`, folders of other commands.
 REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
+DVC_FILES = ("results.json", "training.csv", "cka.png")  # of `report`, too: what `dvc metrics` and `dvc plots` show
 TRANSFER_FILES = ("transfer.json", "transfer.csv", "transfer.png")  # in reports/transfer/
 SEARCH_FILES = ("best.yaml", "trials.csv")  # in reports/tune/NAME/
 FOLDERS = ("compare", "transfer", "tune")
@@ -60,7 +61,9 @@ OF_THE_STUDY = re.compile(rf"({'|'.join(get_args(SchemeName))})-({'|'.join((*get
 def is_reserved(name: str) -> bool:
     """Whether a model from elsewhere may not have this name: it is one of the study's models and pretrainings, or something else has it in
     `reports/`; in lower case, as some disks see no difference."""
-    return bool(OF_THE_STUDY.fullmatch(name)) or name.lower() in (*REPORT_FILES, *FOLDERS) or name.lower().startswith("compare-")
+    return (
+        bool(OF_THE_STUDY.fullmatch(name)) or name.lower() in (*REPORT_FILES, *DVC_FILES, *FOLDERS) or name.lower().startswith("compare-")
+    )
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def _in_order(table: Iterable[str], names: list[str]) -> list[str]:
 
 def _dress(axes: Axes, title: str, regimes: list[str]) -> None:
     axes.set_title(title, loc="left")
+    axes.set_xlabel("regime of training")
     axes.set_xticks(range(len(regimes)), [regime.replace("-", "-\n") for regime in regimes])
     axes.tick_params(axis="both", length=0)
     axes.set_xlim(-0.5, max(1, len(regimes)) - 0.5)

@@ -32,6 +32,7 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
     panels = figure.subplots(len(tested), 1, squeeze=False, height_ratios=heights)[:, 0] if tested else []
     for axes, (claim, parts) in zip(panels, tested, strict=True):
         _panel(axes, claim, parts)
+        axes.set_xlabel("effect" if axes is panels[-1] else "")
     words = dict.fromkeys(_label(part) for _, parts in tested for part in parts)
     marks = [
         *(Line2D([], [], color=_colour(word), marker="o", markersize=5, label=word) for word in words),

@@ -47,6 +47,7 @@ def layer_curves(
     right.set_ylim(0, 103)
     for axes in (left, right):
         axes.grid(axis="y")
+        axes.set_xlabel("layer, from input to output")
         begins = _apart(stages(names), len(names) / 25)
         axes.set_xticks([start for start, _ in begins], [stage[:LONGEST] for _, stage in begins], rotation=40, ha="right", fontsize=7.5)
         axes.set_xlim(-0.5, len(names) - 0.5)
@@ -108,8 +109,9 @@ def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
             axes.set_ylim(_lowest([scale * np.asarray(getattr(curve, values)) for curve in curves], margin=0.02 * scale), 1.03 * scale)
             axes.grid(axis="y")
         line[0].set_ylabel(group, fontweight="bold")
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, loc="left", fontsize=9)
+    for first, last, title in zip(grid[0], grid[-1], titles, strict=True):
+        first.set_title(title, loc="left", fontsize=9)
+        last.set_xlabel("layer, from input to output")
     handles = {label: handle for axes in grid[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure

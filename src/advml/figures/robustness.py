@@ -83,6 +83,7 @@ def corruption_matrix(rows: Sequence[Mapping[str, Any]]) -> Figure:
     labels = [name.removeprefix("corruption/").replace("_", " ") for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+    axes.set(xlabel="corruption", ylabel="model")
     axes.axvline(len(names) - 1.5, color="white", linewidth=4)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8, labelcolor=INK)

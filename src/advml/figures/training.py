@@ -1,11 +1,12 @@
-"""The curves of one training phase."""
+"""The curves of training: pretraining and fine-tuning of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from advml.figures.style import ADVERSARIAL, FULL, QUIET, styled
@@ -16,20 +17,29 @@ CURVES = {"train": "-", "validation": "--"}
 
 
 @styled
-def training_curves(history: list[Record], title: str, *, selected: int | None = None) -> Figure:
-    """Loss, accuracy (where it is the validation score) and learning rate over the epochs of one training phase.
+def training_curves(phases: Mapping[str, tuple[Sequence[Record], int | None]]) -> Figure:
+    """Loss, accuracy (where it is the validation score) and learning rate over the epochs of a model's phases, side by side.
 
     Args:
-        history: epoch records as in `history.json`: `epoch`, `learning_rate`, `train/loss`, `validation/accuracy` or
-            `validation/loss`, and the same of adversarial images (`train/adversarial_loss`, ...).
-        title: e.g. the model's name.
-        selected: the epoch whose weights were kept; marked by a line.
+        phases: name, e.g. of the pretraining and of the model, -> epoch records as in `history.json` (`epoch`, `learning_rate`,
+            `train/loss`, `validation/accuracy` or `validation/loss`, and the same of adversarial images, `train/adversarial_loss`, ...),
+            and the epoch whose weights were kept, marked by a line.
     """
+    figure = Figure(figsize=(7.4 * len(phases), 3), layout="constrained")
+    shown: dict[str, Any] = {}
+    for part, (title, (history, selected)) in zip(figure.subfigures(1, len(phases), squeeze=False)[0], phases.items(), strict=True):
+        kept = "" if selected is None else f"   (dotted: epoch {selected} was kept)"
+        part.suptitle(title + kept, x=0.01, ha="left", fontweight="bold", fontsize=10)
+        panels = _phase(part, history, selected)
+        shown |= {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure
+
+
+def _phase(figure: SubFigure, history: Sequence[Record], selected: int | None) -> list[Axes]:
+    """Draw one phase; returns the panels without that of the learning rate."""
     names = {name for record in history for name in record}
     quantities = [quantity for quantity in ("loss", "accuracy") if any(name.endswith(quantity) for name in names)]
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    kept = "" if selected is None else f"   (dotted: epoch {selected} was kept)"
-    figure.suptitle(title + kept, x=0.01, ha="left", fontweight="bold", fontsize=10)
     *panels, rate = figure.subplots(1, len(quantities) + 1, width_ratios=[3] * len(quantities) + [1.8], squeeze=False)[0]
     for axes, quantity in zip(panels, quantities, strict=True):
         _curves(axes, history, quantity)
@@ -43,12 +53,10 @@ def training_curves(history: list[Record], title: str, *, selected: int | None =
         axes.set_xlabel("epoch")
         if selected is not None:
             axes.axvline(selected, color=QUIET, linewidth=0.9, linestyle=":")
-    shown = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
-    return figure
+    return panels
 
 
-def _curves(axes: Axes, history: list[Record], quantity: str) -> None:
+def _curves(axes: Axes, history: Sequence[Record], quantity: str) -> None:
     for split, style in CURVES.items():
         _line(axes, history, f"{split}/{quantity}", color=FULL, linestyle=style, label=f"{split}, clean")
         _line(axes, history, f"{split}/adversarial_{quantity}", color=ADVERSARIAL, linestyle=style, label=f"{split}, adversarial")
@@ -57,7 +65,7 @@ def _curves(axes: Axes, history: list[Record], quantity: str) -> None:
         axes.set_ylim(0, 1.02)
 
 
-def _line(axes: Axes, history: list[Record], name: str, **style: Any) -> None:
+def _line(axes: Axes, history: Sequence[Record], name: str, **style: Any) -> None:
     """The curve of one metric, over the epochs that have it; a point if there is only one."""
     points = [(record["epoch"], record[name]) for record in history if name in record]
     if points:

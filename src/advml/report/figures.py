@@ -66,13 +66,14 @@ def corruptions(rows: list[dict[str, Any]]) -> Figure | None:
 
 def matrices(grid: Grid, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
     """One matrix (a key of MATRICES) of every model of a seed: a line per scheme, a column per regime. None without any."""
-    panels = []
+    panels, (rows, columns) = [], MATRICES[name]
     for scheme in grid.schemes:
         for regime in grid.regimes:
             found = _read(workspace, model_name(scheme, regime, seed))
-            panels.append(None if found is None else Heatmap(found[1][name], f"{scheme} {regime}", *[_names(found[0])] * 2))
-    columns = len(grid.regimes)
-    return heatmaps(panels, columns=columns, size=2.3) if any(panels) else None
+            left, below = regime == grid.regimes[0], scheme == grid.schemes[-1]  # axes at the edge of the grid are named
+            labels = f"layer, {rows} images" if left else "", f"layer, {columns} images" if below else ""
+            panels.append(None if found is None else Heatmap(found[1][name], f"{scheme} {regime}", *[_names(found[0])] * 2, *labels))
+    return heatmaps(panels, columns=len(grid.regimes), size=2.3) if any(panels) else None
 
 
 def curves(grid: Grid, workspace: Workspace, *, seed: int) -> Figure | None:

@@ -72,6 +72,7 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
     return template.render(
         settings=settings,
+        detailed={model["model"] for model in made},
         schemes=SCHEMES,
         regimes=REGIMES,
         norm=NORM_NAMES[settings.attacked.norm],

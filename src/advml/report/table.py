@@ -8,10 +8,11 @@ from typing import Any
 
 from advml.config import Grid
 from advml.core.io import read_json
-from advml.core.paths import Workspace, model_name
+from advml.core.paths import Workspace, model_name, pretraining_name
 from advml.evaluation import records
 from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
+from advml.recipes import REGIMES
 
 Row = dict[str, Any]
 
@@ -25,6 +26,7 @@ COLUMNS: dict[str, str] = {
     "worst case": "accuracy/worst_case",
     "corrupted": "corruption/mean",
 }
+PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # as DVC's page sorts them
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 
@@ -44,6 +46,25 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
     flagged = transfer_flags(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
+    return found
+
+
+def slim(table: list[Row]) -> dict[str, dict[str, float]]:
+    """Of all figures those that say how a study has come out, by name and model: for `dvc metrics` and `dvc exp show`."""
+    names = {metric.partition("/")[2]: metric for metric in (COLUMNS["worst case"], COLUMNS["II"], COLUMNS["clean"])}
+    return {name: {row["model"]: round(row[metric], 4) for row in table if metric in row} for name, metric in names.items()}
+
+
+def training_rows(table: list[Row], workspace: Workspace) -> list[Row]:
+    """A row per epoch of every model of the table and of its pretraining: `model`, `scheme`, `regime`, `phase`, and the epoch's record."""
+    runs = {(row["model"], row["scheme"], row["regime"], FINE_TUNING) for row in table}
+    phases = {(REGIMES[row["regime"]].pretraining, row["scheme"], row["seed"]) for row in table}
+    runs |= {(pretraining_name(scheme, phase, seed), scheme, phase, PRETRAINING) for phase, scheme, seed in phases}
+    found = []
+    for model, scheme, regime, phase in sorted(runs):
+        curves = workspace.report(model) / "history.json"
+        history = read_json(curves, kind=list, remedy="restore it with: dvc checkout") if curves.exists() else []
+        found += [{"model": model, "scheme": scheme, "regime": regime, "phase": phase, **epoch} for epoch in history]
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import json
 import os
 import re
 import signal
@@ -23,23 +22,13 @@ from advml.config.store import Place
 from advml.core.errors import Failure, UserError
 from advml.core.passwords import masked
 from advml.tracking import store as stores
+from advml.tracking import view
+from advml.tracking.names import UI_MODE
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # addresses to bind to, of all networks of the machine
 INTERNET = (socket.AF_INET, socket.AF_INET6)
 TRIED = 100  # ports after the one asked for
-VIEW = "mlflow.sharedViewState.results"  # tag of the experiment, as the UI's own menu "Views" sets it
-# By itself the table shows neither metrics nor tags. Column -> width in pixels.
-COLUMNS = {
-    "attributes.`Duration`": 90,
-    "metrics.`accuracy/clean`": 150,
-    "metrics.`accuracy/threat_model_1`": 220,
-    "metrics.`accuracy/threat_model_2`": 220,
-    "metrics.`accuracy/worst_case`": 190,
-    "metrics.`diagnostics/flags`": 150,
-    "tags.`advml.scheme`": 120,
-    "tags.`advml.regime`": 120,
-}
 
 
 def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
@@ -52,7 +41,7 @@ def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
     base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{shown_host(host)}:{port}"
     try:
         store = stores.connect(place)
-        _save_view(store)
+        view.save(store.client, store.experiment)
     except UserError:
         raise
     except Exception as error:
@@ -60,16 +49,7 @@ def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
             raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
         stores.give_up(place, error, then="the link is that of the server, not of the experiment")
         return base
-    return f"{base}/#/experiments/{store.experiment}/runs?viewStateShareKey={VIEW.rpartition('.')[2]}&{stores.UI_MODE}"
-
-
-def _save_view(store: stores.Store) -> None:
-    """Save the columns of the table with the experiment; the user's changes to them stay."""
-    if VIEW not in store.client.get_experiment(store.experiment).tags:
-        state = {"selectedColumns": list(COLUMNS), "columnOrder": list(COLUMNS), "columnWidths": COLUMNS, "runsHiddenMode": "SHOW_ALL"}
-        now = int(time.time() * 1000)
-        view = {"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
-        store.client.set_experiment_tag(store.experiment, VIEW, json.dumps(view))
+    return f"{base}/#/experiments/{store.experiment}/runs?viewStateShareKey={view.KEY}&{UI_MODE}"
 
 
 def command(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:

@@ -5,8 +5,9 @@ The tag with the sha256 of the files is written last: it says that all of them h
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,20 @@ from advml.core.io import modified, read_csv, read_json, sha256
 from advml.core.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.tracking import store as stores
-from advml.tracking.run import COMMIT, DIGEST, MODEL, Record, Run, guarded
+from advml.tracking.names import COMMIT, DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
+from advml.tracking.parameters import comparable
+from advml.tracking.registry import register_best
+from advml.tracking.run import Record, Run, guarded
 
-# First words of what `evaluate` and `represent` measure.
-EVALUATION, REPRESENTATION = ("accuracy", "corruption", "diagnostics"), ("cka", "probe")
-FLAGS, REMEDY = "advml.flags", "restore it with: dvc checkout"
+# What is logged of `evaluate` and `represent` as metrics, by first word; intervals and all others are in tables.
+EVALUATION = {
+    "accuracy": ("clean", "threat_model_1_half", "threat_model_1", "threat_model_2_half", "threat_model_2", "worst_case"),
+    "corruption": ("mean",),
+    "diagnostics": ("flags",),
+}
+REPRESENTATION = {"cka": ("redundancy", "clean_adversarial", "effective_layers", "rankme"), "probe": ("clean", "adversarial")}
+QUOTED = {"clean": "accuracy/clean", "under threat model II": "accuracy/threat_model_2", "worst case": "accuracy/worst_case"}
+REMEDY = "restore it with: dvc checkout"
 
 
 def log_parts(run: Run, folder: Path) -> bool:
@@ -37,8 +47,9 @@ def log_parts(run: Run, folder: Path) -> bool:
 @guarded
 def log_model(run: Run, folder: Path, *, digest: str) -> bool:
     """Log what a training phase has written, and with it complete its run; False if the run was complete."""
-    curves = Workspace(run.store.place.root).report(folder.name) / "history.json"
-    logged = _log_part(run, "training", (folder / "model.json", curves), _log_training)
+    workspace = Workspace(run.store.place.root)
+    curves = workspace.report(folder.name) / "history.json"
+    logged = _log_part(run, "training", (folder / "model.json", curves, *_pretraining(workspace, folder)), _log_training)
     run.log_checkpoint(folder, digest=digest)
     return logged
 
@@ -50,37 +61,75 @@ def _log_part(run: Run, part: str, files: tuple[Path, ...], log: Callable[..., N
     record = read_json(files[0], needs=("digest",), remedy=REMEDY)
     if run.tags.get(DIGEST, record["digest"]) != record["digest"]:  # trained anew, and not yet measured
         return False
-    run.log_params(record.get("parameters", {}))
+    run.log_params(comparable({key: value for key, value in record.items() if part == "training" or key == "parameters"}))
+    run.log_config(part, record.get("parameters"))
     log(run, record, *files)
+    run.describe(part)
     run.set_tags({tag: made})
     return True
 
 
-def _log_training(run: Run, record: Record, file: Path, curves: Path) -> None:
+def _pretraining(workspace: Workspace, folder: Path) -> list[Path]:
+    """The curves of the pretraining that a model started from, if they are here, and of the same weights."""
+    record = read_json(folder / "model.json", remedy=REMEDY) if (folder / "model.json").exists() else {}
+    parent = record.get("pretraining") or {"name": ""}
+    made, curves = workspace.pretrained(parent["name"]) / "model.json", workspace.report(parent["name"]) / "history.json"
+    if not parent["name"] or not made.exists() or not curves.exists():
+        return []
+    return [curves] if read_json(made, remedy=REMEDY).get("digest") == parent["digest"] else []
+
+
+def _log_training(run: Run, record: Record, file: Path, curves: Path, *before: Path) -> None:
     history = read_json(curves, kind=list, remedy=REMEDY)
     run.log_epochs(history, at=modified(file))
     if model := run.tags.get(MODEL):  # of before; a new one gets both later
         run.client.log_model_artifact(model, str(file))
         run.set_tags({COMMIT: record.get("git_commit")})
-    if history:
+    phases = {curves.parent.name: (history, record.get("epoch"))}
+    for past in before:
+        kept = read_json(Workspace(curves.parents[2]).pretrained(past.parent.name) / "model.json", remedy=REMEDY).get("epoch")
+        phases = {past.parent.name: (read_json(past, kind=list, remedy=REMEDY), kept)} | phases
+    if phases := {name: phase for name, phase in phases.items() if phase[0]}:
         from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
 
-        run.client.log_figure(run.id, training_curves(history, file.parent.name, selected=record.get("epoch")), "curves.png")
+        run.client.log_figure(run.id, training_curves(phases), "curves.png")
 
 
 def _log_evaluation(run: Run, record: Record, file: Path, *samples: Path) -> None:
-    run.log_metrics(record["metrics"], instead_of=EVALUATION)
-    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {}))})
+    _log_measures(run, record["metrics"], EVALUATION, table="evaluation.json")
+    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {})), RESULT: _in_words(record["metrics"])})
     _log_files(run, "records/evaluate", file)
     _log_files(run, "samples", *samples)
 
 
 def _log_representation(run: Run, record: Record, file: Path, *files: Path) -> None:
-    run.log_metrics(record["metrics"], instead_of=REPRESENTATION)
+    _log_measures(run, record["metrics"], REPRESENTATION, table="representation.json")
     _log_files(run, "records/represent", file)
-    _log_files(run, "cka", *files, grid="")
-    scalars = {key: value for key, value in record["metrics"].items() if key.count("/") == 1 and value is not None}
-    run.log_table([{"model": file.stem, **scalars}], "cka/scalars.json")
+    _log_files(run, "cka", *(path for path in files if path.suffix != ".png"))
+    _log_files(run, None, *(path for path in files if path.suffix == ".png"), grid="")  # where Compare shows those of all runs together
+
+
+def _log_measures(run: Run, measures: Record, shown: Mapping[str, Sequence[str]], *, table: str) -> None:
+    """Those that are `shown` as metrics, all of them, with their intervals, as a table: a row each, so that those of runs line up."""
+    names = {f"{word}/{name}" for word, ends in shown.items() for name in ends}
+    run.log_metrics({name: value for name, value in measures.items() if name in names}, instead_of=tuple(shown))
+    rows = [
+        {"figure": name, "value": value, **{end: measures.get(f"{name}/{end}") for end in ("low", "high")}}
+        for name, value in measures.items()
+        if name.count("/") == 1
+    ]
+    run.log_table(rows, table)
+
+
+def _in_words(measures: Record) -> str:
+    """`clean 97.5 % [95.3, 98.7], ...`: of the test images, with 95 % intervals."""
+    told = []
+    for words, name in QUOTED.items():
+        values = [measures.get(f"{name}{end}") for end in ("", "/low", "/high")]
+        if values[0] is not None:
+            share, *ends = (f"{100 * value:.1f}" for value in values if value is not None)
+            told.append(f"{words} {share} %" + (f" [{', '.join(ends)}]" if ends else ""))
+    return ", ".join(told)
 
 
 def _log_files(run: Run, folder: str | None, *files: Path, grid: str | None = None) -> None:
@@ -96,9 +145,9 @@ def _log_files(run: Run, folder: str | None, *files: Path, grid: str | None = No
         run.client.log_artifact(run.id, str(path), folder)
 
 
-def _has_file(run: Run, file: Path, folder: str) -> bool:
+def _has_file(run: Run, file: Path, folder: str | None) -> bool:
     """Whether the folder of the artifacts holds this file, byte for byte."""
-    name = f"{folder}/{file.name}"
+    name = f"{folder}/{file.name}" if folder else file.name
     if name not in {entry.path for entry in run.client.list_artifacts(run.id, folder)}:
         return False
     with tempfile.TemporaryDirectory() as place:
@@ -111,9 +160,10 @@ def _log_transfer_flags(run: Run, workspace: Workspace, name: str) -> bool:
     content = read_json(path, needs=("seeds",), remedy=REMEDY) if path.exists() else {"seeds": []}
     flags = ", ".join(flag["name"] for flag in transfer_flags(content).get(name, ())) or NONE
     weights = {block["digests"].get(name) for block in content["seeds"]}
-    if run.tags.get(DIGEST) not in weights or run.tags.get("advml.transfer_flags") == flags:
+    if run.tags.get(DIGEST) not in weights or run.tags.get(TRANSFER_FLAGS) == flags:
         return False
-    run.set_tags({"advml.transfer_flags": flags})
+    run.set_tags({TRANSFER_FLAGS: flags})
+    run.describe()
     return True
 
 
@@ -162,6 +212,8 @@ def log_result(place: stores.Place, what: str | Path) -> None:
     """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
     chosen = [_comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
     stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
+    if what == "study":
+        stores.attempt(place, register_best)
 
 
 def complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> bool:
@@ -176,12 +228,21 @@ def complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> b
         return False
     content = read_json(result.files[0], needs=result.needs, remedy=result.remedy)
     record = {"name": result.name, "kind": result.kind} | {key: content[key] for key in ("parameters", "git_commit") if key in content}
+    record["title"] = _title(record, written_now=not rebuilt)
     about = {"run_id": found and found.info.run_id, "written": max(map(modified, result.files)) if rebuilt else None}
     with Run.begin(store, record, tags={"files": made}, **about) as run:
         run.strict = True
         result.log(run, content, *result.files)
+        run.describe()
         run.set_tags({DIGEST: made})
     return True
+
+
+def _title(record: Record, *, written_now: bool) -> str:
+    """`study 337986e`: results of one name are told apart by commit and, while DVC runs one, by its experiment."""
+    commit, dash, dirty = (record.get("git_commit") or "").partition("-")
+    experiment = os.environ.get("DVC_EXP_NAME", "") if written_now else ""
+    return " ".join(filter(None, (record["name"], f"{commit[:7]}{dash}{dirty}", experiment)))
 
 
 def _log_transfer(run: Run, record: Record, *files: Path) -> None:
@@ -194,19 +255,33 @@ def _log_study(run: Run, record: Record, *files: Path) -> None:
     _log_files(run, None, *files)
     run.log_table(read_csv(files[0].with_name("summary.csv")), "summary.json")
     run.log_table([{key: claim.get(key) for key in ("claim", "verdict", "seeds")} for claim in record["claims"]], "claims_table.json")
+    run.set_tags({RESULT: " ".join(record.get("finding", ())) or None})
 
 
 def _log_given(run: Run, record: Record, *files: Path) -> None:
     _log_files(run, None, *files)
-    run.log_metrics(record["metrics"])
-    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {}))})
+    _log_measures(run, record["metrics"], EVALUATION, table="evaluation.json")
+    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {})), RESULT: _in_words(record["metrics"])})
 
 
 def _log_search(run: Run, record: Record, *files: Path) -> None:
     _log_files(run, "tune", *files)
-    log_best(run, record["scored"])
+    log_winner(run, record)
     run.log_table(read_csv(files[0].with_name("trials.csv")), "tune/trials.json")
 
 
-def log_best(run: Run, scored: Record) -> None:
-    run.log_metrics({f"best/{name}": value for name, value in scored.items()}, instead_of=("best",))
+def log_winner(run: Run, record: Record) -> None:
+    """What the best trial scored on validation, and its figures on test beside the default's, with the p or the interval of the difference.
+
+    Args:
+        record: the content of best.yaml: `scored`, and what was measured in the end. An attack search compares accuracies under two
+            attacks on the same images, a training search the means over further seeds.
+    """
+    test = record.get("test") or record.get("confirmed", {}).get("test", {})
+    paired = test.get("paired") or test.get("difference", {}).get("robust", {})
+    found = {f"best/{name}": value for name, value in record["scored"].items()}
+    for who in ("winner", "default"):
+        measured = test.get(who, {})
+        found[f"test/{who}"] = measured.get("accuracy", measured.get("robust", {}).get("mean"))
+    found["test/difference"] = paired.get("difference", paired.get("mean"))
+    run.log_metrics(found | {f"test/{key}": paired.get(key) for key in ("p", "low", "high")}, instead_of=("best", "test"))

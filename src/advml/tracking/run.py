@@ -14,18 +14,19 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
-from advml.config import flatten
 from advml.core.processes import this_process
 from advml.core.provenance import dvc_stage, git_commit
 from advml.core.signals import deferred
+from advml.tracking import external_model
 from advml.tracking import store as stores
+from advml.tracking.description import describe
+from advml.tracking.names import COMMIT, DIGEST, MODEL, NOTE, NOW, PARENT, TABLES
+from advml.tracking.parameters import comparable
 
 Record = Mapping[str, Any]
 PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # what MLflow's tables hold
+DIGITS = 4  # of fractions in tables
 DIGEST_LENGTH = 12  # MLflow holds 36, but a table of runs has no room for them; the tag has all 64
-PROCESS, DIGEST, MODEL, PARENT = "advml.process", "advml.digest", "advml.model_id", "advml.pretraining_run"
-NOTE, TABLES, COMMIT = "mlflow.note.content", "mlflow.loggedArtifacts", "mlflow.source.git.commit"
-NOW = "advml.now."  # tags: values of parameters that the last measurement took otherwise than MLflow's columns say
 
 
 def guarded(function: Callable) -> Callable:
@@ -62,6 +63,7 @@ class Run:
             dict(getattr(entity.data, kind)) if entity else {} for kind in ("tags", "params", "metrics")
         )
         self._data = entity.inputs.dataset_inputs[0].dataset if entity and entity.inputs and entity.inputs.dataset_inputs else None
+        self._machine: Any = None  # what watches it, see `watch_machine`
         self._points: dict[str, dict[int, float]] = {}  # key -> epoch -> the value that the store has
 
     @classmethod
@@ -71,7 +73,7 @@ class Run:
         """Create a run, or take `run_id` up again where the store has it; either way it ends up with all of the record.
 
         Args:
-            record: `name`, `kind`, `parameters` (nested or flat), and what else of model.json is known.
+            record: `name`, `kind`, `parameters`, and what else of model.json is known; `title`, if the run is not called as the result.
             tags: further ones; a name without a point gets `advml.` in front.
             written: when the files of a run that is rebuilt were written, in ms since 1970; their DVC stage is not known. None: it is new.
         """
@@ -90,11 +92,12 @@ class Run:
         if found := store.find(run_id=run_id) if run_id else None:
             store.client.update_run(found.info.run_id, status="RUNNING")
         else:
-            found = store.client.create_run(store.experiment, start_time=written, tags=wanted, run_name=record["name"])
+            found = store.client.create_run(store.experiment, start_time=written, tags=wanted, run_name=record.get("title", record["name"]))
         run = cls(store, found, strict=written is not None)
         run.end_time = written
         run.set_tags(wanted)
-        run.log_params(record.get("parameters", {}) | ({"versions": record["versions"]} if record.get("versions") else {}))
+        run.log_params(comparable(record))
+        run.log_config("training" if record.get("data") else record["kind"], record.get("parameters"))
         if (data := record.get("data")) and run._data is None:  # logged as the plain entity: `mlflow.data` wants the data themselves
             source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
             run._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
@@ -113,7 +116,7 @@ class Run:
             if model := parent.data.tags.get(MODEL):
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
             self.set_tags({PARENT: parent.info.run_id, "advml.pretraining_name": parent.info.run_name})
-            self._describe()
+            self.describe()
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +132,19 @@ class Run:
     @guarded
     def finish(self, status: str = "FINISHED") -> None:
         """Set the final status (FINISHED, FAILED or KILLED)."""
+        if self._machine:
+            self._machine.finish()
         self.client.set_terminated(self.id, status, self.end_time)
+
+    @guarded
+    def watch_machine(self) -> None:
+        """Log load and memory of processor and GPU every ten seconds, if MLflow's switch MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is on."""
+        from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+            self._machine = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=self.store.place.uri)
+            self._machine.start()
 
     @guarded
     def log_epochs(self, records: Sequence[Record], *, at: int | None = None) -> None:
@@ -175,29 +190,31 @@ class Run:
         self._metrics |= changed
 
     def log_params(self, params: Record) -> None:
-        """Add the parameters, nested or flat, that the run lacks. MLflow changes none that it has: their values of today are tags."""
+        """Add the parameters that the run lacks. MLflow changes none that it has: their values of today are tags."""
         from mlflow.entities import Param
 
-        texts = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in flatten(dict(params)).items()}
+        texts = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in params.items()}
         fresh = {key: text for key, text in texts.items() if key not in self._params}
         self.client.log_batch(self.id, params=[Param(*one) for one in fresh.items()], synchronous=True)
         self._params |= fresh
         self.set_tags({f"{NOW}{key}": text if text != self._params[key] else None for key, text in texts.items()})
-        self._describe()
+        self.describe()
+
+    def log_config(self, part: str, parameters: Record | None) -> None:
+        """Store all parameters of a part of the work, resolved and nested as in params.yaml, as `config/<part>.yaml`."""
+        if parameters:
+            self.client.log_dict(self.id, dict(parameters), f"config/{part}.yaml")
 
     def log_table(self, rows: Sequence[Record], path: str) -> None:
-        """Store rows as the table `path` (.json) of the UI; MLflow's own log_table would append them to those of an earlier process."""
+        """Store rows as the table `path` (.json) of the UI, rounded; MLflow's own log_table would append to those of an earlier process."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        self.client.log_dict(self.id, {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}, path)
+        cells = [[round(cell, DIGITS) if isinstance(cell := row.get(key), float) else cell for key in columns] for row in rows]
+        self.client.log_dict(self.id, {"columns": columns, "data": cells}, path)
         table, tables = {"path": path, "type": "table"}, json.loads(self.tags.get(TABLES, "[]"))
         self.set_tags({} if table in tables else {TABLES: json.dumps([*tables, table])})
 
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
-        """Record the checkpoint as an external model: place and sha256 of the weights, and model.json in place of an empty MLmodel file.
-
-        The calls are those of `mlflow.create_external_model`, which works on MLflow's global state only. The tag DIGEST comes last: it
-        says that the run is complete.
-        """
+        """Record the checkpoint as a model of the store, see `external_model`. The tag DIGEST comes last: the run is complete."""
         from mlflow.entities import LoggedModelOutput
 
         if self.tags.get(DIGEST) == digest:  # a stage that was killed just after repeats itself
@@ -205,30 +222,20 @@ class Run:
         root, known = self.store.place.root, (Path(os.path.abspath(folder)), folder.resolve())  # the first one as the study names it
         path = next((path.relative_to(root).as_posix() for path in known if path.is_relative_to(root)), str(known[0]))
         self.set_tags({"advml.path": path})
-        self._describe()
-        tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE}
+        self.describe()
+        tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE} | {DIGEST: digest}
         about = {"model_type": tags["advml.kind"], "params": {"path": path, "sha256": digest}, "source_run_id": self.id}
-        tags |= {"mlflow.model.isExternal": "true", DIGEST: digest}
         model = self.client.create_logged_model(self.store.experiment, name=tags["advml.name"], tags=tags, **about)
-        if (folder / "model.json").exists():
-            self.client.log_model_artifact(model.model_id, str(folder / "model.json"))
+        external_model.log_files(self.client, model, folder, root=root, path=path, digest=digest)
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         self.set_tags({MODEL: model.model_id, DIGEST: digest})
 
-    def _describe(self) -> None:
-        """Say in the UI (Markdown) what the pretraining was, how to load the model, and what the last measurement took otherwise."""
-        tags, lines = self.tags, []
-        if parent := tags.get(PARENT):
-            link = f"(#/experiments/{self.store.experiment}/runs/{parent}?{stores.UI_MODE})"
-            lines.append(f"Pretraining: [{tags['advml.pretraining_name']}]{link}")
-        if path := tags.get("advml.path"):
-            load = f'; load it with `advml.load_model("{path}")`' if tags["advml.kind"] == "model" else ""
-            lines.append(f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}")
-        if now := [f"`{key.removeprefix(NOW)}` {value}" for key, value in sorted(tags.items()) if key.startswith(NOW)]:
-            lines.append(f"The columns of parameters keep the first values. The last measurement took: {', '.join(now)}")
-        if lines or NOTE in tags:
-            self.set_tags({NOTE: "\n\n".join(lines)})
+    def describe(self, *logged: str) -> None:
+        """Bring the run's description up to date; `logged`: parts whose files it has by now, beside those of which a tag tells."""
+        text = describe({**self.tags, **{f"advml.{part}": "" for part in logged}}, run=self.id, experiment=self.store.experiment)
+        if text or NOTE in self.tags:
+            self.set_tags({NOTE: text})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
         """Set the tags that have changed, in this order; None: delete."""
@@ -250,7 +257,9 @@ def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, 
     def begin(store: stores.Store) -> Run:
         if discarded and (orphan := store.find(run_id=discarded)) and orphan.info.status == "RUNNING":
             store.client.set_terminated(discarded, "KILLED")
-        return Run.begin(store, record, run_id=run_id)
+        run = Run.begin(store, record, run_id=run_id)
+        run.watch_machine()
+        return run
 
     if (run := stores.attempt(place, begin)) is None:
         run = Run(None, None)

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from advml.core.io import sha256
+from advml.core.io import read_json, sha256
 from advml.core.paths import SEARCH_FILES
 from advml.tracking import store as stores
-from advml.tracking.results import log_best
-from advml.tracking.run import DIGEST, NOTE, Run, guarded
+from advml.tracking.names import DIGEST, NOTE
+from advml.tracking.results import REMEDY, log_winner
+from advml.tracking.run import Run, guarded
 
 NESTED_IN, TRIAL, STATE, BEST = "mlflow.parentRunId", "advml.trial", "advml.state", "advml.best"
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -71,13 +72,13 @@ class SearchRun(Run):
         self.set_tags({"advml.best_trial": str(number)})
 
     @guarded
-    def log_results(self, folder: Path, files: Sequence[Path], scored: Mapping[str, Any]) -> None:
-        """Log the files that the search has written into `folder`, and what its best trial scored; tagged as `sync` tags them."""
-        log_best(self, scored)
+    def log_results(self, folder: Path, files: Sequence[Path]) -> None:
+        """Log the files that the search has written into `folder`, and how its best trial did; tagged as `sync` tags them."""
         for file in files:
             self.client.log_artifact(self.id, str(file), "tune")
         written = [folder / name for name in SEARCH_FILES]
         if all(path.exists() for path in written):
+            log_winner(self, read_json(written[0], needs=("scored",), remedy=REMEDY))
             self.set_tags({"advml.files": sha256(*written), DIGEST: sha256(*written)})
 
 

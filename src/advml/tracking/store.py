@@ -17,12 +17,12 @@ from advml.core.errors import UserError
 from advml.core.messages import one_line, tell
 from advml.core.passwords import masked
 from advml.core.signals import deferred
+from advml.tracking import view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
-UI_MODE = "workflowType=machine_learning"  # else the UI opens in its mode for language models
 _broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
 
 
@@ -117,6 +117,7 @@ def _open(place: Place) -> Store:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(place.experiment)
+        view.save(client, experiment.experiment_id)
     if experiment.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
         client.restore_experiment(experiment.experiment_id)
     return Store(client, experiment.experiment_id, place)

@@ -9,8 +9,10 @@ from advml.core.io import modified, read_json
 from advml.core.paths import Workspace
 from advml.core.processes import has_ended
 from advml.tracking import store as stores
+from advml.tracking.names import DIGEST, PROCESS
+from advml.tracking.registry import register_best
 from advml.tracking.results import REMEDY, complete, log_model, log_parts, results
-from advml.tracking.run import DIGEST, PROCESS, Run
+from advml.tracking.run import Run
 
 
 def sync(place: stores.Place) -> list[str]:
@@ -31,7 +33,9 @@ def sync(place: stores.Place) -> list[str]:
         store = stores.connect(place)
         changed = [folder.name for folder in folders if _log_folder(store, folder)]
         _end_orphans(store)
-        return changed + [one.name for one in results(workspace) if complete(store, one, rebuilt=True)]
+        changed += [one.name for one in results(workspace) if complete(store, one, rebuilt=True)]
+        register_best(store)
+        return changed
     except (Failure, UserError):
         raise
     except Exception as error:

@@ -35,7 +35,7 @@ from advml.tuning import study as studies
 from advml.tuning.search import Search, on_bench
 from advml.tuning.space import show
 from advml.tuning.storage import HOLDER, address, alone, close, told
-from advml.tuning.study import ORIGIN, REASON, best_of, finished, scores
+from advml.tuning.study import ORIGIN, REASON, best_of, finished
 
 # What the fork server imports for the processes; the last one is what Optuna imports when it is first used.
 MODULES = (
@@ -107,7 +107,7 @@ def tune(
         study.set_user_attr(HOLDER, this_process())
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
-        params = {"tune": {search.kind: search.spec.model_dump(mode="json")}}
+        params = {"tune": {search.kind: search.spec.model_dump(mode="json") | {"trials": trials}}}  # as asked for by --trials
         about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": params}
         run = stack.enter_context(tracking.open_search(locate(search.config.tracking, root=workspace.root), **about))
         driver = Driver(search, study, run, folder, scratch / identity, forks, check, trials, watch)
@@ -282,5 +282,5 @@ class Driver:
         self.log(trials)
         if best is not None:
             self.run.mark_best(best.number)
-        self.run.log_results(self.folder, files, scores(self.search.metrics, best) if best is not None else {})
+        self.run.log_results(self.folder, files)
         return Outcome(self.folder, finished(trials), best, found, files)

@@ -10,12 +10,13 @@ from advml.core.io import to_csv, to_json, write_atomically
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.pipeline.context import Context
-from advml.report import page
+from advml.report import figures, page
 from advml.report import table as tables
+from advml.report.finding import finding
 
 
 def run(context: Context) -> list[tables.Row]:
-    """Write `paths.REPORT_FILES` into `reports/`; returns the table's rows."""
+    """Write `paths.REPORT_FILES` and `paths.DVC_FILES` into `reports/`; returns the table's rows."""
     config, workspace, reports = context.config, context.workspace, context.workspace.reports
     table = tables.grid_rows(config.grid, config.seeds, workspace)
     if not table:
@@ -38,9 +39,14 @@ def run(context: Context) -> list[tables.Row]:
         diagnostics=config.diagnostics,
         corruptions=config.corruptions,
     )
+    claims["finding"] = finding(table, claims, threat_model=settings.threat_model)
     write_atomically(reports / "summary.csv", to_csv(table))
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=settings.threat_model)))
+    write_atomically(reports / "results.json", to_json(tables.slim(table)))
+    write_atomically(reports / "training.csv", to_csv(tables.training_rows(table, workspace)))
+    if grid := figures.matrices(config.grid, workspace, "clean", seed=config.seeds[0]):
+        write_atomically(reports / "cka.png", to_png(grid, dpi=110))
     write_atomically(reports / "claims.json", to_json(claims))
     write_atomically(reports / "report.html", page.render(settings, workspace, table, claims, provenance=about).encode())
     tracking.log_result(context.tracking, "study")

@@ -1,0 +1,104 @@
+"""What a study has found, in two sentences made from its table and claims: they open the report and describe its MLflow run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from advml.figures.style import FLAGGED, MEANING, mark
+from advml.recipes import REGIMES, Regime
+from advml.report.table import Row
+
+WORST, CLEAN = "accuracy/worst_case", "accuracy/clean"
+VERDICTS = ("supported", "contradicted", "inconclusive", "not tested")
+NUMBERS = "no", "one", "two", "three", "four", "five", "six"
+Group = tuple[str, str]  # scheme and regime
+
+
+def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: str) -> list[str]:
+    """How robust the models are; what adversarial fine-tuning of everything adds, and how many of the claims hold.
+
+    Models of several seeds are averaged. What was not measured is not told, so that there may be one sentence or none.
+
+    Args:
+        table: rows of the grid.
+        claims: the content of claims.json.
+        threat_model: e.g. "0.15 (L-infinity)".
+    """
+    groups: dict[Group, list[Row]] = {}
+    for row in table:
+        if WORST in row:
+            groups.setdefault((row["scheme"], row["regime"]), []).append(row)
+    parts = [[*_robustness(groups, threat_model)], [*_lifts(groups), *_verdicts(claims)]]
+    sentences = ["; ".join(part) for part in parts if part]
+    return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+
+
+def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterator[str]:
+    worst = {group: _mean(rows, WORST) for group, rows in groups.items()}
+    where = f"of the test images {'{}'} right under all attacks with ε = {threat_model}"
+    plain = [value for (_, regime), value in worst.items() if not _attacked(REGIMES[regime])]
+    if plain:
+        yield f"without adversarial training no model has more than {_percent(max(plain))} {where.format('')}".replace("  ", " ")
+    robust = {group: value for group, value in worst.items() if _attacked(REGIMES[group[1]])}
+    if robust:
+        best = max(robust, key=robust.__getitem__)
+        rows = groups[best]
+        told = f"the most robust model, {' '.join(best)}, has {_percent(worst[best])}{_spread(rows)}"
+        told += "" if plain else f" {where.format('')}".replace("  ", " ")
+        told += f", and {_percent(_mean(rows, CLEAN))} without attack" if all(CLEAN in row for row in rows) else ""
+        yield told + (f" ({MEANING[FLAGGED]})" if any(mark(row) == FLAGGED for row in rows) else "")
+
+
+def _lifts(groups: Mapping[Group, list[Row]]) -> Iterator[str]:
+    """`adversarial fine-tuning of encoder and head (Full-AT) adds to AT 28.1 points for CL, ...`."""
+    full = next((name for name, regime in REGIMES.items() if regime.attacked and regime.encoder_learns), None)
+    base = next((name for name, regime in REGIMES.items() if regime.pretraining == "at" and not regime.attacked), None)
+    schemes = [scheme for scheme, regime in groups if regime == full and (scheme, base) in groups]
+    if schemes:
+        lift = {scheme: _mean(groups[scheme, full], WORST) - _mean(groups[scheme, base], WORST) for scheme in schemes}
+        told = [f"{100 * lift[scheme]:+.1f} points for {scheme}" for scheme in sorted(lift, key=lambda scheme: -lift[scheme])]
+        steps = f"fine-tuning the whole network under attack ({full}) after adversarial pretraining ({base})"
+        yield f"{steps} changes that accuracy by {_listed(told)}"
+
+
+def _verdicts(claims: Mapping[str, Any]) -> Iterator[str]:
+    """`of the paper's six claims three are supported and two contradicted, by one seed`."""
+    verdicts = [claim["verdict"].removesuffix(" for this seed") for claim in claims.get("claims", ())]
+    if verdicts:
+        counts = sorted(Counter(verdicts).items(), key=lambda count: VERDICTS.index(count[0]))
+        told = [f"{_number(count)} {'is' if count == 1 else 'are'} {verdict}" for verdict, count in counts]
+        seeds = len(claims["seeds"])
+        yield f"of the paper's {_number(len(verdicts))} claims {_listed(told)}, by {_number(seeds)} seed{'s' if seeds > 1 else ''}"
+
+
+def _attacked(regime: Regime) -> bool:
+    return regime.attacked or regime.pretraining == "at"
+
+
+def _mean(rows: Sequence[Row], metric: str) -> float:
+    return mean(row[metric] for row in rows)
+
+
+def _spread(rows: Sequence[Row]) -> str:
+    """The 95 % interval of one model, or the lowest and the highest of several seeds."""
+    if len(rows) > 1:
+        values = [row[WORST] for row in rows]
+        return f" (mean of {len(rows)} seeds, {100 * min(values):.1f} to {100 * max(values):.1f})"
+    ends = [rows[0].get(f"{WORST}/{end}") for end in ("low", "high")]
+    return f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if None not in ends else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _number(count: int) -> str:
+    return NUMBERS[count] if count < len(NUMBERS) else str(count)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

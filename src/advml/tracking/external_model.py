@@ -1,0 +1,51 @@
+"""A checkpoint as a model of MLflow's store: its weights stay where DVC keeps them, and are found again by path and sha256.
+
+What the store holds is text: model.json, and of a classifier the MLmodel file and weights.json, by which `models.pyfunc` loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from advml.core.io import read_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+LOADER, WEIGHTS = "advml.models.pyfunc", "weights.json"
+
+
+def log_files(client: MlflowClient, model: LoggedModel, folder: Path, *, root: Path, path: str, digest: str) -> None:
+    """Give the model its record, and a classifier what MLflow needs to load it; an encoder without one has no MLmodel file."""
+    record = folder / "model.json"
+    if not record.exists():
+        return
+    client.log_model_artifact(model.model_id, str(record))
+    content = read_json(record, remedy="restore it with: dvc checkout")
+    if content.get("kind") != "model" or "input" not in content:
+        client.set_logged_model_tags(model.model_id, {"mlflow.model.isExternal": "true"})
+        return
+    with tempfile.TemporaryDirectory() as place:
+        weights, description = Path(place, WEIGHTS), Path(place, "MLmodel")
+        weights.write_text(json.dumps({"path": path, "root": str(root), "sha256": digest}, indent=1))
+        description.write_text(_mlmodel(model, shape=content["input"], classes=len(content["classes"])))
+        for file in (weights, description):
+            client.log_model_artifact(model.model_id, str(file))
+
+
+def _mlmodel(model: LoggedModel, *, shape: list[int], classes: int) -> str:
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    inputs, outputs = TensorSpec(np.dtype("float32"), (-1, *shape), "images"), TensorSpec(np.dtype("float32"), (-1, classes), "logits")
+    signature = ModelSignature(Schema([inputs]), Schema([outputs]))
+    described = Model(run_id=model.source_run_id, signature=signature, model_id=model.model_id)
+    written_by = {"python_version": platform.python_version()}
+    return described.add_flavor("python_function", loader_module=LOADER, data=WEIGHTS, **written_by).to_yaml()

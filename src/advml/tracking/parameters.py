@@ -1,0 +1,76 @@
+"""What is logged of a configuration: some twenty parameters under names that all models share, so that any two runs compare.
+
+MLflow sorts names, and its Compare view opens on the first parameters that differ: what tells models apart must come before the
+settings of the phases, hence `training.` in front of `pretrain.` and `finetune.`. The whole configuration is an artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from advml.config import flatten, schema
+from advml.recipes import REGIMES, SCHEMES
+
+Record = Mapping[str, Any]
+OF_THE_ATTACK = {"epsilon": ("threat_model", "epsilon"), "attack_steps": ("attack", "steps")}  # of a phase -> what stands in for null
+NONE = dict.fromkeys(("epochs", *OF_THE_ATTACK), 0)  # of a phase in which nothing is learned
+
+
+def comparable(record: Record) -> dict[str, Any]:
+    """The parameters of a run by the names that models share; of a search and its trials, all that it has.
+
+    An attack that a phase does not have has the radius 0 and 0 steps. Of settings with a neutral value only others are told.
+
+    Args:
+        record: `kind`, `parameters` as in params.yaml, and of a model `scheme`, `regime` or `phase`, and `seed`.
+    """
+    parameters = record.get("parameters") or {}
+    if record.get("kind") in ("search", "trial"):
+        return flatten(parameters)
+    shown = {key: record[key] for key in ("scheme", "regime", "seed") if key in record}
+    shown |= {"seeds": parameters["seeds"]} if "seeds" in parameters else {}
+    if model := parameters.get("model"):
+        shown |= {"backbone": model["backbone"]} | {f"model.{key}": value for key, value in _chosen(schema.Model, model).items()}
+    if "evaluate" in parameters and (threat := parameters.get("threat_model")):  # the attack of the evaluation
+        shown |= {"epsilon": parameters["evaluate"].get("epsilon") or threat["epsilon"], "norm": threat["norm"]}
+    scheme, regime = record.get("scheme", ""), REGIMES.get(record.get("regime", ""))
+    phase = (parameters.get("pretrain") or {}).get(scheme)
+    if phase is None:
+        return shown
+    mode = regime.pretraining if regime else record.get("phase")
+    pretraining = _phase(phase, parameters, attacked=mode == "at") | _views(scheme, parameters)
+    shown |= {f"training.pretrain.{key}": value for key, value in pretraining.items()}
+    shown |= {f"training.attack.{key}": value for key, value in _chosen(schema.TrainAttack, parameters.get("attack") or {}).items()}
+    if regime:
+        finetuning = (parameters.get("regimes") or {}).get(record["regime"])
+        shown |= {f"training.finetune.{key}": value for key, value in _phase(finetuning, parameters, attacked=regime.attacked).items()}
+    return shown
+
+
+def _phase(phase: Record | None, parameters: Record, *, attacked: bool) -> dict[str, Any]:
+    if phase is None:
+        return NONE
+    always = {key: phase[key] for key, field in schema.Phase.model_fields.items() if field.is_required() and key in phase}
+    stand_ins = {key: phase.get(key) or (parameters.get(at) or {}).get(name) for key, (at, name) in OF_THE_ATTACK.items()}
+    return always | _chosen(schema.Phase, phase) | (stand_ins if attacked else dict.fromkeys(stand_ins, 0))
+
+
+def _views(scheme: str, parameters: Record) -> dict[str, Any]:
+    """How the contrastive objective and the random views were set, the latter in one line."""
+    row = SCHEMES.get(scheme)
+    shown = {"temperature": parameters["temperature"]} if row and row.groups and "temperature" in parameters else {}
+    if row and (view := (parameters.get("views") or {}).get(row.view)):
+        shown["views"] = ", ".join(f"{key} {value}" for key, value in _chosen(schema.View, view).items())
+    return shown
+
+
+def _chosen(section: type[schema.Section], values: Record) -> dict[str, Any]:
+    """Settings whose value is not the neutral one."""
+    fields = {key: field for key, field in section.model_fields.items() if key in values and not field.is_required()}
+    return {key: values[key] for key, field in fields.items() if values[key] != _plain(field.get_default(call_default_factory=True))}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,35 @@
+"""The two sentences that open the report."""
+
+from __future__ import annotations
+
+import pytest
+
+from advml.report.finding import finding
+
+
+def row(scheme: str, regime: str, worst: float, *, seed: int = 0, **more: float) -> dict:
+    ends = {"accuracy/worst_case/low": worst - 0.05, "accuracy/worst_case/high": worst + 0.05}
+    return {"scheme": scheme, "regime": regime, "seed": seed, "accuracy/worst_case": worst, "accuracy/clean": 0.99, **ends, **more}
+
+
+TABLE = [row("SL", "ST", 0.02), row("CL", "ST", 0.01), row("SL", "AT", 0.7), row("CL", "AT", 0.4)]
+TABLE += [row("SL", "Full-AT", 0.75), row("CL", "Full-AT", 0.8)]
+CLAIMS = {"seeds": [0], "claims": [{"verdict": f"{word} for this seed"} for word in ("contradicted", "supported", "supported")]}
+
+
+def test_it_tells_the_most_robust_model_what_full_at_adds_and_how_the_claims_fare():
+    first, second = finding(TABLE, CLAIMS, threat_model="0.15 (L-infinity)")
+    assert "2.0 %" in first and "0.15 (L-infinity)" in first and "CL Full-AT, has 80.0 % [75.0, 85.0], and 99.0 % without attack" in first
+    assert "+40.0 points for CL and +5.0 points for SL" in second
+    assert second.endswith("three claims two are supported and one is contradicted, by one seed.")
+
+
+def test_seeds_are_averaged_and_flags_are_told():
+    seeds = [row("SL", "AT", worst, seed=seed, **{"diagnostics/flags": seed}) for seed, worst in enumerate((0.6, 0.8))]
+    (only,) = finding(seeds, {"seeds": [0, 1], "claims": []}, threat_model="1")
+    assert "70.0 % (mean of 2 seeds, 60.0 to 80.0)" in only and "flags" in only
+
+
+@pytest.mark.parametrize("table", [[], [{"scheme": "SL", "regime": "ST", "seed": 0, "accuracy/clean": 1.0}]])
+def test_what_was_not_measured_is_not_told(table):
+    assert finding(table, {"seeds": [0], "claims": []}, threat_model="1") == []

@@ -1,0 +1,73 @@
+"""The best model of a study in the registry, loaded through MLflow."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from advml.core.errors import UserError
+from advml.models.network import Architecture, build, load_classifier, save
+
+ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.3,), (0.4,), 3, None, False, False)
+SCORES = {"CL-AT-s0": None, "CL-Partial-AT-s0": 0.7, "CL-Full-AT-s0": 0.8}
+
+
+@pytest.fixture
+def study(project):
+    """Three models with weights, and the table of a report."""
+    project.write_model("CL-at-s0", "pretrain", digest="a" * 64)
+    for name, score in SCORES.items():
+        folder = project.write_model(name, "model", digest="", pretraining={"name": "CL-at-s0", "digest": "a" * 64})
+        record = json.loads((folder / "model.json").read_text()) | {"epoch": 2, "classes": list("abc"), "input": [1, 8, 8]}
+        save(build(ARCHITECTURE, seed=len(name)), folder, record)
+        set_score(project, name, score)
+    (project.root / "reports" / "summary.csv").write_text("\n".join(["model", *SCORES]))
+    return project
+
+
+def set_score(project, name: str, score: float | None) -> None:
+    """Curves whose kept epoch has this score, and another a higher one."""
+    epochs = [{"epoch": epoch, "train/loss": 1.0} for epoch in (1, 2)]
+    for epoch, value in zip(epochs, (0.99, score), strict=True):
+        epoch |= {} if score is None else {"validation/adversarial_accuracy": value}
+    (project.root / "reports" / name / "history.json").write_text(json.dumps(epochs))
+
+
+def best(project):
+    return project.store.client.get_model_version_by_alias("advml", "best")
+
+
+def test_the_best_on_attacked_validation_images_is_registered_once_and_the_alias_follows(study):
+    study.sync()
+    first = best(study)
+    assert first.run_id == study.newest("CL-Full-AT-s0").info.run_id and "CL-Full-AT-s0" in first.description
+    study.sync()
+    assert len(study.store.client.search_model_versions("name = 'advml'")) == 1
+    set_score(study, "CL-Partial-AT-s0", 0.9)
+    study.sync()
+    assert best(study).run_id == study.newest("CL-Partial-AT-s0").info.run_id and best(study).version != first.version
+    model = study.store.client.get_logged_model(study.newest("CL-Partial-AT-s0").data.tags["advml.model_id"])
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "advml", "version": 2}]
+
+
+def test_a_registered_model_loads_through_mlflow_by_path_and_digest(study, monkeypatch):
+    study.sync()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow, on its own type hints
+        pyfunc = importlib.import_module("mlflow.pyfunc")
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", study.place.uri)
+    monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", study.place.uri)
+    images = np.random.default_rng(0).random((2, 1, 8, 8), dtype=np.float32)
+    folder = study.root / "models" / "finetune" / "CL-Full-AT-s0"
+    with torch.inference_mode():
+        expected = load_classifier(folder).eval()(torch.from_numpy(images)).numpy()
+    np.testing.assert_array_equal(pyfunc.load_model("models:/advml@best").predict(images), expected)
+    assert not [path for path in (study.root / "mlruns").rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
+    (folder / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(UserError, match="dvc pull models/finetune/CL-Full-AT-s0"):
+        pyfunc.load_model("models:/advml@best")
