@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from advml import __version__
-from advml.cli import models, stages, tune
+from advml.cli import checkpoints, models, stages, tune
 from advml.cli.errors import guarded, print_fault
 from advml.core import signals
 
@@ -23,9 +23,9 @@ app = typer.Typer(
 )
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
 
-for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, models.COMMANDS)):
+for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, (*models.COMMANDS, *checkpoints.COMMANDS))):
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(command.__name__.strip("_"), rich_help_panel=panel)(command)
 app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)
 
 

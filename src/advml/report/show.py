@@ -26,9 +26,9 @@ def record_of(workspace: Workspace, model: str) -> str:
     folder = find_model(workspace, model)
     with _reading(folder / "model.json") as record:
         lines = [f"{record['name']}   ({folder})", ""]
-        lines += _block("made from", _origin(record))
+        lines += _block("made from", record.get("origin") or _origin(record))
         lines += _block("architecture", record["architecture"])
-        lines += _block("parameters", flatten(record["parameters"]))
+        lines += _block("parameters", flatten(record["parameters"])) if "parameters" in record else []
         lines += _figures(workspace, record)
         lines += _representation(workspace, record)
     return "\n".join(lines)
