@@ -167,10 +167,12 @@ def repro(
             "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
         )
     from advml.config import load
+    from advml.pipeline.repro import check_starting_points
     from advml.pipeline.repro import repro as run
     from advml.tracking import warn_if_unusable
 
     configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    check_starting_points(configuration, Workspace(params.parent))
     warn_if_unusable(configuration, root=params.parent)
 
     started = time.monotonic()
