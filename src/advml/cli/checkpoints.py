@@ -50,5 +50,23 @@ def import_(
     say(str(made.folder), f"advml evaluate {made.folder}   (measure it), or: {train}" if made.architecture.classes else train)
 
 
+def export(
+    model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="models/exported/<MODEL>")] = None,
+    params: Place = PARAMS,
+) -> None:
+    """Write a model for other tools: weights that plain timm loads in three lines, and ONNX, both checked against the model.
+
+    Writes models/exported/<MODEL>/: model.safetensors, config.json, model.onnx. Next: the three lines that it prints
+    """
+    from advml.pipeline.checkpoint_export import export_model
+
+    made = export_model(Workspace(params.parent), model, out)
+    for remark in made.remarks:
+        tell(f"note: {remark}")
+    print("\n".join(made.lines))
+    say(f"{made.folder}: {', '.join(made.files)}", "the three lines above, in Python")
+
+
 # In the order in which `advml --help` lists them.
-COMMANDS = (import_,)
+COMMANDS = (import_, export)

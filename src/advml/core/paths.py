@@ -85,6 +85,9 @@ class Workspace:
     def imported(self, name: str) -> Path:
         return self.root / "models" / "imported" / name
 
+    def exported(self, name: str) -> Path:
+        return self.root / "models" / "exported" / name
+
     def report(self, name: str) -> Path:
         return self.reports / name
 

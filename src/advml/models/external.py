@@ -26,7 +26,7 @@ from advml.models import class_names
 from advml.models import weights as files
 from advml.models.adapter import REORDERED, WRAP, Foreign, fit
 from advml.models.backbones import create_encoder
-from advml.models.network import Network, load_classifier, read_record
+from advml.models.network import load_classifier, read_record
 from advml.models.normalization import KNOWN, NONE, Constants, constants
 
 
@@ -99,7 +99,7 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
             f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
         )
     given = _placed(given, device)
-    if not isinstance(given.network, Network):
+    if given.constants is not None and "folder" not in given.origin:
         given = _adapted(given, wishes, dataset, device)
     return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset, device)})
 

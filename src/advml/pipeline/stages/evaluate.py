@@ -102,7 +102,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
 
 def _settings(context: Context, network: nn.Module, scheme: str | None, *, note: str = "") -> evaluation.EvaluationSettings:
     """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, if any; `note`: on that head."""
-    row = SCHEMES.get(scheme) if getattr(network, "projection_head", None) is not None else None
+    row = None if getattr(network, "projection_head", network) is None else SCHEMES.get(scheme)
     whole, spec = context.config, context.config.evaluate
     about = {"temperature": whole.temperature, "classes": len(context.dataset.classes), "note": note}
     return evaluation.EvaluationSettings(
