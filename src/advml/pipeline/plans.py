@@ -11,11 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from advml import config
 from advml.attacks.pgd import training_adversary
-from advml.core.device import Machine, derived_seed
+from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
 from advml.models.layers import batch_norms, knows_blocks
@@ -46,8 +44,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
     spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
-    on_cpu = configuration.runtime.device == "cpu" or (configuration.runtime.device == "auto" and not torch.cuda.is_available())
-    bfloat16 = on_cpu and configuration.runtime.precision == "bf16"
+    bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
     if section.epochs:
         try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
     return Plan(
