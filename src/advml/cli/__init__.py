@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from advml import __version__
-from advml.cli import checkpoints, models, stages, tune
+from advml.cli import checkpoints, estimate, models, stages, tune
 from advml.cli.errors import guarded, print_fault
 from advml.core import signals
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
 
-for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, (*models.COMMANDS, *checkpoints.COMMANDS))):
+for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, (*models.COMMANDS, *checkpoints.COMMANDS, estimate.estimate))):
     for command in commands:
         app.command(command.__name__.strip("_"), rich_help_panel=panel)(command)
 app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)

@@ -52,7 +52,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
         return records.publish(workspace, name, digest=model["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
     subject = evaluation.Subject(name, model["digest"], network)
-    found = evaluate(context, subject, _settings(context, network, scheme, note=f"projection head: {head}"), parts)
+    found = evaluate(context, subject, settings_of(context, network, scheme, note=f"projection head: {head}"), parts)
     about = {"model": name, "digest": model["digest"]}
     adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
     metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
@@ -89,7 +89,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     for flag in expected.flags:  # before the hours that it takes to attack the wrong model
         tell(f"warning: {name}: {flag.saw}; to try: {flag.try_}")
     subject = evaluation.Subject(name, given.digest, network, flags=expected.flags)
-    found = evaluate(context, subject, _settings(context, network, given.scheme), parts)
+    found = evaluate(context, subject, settings_of(context, network, given.scheme), parts)
     about = {"model": name, "digest": given.digest, "origin": given.origin}
     about |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
     metrics = _write(context, found, about, parts, parameters=OF_GIVEN)
@@ -100,7 +100,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     return metrics
 
 
-def _settings(context: Context, network: nn.Module, scheme: str | None, *, note: str = "") -> evaluation.EvaluationSettings:
+def settings_of(context: Context, network: nn.Module, scheme: str | None, *, note: str = "") -> evaluation.EvaluationSettings:
     """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, if any; `note`: on that head."""
     row = None if getattr(network, "projection_head", network) is None else SCHEMES.get(scheme)
     whole, spec = context.config, context.config.evaluate
