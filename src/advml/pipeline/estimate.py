@@ -36,7 +36,7 @@ from advml.models.memory_format import place
 from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.pipeline.plans import finetuning, pretraining
-from advml.pipeline.stages.evaluate import settings_of
+from advml.pipeline.stages.evaluate import settings as settings_of
 from advml.recipes import REGIMES
 from advml.similarity.represent import represent
 from advml.training.checkpoint import Checkpoint
@@ -222,7 +222,8 @@ def _evaluation(context: _Pilot, network: Network, scheme: str) -> tuple[Cost, C
 
     def run(of: _Pilot, labels: torch.Tensor, count: int, *, probes: int = 0, counting: bool = False) -> Cost:
         count = min(count, total)
-        settings = settings_of(of, network, scheme)
+        row = SCHEMES[scheme] if network.projection_head is not None else None
+        settings = settings_of(of.config, of.dataset, row)
         settings = replace(settings, diagnostics=settings.diagnostics.model_copy(update={"images": probes}), keep=None)
         data = replace(of.dataset, test=Split(of.dataset.test.images[:count], labels[:count]))
         with tempfile.TemporaryDirectory() as folder, _Meter(network, machine, counting=counting) as meter:
