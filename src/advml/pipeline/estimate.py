@@ -37,7 +37,7 @@ from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.pipeline.plans import finetuning, pretraining
 from advml.pipeline.stages.evaluate import settings as settings_of
-from advml.recipes import REGIMES
+from advml.recipes import REGIMES, SCHEMES
 from advml.similarity.represent import represent
 from advml.training.checkpoint import Checkpoint
 from advml.training.trainer import Plan, batches_per_epoch, fit

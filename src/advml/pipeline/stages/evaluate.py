@@ -25,7 +25,7 @@ from advml.evaluation.attack_suite import attack_suite
 from advml.models.external import Given
 from advml.models.network import read_record
 from advml.pipeline.context import Context
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES, SCHEMES, Scheme
 from advml.training.checkpoint import Checkpoint, discard_finished
 
 KEYS = ("scheme", "regime", "seed")
