@@ -22,8 +22,8 @@ help: ## list the targets
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps -e .
 	@touch $@
 
-repro: .venv/.stamp ## run the study: JOBS stages at a time, only what has changed
-	@advml repro --jobs $(JOBS)
+repro: .venv/.stamp ## run the study: JOBS stages at a time, SEEDS=3 of each model, only what has changed
+	@advml repro --jobs $(JOBS) $(if $(SEEDS),--seeds $(SEEDS))
 
 # worksteal: every worker begins with one stretch of the files, so that what the tests of a module share is made once, not by each worker.
 test: .venv/.stamp ## run the tests

@@ -219,7 +219,7 @@ def stage_module(stage: str) -> str:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_a_command_and_a_file(stage):
     name = stage.partition("_")[0]
-    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    commands = [command.name for command in app.registered_commands]
     assert name in commands
     assert stage_module(stage) in MODULES
     command = 'stage "$DVC_STAGE"' if "matrix" in pipeline()[stage] else name
@@ -228,7 +228,7 @@ def test_a_stage_is_a_command_and_a_file(stage):
 
 def test_a_file_in_stages_is_a_command():
     names = {module.removeprefix("advml.pipeline.stages.") for module in MODULES if module.startswith("advml.pipeline.stages.")}
-    assert names <= {command.callback.__name__ for command in app.registered_commands}
+    assert names <= {command.name for command in app.registered_commands}
 
 
 # A stage runs again when a file among its `deps` changes. These modules are left out on purpose, because an edit

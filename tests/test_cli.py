@@ -22,7 +22,7 @@ from advml.servers import mlflow_ui
 from advml.training import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+COMMANDS = [command.name for command in app.registered_commands]
 
 
 # Help
@@ -285,10 +285,10 @@ USER = {
     ),
     "a missing model": ("evaluate CL AT", "models/finetune/CL-AT-s0 holds no model"),
     "a model of the study under another name, which is missing": ("evaluate CL AT --name x", "models/finetune/CL-AT-s0 holds no model"),
-    "a scheme without a regime": ("evaluate CL", "evaluate CL: which regime? Choose from ST, AT, Partial-AT, Full-AT"),
+    "a scheme without a regime": ("evaluate CL", "CL: which regime? Choose from ST, AT, Partial-AT, Full-AT"),
     "a regime of no scheme": (
         "evaluate test_resnet AT --weights w.safetensors",
-        "evaluate test_resnet AT: a regime goes with SL, CL, SCL; leave out AT",
+        "test_resnet AT: a regime goes with SL, CL, SCL; leave out AT",
     ),
     "weights of a function": (
         "evaluate mine:net --weights w.safetensors",

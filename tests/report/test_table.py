@@ -15,7 +15,7 @@ from advml.core.io import to_csv
 from advml.evaluation import records
 from advml.evaluation.metrics import wilson
 from advml.pipeline.stages import report as stage
-from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_markdown
+from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_markdown, with_means
 
 NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
 
@@ -193,3 +193,41 @@ def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):
 def test_a_report_of_nothing_says_how_to_measure(make_study):
     with pytest.raises(UserError, match=r"holds no metrics.json of any model of the grid; measure them with: dvc repro"):
         stage.run(make_study().context())
+
+
+# Several seeds
+
+
+def test_means_over_seeds_come_first_with_spread_and_intervals_over_trainings_and_images(make_study):
+    study = make_study("seeds", "grid.schemes=[SL]", "seeds=[0, 1, 2]")
+    for seed, right in enumerate((30, 34, 38)):
+        measure(study, f"SL-AT-s{seed}", clean=40, worst_case=right)
+    measure(study, "SL-ST-s0", clean=40)
+    table = rows_of(study)
+    mean, *rows = with_means(table)
+    assert rows == table and mean["model"] == "SL-AT, mean of 3 seeds"
+    assert mean["accuracy/worst_case"] == pytest.approx(34 / 40) and mean["accuracy/worst_case/sd"] == pytest.approx(0.1)
+    between = 4.302653 * 0.1 / 3**0.5  # t with two degrees of freedom
+    for end, sign in (("low", -1), ("high", 1)):
+        shared = sum(abs(row[f"accuracy/worst_case/{end}"] - row["accuracy/worst_case"]) for row in table if row["regime"] == "AT") / 3
+        assert mean[f"accuracy/worst_case/{end}"] == pytest.approx(min(1, 34 / 40 + sign * (between**2 + shared**2) ** 0.5), abs=1e-6)
+    assert cell(mean, "accuracy/worst_case").startswith("85.0 ± 10.0 [") and cell(mean, "accuracy/threat_model_1") == "-"
+    assert to_markdown(table).splitlines()[2].startswith("| SL-AT, mean of 3 seeds |")
+
+
+def test_equal_seeds_leave_the_interval_of_one(make_study):
+    study = make_study("equal", "grid.schemes=[SL]", "seeds=[0, 1]")
+    for seed in (0, 1):
+        measure(study, f"SL-AT-s{seed}", clean=30)
+    mean, one, _ = with_means(rows_of(study))
+    assert all(mean[f"accuracy/clean{end}"] == pytest.approx(one[f"accuracy/clean{end}"]) for end in ("", "/low", "/high"))
+
+
+def test_a_flag_of_one_seed_marks_the_mean(make_study):
+    study = make_study("flagged", "grid.schemes=[SL]", "seeds=[0, 1]")
+    for seed in (0, 1):
+        metrics = measure(study, f"SL-AT-s{seed}", clean=30, worst_case=10)
+        study.workspace.report(f"SL-AT-s{seed}").joinpath("metrics.json").write_text(json.dumps(metrics | {"diagnostics/flags": seed}))
+    mean, clean, flagged = with_means(rows_of(study))
+    assert cell(mean, "accuracy/worst_case").endswith("!") and cell(flagged, "accuracy/worst_case").endswith("!")
+    assert not cell(clean, "accuracy/worst_case").endswith("!")

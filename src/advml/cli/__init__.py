@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from advml import __version__
-from advml.cli import models, stages, study, tune
+from advml.cli import checkpoints, estimate, models, stages, study, tune
 from advml.cli.errors import guarded, print_fault
 from advml.core import signals
 from advml.core.messages import OUTPUT
@@ -25,9 +25,12 @@ app = typer.Typer(
 )
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
 
-for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, (*study.COMMANDS, *models.COMMANDS))):
+for panel, commands in (
+    (STAGES, stages.COMMANDS),
+    (EVERYDAY, (*study.COMMANDS, estimate.estimate, *models.COMMANDS, *checkpoints.COMMANDS)),
+):
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(command.__name__.strip("_"), rich_help_panel=panel)(command)
 app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)
 
 

@@ -71,8 +71,11 @@ def evaluate(
     Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json.
     Next: advml show MODEL
     """
-    target = _named(target, Workspace(params.parent))
-    kind = _kind(target, regime, Workspace(params.parent))
+    workspace = Workspace(params.parent)
+    target = _named(target, workspace)
+    if weights is None and (workspace.imported(target) / "model.json").is_file():
+        target = str(workspace.imported(target))
+    kind = kind_of(target, regime, workspace)
     given = {"--seed": seed, "--weights": weights, "--mean": mean, "--std": std, "--classes": classes, "--name": name}
     for option in (option for option, value in given.items() if value is not None and option not in OPTIONS[kind]):
         raise UserError(f"evaluate {target}: {option} has no meaning for {kind}, which takes {', '.join(OPTIONS[kind])}; leave it out")
@@ -112,12 +115,16 @@ def _named(target: str, workspace: Workspace) -> str:
     return schemes.get(target.lower(), target)
 
 
-def _kind(target: str, regime: str | None, workspace: Workspace) -> str:
-    """The key of OPTIONS."""
+def kind_of(target: str, regime: str | None, workspace: Workspace) -> str:
+    """The key of OPTIONS.
+
+    Raises:
+        UserError: a scheme without a regime, or a regime without a scheme.
+    """
     if regime is None and target in get_args(SchemeName):
-        raise UserError(f"evaluate {target}: which regime? Choose from {', '.join(get_args(RegimeName))}")
+        raise UserError(f"{target}: which regime? Choose from {', '.join(get_args(RegimeName))}")
     if regime is not None and target not in get_args(SchemeName):
-        raise UserError(f"evaluate {target} {regime}: a regime goes with {', '.join(get_args(SchemeName))}; leave out {regime}")
+        raise UserError(f"{target} {regime}: a regime goes with {', '.join(get_args(SchemeName))}; leave out {regime}")
     if regime:
         return SCHEME
     if any((folder / "model.json").is_file() for folder in (Path(target), workspace.model(target))):

@@ -162,6 +162,7 @@ def ui(
 def repro(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
     cluster: ClusterOption = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Write seeds 0 to N - 1 into params.yaml first.", show_default="its own")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which stages would run, and why; run none.")] = False,
     as_json: AsJson = False,
     overrides: Overrides = None,
@@ -179,11 +180,14 @@ def repro(
         raise UserError("--json goes with --dry-run; the results of a run are in reports/summary.csv and reports/*/metrics.json")
     from advml.config import load
     from advml.config.store import locate
-    from advml.pipeline.repro import reasons
+    from advml.pipeline.repro import check_starting_points, reasons
     from advml.pipeline.repro import repro as run
     from advml.tracking import warn_if_unusable
 
+    if seeds:
+        write_seeds(params, seeds)
     configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    check_starting_points(configuration, Workspace(params.parent))
     if dry_run:
         return _would_run(reasons(params.parent), as_json=as_json)
     warn_if_unusable(locate(configuration.tracking, root=params.parent))
@@ -199,6 +203,19 @@ def repro(
     if rows:
         print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
     print("      dvc plots show               training curves and the result chart as a page")
+
+
+def write_seeds(params: Path, count: int) -> None:
+    """Set `seeds` in params.yaml, keeping its comments, and print the difference."""
+    from advml.config import load
+    from advml.config.rewrite import merge
+    from advml.core.io import write_atomically
+
+    load(params)
+    merged = merge(params, {"seeds": list(range(count))})
+    if merged.changes:
+        print(merged.difference, end="")
+        write_atomically(params.resolve(), merged.text.encode())  # it may be a link to a file that several studies share
 
 
 def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:

@@ -50,7 +50,7 @@ def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, An
     from rich.table import Table
 
     from advml.figures.style import NORM_NAMES
-    from advml.report.table import COLUMNS, cell, footnote, grid_rows
+    from advml.report.table import COLUMNS, cell, footnote, grid_rows, with_means
 
     norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
     title = f"Accuracy in %, 95 % intervals; threat models I and II, and the worst case over all attacks, at {norm} epsilon {epsilon:.4g}"
@@ -58,7 +58,7 @@ def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, An
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")
     rows = grid_rows(configuration.grid, configuration.seeds, workspace)
-    for row in rows:
+    for row in with_means(rows):
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
     if note := footnote(rows):
         shown.caption, shown.caption_justify = note, "left"

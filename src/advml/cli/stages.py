@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.evaluate import evaluate
+from advml.cli.evaluate import evaluate, kind_of
 from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
 from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
-from advml.recipes import REGIMES
+from advml.recipes import REGIMES, RegimeName
 
 
 def check(params: Params = PARAMS) -> None:
@@ -72,16 +72,28 @@ def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Override
     say(str(context.workspace.model(model_name(scheme, regime, seed))), f"advml evaluate {scheme} {regime} --seed {seed}")
 
 
-def represent(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+def represent(
+    target: Annotated[
+        str, typer.Argument(metavar="SCHEME|MODEL", help="SL, CL or SCL, with a regime. Or a model by name or folder.", show_default=False)
+    ],
+    regime: Annotated[RegimeName | None, typer.Argument(help="Of the scheme's model.", show_default=False)] = None,
+    seed: Seed = 0,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
     """Measure how alike a model's layers are (CKA), clean and attacked, and what linear probes read from them.
 
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
     context = context_of(params, overrides)
+    from advml.pipeline.represent_model import represent_model
     from advml.pipeline.stages import represent as stage
+    from advml.pipeline.stages.evaluate import of_study
 
-    metrics = stage.run(context, scheme=scheme, regime=regime, seed=seed)
-    name = model_name(scheme, regime, seed)
+    kind_of(target, regime, context.workspace)  # whether scheme and regime go together
+    own = {"scheme": target, "regime": regime, "seed": seed} if regime else of_study(context.workspace, target)
+    name = model_name(**own) if own else Path(target).name
+    metrics = stage.run(context, **own) if own else represent_model(context, target)
     told = {
         label: metrics.get(f"cka/{key}") for label, key in (("redundancy", "redundancy"), ("clean-adversarial CKA", "clean_adversarial"))
     }

@@ -120,6 +120,7 @@ class Model(Section):
     projection_size: Annotated[Whole, Field(ge=1, le=65536)] = means("output k of the projection head d -> d -> k", 100)
     normalize_logits: bool = means("true: unit-norm logits before cross-entropy, as in the paper", False)
     batch_norm: Literal["single", "dual"] = means("single, dual (separate statistics for adversarial batches)", "single")
+    init: Text | None = means("weights that pretraining starts from: a model's folder or a safetensors file; null: random ones", None)
 
 
 class View(Section):
@@ -171,7 +172,7 @@ class TrainAttack(Section):
 class Phase(Section):
     """One training phase: how long, with which optimiser, and what is kept."""
 
-    epochs: Annotated[Whole, Field(ge=1, le=100_000)] = means("passes over the training images")
+    epochs: Annotated[Whole, Field(ge=0, le=100_000)] = means("passes over the training images; of pretrain 0: model.init as it is")
     batch_size: Annotated[Whole, Field(ge=2, le=2**20)] = means("images in a batch")
     optimizer: Literal["adamw", "adam", "sgd"] = means("adamw, adam, sgd")
     learning_rate: Annotated[Number, Field(ge=1e-30, le=1e30)] = means(
@@ -433,6 +434,9 @@ class Config(Section):
     def _phases(self) -> Config:
         """A value that counts twice, or not at all, would mislead whoever reads the file."""
         for key, phase in self.phases.items():
+            if phase.epochs == 0 and (key.startswith("regimes.") or not self.model.init):
+                remedy = "set it to 1 or more" + ("" if key.startswith("regimes.") else ", or name an encoder: model.init")
+                raise ValueError(f"{key}.epochs = 0 leaves random weights as they are; {remedy}")
             if phase.schedule == "onecycle" and phase.warmup:
                 raise ValueError(
                     f"{key}.warmup = {phase.warmup:g} doubles the warm-up of onecycle; set it to 0, or {key}.schedule = cosine"

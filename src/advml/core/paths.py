@@ -99,6 +99,12 @@ class Workspace:
     def model(self, name: str) -> Path:
         return self.models / name
 
+    def imported(self, name: str) -> Path:
+        return self.root / "models" / "imported" / name
+
+    def exported(self, name: str) -> Path:
+        return self.root / "models" / "exported" / name
+
     def report(self, name: str) -> Path:
         return self.reports / name
 
@@ -137,12 +143,18 @@ class Workspace:
 
 
 def find_model(workspace: Workspace, model: str) -> Path:
-    """The folder of a model that advml has trained, given by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
+    """The folder of a model that advml has trained or imported, by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
 
     Raises:
         UserError: naming the models that exist.
     """
-    for folder in (Path(model), workspace.model(model), workspace.pretrained(model), workspace.model(canonical(model))):
+    for folder in (
+        Path(model),
+        workspace.model(model),
+        workspace.pretrained(model),
+        workspace.imported(model),
+        workspace.model(canonical(model)),
+    ):
         if (folder / "model.json").is_file():
             return folder
     names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
@@ -150,7 +162,7 @@ def find_model(workspace: Workspace, model: str) -> Path:
     meant = f"did you mean {near[0]}? " if near else ""
     choices = f"{meant}choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
     elsewhere = ":" in model or model in workspace.evaluations_of_given()
-    only = " that advml has trained (models from elsewhere are for advml evaluate alone)" if elsewhere else ""
+    only = " that advml has trained or imported (others are for advml evaluate alone)" if elsewhere else ""
     raise UserError(f"there is no model {model!r}{only}; {choices}")
 
 

@@ -1,4 +1,4 @@
-"""What made a result: the git commit and the DVC stage for people, a digest of a stage's sources for resuming."""
+"""What made a result: the git commit and the DVC stage for people, digests of a stage's sources and of first weights for resuming."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import functools
 import hashlib
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from advml.core.errors import UserError
+from advml.core.io import sha256
+from advml.core.paths import given_path
 
 PACKAGE = Path(__file__).resolve().parents[1]  # also where `src` is a link: one dvc.yaml lists the sources
 LOCKS = ":(exclude,top,glob)**/dvc.lock"
@@ -48,6 +54,31 @@ def source_digest(stage: str | None = None) -> str:
     kept = sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."))
     parts = (hashlib.sha256(file.read_bytes()).hexdigest() + file.relative_to(PACKAGE).as_posix() for file in kept)
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def init_digest(init: str) -> str:
+    """sha256 of the weights that `model.init`, a model's folder or a file, names now."""
+    path = given_path(init)
+    try:
+        return sha256(path / "model.safetensors" if path.is_dir() else path)
+    except OSError as error:
+        raise UserError(f"model.init = {init} cannot be read: {error.strerror}; give a model's folder or a safetensors file") from None
+
+
+def check_init(init: str | None, pretrained: Mapping[str, Any]) -> None:
+    """DVC sees the name that `model.init` gives, not the weights: compare them with those that a pretraining has started from.
+
+    Args:
+        pretrained: its model.json.
+    Raises:
+        UserError: they are others.
+    """
+    if init and (now := init_digest(init)) != (then := pretrained.get("init", {}).get("digest")):
+        scheme, phase, seed = (pretrained[key] for key in ("scheme", "phase", "seed"))
+        raise UserError(
+            f"model.init = {init} holds other weights ({now[:16]}) than {pretrained['name']} has started from ({str(then)[:16]}); "
+            f"make it again: dvc repro -s -f pretrain_{phase}@{scheme}-{seed}, or: advml pretrain {scheme} {phase} --seed {seed}"
+        )
 
 
 def pipeline_file() -> Path:

@@ -111,9 +111,9 @@ def create_encoder(
         family = _family(backbone)
     except Exception as error:  # an unknown tag behind the name, for instance
         raise UserError(f"{what} cannot be built ({_reason(error)}); choose another model.backbone") from None
-    sized = _small_stem(backbone, family, image_size) if stem == "small" else {}
+    arguments = timm_arguments(backbone, stem=stem, channels=channels, image_size=image_size, options=options, classes=classes)
     try:
-        encoder = _built(family, backbone, image_size, {"in_chans": channels, "num_classes": classes} | sized | options)
+        encoder = timm.create_model(backbone, pretrained=False, **arguments)
         if stem == "small" and family in SMALL_STEMS:
             SMALL_STEMS[family](encoder, channels)
         elif stem == "small" and isinstance(encoder.patch_embed, HybridEmbed):
@@ -156,10 +156,14 @@ def _small_stem(backbone: str, family: type[nn.Module], image_size: int) -> dict
     return {}
 
 
-def _built(family: type[nn.Module], backbone: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
-    """timm's network, told the size of the images if it is of a kind that asks; most convolutional ones are not."""
+def timm_arguments(
+    backbone: str, *, stem: str, channels: int, image_size: int, options: dict[str, Any], classes: int = 0
+) -> dict[str, Any]:
+    """What `timm.create_model` is told: the size of the images only by a family that asks; most convolutional ones do not."""
+    family = _family(backbone)
     asks = any("img_size" in inspect.signature(kind.__init__).parameters for kind in family.__mro__)
-    return timm.create_model(backbone, pretrained=False, **({"img_size": image_size} if asks else {}), **arguments)
+    sized = _small_stem(backbone, family, image_size) if stem == "small" else {}
+    return ({"img_size": image_size} if asks else {}) | {"in_chans": channels, "num_classes": classes} | sized | options
 
 
 def _features(encoder: nn.Module, images: Tensor) -> Any:
@@ -181,10 +185,10 @@ def _remedy(backbone: str, family: type[nn.Module], *, stem: str, channels: int,
 
     def fits(size: int) -> bool:
         """Tried on the meta device, without memory and arithmetic."""
-        sized = _small_stem(backbone, family, size) if stem == "small" else {}
+        arguments = timm_arguments(backbone, stem=stem, channels=channels, image_size=size, options={})
         try:
             with torch.device("meta"):
-                encoder = _built(family, backbone, size, {"in_chans": channels, "num_classes": 0} | sized)
+                encoder = timm.create_model(backbone, pretrained=False, **arguments)
                 _features(encoder, torch.zeros(1, channels, size, size))
         except Exception:
             return False

@@ -42,7 +42,7 @@ class Given:
         origin: where it came from, and what was put between it and its use, for the record.
         scheme: of ours; None: unknown.
         data: digest of the data it was trained on; None: unknown.
-        constants: of the normalisation that was put in front of it; None: a network of ours, which knows its own.
+        constants: of the normalisation in front of it; None: a network that we have trained, which knows its own.
         classes: names of the logits in the model's own order, where they are known.
         remarks: what its user should know, a line each.
     """
@@ -93,7 +93,7 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
     elif timm.is_model(target) and wishes.weights is not None:
         given = _timm(target, wishes.weights, spec, dataset)
     elif Path(target).suffix in files.PICKLES:
-        raise UserError(files.how_to_convert(Path(target)) + "; then: advml evaluate TIMM_NAME --weights FILE.safetensors")
+        raise UserError(files.how_to_convert(Path(target)))
     else:
         missing = "; its weights are missing: add --weights FILE.safetensors" if timm.is_model(target) else ""
         raise UserError(
@@ -118,13 +118,14 @@ def of_module(
 def _fitted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
     """The model as it will be measured."""
     given = _placed(given, device)
-    if given.constants is not None:
+    if given.constants is not None and "folder" not in given.origin:
         given = _adapted(given, wishes, dataset, device)
     return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset, device)})
 
 
 def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
-    """A network of ours; logits of the same classes in another order are put into the data's, in the classifier itself."""
+    """A network that we have trained or imported; logits of the same classes in another order are put into the data's, in the classifier
+    itself. Of an imported one the normalisation is what somebody has said."""
     record, network = read_record(folder), load_classifier(folder)
     name, data = Path(os.path.abspath(folder)).name, record.get("data", {}).get("digest")
     classes, remarks = class_names.read(wishes.classes, dataset.classes) if wishes.classes is not None else record.get("classes"), []
@@ -140,9 +141,9 @@ def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
     if data and data != dataset.digest:
         remarks.append(f"{name} was trained on other data: test images may be among those it has learnt from")
     names = tuple(classes) if classes else None
-    return Given(
-        name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data, classes=names, remarks=tuple(remarks)
-    )
+    expects = Constants(network.architecture.mean, network.architecture.std) if "origin" in record else None
+    about = {"constants": expects, "classes": names, "remarks": tuple(remarks)}
+    return Given(name, network, record["digest"], {"folder": str(folder)}, record.get("scheme"), data, **about)
 
 
 def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:

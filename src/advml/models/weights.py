@@ -34,13 +34,8 @@ def read(path: Path) -> bytes:
 
 
 def how_to_convert(path: Path) -> str:
-    """One line on what to do with a file of torch.save. It names the path once: a long line would lose its middle, the command."""
-    return (
-        "a pickle can run code when it is opened and is never loaded here; convert this one where you trust it: python -c "
-        f"\"import torch, safetensors.torch as s; p = '{path.with_suffix('')}'; "
-        f"w = torch.load(p + '{path.suffix}', 'cpu', weights_only=True); "
-        "s.save_file({k: v.clone() for k, v in w.get('state_dict', w).items()}, p + '.safetensors')\""
-    )
+    """One line on what to do with a file of torch.save."""
+    return f"a pickle can run code when it is opened and is not loaded here; convert it once: advml import {path} --backbone TIMM_NAME"
 
 
 def fill(network: nn.Module, content: bytes) -> str:
@@ -70,11 +65,11 @@ def prefix_of(names: Iterable[str], wanted: Iterable[str]) -> str:
     'module.'
     """
     wanted = set(wanted)
-    found = Counter(name[: len(name) - len(rest)] for name in names for rest in _endings(name) if rest in wanted)
+    found = Counter(name[: len(name) - len(rest)] for name in names for rest in endings(name) if rest in wanted)
     return max(found, key=lambda prefix: (found[prefix], -len(prefix)), default="")
 
 
-def _endings(name: str) -> list[str]:
+def endings(name: str) -> list[str]:
     """a.b.c -> a.b.c, b.c, c"""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]

@@ -43,7 +43,8 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
     architecture = network.architecture
     image = load_image(path, channels=architecture.channels, size=architecture.image_size, white=record.get("white_level"))
     adversary = evaluation_adversary(context.config.evaluate, context.config.threat_model)
-    figure, result = attack_figure(network, image, record["classes"], adversary=adversary, seed=context.config.evaluate.seed)
+    classes = record.get("classes") or [str(number) for number in range(architecture.classes)]  # an imported one may not know their names
+    figure, result = attack_figure(network, image, classes, adversary=adversary, seed=context.config.evaluate.seed)
     write_atomically(out, to_png(figure))
     return f"{result['headline']}: {result['size']}"
 

@@ -8,6 +8,9 @@ The stages write what comes of it into the study's folders; a search asks for th
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from advml import config
 from advml.attacks.pgd import training_adversary
 from advml.core.device import Machine, chosen_device, derived_seed
@@ -15,6 +18,7 @@ from advml.core.errors import UserError
 from advml.data.datasets import Dataset
 from advml.models.layers import batch_norms, knows_blocks
 from advml.models.network import Architecture, Network, build
+from advml.models.starting_point import read, start_from
 from advml.models.trial_step import try_step
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.tasks import finetuning_task, pretraining_task
@@ -22,7 +26,7 @@ from advml.training.trainer import Plan
 
 
 def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, phase: str, seed: int) -> Plan:
-    """The plan of `pretrain SCHEME PHASE`, on a network of random weights that depend on scheme and seed alone.
+    """The plan of `pretrain SCHEME PHASE`, on a network of the weights of `model.init`, or random ones by scheme and seed alone.
 
     Args:
         configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack. The
@@ -32,22 +36,39 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
         phase: "st" or "at".
         seed: of weights, batches, views and random starts.
     Raises:
-        UserError: the backbone cannot be built, or not trained, for these images.
+        UserError: the backbone cannot be built, or not trained, for these images, or `model.init` does not fit it.
     """
     row, attacked, section = SCHEMES[scheme], phase == "at", configuration.pretrain[scheme]
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
+    init = _start(configuration, dataset, network, scheme) if configuration.model.init else None
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
     spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
     bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
-    try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
+    if section.epochs:
+        try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,
         phase=section,
-        task=lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature),
+        task=(lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature))
+        if section.epochs
+        else None,
         adversary=training_adversary(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
+        init=init,
     )
+
+
+def _start(configuration: config.Config, dataset: Dataset, network: Network, scheme: str) -> dict[str, Any]:
+    """Fill the network from `model.init`; a head that nothing is going to train is taken from there, or there is none."""
+    init = start_from(network, read(configuration.model.init), classes=dataset.classes)
+    if not configuration.pretrain[scheme].epochs and SCHEMES[scheme].head == "classifier" and "classifier" not in init["taken"]:
+        remedy = "train it: 1 or more, or tell its classes: advml import --classes"
+        told = f"pretrain.{scheme}.epochs = 0 needs a classifier of {', '.join(dataset.classes[:3])}, ..."
+        raise UserError(f"{told}, which model.init = {configuration.model.init} does not have; {remedy}")
+    if not configuration.pretrain[scheme].epochs and "projection_head" not in init["taken"]:
+        network.projection_head, network.architecture = None, replace(network.architecture, projection_size=None)
+    return init
 
 
 def finetuning(

@@ -10,17 +10,22 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from advml.config import Cluster
+from advml.config import Cluster, Config
 from advml.core.errors import Failure, UserError
+from advml.core.io import read_json
 from advml.core.messages import one_line, tell
+from advml.core.paths import Workspace, pretraining_name
 from advml.core.progress import Board
+from advml.core.provenance import check_init
 from advml.engine.cluster import Slots, connect
 from advml.engine.exclusive import exclusive
 from advml.engine.fork_server import server
 from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, sent_environment, wait_for_stages
+from advml.recipes import PhaseName
 
 
 def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster | None = None, reserve: bool = True) -> list[str]:
@@ -52,6 +57,15 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
         if outcome.failure:
             raise Failure(f"stage {name} failed: {outcome.failure}; after mending, the same command goes on")
     return [name for name, outcome in ended.items() if outcome.ran]
+
+
+def check_starting_points(configuration: Config, workspace: Workspace) -> None:
+    """See `advml.core.provenance.check_init`, of all pretrainings that have started from what `model.init` names."""
+    for seed, scheme, phase in product(configuration.seeds, configuration.grid.schemes, get_args(PhaseName)):
+        made = workspace.pretrained(pretraining_name(scheme, phase, seed)) / "model.json"
+        record = read_json(made, remedy="restore it with: dvc checkout") if configuration.model.init and made.exists() else {}
+        if record.get("init") and record["parameters"]["model"]["init"] == configuration.model.init:
+            check_init(configuration.model.init, record)
 
 
 def reasons(root: Path) -> dict[str, list[str]]:

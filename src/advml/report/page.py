@@ -23,7 +23,7 @@ from advml.recipes import REGIMES, SCHEMES
 from advml.report import external_models, figures
 from advml.report import figures as drawn
 from advml.report import methods_table as how_made
-from advml.report.table import COLUMNS, Row, cell, footnote
+from advml.report.table import COLUMNS, Row, cell, footnote, with_means
 
 REPRESENTATION = {  # column -> metric, and its number of digits
     "redundancy": "cka/redundancy",
@@ -78,7 +78,7 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
         norm=NORM_NAMES[settings.attacked.norm],
         accuracy_columns=list(COLUMNS),
         representation_columns=list(REPRESENTATION),
-        rows=[_row(row) for row in table],
+        rows=[_row(row) for row in with_means(table)],
         notes=footnote(table).splitlines(),
         others=[_row(external_models.row(name, record)) for name, record in shown.items()],
         elsewhere=sorted(given.keys() - shown.keys()),

@@ -28,9 +28,9 @@ def record_of(workspace: Workspace, model: str) -> str:
         lines = [f"{record['name']}   ({folder})", ""]
         results = [*_figures(workspace, record), *_representation(workspace, record)]
         lines += [*results, ""] if results else []
-        lines += _block("made from", _origin(record))
+        lines += _block("made from", record.get("origin") or _origin(record))
         lines += _block("architecture", record["architecture"])
-        lines += _block("parameters", flatten(record["parameters"]))
+        lines += _block("parameters", flatten(record["parameters"])) if "parameters" in record else []
     return "\n".join(lines).rstrip("\n")
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from scipy.special import stdtrit
 
 from advml.config import Grid
 from advml.core.io import read_json
@@ -68,11 +72,46 @@ def training_rows(table: list[Row], workspace: Workspace) -> list[Row]:
     return found
 
 
+def with_means(table: list[Row]) -> list[Row]:
+    """The rows, and in front of them the mean over seeds of every scheme and regime that several were measured of.
+
+    A mean has `/sd`, the standard deviation over its S seeds, and an interval of half width sqrt(a^2 + b^2): a = t sd / sqrt(S), with
+    S - 1 degrees of freedom, is what another training may differ by; b, the mean half width of the seeds' own intervals, is the error
+    that all seeds share, as they see the same test images (the same sum as `similarity.statistics.over_seeds`). Flags are those of all.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in table:
+        groups.setdefault((row["scheme"], row["regime"]), []).append(row)
+    return [*(_mean(*of, rows) for of, rows in groups.items() if len(rows) > 1), *table]
+
+
+def _mean(scheme: str, regime: str, rows: list[Row]) -> Row:
+    found: Row = {"model": f"{scheme}-{regime}, mean of {len(rows)} seeds", "scheme": scheme, "regime": regime}
+    for metric in (key for key in rows[0] if all(_is_measured(row, key) for row in rows)):
+        values = [row[metric] for row in rows]
+        mean, sd = statistics.fmean(values), statistics.stdev(values)
+        between = float(stdtrit(len(rows) - 1, 0.975)) * sd / math.sqrt(len(rows))
+        found |= {metric: mean, f"{metric}/sd": sd}
+        for end, sign in (("low", -1), ("high", 1)):
+            shared = statistics.fmean(abs(row[f"{metric}/{end}"] - row[metric]) for row in rows)
+            value = mean + sign * math.hypot(between, shared)
+            found[f"{metric}/{end}"] = min(1.0, max(0.0, value)) if metric in COLUMNS.values() else value
+    flags = {key: sum(row[key] for row in rows) for key in ("diagnostics/flags", "transfer/flags") if all(key in row for row in rows)}
+    return found | flags
+
+
+def _is_measured(row: Row, metric: str) -> bool:
+    """With an interval; what could not be measured is None."""
+    return all(isinstance(row.get(f"{metric}{end}"), int | float) for end in ("", "/low", "/high"))
+
+
 def cell(row: Row, metric: str) -> str:
-    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash. Attacked figures bear the `mark` of their model."""
+    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash; of a mean over seeds `97.5 ± 0.4 [95.3, 98.7]`, with their
+    standard deviation. Attacked figures bear the `mark` of their model."""
     if metric not in row:
         return "-"
-    figure = f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
+    spread = f" ± {100 * row[f'{metric}/sd']:.1f}" if f"{metric}/sd" in row else ""
+    figure = f"{100 * row[metric]:.1f}{spread} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
     return figure if metric in NOT_ATTACKED else f"{figure} {mark(row)}".rstrip()
 
 
@@ -83,7 +122,8 @@ def footnote(table: list[Row]) -> str:
 
 
 def to_markdown(table: list[Row]) -> str:
-    """The table for a README: accuracies in percent with 95 % Wilson intervals."""
+    """The table for a README: accuracies in percent with 95 % intervals, means over seeds first."""
+    table = with_means(table)
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in table]
     notes = [f"\n{note}" for note in footnote(table).splitlines()]  # each a paragraph of its own

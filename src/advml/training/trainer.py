@@ -128,6 +128,7 @@ class Plan:
     task: Callable[[], Task] | None  # built only if there is something left to do
     adversary: Adversary | None
     seed: int
+    init: dict[str, Any] | None = None  # what its weights were taken from, for the record; None: nothing
 
 
 def fit(

@@ -12,6 +12,7 @@ from advml import config
 from advml.config import Config, changed, digest, flatten
 from advml.core.errors import UserError
 from advml.core.paths import Workspace, checked_name, pretraining_name
+from advml.core.provenance import init_digest
 from advml.recipes import REGIMES, SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of, hyperband
@@ -124,9 +125,9 @@ class TrainingSearch(Search):
     # The study
 
     def start_digest(self) -> str | None:
-        """Digest of the pretrained encoder that a fine-tuning starts from."""
+        """Digest of the pretrained encoder that a fine-tuning starts from, or of `model.init`, that a pretraining does."""
         if self.kind == "pretrain":
-            return None
+            return self.config.model.init and init_digest(self.config.model.init)
         phase = REGIMES[self.which].pretraining
         folder = Workspace(self.root).pretrained(pretraining_name(self.scheme, phase, self.seed))
         return digest_of(folder / "model.json", remedy=f"make it with: advml pretrain {self.scheme} {phase} --seed {self.seed}")

@@ -57,12 +57,12 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         return None
     if spec.source != OWN and spec.source not in folders:  # a model of the grid that is in no panel
         folders[spec.source] = find_model(workspace, spec.source)
-    records = {name: _checked(context, folder, strict=not chosen) for name, folder in folders.items()}
-    networks = {name: _network(context, folder) for name, folder in folders.items()}
+    records = {name: checked(context, folder, strict=not chosen) for name, folder in folders.items()}
+    networks = {name: network_in(context, folder) for name, folder in folders.items()}
     with Bar(f"compare {len(networks)} models", total=3) as bar:
         bar.begin("adversarial images")
         attacked = {
-            name: _adversarial_images(context, folder, records[name], networks[name], anew=bool(chosen)) for name, folder in folders.items()
+            name: adversarial_images(context, folder, records[name], networks[name], anew=bool(chosen)) for name, folder in folders.items()
         }
         shown = {name: attacked[name if spec.source == OWN else spec.source] for name in attacked}
         images, source = ({name: getattr(found, key) for name, found in shown.items()} for key in ("images", "record"))
@@ -71,7 +71,10 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         bar.begin("figures")
         described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
         described |= context.made_by({"similarity": spec.model_dump(mode="json")})
-        described |= {"images_of": context.dataset.digest, "data": {name: record["data"]["digest"] for name, record in records.items()}}
+        described |= {
+            "images_of": context.dataset.digest,
+            "data": {name: digest_of_data(record) for name, record in records.items()},
+        }
         digest = _write(out, compared, described | compare.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
@@ -96,7 +99,7 @@ def _nothing(out: Path) -> None:
     write_atomically(out / "cka.json", to_json({"panels": [], "reason": NOTHING}, indent=1))
 
 
-def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
+def checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
     """model.json of a model that can be compared on the prepared data; `strict`: it must have been trained on them.
 
     Raises:
@@ -107,11 +110,11 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
     if theirs != ours:
         told = [" x ".join(str(side) for side in shape) for shape in (theirs, ours)]
         raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
-    if list(record.get("classes", ())) != list(data.classes):
+    if "classes" in record and list(record["classes"]) != list(data.classes):
         raise UserError(
             f"{name} tells {few(record['classes'])} apart, data/prepared holds {few(data.classes)}; compare models of one data set"
         )
-    if (there := record["data"]["digest"]) != data.digest:
+    if (there := str(digest_of_data(record))) != data.digest:
         told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
         if strict:
             raise UserError(f"{told}; run: dvc repro")
@@ -119,12 +122,24 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
     return record
 
 
-def _network(context: Context, folder: Path) -> Network:
-    """The network, with the classifier that is attacked."""
-    return place(load_classifier(folder), context.machine.device)
+def digest_of_data(record: Mapping[str, Any]) -> str | None:
+    """Of the data that a model was trained on; an imported one does not tell."""
+    return record.get("data", {}).get("digest")
 
 
-def _adversarial_images(context: Context, folder: Path, record: Mapping[str, Any], network: Network, *, anew: bool) -> AdversarialImages:
+def network_in(context: Context, folder: Path) -> Network:
+    """The network, with the classifier that is attacked.
+
+    Raises:
+        UserError: it has none, or one of another number of classes.
+    """
+    network, wanted = load_classifier(folder), len(context.dataset.classes)
+    if network.architecture.classes != wanted:
+        raise UserError(f"{folder} gives {network.architecture.classes} logits, data/prepared holds {wanted} classes")
+    return place(network, context.machine.device)
+
+
+def adversarial_images(context: Context, folder: Path, record: Mapping[str, Any], network: Network, *, anew: bool) -> AdversarialImages:
     """Of a model in `folder` with this model.json: the stored ones if they were made as params.yaml asks, else new ones.
 
     Args:
@@ -137,7 +152,7 @@ def _adversarial_images(context: Context, folder: Path, record: Mapping[str, Any
     attack = threat_model_2(spec, context.config.threat_model)
     wanted = describe_kept(attack, min(spec.adversarial_images or len(test), len(test)), **run)
     home, name = home_of(folder) or (None, Path(os.path.abspath(folder)).name)
-    if home and record["data"]["digest"] == context.dataset.digest and home.adversarial(name).exists():
+    if home and digest_of_data(record) == context.dataset.digest and home.adversarial(name).exists():
         stored = adversarial.read(home.adversarial(name), digest=record["digest"])
         differing = [key for key, value in wanted.items() if key in stored.record and stored.record[key] != value]
         if not differing:

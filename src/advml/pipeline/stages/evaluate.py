@@ -54,7 +54,8 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
         return records.publish(workspace, name, digest=model["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
     subject = evaluation.Subject(name, model["digest"], network)
-    found = evaluate(context, subject, settings(context.config, context.dataset, SCHEMES[scheme], note=f"projection head: {head}"), parts)
+    attacked = _threatened(network, scheme)
+    found = evaluate(context, subject, settings(context.config, context.dataset, attacked, note=f"projection head: {head}"), parts)
     about = {"model": name, "digest": model["digest"]}
     adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
     metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
@@ -91,7 +92,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     for flag in expected.flags:  # before the hours that it takes to attack the wrong model
         tell(f"warning: {name}: {flag.saw}; to try: {flag.try_}")
     subject = evaluation.Subject(name, given.digest, network, flags=expected.flags)
-    found = evaluate(context, subject, settings(context.config, context.dataset, SCHEMES.get(given.scheme or "")), parts)
+    found = evaluate(context, subject, settings(context.config, context.dataset, _threatened(network, given.scheme)), parts)
     about = {"model": name, "digest": given.digest, "origin": given.origin}
     about |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
     metrics = _write(context, found, about, parts, parameters=OF_GIVEN)
@@ -100,6 +101,11 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     tracking.log_result(context.tracking, name)
     discard(workspace.scratch(f"evaluate-{name}"))
     return metrics
+
+
+def _threatened(network: nn.Module, scheme: str | None) -> Scheme | None:
+    """The scheme whose contrastive objective is attacked; None where there is no projection head, as of an encoder taken as it is."""
+    return SCHEMES.get(scheme or "") if getattr(network, "projection_head", network) is not None else None
 
 
 def settings(whole: config.Config, dataset: Dataset, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:

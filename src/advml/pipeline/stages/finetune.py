@@ -6,6 +6,7 @@ from typing import Any
 
 from advml.core.errors import UserError
 from advml.core.paths import model_name, pretraining_name
+from advml.core.provenance import check_init
 from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.pipeline.plans import finetuning
@@ -65,3 +66,4 @@ def _check_model(context: Context, pretrained: dict[str, Any]) -> None:
                 f"model.{key} = {value!r}, but {pretrained['name']} was pretrained with {recorded.get(key)!r}; set it back, "
                 f"or run: advml pretrain {pretrained['scheme']} {pretrained['phase']} --seed {pretrained['seed']}"
             )
+    check_init(context.config.model.init, pretrained)

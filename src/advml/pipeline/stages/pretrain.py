@@ -23,12 +23,13 @@ def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = F
         f"pretrain.{scheme}",
         *(["threat_model", "attack"] if attacked else []),
     ]
+    plan = pretraining(context.config, context.dataset, scheme=scheme, phase=phase, seed=seed)
     job = Job(
         stage="pretrain",
         name=pretraining_name(scheme, phase, seed),
         folder=context.workspace.pretrained(pretraining_name(scheme, phase, seed)),
-        plan=pretraining(context.config, context.dataset, scheme=scheme, phase=phase, seed=seed),
-        identity={"kind": "pretrain", "scheme": scheme, "phase": phase, "seed": seed},
+        plan=plan,
+        identity={"kind": "pretrain", "scheme": scheme, "phase": phase, "seed": seed} | ({"init": plan.init} if plan.init else {}),
         parameters=context.parameters(*sections),
     )
     return learn(context, job, reuse=reuse)

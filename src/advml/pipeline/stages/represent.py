@@ -11,10 +11,12 @@ from advml.core.io import sha256, to_json, write_atomically
 from advml.core.paths import model_name
 from advml.core.progress import Bar
 from advml.data import adversarial
+from advml.data.adversarial import AdversarialImages
 from advml.evaluation import records
 from advml.figures.curves import layer_curves
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.style import to_png
+from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.similarity import represent
 from advml.similarity.represent import to_npz
@@ -23,10 +25,16 @@ from advml.similarity.represent import to_npz
 def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
     """Write `cka.npz`, `cka.json` and the figures in `reports/<MODEL>/`, the record and metrics.json; returns the metrics."""
     name = model_name(scheme, regime, seed)
-    workspace, folder, spec = context.workspace, context.workspace.model(name), context.config.similarity
+    workspace, folder = context.workspace, context.workspace.model(name)
     record, network = context.load_network(folder)
-    weights = record["digest"]
-    attacked = adversarial.read(workspace.adversarial(name), digest=weights)
+    metrics = measure(context, name, record["digest"], network, adversarial.read(workspace.adversarial(name), digest=record["digest"]))
+    tracking.log_folder(context.tracking, folder)
+    return metrics
+
+
+def measure(context: Context, name: str, weights: str, network: Network, attacked: AdversarialImages) -> dict[str, float]:
+    """Measure one model, whose weights have this sha256, and write its files; returns the metrics."""
+    workspace, spec = context.workspace, context.config.similarity
     inputs = context.fingerprint("represent", context.parameters("similarity"), weights, context.dataset.digest, attacked.record)
     of = {"model": name, "digest": weights}
     with Bar(f"represent {name}", total=len(represent.PARTS) + 1) as bar:
@@ -37,9 +45,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     measures = represent.metrics(measured)
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
-    metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
-    tracking.log_folder(context.tracking, folder)
-    return metrics
+    return records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
 
 
 def _write(folder: Path, measured: represent.Representation, described: dict[str, object], *, chance: float) -> str:

@@ -1,0 +1,72 @@
+"""Models from elsewhere and for elsewhere: `import` and `export`. Commands import what they need: nothing heavy up here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from advml.cli.options import PARAMS
+from advml.cli.printing import say
+from advml.core.messages import tell
+from advml.core.paths import Workspace
+
+Place = Annotated[Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")]
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A safetensors file, or one of torch.save (.pt, .pth).", show_default=False)],
+    backbone: Annotated[str, typer.Option(help="The timm name of its architecture, e.g. resnet18.", show_default=False)],
+    stem: Annotated[str | None, typer.Option(help="small or native.", show_default="the one that fits")] = None,
+    image_size: Annotated[int | None, typer.Option(min=4, help="Side of its images.", show_default="of the prepared data")] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the normalisation that it expects: one number or one per channel, or a name for mean and std: imagenet, cifar10, "
+            "cifar100, clip, half, mnist, levels, none.",
+            show_default="what its buffers say, else none",
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="The same for the standard deviation.", show_default="of the name that --mean gives")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Names of its logits, in their order: a,b,c or a file with one per line.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Tensors to leave out, e.g. 'momentum_*'; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model.", show_default="of the file")] = None,
+    params: Place = PARAMS,
+) -> None:
+    """Convert a published checkpoint, every tensor accounted for.
+
+    Writes models/imported/<NAME>/: model.safetensors, model.json. Next: advml evaluate models/imported/NAME
+    """
+    from advml.pipeline.checkpoint_import import Wishes, import_checkpoint
+
+    wishes = Wishes(name, stem, image_size, mean, std, classes, tuple(without or ()))
+    made = import_checkpoint(Workspace(params.parent), file, backbone, wishes)
+    for remark in made.remarks:
+        tell(f"note: {remark}")
+    train = f"advml train CL AT -S model.init={made.folder} -S pretrain.CL.epochs=0   (fine-tune it)"
+    say(str(made.folder), f"advml evaluate {made.folder}   (measure it), or: {train}" if made.architecture.classes else train)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="models/exported/<MODEL>")] = None,
+    params: Place = PARAMS,
+) -> None:
+    """Write a model for other tools: weights that plain timm loads in three lines, and ONNX, both checked against the model.
+
+    Writes models/exported/<MODEL>/: model.safetensors, config.json, model.onnx. Next: the three lines that it prints
+    """
+    from advml.pipeline.checkpoint_export import export_model
+
+    made = export_model(Workspace(params.parent), model, out)
+    for remark in made.remarks:
+        tell(f"note: {remark}")
+    print("\n".join(made.lines))
+    say(f"{made.folder}: {', '.join(made.files)}", "the three lines above, in Python")
+
+
+# In the order in which `advml --help` lists them.
+COMMANDS = (import_, export)

@@ -1,0 +1,67 @@
+"""`advml export MODEL`: a folder that plain timm and ONNX runtimes load, checked against the model on test images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from advml.core.errors import UserError
+from advml.core.io import replace_folder
+from advml.core.paths import Workspace, find_model
+from advml.data import prepared
+from advml.models import export
+from advml.models.network import Network, load
+
+CHECKED = 512  # test images, at most
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    files: tuple[str, ...]
+    lines: tuple[str, ...]  # of Python, that load it with timm
+    remarks: tuple[str, ...]
+
+
+def export_model(workspace: Workspace, model: str, out: Path | None = None) -> Exported:
+    """Write the folder anew; without a classifier features are exported, and no ONNX.
+
+    Raises:
+        UserError: there is no such model, or timm has no such classifier.
+        Failure: what was written gives other outputs than the model.
+    """
+    source = find_model(workspace, model)
+    network = load(source).eval()
+    images, remarks = _images(workspace, network)
+    out = out or workspace.exported(source.name)
+    if out.exists() and not (out / "config.json").is_file():
+        raise UserError(f"--out {out} holds other things than an export, which would be lost; give a new folder")
+    with replace_folder(out) as folder:
+        lines = export.to_timm(network, folder, images)
+        if network.classifier is None:
+            remarks.append(f"{source} has no classifier: timm's network gives features, and no ONNX was written")
+        else:
+            remarks += _onnx(network, folder, images)
+        files = tuple(sorted(path.name for path in folder.iterdir()))
+    if network.architecture.normalize_logits:
+        remarks.append("timm's network gives logits before their normalisation to unit length: the same predictions, other confidences")
+    return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), tuple(remarks))
+
+
+def _onnx(network: Network, folder: Path, images: Tensor) -> list[str]:
+    try:
+        export.to_onnx(network, folder, images)
+    except ImportError as error:
+        return [f'no ONNX was written: {error.name} is not installed; pip install "advml[onnx]"']
+    return []
+
+
+def _images(workspace: Workspace, network: Network) -> tuple[Tensor, list[str]]:
+    """Test images in [0, 1], or random ones where there are none of the network's shape."""
+    if workspace.prepared.is_dir() and (dataset := prepared.load(workspace.prepared)).shape == network.image_shape:
+        return dataset.test.images[:CHECKED].float() / 255, []
+    images = torch.rand(CHECKED // 16, *network.image_shape, generator=torch.Generator().manual_seed(0))
+    return images, [f"{workspace.prepared} holds no test images of this shape; the export was checked on random ones"]
