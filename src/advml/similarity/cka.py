@@ -49,12 +49,17 @@ def centred_gram(features: Tensor, *, dtype: torch.dtype = torch.float32) -> Ten
         if spread <= 4 * eps * size:  # what is left is rounding
             return torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=flat.device)
         gram, unit = _products(flat.float() / spread, dtype), spread.double() ** 2
-    gram = gram.double()
+    return u_centred(gram.double()) * unit
+
+
+def u_centred(gram: Tensor) -> Tensor:
+    """U(K) of a kernel matrix (n, n), whose diagonal is overwritten: the n (n - 1) / 2 entries above the diagonal."""
+    n = len(gram)
     gram.fill_diagonal_(0)
     row = gram.sum(1) / (n - 2)
     row -= row.sum() / (2 * (n - 1))
     centred_twice = gram - row[:, None] - row[None, :]
-    return centred_twice[tuple(torch.triu_indices(n, n, 1, device=flat.device))] * unit
+    return centred_twice[tuple(torch.triu_indices(n, n, 1, device=gram.device))]
 
 
 def _flat(features: Tensor) -> Tensor:
