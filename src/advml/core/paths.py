@@ -125,8 +125,8 @@ def find_model(workspace: Workspace, model: str) -> Path:
             return folder
     names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
     choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
-    elsewhere = ":" in model or model in workspace.evaluations_of_given()
-    only = " that advml has trained (models from elsewhere are for advml evaluate alone)" if elsewhere else ""
+    elsewhere = model in workspace.evaluations_of_given()
+    only = " that advml has trained (name a model from elsewhere as `advml evaluate` took it)" if elsewhere else ""
     raise UserError(f"there is no model {model!r}{only}; {choices}")
 
 

@@ -87,11 +87,11 @@ def curves(config: Config, workspace: Workspace, *, seed: int) -> Figure | None:
 
 
 def panels(workspace: Workspace) -> dict[str, Path]:
-    """The figures that `compare` has drawn of the grid's present models, by kind of input; none if they are of others."""
+    """The figures that `compare` has drawn of the grid's present models, by kind of input, and `map`; none if they are of others."""
     found = stored(workspace)
     if found is None or not all(is_of_model(workspace, name, digest) for name, digest in found.digests.items()):
         return {}
-    paths = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in KINDS}
+    paths = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in (*KINDS, "map")}
     return {kind: path for kind, path in paths.items() if path.exists()}
 
 

@@ -227,10 +227,10 @@ class Tables:
         return found.any(1), found.any(0)
 
 
-def tables(measure: Measure, layers: Mapping[Key, Layers], pairs: Sequence[tuple[Key, Key]]) -> Tables:
+def tables(measure: Measure, layers: Mapping[Key, Layers], pairs: Sequence[tuple[Key, Key]], *, intervals: bool = True) -> Tables:
     """The values of one measure for pairs of keys; of prepared layers those of a few keys alone are kept."""
     count = len(next(iter(layers.values()))[0])
-    left_out = blocks(count) if measure.smooth else []
+    left_out = blocks(count) if measure.smooth and intervals else []
     found: dict[tuple[Key, Key], list[np.ndarray]] = {pair: [] for pair in pairs}
     for block in (np.empty(0, int), *left_out):
         rows = np.setdiff1d(np.arange(count), block)
@@ -250,14 +250,10 @@ def _prepared(measure: Measure, layers: Layers, rows: np.ndarray) -> dict[int, n
     return {number: measure.prepare(part) for number, part in parts.items() if np.isfinite(part).all() and np.ptp(part, axis=0).max() > 0}
 
 
-def describe(count: int) -> dict[str, Any]:
-    """How the measures of the table were made from `count` images, for the record."""
+def describe(names: Sequence[str], count: int) -> dict[str, Any]:
+    """How these measures were made from `count` images, for the record; nothing if there are none."""
     used = len(chosen(count))
     enough = f"95 %, jackknife over {BLOCKS} blocks of images, t quantiles" if blocks(used) else f"none: {used} images are too few"
-    jumps = "none: the measure is not a smooth function of the images"
-    return {
-        "features": "pooled over space or tokens",
-        "images": used,
-        "of": count,
-        "intervals": {name: enough if measure.smooth else jumps for name, measure in MEASURES.items()},
-    }
+    jumps = "none: it is no smooth function of the images"
+    intervals = {name: enough if MEASURES[name].smooth else jumps for name in names}
+    return {"measures": {"features": "pooled over space or tokens", "images": used, "of": count, "intervals": intervals}} if names else {}

@@ -280,8 +280,8 @@ def test_named_models_are_compared_with_each_other(study, tmp_path):
     compared = compare.run(study.context(), chosen=("CL-AT-s0", str(elsewhere)), out=out)
     with np.load(study.workspace.reports / "compare" / "cka.npz") as stored:
         for kind in ("clean", "adversarial"):
-            assert np.allclose(compared.cka(compared.panels[0], kind), stored[f"CL-AT-s0/CL-Full-AT-s0/{kind}"], equal_nan=True)
-    assert {path.name for path in out.iterdir()} == {"cka.npz", "cka.json", "clean.png", "adversarial.png"}
+            assert np.allclose(compared.matrix(compared.panels[0], kind), stored[f"CL-AT-s0/CL-Full-AT-s0/{kind}"], equal_nan=True)
+    assert {path.name for path in out.iterdir()} == {"cka.npz", "cka.json", "clean.png", "adversarial.png", "map.png"}
 
 
 def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
@@ -290,8 +290,8 @@ def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
         compare.run(study.context(f"similarity.source={source}"), chosen=names, out=tmp_path / source) for source in ("own", "SL-AT-s0")
     )
     (panel,) = own.panels
-    assert np.array_equal(own.cka(panel, "clean"), shared.cka(panel, "clean"), equal_nan=True)
-    assert not np.allclose(own.cka(panel, "adversarial"), shared.cka(panel, "adversarial"), equal_nan=True)
+    assert np.array_equal(own.matrix(panel, "clean"), shared.matrix(panel, "clean"), equal_nan=True)
+    assert not np.allclose(own.matrix(panel, "adversarial"), shared.matrix(panel, "adversarial"), equal_nan=True)
     source = json.loads((tmp_path / "SL-AT-s0" / "cka.json").read_text())["adversarial_source"]
     assert {about["model"] for about in source.values()} == {"SL-AT-s0"}
     with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'; must be own, or a model's name"):
@@ -331,7 +331,7 @@ def test_only_the_comparison_of_the_study_is_recorded(study, tmp_path):
 
 
 def test_panels_of_earlier_weights_are_not_shown(study):
-    assert set(drawn.panels(study.workspace)) == {"clean", "adversarial"} and drawn.shown(study.workspace) == "each network's own"
+    assert set(drawn.panels(study.workspace)) == {"clean", "adversarial", "map"} and drawn.shown(study.workspace) == "each network's own"
     change_model(study.workspace.model("SL-AT-s0"), digest="new weights")
     assert drawn.panels(study.workspace) == {}
     study.workspace.record("compare", "panels").unlink()

@@ -38,7 +38,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     measures = represent.metrics(measured)
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
-    metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
+    metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW if key in described}})
     tracking.log_folder(context.config, folder, root=workspace.root)
     return metrics
 
