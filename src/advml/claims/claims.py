@@ -81,7 +81,12 @@ Effect = Callable[[list[Study]], Measured]
 
 @dataclass(frozen=True)
 class Part:
-    """One number that the claim says is above or below a bound. `paper` is the authors' own, None where they give none."""
+    """One number that the claim says is above or below a bound. `paper` is the authors' own, None where they give none.
+
+    Attributes:
+        measures: "any": a change of a similarity, which other measures than CKA may confirm; "cka": the bound is of CKA's scale; "none":
+            no similarity.
+    """
 
     name: str
     effect: Effect
@@ -89,6 +94,7 @@ class Part:
     side: Side = "above"
     bound: float = 0.0
     several_epsilons: bool = False  # needs studies of two or more training epsilons
+    measures: Literal["any", "cka", "none"] = "any"
 
 
 @dataclass(frozen=True)
@@ -129,15 +135,16 @@ def _lift_parts(label: str, metric: str) -> tuple[Part, ...]:
     def over(scheme: str) -> Effect:
         return lambda studies: difference(_lift("CL", metric)(studies), _lift(scheme, metric)(studies))
 
-    others = (Part(f"the same lift of {label}, CL minus {scheme}", over(scheme)) for scheme in ("SL", "SCL"))
-    return Part(f"CL: {label}, Full-AT minus AT", _lift("CL", metric)), *others
+    others = (Part(f"the same lift of {label}, CL minus {scheme}", over(scheme), measures="none") for scheme in ("SL", "SCL"))
+    return Part(f"CL: {label}, Full-AT minus AT", _lift("CL", metric), measures="none"), *others
 
 
 def _agreement(scheme: str, regime: str, **rule: Any) -> Part:
     def effect(studies: list[Study]) -> Measured:
         return studies[0].block(scheme, regime).scalar(SCALARS["clean_adversarial"])
 
-    return Part(f"{scheme}: clean-adversarial CKA of {regime}", effect, paper()["clean_adversarial"][scheme][regime], bound=AGREE, **rule)
+    rule |= {"bound": AGREE, "measures": "cka"}
+    return Part(f"{scheme}: clean-adversarial CKA of {regime}", effect, paper()["clean_adversarial"][scheme][regime], **rule)
 
 
 def _convergence(first: str, second: str) -> Part:

@@ -94,7 +94,41 @@ def _test(claim: Claim, seeds: list[list[Study]], configuration: config.Config) 
     tested = [_test_part(part, seeds, configuration) for part in claim.parts]
     about = {"key": claim.key, "claim": claim.sentence}
     verdict = overall([verdict for verdict, _ in tested])
-    return about | _worded(verdict, len(seeds)) | {"parts": [part | _worded(verdict, len(seeds)) for verdict, part in tested]}
+    about |= _worded(verdict, len(seeds)) | {"parts": [part | _worded(verdict, len(seeds)) for verdict, part in tested]}
+    return about | _under_measures(claim, seeds, configuration)
+
+
+def _under_measures(claim: Claim, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
+    """`measures`: the claim's changes of similarity under every measure of params.yaml, CKA first, if there is another one.
+
+    `cka_alone`: CKA supports or contradicts them, and no other measure comes to the same verdict.
+    """
+    parts = [part for part in claim.parts if part.measures == "any"]
+    names = configuration.similarity.measures
+    if not parts or len(names) < 2:
+        return {}
+    under, verdicts = {}, {}
+    for name in names:
+        studies = [[study.under(name) for study in found] for found in seeds]
+        tested = [_test_part(part, studies, configuration) for part in parts]
+        verdicts[name] = overall([verdict for verdict, _ in tested])
+        sides = sum(
+            _on_claimed_side(part, effect)
+            for part, (_, found) in zip(parts, tested, strict=True)
+            if (effect := found.get("effect")) is not None
+        )
+        under[name] = _worded(verdicts[name], len(seeds)) | {
+            "claimed_side": sides,
+            "of": len(parts),
+            "parts": [found for _, found in tested],
+        }
+    decided = verdicts["cka"] in ("supported", "contradicted")
+    alone = decided and verdicts["cka"] not in [verdict for name, verdict in verdicts.items() if name != "cka"]
+    return {"measures": under, "cka_alone": alone}
+
+
+def _on_claimed_side(part: Part, effect: float) -> bool:
+    return effect > part.bound if part.side == "above" else effect < part.bound
 
 
 def _worded(verdict: Verdict, seeds: int) -> dict[str, Any]:
