@@ -137,11 +137,11 @@ def locked() -> Iterator[str]:
 
 
 def test_a_refused_password_ends_commands_before_their_work_and_costs_stages_one_warning(study, locked, capfd):
-    config = study.config(f"tracking.uri={locked}")
+    place = study.place(f"tracking.uri={locked}")
     for action in (tracking.sync, mlflow_ui.link, tracking.warn_if_unusable):
         with pytest.raises(stores.Denied, match=REFUSED):
-            action(config, root=study.root)
-    with tracking.open_run(config, root=study.root, record={"name": "any", "kind": "model", "parameters": {}}) as run:
+            action(place)
+    with tracking.open_run(place, record={"name": "any", "kind": "model", "parameters": {}}) as run:
         assert run.id is None
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and REFUSED in said

@@ -17,7 +17,6 @@ from ruamel.yaml import YAML
 
 from advml.cli.live_table import LiveTable
 from advml.core.errors import Failure, UserError
-from advml.tracking import store as stores
 from advml.tuning import command, trial_state
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
@@ -64,7 +63,7 @@ def toy(study) -> Toy:
 
 def runs(study) -> dict[str, object]:
     """MLflow runs by name; none is there twice."""
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     found = store.client.search_runs([store.experiment])
     assert len({run.info.run_name for run in found}) == len(found)
     return {run.info.run_name: run for run in found}
@@ -88,7 +87,7 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
         *("best.yaml", "trials.csv", "history.png", "importance.png", "parallel.png", "slice.png")
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
-    artifacts = stores.connect(stores.locate(study.config(), root=study.root)).client.list_artifacts(runs(study)["toy"].info.run_id, "tune")
+    artifacts = study.store().client.list_artifacts(runs(study)["toy"].info.run_id, "tune")
     assert {file.path for file in artifacts} == {f"tune/{path.name}" for path in outcome.files}
 
 
@@ -123,7 +122,7 @@ def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_
         assert run.data.params["toy.kind"] == trial.params["kind"]
         assert failed or run.data.metrics["value"] == pytest.approx(trial.value)
         assert ("advml.best" in run.data.tags) == (trial.number == outcome.best.number)
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     curve = store.client.get_metric_history(after["toy/0"].info.run_id, "value")
     assert sorted({point.step for point in curve}) == [0, 1, 2, 3]  # the epochs, and the final score
 

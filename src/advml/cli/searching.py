@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 def run(search: Search, params: Path, *, trials: int | None, workers: int, cluster: str | None, storage: str | None, replace: bool) -> None:
     """Search until so many trials have finished (None: as many as params.yaml says), then print what was found."""
     from advml.cli.live_table import LiveTable
+    from advml.config.store import locate
     from advml.tracking import warn_if_unusable
     from advml.tuning.command import tune
 
-    warn_if_unusable(search.config, root=params.parent)
+    warn_if_unusable(locate(search.config.tracking, root=params.parent))
     if missed := search.missed():
         listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
         tell(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with")

@@ -64,7 +64,7 @@ def run(context: Context, targets: Sequence[str], *, images: Path | None, mean: 
             each.name: {"origin": each.origin, "digest": each.digest, "input": each.shape, "normalised": each.constants} for each in viewed
         }
         write(out, compared, described | compare.describe(compared))
-    tracking.log_result(context.config, out, root=context.workspace.root)
+    tracking.log_result(context.tracking, out)
     return compared
 
 

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from advml import tracking
 from advml.config import Config
+from advml.config.store import locate
 from advml.core.errors import Failure, UserError
 from advml.core.messages import tell
 from advml.core.passwords import masked
@@ -114,7 +115,7 @@ def tune(
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
         about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": search.parameters()}
-        run = stack.enter_context(tracking.open_search(config, root=workspace.root, **about))
+        run = stack.enter_context(tracking.open_search(locate(config.tracking, root=workspace.root), **about))
         driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed, watch)
         try:
             with connect(cluster, root=workspace.root, jobs=slots, options=config.cluster) as where:

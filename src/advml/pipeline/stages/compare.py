@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from advml import tracking
 from advml.core.errors import UserError
-from advml.core.io import to_json, write_atomically
+from advml.core.io import sha256, to_json, write_atomically
 from advml.core.messages import tell
 from advml.core.paths import find_model, home_of, model_name
 from advml.core.progress import Bar
@@ -59,7 +58,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     if not found:
         _nothing(out)
         if of_study:
-            _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
+            write_atomically(workspace.record("compare", "panels"), to_json({"digests": {}, "cka": None}, indent=1))
         return None
     if spec.source != OWN and spec.source not in folders:  # a model of the grid that is in no panel
         folders[spec.source] = find_model(workspace, spec.source)
@@ -82,8 +81,8 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         digest = write(out, compared, described | compare.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
-        _write_json(workspace.record("compare", "panels"), record)
-    tracking.log_result(context.config, out, root=workspace.root)
+        write_atomically(workspace.record("compare", "panels"), to_json(record, indent=1))
+    tracking.log_result(context.tracking, out)
     return compared
 
 
@@ -123,7 +122,7 @@ def _nothing(out: Path) -> None:
     """Say that there is nothing to compare, and take away what an earlier comparison has left."""
     for path in (out / "cka.npz", *out.glob("*.png")):
         path.unlink(missing_ok=True)
-    _write_json(out / "cka.json", {"panels": [], "reason": NOTHING})
+    write_atomically(out / "cka.json", to_json({"panels": [], "reason": NOTHING}, indent=1))
 
 
 def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
@@ -187,18 +186,14 @@ def write(out: Path, compared: compare.Comparison, described: Mapping[str, Any])
         path.unlink()
     arrays = to_npz(compare.arrays(compared))
     write_atomically(out / "cka.npz", arrays)
-    _write_json(out / "cka.json", described)
+    write_atomically(out / "cka.json", to_json(described, indent=1))
     for kind, measure in itertools.product(compared.kinds, compared.by_measure):
         name = kind if measure == "cka" else f"{kind}-{measure}"
         write_atomically(out / f"{name}.png", to_png(_figure(compared, kind, measure)))
     title = f"What the encoders end in: arccos of {MEASURE_NAMES.get(compared.distance, compared.distance)}"
     if (drawn := model_map(list(compared.similarity.norms), compared.distances, title=title)) is not None:
         write_atomically(out / "map.png", to_png(drawn))
-    return hashlib.sha256(arrays).hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, to_json(content, indent=1))
+    return sha256(arrays)
 
 
 def _figure(compared: compare.Comparison, kind: str, measure: str) -> Any:
