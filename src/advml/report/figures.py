@@ -22,6 +22,7 @@ from advml.models.network import read_record
 from advml.similarity import represent
 from advml.similarity.compare import stored
 from advml.similarity.represent import KINDS, MATRICES
+from advml.similarity.trust import table
 
 # What speaks against the figures of the study's models, and how they fare beyond the threat model: from the records.
 
@@ -104,6 +105,13 @@ def shown(workspace: Workspace) -> str:
         if all(name == source for name, source in sources.items())
         else f"those of {', '.join(sorted(set(sources.values())))}"
     )
+
+
+def trust(workspace: Workspace, digest: str) -> dict[str, Any] | None:
+    """What `advml trust` has found on these data; None if nothing."""
+    path = workspace.record("trust", "measures")
+    found = read_json(path, needs=("scores", "orders", "data"), remedy="measure again with: advml trust") if path.exists() else None
+    return found | {"table": table(found["scores"])} if found and found["data"] == digest else None
 
 
 def is_of_model(workspace: Workspace, name: str, digest: str | None) -> bool:

@@ -62,16 +62,24 @@ class Comparison:
     Attributes:
         counted: the rows of each model that scalars are made of.
         tables: of the measures beside CKA.
-        distances: between what all models end in, of each kind of input, (K, K) in the order of `similarity.norms`: angles in radians.
-        distance: what they are of, a key of DISTANCES.
+        ends: values of each measure between what all models end in, of each kind of input, (K, K) in the order of `similarity.norms`.
     """
 
     panels: tuple[Panel, ...]
     similarity: Similarity
     counted: Mapping[str, np.ndarray]
     tables: Mapping[str, Tables] = field(default_factory=dict)
-    distances: np.ndarray | None = None
-    distance: str = "cka"
+    ends: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def distance(self) -> str:
+        """Measure of `distances`, a key of COSINES."""
+        return next(name for name in COSINES if name in self.by_measure)
+
+    @property
+    def distances(self) -> np.ndarray:
+        """True distances between the ends, (K, K): angles in radians."""
+        return np.arccos(np.clip(COSINES[self.distance](self.ends[self.distance]), -1, 1))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -89,20 +97,27 @@ class Comparison:
 
 
 # Measures whose arccos is a true distance -> their values as cosines.
-DISTANCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+COSINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "shape": lambda values: np.cos(np.pi / 2 * (1 - values)),
     "cka": lambda values: values,
 }
 
 
 def compare(
-    networks: Mapping[str, nn.Module], views: Mapping[Key, View], count: int, panels: Sequence[Panel], spec: config.Similarity
+    networks: Mapping[str, nn.Module],
+    views: Mapping[Key, View],
+    count: int,
+    panels: Sequence[Panel],
+    spec: config.Similarity,
+    *,
+    intervals: bool = True,
 ) -> Comparison:
     """Measure panels in one pass over the images, and in a second one where other measures than CKA are asked for.
 
     Args:
         networks: by name; what each ends in is compared with all.
         views: of the first `count` images of an order that all share, by model and kind of input.
+        intervals: whether measures beside CKA are taken without each block of images, too.
     """
     rows = {name: tuple(layers(network, views[name, CLEAN](slice(0, 2)), select=spec.layers)) for name, network in networks.items()}
     lasts = {name: ending_row(found) for name, found in rows.items()}
@@ -110,18 +125,16 @@ def compare(
     pairs = [((panel.first, kind), (panel.second, kind)) for panel in panels for kind in kinds]
     similarity = measure(networks, rows, paired_batches(views, count, spec), pairs=pairs, gram=spec.gram, ends=lasts)
     tables: dict[str, Tables] = {}
-    cosines, distance = similarity.ends_cka(), next(name for name in DISTANCES if name in spec.measures)
+    ends = {"cka": similarity.ends_cka()}
     if set(spec.measures) - {"cka"}:
         places = [slice(start, min(start + POOLED, count)) for start in range(0, count, POOLED)]
         features = {key: pooled_features(networks[key[0]], rows[key[0]], map(view, places)) for key, view in views.items()}
-        tables = further_tables({key: features[key] for pair in pairs for key in pair}, pairs, spec.measures)
+        tables = further_tables({key: features[key] for pair in pairs for key in pair}, pairs, spec.measures, intervals=intervals)
         ending = {key: [found[lasts[key[0]]]] for key, found in features.items()}
-        if distance != "cka":
-            everyone = [(first, second) for first in ending for second in ending]
-            (table,) = further_tables(ending, everyone, [distance], intervals=False).values()
-            cosines = DISTANCES[distance](np.array([[table.matrix(first, second)[0, 0] for second in ending] for first in ending]))
-    distances = np.arccos(np.clip(cosines, -1, 1))
-    return Comparison(tuple(panels), similarity, {name: counted_rows(found) for name, found in rows.items()}, tables, distances, distance)
+        everyone = [(first, second) for first in ending for second in ending]
+        for name, table in further_tables(ending, everyone, spec.measures, intervals=False).items():
+            ends[name] = np.array([[table.matrix(first, second)[0, 0] for second in ending] for first in ending])
+    return Comparison(tuple(panels), similarity, {name: counted_rows(found) for name, found in rows.items()}, tables, ends)
 
 
 # What is written: matrices and products in cka.npz, layers and how they were measured in cka.json
@@ -130,7 +143,8 @@ def compare(
 def arrays(compared: Comparison) -> dict[str, np.ndarray]:
     """What goes into cka.npz: `<first>/<second>/<kind>` (L1, L2), `products/...` per batch, `norms/<model>/<kind>`, `counted/<model>`.
 
-    Of a further measure `<measure>/<first>/<second>/<kind>` (1 + B, L1, L2), values and those without each block of images; `distances`.
+    Of a further measure `<measure>/<first>/<second>/<kind>` (1 + B, L1, L2), values and those without each block of
+    images; `ends/<measure>` (K, K).
     """
     similarity = compared.similarity
     found: dict[str, np.ndarray] = {}
@@ -142,7 +156,8 @@ def arrays(compared: Comparison) -> dict[str, np.ndarray]:
     found |= {f"norms/{model}/{kind}": norm for (model, kind), norm in similarity.norms.items()}
     found |= {f"counted/{model}": counted for model, counted in compared.counted.items()}
     found |= {f"{measure}/sizes": np.array(table.sizes, dtype=int) for measure, table in compared.tables.items()}
-    return found | {"sizes": np.array(similarity.sizes), "distances": compared.distances}
+    found |= {f"ends/{measure}": values for measure, values in compared.ends.items()}
+    return found | {"sizes": np.array(similarity.sizes)}
 
 
 @dataclass(frozen=True, eq=False)
