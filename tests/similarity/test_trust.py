@@ -6,10 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import somersd
 
 from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Similarity
 from advml.similarity.compare import Comparison, Panel
+from advml.similarity.layers import Layer
 from advml.similarity.trust import ORDERS, Trained, scores, somers_d, table
 
 NETWORKS = [Trained("a", seed, noise, 8) for seed in (0, 1) for noise in (0.0, 0.5, 1.0)]
@@ -38,9 +40,11 @@ def compared(right: float) -> Comparison:
     keys = [(each.name, "clean") for each in NETWORKS]
     ends = right * -np.array([[distance(one, other) for other in NETWORKS] for one in NETWORKS])
     panels = tuple(Panel("depth", each.name, each.name) for each in NETWORKS if each.noise == 0 and each.epochs == 8)
-    depth = -right * np.abs(np.arange(5)[:, None] - np.arange(5)).astype(float)
+    places = np.array([0, 9, 1, 2, 9, 3, 4])  # two rows, at 9, are no blocks
+    depth = -right * np.abs(places[:, None] - places).astype(float)
+    rows = {key: tuple(Layer(str(place), "", (1,), is_block=place < 9) for place in places) for key in keys}
     tables = Tables({((panel.first, "clean"), (panel.first, "clean")): depth[None] for panel in panels}, ())
-    similarity = Similarity({}, {}, {key: np.ones((1, 1)) for key in keys}, (8,))
+    similarity = Similarity(rows, {}, {key: np.ones((1, 1)) for key in keys}, (8,))
     return Comparison(panels, similarity, {}, {"rsa": tables}, {"rsa": ends})
 
 
@@ -60,7 +64,7 @@ def test_a_measure_is_scored_by_whether_it_finds_what_is_known(right, score):
 def test_somers_d_counts_pairs_whose_levels_differ():
     random = np.random.default_rng(0)
     levels, values = random.integers(0, 3, 12).tolist(), random.normal(size=12).round(1).tolist()
-    assert somers_d(levels, values) == pytest.approx(slow_d(levels, values))
+    assert somers_d(levels, values) == pytest.approx(slow_d(levels, values)) == pytest.approx(somersd(levels, values).statistic)
     assert somers_d([0, 1, 2], [0.1, np.nan, 0.3]) == 1 and np.isnan(somers_d([1, 1], [0.1, 0.2]))
 
 

@@ -283,6 +283,28 @@ def test_named_models_are_compared_with_each_other(study, tmp_path):
     assert {path.name for path in out.iterdir()} == {"cka.npz", "cka.json", "clean.png", "adversarial.png", "map.png"}
 
 
+def test_further_measures_stand_beside_cka_and_leave_it_as_it_is(study, measured):
+    """From features to claims."""
+    context = study.context("similarity.measures=[cka, rsa, knn]")
+    for scheme, regime in (("CL", "AT"), ("CL", "Full-AT")):
+        metrics = represent.run(context, scheme=scheme, regime=regime, seed=0)
+        plain, found = (cka(one, f"{scheme}-{regime}-s0") for one in (measured, study))
+        assert all(np.array_equal(found[name], values, equal_nan=True) for name, values in plain.items())
+        assert metrics["rsa/redundancy/low"] < metrics["rsa/redundancy"] < metrics["rsa/redundancy/high"]
+        assert metrics["knn/redundancy"] > 0 and "knn/redundancy/low" not in metrics
+        about = described(study, f"{scheme}-{regime}-s0")["measures"]
+        assert about["images"] == 40 and about["intervals"]["knn"].startswith("none")
+    compare.run(context)
+    assert {"clean-rsa.png", "adversarial-knn.png", "map.png"} <= {path.name for path in (study.workspace.reports / "compare").iterdir()}
+    report.run(context)
+    claims = json.loads((study.workspace.reports / "claims.json").read_text())["claims"]
+    (claim,) = [claim for claim in claims if claim["key"] == "full_fine_tuning_redundancy"]
+    rsa = claim["measures"]["rsa"]["parts"][0]
+    flat = [json.loads(study.workspace.record("represent", f"CL-{regime}-s0").read_text())["metrics"] for regime in ("Full-AT", "AT")]
+    assert rsa["effect"] == pytest.approx(flat[0]["rsa/redundancy"] - flat[1]["rsa/redundancy"], abs=1e-5)
+    assert "under 3 measures" in (study.workspace.reports / "report.html").read_text()
+
+
 def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
     names = ("CL-AT-s0", "SL-AT-s0")
     own, shared = (
