@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,10 @@ def test_distances_are_a_metric(compared):
     assert compared.distance == "shape"
     np.testing.assert_allclose(found, found.T, atol=1e-6)
     np.testing.assert_allclose(found.diagonal(), 0, atol=2e-3)  # arccos near 1 doubles the digits that rounding takes
+    np.testing.assert_allclose(np.cos(found), compared.ends["procrustes"], atol=1e-6)
+    plain = replace(compared, tables={})
+    assert plain.distance == "cka"
+    np.testing.assert_allclose(np.cos(plain.distances), compared.ends["cka"], atol=1e-12)
     assert (found[:, None, :] <= found[:, :, None] + found[None] + 1e-6).all() and 0.1 < found.max() <= np.pi
 
 

@@ -163,25 +163,6 @@ def _any_networks(context: Context, models: list[str], images: Path | None, mean
     say(f"{out}/cka.npz, cka.json, clean.png", f"open {out}/clean.png")
 
 
-def trust(
-    epochs: Annotated[int, typer.Option(help="Of each training; some are shorter, to be told from it.")] = 8,
-    seeds: Annotated[int, typer.Option(help="Of each network.")] = 2,
-    overrides: Overrides = None,
-    params: Params = PARAMS,
-) -> None:
-    """Train small networks of which it is known which are more alike, and see which measures of similarity find it on the prepared data.
-
-    Writes records/trust/measures.json, which the report shows. Next: advml report
-    """
-    context = context_of(params, overrides)
-    from advml.pipeline.stages import trust as stage
-    from advml.similarity.trust import table
-
-    for line in table(stage.run(context, epochs=epochs, seeds=seeds)["scores"]):
-        print("  ".join(f"{cell:>16}" for cell in line))
-    say(str(context.workspace.record("trust", "measures")), "advml report")
-
-
 def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Score the adversarial images of each model of the grid on every other model of its seed.
 
@@ -244,4 +225,4 @@ def stage_arguments(name: str) -> list[str]:
 
 
 # In the order in which `advml --help` lists them.
-COMMANDS = (check, prepare, pretrain, finetune, evaluate, represent, compare, trust, transfer, report, stage)
+COMMANDS = (check, prepare, pretrain, finetune, evaluate, represent, compare, transfer, report, stage)

@@ -83,7 +83,7 @@ def model_map(points: Sequence[tuple[str, str]], distances: np.ndarray, *, title
 def _name(axes: Axes, names: dict[str, np.ndarray], points: list[np.ndarray]) -> None:
     """Labels as near to their points as they stand free, joined to them by a line where that is not at once."""
     x, y = np.transpose(points)
-    height = 0.034 * max(np.ptp(x), 1.3 * np.ptp(y), 1e-9)
+    height = 0.028 * max(np.ptp(x), 1.3 * np.ptp(y), 1e-9)
     boxes = [(px - height / 4, py - height / 4, px + height / 4, py + height / 4) for px, py in points]
     for label, (px, py) in sorted(names.items(), key=lambda item: tuple(item[1])):
         width = (0.5 * len(label) + 0.3) * height

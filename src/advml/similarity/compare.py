@@ -73,13 +73,13 @@ class Comparison:
 
     @property
     def distance(self) -> str:
-        """Measure of `distances`, a key of COSINES."""
-        return next(name for name in COSINES if name in self.by_measure)
+        """Measure of `distances`, a key of ANGLES."""
+        return next(name for name in ANGLES if name in self.by_measure)
 
     @property
     def distances(self) -> np.ndarray:
         """True distances between the ends, (K, K): angles in radians."""
-        return np.arccos(np.clip(COSINES[self.distance](self.ends[self.distance]), -1, 1))
+        return ANGLES[self.distance][1](self.ends[self.distance])
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -96,10 +96,10 @@ class Comparison:
         return self.by_measure[measure].matrix((panel.first, kind), (panel.second, kind))
 
 
-# Measures whose arccos is a true distance -> their values as cosines.
-COSINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "shape": lambda values: np.cos(np.pi / 2 * (1 - values)),
-    "cka": lambda values: values,
+# Measures of which an angle is a true distance -> what it is called, and how it follows from their values.
+ANGLES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "shape": ("angular Procrustes distance", lambda values: np.pi / 2 * (1 - values)),
+    "cka": ("arccos of CKA", lambda values: np.arccos(np.clip(values, -1, 1))),
 }
 
 
@@ -232,7 +232,7 @@ def describe(compared: Comparison) -> dict[str, Any]:
             model: [asdict(layer) for layer in rows] for (model, kind), rows in compared.similarity.rows.items() if kind == KINDS[0]
         },
         "kinds": list(compared.kinds),
-        "map": {"distance": f"arccos of {compared.distance}", "points": [list(key) for key in compared.similarity.norms]},
+        "map": {"distance": ANGLES[compared.distance][0], "points": [list(key) for key in compared.similarity.norms]},
         "batch_sizes": list(compared.similarity.sizes),
         **alternatives.describe(list(compared.tables), sum(compared.similarity.sizes) + compared.similarity.left_out),
     }

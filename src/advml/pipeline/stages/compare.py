@@ -30,7 +30,6 @@ from advml.similarity import compare
 from advml.similarity.represent import ESTIMATOR, to_npz, views_of_split
 
 OWN = "own"  # similarity.source: each model is shown its own adversarial images
-MEASURE_NAMES = {"cka": "CKA", "shape": "Procrustes"}  # in figures
 NOTHING = "the grid has no two trained models that the paper compares"
 
 
@@ -190,7 +189,7 @@ def write(out: Path, compared: compare.Comparison, described: Mapping[str, Any])
     for kind, measure in itertools.product(compared.kinds, compared.by_measure):
         name = kind if measure == "cka" else f"{kind}-{measure}"
         write_atomically(out / f"{name}.png", to_png(_figure(compared, kind, measure)))
-    title = f"What the encoders end in: arccos of {MEASURE_NAMES.get(compared.distance, compared.distance)}"
+    title = f"What the encoders end in: {compare.ANGLES[compared.distance][0]}"
     if (drawn := model_map(list(compared.similarity.norms), compared.distances, title=title)) is not None:
         write_atomically(out / "map.png", to_png(drawn))
     return sha256(arrays)
@@ -204,5 +203,5 @@ def _figure(compared: compare.Comparison, kind: str, measure: str) -> Any:
         )
         for panel in compared.panels
     ]
-    label = MEASURE_NAMES.get(measure, measure)
+    label = "CKA" if measure == "cka" else measure
     return heatmaps(drawn, title=f"{label} between models, {kind} images", columns=min(3, len(drawn)), measure=label)
