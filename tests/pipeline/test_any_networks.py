@@ -183,3 +183,20 @@ def test_models_of_the_study_alone_are_attacked(study, place):
     assert are_alike(study.context(), ["CL-AT-s0", str(study.workspace.model("CL-AT-s0"))])
     assert not are_alike(study.context(), ["CL-AT-s0", f"{place}:vit"])
     assert not are_alike(study.context(), ["CL-AT-s0", "test_resnet=w.safetensors"])
+
+
+def test_the_commands_take_any_network(study, place, tmp_path, monkeypatch):
+    """In this process, as `advml represent` and `advml compare` call them."""
+    from advml.cli import app
+
+    def advml(*arguments: str) -> None:
+        app([*arguments, "--params", str(study.params), "-S", "similarity.layers=blocks"], standalone_mode=False)
+
+    advml("represent", f"{place}:vit", "--images", str(tmp_path / "photos"))
+    advml("compare", "cl-at", f"{place}:vit", "--images", str(tmp_path / "photos"), "--mean", "imagenet")
+    for folder in (f"compare-{place}-vit", f"compare-cl-at-{place}-vit"):
+        assert {"cka.npz", "cka.json", "clean.png"} <= {path.name for path in (study.workspace.reports / folder).iterdir()}
+    with pytest.raises(UserError, match="at least two"):
+        advml("compare", f"{place}:vit")
+    with pytest.raises(UserError, match="a regime goes with"):
+        advml("represent", f"{place}:vit", "AT")

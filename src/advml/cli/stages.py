@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advml.cli.evaluate import evaluate
-from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
-from advml.cli.printing import say, show_table
+from advml.cli.evaluate import evaluate, named
+from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, choice, context_of
+from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
 from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
 from advml.recipes import REGIMES, SCHEMES, RegimeName
@@ -18,11 +18,12 @@ from advml.recipes import REGIMES, SCHEMES, RegimeName
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
 
-ImagesOption = Annotated[Path | None, typer.Option("--images", help="A folder of photos.", show_default="the prepared test images")]
+ImagesOption = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
 MeanOption = Annotated[
-    str | None, typer.Option("--mean", help="That networks from elsewhere expect, as in `advml evaluate`.", show_default="none; timm's own")
+    str | None,
+    typer.Option("--mean", help="Mean that networks from elsewhere expect, as in `advml evaluate`.", show_default="none; timm's own"),
 ]
-StdOption = Annotated[str | None, typer.Option("--std", help="The same for the standard deviation.", show_default="of --mean")]
+StdOption = Annotated[str | None, typer.Option("--std", help="Standard deviation, given in the same ways.", show_default="of --mean")]
 
 
 def check(params: Params = PARAMS) -> None:
@@ -35,7 +36,7 @@ def check(params: Params = PARAMS) -> None:
     say(str(stage.run(params)), "advml prepare")
 
 
-def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
+def prepare(as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Turn images of any source into tensors with fixed splits.
 
     Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
@@ -45,6 +46,10 @@ def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
     from advml.pipeline.stages import prepare as stage
 
     dataset = stage.run(context)
+    if as_json:
+        from advml.core.io import read_json
+
+        return say_json(read_json(context.workspace.prepared / "dataset.json", remedy="make it again with: advml prepare"))
     counts = ", ".join(f"{len(getattr(dataset, split).labels)} {split}" for split in ("train", "validation", "test"))
     skipped = f"; {len(dataset.skipped)} unreadable images left out" if dataset.skipped else ""
     ignored = f"; {dataset.ignored} other files left out" if dataset.ignored else ""
@@ -81,10 +86,12 @@ def represent(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="SCHEME|MODEL", help="SL, CL or SCL, with a regime. Or any network, as `compare` takes it.", show_default=False
+            metavar="SCHEME|MODEL",
+            help="SL, CL or SCL, with a regime. Or a model of the study by name, or any network, as `compare` takes it.",
+            show_default=False,
         ),
     ],
-    regime: Annotated[RegimeName | None, typer.Argument(help="Of the scheme's model.", show_default=False)] = None,
+    regime: Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")] = None,
     seed: Seed = 0,
     images: ImagesOption = None,
     mean: MeanOption = None,
@@ -99,15 +106,17 @@ def represent(
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
     context = context_of(params, overrides)
-    if regime is None:
-        return _any_networks(context, [target], images, mean, std, None)
-    if target not in SCHEMES or images or mean or std:
+    target = named(target, context.workspace)
+    if regime and (target not in SCHEMES or images or mean or std):
         raise UserError(f"represent {target} {regime}: a regime goes with {', '.join(SCHEMES)} alone, without --images, --mean, --std")
-    scheme = target
     from advml.pipeline.stages import represent as stage
+    from advml.pipeline.stages.evaluate import of_study
 
-    metrics = stage.run(context, scheme=scheme, regime=regime, seed=seed)
-    name = model_name(scheme, regime, seed)
+    own = {"scheme": target, "regime": regime, "seed": seed} if regime else of_study(context.workspace, target)
+    if own is None or images or mean or std:
+        return _any_networks(context, [target], images, mean, std, None)
+    metrics = stage.run(context, **own)
+    name = model_name(**own)
     told = {
         label: metrics.get(f"cka/{key}") for label, key in (("redundancy", "redundancy"), ("clean-adversarial CKA", "clean_adversarial"))
     }
