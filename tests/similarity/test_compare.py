@@ -9,8 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import pdist
+from scipy.stats import spearmanr
 from torch import nn
 
+from advml.similarity import alternatives
 from advml.similarity.alternatives import MEASURES
 from advml.similarity.compare import Comparison, Panel, all_pairs, arrays, compare, describe, read
 from advml.similarity.represent import to_npz
@@ -75,6 +78,21 @@ def test_what_is_written_is_read_back(compared):
                     found.matrix(panel, kind, measure=measure), compared.matrix(panel, kind, measure=measure), err_msg=measure
                 )
     assert found.tables["rsa"].sizes == compared.tables["rsa"].sizes == (6,) * 10 and found.tables["knn"].sizes == ()
+
+
+def test_of_many_images_features_are_pooled_of_the_chosen_ones_alone(make_study, monkeypatch):
+    """So memory is bounded, whatever the test split."""
+    monkeypatch.setattr(alternatives, "MOST_IMAGES", 24)
+    torch.manual_seed(0)
+    network, images = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh()).eval(), torch.rand(60, 1, 4, 4)
+    spec = make_study().config("similarity.layers=all", "similarity.batch_size=8", "similarity.measures=[cka, rsa]").similarity
+    panel = Panel("", "net", "net")
+    found = compare({"net": network}, {("net", "clean"): lambda place: images[place]}, 60, [panel], spec)
+    places = alternatives.chosen(60)
+    assert len(places) == 24 and describe(found)["measures"]["images"] == 24 and describe(found)["measures"]["of"] == 60
+    linear = network[:2](images[places]).detach().numpy()
+    expected = spearmanr(pdist(linear), pdist(np.tanh(linear))).statistic
+    assert found.matrix(panel, "clean", measure="rsa")[-2, -1] == pytest.approx(expected, abs=1e-6)
 
 
 def test_all_pairs_are_every_two():

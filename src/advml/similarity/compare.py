@@ -13,6 +13,7 @@ from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from torch import nn
 
 from advml import config
@@ -127,7 +128,7 @@ def compare(
     tables: dict[str, Tables] = {}
     ends = {"cka": similarity.ends_cka()}
     if set(spec.measures) - {"cka"}:
-        places = [slice(start, min(start + POOLED, count)) for start in range(0, count, POOLED)]
+        places = torch.from_numpy(alternatives.chosen(count)).split(POOLED)
         features = {key: pooled_features(networks[key[0]], rows[key[0]], map(view, places)) for key, view in views.items()}
         tables = further_tables({key: features[key] for pair in pairs for key in pair}, pairs, spec.measures, intervals=intervals)
         ending = {key: [found[lasts[key[0]]]] for key, found in features.items()}

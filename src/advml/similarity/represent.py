@@ -141,13 +141,13 @@ def further_tables(
     return {name: alternatives.tables(MEASURES[name], kept, pairs, intervals=intervals) for name in further}
 
 
-View = Callable[[slice], Tensor]  # images (n, C, H, W) at these places, of an order that all share, as a network takes them
+View = Callable[[slice | Tensor], Tensor]  # images (n, C, H, W) at these places, of an order that all share, as a network takes them
 
 
 def views_of_split(adversarial: Mapping[str, Tensor], split: Split, machine: Machine) -> dict[Key, View]:
     """Of models that take the split's images: those, and as attacked for each."""
 
-    def clean(place: slice) -> Tensor:
+    def clean(place: slice | Tensor) -> Tensor:
         return machine.images(split.images[place])
 
     def attacked(images: Tensor) -> View:
