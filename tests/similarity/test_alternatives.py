@@ -23,6 +23,7 @@ from advml.similarity import alternatives
 from advml.similarity.alternatives import BLOCKS, MEASURES, chosen, compact, tables
 from advml.similarity.layers import layers
 from advml.similarity.probes import pooled_features
+from advml.similarity.represent import further_tables
 
 FIRST, SECOND = ("first", "clean"), ("second", "clean")
 NAMES = list(MEASURES)
@@ -64,6 +65,8 @@ def disparity(x: np.ndarray, y: np.ndarray) -> float:
 
 def mean_cosine(x: np.ndarray, y: np.ndarray) -> float:
     first, second = (PCA(0.99, svd_solver="full").fit_transform(each) for each in (x, y))
+    if first.shape[1] + second.shape[1] > len(x) - 1:
+        return np.nan
     return np.cos(subspace_angles(first, second)).mean()
 
 
@@ -157,8 +160,16 @@ def test_regression_goes_from_rows_to_columns():
     )
 
 
-def test_regression_on_as_many_columns_as_images_says_nothing():
-    assert np.isnan(value("r2", noise(20, 30), noise(20, 3)))
+@pytest.mark.parametrize("name", ["r2", "svcca"])
+def test_more_columns_than_images_allow_are_not_taken_for_likeness_and_that_is_said(name, capsys):
+    assert np.isnan(value(name, noise(20, 30), noise(20, 3)))
+    given = {FIRST: [noise(20, 30), noise(20, 3), np.zeros((20, 2))]}
+    found = further_tables(given, [(FIRST, FIRST)], [name, "rsa"])
+    assert np.isfinite(found["rsa"].matrix(FIRST, FIRST)).sum() == 4
+    missing = int(4 - np.isfinite(found[name].matrix(FIRST, FIRST)).sum())
+    assert missing == {"r2": 2, "svcca": 3}[name]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} has no value for {missing} of 4 pairs" in line and MEASURES[name].needs in line
 
 
 # Which images, dead layers, intervals
@@ -170,7 +181,7 @@ def test_features_wider_than_images_are_turned_without_a_change(name):
     narrow = compact(x, np.arange(30))
     assert narrow.shape == (30, 30)
     np.testing.assert_allclose(narrow @ narrow.T, (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-9)
-    given = {FIRST: [x], SECOND: [y]}
+    given = {FIRST: [x - x.mean(0)], SECOND: [y - y.mean(0)]}
     whole = tables(MEASURES[name], given, [(FIRST, SECOND)]).matrix(FIRST, SECOND)
     np.testing.assert_allclose(value(name, x, y), whole[0, 0], atol=1e-6)
 

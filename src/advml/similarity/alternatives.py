@@ -118,8 +118,9 @@ def _directions(features: np.ndarray) -> np.ndarray:
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean canonical correlation."""
-    return float(_singular_values(first, second).mean())
+    """Mean canonical correlation; NaN where so many directions of so few images must have some in common."""
+    possible = first.shape[1] + second.shape[1] < len(first)
+    return float(_singular_values(first, second).mean()) if possible else np.nan
 
 
 def _neighbours(features: np.ndarray) -> np.ndarray:
@@ -165,7 +166,7 @@ MEASURES: dict[str, Measure] = {
         "n k^2 + k^3",
         also_invariant="invertible maps of the directions kept",
         smooth=False,
-        needs="n >> p",
+        needs="n > k + k'",
     ),
     "knn": Measure(_neighbours, _pairwise(_jaccard), "Klabunde et al. 2025", "neighbours", "n^2", "what keeps neighbours", smooth=False),
     "r2": Measure(_unit, _explained, KORNBLITH, "features", "n p^2", "invertible maps of the rows' layer", needs="n > p + 1"),
@@ -244,10 +245,21 @@ def tables(measure: Measure, layers: Mapping[Key, Layers], pairs: Sequence[tuple
     return Tables({pair: np.stack(values) for pair, values in found.items()}, tuple(len(block) for block in left_out))
 
 
+def without_value(layers: Mapping[Key, Layers], found: Tables) -> tuple[int, int]:
+    """How many pairs of living layers a measure says nothing of, and of how many."""
+    alive = {key: sum(map(_is_alive, each)) for key, each in layers.items()}
+    total = sum(alive[first] * alive[second] for first, second in found.tables)
+    return total - sum(int(np.isfinite(found.matrix(*pair)).sum()) for pair in found.tables), total
+
+
+def _is_alive(centred: np.ndarray) -> bool:
+    return bool(np.isfinite(centred).all() and np.ptp(centred, axis=0).max() > 0)
+
+
 def _prepared(measure: Measure, layers: Layers, rows: np.ndarray) -> dict[int, np.ndarray]:
     """The living layers, by number."""
     parts = {number: layer[rows] - layer[rows].mean(0) for number, layer in enumerate(layers)}
-    return {number: measure.prepare(part) for number, part in parts.items() if np.isfinite(part).all() and np.ptp(part, axis=0).max() > 0}
+    return {number: measure.prepare(part) for number, part in parts.items() if _is_alive(part)}
 
 
 def describe(names: Sequence[str], count: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from advml import config
 from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.core.io import sha256
+from advml.core.messages import tell
 from advml.data.datasets import Dataset, Split
 from advml.evaluation.intervals import wilson
 from advml.models.network import Network
@@ -138,7 +139,14 @@ def further_tables(
         return {}
     places = alternatives.chosen(min(len(found[0]) for found in features.values()))
     kept = {key: [alternatives.compact(each, places) for each in found] for key, found in features.items()}
-    return {name: alternatives.tables(MEASURES[name], kept, pairs, intervals=intervals) for name in further}
+    found = {}
+    for name in further:
+        found[name] = alternatives.tables(MEASURES[name], kept, pairs, intervals=intervals)
+        missing, total = alternatives.without_value(kept, found[name])
+        if missing:
+            images = f"{len(places)} images are too few for it, which needs {MEASURES[name].needs}"
+            tell(f"warning: {name} has no value for {missing} of {total} pairs of layers, which count in no mean: {images}")
+    return found
 
 
 View = Callable[[slice | Tensor], Tensor]  # images (n, C, H, W) at these places, of an order that all share, as a network takes them
