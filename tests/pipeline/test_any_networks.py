@@ -130,8 +130,10 @@ def test_a_timm_name_has_its_weights_behind_an_equals_sign(study, place, tmp_pat
     network = timm.create_model("test_resnet", num_classes=6, in_chans=1)
     safetensors.torch.save_file({f"module.{key}": value for key, value in network.state_dict().items()}, tmp_path / "w.safetensors")
     target = f"test_resnet={tmp_path / 'w.safetensors'}"
-    run(study.context("similarity.layers=blocks"), [target, "CL-AT-s0"], images=None, mean=None, std=None, out=tmp_path / "out")
+    run(study.context("similarity.layers=blocks"), [target, "CL-AT-s0"], images=None, mean="0.2", std="0.7", out=tmp_path / "out")
     networks = json.loads((tmp_path / "out" / "cka.json").read_text())["networks"]
+    expected = [sum(network.default_cfg[key]) / 3 for key in ("mean", "std")]  # its own, not those of functions
+    assert [values for (values,) in networks["test_resnet-w"]["normalised"]] == pytest.approx(expected)
     assert networks["test_resnet-w"]["input"][0] == 1 and len(networks["test_resnet-w"]["normalised"][0]) == 1
 
 

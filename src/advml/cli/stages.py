@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ImagesOption = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
 MeanOption = Annotated[
     str | None,
-    typer.Option("--mean", help="Mean that networks from elsewhere expect, as in `advml evaluate`.", show_default="none; timm's own"),
+    typer.Option("--mean", help="Mean that networks of functions expect, as in `advml evaluate`.", show_default="none"),
 ]
 StdOption = Annotated[str | None, typer.Option("--std", help="Standard deviation, given in the same ways.", show_default="of --mean")]
 

@@ -63,19 +63,19 @@ def view(
         target: a model that advml has trained, by name or folder; `module:function`; or a timm name with its weights,
             resnet18=FILE.safetensors.
         shape: of the study's images, for networks that do not say what they take; None: there are none.
-        mean, std: of the normalisation that networks from elsewhere expect, see `normalization.constants`; a timm network knows its own.
+        mean, std: of the normalisation that networks of functions expect, see `normalization.constants`; a timm network knows its own.
     Raises:
         UserError: there is no such network, or it fails on images of every size that was tried.
     """
-    if ":" in target and not Path(target).exists():
-        given = from_function(target)
-        found = Viewed(given.name, given.network, (0, 0, 0), given.digest, target, NONE)
-    elif "=" in target:
-        found = _timm(*target.split("=", 1))
-    else:
+    if Path(target).exists() or not {":", "="} & set(target):
         folder = find_model(workspace, target)
         record, network = read_record(folder), load(folder)
         return Viewed(folder.absolute().name, place(network, device), network.image_shape, record["digest"], str(folder))
+    if "=" in target:
+        found, (mean, std) = _timm(*target.split("=", 1)), (None, None)
+    else:
+        given = from_function(target)
+        found = Viewed(given.name, given.network, (0, 0, 0), given.digest, target, NONE)
     network = found.network.to(device).eval()
     channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), shape[0] if shape else 3)
     usual = found.constants if mean is None and std is None else constants(mean, std, known=KNOWN, channels=channels)
