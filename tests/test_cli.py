@@ -300,7 +300,7 @@ USER = {
     "class names of a model of the study": ("evaluate CL-ST-s0 --classes a,b", "--classes has no meaning for a model of this study"),
     "a seed of a model's name": ("evaluate CL-ST-s0 --seed 1", "--seed has no meaning for a trained model, by folder or name"),
     "a seed of a timm model": ("evaluate resnet18 --seed 1", "--seed has no meaning for a timm name, which takes --weights, --mean"),
-    "a comparison with a model from elsewhere": ("compare CL-ST-s0 mine:net", "there is no model 'mine:net' that advml has trained"),
+    "a comparison with a model from elsewhere": ("compare CL-ST-s0 mine:net", "mine:net gives no model: ModuleNotFoundError"),
     "a report of nothing": ("report -S seeds=[7]", "holds no metrics.json of any model of the grid"),
     "an unknown backbone": (
         "pretrain CL st --seed 1 -S model.backbone=resnet81",

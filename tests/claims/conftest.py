@@ -105,6 +105,7 @@ class Planted:
 
     Attributes:
         dead: layers that are dead in models of these names.
+        measures: further measures, and how much of CKA's contrasts they see; None: all, and their tables have no blocks left out.
     """
 
     root: Path
@@ -113,6 +114,7 @@ class Planted:
     n: int = 2000
     epsilon: float = 0.15
     dead: dict[str, list[int]] = field(default_factory=dict)
+    measures: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def workspace(self) -> Workspace:
@@ -122,6 +124,23 @@ class Planted:
         norms = np.ones((BATCHES, LAYERS + 1))
         norms[:, self.dead.get(name, [])] = 0
         return norms
+
+    def tables(self, name: str, matrix: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """Of every further measure, value and values without each block of images."""
+        found = {}
+        for measure, contrast in self.measures.items():
+            values = 0.5 + (1 if contrast is None else contrast) * (matrix - 0.5)
+            random = np.random.default_rng(seed).normal(0, self.noise, (10 if contrast is not None else 0, *matrix.shape))
+            found |= {
+                f"{measure}/{name}": np.concatenate([values[None], values + random / 9]),
+                f"{measure}/sizes": np.full(len(random), 36),
+            }
+        return found
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What records say of further measures."""
+        return {"measures": {"images": 359, "intervals": dict.fromkeys(self.measures, "")}} if self.measures else {}
 
     def model(
         self, scheme: str, regime: str, seed: int = 0, *, table: dict | None = None, last: float | None = None, first: float | None = None
@@ -140,6 +159,8 @@ class Planted:
         number = crc32(name.encode())
         arrays = {f"products_{key}": noisy(with_head(each, head=0.1), self.noise, number) for key, each in matrices.items()}
         arrays |= {f"norms_{kind}": self.norms(name) for kind in KINDS}
+        for key, each in matrices.items():
+            arrays |= self.tables(key, with_head(each, head=0.1), number)
         arrays |= {"sizes": np.full(BATCHES, SIZE), "counted": np.array([True] * LAYERS + [False])}
         digest = store(workspace.report(name) / "cka.npz", arrays)
         about = {"model": name, "digest": f"weights of {name}", "metrics": {}}
@@ -155,7 +176,7 @@ class Planted:
         how = {"estimator": ESTIMATOR, "gram": "float32", "n": 359, "batch_sizes": [SIZE] * BATCHES, "counted_in_scalars": NAMES[:LAYERS]}
         write(
             workspace.record("represent", name),
-            about | {"data": "digits", "cka": digest, "how": how | {"adversarial_source": attack(name)}},
+            about | {"data": "digits", "cka": digest, "how": how | self.how | {"adversarial_source": attack(name)}},
         )
         trained = {"parameters": {"threat_model": {"epsilon": self.epsilon}}} if regime != "ST" else {"parameters": {}}
         write(workspace.model(name) / "model.json", {"digest": about["digest"], "data": {"digest": "digits"}} | trained)
@@ -180,6 +201,7 @@ class Planted:
             # What stands on the diagonal must not count either: means are of different layers.
             matrix = with_head(uniform(cka, 0.05), head=0.9)
             arrays[f"products/{panel['first']}/{panel['second']}/{kind}"] = noisy(matrix, self.noise, crc32(pair.encode()))
+            arrays |= self.tables(f"{panel['first']}/{panel['second']}/{kind}", matrix, crc32(pair.encode()))
         for model in models:
             arrays[f"counted/{model}"] = np.array([True] * LAYERS + [False])
             arrays |= {f"norms/{model}/{kind}": self.norms(model) for kind in KINDS}
@@ -187,7 +209,7 @@ class Planted:
         digest = store(folder / "cka.npz", arrays)
         layer = {"kind": "", "shape": [1], "aliases": [], "in_encoder": True, "is_block": True}
         described = {"panels": panels, "layers": {model: [layer | {"name": name} for name in NAMES] for model in models}}
-        described |= {"estimator": ESTIMATOR, "gram": "float32", "n": 359, "batch_sizes": [SIZE] * BATCHES}
+        described |= {"estimator": ESTIMATOR, "gram": "float32", "n": 359, "batch_sizes": [SIZE] * BATCHES, **self.how}
         described |= {"data": dict.fromkeys(models, "digits"), "adversarial_source": {model: attack(source or model) for model in models}}
         write(folder / "cka.json", described)
         write(self.workspace.record("compare", "panels"), {"digests": {model: f"weights of {model}" for model in models}, "cka": digest})
@@ -205,6 +227,7 @@ class Planted:
         config = load(*overrides)
         attacked = configuration.ThreatModelSection(norm=config.threat_model.norm, epsilon=config.attacked_epsilon)
         about = {"seeds": config.seeds, "epsilon": config.threat_model.epsilon, "others": config.similarity.epsilon_studies}
+        about |= {"measures": config.similarity.measures}
         found = check(self.workspace, **about, attacked=attacked)
         json.dumps(found, allow_nan=False)
         return found

@@ -271,3 +271,43 @@ def test_a_study_without_models_of_another_epsilon_is_left_out(planting, tmp_pat
     shutil.rmtree(tmp_path / "eps" / "eps-0.3" / "models")
     (tmp_path / "eps" / "eps-none").mkdir()
     assert planted.check(planting.STUDIES)["epsilons"] == [0.05, 0.15]
+
+
+# Under other measures than CKA
+
+MEASURES = "similarity.measures=[cka, rsa, r2, knn]"
+ON_LAYERS = ("redundancy", "full_fine_tuning_redundancy", "clean_adversarial", "convergence")
+
+
+def test_claims_on_similarity_are_tested_under_every_measure(planting, tmp_path):
+    """One that sees what CKA sees, one that sees nothing, and one without intervals."""
+    found = planting.Planted(tmp_path, measures={"rsa": 1.0, "r2": 0.0, "knn": None}).plant().check(MEASURES)
+    claims = {claim["key"]: claim for claim in found["claims"]}
+    assert [key for key, claim in claims.items() if "measures" in claim] == [*ON_LAYERS, "epsilon"]
+    for key in ON_LAYERS:
+        under = claims[key]["measures"]
+        verdicts = {name: about["verdict"] for name, about in under.items()}
+        assert verdicts["cka"] == verdicts["rsa"] == "supported for this seed" and verdicts["r2"] != verdicts["cka"]
+        assert verdicts["knn"] == "inconclusive for this seed" and under["knn"]["claimed_side"] == under["knn"]["of"] == len(
+            under["cka"]["parts"]
+        )
+        assert not claims[key]["cka_alone"]
+        for cka, rsa in zip(under["cka"]["parts"], under["rsa"]["parts"], strict=True):
+            assert rsa["effect"] == pytest.approx(cka["effect"], abs=0.01) and rsa["low"] <= rsa["effect"] <= rsa["high"]
+    agreement = [part["name"] for part in claims["clean_adversarial"]["measures"]["rsa"]["parts"]]
+    assert len(agreement) == 3 and not [name for name in agreement if "minus" not in name]  # 0.9 is a bound of CKA's own scale
+
+
+def test_a_claim_that_holds_under_cka_alone_says_so(planting, tmp_path):
+    found = planting.Planted(tmp_path, measures={"rsa": 0.0, "r2": -1.0, "knn": None}).plant().check(MEASURES)
+    claims = {claim["key"]: claim for claim in found["claims"]}
+    assert claims["redundancy"]["cka_alone"] and claims["redundancy"]["measures"]["r2"]["verdict"].startswith("contradicted")
+    assert claims["redundancy"]["measures"]["rsa"]["claimed_side"] == 0
+
+
+def test_a_measure_that_was_not_measured_is_missing_and_changes_no_verdict(planted):
+    plain, asked = planted.check(), planted.check(MEASURES)
+    assert [claim["verdict"] for claim in plain["claims"]] == [claim["verdict"] for claim in asked["claims"]]
+    assert not [claim for claim in plain["claims"] if "measures" in claim]
+    under = asked["claims"][0]["measures"]["rsa"]
+    assert under["verdict"] == "not tested" and all("not measured by rsa" in part["missing"] for part in under["parts"])

@@ -219,7 +219,7 @@ NEUTRAL = {
     | {"schedule": "constant", "keep": "best", "adversarial_images": None, "seed": 0},
     "Diagnostics": {"minimal": None, "minimal_steps": 100},
     "Corruptions": {"images": None, "folder": None, "seed": 0},
-    "Similarity": {"gram": "float32", "epsilon_studies": None, "source": "own", "probe_images": None},
+    "Similarity": {"gram": "float32", "measures": ("cka",), "epsilon_studies": None, "source": "own", "probe_images": None},
     "Runtime": {"device": "auto", "threads": 0, "precision": "fp32", "compile": False, "micro_batch": None, "deterministic": True},
 }
 

@@ -6,10 +6,12 @@ import copy
 import itertools
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -46,16 +48,22 @@ def lively(make_network: Callable[..., Network]) -> Callable[..., Network]:
     """A network at 1 x 32 x 32 none of whose layers is dead: timm starts the last norm of every block at zero."""
 
     def make(*, seed: int = 0, **changes: object) -> Network:
-        network, generator = make_network(seed=seed, image_size=32, **changes), torch.Generator().manual_seed(seed)
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-                nn.init.normal_(module.bias, 0, 0.3, generator=generator)
-        with torch.no_grad():
-            network.train().run_all(images(32, seed=9))
-        return network.eval()
+        return enlivened(make_network(seed=seed, image_size=32, **changes), images(32, seed=9), seed=seed)
 
     return make
+
+
+def enlivened(network: nn.Module, inputs: Tensor, *, seed: int = 0, momentum: float = 0.1) -> nn.Module:
+    """With batch norms that have random weights and have seen images; `momentum` 1: those alone, so what tells images apart stays."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.3, generator=generator)
+            module.momentum = momentum
+    with torch.no_grad():
+        getattr(network.train(), "run_all", network)(inputs)
+    return network.eval()
 
 
 def images(count: int, *, seed: int = 0) -> Tensor:
@@ -416,3 +424,47 @@ def test_pytorch_cka_agrees_where_nothing_is_overwritten():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.cat(data)), batch_size=16)
     (theirs,) = cka.compute_cka(network, network, loader, layers=names, device="cpu", progress=False)
     assert len(names) >= 5 and np.abs(ours - theirs.numpy()).max() < 1e-6
+
+
+# Families outside ResNet, random weights
+
+FAMILIES = {
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "num_heads": (1, 2, 2, 2)},
+    "mobilenetv4_conv_small_035": {},
+    "repvgg_a0": {},
+    "convnext_atto": {},
+    "mixer_s32_224": {"img_size": 64},
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    "ghostnet_050": {},
+    "xcit_nano_12_p16_224": {"img_size": 32, "depth": 2, "cls_attn_layers": 1},
+    "hiera_tiny_224": {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 1, 1, 1)},
+    "efficientvit_b0": {},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES.items(), ids=FAMILIES)
+def test_other_families_equal_a_slow_transcription_in_double_precision(name, options):
+    torch.manual_seed(0)
+    side = int(np.atleast_1d(options.get("img_size", 32))[0])
+    inputs = torch.nn.functional.interpolate(torch.rand(8, 3, 8, 8), size=(side, side), mode="bilinear")
+    network = enlivened(timm.create_model(name, pretrained=False, num_classes=4, **options), inputs, momentum=1)
+    found = layers(network, inputs[:2], select=["all"])
+    rows = found[:: -(-len(found) // 30)]
+    counts, seen = Counter(), {}
+
+    def keep(name: str, output: object) -> None:
+        counts[name] += 1
+        seen[name if counts[name] == 1 else f"{name}#{counts[name]}"] = (
+            output.double().flatten(1).clone() if torch.is_tensor(output) else None
+        )
+
+    handles = [module.register_forward_hook(lambda m, i, out, name=name: keep(name, out)) for name, module in network.named_modules()]
+    with torch.no_grad():
+        network(inputs)
+    for handle in handles:
+        handle.remove()
+    similarity = measure({"net": network}, {"net": rows}, [{CLEAN: inputs}])
+    expected = slow_cka([[seen[row.name] - seen[row.name].mean(0) for row in rows]])
+    alive = np.isfinite(similarity.cka(CLEAN, CLEAN).diagonal())
+    assert len(rows) >= 15 and alive.sum() >= 0.8 * len(rows)
+    np.testing.assert_allclose(similarity.cka(CLEAN, CLEAN)[alive][:, alive], expected[alive][:, alive], atol=1e-4, rtol=0)

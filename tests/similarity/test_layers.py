@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from advml.core.errors import UserError
-from advml.similarity.layers import layers, watching
+from advml.similarity.layers import layers, left_out, watching
 
 
 def images(count: int = 2, *, channels: int = 1, side: int = 32) -> Tensor:
@@ -133,7 +133,7 @@ class Gives(nn.Module):
 
 
 def test_outputs_that_are_not_one_row_per_image_are_left_out():
-    assert names(Tuples(), inputs=torch.randn(2, 4)) == ["good"]
+    assert names(Tuples(), inputs=torch.randn(2, 4)) == ["pair:0", "good"]  # both parts of the pair are one tensor
 
 
 def test_a_position_bias_of_two_heads_is_not_taken_for_two_images():
@@ -302,3 +302,29 @@ def test_an_identity_on_what_no_module_made_is_no_layer():
             return self.last(self.skip(self.first(x) + x))
 
     assert [layer.name for layer in layers(Adds(), torch.randn(3, 4), select=["all"])] == ["first", "last"]
+
+
+# Parts of outputs
+
+
+def test_parts_of_tuples_and_dictionaries_are_layers_and_watched_by_name():
+    """As of attention, whose weights are None, and of Hugging Face, whose outputs are dictionaries."""
+    network = nn.Sequential(nn.MultiheadAttention(4, 2, batch_first=True))
+    network.forward = lambda x: {"hidden": network[0](x, x, x)}
+    x, seen = torch.randn(3, 5, 4), []
+    rows = layers(network, x, select=["0"])
+    assert [(row.name, row.shape) for row in rows] == [("0:0", (5, 4)), ("0:1", (5, 5))]
+    with watching(network, rows, lambda number, output: seen.append(output.clone())) as run:
+        run(x)
+    for found, expected in zip(seen, network[0].eval()(x, x, x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_has_no_value_for_each_image_is_named():
+    assert left_out(Tuples(), torch.randn(2, 4)) == ["nothing", "whole", "single", "table", "heads"]
+    assert left_out(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4)) == []
+
+
+def test_the_linear_layer_that_another_network_ends_in_is_not_of_the_encoder():
+    rows = layers(torchvision.models.resnet18(), images(channels=3), select=["all"])
+    assert [row.name for row in rows if not row.in_encoder] == ["fc"]

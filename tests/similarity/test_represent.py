@@ -16,7 +16,7 @@ from advml.data.datasets import Split
 from advml.similarity import measures
 from advml.similarity import represent as representation
 from advml.similarity.layers import Layer, layers
-from advml.similarity.represent import _Features, counted_rows, paired_batches, represent
+from advml.similarity.represent import _Features, counted_rows, paired_batches, represent, views_of_split
 
 
 @pytest.fixture
@@ -95,7 +95,8 @@ def test_images_are_cut_into_ten_batches_or_more(dataset, cpu, spec, asked, batc
     """Of eight images at least; the same images for every model and kind."""
     images = torch.arange(asked, dtype=torch.float32)[:, None, None, None].expand(asked, 1, 8, 8) / asked
     split = Split((255 * images).round().to(torch.uint8), torch.zeros(asked, dtype=torch.long))
-    found = list(paired_batches({"a": images, "b": images + 1}, split, spec(f"similarity.batch_size={batch}"), cpu))
+    views = views_of_split({"a": images, "b": images + 1}, split, cpu)
+    found = list(paired_batches(views, asked, spec(f"similarity.batch_size={batch}")))
     assert [len(each["a", "clean"]) for each in found] == sizes
     for key, shift in (("a", 0), ("b", 1)):
         torch.testing.assert_close(torch.cat([each[key, "adversarial"] for each in found]), images + shift)

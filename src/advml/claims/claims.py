@@ -81,7 +81,11 @@ Effect = Callable[[list[Study]], Measured]
 
 @dataclass(frozen=True)
 class Part:
-    """One number that the claim says is above or below a bound. `paper` is the authors' own, None where they give none."""
+    """One number that the claim says is above or below a bound. `paper` is the authors' own, None where they give none.
+
+    Attributes:
+        measures: "none": it is of no similarity; "cka": its bound is of CKA's scale; "any": a change, which other measures may confirm.
+    """
 
     name: str
     effect: Effect
@@ -89,6 +93,7 @@ class Part:
     side: Side = "above"
     bound: float = 0.0
     several_epsilons: bool = False  # needs studies of two or more training epsilons
+    measures: Literal["none", "cka", "any"] = "none"
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,12 @@ def _changed(quantity: str, scheme: str, before: str, after: str, label: str, **
     def effect(studies: list[Study]) -> Measured:
         return change(studies[0].block(scheme, after), studies[0].block(scheme, before), SCALARS[quantity])
 
-    return Part(f"{scheme}: {label}, {after} minus {before}", effect, figures[after] - figures[before], **({"bound": MARGIN} | rule))
+    return Part(
+        f"{scheme}: {label}, {after} minus {before}",
+        effect,
+        figures[after] - figures[before],
+        **({"bound": MARGIN, "measures": "any"} | rule),
+    )
 
 
 def _lift(scheme: str, metric: str) -> Effect:
@@ -137,7 +147,8 @@ def _agreement(scheme: str, regime: str, **rule: Any) -> Part:
     def effect(studies: list[Study]) -> Measured:
         return studies[0].block(scheme, regime).scalar(SCALARS["clean_adversarial"])
 
-    return Part(f"{scheme}: clean-adversarial CKA of {regime}", effect, paper()["clean_adversarial"][scheme][regime], bound=AGREE, **rule)
+    rule |= {"bound": AGREE, "measures": "cka"}
+    return Part(f"{scheme}: clean-adversarial CKA of {regime}", effect, paper()["clean_adversarial"][scheme][regime], **rule)
 
 
 def _convergence(first: str, second: str) -> Part:
@@ -146,7 +157,13 @@ def _convergence(first: str, second: str) -> Part:
     def effect(studies: list[Study]) -> Measured:
         return change(studies[0].cross("AT", first, second), studies[0].cross("ST", first, second), CROSS)
 
-    return Part(f"{first} with {second}: CKA on adversarial images, AT minus ST", effect, figures["AT"] - figures["ST"], bound=MARGIN)
+    return Part(
+        f"{first} with {second}: CKA on adversarial images, AT minus ST",
+        effect,
+        figures["AT"] - figures["ST"],
+        bound=MARGIN,
+        measures="any",
+    )
 
 
 def _gain(quarter: str, scheme: str) -> Effect:
@@ -158,7 +175,7 @@ def _gain(quarter: str, scheme: str) -> Effect:
 def _epsilon_parts(scheme: str) -> tuple[Part, Part]:
     figures = paper()["epsilon"][scheme]
     last, first = (figures[quarter][1] - figures[quarter][0] for quarter in ("last_quarter", "first_quarter"))
-    rule = {"bound": MARGIN, "several_epsilons": True}
+    rule = {"bound": MARGIN, "several_epsilons": True, "measures": "any"}
     return (
         Part(
             f"{scheme}: clean-adversarial CKA of the last quarter, largest minus smallest training epsilon",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from advml.core.paths import Workspace, model_name
 from advml.evaluation import records, samples
 from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.similarity import compare, measures, represent, statistics
+from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Similarity
 from advml.similarity.measures import Scalar
 from advml.similarity.statistics import Estimate
@@ -75,7 +77,7 @@ class Block:
     """
 
     name: str
-    similarity: Similarity
+    similarity: Similarity | Tables
     first: str
     second: str
     rows: np.ndarray
@@ -117,7 +119,14 @@ class Study:
 
     def __init__(self, attacked: ThreatModelSection, workspace: Workspace, seed: int, *, epsilon: float | None = None) -> None:
         self.attacked, self.workspace, self.seed, self.epsilon = attacked, workspace, seed, epsilon
+        self.measure = "cka"
         self.block = cache(self._block)
+
+    def under(self, measure: str) -> Study:
+        """The same study, whose layers are compared by another measure."""
+        other = copy(self)
+        other.measure, other.block = measure, cache(other._block)
+        return other
 
     def accuracy(self, metric: str, scheme: str, regime: str) -> Measured:
         """An accuracy, and on which test images: differences between models are paired by image."""
@@ -157,10 +166,11 @@ class Study:
         try:
             how, data = record["how"], record["data"]
             conditions = _conditions(how, data=data, layers=how["counted_in_scalars"], attacks=[how["adversarial_source"]])
+            conditions |= self._measured(name, how)
         except KeyError as error:
             raise Missing(f"{name} was measured by an older version ({error} is not recorded); measure again with: dvc repro") from None
         self._require_attack(name, how["adversarial_source"])
-        similarity, counted = represent.read(self.workspace.report(name) / "cka.npz", digest=record["cka"])
+        similarity, counted = represent.read(self.workspace.report(name) / "cka.npz", digest=record["cka"], measure=self.measure)
         own = represent.MODEL
         return Block(name, similarity, own, own, counted, counted, conditions)
 
@@ -187,8 +197,18 @@ class Study:
             raise Missing(f"{pair}: the layers that count differ; the claim needs one architecture and one similarity.layers")
         data = sorted({found.described["data"][name] for name in names})
         conditions = _conditions(found.described, data=data, layers=layers[0], attacks=sources)
+        conditions |= self._measured(pair, found.described)
         rows, columns = (found.compared.counted[name] for name in names)
-        return Block(pair, found.compared.similarity, *names, rows, columns, conditions)
+        return Block(pair, found.compared.by_measure[self.measure], *names, rows, columns, conditions)
+
+    def _measured(self, name: str, how: Mapping[str, Any]) -> dict[str, Any]:
+        """By which measure, and if not by CKA on how many images."""
+        if self.measure == "cka":
+            return {}
+        about = how.get("measures", {})
+        if self.measure not in about.get("intervals", ()):
+            raise Missing(f"{name} was not measured by {self.measure}; measure with: dvc repro")
+        return {"measures": self.measure, "images": about["images"], "batches": None}
 
     @cached_property
     def _transferred(self) -> dict[str, list[dict[str, str]]]:

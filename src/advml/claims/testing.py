@@ -78,7 +78,13 @@ INTERVALS = {
 
 
 def check(
-    workspace: Workspace, *, seeds: Sequence[int], epsilon: float, attacked: ThreatModelSection, others: str | None = None
+    workspace: Workspace,
+    *,
+    seeds: Sequence[int],
+    epsilon: float,
+    attacked: ThreatModelSection,
+    others: str | None = None,
+    measures: Sequence[str] = ("cka",),
 ) -> dict[str, Any]:
     """The content of claims.json.
 
@@ -88,6 +94,7 @@ def check(
         epsilon: of training.
         attacked: norm and epsilon of the evaluation's attacks.
         others: see `find`.
+        measures: under which claims on similarity are tested, CKA first.
     """
     found = find(workspace, epsilon=epsilon, others=others, seed=seeds[0])
     studies = [[Study(attacked, each.workspace, seed, epsilon=each.beside) for each in found] for seed in seeds]
@@ -97,7 +104,7 @@ def check(
         "seeds": list(seeds),
         "intervals": INTERVALS[min(len(seeds), 3)],
         "epsilons": [each.epsilon for each in found],
-        "claims": [_test(claim, studies, others) for claim in CLAIMS],
+        "claims": [_test(claim, studies, others) | _under_measures(claim, studies, others, measures) for claim in CLAIMS],
     }
 
 
@@ -106,6 +113,38 @@ def _test(claim: Claim, seeds: list[list[Study]], others: str | None) -> dict[st
     about = {"key": claim.key, "claim": claim.sentence}
     verdict = overall([verdict for verdict, _ in tested])
     return about | _worded(verdict, len(seeds)) | {"parts": [part | _worded(verdict, len(seeds)) for verdict, part in tested]}
+
+
+def _under_measures(claim: Claim, seeds: list[list[Study]], others: str | None, names: Sequence[str]) -> dict[str, Any]:
+    """`measures`: the claim's changes of similarity under every measure, if there is another one than CKA.
+
+    `cka_alone`: CKA supports or contradicts them, and no other measure comes to the same verdict.
+    """
+    parts = [part for part in claim.parts if part.measures == "any"]
+    if not parts or len(names) < 2:
+        return {}
+    under, verdicts = {}, {}
+    for name in names:
+        studies = [[study.under(name) for study in found] for found in seeds]
+        tested = [_test_part(part, studies, others) for part in parts]
+        verdicts[name] = overall([verdict for verdict, _ in tested])
+        sides = sum(
+            _on_claimed_side(part, effect)
+            for part, (_, found) in zip(parts, tested, strict=True)
+            if (effect := found.get("effect")) is not None
+        )
+        under[name] = _worded(verdicts[name], len(seeds)) | {
+            "claimed_side": sides,
+            "of": len(parts),
+            "parts": [found for _, found in tested],
+        }
+    decided = verdicts["cka"] in ("supported", "contradicted")
+    alone = decided and verdicts["cka"] not in [verdict for name, verdict in verdicts.items() if name != "cka"]
+    return {"measures": under, "cka_alone": alone}
+
+
+def _on_claimed_side(part: Part, effect: float) -> bool:
+    return effect > part.bound if part.side == "above" else effect < part.bound
 
 
 def _worded(verdict: Verdict, seeds: int) -> dict[str, Any]:

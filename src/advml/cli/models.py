@@ -227,5 +227,24 @@ def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
     print(f"{len(found)} stages would run\nnext: advml repro" if found else "everything is up to date")
 
 
+def trust(
+    epochs: Annotated[int, typer.Option(help="Epochs of a training; some trainings are shorter.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 2,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Train small networks of which it is known which are more alike, and see which measures of similarity find it on the prepared data.
+
+    Writes records/trust/measures.json, which the report shows. Next: advml report
+    """
+    context = context_of(params, overrides)
+    from advml.pipeline.stages import trust as stage
+    from advml.similarity.trust import table
+
+    for line in table(stage.run(context, epochs=epochs, seeds=seeds)["scores"]):
+        print("  ".join(f"{cell:>16}" for cell in line))
+    say(str(context.workspace.record("trust", "measures")), "advml report")
+
+
 # In the order in which `advml --help` lists them.
-COMMANDS = (train, show, attack, preset, schema, sync, link, ui, server, repro)
+COMMANDS = (train, show, attack, trust, preset, schema, sync, link, ui, server, repro)

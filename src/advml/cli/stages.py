@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advml.cli.evaluate import evaluate, kind_of
-from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
+from advml.cli.evaluate import evaluate, kind_of, named
+from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, choice, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
 from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
-from advml.recipes import REGIMES, RegimeName
+from advml.recipes import REGIMES, SCHEMES, RegimeName
+
+if TYPE_CHECKING:
+    from advml.pipeline.context import Context
+
+ImagesOption = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
+MeanOption = Annotated[
+    str | None,
+    typer.Option("--mean", help="Mean that networks of functions expect, as in `advml evaluate`.", show_default="none"),
+]
+StdOption = Annotated[str | None, typer.Option("--std", help="Standard deviation, given in the same ways.", show_default="of --mean")]
 
 
 def check(params: Params = PARAMS) -> None:
@@ -74,24 +84,40 @@ def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Override
 
 def represent(
     target: Annotated[
-        str, typer.Argument(metavar="SCHEME|MODEL", help="SL, CL or SCL, with a regime. Or a model by name or folder.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SCHEME|MODEL",
+            help="SL, CL or SCL, with a regime. Or a model of the study by name, or any network, as `compare` takes it.",
+            show_default=False,
+        ),
     ],
-    regime: Annotated[RegimeName | None, typer.Argument(help="Of the scheme's model.", show_default=False)] = None,
+    regime: Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")] = None,
     seed: Seed = 0,
+    images: ImagesOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
     """Measure how alike a model's layers are (CKA), clean and attacked, and what linear probes read from them.
 
+    Of any other network its layers on clean images, in reports/compare-MODEL/.
+
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
     context = context_of(params, overrides)
+    target = named(target, context.workspace)
+    if regime and (target not in SCHEMES or images or mean or std):
+        raise UserError(f"represent {target} {regime}: a regime goes with {', '.join(SCHEMES)} alone, without --images, --mean, --std")
+    kind_of(target, regime, context.workspace)  # whether scheme and regime go together
     from advml.pipeline.represent_model import represent_model
+    from advml.pipeline.stages import compare as comparison
     from advml.pipeline.stages import represent as stage
     from advml.pipeline.stages.evaluate import of_study
 
-    kind_of(target, regime, context.workspace)  # whether scheme and regime go together
     own = {"scheme": target, "regime": regime, "seed": seed} if regime else of_study(context.workspace, target)
+    if images or mean or std or (own is None and not comparison.are_alike(context, [target])):
+        return _any_networks(context, [target], images, mean, std, None)
     name = model_name(**own) if own else Path(target).name
     metrics = stage.run(context, **own) if own else represent_model(context, target)
     told = {
@@ -105,25 +131,48 @@ def compare(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Models that advml has trained, by name or folder, each compared with each; none: the panels of the paper.",
+            help="Networks, each compared with each: models that advml has trained, by name or folder, module:function, or a timm name "
+            "with its weights (resnet18=FILE.safetensors); none: the panels of the paper.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="reports/compare")] = None,
+    images: ImagesOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Measure how alike the layers of models that advml has trained are (CKA), on clean and on adversarial images.
+    """Measure how alike the layers of networks are (CKA, and `similarity.measures`), on clean and on adversarial images.
 
-    Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png. Next: advml report
+    Models that advml has trained for the prepared data are attacked, too; others, and all with --images, are compared on clean images.
+
+    Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png, map.png. Next: advml report
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import compare as stage
 
-    out = out or context.workspace.reports / ("compare" if not models else "compare-" + "-".join(Path(model).name for model in models))
+    if images or mean or std or (models and not stage.are_alike(context, models)):
+        if len(models or ()) < 2:
+            raise UserError("compare needs at least two networks; of one: advml represent")
+        return _any_networks(context, models, images, mean, std, out)
+    out = out or context.workspace.reports / _folder(models)
     if stage.run(context, chosen=tuple(models or ()), out=out) is None:
         return say(f"{out}/cka.json ({stage.NOTHING})", "advml train CL Full-AT")
-    return say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png", f"open {out}/clean.png" if models else "advml report")
+    return say(f"{out}/cka.npz, cka.json, clean.png, adversarial.png, map.png", f"open {out}/clean.png" if models else "advml report")
+
+
+def _folder(models: list[str] | None) -> str:
+    """In reports/, of a comparison."""
+    return "compare" + "".join(f"-{re.sub('[^A-Za-z0-9_.-]+', '-', Path(model.partition('=')[0]).name)}" for model in models or ())
+
+
+def _any_networks(context: Context, models: list[str], images: Path | None, mean: str | None, std: str | None, out: Path | None) -> None:
+    from advml.pipeline import any_networks
+
+    out = out or context.workspace.reports / _folder(models)
+    any_networks.run(context, models, images=images, mean=mean, std=std, out=out)
+    say(f"{out}/cka.npz, cka.json, clean.png", f"open {out}/clean.png")
 
 
 def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:

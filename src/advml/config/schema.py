@@ -21,6 +21,7 @@ from advml.config.values import (
     Distinct,
     Epsilon,
     Images,
+    MeasureName,
     Number,
     OneOrMany,
     Options,
@@ -299,6 +300,9 @@ class Similarity(Section):
     batch_size: Annotated[Whole, Field(ge=4, le=2**20)] = means("images per CKA batch, or a tenth of them all: intervals leave batches out")
     gram: Literal["float32", "bfloat16"] = means("float32, bfloat16 (faster where the device multiplies it; elsewhere the same)", "float32")
     epsilon_studies: Text | None = means("studies of other training epsilons, for claim 6: pipelines/epsilon/eps-*", None)
+    measures: Annotated[tuple[MeasureName, ...], OneOrMany, Some, Distinct] = means(
+        "cka, and beside it cka-pooled, cka-rbf, procrustes, shape, rsa, svcca, knn, r2, on pooled features", ("cka",)
+    )
     source: Annotated[str, Field(pattern=rf"^(own|{_MODEL})$", json_schema_extra={"form": "own, or a model's name, e.g. CL-AT-s0"})] = (
         means("compare: each model sees its own adversarial images, or all see those of this model", "own")
     )
@@ -306,6 +310,12 @@ class Similarity(Section):
     probe_strengths: Annotated[tuple[Annotated[Number, Field(ge=1e-9, le=1e9)], ...], Some, Distinct] = means(
         "inverse penalties of the linear probes, chosen on validation"
     )
+
+    @model_validator(mode="after")
+    def _measured(self) -> Similarity:
+        if "cka" not in self.measures:
+            raise ValueError(f"measures = {', '.join(self.measures)} lacks cka, which everything else is compared with; add it")
+        return self
 
 
 # Searches

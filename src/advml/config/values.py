@@ -124,6 +124,8 @@ CorruptionName = Literal[
     "jpeg_compression",
 ]
 
+MeasureName = Literal["cka", "cka-pooled", "cka-rbf", "procrustes", "shape", "rsa", "svcca", "knn", "r2"]
+
 
 def _one_or_many(value: Any) -> Any:
     """`layers: blocks` and `layers: "*.act2"` name one thing; inside, there is always a list."""

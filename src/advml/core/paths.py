@@ -161,8 +161,8 @@ def find_model(workspace: Workspace, model: str) -> Path:
     near = [] if canonical(model) != model else difflib.get_close_matches(model, names, n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     choices = f"{meant}choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
-    elsewhere = ":" in model or model in workspace.evaluations_of_given()
-    only = " that advml has trained or imported (others are for advml evaluate alone)" if elsewhere else ""
+    elsewhere = model in workspace.evaluations_of_given()
+    only = " that advml has trained or imported (name a model from elsewhere as `advml evaluate` took it)" if elsewhere else ""
     raise UserError(f"there is no model {model!r}{only}; {choices}")
 
 

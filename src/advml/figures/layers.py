@@ -1,4 +1,4 @@
-"""Layers of one model, and layers of two models: CKA as heatmaps.
+"""Layers of one model, and layers of two models: CKA, or another measure, as heatmaps.
 
 All heatmaps share one scale, from 0 to 1, and have their origin below on the left, like the figures of the paper.
 Along the axes stand stages (`layer3`, `blocks.2`, the heads), not layers: fifty names would be unreadable.
@@ -54,7 +54,7 @@ def _stage(name: str) -> str:
 
 
 @styled
-def heatmaps(panels: Sequence[Heatmap | None], *, title: str = "", columns: int = 3, size: float = 3.0) -> Figure:
+def heatmaps(panels: Sequence[Heatmap | None], *, title: str = "", columns: int = 3, size: float = 3.0, measure: str = "CKA") -> Figure:
     """Matrices side by side in rows of `columns`; None leaves a place empty. Values outside of 0..1 are drawn as the ends."""
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(size * columns + 0.9, (size + 0.25) * lines + (0.35 if title else 0)), layout="constrained")
@@ -68,7 +68,7 @@ def heatmaps(panels: Sequence[Heatmap | None], *, title: str = "", columns: int 
             image = _heatmap(place, panel, distance=0.13 / size)
     if image is not None:
         bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30, pad=0.015)
-        bar.set_label("CKA")
+        bar.set_label(measure)
         bar.outline.set_visible(False)
     return figure
 

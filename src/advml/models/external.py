@@ -89,7 +89,7 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
     if (Path(target) / "model.json").is_file():
         given = _ours(Path(target), wishes, dataset)
     elif re.fullmatch(r"[\w.]+:\w+", target):
-        given = _python(target)
+        given = from_function(target)
     elif timm.is_model(target) and wishes.weights is not None:
         given = _timm(target, wishes.weights, spec, dataset)
     elif Path(target).suffix in files.PICKLES:
@@ -166,7 +166,12 @@ def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:
     return Given(f"{name}-{file.stem}", network, digest, origin, constants=published, remarks=remarks)
 
 
-def _python(target: str) -> Given:
+def from_function(target: str) -> Given:
+    """What `module:function` returns, as it is.
+
+    Raises:
+        UserError: nothing, or no module that can be used.
+    """
     module, _, function = target.partition(":")
     here = str(Path.cwd())
     sys.path.insert(0, here)

@@ -22,6 +22,7 @@ from advml.models.network import read_record
 from advml.similarity import represent
 from advml.similarity.compare import stored
 from advml.similarity.represent import KINDS, MATRICES
+from advml.similarity.trust import table
 
 # What speaks against the figures of the study's models, and how they fare beyond the threat model: from the records.
 
@@ -88,11 +89,11 @@ def curves(grid: Grid, workspace: Workspace, *, seed: int) -> Figure | None:
 
 
 def panels(workspace: Workspace) -> dict[str, Path]:
-    """The figures that `compare` has drawn of the grid's present models, by kind of input; none if they are of others."""
+    """The figures that `compare` has drawn of the grid's present models, by kind of input, and `map`; none if they are of others."""
     found = stored(workspace)
     if found is None or not all(is_of_model(workspace, name, digest) for name, digest in found.digests.items()):
         return {}
-    paths = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in KINDS}
+    paths = {kind: workspace.reports / "compare" / f"{kind}.png" for kind in (*KINDS, "map")}
     return {kind: path for kind, path in paths.items() if path.exists()}
 
 
@@ -105,6 +106,13 @@ def shown(workspace: Workspace) -> str:
         if all(name == source for name, source in sources.items())
         else f"those of {', '.join(sorted(set(sources.values())))}"
     )
+
+
+def trust(workspace: Workspace, digest: str) -> dict[str, Any] | None:
+    """What `advml trust` has found on these data; None if nothing."""
+    path = workspace.record("trust", "measures")
+    found = read_json(path, needs=("scores", "orders", "data"), remedy="measure again with: advml trust") if path.exists() else None
+    return found | {"table": table(found["scores"])} if found and found["data"] == digest else None
 
 
 def is_of_model(workspace: Workspace, name: str, digest: str | None) -> bool:

@@ -87,6 +87,7 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
         images={name: _source(figure) for name, figure in drawings.items() if figure is not None},
         panels={kind: _embedded(path.read_bytes()) for kind, path in drawn.panels(workspace).items()},
         shown=drawn.shown(workspace),
+        trust=figures.trust(workspace, provenance["digest"]),
         transfer=found,
         flags=figures.flags(evaluated | shown),
         unjudged=figures.unjudged(evaluated | shown),

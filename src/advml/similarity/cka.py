@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
@@ -49,12 +49,17 @@ def centred_gram(features: Tensor, *, dtype: torch.dtype = torch.float32) -> Ten
         if spread <= 4 * eps * size:  # what is left is rounding
             return torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=flat.device)
         gram, unit = _products(flat.float() / spread, dtype), spread.double() ** 2
-    gram = gram.double()
+    return u_centred(gram.double()) * unit
+
+
+def u_centred(gram: Tensor) -> Tensor:
+    """U(K) of a kernel matrix (n, n), whose diagonal is overwritten: the n (n - 1) / 2 entries above the diagonal."""
+    n = len(gram)
     gram.fill_diagonal_(0)
     row = gram.sum(1) / (n - 2)
     row -= row.sum() / (2 * (n - 1))
     centred_twice = gram - row[:, None] - row[None, :]
-    return centred_twice[tuple(torch.triu_indices(n, n, 1, device=flat.device))] * unit
+    return centred_twice[tuple(torch.triu_indices(n, n, 1, device=gram.device))]
 
 
 def _flat(features: Tensor) -> Tensor:
@@ -96,6 +101,7 @@ class Similarity:
         norms: <U_b(K), U_b(K)> of each key's layers, (batches, L).
         sizes: images per batch.
         left_out: images of batches too small for the estimator.
+        ends: products of one layer of every key with those of all, in the order of `norms`, (batches, K, K); None if none was asked for.
     """
 
     rows: Mapping[Key, tuple[Layer, ...]]
@@ -103,6 +109,7 @@ class Similarity:
     norms: Mapping[Key, np.ndarray]
     sizes: tuple[int, ...]
     left_out: int = 0
+    ends: np.ndarray | None = None
 
     def cka(self, first: Key, second: Key, *, weights: np.ndarray | None = None) -> np.ndarray:
         """CKA between the layers of `first` and of `second`, (L1, L2); or (S, L1, L2) for S weightings (S, batches).
@@ -122,6 +129,27 @@ class Similarity:
             result = cross / np.sqrt(rows[:, :, None] * columns[:, None, :])
         return result[0] if weights is None else result
 
+    def matrix(self, first: Key, second: Key) -> np.ndarray:
+        """(L1, L2), as `cka`."""
+        return self.cka(first, second)
+
+    def without_each(self, first: Key, second: Key, *, size: int = 100) -> Iterator[np.ndarray]:
+        """CKA without each batch, (B, L1, L2), in parts: a matrix for each would not fit for many layers and batches."""
+        weights = 1 - np.eye(len(self.sizes))
+        for start in range(0, len(weights), size):
+            yield self.cka(first, second, weights=weights[start : start + size])
+
+    def alive(self, first: Key, second: Key) -> tuple[np.ndarray, np.ndarray]:
+        """Which layers tell images apart, (L1,) and (L2,) bool."""
+        return self.norms[first].sum(0) > 0, self.norms[second].sum(0) > 0
+
+    def ends_cka(self) -> np.ndarray:
+        """CKA between the ends, (K, K)."""
+        total = self.ends.sum(0)
+        sizes = np.sqrt(np.diagonal(total))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return total / (sizes[:, None] * sizes)
+
     def merged(self, other: Similarity) -> Similarity:
         """Both shards as one pass over all their batches."""
         if _names(self) != _names(other):
@@ -132,6 +160,7 @@ class Similarity:
             norms={key: np.concatenate([norm, other.norms[key]]) for key, norm in self.norms.items()},
             sizes=self.sizes + other.sizes,
             left_out=self.left_out + other.left_out,
+            ends=None if self.ends is None else np.concatenate([self.ends, other.ends]),
         )
 
 
@@ -146,6 +175,7 @@ def measure(
     *,
     pairs: Sequence[tuple[Key, Key]] | None = None,
     gram: str = "float32",
+    ends: Mapping[str, int] | None = None,
 ) -> Similarity:
     """One pass over paired batches.
 
@@ -155,12 +185,14 @@ def measure(
         batches: for each batch the images (n, C, H, W) of every (model, kind); the same n images behind every key, in one order.
         pairs: the blocks to keep; None: all.
         gram: a key of GRAM_TYPES; bfloat16, with errors below 5e-4, is faster where the device multiplies in it.
+        ends: of each network one row, which all keys are compared in, whatever `pairs` says.
     Raises:
         ValueError: batches with different keys, or of different sizes under one another's keys, or none large enough.
     """
     keys: tuple[Key, ...] = ()
     products: list[dict[tuple[Key, Key], np.ndarray]] = []
     norms: list[dict[Key, np.ndarray]] = []
+    ending: list[np.ndarray] = []
     sizes, left_out = [], 0
     for batch in batches:
         keys = keys or tuple(batch)
@@ -175,6 +207,9 @@ def measure(
         pairs = list(combinations_with_replacement(keys, 2)) if pairs is None else pairs
         products.append({(first, second): 2 * (grams[first] @ grams[second].T).cpu().numpy() for first, second in pairs})
         norms.append({key: (2 * own.square().sum(1)).cpu().numpy() for key, own in grams.items()})
+        if ends is not None:
+            last = torch.stack([own[ends[model]] for (model, _), own in grams.items()])
+            ending.append(2 * (last @ last.T).cpu().numpy())
         sizes.append(n)
     if not sizes:
         raise ValueError(f"no batch has {SMALLEST_BATCH} or more images")
@@ -184,6 +219,7 @@ def measure(
         norms={key: np.stack([norm[key] for norm in norms]) for key in keys},
         sizes=tuple(sizes),
         left_out=left_out,
+        ends=np.stack(ending) if ending else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""CKA between the layers of different models, on clean and on adversarial images.
+"""CKA and other measures between the layers of different models, on clean and on adversarial images.
 
 The panels of the paper: the schemes against each other under ST and under AT, and AT against Full-AT in each scheme. All models
 pass every batch once, however many panels they are in.
@@ -7,26 +7,27 @@ pass every batch once, however many panels they are in.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import nn
 
 from advml import config
-from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
-from advml.data.datasets import Split
-from advml.models.network import Network
-from advml.similarity import represent
-from advml.similarity.cka import Similarity, measure
+from advml.similarity import alternatives, represent
+from advml.similarity.alternatives import Tables
+from advml.similarity.cka import Key, Similarity, measure
 from advml.similarity.layers import Layer, layers
-from advml.similarity.represent import KINDS, counted_rows, paired_batches
+from advml.similarity.probes import pooled_features
+from advml.similarity.represent import CLEAN, KINDS, View, counted_rows, ending_row, further_tables, paired_batches
 
+POOLED = 256  # images of a pass that only pools features
 SCHEME_PAIRS = (("SCL", "CL"), ("SL", "CL"), ("SL", "SCL"))  # in the order of the paper's figures
 
 
@@ -57,49 +58,106 @@ def all_pairs(names: Sequence[str]) -> list[Panel]:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Measured panels. `counted` are the rows of each model that scalars are made of."""
+    """Measured panels.
+
+    Attributes:
+        counted: the rows of each model that scalars are made of.
+        tables: of the measures beside CKA.
+        ends: values of each measure between what all models end in, of each kind of input, (K, K) in the order of `similarity.norms`.
+    """
 
     panels: tuple[Panel, ...]
     similarity: Similarity
     counted: Mapping[str, np.ndarray]
+    tables: Mapping[str, Tables] = field(default_factory=dict)
+    ends: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def cka(self, panel: Panel, kind: str) -> np.ndarray:
+    @property
+    def distance(self) -> str:
+        """Measure of `distances`, a key of ANGLES."""
+        return next(name for name in ANGLES if name in self.by_measure)
+
+    @property
+    def distances(self) -> np.ndarray:
+        """True distances between the ends, (K, K): angles in radians."""
+        return ANGLES[self.distance][1](self.ends[self.distance])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of input."""
+        return tuple(dict.fromkeys(kind for _, kind in self.similarity.norms))
+
+    @property
+    def by_measure(self) -> dict[str, Similarity | Tables]:
+        """All measures, CKA first."""
+        return {"cka": self.similarity, **self.tables}
+
+    def matrix(self, panel: Panel, kind: str, *, measure: str = "cka") -> np.ndarray:
         """(L1, L2): rows are layers of the panel's first model."""
-        return self.similarity.cka((panel.first, kind), (panel.second, kind))
+        return self.by_measure[measure].matrix((panel.first, kind), (panel.second, kind))
+
+
+# Measures of which an angle is a true distance -> what it is called, and how it follows from their values.
+ANGLES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "shape": ("angular Procrustes distance", lambda values: np.pi / 2 * (1 - values)),
+    "cka": ("arccos of CKA", lambda values: np.arccos(np.clip(values, -1, 1))),
+}
 
 
 def compare(
-    networks: Mapping[str, Network],
-    adversarial: Mapping[str, Tensor],
+    networks: Mapping[str, nn.Module],
+    views: Mapping[Key, View],
+    count: int,
     panels: Sequence[Panel],
-    split: Split,
     spec: config.Similarity,
-    machine: Machine,
+    *,
+    intervals: bool = True,
 ) -> Comparison:
-    """Measure panels in one pass over the images.
+    """Measure panels in one pass over the images, and in a second one where other measures than CKA are asked for.
 
     Args:
-        networks, adversarial: by name; adversarial images (n, C, H, W) of the first n images of `split`.
+        networks: by name; what each ends in is compared with all.
+        views: of the first `count` images of an order that all share, by model and kind of input.
+        intervals: whether measures beside CKA are taken without each block of images, too.
     """
-    rows = {name: tuple(layers(network, machine.images(split.images[:2]), select=spec.layers)) for name, network in networks.items()}
-    pairs = [((panel.first, kind), (panel.second, kind)) for panel in panels for kind in KINDS]
-    similarity = measure(networks, rows, paired_batches(dict(adversarial), split, spec, machine), pairs=pairs, gram=spec.gram)
-    return Comparison(tuple(panels), similarity, {name: counted_rows(found) for name, found in rows.items()})
+    rows = {name: tuple(layers(network, views[name, CLEAN](slice(0, 2)), select=spec.layers)) for name, network in networks.items()}
+    lasts = {name: ending_row(found) for name, found in rows.items()}
+    kinds = dict.fromkeys(kind for _, kind in views)
+    pairs = [((panel.first, kind), (panel.second, kind)) for panel in panels for kind in kinds]
+    similarity = measure(networks, rows, paired_batches(views, count, spec), pairs=pairs, gram=spec.gram, ends=lasts)
+    tables: dict[str, Tables] = {}
+    ends = {"cka": similarity.ends_cka()}
+    if set(spec.measures) - {"cka"}:
+        places = torch.from_numpy(alternatives.chosen(count)).split(POOLED)
+        features = {key: pooled_features(networks[key[0]], rows[key[0]], map(view, places)) for key, view in views.items()}
+        tables = further_tables({key: features[key] for pair in pairs for key in pair}, pairs, spec.measures, intervals=intervals)
+        ending = {key: [found[lasts[key[0]]]] for key, found in features.items()}
+        everyone = [(first, second) for first in ending for second in ending]
+        for name, table in further_tables(ending, everyone, spec.measures, intervals=False).items():
+            ends[name] = np.array([[table.matrix(first, second)[0, 0] for second in ending] for first in ending])
+    return Comparison(tuple(panels), similarity, {name: counted_rows(found) for name, found in rows.items()}, tables, ends)
 
 
 # What is written: matrices and products in cka.npz, layers and how they were measured in cka.json
 
 
 def arrays(compared: Comparison) -> dict[str, np.ndarray]:
-    """What goes into cka.npz: `<first>/<second>/<kind>` (L1, L2), `products/...` per batch, `norms/<model>/<kind>`, `counted/<model>`."""
+    """What goes into cka.npz: `<first>/<second>/<kind>` (L1, L2), `products/...` per batch, `norms/<model>/<kind>`, `counted/<model>`.
+
+    Of a further measure `<measure>/<first>/<second>/<kind>` (1 + B, L1, L2), values and those without each block of
+    images; `ends/<measure>` (K, K).
+    """
     similarity = compared.similarity
     found: dict[str, np.ndarray] = {}
-    for panel, kind in itertools.product(compared.panels, KINDS):
-        name = f"{panel.first}/{panel.second}/{kind}"
-        found[name] = compared.cka(panel, kind)
-        found[f"products/{name}"] = similarity.products[(panel.first, kind), (panel.second, kind)]
+    for panel, kind in itertools.product(compared.panels, compared.kinds):
+        name, pair = f"{panel.first}/{panel.second}/{kind}", ((panel.first, kind), (panel.second, kind))
+        found[name] = compared.matrix(panel, kind)
+        found[f"products/{name}"] = similarity.products[pair]
+        found |= {f"{measure}/{name}": table.tables[pair] for measure, table in compared.tables.items()}
     found |= {f"norms/{model}/{kind}": norm for (model, kind), norm in similarity.norms.items()}
     found |= {f"counted/{model}": counted for model, counted in compared.counted.items()}
+    found |= {f"{measure}/sizes": np.array(table.sizes, dtype=int) for measure, table in compared.tables.items()}
+    found |= {f"ends/{measure}": values for measure, values in compared.ends.items()}
     return found | {"sizes": np.array(similarity.sizes)}
 
 
@@ -145,21 +203,26 @@ def stored(workspace: Workspace) -> Stored | None:
 def read(file: IO[bytes], described: Mapping[str, Any]) -> Comparison:
     """What `arrays` has written; `described` is the content of cka.json beside it."""
     with np.load(file, allow_pickle=False) as stored:
-        panels = tuple(Panel(**panel) for panel in described["panels"])
+        panels, kinds = tuple(Panel(**panel) for panel in described["panels"]), described.get("kinds", KINDS)
         rows = {
             model: tuple(Layer(**row | {"shape": tuple(row["shape"]), "aliases": tuple(row["aliases"])}) for row in found)
             for model, found in described["layers"].items()
         }
+        pairs = {
+            ((panel.first, kind), (panel.second, kind)): f"{panel.first}/{panel.second}/{kind}"
+            for panel, kind in itertools.product(panels, kinds)
+        }
         similarity = Similarity(
-            rows={(model, kind): rows[model] for model, kind in itertools.product(rows, KINDS)},
-            products={
-                ((panel.first, kind), (panel.second, kind)): stored[f"products/{panel.first}/{panel.second}/{kind}"]
-                for panel, kind in itertools.product(panels, KINDS)
-            },
-            norms={(model, kind): stored[f"norms/{model}/{kind}"] for model, kind in itertools.product(rows, KINDS)},
+            rows={(model, kind): rows[model] for model, kind in itertools.product(rows, kinds)},
+            products={pair: stored[f"products/{name}"] for pair, name in pairs.items()},
+            norms={(model, kind): stored[f"norms/{model}/{kind}"] for model, kind in itertools.product(rows, kinds)},
             sizes=tuple(int(size) for size in stored["sizes"]),
         )
-        return Comparison(panels, similarity, {model: stored[f"counted/{model}"] for model in rows})
+        tables = {
+            measure: Tables({pair: stored[f"{measure}/{name}"] for pair, name in pairs.items()}, tuple(stored[f"{measure}/sizes"].tolist()))
+            for measure in described.get("measures", {}).get("intervals", ())
+        }
+        return Comparison(panels, similarity, {model: stored[f"counted/{model}"] for model in rows}, tables)
 
 
 def describe(compared: Comparison) -> dict[str, Any]:
@@ -169,5 +232,8 @@ def describe(compared: Comparison) -> dict[str, Any]:
         "layers": {
             model: [asdict(layer) for layer in rows] for (model, kind), rows in compared.similarity.rows.items() if kind == KINDS[0]
         },
+        "kinds": list(compared.kinds),
+        "map": {"distance": ANGLES[compared.distance][0], "points": [list(key) for key in compared.similarity.norms]},
         "batch_sizes": list(compared.similarity.sizes),
+        **alternatives.describe(list(compared.tables), sum(compared.similarity.sizes) + compared.similarity.left_out),
     }

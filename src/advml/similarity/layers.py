@@ -4,8 +4,9 @@
     with watching(network, rows, lambda layer, output: ...) as run:
         run(images)
 
-A module may be called more than once; its second call is the layer `name#2`. Modules that hand on a tensor
-as they got it (identities, dropout at evaluation, containers) are aliases of the layer that made it, not layers.
+A module may be called more than once; its second call is the layer `name#2`. Tuples, lists and dictionaries of outputs are looked into:
+`attention:0`, `encoder:last_hidden_state`. Modules that hand on a tensor as they got it (identities, dropout at evaluation,
+containers) are aliases of the layer that made it, not layers. What functions compute between modules is not seen.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -32,11 +33,11 @@ class Layer:
     """One row of a similarity matrix.
 
     Attributes:
-        name: the module's path, with `#2` behind it for its second call in one pass, and so on.
+        name: the module's path, with `#2` behind it for its second call in one pass, and so on, and `:key` for a part of its output.
         kind: the module's class.
         shape: of its output for one image.
         aliases: further modules that hand on this very tensor, in execution order.
-        in_encoder: False for the classifier and the projection head.
+        in_encoder: False for the classifier and the projection head; of others' networks, for the linear layer that they end in.
         is_block: the output of a residual, transformer or other repeated block.
     """
 
@@ -52,12 +53,26 @@ class Layer:
         return (self.name, *self.aliases)
 
 
-Run = Callable[[Tensor], None]
+Run = Callable[[Tensor], object]
 
 
 def _forward(network: nn.Module) -> Run:
     """A pass through everything the network has: our networks' heads are called one by one, others whole."""
     return getattr(network, "run_all", network.__call__)
+
+
+def _parts(name: str, output: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a module has returned, with their names."""
+    if isinstance(output, Tensor):
+        yield name, output
+    elif isinstance(output, Mapping | tuple | list):
+        for key, part in output.items() if isinstance(output, Mapping) else enumerate(output):
+            yield from _parts(f"{name}:{key}", part)
+
+
+def _module(name: str) -> str:
+    """blocks.0.attention#2:0 -> blocks.0.attention"""
+    return name.partition(":")[0].partition("#")[0]
 
 
 @contextlib.contextmanager
@@ -73,10 +88,10 @@ def _calls(network: nn.Module, see: Callable[[str, nn.Module, object], None]) ->
 
         return called
 
-    def run(images: Tensor) -> None:
+    def run(images: Tensor) -> object:
         counts.clear()
         with torch.no_grad():  # not inference mode: the version counter tells a tensor changed in place from one handed on
-            _forward(network)(images)
+            return _forward(network)(images)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name and name != PREPROCESSING]
     network.eval()
@@ -94,20 +109,43 @@ class _Call:
     name: str
     module: nn.Module
     output: Tensor  # kept alive, so that no later tensor gets its address
-    identity: tuple[int, int, int]  # address, version, size: the same for a tensor handed on, not for one changed in place
+    identity: tuple[int, int, int]  # see `_identity`
 
 
-def _trace(network: nn.Module, images: Tensor) -> list[_Call]:
-    """All calls of one pass whose output has a value for each image."""
+@dataclass
+class _Trace:
+    """One pass: the outputs that have a value for each image, all modules that were called, and what the network returned."""
+
+    calls: list[_Call]
+    called: dict[str, nn.Module]
+    returned: set[tuple[int, int, int]]
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    """Address, version, size: the same for a tensor handed on, not for one changed in place."""
+    return tensor.data_ptr(), tensor._version, tensor.numel()
+
+
+def _trace(network: nn.Module, images: Tensor) -> _Trace:
     calls: list[_Call] = []
+    called: dict[str, nn.Module] = {}
 
     def see(name: str, module: nn.Module, output: object) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and output.ndim >= 2 and len(output) == len(images):
-            calls.append(_Call(name, module, output, (output.data_ptr(), output._version, output.numel())))
+        called[_module(name)] = module
+        for part, tensor in _parts(name, output):
+            if tensor.is_floating_point() and tensor.ndim >= 2 and len(tensor) == len(images):
+                calls.append(_Call(part, module, tensor, _identity(tensor)))
 
     with _calls(network, see) as run:
-        run(images)
-    return calls
+        returned = {_identity(tensor) for _, tensor in _parts("", run(images))}
+    return _Trace(calls, called, returned)
+
+
+def left_out(network: nn.Module, images: Tensor) -> list[str]:
+    """Modules without children that were called and have no value for each image: windows of attention, tables, integers."""
+    trace, one = _trace(network, images), {_module(call.name) for call in _trace(network, images[1:]).calls}
+    seen = {_module(call.name) for call in trace.calls} & one
+    return [name for name, module in trace.called.items() if name not in seen and not list(module.children())]
 
 
 def layers(network: nn.Module, images: Tensor, *, select: Sequence[str] = ("blocks",)) -> list[Layer]:
@@ -121,23 +159,26 @@ def layers(network: nn.Module, images: Tensor, *, select: Sequence[str] = ("bloc
     Raises:
         UserError: a pattern matches nothing, or there are no blocks.
     """
-    per_image = {call.name for call in _trace(network, images[1:])}  # else two attention heads, say, pass for two images
+    per_image = {call.name for call in _trace(network, images[1:]).calls}  # else two attention heads, say, pass for two images
     groups: dict[tuple[int, int, int], list[_Call]] = {}
-    for call in _trace(network, images):
+    trace = _trace(network, images)
+    parents = {name.rpartition(".")[0] for name in trace.called}
+    for call in trace.calls:
         if call.name in per_image:
             groups.setdefault(call.identity, []).append(call)
     groups = {key: calls for key, calls in groups.items() if not all(isinstance(call.module, HANDS_ON) for call in calls)}
     blocks = _blocks(network, list(groups.values()))
     found = []
     for calls in groups.values():
-        block = next((call for call in calls if call.name.partition("#")[0] in blocks), None)
-        has_leaf = any(not list(call.module.children()) for call in calls)
+        block = next((call for call in calls if _module(call.name) in blocks), None)
+        has_leaf = any(_module(call.name) not in parents for call in calls)  # nothing inside of it was called
         if block or has_leaf or _outputs(network) & {call.name for call in calls}:
-            found.append(_layer(network, calls, block, wide="blocks" in select))
+            ends = calls[0].identity in trace.returned and any(isinstance(call.module, nn.Linear) for call in calls)
+            found.append(_layer(network, calls, block, wide="blocks" in select, ends=ends))
     return _select(network, found, select)
 
 
-def _layer(network: nn.Module, calls: list[_Call], block: _Call | None, *, wide: bool) -> Layer:
+def _layer(network: nn.Module, calls: list[_Call], block: _Call | None, *, wide: bool, ends: bool) -> Layer:
     """A row is called by the module that computes it, among blocks by the block or the widest module that ends in it."""
     named = (block or calls[-1]) if wide else calls[0]
     return Layer(
@@ -145,7 +186,7 @@ def _layer(network: nn.Module, calls: list[_Call], block: _Call | None, *, wide:
         kind=type(named.module).__name__,
         shape=tuple(named.output.shape[1:]),
         aliases=tuple(call.name for call in calls if call is not named),
-        in_encoder=not hasattr(network, ENCODER) or named.name.split(".")[0] == ENCODER,
+        in_encoder=named.name.split(".")[0] == ENCODER if hasattr(network, ENCODER) else not ends,
         is_block=block is not None,
     )
 
@@ -162,7 +203,7 @@ def _blocks(network: nn.Module, groups: list[list[_Call]]) -> set[str]:
     """
     handed_on: dict[str, set[str]] = {}
     for calls in groups:
-        names = {call.name.partition("#")[0] for call in calls}
+        names = {_module(call.name) for call in calls}
         for name in names:
             handed_on.setdefault(name, set()).update(names)
     encoder = f"{ENCODER}." if hasattr(network, ENCODER) else ""
@@ -203,7 +244,8 @@ def _is_meant(network: nn.Module, layer: Layer, word: str) -> bool:
 
 
 def _matches(layer: Layer, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix(f"{ENCODER}."), pattern) for name in layer.names)
+    names = {form for name in layer.names for form in (name, name.partition(":")[0])}
+    return any(fnmatchcase(form, pattern) for name in names for form in (name, name.removeprefix(f"{ENCODER}.")))
 
 
 @contextlib.contextmanager
@@ -215,8 +257,9 @@ def watching(network: nn.Module, rows: Sequence[Layer], see: Callable[[int, Tens
     numbers = {layer.name: number for number, layer in enumerate(rows)}
 
     def look(name: str, _: nn.Module, output: object) -> None:
-        if name in numbers:
-            see(numbers[name], output)
+        for part, tensor in _parts(name, output):
+            if part in numbers:
+                see(numbers[part], tensor)
 
     with _calls(network, look) as run:
         yield run

@@ -1,4 +1,4 @@
-"""Scalars of a model's CKA matrices and RankMe, with intervals by a jackknife over batches (see `statistics`).
+"""Scalars of a model's matrices of CKA, or of another measure, and RankMe, with intervals by a jackknife over batches (see `statistics`).
 
 Models measured on the same batches have errors in common, batch by batch, so differences between them are paired.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Key, Similarity
 from advml.similarity.statistics import FEWEST_BATCHES, Estimate, jackknife
 
@@ -101,19 +102,21 @@ SCALARS: dict[str, Scalar] = {
 }
 
 
-def living(similarity: Similarity, keys: tuple[Key, Key], rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> Pairs:
+def living(
+    similarity: Similarity | Tables, keys: tuple[Key, Key], rows: np.ndarray | None = None, columns: np.ndarray | None = None
+) -> Pairs:
     """The layers that count, in pairs: their places among rows and columns, and which pairs are alive on both sides.
 
     Args:
         rows, columns: (L1,), (L2,) bool, as many True in the one as in the other; None: all.
     """
-    norms = [similarity.norms[key].sum(0) for key in keys]
-    places = [np.flatnonzero(np.ones(len(norm), bool) if mask is None else mask) for norm, mask in zip(norms, (rows, columns), strict=True)]
-    return Pairs(*places, (norms[0][places[0]] > 0) & (norms[1][places[1]] > 0))
+    alive = similarity.alive(*keys)
+    places = [np.flatnonzero(np.ones(len(each), bool) if mask is None else mask) for each, mask in zip(alive, (rows, columns), strict=True)]
+    return Pairs(*places, alive[0][places[0]] & alive[1][places[1]])
 
 
 def estimate(
-    similarity: Similarity,
+    similarity: Similarity | Tables,
     scalar: Scalar,
     first: str,
     second: str,
@@ -122,7 +125,7 @@ def estimate(
     columns: np.ndarray | None = None,
     chosen: np.ndarray | None = None,
 ) -> Estimate:
-    """A scalar of CKA between two models' layers (or one model's with itself).
+    """A scalar of CKA, or of another measure, between two models' layers (or one model's with itself).
 
     Args:
         first, second: names of models.
@@ -136,13 +139,11 @@ def estimate(
     if not alive.any():
         return Estimate(float("nan"), np.full(batches, np.nan))
     place = np.ix_(pairs.rows[alive], pairs.columns[alive])
-    without = [scalar.of(similarity.cka(*keys, weights=part)[:, place[0], place[1]]) for part in _parts(1 - np.eye(batches))]
-    return jackknife(float(scalar.of(similarity.cka(*keys)[place])), np.concatenate(without), similarity.sizes)
-
-
-def _parts(weights: np.ndarray, *, size: int = 100) -> list[np.ndarray]:
-    """Weightings at a time: a matrix for each would not fit for many layers and batches."""
-    return [weights[start : start + size] for start in range(0, len(weights), size)]
+    value = float(scalar.of(similarity.matrix(*keys)[place]))
+    if not batches:  # of a measure without intervals
+        return Estimate(value, np.empty(0))
+    without = [scalar.of(part[:, place[0], place[1]]) for part in similarity.without_each(*keys)]
+    return jackknife(value, np.concatenate(without), similarity.sizes)
 
 
 def rankme(features: np.ndarray) -> float:

@@ -1,7 +1,8 @@
 """The representations of one model: CKA of its layers on clean and adversarial images, scalars, RankMe and probes.
 
 Files of a model, in `reports/<MODEL>/`: `cka.npz` with `clean`, `adversarial`, `clean_adversarial` (L x L; rows of the last are
-clean), and per batch the products they were made from (`products_clean`, ..., `norms_clean`, ...); `cka.json` with the layers in
+clean), per batch the products they were made from (`products_clean`, ..., `norms_clean`, ...), and of every further measure
+`<measure>/clean`, ... (1 + B, L, L), the values and those without each block of images; `cka.json` with the layers in
 execution order, the probes, and how everything was measured.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from advml import config
 from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.core.io import sha256
+from advml.core.messages import tell
 from advml.data.datasets import Dataset, Split
 from advml.evaluation.intervals import wilson
 from advml.models.network import Network
-from advml.similarity import measures, probes
+from advml.similarity import alternatives, measures, probes
+from advml.similarity.alternatives import MEASURES, Tables
 from advml.similarity.cka import SMALLEST_BATCH, Key, Similarity, measure
 from advml.similarity.layers import Layer, layers
 from advml.similarity.statistics import FEWEST_BATCHES
@@ -40,6 +43,7 @@ PARTS = ("similarity", "features", "probes")  # of the measurement, in order
 WANTED_BATCHES = 10  # to be drawn from
 FEWEST = 8  # images of a batch, if there are so many
 MODEL = ""  # the name of the only model in a similarity of one
+PAIRS = tuple(((MODEL, first), (MODEL, second)) for first, second in MATRICES.values())
 ESTIMATOR = "linear CKA, unbiased HSIC_1 per batch, ratio of sums over batches (Nguyen et al. 2021)"
 
 
@@ -53,6 +57,7 @@ class Representation:
     probes: tuple[probes.Probe, ...]
     rankme: tuple[float, float, float]  # value, low, high
     tested: int  # images
+    tables: Mapping[str, Tables]  # of the measures beside CKA
 
     @property
     def last(self) -> int:
@@ -72,19 +77,24 @@ def counted_rows(rows: tuple[Layer, ...]) -> np.ndarray:
     return np.array([layer.in_encoder and (layer.is_block or not only_blocks) for layer in rows])
 
 
+def ending_row(rows: tuple[Layer, ...]) -> int:
+    """The last recorded row of the encoder; of all, if none was recorded."""
+    return max((number for number, layer in enumerate(rows) if layer.in_encoder), default=len(rows) - 1)
+
+
 def last_of_encoder(rows: tuple[Layer, ...]) -> int:
     """The last recorded row of the encoder.
 
     Raises:
         UserError: none was recorded.
     """
-    found = [number for number, layer in enumerate(rows) if layer.in_encoder]
-    if not found:
+    last = ending_row(rows)
+    if not rows[last].in_encoder:
         names = ", ".join(layer.name for layer in rows)
         raise UserError(
             f"similarity.layers selects no layer of the encoder, only {names}; use blocks, all, or patterns of the encoder's layers"
         )
-    return found[-1]
+    return last
 
 
 def represent(
@@ -107,7 +117,8 @@ def represent(
     rows = tuple(layers(network, machine.images(dataset.test.images[:2]), select=spec.layers))
     last = last_of_encoder(rows)
     on_part(PARTS[0])
-    similarity = measure({MODEL: network}, {MODEL: rows}, paired_batches({MODEL: adversarial}, dataset.test, spec, machine), gram=spec.gram)
+    views = views_of_split({MODEL: adversarial}, dataset.test, machine)
+    similarity = measure({MODEL: network}, {MODEL: rows}, paired_batches(views, len(adversarial), spec), gram=spec.gram)
     on_part(PARTS[1])
     features = _Features.of(network, rows, dataset, adversarial, spec, machine)
     on_part(PARTS[2])
@@ -115,29 +126,59 @@ def represent(
         fitted = tuple(features.probe(number, spec.probe_strengths) for number in range(len(rows)))
         rank = features.test[CLEAN][last]
         rankme = (measures.rankme(rank), *measures.rankme_interval(rank, blocks=len(similarity.sizes)))
-    return Representation(rows, counted_rows(rows), similarity, fitted, rankme, len(adversarial))
+        tables = further_tables({(MODEL, kind): features.test[kind] for kind in KINDS}, PAIRS, spec.measures)
+    return Representation(rows, counted_rows(rows), similarity, fitted, rankme, len(adversarial), tables)
 
 
-def paired_batches(adversarial: dict[str, Tensor], split: Split, spec: config.Similarity, machine: Machine) -> Iterator[dict[Key, Tensor]]:
-    """Batches of the same test images, clean for every model and as attacked for each.
+def further_tables(
+    features: Mapping[Key, list[np.ndarray]], pairs: Sequence[tuple[Key, Key]], names: Sequence[str], *, intervals: bool = True
+) -> dict[str, Tables]:
+    """Tables of the measures beside CKA among `names`, from the pooled features (N, C) of every key's rows."""
+    further = [name for name in names if name in MEASURES]
+    if not further:
+        return {}
+    places = alternatives.chosen(min(len(found[0]) for found in features.values()))
+    kept = {key: [alternatives.compact(each, places) for each in found] for key, found in features.items()}
+    found = {}
+    for name in further:
+        found[name] = alternatives.tables(MEASURES[name], kept, pairs, intervals=intervals)
+        missing, total = alternatives.without_value(kept, found[name])
+        if missing:
+            images = f"{len(places)} images are too few for it, which needs {MEASURES[name].needs}"
+            tell(f"warning: {name} has no value for {missing} of {total} pairs of layers, which count in no mean: {images}")
+    return found
+
+
+View = Callable[[slice | Tensor], Tensor]  # images (n, C, H, W) at these places, of an order that all share, as a network takes them
+
+
+def views_of_split(adversarial: Mapping[str, Tensor], split: Split, machine: Machine) -> dict[Key, View]:
+    """Of models that take the split's images: those, and as attacked for each."""
+
+    def clean(place: slice | Tensor) -> Tensor:
+        return machine.images(split.images[place])
+
+    def attacked(images: Tensor) -> View:
+        return lambda place: images[place].to(machine.device, torch.float32)
+
+    return {(model, kind): clean if kind == CLEAN else attacked(images) for model, images in adversarial.items() for kind in KINDS}
+
+
+def paired_batches(views: Mapping[Key, View], count: int, spec: config.Similarity) -> Iterator[dict[Key, Tensor]]:
+    """Batches of the same images under every key.
 
     Smaller ones than asked for where there would be fewer than WANTED_BATCHES: without them there is no interval.
 
     Raises:
-        UserError: there are too few adversarial images.
+        UserError: there are too few images.
     """
-    count = min(len(images) for images in adversarial.values())
     if count < SMALLEST_BATCH:
-        raise UserError(
-            f"CKA needs {SMALLEST_BATCH} adversarial images or more, there are {count}; raise evaluate.adversarial_images or data.max_test"
-        )
+        raise UserError(f"CKA needs {SMALLEST_BATCH} images or more, there are {count}; raise evaluate.adversarial_images or data.max_test")
     size = min(spec.batch_size, max(FEWEST, count // WANTED_BATCHES))
-
     for start in range(0, count, size):
         place = slice(start, min(start + size, count))
-        clean = machine.images(split.images[place])
-        attacked = {model: images[place].to(clean) for model, images in adversarial.items()}
-        yield {(model, kind): clean if kind == CLEAN else attacked[model] for model in adversarial for kind in KINDS}
+        seen: dict[View, Tensor] = {}  # clean images are the same for all
+        yield {key: seen[view] if view in seen else seen.setdefault(view, view(place)) for key, view in views.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +235,7 @@ HOW = (
     "last_layer",
     "dead_layers",
     "adversarial_source",
+    "measures",
 )
 
 
@@ -204,8 +246,10 @@ def metrics(measured: Representation) -> dict[str, float]:
     """
     flat: dict[str, float] = {}
     for name, scalar in measures.SCALARS.items():
-        found = measures.estimate(measured.similarity, scalar, MODEL, MODEL, rows=measured.counted, columns=measured.counted)
-        flat |= _with_interval(f"cka/{name}", found.value, found.interval)
+        for further, of in {"cka": measured.similarity, **measured.tables}.items():
+            found = measures.estimate(of, scalar, MODEL, MODEL, rows=measured.counted, columns=measured.counted)
+            whole = _with_interval(f"{further}/{name}", found.value, found.interval)
+            flat |= whole if of.sizes else {f"{further}/{name}": found.value}
     value, *interval = measured.rankme
     flat |= _with_interval("cka/rankme", value, interval)
     last = measured.probes[measured.last]
@@ -227,6 +271,12 @@ def arrays(measured: Representation) -> dict[str, np.ndarray]:
         | {f"products_{name}": products[(MODEL, first), (MODEL, second)] for name, (first, second) in MATRICES.items()}
         | {f"norms_{kind}": measured.similarity.norms[MODEL, kind] for kind in KINDS}
         | {"sizes": np.array(measured.similarity.sizes), "counted": measured.counted}
+        | {
+            f"{name}/{matrix}": table.tables[pair]
+            for name, table in measured.tables.items()
+            for matrix, pair in zip(MATRICES, PAIRS, strict=True)
+        }
+        | {f"{name}/sizes": np.array(table.sizes, dtype=int) for name, table in measured.tables.items()}
     )
 
 
@@ -257,16 +307,19 @@ def content(path: Path, *, digest: str | None) -> io.BytesIO:
     return io.BytesIO(found)
 
 
-def read(path: Path, *, digest: str | None) -> tuple[Similarity, np.ndarray]:
-    """The similarity in a cka.npz, whose model is called MODEL, and the rows that count in scalars, (L,) bool.
+def read(path: Path, *, digest: str | None, measure: str = "cka") -> tuple[Similarity | Tables, np.ndarray]:
+    """One measure's values in a cka.npz, whose model is called MODEL, and the rows that count in scalars, (L,) bool.
 
     Args:
         digest: its sha256, from the record.
     Raises:
-        UserError: the file is missing, damaged or another one.
+        UserError: the file is missing, damaged or another one, or has not this measure.
     """
     try:
         with np.load(content(path, digest=digest), allow_pickle=False) as stored:
+            if measure != "cka":
+                found = {pair: stored[f"{measure}/{matrix}"] for matrix, pair in zip(MATRICES, PAIRS, strict=True)}
+                return Tables(found, tuple(stored[f"{measure}/sizes"].tolist())), stored["counted"]
             products = {((MODEL, first), (MODEL, second)): stored[f"products_{name}"] for name, (first, second) in MATRICES.items()}
             norms = {(MODEL, kind): stored[f"norms_{kind}"] for kind in KINDS}
             return Similarity({}, products, norms, tuple(stored["sizes"].tolist())), stored["counted"]
@@ -311,6 +364,7 @@ def describe(measured: Representation, spec: config.Similarity, *, of: dict[str,
             "gradient_wanted": probes.TOLERANCE,
             "not_converged": [layer.name for layer, probe in zip(measured.layers, measured.probes, strict=True) if not probe.converged],
         },
+        **alternatives.describe(list(measured.tables), measured.tested),
     }
 
 

@@ -200,7 +200,7 @@ def results(workspace: Workspace) -> list[Result]:
 
 
 def _comparison(folder: Path) -> Result:
-    files = _in(folder, ("cka.json", "cka.npz", "clean.png", "adversarial.png"))
+    files = (*_in(folder, ("cka.json", "cka.npz", "clean.png")), *sorted({*folder.glob("*.png")} - {folder / "clean.png"}))
     return Result("comparison", folder.name, files, lambda run, _, *files: _log_files(run, "cka", *files, grid="compare-"))
 
 

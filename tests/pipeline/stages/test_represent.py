@@ -279,8 +279,30 @@ def test_named_models_are_compared_with_each_other(study, tmp_path):
     compared = compare.run(study.context(), chosen=("CL-AT-s0", str(elsewhere)), out=out)
     with np.load(study.workspace.reports / "compare" / "cka.npz") as stored:
         for kind in ("clean", "adversarial"):
-            assert np.allclose(compared.cka(compared.panels[0], kind), stored[f"CL-AT-s0/CL-Full-AT-s0/{kind}"], equal_nan=True)
-    assert {path.name for path in out.iterdir()} == {"cka.npz", "cka.json", "clean.png", "adversarial.png"}
+            assert np.allclose(compared.matrix(compared.panels[0], kind), stored[f"CL-AT-s0/CL-Full-AT-s0/{kind}"], equal_nan=True)
+    assert {path.name for path in out.iterdir()} == {"cka.npz", "cka.json", "clean.png", "adversarial.png", "map.png"}
+
+
+def test_further_measures_stand_beside_cka_and_leave_it_as_it_is(study, measured):
+    """From features to claims."""
+    context = study.context("similarity.measures=[cka, rsa, knn]")
+    for scheme, regime in (("CL", "AT"), ("CL", "Full-AT")):
+        metrics = represent.run(context, scheme=scheme, regime=regime, seed=0)
+        plain, found = (cka(one, f"{scheme}-{regime}-s0") for one in (measured, study))
+        assert all(np.array_equal(found[name], values, equal_nan=True) for name, values in plain.items())
+        assert metrics["rsa/redundancy/low"] < metrics["rsa/redundancy"] < metrics["rsa/redundancy/high"]
+        assert metrics["knn/redundancy"] > 0 and "knn/redundancy/low" not in metrics
+        about = described(study, f"{scheme}-{regime}-s0")["measures"]
+        assert about["images"] == 40 and about["intervals"]["knn"].startswith("none")
+    compare.run(context)
+    assert {"clean-rsa.png", "adversarial-knn.png", "map.png"} <= {path.name for path in (study.workspace.reports / "compare").iterdir()}
+    report.run(context)
+    claims = json.loads((study.workspace.reports / "claims.json").read_text())["claims"]
+    (claim,) = [claim for claim in claims if claim["key"] == "full_fine_tuning_redundancy"]
+    rsa = claim["measures"]["rsa"]["parts"][0]
+    flat = [json.loads(study.workspace.record("represent", f"CL-{regime}-s0").read_text())["metrics"] for regime in ("Full-AT", "AT")]
+    assert rsa["effect"] == pytest.approx(flat[0]["rsa/redundancy"] - flat[1]["rsa/redundancy"], abs=1e-5)
+    assert "under 3 measures" in (study.workspace.reports / "report.html").read_text()
 
 
 def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
@@ -289,8 +311,8 @@ def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
         compare.run(study.context(f"similarity.source={source}"), chosen=names, out=tmp_path / source) for source in ("own", "SL-AT-s0")
     )
     (panel,) = own.panels
-    assert np.array_equal(own.cka(panel, "clean"), shared.cka(panel, "clean"), equal_nan=True)
-    assert not np.allclose(own.cka(panel, "adversarial"), shared.cka(panel, "adversarial"), equal_nan=True)
+    assert np.array_equal(own.matrix(panel, "clean"), shared.matrix(panel, "clean"), equal_nan=True)
+    assert not np.allclose(own.matrix(panel, "adversarial"), shared.matrix(panel, "adversarial"), equal_nan=True)
     source = json.loads((tmp_path / "SL-AT-s0" / "cka.json").read_text())["adversarial_source"]
     assert {about["model"] for about in source.values()} == {"SL-AT-s0"}
     with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'; must be own, or a model's name"):
@@ -330,7 +352,7 @@ def test_only_the_comparison_of_the_study_is_recorded(study, tmp_path):
 
 
 def test_panels_of_earlier_weights_are_not_shown(study):
-    assert set(drawn.panels(study.workspace)) == {"clean", "adversarial"} and drawn.shown(study.workspace) == "each network's own"
+    assert set(drawn.panels(study.workspace)) == {"clean", "adversarial", "map"} and drawn.shown(study.workspace) == "each network's own"
     change_model(study.workspace.model("SL-AT-s0"), digest="new weights")
     assert drawn.panels(study.workspace) == {}
     study.workspace.record("compare", "panels").unlink()

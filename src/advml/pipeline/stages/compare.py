@@ -1,9 +1,10 @@
-"""`compare [MODELS]`: CKA between the layers of different models, on clean and on adversarial images."""
+"""`compare [MODELS]`: CKA and other measures between the layers of different models, on clean and on adversarial images."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from advml import tracking
 from advml.core.errors import UserError
 from advml.core.io import sha256, to_json, write_atomically
 from advml.core.messages import tell
-from advml.core.paths import find_model, home_of
+from advml.core.paths import find_model, home_of, model_name
 from advml.core.progress import Bar
 from advml.data import adversarial
 from advml.data.adversarial import AdversarialImages
@@ -20,12 +21,13 @@ from advml.evaluation.attack_suite import threat_model_2
 from advml.evaluation.metrics import describe_kept
 from advml.evaluation.run_attacks import kept_images
 from advml.figures.layers import Heatmap, heatmaps
+from advml.figures.model_map import model_map
 from advml.figures.style import to_png
 from advml.models.memory_format import place
 from advml.models.network import Network, load_classifier, read_record
 from advml.pipeline.context import Context
 from advml.similarity import compare
-from advml.similarity.represent import ESTIMATOR, KINDS, to_npz
+from advml.similarity.represent import ESTIMATOR, to_npz, views_of_split
 
 OWN = "own"  # similarity.source: each model is shown its own adversarial images
 NOTHING = "the grid has no two trained models that the paper compares"
@@ -50,6 +52,8 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     if chosen and of_study:
         raise UserError(f"{home} holds the panels of the grid, which the report reads; give another --out")
     found = compare.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
+    if found and not chosen:
+        folders |= _others(context)
     if not found:
         _nothing(out)
         if of_study:
@@ -67,20 +71,30 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         shown = {name: attacked[name if spec.source == OWN else spec.source] for name in attacked}
         images, source = ({name: getattr(found, key) for name, found in shown.items()} for key in ("images", "record"))
         bar.begin("similarity")
-        compared = compare.compare(networks, images, found, context.dataset.test, spec, context.machine)
+        views = views_of_split(images, context.dataset.test, context.machine)
+        compared = compare.compare(networks, views, min(map(len, images.values())), found, spec)
         bar.begin("figures")
         described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes), "adversarial_source": source}
         described |= context.made_by({"similarity": spec.model_dump(mode="json")})
-        described |= {
-            "images_of": context.dataset.digest,
-            "data": {name: digest_of_data(record) for name, record in records.items()},
-        }
-        digest = _write(out, compared, described | compare.describe(compared))
+        described |= {"images_of": context.dataset.digest, "data": {name: digest_of_data(record) for name, record in records.items()}}
+        digest = write(out, compared, described | compare.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
         write_atomically(workspace.record("compare", "panels"), to_json(record, indent=1))
     tracking.log_result(context.tracking, out)
     return compared
+
+
+def are_alike(context: Context, models: Sequence[str]) -> bool:
+    """Whether all are models that advml has trained, for images and classes like the prepared ones: then they can be attacked."""
+    shape, classes = list(context.dataset.shape), list(context.dataset.classes)
+    for model in models:
+        if ("=" in model or ":" in model) and not Path(model).exists():
+            return False
+        record = read_record(find_model(context.workspace, model))
+        if list(record.get("input", ())) != shape or list(record.get("classes", ())) != classes:
+            return False
+    return True
 
 
 def _grid_panels(context: Context, folders: dict[str, Path]) -> list[compare.Panel]:
@@ -92,10 +106,21 @@ def _grid_panels(context: Context, folders: dict[str, Path]) -> list[compare.Pan
     return found
 
 
+def _others(context: Context) -> dict[str, Path]:
+    """Measured models of the grid: those that are in no panel are on the map."""
+    config, workspace = context.config, context.workspace
+    names = [model_name(*one) for one in itertools.product(config.grid.schemes, config.grid.regimes, config.seeds)]
+    return {
+        name: workspace.model(name)
+        for name in names
+        if (workspace.model(name) / "model.json").exists() and workspace.adversarial(name).exists()
+    }
+
+
 def _nothing(out: Path) -> None:
     """Say that there is nothing to compare, and take away what an earlier comparison has left."""
-    for name in ("cka.npz", *(f"{kind}.png" for kind in KINDS)):
-        (out / name).unlink(missing_ok=True)
+    for path in (out / "cka.npz", *out.glob("*.png")):
+        path.unlink(missing_ok=True)
     write_atomically(out / "cka.json", to_json({"panels": [], "reason": NOTHING}, indent=1))
 
 
@@ -166,20 +191,29 @@ def adversarial_images(context: Context, folder: Path, record: Mapping[str, Any]
     return AdversarialImages(images, {"model": name, "digest": record["digest"]} | describe_kept(attack, len(images), **run))
 
 
-def _write(out: Path, compared: compare.Comparison, described: Mapping[str, Any]) -> str:
-    """Write the files; returns the sha256 of cka.npz."""
+def write(out: Path, compared: compare.Comparison, described: Mapping[str, Any]) -> str:
+    """Write the files and take away an earlier comparison's figures; returns the sha256 of cka.npz."""
+    for path in out.glob("*.png"):
+        path.unlink()
     arrays = to_npz(compare.arrays(compared))
     write_atomically(out / "cka.npz", arrays)
     write_atomically(out / "cka.json", to_json(described, indent=1))
-    for kind in KINDS:
-        write_atomically(out / f"{kind}.png", to_png(_figure(compared, kind)))
+    for kind, measure in itertools.product(compared.kinds, compared.by_measure):
+        name = kind if measure == "cka" else f"{kind}-{measure}"
+        write_atomically(out / f"{name}.png", to_png(_figure(compared, kind, measure)))
+    title = f"What the encoders end in: {compare.ANGLES[compared.distance][0]}"
+    if (drawn := model_map(list(compared.similarity.norms), compared.distances, title=title)) is not None:
+        write_atomically(out / "map.png", to_png(drawn))
     return sha256(arrays)
 
 
-def _figure(compared: compare.Comparison, kind: str) -> Any:
+def _figure(compared: compare.Comparison, kind: str, measure: str) -> Any:
     names = {model: [layer.name for layer in rows] for (model, _), rows in compared.similarity.rows.items()}
     drawn = [
-        Heatmap(compared.cka(panel, kind), panel.group, names[panel.first], names[panel.second], panel.first, panel.second)
+        Heatmap(
+            compared.matrix(panel, kind, measure=measure), panel.group, names[panel.first], names[panel.second], panel.first, panel.second
+        )
         for panel in compared.panels
     ]
-    return heatmaps(drawn, title=f"CKA between models, {kind} images", columns=min(3, len(drawn)))
+    label = "CKA" if measure == "cka" else measure
+    return heatmaps(drawn, title=f"{label} between models, {kind} images", columns=min(3, len(drawn)), measure=label)

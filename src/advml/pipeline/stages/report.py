@@ -23,7 +23,12 @@ def run(context: Context) -> list[tables.Row]:
         raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
     attacked = ThreatModelSection(norm=config.threat_model.norm, epsilon=config.attacked_epsilon)
     claims = check(
-        workspace, seeds=config.seeds, epsilon=config.threat_model.epsilon, attacked=attacked, others=config.similarity.epsilon_studies
+        workspace,
+        seeds=config.seeds,
+        epsilon=config.threat_model.epsilon,
+        attacked=attacked,
+        others=config.similarity.epsilon_studies,
+        measures=config.similarity.measures,
     )
     # The whole configuration but for the addresses of stores, which change no result and may hold passwords.
     claims |= context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))

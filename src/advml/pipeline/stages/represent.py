@@ -45,7 +45,7 @@ def measure(context: Context, name: str, weights: str, network: Network, attacke
     measures = represent.metrics(measured)
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
-    return records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
+    return records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW if key in described}})
 
 
 def _write(folder: Path, measured: represent.Representation, described: dict[str, object], *, chance: float) -> str:

@@ -1,0 +1,120 @@
+"""`compare` and `represent` of any networks: on the study's test images or a folder of photos, each network at its own size.
+
+Clean images alone: an attack needs a classifier of the prepared data's classes. Probes need labels, and are left out too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from advml import tracking
+from advml.core.device import generator_for
+from advml.core.errors import UserError
+from advml.core.io import sha256
+from advml.core.messages import tell
+from advml.core.progress import Bar
+from advml.data import images as pictures
+from advml.models.viewed import Viewed, view
+from advml.pipeline.context import Context
+from advml.pipeline.stages.compare import write
+from advml.similarity import compare
+from advml.similarity.cka import SMALLEST_BATCH
+from advml.similarity.compare import Comparison, Panel, all_pairs
+from advml.similarity.layers import left_out
+from advml.similarity.represent import CLEAN, ESTIMATOR, View
+
+MOST = 2048  # photos
+SHOWN = 3  # names of modules that are left out
+
+
+def run(context: Context, targets: Sequence[str], *, images: Path | None, mean: str | None, std: str | None, out: Path) -> Comparison:
+    """Compare the layers of every network with those of every other one, or of a single one with its own; writes into `out`.
+
+    Args:
+        targets: see `view`.
+        images: a folder of photos; None: the prepared test images.
+        mean, std: see `view`.
+    Raises:
+        UserError: a network or the images cannot be had, or two networks have one name.
+    """
+    spec, device = context.config.similarity, context.machine.device
+    shape = None if images else context.dataset.shape
+    viewed = [view(target, context.workspace, shape=shape, mean=mean, std=std, device=device) for target in targets]
+    names = [each.name for each in viewed]
+    if len(set(names)) < len(names):
+        raise UserError(f"networks need different names to be compared, these are {', '.join(names)}")
+    source = _Photos(images) if images else _Prepared(context)
+    pixels = {each.shape[0::2]: source.read(*each.shape[0::2]) for each in viewed}
+    kept = source.whole
+    views = {(each.name, CLEAN): _view(each, pixels[each.shape[0::2]][kept], context) for each in viewed}
+    for each in viewed:
+        _say_what_is_left_out(each, views[each.name, CLEAN](slice(0, 2)))
+    with Bar(f"compare {len(viewed)} networks", total=2) as bar:
+        bar.begin("similarity")
+        panels = all_pairs(names) if len(names) > 1 else [Panel("layers", *names, *names)]
+        compared = compare.compare({each.name: each.network for each in viewed}, views, len(kept), panels, spec)
+        bar.begin("figures")
+        described = {"estimator": ESTIMATOR, "gram": spec.gram, "n": sum(compared.similarity.sizes)}
+        described |= context.made_by({"similarity": spec.model_dump(mode="json")}) | {"images_of": source.digest}
+        described["networks"] = {
+            each.name: {"origin": each.origin, "digest": each.digest, "input": each.shape, "normalised": each.constants} for each in viewed
+        }
+        write(out, compared, described | compare.describe(compared))
+    tracking.log_result(context.tracking, out)
+    return compared
+
+
+def _view(viewed: Viewed, pixels: Tensor, context: Context) -> View:
+    return lambda place: viewed.prepared(context.machine.images(pixels[place]))
+
+
+def _say_what_is_left_out(viewed: Viewed, images: Tensor) -> None:
+    if missing := left_out(viewed.network, images):
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        tell(f"note: {viewed.name}: no value for each image, and so left out: {', '.join(missing[:SHOWN])}{more}")
+
+
+class _Photos:
+    """The images of a folder and its subfolders; of more than MOST a subset, the same every time."""
+
+    def __init__(self, folder: Path) -> None:
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
+        if len(found) < SMALLEST_BATCH:
+            raise UserError(f"--images {folder} holds {len(found)} images; {SMALLEST_BATCH} or more are needed")
+        if len(found) > MOST:
+            tell(f"note: {MOST} of the {len(found)} images in {folder} are compared, drawn with seed 0")
+            found = sorted(found[place] for place in torch.randperm(len(found), generator=generator_for("photos", 0))[:MOST])
+        self.folder, self.paths, self.unreadable, self.digest = folder, found, dict[int, str](), sha256(*found)
+
+    def read(self, channels: int, size: int) -> Tensor:
+        """uint8 (n, C, size, size)."""
+        read = pictures.read_files(self.paths, size=size, channels=channels, white=None)
+        for place in read.unreadable.keys() - self.unreadable.keys():
+            tell(f"note: {self.paths[place]} is left out: {read.unreadable[place]}")
+        self.unreadable |= read.unreadable
+        return torch.from_numpy(read.images)
+
+    @property
+    def whole(self) -> list[int]:
+        """Places of those that could be read."""
+        return [place for place in range(len(self.paths)) if place not in self.unreadable]
+
+
+class _Prepared:
+    """The study's test images, scaled to a network's size."""
+
+    def __init__(self, context: Context) -> None:
+        self.images, self.digest = context.dataset.test.images, context.dataset.digest
+
+    def read(self, channels: int, size: int) -> Tensor:
+        """uint8 (n, C, size, size)."""
+        return torch.from_numpy(pictures.fit_arrays(self.images.numpy(), size=size, channels=channels))
+
+    @property
+    def whole(self) -> list[int]:
+        """All."""
+        return list(range(len(self.images)))
