@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from advml import config
-from advml.attacks.pgd import training_adversary
 from advml.core.device import Machine, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
@@ -19,6 +18,7 @@ from advml.models.layers import batch_norms, knows_blocks
 from advml.models.network import Architecture, Network, build
 from advml.models.trial_step import try_step
 from advml.recipes import REGIMES, SCHEMES
+from advml.training.adversarial_steps import adversarial_training
 from advml.training.tasks import finetuning_task, pretraining_task
 from advml.training.trainer import Plan
 
@@ -40,7 +40,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
+    spec, views = getattr(configuration.views, row.view), section.views or row.views  # of each image, in one batch
     on_cpu = configuration.runtime.device == "cpu" or (configuration.runtime.device == "auto" and not torch.cuda.is_available())
     bfloat16 = on_cpu and configuration.runtime.precision == "bf16"
     try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
@@ -48,7 +48,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
         network=network,
         phase=section,
         task=lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature),
-        adversary=training_adversary(configuration.attack, configuration.threat_model, section) if attacked else None,
+        adversary=adversarial_training(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
     )
 
@@ -77,7 +77,7 @@ def finetuning(
         network=network,
         phase=phase,
         task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
-        adversary=training_adversary(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
+        adversary=adversarial_training(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
     )
 

@@ -10,7 +10,9 @@ follows from (seed, epoch) alone, so a resumed run needs no RNG state to end whe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.pgd import Adversary
 from advml.core.device import Machine, derived_seed, generator_for, own_randomness
 from advml.core.errors import Failure
+from advml.core.messages import tell
 from advml.data.datasets import Dataset, Split
 from advml.models.layers import depths
 from advml.models.memory_format import place
 from advml.models.network import Network
+from advml.training.adversarial_steps import COLLAPSED, WITHSTOOD, AdversarialTraining, FreePerturbation, has_collapsed
+from advml.training.annealing import term_weights, view_strength
+from advml.training.averaging import AVERAGES, fresh_statistics
 from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
+from advml.training.cost import GRADIENT_STEPS, counted
 from advml.training.tasks import Task
 
 # Learning-rate schedules as pure functions of the step: nothing to save, nothing to resume.
@@ -122,8 +128,13 @@ class Plan:
     network: Network
     phase: config.Phase
     task: Callable[[], Task] | None  # built only if there is something left to do
-    adversary: Adversary | None
+    adversary: AdversarialTraining | None
     seed: int
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training images."""
+        return self.adversary.passes(self.phase.epochs) if self.adversary else self.phase.epochs
 
 
 def fit(
@@ -172,7 +183,7 @@ def train(
     dataset: Dataset,
     phase: config.Phase,
     *,
-    adversary: Adversary | None,
+    adversary: AdversarialTraining | None,
     seed: int,
     machine: Machine,
     checkpoint: Checkpoint,
@@ -180,101 +191,181 @@ def train(
 ) -> Iterator[Record]:
     """Train, yielding one record per epoch (those of earlier, interrupted processes first).
 
-    Per batch: mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter under an adversary.
+    Per batch: clean_weight * mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter under an adversary; in free
+    training, so many replays of the mean of loss_of_views. While a record is out, the network has the weights that were validated.
 
     Args:
         task: losses, objective and score of what is trained.
         dataset: learns from `train`, selects on `validation`; `test` is never read.
         phase: epochs, optimiser, schedule, selection.
-        adversary: attacks every batch; None in standard phases.
+        adversary: how batches are attacked; None in standard phases.
         seed: of batches, views and random starts.
         machine: device and precision.
         checkpoint: written after every epoch; an unfinished run in it is continued.
         on_batch: told (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: a loss, a score or a weight is not finite.
+        Failure: a loss, a score or a weight is not finite; or the training has collapsed before there was an average to keep.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
     if progress.epoch:
         trainer.restore(progress)
     yield from progress.history
-    for epoch in range(progress.epoch + 1, phase.epochs + 1):
-        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch), **trainer.validate()}
-        trainer.check(record)
-        trainer.select(progress, record)
+    for epoch in range(progress.epoch + 1, trainer.epochs + 1):
+        if progress.history and progress.history[-1].get(COLLAPSED):
+            break
+        began = time.perf_counter()
+        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch)}
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
-        progress.optimizer = optimizer_state(trainer.optimizer)
-        progress.history.append(record)
-        checkpoint.save(progress)
-        yield record
+        progress.optimizer, progress.carried = optimizer_state(trainer.optimizer), trainer.carried
+        with trainer.averaged(epoch):
+            record |= trainer.validate()
+            trainer.check(record)
+            trainer.guard(progress, record)
+            trainer.select(progress, record)
+            progress.history.append(record)
+            progress.seconds += time.perf_counter() - began
+            checkpoint.save(progress)
+            yield record
+    if not progress.best:
+        raise Failure(
+            f"training collapsed before average_start = {phase.average_start:g}: there is nothing to keep; set average: ema or none"
+        )
     task.network.load_state_dict(progress.best)
 
 
 class _Trainer:
     """The moving parts of `train`."""
 
-    def __init__(self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine) -> None:
+    def __init__(
+        self, task: Task, dataset: Dataset, phase: config.Phase, adversary: AdversarialTraining | None, seed: int, machine: Machine
+    ) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.train_split, self.validation = dataset.train, dataset.validation
         place(task.network, machine.device)
         task.train_mode()
         self.optimizer = optimizer(phase, task.learners(), task.network)
-        self.batches = batches_per_epoch(dataset, phase)
-        self.steps = self.batches * phase.epochs
+        self.batches, self.replays, self.epochs, self.free = batches_per_epoch(dataset, phase), 1, phase.epochs, None
+        if adversary:
+            self.replays, self.epochs = max(1, adversary.replays), adversary.passes(phase.epochs)
+            self.free = FreePerturbation(adversary.training, machine) if adversary.replays else None
+        self.steps = self.batches * self.epochs * self.replays
+        self.average = AVERAGES[phase.average](task.network, phase, epochs=self.epochs)
+
+    @property
+    def carried(self) -> State:
+        """What goes on from epoch to epoch beside weights and optimiser."""
+        return self.average.state | (self.free.state if self.free else {})
 
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
         restore_optimizer(self.optimizer, progress.optimizer)
+        self.average.restore(progress.carried)
+        if self.free:
+            self.free.restore(progress.carried)
 
     def epoch(self, epoch: int, on_batch: Callable[[int, int, float], None]) -> Record:
         """One pass over the shuffled training images; a short last batch is left for other epochs to reach."""
-        generator = generator_for("train", self.seed, epoch)
-        order = torch.randperm(len(self.train_split.labels), generator=generator)
         totals = torch.zeros(2, dtype=torch.float64)  # clean, adversarial
         self.task.train_mode()
-        with own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device):  # layers with dropout draw from the global RNG
-            for batch, index in enumerate(order.split(self.phase.batch_size)[: self.batches]):
-                losses = self._step(index, generator, step=(epoch - 1) * self.batches + batch)
+        with counted(self.task.network.encoder) as count, self._randomness(epoch):
+            for batch, (index, generator) in enumerate(self._shuffled("train", epoch)):
+                losses = self._batch(index, generator, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
                 totals += losses
                 on_batch(epoch, batch + 1, float(losses.sum()))
-        totals /= self.batches
-        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": float(totals[0])}
-        return record | ({"train/adversarial_loss": float(totals[1])} if self.adversary else {})
+        self.average.after_epoch(epoch)
+        clean, adversarial = (totals / self.batches).tolist()
+        both = self._has_clean(epoch)
+        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean if both else adversarial}
+        record |= {"train/adversarial_loss": adversarial} if self.adversary and both else {}
+        return record | {GRADIENT_STEPS: count.images / len(self.train_split)}
 
-    def _step(self, index: Tensor, generator: torch.Generator, *, step: int) -> Tensor:
-        """One optimiser step on the images `index`; returns the clean and the adversarial loss."""
+    def _shuffled(self, purpose: str, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """The batches of one pass, and the generator of all that is drawn in it."""
+        generator = generator_for(purpose, self.seed, epoch)
+        order = torch.randperm(len(self.train_split.labels), generator=generator)
+        for index in order.split(self.phase.batch_size)[: self.batches]:
+            yield index, generator
+
+    def _randomness(self, epoch: int) -> AbstractContextManager[None]:
+        """Layers with dropout draw from the global RNG."""
+        return own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device)
+
+    def _has_clean(self, epoch: int) -> bool:
+        """Whether the clean term is computed."""
+        return not self.free and (not self.adversary or term_weights(self.phase, epoch=epoch, epochs=self.epochs)[0] > 0)
+
+    def _batch(self, index: Tensor, generator: torch.Generator, *, epoch: int, batch: int) -> Tensor:
+        """The optimiser steps on the images `index`, one, or one for each replay; returns the clean and the adversarial loss."""
+        images, labels, views = self._drawn(index, generator, epoch=epoch)
+        total = torch.zeros(2, dtype=torch.float64)
+        for replay in range(self.replays):
+            step = batch * self.replays + replay
+            set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = torch.zeros(2, dtype=torch.float64)
+            for which, weight, loss in self._terms(images, labels, views, index, generator, epoch=epoch, step=step):
+                (weight * loss).backward()  # each term frees its graph before the next one builds its own
+                losses[which] = loss.detach().cpu()
+            if step == 0:
+                self._check_first(losses)
+            if self.phase.gradient_clip:
+                torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
+            self.optimizer.step()
+            self.average.after_step()
+            total += losses
+        return total / self.replays
+
+    def _drawn(self, index: Tensor, generator: torch.Generator, *, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and views of a batch."""
         images = self.machine.images(self.train_split.images[index])
-        labels = self.train_split.labels[index].to(self.machine.device)
-        set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
+        strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
         with self.machine.autocast():
-            clean = self.task.clean_loss(images, labels, index.to(self.machine.device), generator=generator).mean()
-        clean.backward()  # each term frees its graph before the next one builds its own
-        adversarial = torch.zeros(())
+            views = self.task.views(images, generator=generator, strength=strength)
+        return images, self.train_split.labels[index].to(self.machine.device), views
+
+    def _terms(
+        self, images: Tensor, labels: Tensor, views: Tensor, index: Tensor, generator: torch.Generator, *, epoch: int, step: int
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        """(0 for clean or 1 for attacked, weight, mean loss) of one step's terms; the caller goes backwards before it asks for the next."""
+        share = epsilon_share(self.phase, step=step, steps=self.steps)
+        if self.free:
+            yield from ((1, 1.0, loss) for loss in self.free.replay(self.task, views, labels, share=share))
+            return
+        weights = term_weights(self.phase, epoch=epoch, epochs=self.epochs) if self.adversary else (1.0, 0.0)
+        if self._has_clean(epoch):
+            with self.machine.autocast():
+                clean = self.task.clean_loss(views, labels, index.to(self.machine.device)).mean()
+            yield 0, weights[0], clean
         if self.adversary:
             with self.machine.autocast():
-                adversary = self.adversary.scaled(epsilon_share(self.phase, step=step, steps=self.steps))
-                objective = lambda: self.task.training_objective(images, labels)  # noqa: E731 - built under attack, once
-                attacked = adversary.attack(self.task.network, objective, images, generator=generator)
-                adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
-            (self.phase.adversarial_weight * adversarial).backward()
-        losses = torch.stack([clean.detach().cpu(), adversarial.detach().cpu()]).double()
-        if step == 0:
-            self._check_first(losses)
-        if self.phase.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
-        self.optimizer.step()
-        return losses
+                attacked = self.task.attacked(images, views)
+                objective = lambda: self.task.training_objective(attacked, labels)  # noqa: E731 - built under attack, once
+                adversarial = self.adversary.training.scaled(share).attack(self.task.network, objective, attacked, generator=generator)
+                loss = self.task.adversarial_loss(attacked, adversarial, labels).mean()
+            yield 1, weights[1], loss
+
+    @contextmanager
+    def averaged(self, epoch: int) -> Iterator[None]:
+        """Within: the network has the weights to validate, with statistics of their own where the average needs them."""
+        with self.average.in_place():
+            if self.average.needs_statistics and epoch >= self.average.first:
+                self.task.train_mode()
+                with fresh_statistics(self.task.network) as batch_norms, self._randomness(epoch), torch.no_grad():
+                    for index, generator in self._shuffled("statistics", epoch) if batch_norms else ():
+                        batch = self._drawn(index, generator, epoch=epoch)
+                        for _ in self._terms(*batch, index, generator, epoch=epoch, step=self.steps):
+                            pass
+            yield
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The attack of validation: the whole radius in every epoch, so that epochs compare."""
-        return self.adversary.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
+        return self.adversary.validation.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
 
     def validate(self) -> Record:
         """Mean scores on validation; the same views and random starts in every epoch, so that epochs compare."""
         generator = generator_for("validation", self.seed)
-        network, totals = self.task.network, [0.0, 0.0]
+        network, totals, withstood = self.task.network, [0.0, 0.0], 0.0
         network.eval()
         for images, labels in batches(self.validation, self.machine, size=self.phase.batch_size):
             with self.machine.autocast():
@@ -283,9 +374,27 @@ class _Trainer:
                     totals[0] += float(self.task.clean_score(images, labels, generator=generator).sum())
                     if attacked is not None:
                         totals[1] += float(self.task.adversarial_score(images, attacked, labels).sum())
+                        withstood += float(self.task.withstood(images, attacked, labels).sum()) if self.adversary.guarded else 0.0
         count, metric = len(self.validation.labels), self.task.metric
         record = {f"validation/{metric}": totals[0] / count}
-        return record | ({f"validation/adversarial_{metric}": totals[1] / count} if self.adversary else {})
+        if self.adversary:
+            record |= {f"validation/adversarial_{metric}": totals[1] / count} | (
+                {WITHSTOOD: withstood / count} if self.adversary.guarded else {}
+            )
+        return record
+
+    def guard(self, progress: Progress, record: Record) -> None:
+        """Mark the epoch, and say so, if the training has stopped withstanding the attack that it is meant to withstand."""
+        if not (self.adversary and self.adversary.guarded):
+            return
+        shares = [one[WITHSTOOD] for one in (*progress.history, record)]
+        if has_collapsed(shares, images=len(self.validation)):
+            record[COLLAPSED] = 1.0
+            tell(
+                f"warning: catastrophic overfitting in epoch {record['epoch']}: {shares[-1]:.1%} of the validation images withstand PGD, "
+                f"{max(shares):.1%} did before; training ends, an earlier epoch is kept; to go further: attack.kind = pgd or free, or a "
+                "smaller step_size or epsilon"
+            )
 
     def check(self, record: Record) -> None:
         """Neither a figure of the epoch nor a weight that it ended with may be infinite or NaN: the last step comes after the last loss.
@@ -322,8 +431,11 @@ class _Trainer:
     def select(self, progress: Progress, record: Record) -> None:
         """Keep these weights if they are the best on validation so far, by the adversarial score where there is one; ties: the later epoch.
 
-        Under `keep: last` they are kept whatever they score.
+        Under `keep: last` they are kept whatever they score. Of an epoch without an average that was asked for, or that has collapsed,
+        nothing is kept.
         """
+        if record["epoch"] < self.average.first or record.get(COLLAPSED):
+            return
         metric, sign = self.task.metric, 1.0 if self.task.larger_is_better else -1.0
         score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
         if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:

@@ -113,7 +113,7 @@ def train(bench: Bench, configuration: Config, attempt: Attempt, *, seed: int, w
     search, scratch = bench.search, attempt.scratch
     plan = bench.plan(configuration, seed=seed)
     fingerprint = digest(attempt.values, search.fingerprint(), seed)
-    watched_epochs = rungs(plan.phase.epochs) if watched and not search.pareto else ()
+    watched_epochs = rungs(plan.epochs) if watched and not search.pareto else ()
     known = Memo(scratch / f"rungs-{fingerprint}")  # the weights of earlier epochs are gone when a killed trial goes on
 
     def on_epoch(record: Record) -> None:
