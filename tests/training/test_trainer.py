@@ -586,7 +586,8 @@ def test_options_that_say_what_holds_anyway_change_no_bit(fit, phase):
 class Weight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.encoder = nn.Parameter(torch.zeros(())), nn.Identity()
+        self.w = nn.Parameter(torch.zeros(()))
+        self.normalize = self.encoder = nn.Identity()
 
 
 class Slope:
@@ -684,7 +685,7 @@ def test_every_batch_is_told_and_their_mean_is_recorded(tmp_path, dataset, make_
             seed=SEED,
             machine=CPU,
             checkpoint=Checkpoint(tmp_path, "x"),
-            on_batch=lambda epoch, done, loss: told.append((epoch, done, loss)),
+            on_batch=lambda epoch, done, loss: told.append((epoch, done, float(loss))),
         )
     )
     assert [(epoch, done) for epoch, done, _ in told] == [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3)]

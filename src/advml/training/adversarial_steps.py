@@ -116,7 +116,7 @@ class FreePerturbation:
         fixed, images = views[:-rows], views[-rows:]
         start = images if self.values is None else adversary.threat_model.project(images + self.values, images)
         adversarial = start.detach().clone().requires_grad_()
-        with self.machine.autocast():
+        with self.machine.autocast(training=True):
             loss = task.loss_of_views(torch.cat([fixed, adversarial]), labels).mean()
         yield loss
         if adversarial.grad is not None:

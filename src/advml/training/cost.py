@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+from advml.models.network import Network
 
 GRADIENT_STEPS = "train/gradient_steps"  # key of an epoch's record
 
@@ -19,15 +22,16 @@ class Count:
 
 
 @contextlib.contextmanager
-def counted(encoder: nn.Module) -> Iterator[Count]:
+def counted(network: Network) -> Iterator[Count]:
     """Within: counts images whose pass leaves a gradient, with respect to weights of the encoder or to the images themselves."""
     count = Count()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            count.images += len(inputs[0])
+        learns = any(parameter.requires_grad for parameter in network.encoder.parameters())
+        if torch.is_grad_enabled() and (output.requires_grad or learns):
+            count.images += len(output)
 
-    handle = encoder.register_forward_hook(note)
+    handle = network.normalize.register_forward_hook(note)  # not of the encoder, which may be compiled
     try:
         yield count
     finally:

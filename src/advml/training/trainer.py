@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.core.device import Machine, derived_seed, generator_for, own_randomness
+from advml.core.device import HALVES, Machine, derived_seed, generator_for, own_randomness
 from advml.core.errors import Failure
 from advml.core.messages import tell
-from advml.data.datasets import Dataset, Split
+from advml.data.batches import Feed
+from advml.data.datasets import Dataset
 from advml.models.layers import depths
 from advml.models.memory_format import place
 from advml.models.network import Network
@@ -90,7 +91,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def optimizer(phase: config.Phase, learners: Sequence[nn.Parameter], network: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that `phase` names, over `learners`, each in exactly one group; `network` tells how deep they lie."""
     groups = layer_groups(learners, network.encoder, layer_decay=phase.layer_decay) if phase.layer_decay < 1 else [whole(learners)]
-    return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay)
+    fused = True if learners[0].is_cuda else None  # one kernel, which under fp16 also sees for itself whether to skip the step
+    return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=fused)
 
 
 def whole(learners: Sequence[nn.Parameter]) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 # One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
 
 Record = dict[str, float]
+OnBatch = Callable[[int, int, Tensor], None]  # the loss is a number on the device: to read it makes the host wait for the step
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def fit(
     *,
     checkpoint: Checkpoint,
     on_epoch: Callable[[Record], None] = lambda record: None,
-    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+    on_batch: OnBatch = lambda epoch, done, loss: None,
 ) -> tuple[Network, list[Record]]:
     """Train as planned, going on where an interrupted process has left the checkpoint.
 
@@ -154,7 +157,7 @@ def fit(
         machine: device and precision.
         checkpoint: written after every epoch, before `on_epoch` is told of it.
         on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
-        on_batch: told (epoch, batches done, loss).
+        on_batch: called with (epoch, batches done, loss).
     Returns:
         The network with the selected weights, and one record per epoch.
     Raises:
@@ -187,7 +190,7 @@ def train(
     seed: int,
     machine: Machine,
     checkpoint: Checkpoint,
-    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+    on_batch: OnBatch = lambda epoch, done, loss: None,
 ) -> Iterator[Record]:
     """Train, yielding one record per epoch (those of earlier, interrupted processes first).
 
@@ -202,7 +205,7 @@ def train(
         seed: of batches, views and random starts.
         machine: device and precision.
         checkpoint: written after every epoch; an unfinished run in it is continued.
-        on_batch: told (epoch, batches done, loss) for progress bars.
+        on_batch: called with (epoch, batches done, loss) for progress bars.
     Raises:
         Failure: a loss, a score or a weight is not finite; or the training has collapsed before there was an average to keep.
     """
@@ -217,7 +220,8 @@ def train(
         began = time.perf_counter()
         record = {"epoch": epoch, **trainer.epoch(epoch, on_batch)}
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
-        progress.optimizer, progress.carried = optimizer_state(trainer.optimizer), trainer.carried
+        progress.optimizer, progress.scaler = optimizer_state(trainer.optimizer), trainer.scaler.state_dict()
+        progress.carried = trainer.carried
         with trainer.averaged(epoch):
             record |= trainer.validate()
             trainer.check(record)
@@ -228,10 +232,19 @@ def train(
             checkpoint.save(progress)
             yield record
     if not progress.best:
-        raise Failure(
-            f"training collapsed before average_start = {phase.average_start:g}: there is nothing to keep; set average: ema or none"
-        )
+        told = f"training collapsed before average_start = {phase.average_start:g}: there is nothing to keep"
+        raise Failure(f"{told}; set average: ema or none, or attack.kind = pgd")
     task.network.load_state_dict(progress.best)
+
+
+class Batch(NamedTuple):
+    """Images (N, C, H, W) in [0, 1], labels and indices (N,), and the views of the images, on the device; what is drawn next."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    views: Tensor
+    generator: torch.Generator
 
 
 class _Trainer:
@@ -241,10 +254,11 @@ class _Trainer:
         self, task: Task, dataset: Dataset, phase: config.Phase, adversary: AdversarialTraining | None, seed: int, machine: Machine
     ) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
-        self.train_split, self.validation = dataset.train, dataset.validation
+        self.images, self.validation = Feed(dataset.train, machine), Feed(dataset.validation, machine)
         place(task.network, machine.device)
+        task.network.compiled = machine.compile
         task.train_mode()
-        self.optimizer = optimizer(phase, task.learners(), task.network)
+        self.optimizer, self.scaler = optimizer(phase, task.learners(), task.network), machine.scaler()
         self.batches, self.replays, self.epochs, self.free = batches_per_epoch(dataset, phase), 1, phase.epochs, None
         if adversary:
             self.replays, self.epochs = max(1, adversary.replays), adversary.passes(phase.epochs)
@@ -260,32 +274,39 @@ class _Trainer:
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
         restore_optimizer(self.optimizer, progress.optimizer)
+        self.scaler.load_state_dict(progress.scaler)
         self.average.restore(progress.carried)
         if self.free:
             self.free.restore(progress.carried)
 
-    def epoch(self, epoch: int, on_batch: Callable[[int, int, float], None]) -> Record:
-        """One pass over the shuffled training images; a short last batch is left for other epochs to reach."""
-        totals = torch.zeros(2, dtype=torch.float64)  # clean, adversarial
+    def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
+        """One pass over the shuffled training images; a short last batch is left for other epochs to reach.
+
+        Within, the host only hands work to the device: it reads nothing from there before the end.
+        """
+        losses = torch.zeros(self.batches, 2, device=self.machine.device)  # clean, adversarial
         self.task.train_mode()
-        with counted(self.task.network.encoder) as count, self._randomness(epoch):
-            for batch, (index, generator) in enumerate(self._shuffled("train", epoch)):
-                losses = self._batch(index, generator, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
-                totals += losses
-                on_batch(epoch, batch + 1, float(losses.sum()))
+        with counted(self.task.network) as count, self._randomness(epoch):
+            for batch, drawn in enumerate(self._batches("train", epoch)):
+                losses[batch] = self._steps(drawn, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
+                on_batch(epoch, batch + 1, losses[batch].sum())
         self.average.after_epoch(epoch)
-        clean, adversarial = (totals / self.batches).tolist()
+        clean, adversarial = (sum(column) / self.batches for column in losses.T.tolist())
         both = self._has_clean(epoch)
         record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean if both else adversarial}
         record |= {"train/adversarial_loss": adversarial} if self.adversary and both else {}
-        return record | {GRADIENT_STEPS: count.images / len(self.train_split)}
+        return record | {GRADIENT_STEPS: count.images / len(self.images.labels)}
 
-    def _shuffled(self, purpose: str, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
-        """The batches of one pass, and the generator of all that is drawn in it."""
-        generator = generator_for(purpose, self.seed, epoch)
-        order = torch.randperm(len(self.train_split.labels), generator=generator)
-        for index in order.split(self.phase.batch_size)[: self.batches]:
-            yield index, generator
+    def _batches(self, purpose: str, epoch: int) -> Iterator[Batch]:
+        """The batches of one pass, in the order, and with the views, that follow from purpose, seed and epoch."""
+        device, size = self.machine.device, self.phase.batch_size
+        generator = generator_for(purpose, self.seed, epoch, device=device)
+        order = torch.randperm(len(self.images.labels), generator=generator, device=device)[: self.batches * size]
+        strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
+        for images, labels, index in self.images(order, size=size):
+            with self._autocast():
+                views = self.task.views(images, generator=generator, strength=strength)
+            yield Batch(images, labels, index, views, generator)
 
     def _randomness(self, epoch: int) -> AbstractContextManager[None]:
         """Layers with dropout draw from the global RNG."""
@@ -295,54 +316,44 @@ class _Trainer:
         """Whether the clean term is computed."""
         return not self.free and (not self.adversary or term_weights(self.phase, epoch=epoch, epochs=self.epochs)[0] > 0)
 
-    def _batch(self, index: Tensor, generator: torch.Generator, *, epoch: int, batch: int) -> Tensor:
-        """The optimiser steps on the images `index`, one, or one for each replay; returns the clean and the adversarial loss."""
-        images, labels, views = self._drawn(index, generator, epoch=epoch)
-        total = torch.zeros(2, dtype=torch.float64)
-        for replay in range(self.replays):
-            step = batch * self.replays + replay
+    def _steps(self, drawn: Batch, *, epoch: int, batch: int) -> Tensor:
+        """The optimiser steps on a batch: one, or one for each replay. Returns the clean and the adversarial loss (2,), on the device."""
+        total = torch.zeros(2, device=self.machine.device)
+        for step in range(batch * self.replays, (batch + 1) * self.replays):
             set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
             self.optimizer.zero_grad(set_to_none=True)
-            losses = torch.zeros(2, dtype=torch.float64)
-            for which, weight, loss in self._terms(images, labels, views, index, generator, epoch=epoch, step=step):
-                (weight * loss).backward()  # each term frees its graph before the next one builds its own
-                losses[which] = loss.detach().cpu()
+            losses = torch.zeros(2, device=self.machine.device)
+            for which, weight, loss in self._terms(drawn, epoch=epoch, step=step):
+                self.scaler.scale(weight * loss).backward()  # each term frees its graph before the next one builds its own
+                losses[which] = loss.detach()
             if step == 0:
                 self._check_first(losses)
             if self.phase.gradient_clip:
+                self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.average.after_step()
             total += losses
         return total / self.replays
 
-    def _drawn(self, index: Tensor, generator: torch.Generator, *, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and views of a batch."""
-        images = self.machine.images(self.train_split.images[index])
-        strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
-        with self.machine.autocast():
-            views = self.task.views(images, generator=generator, strength=strength)
-        return images, self.train_split.labels[index].to(self.machine.device), views
-
-    def _terms(
-        self, images: Tensor, labels: Tensor, views: Tensor, index: Tensor, generator: torch.Generator, *, epoch: int, step: int
-    ) -> Iterator[tuple[int, float, Tensor]]:
+    def _terms(self, batch: Batch, *, epoch: int, step: int) -> Iterator[tuple[int, float, Tensor]]:
         """(0 for clean or 1 for attacked, weight, mean loss) of one step's terms; the caller goes backwards before it asks for the next."""
         share = epsilon_share(self.phase, step=step, steps=self.steps)
         if self.free:
-            yield from ((1, 1.0, loss) for loss in self.free.replay(self.task, views, labels, share=share))
+            yield from ((1, 1.0, loss) for loss in self.free.replay(self.task, batch.views, batch.labels, share=share))
             return
         weights = term_weights(self.phase, epoch=epoch, epochs=self.epochs) if self.adversary else (1.0, 0.0)
         if self._has_clean(epoch):
-            with self.machine.autocast():
-                clean = self.task.clean_loss(views, labels, index.to(self.machine.device)).mean()
+            with self._autocast():
+                clean = self.task.clean_loss(batch.views, batch.labels, batch.index).mean()
             yield 0, weights[0], clean
         if self.adversary:
-            with self.machine.autocast():
-                attacked = self.task.attacked(images, views)
-                objective = lambda: self.task.training_objective(attacked, labels)  # noqa: E731 - built under attack, once
-                adversarial = self.adversary.training.scaled(share).attack(self.task.network, objective, attacked, generator=generator)
-                loss = self.task.adversarial_loss(attacked, adversarial, labels).mean()
+            adversary, images = self.adversary.training.scaled(share), self.task.attacked(batch.images, batch.views)
+            with self._autocast():
+                objective = lambda: self.task.training_objective(images, batch.labels)  # noqa: E731 - built under attack, once
+                attacked = adversary.attack(self.task.network, objective, images, generator=batch.generator)
+                loss = self.task.adversarial_loss(images, attacked, batch.labels).mean()
             yield 1, weights[1], loss
 
     @contextmanager
@@ -352,11 +363,13 @@ class _Trainer:
             if self.average.needs_statistics and epoch >= self.average.first:
                 self.task.train_mode()
                 with fresh_statistics(self.task.network) as batch_norms, self._randomness(epoch), torch.no_grad():
-                    for index, generator in self._shuffled("statistics", epoch) if batch_norms else ():
-                        batch = self._drawn(index, generator, epoch=epoch)
-                        for _ in self._terms(*batch, index, generator, epoch=epoch, step=self.steps):
+                    for batch in self._batches("statistics", epoch) if batch_norms else ():
+                        for _ in self._terms(batch, epoch=epoch, step=self.steps):
                             pass
             yield
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return self.machine.autocast(training=True)
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The attack of validation: the whole radius in every epoch, so that epochs compare."""
@@ -364,31 +377,27 @@ class _Trainer:
 
     def validate(self) -> Record:
         """Mean scores on validation; the same views and random starts in every epoch, so that epochs compare."""
-        generator = generator_for("validation", self.seed)
-        network, totals, withstood = self.task.network, [0.0, 0.0], 0.0
-        network.eval()
-        for images, labels in batches(self.validation, self.machine, size=self.phase.batch_size):
-            with self.machine.autocast():
+        generator = generator_for("validation", self.seed, device=self.machine.device)
+        clean, adversarial, withstood = [], [], []
+        self.task.network.eval()
+        for images, labels in self.validation.in_order(size=self.phase.batch_size):
+            with self._autocast():
                 attacked = self._attack(images, labels, generator) if self.adversary else None
                 with torch.no_grad():
-                    totals[0] += float(self.task.clean_score(images, labels, generator=generator).sum())
+                    clean.append(self.task.clean_score(images, labels, generator=generator).sum())
                     if attacked is not None:
-                        totals[1] += float(self.task.adversarial_score(images, attacked, labels).sum())
-                        withstood += float(self.task.withstood(images, attacked, labels).sum()) if self.adversary.guarded else 0.0
-        count, metric = len(self.validation.labels), self.task.metric
-        record = {f"validation/{metric}": totals[0] / count}
-        if self.adversary:
-            record |= {f"validation/adversarial_{metric}": totals[1] / count} | (
-                {WITHSTOOD: withstood / count} if self.adversary.guarded else {}
-            )
-        return record
+                        adversarial.append(self.task.adversarial_score(images, attacked, labels).sum())
+                        withstood += [self.task.withstood(images, attacked, labels).sum()] if self.adversary.guarded else []
+        metric = self.task.metric
+        scores = {f"validation/{metric}": clean, f"validation/adversarial_{metric}": adversarial, WITHSTOOD: withstood}
+        return {name: sum(torch.stack(sums).tolist()) / len(self.validation.labels) for name, sums in scores.items() if sums}
 
     def guard(self, progress: Progress, record: Record) -> None:
         """Mark the epoch, and say so, if the training has stopped withstanding the attack that it is meant to withstand."""
         if not (self.adversary and self.adversary.guarded):
             return
         shares = [one[WITHSTOOD] for one in (*progress.history, record)]
-        if has_collapsed(shares, images=len(self.validation)):
+        if has_collapsed(shares, images=len(self.validation.labels)):
             record[COLLAPSED] = 1.0
             tell(
                 f"warning: catastrophic overfitting in epoch {record['epoch']}: {shares[-1]:.1%} of the validation images withstand PGD, "
@@ -405,7 +414,7 @@ class _Trainer:
         broken = [key for key, value in record.items() if not math.isfinite(value)]
         broken += _not_finite(self.task.network.state_dict())
         if broken:
-            precision = ", or runtime.precision: fp32" if self.machine.precision == "bf16" else ""
+            precision = ", or runtime.precision: fp32" if self.machine.precision in HALVES else ""
             raise Failure(
                 f"{broken[0]} is not finite in epoch {record['epoch']}; lower the learning rate (now {self.phase.learning_rate:g}) "
                 f"or set gradient_clip in this phase's section of params.yaml{precision}"
@@ -420,9 +429,12 @@ class _Trainer:
         if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
             remedy = "a pretraining makes them by model.backbone and model.options; a fine-tuning reads them: make its pretraining again"
             raise Failure(f"{weights[0]}, a weight that the training starts from, is not finite; {remedy}")
-        gradients = {f"the gradient of {key}": value.grad for key, value in self.task.network.named_parameters() if value.grad is not None}
+        named = (
+            () if self.scaler.is_enabled() else self.task.network.named_parameters()
+        )  # a scale that is too large at first is made smaller
+        gradients = {f"the gradient of {key}": value.grad for key, value in named if value.grad is not None}
         if broken := _not_finite({"train/loss": losses[0], "train/adversarial_loss": losses[1]} | gradients):
-            precision = "runtime.precision: fp32, then " if self.machine.precision == "bf16" else ""
+            precision = "runtime.precision: fp32, then " if self.machine.precision in HALVES else ""
             raise Failure(
                 f"{broken[0]} is not finite before the first step, so no learning rate can mend it; try {precision}another model.backbone, "
                 "model.stem or model.options, a larger temperature, or, in a fine-tuning, another pretraining"
@@ -450,12 +462,6 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def batches_per_epoch(dataset: Dataset, phase: config.Phase) -> int:
     """Optimiser steps of one pass; a short last batch does not count, unless it is the only one."""
     return max(1, len(dataset.train) // phase.batch_size)
-
-
-def batches(split: Split, machine: Machine, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images (n, C, H, W) in [0, 1] and labels (n,) of a split, in order, on the device."""
-    for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
-        yield machine.images(images), labels.to(machine.device)
 
 
 def _copy(state: State) -> State:
