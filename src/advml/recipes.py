@@ -35,9 +35,11 @@ class Scheme:
     """One row of the first table."""
 
     name: str  # without `-`, which separates the parts of a stage's name
+    title: str
     head: Literal["classifier", "projection"]
     view: Literal["supervised", "contrastive"]  # which section of params.yaml: views
     groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no loss of embeddings
+    known_as: str = ""
     views: int = 1  # of an image in a batch, unless its phase says otherwise
     loss: Literal["contrastive", "emp-ssl"] = "contrastive"  # of the embeddings, a key of training.losses.EMBEDDING_LOSSES
     attacked: Literal["image", "views"] = "image"  # what adversarial pretraining perturbs, unless its phase says otherwise
@@ -46,6 +48,11 @@ class Scheme:
     def has_temperature(self) -> bool:
         """Whether its loss divides similarities by the study's temperature."""
         return self.groups is not None and self.loss == "contrastive"
+
+    @property
+    def described(self) -> str:
+        """`contrastive (SimCLR)`."""
+        return f"{self.title} ({self.known_as})" if self.known_as else self.title
 
 
 def instances(labels: Tensor) -> Tensor:
@@ -59,10 +66,19 @@ def classes(labels: Tensor) -> Tensor:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "SL": Scheme("SL", head="classifier", view="supervised"),
-    "CL": Scheme("CL", head="projection", view="contrastive", groups=instances, views=2),
-    "SCL": Scheme("SCL", head="projection", view="contrastive", groups=classes, views=2),
-    "EMP": Scheme("EMP", head="projection", view="contrastive", groups=instances, views=16, loss="emp-ssl", attacked="views"),
+    "SL": Scheme("SL", "supervised", head="classifier", view="supervised"),
+    "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR", views=2),
+    "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon", views=2),
+    "EMP": Scheme(
+        *("EMP", "many crops"),
+        head="projection",
+        view="contrastive",
+        groups=instances,
+        known_as="EMP-SSL",
+        views=16,
+        loss="emp-ssl",
+        attacked="views",
+    ),
 }
 
 
@@ -74,6 +90,12 @@ class Regime:
     pretraining: PhaseName
     attacked: bool  # in fine-tuning
     encoder_learns: bool  # in fine-tuning; the head always does
+
+    @property
+    def described(self) -> str:
+        """`adversarial pretraining, standard fine-tuning of the head`."""
+        kinds = ["adversarial" if attacked else "standard" for attacked in (self.pretraining == "at", self.attacked)]
+        return f"{kinds[0]} pretraining, {kinds[1]} fine-tuning of {'encoder and head' if self.encoder_learns else 'the head'}"
 
     def finetunes(self, scheme: Scheme) -> bool:
         """Whether there is anything left to learn: a scheme that pretrains its classifier is done under ST and AT."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -104,8 +105,6 @@ def _kind(target: str, regime: str | None, workspace: Workspace) -> str:
 
 
 def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, context: Context) -> None:
-    from dataclasses import replace
-
     from advml.models.external import Wishes, load
     from advml.pipeline.stages import evaluate as stage
 

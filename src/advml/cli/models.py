@@ -26,7 +26,7 @@ def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides =
     from advml.pipeline.stages import train as everything
     from advml.tracking import warn_if_unusable
 
-    warn_if_unusable(context.config, root=params.parent)
+    warn_if_unusable(context.tracking)
     metrics = everything.run(context, scheme=scheme, regime=regime, seed=seed)
     name = model_name(scheme, regime, seed)
     print(f"{name}: {percent(metrics)}")
@@ -105,10 +105,9 @@ def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """
     from advml import tracking
     from advml.config import load
+    from advml.config.store import locate
 
-    configuration = load(params, overrides or [])
-
-    made = tracking.sync(configuration, root=params.parent)
+    made = tracking.sync(locate(load(params, overrides or []).tracking, root=params.parent))
     print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: make ui")
 
 
@@ -120,9 +119,11 @@ def link(
     Writes nothing. Next: make ui
     """
     from advml.config import load
+    from advml.config.store import locate
     from advml.servers import mlflow_ui
 
-    print(f"MLflow: {mlflow_ui.link(load(params, overrides or []), root=params.parent, port=port)}", flush=True)
+    place = locate(load(params, overrides or []).tracking, root=params.parent)
+    print(f"MLflow: {mlflow_ui.link(place, port=port)}", flush=True)
 
 
 def ui(
@@ -136,15 +137,16 @@ def ui(
     Writes nothing. Next: the link, in a browser
     """
     from advml.config import load
+    from advml.config.store import locate
     from advml.servers import mlflow_ui
 
-    configuration, local = load(params, overrides or []), {"host": host, "port": port}
-    command = mlflow_ui.command(configuration, root=params.parent, **local)  # before the store is opened, which quietens MLflow
+    place, local = locate(load(params, overrides or []).tracking, root=params.parent), {"host": host, "port": port}
+    command = mlflow_ui.command(place, **local)  # before the store is opened, which quietens MLflow
     if command is not None:
         mlflow_ui.require_free(**local)
         if host not in mlflow_ui.LOOPBACK:
             tell(f"note: no password protects these runs: all that reach {host}:{port} can delete them; advml server asks for one")
-    link = f"MLflow: {mlflow_ui.link(configuration, root=params.parent, **local)}"
+    link = f"MLflow: {mlflow_ui.link(place, **local)}"
     if command is None:
         print(f"{link}\nthis is a server's address: open it in a browser")
     else:
@@ -167,11 +169,12 @@ def repro(
             "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
         )
     from advml.config import load
+    from advml.config.store import locate
     from advml.pipeline.repro import repro as run
     from advml.tracking import warn_if_unusable
 
     configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
-    warn_if_unusable(configuration, root=params.parent)
+    warn_if_unusable(locate(configuration.tracking, root=params.parent))
 
     started = time.monotonic()
     ran = run(

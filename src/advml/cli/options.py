@@ -9,7 +9,7 @@ import typer
 
 from advml.core.messages import tell
 from advml.core.paths import Workspace
-from advml.recipes import PhaseName, RegimeName, SchemeName
+from advml.recipes import REGIMES, SCHEMES, PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
@@ -19,10 +19,12 @@ Overrides = Annotated[
 ]
 Params = Annotated[Path, typer.Option("--params", help="The configuration file.")]
 Scheme = Annotated[
-    SchemeName, typer.Argument(help="SL supervised, CL contrastive (SimCLR), SCL supervised contrastive (SupCon).", show_default=False)
+    SchemeName,
+    typer.Argument(help=f"{', '.join(f'{name} {scheme.described}' for name, scheme in SCHEMES.items())}.", show_default=False),
 ]
 Regime = Annotated[
-    RegimeName, typer.Argument(help="Standard or adversarial training; Partial-AT and Full-AT fine-tune under attack.", show_default=False)
+    RegimeName,
+    typer.Argument(help="; ".join(f"{name}: {regime.described}" for name, regime in REGIMES.items()) + ".", show_default=False),
 ]
 Phase = Annotated[PhaseName, typer.Argument(help="st: standard, at: adversarial.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights, batches, views and random starts.")]

@@ -40,14 +40,15 @@ def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, An
     from rich.console import Console
     from rich.table import Table
 
-    from advml.report.table import COLUMNS, NORM_NAMES, cell, footnote, grid_rows
+    from advml.figures.style import NORM_NAMES
+    from advml.report.table import COLUMNS, cell, footnote, grid_rows
 
     norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
     title = f"Accuracy in %, 95 % intervals; threat models I and II, and the worst case over all attacks, at {norm} epsilon {epsilon:.4g}"
     shown = Table(title=title)
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")
-    rows = grid_rows(configuration, workspace)
+    rows = grid_rows(configuration.grid, configuration.seeds, workspace)
     for row in rows:
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
     if note := footnote(rows):

@@ -13,6 +13,7 @@ from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, 
 from advml.cli.printing import say, show_table
 from advml.core.errors import UserError
 from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
+from advml.recipes import REGIMES
 
 
 def check(params: Params = PARAMS) -> None:
@@ -49,7 +50,6 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import pretrain as stage
-    from advml.recipes import REGIMES
 
     stage.run(context, scheme=scheme, phase=phase, seed=seed)
     regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]

@@ -56,7 +56,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     about = {"model": name, "digest": model["digest"]}
     adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
     metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
-    tracking.log_folder(context.config, folder, root=workspace.root)
+    tracking.log_folder(context.tracking, folder)
     # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
     # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
     forget(scratch, "images")
@@ -95,7 +95,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     metrics = _write(context, found, about, parts, parameters=OF_GIVEN)
     for older in workspace.older_evaluations(name):
         older.unlink(missing_ok=True)
-    tracking.log_result(context.config, name, root=workspace.root)
+    tracking.log_result(context.tracking, name)
     discard(workspace.scratch(f"evaluate-{name}"))
     return metrics
 
