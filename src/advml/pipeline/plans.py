@@ -8,6 +8,8 @@ The stages write what comes of it into the study's folders; a search asks for th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from advml import config
 from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
@@ -68,6 +70,8 @@ def finetuning(
     _check(f"regimes.{regime}", phase, network)
     if not plan.keeps_head(row):
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
+    if plan.finetunes(row):
+        network.architecture = replace(network.architecture, averaged_crops=phase.averaged_crops)
     if plan.encoder_learns and not phase.frozen_statistics:
         try_step(network, count=_smallest_batch(phase, dataset))
     return Plan(
