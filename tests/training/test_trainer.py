@@ -24,8 +24,9 @@ from advml.models.network import Network
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.adversarial_steps import adversarial_training
 from advml.training.checkpoint import Checkpoint
+from advml.training.optimization import learning_rate
 from advml.training.tasks import Classification, finetuning_task, pretraining_task
-from advml.training.trainer import learning_rate, train
+from advml.training.trainer import train
 
 
 def configured(*overrides: str) -> config.Config:
