@@ -51,9 +51,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch of PGD, a few images")
     parser.add_argument("--epochs", type=int, default=12, help="of PGD's pretraining; fine-tuning takes a quarter")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     epochs = 1 if arguments.quick else arguments.epochs
     fixed = ["corruptions.names=none", "diagnostics.images=0", "tracking.experiment=benchmark", f"seeds=[{arguments.seed}]"]
+    fixed += [f"runtime.device={arguments.device}", f"runtime.threads={arguments.threads}"]
     fixed += ["data.max_train=200", "data.max_test=60", "worst_case.attacks=[apgd-ce]"] if arguments.quick else []
     print(f"{hardware_line()}; epochs {epochs}, seed {arguments.seed}\n")
     print("| model | training | share of PGD's steps | gradient steps | seconds | clean | PGD-20 | worst case |")

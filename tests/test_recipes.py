@@ -70,7 +70,7 @@ COMMANDS = f"""
 
 
 def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tuned_and_reported(make_study, tmp_path):
-    """Their rows, on a copy of the sources, and their sections of params.yaml, by free steps and with three views; nothing else is edited."""
+    """Their rows, on a copy of the sources, and their sections of params.yaml, with three views and free steps; nothing else is edited."""
     text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     rows = {name: re.search(rf'^ +("{name}": .*)$', text, re.MULTILINE)[1] for name in (SCHEME, REGIME)}
     parity = textwrap.dedent(re.search(r"^ +def parity.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0])
