@@ -106,5 +106,6 @@ def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tu
     assert f"regimes.{REGIME}.epochs" in best
     page = (space.reports / "report.html").read_text()
     assert "PCL parity contrastive" in page and "standard pretraining, adversarial fine-tuning of encoder and head" in page
-    assert name in (space.reports / "summary.csv").read_text() and name in page
+    summary = (space.reports / "summary.csv").read_text()
+    assert name in summary and name in page and {"cost/gradient_steps", "cost/seconds"} <= set(summary.splitlines()[0].split(","))
     assert name in done.stdout

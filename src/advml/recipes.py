@@ -70,7 +70,8 @@ SCHEMES: dict[str, Scheme] = {
     "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR"),
     "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon"),
     "EMP": Scheme(
-        *("EMP", "many crops"),
+        "EMP",
+        "many crops",
         head="projection",
         view="contrastive",
         groups=instances,
