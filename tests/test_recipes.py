@@ -48,12 +48,13 @@ def test_a_regime_stands_in_the_grid_by_its_pretraining_and_its_stage_knows_its_
 @pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
 def test_keys_that_a_regime_has_no_use_for_are_refused(regime):
     idle = {*(() if regime.attacked else OF_THE_ATTACK), *(() if regime.encoder_learns else ("layer_decay", "frozen_statistics"))}
+    idle |= {"attacked", "views", "view_annealing"}
     assert set(WITHOUT_EFFECT[f"regimes.{regime.name}"]) == idle
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_keys_that_a_pretraining_has_no_use_for_are_refused(scheme):
-    idle = {"frozen_statistics"} | ({"label_smoothing", "loss"} if scheme.groups else set())
+    idle = {"frozen_statistics", "averaged_crops"} | ({"label_smoothing", "loss"} if scheme.groups else {"views"})
     assert set(WITHOUT_EFFECT[f"pretrain.{scheme.name}"]) == idle
 
 
@@ -69,7 +70,7 @@ COMMANDS = f"""
 
 
 def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tuned_and_reported(make_study, tmp_path):
-    """Their rows, on a copy of the sources, and their sections of params.yaml; nothing else is edited."""
+    """Their rows, on a copy of the sources, and their sections of params.yaml, with three views and free steps; nothing else is edited."""
     text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     rows = {name: re.search(rf'^ +("{name}": .*)$', text, re.MULTILINE)[1] for name in (SCHEME, REGIME)}
     parity = textwrap.dedent(re.search(r"^ +def parity.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0])
@@ -82,7 +83,9 @@ def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tu
     (package / "recipes.py").write_text(recipes, encoding="utf-8")
     study = make_study("study", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0")
     values = YAML(typ="safe").load(study.params)
-    values["pretrain"], values["regimes"] = {SCHEME: values["pretrain"]["SCL"]}, {REGIME: values["regimes"]["Full-AT"]}
+    values["pretrain"] = {SCHEME: values["pretrain"]["SCL"] | {"views": 3}}
+    values["regimes"] = {REGIME: values["regimes"]["Full-AT"] | {"averaged_crops": 5}}
+    values["attack"]["kind"] = "free"
     values["grid"] = {"schemes": [SCHEME], "standard_regimes": [REGIME], "adversarial_regimes": []}
     YAML(typ="safe").dump(values, study.params)
     done = subprocess.run(
@@ -97,10 +100,12 @@ def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tu
     name, space = f"{SCHEME}-{REGIME}-s0", study.workspace
     model = json.loads((space.model(name) / "model.json").read_text())
     assert model["pretraining"]["name"] == f"{SCHEME}-st-s0" and {"threat_model", "attack"} <= model["parameters"].keys()
+    assert model["architecture"]["averaged_crops"] == 5 and model["gradient_steps"] == 2 * 5  # one pass, two replays, five crops
     assert {"accuracy/threat_model_2", "cka/redundancy"} <= json.loads((space.report(name) / "metrics.json").read_text()).keys()
     best = (space.reports / "tune" / f"finetune-{name}" / "best.yaml").read_text()
     assert f"regimes.{REGIME}.epochs" in best
     page = (space.reports / "report.html").read_text()
     assert "PCL parity contrastive" in page and "standard pretraining, adversarial fine-tuning of encoder and head" in page
-    assert name in (space.reports / "summary.csv").read_text() and name in page
+    summary = (space.reports / "summary.csv").read_text()
+    assert name in summary and name in page and {"cost/gradient_steps", "cost/seconds"} <= set(summary.splitlines()[0].split(","))
     assert name in done.stdout

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from advml import config
-from advml.attacks.pgd import training_adversary
+from advml.attacks.pgd import Adversary
 from advml.core.device import Machine
 from advml.core.errors import Failure
 from advml.data.datasets import Dataset, Split
 from advml.models.network import Network
 from advml.recipes import SCHEMES
+from advml.training.adversarial_steps import adversarial_training
 from advml.training.checkpoint import Checkpoint
 from advml.training.tasks import Classification, Task, pretraining_task
 from advml.training.trainer import train
 
 CPU = Machine(torch.device("cpu"))
 PHASE = config.Phase(epochs=2, batch_size=16, optimizer="sgd", learning_rate=0.05, weight_decay=0.0, schedule="constant")
-ADVERSARY = training_adversary(config.TrainAttack(steps=2), config.ThreatModelSection(norm="linf", epsilon=0.1), PHASE)
+ADVERSARY = adversarial_training(config.TrainAttack(steps=2), config.ThreatModelSection(norm="linf", epsilon=0.1), PHASE)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_where_nothing_fits_no_size_is_named(learn, make_network):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_what_float32_learns_resumes_its_scale_and_keeps_ball_and_box(learn, make_network, tmp_path, precision):
-    attacked, attack = [], type(ADVERSARY).attack
+    attacked, attack = [], Adversary.attack
     machine = replace(CPU, precision=precision)
     _, exact = learn(contrastive(make_network()))
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +103,7 @@ def test_half_precision_learns_what_float32_learns_resumes_its_scale_and_keeps_b
             attacked.append((found.dtype, float((found - images).abs().max()), float(found.min()), float(found.max())))
             return found
 
-        patch.setattr(type(ADVERSARY), "attack", watch)
+        patch.setattr(Adversary, "attack", watch)
         weights, history = learn(contrastive(make_network()), machine)
     assert [record["train/loss"] for record in history] == pytest.approx(
         [record["train/loss"] for record in exact], rel=0.1

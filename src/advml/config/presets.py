@@ -16,7 +16,7 @@ from typing import Any
 from advml.config.loading import parse_override, put, validate
 from advml.config.writing import write
 from advml.core.errors import UserError
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ HEADER = """\
 """
 
 HEADS = ("regimes.ST", "regimes.AT", "regimes.Partial-AT")
-PHASES = (*(f"pretrain.{name}" for name in SCHEMES), *(f"regimes.{name}" for name in REGIMES))
+PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *(f"regimes.{name}" for name in REGIMES))  # of the paper
 
 
 def _phase(*sections: str, **values: Any) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Architecture:
     projection_size: int | None  # outputs of the projection head; None: no projection head
     normalize_logits: bool
     dual_batch_norm: bool
+    averaged_crops: int = 1  # over whose features the classifier's are averaged; 1: the image itself
 
 
 class Normalize(nn.Module):
@@ -111,8 +112,14 @@ class Network(nn.Module):
         """Unit-length projections (N, P)."""
         return F.normalize(self.projection_head(self.features(images)).float(), dim=1)
 
+    def classifier_features(self, images: Tensor) -> Tensor:
+        """What the classifier gets (N, D): features of the images, or their mean over fixed crops, through which gradients pass."""
+        if (count := self.architecture.averaged_crops) == 1:
+            return self.features(images)
+        return self.features(torch.cat(five_crops(images))).unflatten(0, (count, -1)).mean(0)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.features(images))
+        return self.classify(self.classifier_features(images))
 
     def run_all(self, images: Tensor) -> None:
         """One pass of the encoder and of every head that there is: for those who watch the layers."""
@@ -120,6 +127,16 @@ class Network(nn.Module):
         for head in (self.projection_head, self.classifier):
             if head is not None:
                 head(features)
+
+
+def five_crops(images: Tensor) -> list[Tensor]:
+    """Centre and corners of the images (N, C, H, W), of three quarters of their side, at the size of the images."""
+    size = images.shape[-2:]
+    height, width = (max(1, 3 * side // 4) for side in size)
+    bottom, right = size[0] - height, size[1] - width
+    places = ((bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right))
+    parts = (images[:, :, top : top + height, left : left + width] for top, left in places)
+    return [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in parts]
 
 
 def _encode(encoder: nn.Module, images: Tensor) -> Tensor:

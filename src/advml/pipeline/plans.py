@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from advml import config
-from advml.attacks.pgd import training_adversary
 from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
@@ -21,6 +20,7 @@ from advml.models.network import Architecture, Network, build
 from advml.models.starting_point import read, start_from
 from advml.models.trial_step import try_step
 from advml.recipes import REGIMES, SCHEMES
+from advml.training.adversarial_steps import adversarial_training
 from advml.training.tasks import finetuning_task, pretraining_task
 from advml.training.trainer import Plan
 
@@ -43,7 +43,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     init = _start(configuration, dataset, network, scheme) if configuration.model.init else None
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
+    spec, views = getattr(configuration.views, row.view), section.views or row.views  # of each image, in one batch
     bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
     if section.epochs:
         try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
@@ -53,7 +53,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
         task=(lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature))
         if section.epochs
         else None,
-        adversary=training_adversary(configuration.attack, configuration.threat_model, section) if attacked else None,
+        adversary=adversarial_training(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
         init=init,
     )
@@ -89,13 +89,15 @@ def finetuning(
     _check(f"regimes.{regime}", phase, network)
     if not plan.keeps_head(row):
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
+    if plan.finetunes(row):
+        network.architecture = replace(network.architecture, averaged_crops=phase.averaged_crops)
     if plan.encoder_learns and not phase.frozen_statistics:
         try_step(network, count=_smallest_batch(phase, dataset))
     return Plan(
         network=network,
         phase=phase,
         task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
-        adversary=training_adversary(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
+        adversary=adversarial_training(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
     )
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from advml import tracking
 from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.progress import Bar
+from advml.core.training_cost import write_seconds
 from advml.models import network
 from advml.pipeline.context import Context
-from advml.training.checkpoint import Checkpoint, is_unfinished
+from advml.training.checkpoint import Checkpoint, Progress, is_unfinished
+from advml.training.cost import GRADIENT_STEPS
 from advml.training.trainer import Plan, Record, batches_per_epoch, fit
 
 
@@ -47,9 +49,11 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
         checkpoint.note(run_id=run.id)
         history = _train(context, job, checkpoint, run, bar) if job.plan.task else []
-        selected = checkpoint.load().best_epoch if history else None
+        ended = checkpoint.load() if history else Progress()
+        about = {"epoch": ended.best_epoch, "gradient_steps": round(sum(one[GRADIENT_STEPS] for one in history), 2)}
         with replace_folder(job.folder) as folder:
-            digest = network.save(job.plan.network, folder, {**record, "epoch": selected})
+            digest = network.save(job.plan.network, folder, record | about)
+        write_seconds(context.workspace, job.name, digest=digest, seconds=ended.seconds)
         write_atomically(context.workspace.report(job.name) / "history.json", to_json(history, indent=1))
         tracking.log_model(run, job.folder, digest=digest)
     checkpoint.note(finished=True)
@@ -57,7 +61,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run, bar: Bar) -> list[Record]:
-    epochs = job.plan.phase.epochs
+    epochs = job.plan.epochs
     per_epoch = _work(context, job) // epochs
     history: list[Record] = []
 
@@ -77,7 +81,7 @@ def _work(context: Context, job: Job) -> int:
     if not job.plan.task:
         return 0
     validation = -(-len(context.dataset.validation) // job.plan.phase.batch_size)
-    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.phase.epochs
+    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.epochs
 
 
 def _scores(history: list[Record]) -> str:

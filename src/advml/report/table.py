@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 from advml.config import Grid
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name, pretraining_name
+from advml.core.training_cost import SECONDS, STEPS, cost_of
 from advml.evaluation import records
 from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
@@ -29,6 +30,8 @@ COLUMNS: dict[str, str] = {
     "II": "accuracy/threat_model_2",
     "worst case": "accuracy/worst_case",
     "corrupted": "corruption/mean",
+    "gradient steps": STEPS,  # of training, per image
+    "seconds": SECONDS,
 }
 PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # as DVC's page sorts them
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
@@ -46,7 +49,8 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
         path = workspace.report(name) / "metrics.json"
         if path.exists():
             metrics = read_json(path, remedy="measure again with: dvc repro")
-            found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
+            about = {"model": name, "scheme": scheme, "regime": regime, "seed": seed}
+            found.append(about | metrics | cost_of(workspace, name))
     flagged = transfer_flags(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
@@ -96,6 +100,7 @@ def _mean(scheme: str, regime: str, rows: list[Row]) -> Row:
             shared = statistics.fmean(abs(row[f"{metric}/{end}"] - row[metric]) for row in rows)
             value = mean + sign * math.hypot(between, shared)
             found[f"{metric}/{end}"] = min(1.0, max(0.0, value)) if metric in COLUMNS.values() else value
+    found |= {key: statistics.fmean(row[key] for row in rows) for key in (STEPS, SECONDS) if all(key in row for row in rows)}
     flags = {key: sum(row[key] for row in rows) for key in ("diagnostics/flags", "transfer/flags") if all(key in row for row in rows)}
     return found | flags
 
@@ -106,10 +111,12 @@ def _is_measured(row: Row, metric: str) -> bool:
 
 
 def cell(row: Row, metric: str) -> str:
-    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash; of a mean over seeds `97.5 ± 0.4 [95.3, 98.7]`, with their
-    standard deviation. Attacked figures bear the `mark` of their model."""
+    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, a cost as `1,234`, or a dash;
+    of a mean over seeds `97.5 ± 0.4 [95.3, 98.7]`, with their standard deviation. Attacked figures bear the `mark` of their model."""
     if metric not in row:
         return "-"
+    if metric in (STEPS, SECONDS):
+        return f"{row[metric]:,.0f}"
     spread = f" ± {100 * row[f'{metric}/sd']:.1f}" if f"{metric}/sd" in row else ""
     figure = f"{100 * row[metric]:.1f}{spread} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
     return figure if metric in NOT_ATTACKED else f"{figure} {mark(row)}".rstrip()
