@@ -208,7 +208,7 @@ def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
 
 NEUTRAL = {
     "Data": {"path": None, "image_size": None, "channels": None, "layout": "auto", "max_train": None, "max_test": None, "seed": 0}
-    | {"skip_corrupt": False, "duplicates": "keep", "white_level": None},
+    | {"skip_corrupt": False, "duplicates": "keep", "white_level": None, "label_budget": 1, "unlabelled": False},
     "Model": {"options": {}, "projection_size": 100, "normalize_logits": False, "batch_norm": "single"},
     "View": {"rotation": 0, "scale": (1, 1), "shift": 0, "pad": 0, "resized_crop": None, "flip": 0, "brightness": 0, "contrast": 0}
     | {"saturation": 0, "hue": 0, "jitter": 1, "grey": 0},

@@ -88,6 +88,8 @@ class Data(Section):
     test: Annotated[Number, Field(gt=0, lt=1)] = means("share of all images, where the data come without a test split")
     max_train: Images | None = means("keep at most this many training images, stratified; null: all", None)
     max_test: Images | None = means("keep at most this many test images, stratified; null: all", None)
+    label_budget: PositiveShare = means("share of the training images whose labels are used, stratified; the others are unlabelled", 1.0)
+    unlabelled: bool = means("folder: true: read images without labels too, of a folder unlabelled, or of one without classes", False)
     skip_corrupt: bool = means("true: leave unreadable images out and count them; false: list them and stop", False)
     duplicates: Literal["keep", "drop"] = means(
         "drop: of images with equal pixels one stays, in test if it is there; under two labels none", "keep"
@@ -103,6 +105,8 @@ class Data(Section):
             raise ValueError("data.path is missing: data.name = 'folder' needs the folder of images, e.g. -S data.path=photos")
         if self.name == "folder" and self.image_size is None:
             raise ValueError("data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64")
+        if self.unlabelled and self.name != "folder":
+            raise ValueError(f"data.unlabelled = true has no effect: data.name = {self.name!r} is no folder; set data.label_budget instead")
         if self.validation + self.test >= 1:
             total = self.validation + self.test
             raise ValueError(f"data.validation + data.test = {total:g} leaves nothing to train on; keep the sum below 1")
