@@ -3,11 +3,12 @@
 A scheme and a regime are rows of data; no code asks for one by name. Configuration, command line, trainer, evaluation, searches and claims
 all read these rows, so a new row works everywhere (docs/extending.md). Nothing heavy is imported here: `advml --help` reads the names.
 
-| scheme | views | head       | positives of an anchor | known as |
-|--------|-------|------------|------------------------|----------|
-| SL     | 1     | classifier | - (cross-entropy)      | -        |
-| CL     | 2     | projection | the other view         | SimCLR   |
-| SCL    | 2     | projection | all views of its class | SupCon   |
+| scheme | views | head       | positives of an anchor | loss of embeddings | known as |
+|--------|-------|------------|------------------------|--------------------|----------|
+| SL     | 1     | classifier | - (cross-entropy)      | -                  | -        |
+| CL     | 2     | projection | the other views        | contrastive        | SimCLR   |
+| SCL    | 2     | projection | all views of its class | contrastive        | SupCon   |
+| EMP    | 16    | projection | the other views        | emp-ssl            | EMP-SSL  |
 
 | regime     | pretraining | fine-tuning | trained in fine-tuning | known as |
 |------------|-------------|-------------|------------------------|----------|
@@ -37,8 +38,16 @@ class Scheme:
     title: str
     head: Literal["classifier", "projection"]
     view: Literal["supervised", "contrastive"]  # which section of params.yaml: views
-    groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no contrastive objective
+    groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no loss of embeddings
     known_as: str = ""
+    views: int = 1  # of an image in a batch, unless its phase says otherwise
+    loss: Literal["contrastive", "emp-ssl"] = "contrastive"  # of the embeddings, a key of training.losses.EMBEDDING_LOSSES
+    attacked: Literal["image", "views"] = "image"  # what adversarial pretraining perturbs, unless its phase says otherwise
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether its loss divides similarities by the study's temperature."""
+        return self.groups is not None and self.loss == "contrastive"
 
     @property
     def described(self) -> str:
@@ -58,8 +67,18 @@ def classes(labels: Tensor) -> Tensor:
 
 SCHEMES: dict[str, Scheme] = {
     "SL": Scheme("SL", "supervised", head="classifier", view="supervised"),
-    "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR"),
-    "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon"),
+    "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR", views=2),
+    "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon", views=2),
+    "EMP": Scheme(
+        *("EMP", "many crops"),
+        head="projection",
+        view="contrastive",
+        groups=instances,
+        known_as="EMP-SSL",
+        views=16,
+        loss="emp-ssl",
+        attacked="views",
+    ),
 }
 
 

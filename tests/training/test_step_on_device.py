@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advml import config
-from advml.attacks.pgd import training_adversary
 from advml.core.device import Machine
 from advml.data.datasets import Split
 from advml.recipes import REGIMES, SCHEMES
 from advml.training import trainer
+from advml.training.adversarial_steps import adversarial_training
 from advml.training.tasks import finetuning_task, pretraining_task
 
 META = torch.device("meta")
@@ -29,6 +29,7 @@ PHASES = {
     "SL at": ("SL", None),
     "CL at": ("CL", None),
     "SCL at": ("SCL", None),
+    "CL at, free": ("CL", None),
     "Partial-AT": ("SCL", "Partial-AT"),
     "Full-AT": ("SCL", "Full-AT"),
 }
@@ -72,7 +73,7 @@ def make_trainer(on_meta, dataset, make_network) -> Callable[[str], trainer._Tra
     def make(name: str) -> trainer._Trainer:
         scheme, regime = PHASES[name]
         values = {"optimizer": "adamw", "schedule": "cosine", "batch_size": 8, "epochs": 2, "learning_rate": 0.01, "weight_decay": 0.01}
-        phase = config.Phase(**values, gradient_clip=1.0)
+        phase = config.Phase(**values, gradient_clip=1.0, attack_kind="free" if name.endswith("free") else None)
         colour = lambda split: Split(split.images[:8].expand(-1, 3, -1, -1), split.labels[:8])  # noqa: E731
         data = replace(dataset, train=colour(dataset.train), validation=colour(dataset.validation))
         network = make_network(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -81,7 +82,7 @@ def make_trainer(on_meta, dataset, make_network) -> Callable[[str], trainer._Tra
         else:
             task = finetuning_task(network, REGIMES[regime], phase, data.train, on_meta)
         attack = config.TrainAttack(steps=1)
-        adversary = training_adversary(attack, config.ThreatModelSection(norm="linf", epsilon=0.1), phase)
+        adversary = adversarial_training(attack, config.ThreatModelSection(norm="linf", epsilon=0.1), phase)
         return trainer._Trainer(task, data, phase, adversary, 0, on_meta)
 
     return make
@@ -120,6 +121,6 @@ def test_the_test_sees_every_way_to_wait_for_the_device(make_trainer, monkeypatc
     assert run(one) == [1]
     loss = one.task.clean_loss
     for name, read in READS.items():
-        monkeypatch.setattr(one.task, "clean_loss", lambda images, *rest, read=read, **more: (read(images), loss(images, *rest, **more))[1])
+        monkeypatch.setattr(one.task, "clean_loss", lambda views, *rest, read=read: (read(views), loss(views, *rest))[1])
         with pytest.raises((RuntimeError, AssertionError)), Apart():
             one.epoch(2, lambda epoch, batch, loss, name=name: pytest.fail(f"a step passed with {name}"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.pgd import Adversary, training_adversary
+from advml.attacks.pgd import Adversary
 from advml.core.device import Machine, generator_for
 from advml.core.errors import Failure
 from advml.data.augment import view
@@ -22,6 +22,7 @@ from advml.data.datasets import Dataset, Split
 from advml.models.layers import DualBatchNorm
 from advml.models.network import Network
 from advml.recipes import REGIMES, SCHEMES
+from advml.training.adversarial_steps import adversarial_training
 from advml.training.checkpoint import Checkpoint
 from advml.training.tasks import Classification, finetuning_task, pretraining_task
 from advml.training.trainer import learning_rate, train
@@ -89,7 +90,7 @@ def fit(tmp_path, small, make_network) -> Callable[..., tuple[Network, list[dict
     ) -> tuple[Network, list[dict[str, float]]]:
         network = network or make_network()
         values = settings(**changes)
-        adversary = training_adversary(configuration.attack, configuration.threat_model, values) if PHASES[phase][2] else None
+        adversary = adversarial_training(configuration.attack, configuration.threat_model, values) if PHASES[phase][2] else None
         checkpoint = checkpoint or Checkpoint(tmp_path / f"scratch{next(made)}", "same")
         task = make_task(phase, network, data, values)
         return network, list(train(task, data, values, adversary=adversary, seed=seed, machine=machine, checkpoint=checkpoint))
@@ -399,7 +400,13 @@ def test_the_selected_epoch_is_kept(tmp_path, small, make_network, kind, keep, s
     task = kind(make_network(), scores)
     of_epoch = []
     for _ in train(
-        task, small, values, adversary=training_adversary(CONFIG.attack, CONFIG.threat_model), seed=SEED, machine=CPU, checkpoint=checkpoint
+        task,
+        small,
+        values,
+        adversary=adversarial_training(CONFIG.attack, CONFIG.threat_model),
+        seed=SEED,
+        machine=CPU,
+        checkpoint=checkpoint,
     ):
         of_epoch.append(weights(task.network))
     final = weights(task.network)
@@ -415,7 +422,7 @@ def test_a_score_that_is_not_finite_ends_the_training(tmp_path, small, make_netw
         task,
         small,
         settings(epochs=3, keep=keep),
-        adversary=training_adversary(CONFIG.attack, CONFIG.threat_model),
+        adversary=adversarial_training(CONFIG.attack, CONFIG.threat_model),
         seed=SEED,
         machine=CPU,
         checkpoint=checkpoint,
@@ -480,10 +487,10 @@ def test_every_image_is_seen_at_most_once_per_epoch(tmp_path, dataset, make_netw
     """100 images in batches of 32: 96 of them, other ones in every epoch."""
 
     class Watching(Classification):
-        def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+        def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
             seen.extend(index.tolist())
-            assert torch.equal(images, data.train.images[index].float() / 255) and torch.equal(labels, data.train.labels[index])
-            return super().clean_loss(images, labels, index, generator=generator)
+            assert torch.equal(views, data.train.images[index].float() / 255) and torch.equal(labels, data.train.labels[index])
+            return super().clean_loss(views, labels, index)
 
     seen: list[int] = []
     extra = Split(torch.cat([dataset.train.images, dataset.test.images[:4]]), torch.cat([dataset.train.labels, dataset.test.labels[:4]]))
@@ -529,7 +536,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, fit, small, m
             make_task(phase, network, small, values),
             small,
             values,
-            adversary=training_adversary(CONFIG.attack, CONFIG.threat_model, values) if PHASES[phase][2] else None,
+            adversary=adversarial_training(CONFIG.attack, CONFIG.threat_model, values) if PHASES[phase][2] else None,
             seed=SEED,
             machine=CPU,
             checkpoint=Checkpoint(tmp_path / "scratch", "x"),
@@ -580,6 +587,7 @@ class Weight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.zeros(()))
+        self.normalize = self.encoder = nn.Identity()
 
 
 class Slope:
@@ -596,7 +604,10 @@ class Slope:
     def train_mode(self) -> None:
         pass
 
-    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+    def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+        return images
+
+    def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         self.path.append(self.network.w.item())
         return self.network.w.expand(len(labels))
 

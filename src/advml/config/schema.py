@@ -162,20 +162,25 @@ class ThreatModelSection(Section):
 
 # Training
 
+Epochs = Annotated[Whole, Field(ge=1, le=100_000)]
+
 
 class TrainAttack(Section):
-    """The attack inside training. Without `step_size` a step is 2.5 * epsilon / steps."""
+    """The attack inside training. Without `step_size` a step is 2.5 * epsilon / steps; of free training epsilon, of fast 1.25 epsilon."""
 
-    steps: Steps = means("of PGD")
+    kind: Literal["pgd", "free", "fast"] = means(
+        "pgd; free: `steps` replays of a batch update weights and perturbation at once; fast: one step from a random start", "pgd"
+    )
+    steps: Steps = means("of PGD; free: replays of a batch; fast: of the PGD that validates")
     step_size: StepSize | None = means("null: 2.5 * epsilon / steps", None)
-    random_start: bool = means("false: from the image itself", True)
+    random_start: bool = means("false: from the image itself; free starts at 0 once, and keeps its perturbation", True)
     batch_norm: Literal["eval", "train"] = means("mode of the model while it is attacked: eval, train", "eval")
 
 
 class Phase(Section):
     """One training phase: how long, with which optimiser, and what is kept."""
 
-    epochs: Annotated[Whole, Field(ge=1, le=100_000)] = means("passes over the training images")
+    epochs: Epochs = means("passes over the training images; free training divides them by its replays")
     batch_size: Annotated[Whole, Field(ge=2, le=2**20)] = means("images in a batch")
     optimizer: Literal["adamw", "adam", "sgd"] = means("adamw, adam, sgd")
     learning_rate: Annotated[Number, Field(ge=1e-30, le=1e30)] = means(
@@ -189,16 +194,30 @@ class Phase(Section):
     loss: Literal["two-term", "trades"] = means(
         "adversarial term: two-term (cross-entropy), trades (divergence from x); CL and SCL have their own", "two-term"
     )
+    clean_weight: Annotated[Number, Field(ge=0, le=1e6)] = means("of the clean term beside the attacked one; 0: it is not computed", 1.0)
     adversarial_weight: Annotated[Number, Field(ge=0, le=1e6)] = means("of the attacked term beside the clean one", 1.0)
+    weight_annealing: Epochs | None = means("DynACL: every so many epochs the attacked term gains weight; null: constant weights", None)
+    attacked: Literal["image", "views"] | None = means(
+        "what is perturbed: image, views (CL: ACL's dual stream); null: views of EMP, else the image", None
+    )
     epsilon: Epsilon | None = means("radius of the attack in this phase; null: threat_model.epsilon", None)
     epsilon_warmup: Share = means("share of all steps over which the radius, and the step with it, rises from 0", 0.0)
+    attack_kind: Literal["pgd", "free", "fast"] | None = means("null: attack.kind", None)
     attack_steps: Steps | None = means("null: attack.steps", None)
+    views: Annotated[Whole, Field(ge=2, le=1000)] | None = means("of an image in a batch; null: CL and SCL 2, EMP 16", None)
+    view_annealing: Epochs | None = means("DynACL: every so many epochs the views weaken; null: full strength throughout", None)
     frozen_statistics: bool = means("batch norms keep the statistics of pretraining, their weights learn; Full-AT alone", False)
     gradient_clip: Annotated[Number, Field(ge=1e-9, le=1e9)] | None = means("largest norm of the gradient; null: any", None)
+    average: Literal["none", "ema", "swa"] = means("of the weights, which is what is validated and kept: none, ema, swa", "none")
+    average_decay: Annotated[Number, Field(gt=0, lt=1)] = means("ema: share of the old average at every step", 0.99)
+    average_start: Annotated[Number, Field(ge=0, lt=1)] = means("swa: share of all epochs before the first one that counts", 0.75)
     keep: Literal["best", "last"] = means("epoch whose weights are kept: best on validation, last", "best")
 
 
-OF_THE_ATTACK = ("loss", "adversarial_weight", "epsilon", "epsilon_warmup", "attack_steps")
+OF_THE_ATTACK = (
+    *("loss", "clean_weight", "adversarial_weight", "weight_annealing", "attacked", "epsilon", "epsilon_warmup"),
+    *("attack_kind", "attack_steps"),
+)
 
 
 def _without_effect() -> dict[str, dict[str, str]]:
@@ -207,14 +226,19 @@ def _without_effect() -> dict[str, dict[str, str]]:
     contrastive = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
     clean = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images alone")
     head_only = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime learns a head, and the encoder is fixed")
-    pretrain = {f"pretrain.{name}": (contrastive if scheme.groups else {}) | from_scratch for name, scheme in SCHEMES.items()}
+    one_view = {"views": "cross-entropy is of one view of an image"}
+    unaugmented = dict.fromkeys(("attacked", "views", "view_annealing"), "fine-tuning learns on the images themselves")
+    pretrain = {f"pretrain.{name}": (contrastive if scheme.groups else one_view) | from_scratch for name, scheme in SCHEMES.items()}
     return pretrain | {
-        f"regimes.{name}": ({} if regime.attacked else clean) | ({} if regime.encoder_learns else head_only)
+        f"regimes.{name}": unaugmented | ({} if regime.attacked else clean) | ({} if regime.encoder_learns else head_only)
         for name, regime in REGIMES.items()
     }
 
 
 WITHOUT_EFFECT = _without_effect()
+OF_TWO_TERMS = dict.fromkeys(
+    ("loss", "clean_weight", "adversarial_weight", "weight_annealing"), "free training has one term, the attacked one"
+)
 
 
 class Phases(dict[str, Phase]):
@@ -442,10 +466,29 @@ class Config(Section):
                 raise ValueError(
                     f"{key}.loss = trades needs attack.random_start = true: at the image itself its divergence has no gradient to follow"
                 )
-            for name, why in WITHOUT_EFFECT[key].items():
+            kind = self.attack_kind(key)
+            if kind == "fast" and not self.attack.random_start:
+                raise ValueError(f"{key} trains by attack.kind = fast, whose step begins at random; set attack.random_start = true")
+            if kind == "free" and self.attack.batch_norm == "train":
+                raise ValueError(
+                    f"{key} trains by attack.kind = free, which has no passes of the attack alone; set attack.batch_norm = eval"
+                )
+            if phase.weight_annealing and (phase.clean_weight, phase.adversarial_weight) != (1, 1):
+                raise ValueError(f"{key}.weight_annealing sets both weights; leave clean_weight and adversarial_weight at 1")
+            for name, why in self.without_effect(key).items():
                 if (value := getattr(phase, name)) != (neutral := Phase.model_fields[name].default):
                     raise ValueError(f"{key}.{name} = {_plain(value)} has no effect: {why}; set it to {_plain(neutral)}")
         return self
+
+    def attack_kind(self, key: str) -> str | None:
+        """How the phase `pretrain.CL` or `regimes.Full-AT` is attacked, a key of attack.kind; None: it never is."""
+        kind, _, name = key.partition(".")
+        attacked = kind == "pretrain" or REGIMES[name].attacked
+        return (getattr(self, kind)[name].attack_kind or self.attack.kind) if attacked else None
+
+    def without_effect(self, key: str) -> dict[str, str]:
+        """Keys of a phase that do nothing in it, and why: whatever the configuration, or under the attack that it has."""
+        return WITHOUT_EFFECT[key] | (OF_TWO_TERMS if self.attack_kind(key) == "free" else {})
 
     @property
     def phases(self) -> dict[str, Phase]:

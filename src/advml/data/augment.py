@@ -91,6 +91,7 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 # Batched augmentation: one random view of every image, computed on the images' device.
 
+SHRINKING = ("rotation", "shift", "brightness", "contrast", "saturation", "hue", "jitter", "grey")  # parts that are off at 0
 CROP_CANDIDATES = 10  # as torchvision's RandomResizedCrop
 LOG_ASPECT = math.log(4 / 3)
 
@@ -138,6 +139,20 @@ def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
     result = resample(result, spec, draws)
     result = recolour(result, spec, factors=draws.factors, jitter=draws.jitter, grey=draws.grey)
     return result.clamp(0, 1).to(images.dtype)
+
+
+def weakened(spec: View, strength: float) -> View:
+    """The views of a spec at a share s of its strength: ranges, and the probabilities of colour changes, shrink towards the image itself.
+
+    [low, high] of a crop's area becomes [1 - s (1 - low), 1 - s (1 - high)] (DynACL, Luo et al. 2023, sec. 4.1); flips stay.
+    """
+    if strength == 1:
+        return spec
+    shrunk = {name: strength * getattr(spec, name) for name in SHRINKING}
+    shrunk |= {"pad": round(strength * spec.pad), "scale": tuple(1 + strength * (end - 1) for end in spec.scale)}
+    if spec.resized_crop:
+        shrunk["resized_crop"] = tuple(1 - strength * (1 - end) for end in spec.resized_crop)
+    return spec.model_copy(update=shrunk)
 
 
 def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:

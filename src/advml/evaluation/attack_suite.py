@@ -83,7 +83,7 @@ def attack_suite(
     attacks = [CLEAN_IMAGES]
     for suffix in SHARES:
         if scheme and scheme.groups:
-            attacks.append(threat_model_1(spec, threat, scheme.groups, suffix=suffix, temperature=temperature, note=note))
+            attacks.append(threat_model_1(spec, threat, scheme, suffix=suffix, temperature=temperature, note=note))
         attacks.append(threat_model_2(spec, threat, suffix=suffix))
     return [*attacks, *cascade(spec, threat, worst_case, classes=classes)]
 
@@ -91,19 +91,19 @@ def attack_suite(
 def threat_model_1(
     spec: config.EvaluationAttack,
     threat: config.ThreatModelSection,
-    groups: Callable[[Tensor], Tensor],
+    scheme: Scheme,
     *,
     suffix: str = "",
     temperature: float,
     note: str = "",
 ) -> AttackSpec:
-    """PGD on the contrastive objective of encoder and projection head; `groups`: labels (N,) -> group ids (N,)."""
+    """PGD on the scheme's loss of embeddings, of encoder and projection head, between an image and its adversarial example."""
 
     def make(network: Network, images: Tensor, labels: Tensor) -> Objective:
-        return contrastive_objective(network, images, groups(labels), temperature=temperature)
+        return contrastive_objective(network, images, scheme.groups(labels), temperature=temperature, loss=scheme.loss)
 
     adversary = evaluation_adversary(spec, threat, share=SHARES[suffix])
-    attack = pgd_attack(f"accuracy/threat_model_1{suffix}", adversary, make, loss="contrastive", note=note)
+    attack = pgd_attack(f"accuracy/threat_model_1{suffix}", adversary, make, loss=scheme.loss, note=note)
     return replace(attack, restarts=spec.restarts, coupled=True)
 
 

@@ -9,7 +9,6 @@ The stages write what comes of it into the study's folders; a search asks for th
 from __future__ import annotations
 
 from advml import config
-from advml.attacks.pgd import training_adversary
 from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
@@ -17,6 +16,7 @@ from advml.models.layers import batch_norms, knows_blocks
 from advml.models.network import Architecture, Network, build
 from advml.models.trial_step import try_step
 from advml.recipes import REGIMES, SCHEMES
+from advml.training.adversarial_steps import adversarial_training
 from advml.training.tasks import finetuning_task, pretraining_task
 from advml.training.trainer import Plan
 
@@ -38,14 +38,14 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
+    spec, views = getattr(configuration.views, row.view), section.views or row.views  # of each image, in one batch
     bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
     try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,
         phase=section,
         task=lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature),
-        adversary=training_adversary(configuration.attack, configuration.threat_model, section) if attacked else None,
+        adversary=adversarial_training(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
     )
 
@@ -74,7 +74,7 @@ def finetuning(
         network=network,
         phase=phase,
         task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
-        adversary=training_adversary(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
+        adversary=adversarial_training(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
         seed=derived_seed("finetune", scheme, regime, seed),
     )
 

@@ -57,7 +57,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run, bar: Bar) -> list[Record]:
-    epochs = job.plan.phase.epochs
+    epochs = job.plan.epochs
     per_epoch = _work(context, job) // epochs
     history: list[Record] = []
 
@@ -77,7 +77,7 @@ def _work(context: Context, job: Job) -> int:
     if not job.plan.task:
         return 0
     validation = -(-len(context.dataset.validation) // job.plan.phase.batch_size)
-    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.phase.epochs
+    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.epochs
 
 
 def _scores(history: list[Record]) -> str:

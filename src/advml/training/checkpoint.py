@@ -34,6 +34,8 @@ class Progress:
     best_score: float | None = None
     best_epoch: int | None = None
     optimizer: dict[int, State] = field(default_factory=dict)  # parameter index -> its state
+    carried: State = field(default_factory=dict)  # what else goes on from epoch to epoch, e.g. a perturbation or an average
+    seconds: float = 0.0  # that the epochs took
     scaler: dict[str, float] = field(default_factory=dict)  # of the loss, under fp16
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -71,8 +73,9 @@ class Checkpoint:
         """Write the state beside the old one, then swap: a kill leaves one of the two, whole."""
         tensors = {f"network/{key}": value for key, value in progress.network.items()}
         tensors |= {f"best/{key}": value for key, value in progress.best.items()}
+        tensors |= {f"carried/{key}": value for key, value in progress.carried.items()}
         tensors |= {f"optimizer/{i}/{key}": value for i, state in progress.optimizer.items() for key, value in state.items()}
-        header = {key: getattr(progress, key) for key in ("epoch", "best_score", "best_epoch", "scaler", "history")}
+        header = {key: getattr(progress, key) for key in ("epoch", "best_score", "best_epoch", "scaler", "history", "seconds")}
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_suffix(f".{os.getpid()}.part")
         try:

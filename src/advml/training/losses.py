@@ -119,18 +119,49 @@ def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Te
     return (log_denominator - attraction) * (count > 0)
 
 
-def contrastive_pair(first: Tensor, second: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
-    """The contrastive objective of N images seen twice: the mean of an image's two anchors.
+def contrastive_views(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """The contrastive objective of N images seen V times: the mean of an image's anchors.
 
     Args:
-        first, second: embeddings (N, D) of two views (or of the clean and the adversarial images).
+        embeddings: (V, N, D), unit length: of V views, or of the clean and the adversarial images.
         groups: (N,) integers, one per image.
         temperature: t > 0.
     Returns:
-        Losses (N,), one per image; their mean is the objective of the 2N views.
+        Losses (N,), one per image; their mean is the objective of all V N views.
     """
-    anchors = contrastive(torch.cat([first, second]), torch.cat([groups, groups]), temperature=temperature)
-    return (anchors[: len(first)] + anchors[len(first) :]) / 2
+    views, count = embeddings.shape[:2]
+    return contrastive(embeddings.flatten(0, 1), groups.repeat(views), temperature=temperature).view(views, count).mean(0)
+
+
+def contrastive_pair(first: Tensor, second: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """`contrastive_views` of two views (N, D) each."""
+    return contrastive_views(torch.stack([first, second]), groups, temperature=temperature)
+
+
+INVARIANCE, CODING_ERROR = 200.0, 0.2  # of EMP-SSL's authors; what they call eps is the square of the paper's
+
+
+def emp_ssl(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """EMP-SSL (Tong et al. 2023, eq. 4): crops of an image agree with their mean, and the crops of a batch fill the space.
+
+        -200 mean_i cos(z_i, zbar) + mean_i R(Z_i),    R(Z) = -1/2 logdet(I + D / (N e^2) Z^T Z),    e^2 = 0.2
+
+    Args:
+        embeddings: (V, N, D), unit length; row i, Z_i, are the i-th crops of N images; zbar is an image's mean over crops.
+        groups, temperature: without effect; there are no negatives to choose.
+    Returns:
+        Losses (N,); R couples the batch and counts alike for each image.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        z = embeddings.float()
+        _, count, width = z.shape
+        agreement = F.cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean(0)  # (N,)
+        spread = torch.eye(width, device=z.device) + width / (count * CODING_ERROR) * (z.mT @ z)  # (V, D, D)
+        return -INVARIANCE * agreement - torch.logdet(spread).mean() / 2
+
+
+# Loss of embeddings (V, N, D) of N images' views, by its name in recipes.SCHEMES: (embeddings, groups (N,), temperature=t) -> losses (N,)
+EMBEDDING_LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive_views, "emp-ssl": emp_ssl}
 
 
 # What an adversary ascends, and the adversarial term of a classification's training.
@@ -151,15 +182,16 @@ def classification_objective(network: Network, labels: Tensor, loss: str = "ce")
     return lambda adversarial: OBJECTIVES[loss](network(adversarial), labels)
 
 
-def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float) -> Objective:
-    """x_adv -> contrastive loss between the images and x_adv (N,): threat model I.
+def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float, loss: str = "contrastive") -> Objective:
+    """x_adv -> loss of embeddings, a key of EMBEDDING_LOSSES, between the images and x_adv (N,): threat model I.
 
     The clean embedding is computed once, here; that is exact because an attacked network has no dropout
     and its batch statistics do not depend on the other half of the pair.
     """
     with torch.no_grad():
         clean = network.embed(images)
-    return lambda adversarial: contrastive_pair(clean, network.embed(adversarial), groups, temperature=temperature)
+    of_views = EMBEDDING_LOSSES[loss]
+    return lambda adversarial: of_views(torch.stack([clean, network.embed(adversarial)]), groups, temperature=temperature)
 
 
 def divergence_objective(network: Network, images: Tensor) -> Objective:

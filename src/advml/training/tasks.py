@@ -2,13 +2,16 @@
 
 A task gets images x (N, C, H, W) in [0, 1] and labels (N,) and returns one loss per image:
 
-| task           | clean loss    | adversarial loss | the adversary ascends            |
-|----------------|---------------|------------------|----------------------------------|
-| Contrastive    | L(t1(x), t2(x)) | L(x, x + d)    | L(x, x + d)                      |
-| Classification | CE(t(x))      | CE(x + d)        | CE(x + d), end to end            |
-| HeadOnly       | CE(x)         | CE(x + d)        | CE(x + d); the encoder is fixed  |
+| task           | clean loss      | adversarial loss       | the adversary ascends            | loss of free training |
+|----------------|-----------------|------------------------|----------------------------------|-----------------------|
+| Contrastive    | L(t1(x), t2(x)) | L(x, x + d)            | L(x, x + d)                      | L(t1(x), t2(x) + d)   |
+| the same, `attacked: views` | L(t1(x), ...) | L(t1(x) + d1, ...) | L(t1(x) + d1, ...)          | L(t1(x) + d1, ...)    |
+| Classification | CE(t(x))        | CE(x + d)              | CE(x + d), end to end            | CE(t(x) + d)          |
+| HeadOnly       | CE(x)           | CE(x + d)              | CE(x + d); the encoder is fixed  | CE(x + d)             |
 
-Adversarial loss and training objective of the last two are those of `loss: two-term`; see `advml.training.losses` for others.
+L is the scheme's loss of embeddings, of two views or more. With `attacked: views` every view is perturbed, all of them against one another
+(CL: the second stream of ACL, Jiang et al. 2020), and CE(x + d) is CE(t(x) + d). Adversarial loss and training objective of the last two
+are those of `loss: two-term`; see `advml.training.losses` for others. Free training: `advml.training.adversarial_steps`.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.pgd import Objective
 from advml.core.device import Machine
-from advml.data.augment import view
+from advml.data.augment import view, weakened
 from advml.data.datasets import Split
 from advml.models.layers import batch_norms, clean_statistics
 from advml.models.memory_format import place
 from advml.models.network import Network
 from advml.recipes import Regime, Scheme
-from advml.training.losses import TERMS, classification_objective, contrastive_objective, contrastive_pair, cross_entropy
+from advml.training.losses import EMBEDDING_LOSSES, TERMS, classification_objective, contrastive_objective, cross_entropy
 
 
 class Task(Protocol):
@@ -40,12 +43,17 @@ class Task(Protocol):
 
     def learners(self) -> list[nn.Parameter]: ...
     def train_mode(self) -> None: ...
-    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor: ...
+    def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor: ...  # (V N, C, H, W), of V views
+    def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor: ...
+    def attacked(self, images: Tensor, views: Tensor) -> Tensor: ...  # what the adversary perturbs: x in the next two lines
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective: ...
+    def perturbed_rows(self, views: Tensor, count: int) -> int: ...  # the last ones of the views, in free training
+    def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor: ...
     def objective(self, images: Tensor, labels: Tensor) -> Objective: ...
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor: ...
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
+    def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class Classification:
@@ -61,8 +69,9 @@ class Classification:
         label_smoothing: float = 0.0,
         loss: str = "two-term",
         frozen_statistics: bool = False,
+        attacked: str = "image",
     ) -> None:
-        self.network, self.spec, self.label_smoothing = network, spec, label_smoothing
+        self.network, self.spec, self.label_smoothing, self.attacks_views = network, spec, label_smoothing, attacked == "views"
         self.term, self.frozen_statistics = TERMS[loss], frozen_statistics
 
     def learners(self) -> list[nn.Parameter]:
@@ -75,11 +84,26 @@ class Classification:
         for layer in batch_norms(self.network.encoder) if self.frozen_statistics else ():
             layer.eval()
 
-    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
-        """CE(t(x)), or CE(x) without a view spec."""
-        images = images if self.spec is None else view(images, self.spec, generator=generator)
+    def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+        """t(x), or x without a view spec."""
+        return images if self.spec is None else view(images, weakened(self.spec, strength), generator=generator)
+
+    def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """CE(t(x))."""
         with clean_statistics(self.network):
-            return cross_entropy(self.network(images), labels, label_smoothing=self.label_smoothing)
+            return self.loss_of_views(views, labels)
+
+    def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
+        """CE of the views as they are."""
+        return cross_entropy(self.network(views), labels, label_smoothing=self.label_smoothing)
+
+    def attacked(self, images: Tensor, views: Tensor) -> Tensor:
+        """What the adversary perturbs."""
+        return views if self.attacks_views else images
+
+    def perturbed_rows(self, views: Tensor, count: int) -> int:
+        """Free training perturbs all rows."""
+        return len(views)
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """CE(x + d), or what else `loss` says."""
@@ -100,6 +124,10 @@ class Classification:
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """1 where the prediction survives the attack (N,); NaN where there is none."""
         return _hits(self.network(adversarial), labels)
+
+    def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """As `adversarial_score`."""
+        return self.adversarial_score(images, adversarial, labels)
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -124,19 +152,30 @@ class HeadOnly(Classification):
         self.network.eval()
         self.network.encoder.requires_grad_(False)
 
-    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+    def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         """CE(x) from the stored features."""
         logits = self.network.classify(self.clean_features[index])
         return cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 class Contrastive:
-    """The contrastive objective of CL and SCL on two views, or on an image and its adversarial example."""
+    """A loss of embeddings, on `count` views of each image, or on an image and its adversarial example."""
 
     metric, larger_is_better = "loss", False
 
-    def __init__(self, network: Network, *, spec: config.View, temperature: float, groups: Callable[[Tensor], Tensor]) -> None:
-        self.network, self.spec, self.temperature, self.groups = network, spec, temperature, groups
+    def __init__(
+        self,
+        network: Network,
+        *,
+        spec: config.View,
+        temperature: float,
+        groups: Callable[[Tensor], Tensor],
+        loss: str = "contrastive",
+        count: int = 2,
+        attacked: str = "image",
+    ) -> None:
+        self.network, self.spec, self.groups, self.count = network, spec, groups, count
+        self.temperature, self.loss, self.attacks_views = temperature, loss, attacked == "views"
 
     def learners(self) -> list[nn.Parameter]:
         return [*self.network.encoder.parameters(), *self.network.projection_head.parameters()]
@@ -144,42 +183,63 @@ class Contrastive:
     def train_mode(self) -> None:
         self.network.train()
 
-    def clean_loss(self, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
-        """L(t1(x), t2(x)); both views pass the network as one batch."""
-        first, second = (view(images, self.spec, generator=generator) for _ in range(2))
+    def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+        """t1(x), t2(x), ... of the whole batch, one view after another."""
+        spec = weakened(self.spec, strength)
+        return torch.cat([view(images, spec, generator=generator) for _ in range(self.count)])
+
+    def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """L(t1(x), t2(x), ...); all views pass the network as one batch."""
         with clean_statistics(self.network):
-            return self._pair(first, second, labels)
+            return self.loss_of_views(views, labels)
+
+    def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
+        """L of V views (V N, C, H, W) as they are (N,)."""
+        embeddings = self.network.embed(views).unflatten(0, (-1, len(labels)))
+        return EMBEDDING_LOSSES[self.loss](embeddings, self.groups(labels), temperature=self.temperature)
+
+    def attacked(self, images: Tensor, views: Tensor) -> Tensor:
+        """What the adversary perturbs."""
+        return views if self.attacks_views else images
+
+    def perturbed_rows(self, views: Tensor, count: int) -> int:
+        """Free training perturbs all rows, or the last view of the `count` images: SimCLR's second one (arXiv 2501.03507)."""
+        return len(views) if self.attacks_views else count
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """L(x, x + d)."""
-        return self._pair(images, adversarial, labels)
+        """L(x, x + d), or L of the perturbed views."""
+        return self.loss_of_views(adversarial if self.attacks_views else torch.cat([images, adversarial]), labels)
 
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """As `objective`."""
-        return self.objective(images, labels)
+        """As `objective`, or L of the perturbed views, all of which move."""
+        return (lambda views: self.loss_of_views(views, labels)) if self.attacks_views else self.objective(images, labels)
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
         """Threat model I: pull the adversarial image's embedding away from its positives."""
-        return contrastive_objective(self.network, images, self.groups(labels), temperature=self.temperature)
+        return contrastive_objective(self.network, images, self.groups(labels), temperature=self.temperature, loss=self.loss)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Contrastive loss of two fresh views (N,)."""
-        return self.clean_loss(images, labels, torch.empty(0), generator=generator)
+        """L of fresh views (N,)."""
+        return self.clean_loss(self.views(images, generator=generator), labels, torch.empty(0))
 
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """Contrastive loss between image and adversarial image (N,)."""
-        return self._pair(images, adversarial, labels)
+        """L between image and adversarial image (N,)."""
+        return self.loss_of_views(torch.cat([images, adversarial]), labels)
 
-    def _pair(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        first, second = self.network.embed(torch.cat([first, second])).chunk(2)
-        return contrastive_pair(first, second, self.groups(labels), temperature=self.temperature)
+    def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """1 where the nearest of the batch's images, by their embeddings, is of the adversarial image's own group (N,); else 0."""
+        clean, attacked = self.network.embed(torch.cat([images, adversarial])).chunk(2)
+        groups = self.groups(labels)
+        return (groups[(attacked @ clean.T).argmax(1)] == groups).float()
 
 
 def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:
     """The task of a scheme's pretraining, by the head it learns."""
+    attacked = phase.attacked or scheme.attacked
     if scheme.groups:
-        return Contrastive(network, spec=spec, temperature=temperature, groups=scheme.groups)
-    return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss)
+        about = {"groups": scheme.groups, "loss": scheme.loss, "count": phase.views or scheme.views, "attacked": attacked}
+        return Contrastive(network, spec=spec, temperature=temperature, **about)
+    return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss, attacked=attacked)
 
 
 def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train: Split, machine: Machine) -> Task:

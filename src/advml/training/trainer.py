@@ -10,24 +10,29 @@ follows from (seed, epoch) alone, so a resumed run needs no RNG state to end whe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.attacks.pgd import Adversary
 from advml.core.device import HALVES, Machine, derived_seed, generator_for, own_randomness
 from advml.core.errors import Failure
+from advml.core.messages import tell
 from advml.data.batches import Feed
 from advml.data.datasets import Dataset
 from advml.models.layers import depths
 from advml.models.memory_format import place
 from advml.models.network import Network
+from advml.training.adversarial_steps import COLLAPSED, WITHSTOOD, AdversarialTraining, FreePerturbation, has_collapsed
+from advml.training.annealing import term_weights, view_strength
+from advml.training.averaging import AVERAGES, fresh_statistics
 from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
+from advml.training.cost import GRADIENT_STEPS, counted
 from advml.training.tasks import Task
 
 # Learning-rate schedules as pure functions of the step: nothing to save, nothing to resume.
@@ -126,8 +131,13 @@ class Plan:
     network: Network
     phase: config.Phase
     task: Callable[[], Task] | None  # built only if there is something left to do
-    adversary: Adversary | None
+    adversary: AdversarialTraining | None
     seed: int
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training images."""
+        return self.adversary.passes(self.phase.epochs) if self.adversary else self.phase.epochs
 
 
 def fit(
@@ -176,7 +186,7 @@ def train(
     dataset: Dataset,
     phase: config.Phase,
     *,
-    adversary: Adversary | None,
+    adversary: AdversarialTraining | None,
     seed: int,
     machine: Machine,
     checkpoint: Checkpoint,
@@ -184,109 +194,191 @@ def train(
 ) -> Iterator[Record]:
     """Train, yielding one record per epoch (those of earlier, interrupted processes first).
 
-    Per batch: mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter under an adversary.
+    Per batch: clean_weight * mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter under an adversary; in free
+    training, so many replays of the mean of loss_of_views. While a record is out, the network has the weights that were validated.
 
     Args:
         task: losses, objective and score of what is trained.
         dataset: learns from `train`, selects on `validation`; `test` is never read.
         phase: epochs, optimiser, schedule, selection.
-        adversary: attacks every batch; None in standard phases.
+        adversary: how batches are attacked; None in standard phases.
         seed: of batches, views and random starts.
         machine: device and precision.
         checkpoint: written after every epoch; an unfinished run in it is continued.
         on_batch: called with (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: a loss, a score or a weight is not finite.
+        Failure: a loss, a score or a weight is not finite; or the training has collapsed before there was an average to keep.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
     if progress.epoch:
         trainer.restore(progress)
     yield from progress.history
-    for epoch in range(progress.epoch + 1, phase.epochs + 1):
-        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch), **trainer.validate()}
-        trainer.check(record)
-        trainer.select(progress, record)
+    for epoch in range(progress.epoch + 1, trainer.epochs + 1):
+        if progress.history and progress.history[-1].get(COLLAPSED):
+            break
+        began = time.perf_counter()
+        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch)}
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
         progress.optimizer, progress.scaler = optimizer_state(trainer.optimizer), trainer.scaler.state_dict()
-        progress.history.append(record)
-        checkpoint.save(progress)
-        yield record
+        progress.carried = trainer.carried
+        with trainer.averaged(epoch):
+            record |= trainer.validate()
+            trainer.check(record)
+            trainer.guard(progress, record)
+            trainer.select(progress, record)
+            progress.history.append(record)
+            progress.seconds += time.perf_counter() - began
+            checkpoint.save(progress)
+            yield record
+    if not progress.best:
+        told = f"training collapsed before average_start = {phase.average_start:g}: there is nothing to keep"
+        raise Failure(f"{told}; set average: ema or none, or attack.kind = pgd")
     task.network.load_state_dict(progress.best)
+
+
+class Batch(NamedTuple):
+    """Images (N, C, H, W) in [0, 1], labels and indices (N,), and the views of the images, on the device; what is drawn next."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    views: Tensor
+    generator: torch.Generator
 
 
 class _Trainer:
     """The moving parts of `train`."""
 
-    def __init__(self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine) -> None:
+    def __init__(
+        self, task: Task, dataset: Dataset, phase: config.Phase, adversary: AdversarialTraining | None, seed: int, machine: Machine
+    ) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.images, self.validation = Feed(dataset.train, machine), Feed(dataset.validation, machine)
         place(task.network, machine.device)
         task.network.compiled = machine.compile
         task.train_mode()
         self.optimizer, self.scaler = optimizer(phase, task.learners(), task.network), machine.scaler()
-        self.batches = batches_per_epoch(dataset, phase)
-        self.steps = self.batches * phase.epochs
+        self.batches, self.replays, self.epochs, self.free = batches_per_epoch(dataset, phase), 1, phase.epochs, None
+        if adversary:
+            self.replays, self.epochs = max(1, adversary.replays), adversary.passes(phase.epochs)
+            self.free = FreePerturbation(adversary.training, machine) if adversary.replays else None
+        self.steps = self.batches * self.epochs * self.replays
+        self.average = AVERAGES[phase.average](task.network, phase, epochs=self.epochs)
+
+    @property
+    def carried(self) -> State:
+        """What goes on from epoch to epoch beside weights and optimiser."""
+        return self.average.state | (self.free.state if self.free else {})
 
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
         restore_optimizer(self.optimizer, progress.optimizer)
         self.scaler.load_state_dict(progress.scaler)
+        self.average.restore(progress.carried)
+        if self.free:
+            self.free.restore(progress.carried)
 
     def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
         """One pass over the shuffled training images; a short last batch is left for other epochs to reach.
 
         Within, the host only hands work to the device: it reads nothing from there before the end.
         """
-        device, size = self.machine.device, self.phase.batch_size
-        generator = generator_for("train", self.seed, epoch, device=device)
-        order = torch.randperm(len(self.images.labels), generator=generator, device=device)[: self.batches * size]
-        losses = torch.zeros(self.batches, 2, device=device)  # clean, adversarial
+        losses = torch.zeros(self.batches, 2, device=self.machine.device)  # clean, adversarial
         self.task.train_mode()
-        with own_randomness(derived_seed("dropout", self.seed, epoch), device):  # layers with dropout draw from the global RNG
-            for batch, (images, labels, index) in enumerate(self.images(order, size=size)):
-                losses[batch] = self._step(images, labels, index, generator, step=(epoch - 1) * self.batches + batch)
+        with counted(self.task.network) as count, self._randomness(epoch):
+            for batch, drawn in enumerate(self._batches("train", epoch)):
+                losses[batch] = self._steps(drawn, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
                 on_batch(epoch, batch + 1, losses[batch].sum())
+        self.average.after_epoch(epoch)
         clean, adversarial = (sum(column) / self.batches for column in losses.T.tolist())
-        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean}
-        return record | ({"train/adversarial_loss": adversarial} if self.adversary else {})
+        both = self._has_clean(epoch)
+        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean if both else adversarial}
+        record |= {"train/adversarial_loss": adversarial} if self.adversary and both else {}
+        return record | {GRADIENT_STEPS: count.images / len(self.images.labels)}
 
-    def _step(self, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator, *, step: int) -> Tensor:
-        """One optimiser step; returns the clean and the adversarial loss (2,), on the device."""
-        set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            clean = self.task.clean_loss(images, labels, index, generator=generator).mean()
-        self.scaler.scale(clean).backward()  # each term frees its graph before the next one builds its own
-        adversarial = torch.zeros_like(clean)
-        if self.adversary:
+    def _batches(self, purpose: str, epoch: int) -> Iterator[Batch]:
+        """The batches of one pass, in the order, and with the views, that follow from purpose, seed and epoch."""
+        device, size = self.machine.device, self.phase.batch_size
+        generator = generator_for(purpose, self.seed, epoch, device=device)
+        order = torch.randperm(len(self.images.labels), generator=generator, device=device)[: self.batches * size]
+        strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
+        for images, labels, index in self.images(order, size=size):
             with self._autocast():
-                adversary = self.adversary.scaled(epsilon_share(self.phase, step=step, steps=self.steps))
-                objective = lambda: self.task.training_objective(images, labels)  # noqa: E731 - built under attack, once
-                attacked = adversary.attack(self.task.network, objective, images, generator=generator)
-                adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
-            self.scaler.scale(self.phase.adversarial_weight * adversarial).backward()
-        losses = torch.stack([clean.detach(), adversarial.detach()])
-        if step == 0:
-            self._check_first(losses)
-        if self.phase.gradient_clip:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return losses
+                views = self.task.views(images, generator=generator, strength=strength)
+            yield Batch(images, labels, index, views, generator)
+
+    def _randomness(self, epoch: int) -> AbstractContextManager[None]:
+        """Layers with dropout draw from the global RNG."""
+        return own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device)
+
+    def _has_clean(self, epoch: int) -> bool:
+        """Whether the clean term is computed."""
+        return not self.free and (not self.adversary or term_weights(self.phase, epoch=epoch, epochs=self.epochs)[0] > 0)
+
+    def _steps(self, drawn: Batch, *, epoch: int, batch: int) -> Tensor:
+        """The optimiser steps on a batch: one, or one for each replay. Returns the clean and the adversarial loss (2,), on the device."""
+        total = torch.zeros(2, device=self.machine.device)
+        for step in range(batch * self.replays, (batch + 1) * self.replays):
+            set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = torch.zeros(2, device=self.machine.device)
+            for which, weight, loss in self._terms(drawn, epoch=epoch, step=step):
+                self.scaler.scale(weight * loss).backward()  # each term frees its graph before the next one builds its own
+                losses[which] = loss.detach()
+            if step == 0:
+                self._check_first(losses)
+            if self.phase.gradient_clip:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.average.after_step()
+            total += losses
+        return total / self.replays
+
+    def _terms(self, batch: Batch, *, epoch: int, step: int) -> Iterator[tuple[int, float, Tensor]]:
+        """(0 for clean or 1 for attacked, weight, mean loss) of one step's terms; the caller goes backwards before it asks for the next."""
+        share = epsilon_share(self.phase, step=step, steps=self.steps)
+        if self.free:
+            yield from ((1, 1.0, loss) for loss in self.free.replay(self.task, batch.views, batch.labels, share=share))
+            return
+        weights = term_weights(self.phase, epoch=epoch, epochs=self.epochs) if self.adversary else (1.0, 0.0)
+        if self._has_clean(epoch):
+            with self._autocast():
+                clean = self.task.clean_loss(batch.views, batch.labels, batch.index).mean()
+            yield 0, weights[0], clean
+        if self.adversary:
+            adversary, images = self.adversary.training.scaled(share), self.task.attacked(batch.images, batch.views)
+            with self._autocast():
+                objective = lambda: self.task.training_objective(images, batch.labels)  # noqa: E731 - built under attack, once
+                attacked = adversary.attack(self.task.network, objective, images, generator=batch.generator)
+                loss = self.task.adversarial_loss(images, attacked, batch.labels).mean()
+            yield 1, weights[1], loss
+
+    @contextmanager
+    def averaged(self, epoch: int) -> Iterator[None]:
+        """Within: the network has the weights to validate, with statistics of their own where the average needs them."""
+        with self.average.in_place():
+            if self.average.needs_statistics and epoch >= self.average.first:
+                self.task.train_mode()
+                with fresh_statistics(self.task.network) as batch_norms, self._randomness(epoch), torch.no_grad():
+                    for batch in self._batches("statistics", epoch) if batch_norms else ():
+                        for _ in self._terms(batch, epoch=epoch, step=self.steps):
+                            pass
+            yield
 
     def _autocast(self) -> AbstractContextManager[object]:
         return self.machine.autocast(training=True)
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The attack of validation: the whole radius in every epoch, so that epochs compare."""
-        return self.adversary.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
+        return self.adversary.validation.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
 
     def validate(self) -> Record:
         """Mean scores on validation; the same views and random starts in every epoch, so that epochs compare."""
         generator = generator_for("validation", self.seed, device=self.machine.device)
-        clean, adversarial = [], []
+        clean, adversarial, withstood = [], [], []
         self.task.network.eval()
         for images, labels in self.validation.in_order(size=self.phase.batch_size):
             with self._autocast():
@@ -295,8 +387,23 @@ class _Trainer:
                     clean.append(self.task.clean_score(images, labels, generator=generator).sum())
                     if attacked is not None:
                         adversarial.append(self.task.adversarial_score(images, attacked, labels).sum())
-        scores = {f"validation/{self.task.metric}": clean, f"validation/adversarial_{self.task.metric}": adversarial}
+                        withstood += [self.task.withstood(images, attacked, labels).sum()] if self.adversary.guarded else []
+        metric = self.task.metric
+        scores = {f"validation/{metric}": clean, f"validation/adversarial_{metric}": adversarial, WITHSTOOD: withstood}
         return {name: sum(torch.stack(sums).tolist()) / len(self.validation.labels) for name, sums in scores.items() if sums}
+
+    def guard(self, progress: Progress, record: Record) -> None:
+        """Mark the epoch, and say so, if the training has stopped withstanding the attack that it is meant to withstand."""
+        if not (self.adversary and self.adversary.guarded):
+            return
+        shares = [one[WITHSTOOD] for one in (*progress.history, record)]
+        if has_collapsed(shares, images=len(self.validation.labels)):
+            record[COLLAPSED] = 1.0
+            tell(
+                f"warning: catastrophic overfitting in epoch {record['epoch']}: {shares[-1]:.1%} of the validation images withstand PGD, "
+                f"{max(shares):.1%} did before; training ends, an earlier epoch is kept; to go further: attack.kind = pgd or free, or a "
+                "smaller step_size or epsilon"
+            )
 
     def check(self, record: Record) -> None:
         """Neither a figure of the epoch nor a weight that it ended with may be infinite or NaN: the last step comes after the last loss.
@@ -336,8 +443,11 @@ class _Trainer:
     def select(self, progress: Progress, record: Record) -> None:
         """Keep these weights if they are the best on validation so far, by the adversarial score where there is one; ties: the later epoch.
 
-        Under `keep: last` they are kept whatever they score.
+        Under `keep: last` they are kept whatever they score. Of an epoch without an average that was asked for, or that has collapsed,
+        nothing is kept.
         """
+        if record["epoch"] < self.average.first or record.get(COLLAPSED):
+            return
         metric, sign = self.task.metric, 1.0 if self.task.larger_is_better else -1.0
         score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
         if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:

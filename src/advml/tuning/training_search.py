@@ -18,7 +18,7 @@ from advml.tuning.search import Search, data_digest, digest_of, hyperband
 from advml.tuning.space import Values
 
 # Where a phase leaves one of these null, the value of the study counts.
-INHERITED = {"epsilon": "threat_model.epsilon", "attack_steps": "attack.steps"}
+INHERITED = {"epsilon": "threat_model.epsilon", "attack_kind": "attack.kind", "attack_steps": "attack.steps"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class TrainingSearch(Search):
     def is_idle(self, key: str) -> bool:
         """Whether this scheme, regime or phase has no use for a key: a space serves them all."""
         clean = not self.attacked and key in config.OF_THE_ATTACK
-        return clean or key in config.WITHOUT_EFFECT.get(self.phase, ()) or (key == "temperature" and SCHEMES[self.scheme].groups is None)
+        return clean or key in self.config.without_effect(self.phase) or (key == "temperature" and not SCHEMES[self.scheme].has_temperature)
 
     # The study
 

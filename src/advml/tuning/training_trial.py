@@ -69,7 +69,7 @@ class Bench(searches.Bench):
         """
         search, plan = self.search, self.plan(configuration, seed=seed)
         fingerprint = digest(attempt.values, search.fingerprint(), seed)
-        watched_epochs = searches.rungs(plan.phase.epochs) if watched and not search.pareto else ()
+        watched_epochs = searches.rungs(plan.epochs) if watched and not search.pareto else ()
         known = Memo(attempt.scratch / f"rungs-{fingerprint}")  # the weights of earlier epochs are gone when a killed trial goes on
 
         def on_epoch(record: Record) -> None:

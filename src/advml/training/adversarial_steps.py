@@ -1,0 +1,139 @@
+"""How a phase trains under attack: `attack.kind`.
+
+| kind | perturbation of a batch                                       | backward passes of a batch    | source              |
+|------|---------------------------------------------------------------|-------------------------------|---------------------|
+| pgd  | `steps` of PGD                                                | steps, then one for each term | Madry et al. 2018   |
+| fast | one step of 1.25 epsilon from a random start                  | 1, then one for each term     | Wong et al. 2020    |
+| free | kept from batch to batch, moved by each of `steps` replays    | one a replay: weights as well | Shafahi et al. 2019 |
+
+Validation attacks by PGD under all three, at the whole radius; under fast and free by STEPS_OF_VALIDATION steps or more of 2.5 epsilon /
+steps, whatever the steps of training are. To add a kind, add a row to KINDS and its name to `config.TrainAttack.kind`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from advml import config
+from advml.attacks.pgd import Adversary, default_step_size, finite, training_adversary
+from advml.core.device import Machine
+from advml.training.tasks import Task
+
+STEPS_OF_VALIDATION = 5
+
+
+@dataclass(frozen=True)
+class AdversarialTraining:
+    """The attacks of a phase.
+
+    Attributes:
+        training: perturbs batches; of free training its radius and step size count.
+        validation: PGD, by which epochs are compared.
+        replays: of a batch, in free training; 0: batches are attacked, not replayed.
+        guarded: catastrophic overfitting ends the training.
+    """
+
+    training: Adversary
+    validation: Adversary
+    replays: int = 0
+    guarded: bool = False
+
+    def passes(self, epochs: int) -> int:
+        """Passes over the images: so many epochs, divided by the replays, which keeps the number of optimiser steps."""
+        return math.ceil(epochs / max(1, self.replays))
+
+
+def _free(adversary: Adversary, step_size: float | None) -> AdversarialTraining:
+    moved = replace(adversary, step_size=step_size or adversary.threat_model.epsilon)
+    return AdversarialTraining(moved, _validating(adversary), replays=adversary.steps)
+
+
+def _fast(adversary: Adversary, step_size: float | None) -> AdversarialTraining:
+    one_step = replace(adversary, steps=1, step_size=step_size or 1.25 * adversary.threat_model.epsilon)
+    return AdversarialTraining(one_step, _validating(adversary), guarded=True)
+
+
+def _validating(adversary: Adversary) -> Adversary:
+    steps = max(adversary.steps, STEPS_OF_VALIDATION)
+    return replace(adversary, steps=steps, step_size=default_step_size(adversary.threat_model.epsilon, steps))
+
+
+# attack.kind -> the attacks, made from those of PGD and the step size that params.yaml gives, if it does
+KINDS: dict[str, Callable[[Adversary, float | None], AdversarialTraining]] = {
+    "pgd": lambda adversary, step_size: AdversarialTraining(adversary, adversary),
+    "free": _free,
+    "fast": _fast,
+}
+
+
+def adversarial_training(
+    spec: config.TrainAttack, threat: config.ThreatModelSection, phase: config.Phase | None = None
+) -> AdversarialTraining:
+    """The attacks that params.yaml asks for; a phase may have a kind, a radius and a number of steps of its own."""
+    kind = (phase and phase.attack_kind) or spec.kind
+    return KINDS[kind](training_adversary(spec, threat, phase), spec.step_size)
+
+
+class FreePerturbation:
+    """The perturbation d of free adversarial training, one slot per place in the batch, 0 before the first batch.
+
+    A replay of a batch with views t(x), of which those at the end are perturbed (Shafahi et al. 2019, alg. 1; of SimCLR and EMP-SSL
+    arXiv 2501.03507):
+
+        g_w, g_d = grad L(t(x) + d);    d <- project(d + step_size * steepest(g_d))
+
+    onto ball and box. Deviation: the authors leave the box at the first replay of a batch, where d comes from other images; here
+    t(x) + d is projected first.
+    """
+
+    def __init__(self, adversary: Adversary, machine: Machine) -> None:
+        self.adversary, self.machine = adversary, machine
+        self.values: Tensor | None = None  # (rows, C, H, W)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed training needs of it."""
+        return {} if self.values is None else {"perturbation": self.values}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        if "perturbation" in state:
+            self.values = state["perturbation"].to(self.machine.device)
+
+    def replay(self, task: Task, views: Tensor, labels: Tensor, *, share: float) -> Iterator[Tensor]:
+        """Yields the mean loss of one replay, and moves d if the caller has gone backwards from it.
+
+        Args:
+            views: (V N, C, H, W) in [0, 1], the same in all replays of a batch.
+            share: of the radius and the step.
+        """
+        adversary, rows = self.adversary.scaled(share), task.perturbed_rows(views, len(labels))
+        fixed, images = views[:-rows], views[-rows:]
+        start = images if self.values is None else adversary.threat_model.project(images + self.values, images)
+        adversarial = start.detach().clone().requires_grad_()
+        with self.machine.autocast(training=True):
+            loss = task.loss_of_views(torch.cat([fixed, adversarial]), labels).mean()
+        yield loss
+        if adversarial.grad is not None:
+            moved = adversary.threat_model.ascend(adversarial.detach(), finite(adversarial.grad), images, step_size=adversary.step_size)
+            self.values = moved - images
+
+
+# Catastrophic overfitting (Wong et al. 2020, sec. 5.4): within an epoch, robustness against PGD is gone and the training loss falls.
+
+WITHSTOOD, COLLAPSED = "validation/withstood", "validation/collapsed"  # keys of an epoch's record
+
+
+def has_collapsed(shares: Sequence[float], *, images: int) -> bool:
+    """Whether the last of the shares of validation images that withstood PGD, epoch by epoch, has fallen below half of the best.
+
+    The fall must also exceed three standard errors of the best share p, sqrt(p (1 - p) / images), which chance alone does not.
+    """
+    *earlier, now = shares
+    best = max(earlier, default=0.0)
+    return now < best / 2 and best - now > 3 * math.sqrt(best * (1 - best) / images)
