@@ -58,8 +58,7 @@ def settings(**changes: object) -> config.Phase:
 def make_task(phase: str, network: Network, dataset: Dataset, values: config.Phase):
     scheme, kind, _ = PHASES[phase]
     if kind == "pretrain":
-        spec = getattr(CONFIG.views, SCHEMES[scheme].view)
-        return pretraining_task(network, SCHEMES[scheme], values, spec=spec, temperature=CONFIG.temperature)
+        return pretraining_task(network, SCHEMES[scheme], values, views=CONFIG.views, temperature=CONFIG.temperature)
     return finetuning_task(network, REGIMES[kind], values, dataset.train, CPU)
 
 

@@ -74,7 +74,7 @@ def attack(
 
 
 def preset(
-    name: Annotated[str, typer.Argument(help="digits, smoke, cifar10, cifar100 or folder.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="digits, smoke, semi_supervised, cifar10, cifar100 or folder.", show_default=False)],
     protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
     full: Annotated[bool, typer.Option("--full", help="All keys, also those that keep their neutral defaults.")] = False,
     overrides: Overrides = None,

@@ -57,7 +57,9 @@ def _after(pretraining: str) -> tuple[str, ...]:
 class Grid(Section):
     """Which models the study trains. AT, Partial-AT and Full-AT share one adversarial pretraining."""
 
-    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct] = means(", ".join(scheme.described for scheme in SCHEMES.values()))
+    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct] = means(
+        ", ".join(scheme.described for scheme in SCHEMES.values() if not scheme.terms)
+    )
     standard_regimes: Annotated[tuple[Literal[_after("st")], ...], Short, Distinct] = means("after a standard pretraining")
     adversarial_regimes: Annotated[tuple[Literal[_after("at")], ...], Short, Distinct] = means("after an adversarial pretraining")
 
@@ -223,12 +225,15 @@ OF_THE_ATTACK = (
 def _without_effect() -> dict[str, dict[str, str]]:
     """Phase -> the keys that it has no use for, and why; they must keep their defaults."""
     from_scratch = {"frozen_statistics": "pretraining starts without statistics to keep"}
-    contrastive = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
+    no_classifier = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
     clean = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images alone")
     head_only = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime learns a head, and the encoder is fixed")
     one_view = {"views": "cross-entropy is of one view of an image"}
     unaugmented = dict.fromkeys(("attacked", "views", "view_annealing"), "fine-tuning learns on the images themselves")
-    pretrain = {f"pretrain.{name}": (contrastive if scheme.groups else one_view) | from_scratch for name, scheme in SCHEMES.items()}
+    pretrain = {
+        f"pretrain.{name}": from_scratch | ({} if "classifier" in scheme.heads else no_classifier) | ({} if scheme.groups else one_view)
+        for name, scheme in SCHEMES.items()
+    }
     return pretrain | {
         f"regimes.{name}": unaugmented | ({} if regime.attacked else clean) | ({} if regime.encoder_learns else head_only)
         for name, regime in REGIMES.items()
