@@ -58,7 +58,8 @@ class Ours:
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.clean_loss(self.images, self.labels, self.labels, generator=self.generator).mean().backward()
+        views = self.task.views(self.images, generator=self.generator)
+        self.task.clean_loss(views, self.labels, self.labels).mean().backward()
         self.task.adversarial_loss(self.images, self.attack(), self.labels).mean().backward()
         self.optimizer.step()
 

@@ -24,7 +24,7 @@ from advml.core.errors import UserError
 Draw = Callable[[random.Random], Any]
 COUNT = int(os.environ.get("ADVML_STUDIES", "0"))
 SEEDS = range(COUNT) if COUNT else (6, 8)  # in the suite, two that take a few seconds
-PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", "regimes.ST", "regimes.AT", "regimes.Partial-AT", "regimes.Full-AT")
+PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", "pretrain.EMP", "regimes.ST", "regimes.AT", "regimes.Partial-AT", "regimes.Full-AT")
 
 
 def one_of(*values: Any) -> Draw:
@@ -86,11 +86,20 @@ PHASE: dict[str, Draw] = {
     "attack_steps": maybe(whole(1, 2)),
     "frozen_statistics": one_of(True, False),
     "gradient_clip": maybe(log(1e-9, 1e9)),
+    "clean_weight": maybe(log(1e-3, 10), 1),
+    "weight_annealing": maybe(whole(1, 3)),
+    "attacked": one_of(None, "image", "views"),
+    "attack_kind": one_of(None, None, "pgd", "free", "fast"),
+    "views": maybe(whole(2, 4)),
+    "view_annealing": maybe(whole(1, 3)),
+    "average": one_of("none", "ema", "swa"),
+    "average_decay": between(0.1, 0.999),
+    "average_start": between(0, 0.99),
     "keep": one_of("best", "last"),
 }
 DRAWN: dict[str, Draw] = {
     "seeds": lambda rng: [rng.choice((0, 7, 2**31 - 1))],
-    "grid.schemes": one_of(["SL"], ["CL"], ["SCL"], ["SL", "SCL"], ["SCL", "CL"]),
+    "grid.schemes": one_of(["SL"], ["CL"], ["SCL"], ["SL", "SCL"], ["SCL", "CL"], ["EMP"]),
     "grid.standard_regimes": some(("ST",)),
     "grid.adversarial_regimes": one_of([], [], ["AT"], ["Partial-AT"], ["Full-AT"], ["AT", "Full-AT"]),
     "data.name": one_of("digits", "folder"),
@@ -115,6 +124,7 @@ DRAWN: dict[str, Draw] = {
     **{f"views.{kind}.{key}": draw for kind in ("supervised", "contrastive") for key, draw in VIEW.items()},
     "threat_model.norm": one_of("linf", "l2"),
     "threat_model.epsilon": log(1e-6, 1),
+    "attack.kind": one_of("pgd", "pgd", "free", "fast"),
     "attack.steps": whole(1, 2),
     "attack.step_size": maybe(log(1e-12, 1e4)),
     "attack.random_start": one_of(True, True, False),

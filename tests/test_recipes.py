@@ -48,6 +48,7 @@ def test_a_regime_stands_in_the_grid_by_its_pretraining_and_its_stage_knows_its_
 @pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
 def test_keys_that_a_regime_has_no_use_for_are_refused(regime):
     idle = {*(() if regime.attacked else OF_THE_ATTACK), *(() if regime.encoder_learns else ("layer_decay", "frozen_statistics"))}
+    idle |= {"attacked", "views", "view_annealing"}
     assert set(WITHOUT_EFFECT[f"regimes.{regime.name}"]) == idle
 
 

@@ -212,9 +212,11 @@ NEUTRAL = {
     "Model": {"options": {}, "projection_size": 100, "normalize_logits": False, "batch_norm": "single"},
     "View": {"rotation": 0, "scale": (1, 1), "shift": 0, "pad": 0, "resized_crop": None, "flip": 0, "brightness": 0, "contrast": 0}
     | {"saturation": 0, "hue": 0, "jitter": 1, "grey": 0},
-    "TrainAttack": {"step_size": None, "random_start": True, "batch_norm": "eval"},
+    "TrainAttack": {"kind": "pgd", "step_size": None, "random_start": True, "batch_norm": "eval"},
     "Phase": {"warmup": 0, "layer_decay": 1, "label_smoothing": 0, "loss": "two-term", "adversarial_weight": 1, "epsilon": None}
-    | {"epsilon_warmup": 0, "attack_steps": None, "frozen_statistics": False, "gradient_clip": None, "keep": "best"},
+    | {"epsilon_warmup": 0, "attack_steps": None, "frozen_statistics": False, "gradient_clip": None, "keep": "best"}
+    | {"clean_weight": 1, "weight_annealing": None, "attacked": None, "attack_kind": None, "views": None, "view_annealing": None}
+    | {"average": "none", "average_decay": 0.99, "average_start": 0.75},
     "EvaluationAttack": {"epsilon": None, "step_size": None, "restarts": 1, "random_start": True, "objective": "ce", "momentum": 0}
     | {"schedule": "constant", "keep": "best", "adversarial_images": None, "seed": 0},
     "Diagnostics": {"minimal": None, "minimal_steps": 100},
@@ -301,6 +303,7 @@ def test_trades_from_the_image_itself_is_refused(params: Path) -> None:
 @pytest.mark.parametrize("key", ["pretrain.SL", "regimes.Partial-AT", "regimes.Full-AT"])
 def test_every_attacked_phase_with_cross_entropy_takes_the_options_of_the_attack(params: Path, key: str) -> None:
     values = {"loss": "trades", "adversarial_weight": 6.0, "epsilon": 0.1, "epsilon_warmup": 0.5, "attack_steps": 2}
+    values |= {"clean_weight": 0.5, "weight_annealing": None, "attacked": None, "attack_kind": "fast"}
     assert values.keys() == set(schema.OF_THE_ATTACK)
     loaded = config.changed(config.load(params), {f"{key}.{name}": value for name, value in values.items()})
     assert {name: getattr(loaded.phases[key], name) for name in values} == values
@@ -308,7 +311,8 @@ def test_every_attacked_phase_with_cross_entropy_takes_the_options_of_the_attack
 
 def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused(params: Path) -> None:
     other = {"layer_decay": 0.5, "label_smoothing": 0.5, "loss": "trades", "adversarial_weight": 0.5, "epsilon": 0.5}
-    other |= {"epsilon_warmup": 0.5, "attack_steps": 1, "frozen_statistics": True}
+    other |= {"epsilon_warmup": 0.5, "attack_steps": 1, "frozen_statistics": True, "clean_weight": 0, "weight_annealing": 2}
+    other |= {"attacked": "views", "attack_kind": "fast", "views": 3, "view_annealing": 2}
     loaded = config.load(params)
     for key, names in config.WITHOUT_EFFECT.items():
         for name, why in names.items():

@@ -52,6 +52,11 @@ def adversarial(images) -> Tensor:
     return (images + 0.1 * (torch.rand(images.shape, generator=generator(9)) - 0.5)).clamp(0, 1)
 
 
+def clean_loss(task, images: Tensor, labels: Tensor, index: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Of views that are drawn for it."""
+    return task.clean_loss(task.views(images, generator=generator), labels, index)
+
+
 def contrastive_task(network, groups=instances, spec=SHIFT) -> Contrastive:
     return Contrastive(network, spec=spec, temperature=0.2, groups=groups)
 
@@ -69,13 +74,13 @@ def head_only(network, dataset, **phase) -> HeadOnly:
 def test_classification_is_cross_entropy_of_one_view(make_network, images, labels):
     network = make_network()
     expected = cross_entropy(network(view(images, SHIFT, generator=generator())), labels)
-    losses = Classification(network, spec=SHIFT).clean_loss(images, labels, INDEX, generator=generator())
+    losses = clean_loss(Classification(network, spec=SHIFT), images, labels, INDEX, generator=generator())
     assert torch.equal(losses, expected) and losses.shape == labels.shape
 
 
 def test_classification_without_views_draws_nothing(make_network, images, labels):
     network, source = make_network(), generator()
-    losses = Classification(network).clean_loss(images, labels, INDEX, generator=source)
+    losses = clean_loss(Classification(network), images, labels, INDEX, generator=source)
     assert torch.equal(losses, cross_entropy(network(images), labels))
     assert torch.equal(source.get_state(), generator().get_state())
 
@@ -88,7 +93,7 @@ def test_the_contrastive_clean_loss_is_of_two_different_views(make_network, imag
     together = network.embed(torch.cat([first, second]))
     expected = contrastive_pair(together[:24], together[24:], groups(labels), temperature=0.2)
     task = contrastive_task(network, groups)
-    assert torch.equal(task.clean_loss(images, labels, INDEX, generator=generator()), expected)
+    assert torch.equal(clean_loss(task, images, labels, INDEX, generator=generator()), expected)
 
 
 @pytest.mark.parametrize("groups", [instances, classes])
@@ -105,7 +110,7 @@ def test_label_smoothing_reaches_every_classification_loss_but_neither_attack_no
     head = head_only(network, dataset, label_smoothing=0.3)
     expected = F.cross_entropy(network(images), labels, label_smoothing=0.3, reduction="none")
     for task in (smooth, head):
-        torch.testing.assert_close(task.clean_loss(images, labels, INDEX, generator=generator()), expected)
+        torch.testing.assert_close(clean_loss(task, images, labels, INDEX, generator=generator()), expected)
         attacked = F.cross_entropy(network(adversarial), labels, label_smoothing=0.3, reduction="none")
         assert torch.equal(task.adversarial_loss(images, adversarial, labels), attacked)
         assert torch.equal(task.objective(images, labels)(adversarial), plain.objective(images, labels)(adversarial))
@@ -170,7 +175,7 @@ def test_trades_adds_the_divergence_from_the_clean_prediction(make_network, data
     torch.testing.assert_close(task.adversarial_loss(images, adversarial, labels), expected)
     torch.testing.assert_close(task.training_objective(images, labels)(adversarial), expected)
     clean = F.cross_entropy(network(images), labels, label_smoothing=0.3, reduction="none")
-    torch.testing.assert_close(task.clean_loss(images, labels, INDEX, generator=generator()), clean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(clean_loss(task, images, labels, INDEX, generator=generator()), clean, rtol=1e-5, atol=1e-5)
     assert torch.equal(task.objective(images, labels)(adversarial), cross_entropy(network(adversarial), labels))
 
 
@@ -237,7 +242,7 @@ def test_stored_features_give_the_loss_of_features_computed_anew(make_network, d
     network = make_network()
     task = head_only(network, dataset)
     torch.testing.assert_close(
-        task.clean_loss(images, labels, INDEX, generator=generator()), cross_entropy(network(images), labels), rtol=1e-5, atol=1e-5
+        clean_loss(task, images, labels, INDEX, generator=generator()), cross_entropy(network(images), labels), rtol=1e-5, atol=1e-5
     )
 
 
@@ -246,7 +251,7 @@ def test_stored_features_follow_the_index_of_a_shuffled_batch(make_network, data
     task = head_only(network, dataset)
     index = torch.tensor([50, 3, 17])
     images, labels = dataset.train.images[index].float() / 255, dataset.train.labels[index]
-    losses = task.clean_loss(images, labels, index, generator=generator())
+    losses = clean_loss(task, images, labels, index, generator=generator())
     torch.testing.assert_close(losses, cross_entropy(network(images), labels), rtol=1e-5, atol=1e-5)
 
 
@@ -256,7 +261,7 @@ def test_a_head_alone_keeps_the_encoder_in_eval_mode_and_without_gradients(make_
     network.train()
     task.train_mode()
     assert not any(module.training for module in network.encoder.modules())
-    task.clean_loss(images, labels, INDEX, generator=generator()).mean().backward()
+    clean_loss(task, images, labels, INDEX, generator=generator()).mean().backward()
     task.adversarial_loss(images, adversarial, labels).mean().backward()
     assert all(parameter.grad is None for parameter in network.encoder.parameters())
     assert all(parameter.grad is not None for parameter in network.classifier.parameters())
@@ -311,7 +316,7 @@ def test_accuracy_scores_are_1_where_the_prediction_is_right(make_network, image
 
 def test_contrastive_scores_are_losses(make_network, images, adversarial, labels):
     task = contrastive_task(make_network().eval())
-    clean = task.clean_loss(images, labels, INDEX, generator=generator())
+    clean = clean_loss(task, images, labels, INDEX, generator=generator())
     assert torch.equal(task.clean_score(images, labels, generator=generator()), clean)
     assert torch.equal(task.adversarial_score(images, adversarial, labels), task.adversarial_loss(images, adversarial, labels))
     assert task.metric == "loss" and not task.larger_is_better
@@ -331,7 +336,7 @@ def test_dual_batch_norm_learns_clean_statistics_from_clean_batches_and_adversar
         assert len(clean) == len(attacked) == 1
         return clean.pop(), attacked.pop()
 
-    task.clean_loss(images, labels, INDEX, generator=generator())
+    clean_loss(task, images, labels, INDEX, generator=generator())
     assert moved() == (1, 0)
     task.adversarial_loss(images, adversarial, labels)
     assert moved() == (1, 1)

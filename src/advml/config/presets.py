@@ -16,7 +16,7 @@ from typing import Any
 from advml.config.loading import parse_override, put, validate
 from advml.config.writing import write
 from advml.core.errors import UserError
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ HEADER = """\
 
 HEADS = ("regimes.ST", "regimes.AT", "regimes.Partial-AT")
 HYBRIDS = tuple(name for name, scheme in SCHEMES.items() if scheme.terms)
-PHASES = (*(f"pretrain.{name}" for name in ("SL", "CL", "SCL")), *(f"regimes.{name}" for name in REGIMES))
+PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *(f"regimes.{name}" for name in REGIMES))  # of the paper
 
 
 def _phase(*sections: str, **values: Any) -> dict[str, Any]:
@@ -142,8 +142,8 @@ SMOKE = DIGITS | {
     "tracking.experiment": "smoke",
 }
 
-# A tenth of the labels: what SL makes of them alone, CL of all images, and the hybrids of both. On 126 images, batches of 32 and three times
-# as many epochs are as many steps as in the digits study.
+# A tenth of the labels: what SL makes of them alone, CL of all images, and the hybrids of both. In batches of 32, three times as many
+# epochs on 126 images are as many steps as in the digits study.
 SEMI_SUPERVISED = DIGITS | {
     "grid": {"schemes": ["SL", "CL", *HYBRIDS], "standard_regimes": ["ST"], "adversarial_regimes": ["AT", "Full-AT"]},
     "data.label_budget": 0.1,
