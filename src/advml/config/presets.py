@@ -39,7 +39,7 @@ HEADER = """\
 """
 
 HEADS = ("regimes.ST", "regimes.AT", "regimes.Partial-AT")
-HYBRIDS = tuple(name for name, scheme in SCHEMES.items() if scheme.terms)
+HYBRIDS = ("CLxSL", "CLxSCL", "SCLxSL")
 PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *(f"regimes.{name}" for name in REGIMES))  # of the paper
 
 
