@@ -244,6 +244,7 @@ NEUTRAL = {
     "advml.core.progress": "bars",
     "advml.core.provenance": "names the code, does not compute",
     "advml.core.signals": "how a run ends early",
+    "advml.core.training_cost": "notes and adds up what trainings took",
     "advml.pipeline": "an empty package",
     "advml.pipeline.stages": "an empty package",
     "advml.tracking": "written to, never read from",

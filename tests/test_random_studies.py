@@ -92,6 +92,7 @@ PHASE: dict[str, Draw] = {
     "attack_kind": one_of(None, None, "pgd", "free", "fast"),
     "views": maybe(whole(2, 4)),
     "view_annealing": maybe(whole(1, 3)),
+    "averaged_crops": one_of(1, 5),
     "average": one_of("none", "ema", "swa"),
     "average_decay": between(0.1, 0.999),
     "average_start": between(0, 0.99),

@@ -217,13 +217,13 @@ NEUTRAL = {
     "Phase": {"warmup": 0, "layer_decay": 1, "label_smoothing": 0, "loss": "two-term", "adversarial_weight": 1, "epsilon": None}
     | {"epsilon_warmup": 0, "attack_steps": None, "frozen_statistics": False, "gradient_clip": None, "keep": "best"}
     | {"clean_weight": 1, "weight_annealing": None, "attacked": None, "attack_kind": None, "views": None, "view_annealing": None}
-    | {"average": "none", "average_decay": 0.99, "average_start": 0.75},
+    | {"average": "none", "average_decay": 0.99, "average_start": 0.75, "averaged_crops": 1},
     "EvaluationAttack": {"epsilon": None, "step_size": None, "restarts": 1, "random_start": True, "objective": "ce", "momentum": 0}
     | {"schedule": "constant", "keep": "best", "adversarial_images": None, "seed": 0},
     "Diagnostics": {"minimal": None, "minimal_steps": 100},
     "Corruptions": {"images": None, "folder": None, "seed": 0},
     "Similarity": {"gram": "float32", "epsilon_studies": None, "source": "own", "probe_images": None},
-    "Runtime": {"device": "auto", "threads": 0, "precision": "fp32", "compile": False, "deterministic": True},
+    "Runtime": {"device": "auto", "threads": 0, "precision": "fp32", "compile": False, "micro_batch": None, "deterministic": True},
 }
 
 
@@ -313,7 +313,7 @@ def test_every_attacked_phase_with_cross_entropy_takes_the_options_of_the_attack
 def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused() -> None:
     other = {"layer_decay": 0.5, "label_smoothing": 0.5, "loss": "trades", "adversarial_weight": 0.5, "epsilon": 0.5}
     other |= {"epsilon_warmup": 0.5, "attack_steps": 1, "frozen_statistics": True, "clean_weight": 0, "weight_annealing": 2}
-    other |= {"attacked": "views", "attack_kind": "fast", "views": 3, "view_annealing": 2}
+    other |= {"attacked": "views", "attack_kind": "fast", "views": 3, "view_annealing": 2, "averaged_crops": 5}
     raw = config.apply(PARAMS, ())
     loaded = config.validate(raw | {"pretrain": dict.fromkeys(SCHEMES, raw["pretrain"]["SL"])})
     for key, names in config.WITHOUT_EFFECT.items():

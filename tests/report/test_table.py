@@ -80,14 +80,14 @@ def test_a_cell_is_a_percentage_with_its_interval_or_a_dash():
 
 def test_the_markdown_table_has_a_line_per_model_and_a_column_per_figure(measured):
     header, rule, *lines = to_markdown(rows_of(measured)).splitlines()
-    assert header == "| model | clean | I, half epsilon | I | II, half epsilon | II | worst case | corrupted |"
-    assert rule.count("|") == header.count("|") == 9
-    assert lines[1] == "| SL-ST-s3 | 100.0 [91.2, 100.0] | - | - | 2.5 [0.4, 12.9] | 0.0 [0.0, 8.8] | 0.0 [0.0, 8.8] | - |"
+    assert header == "| model | clean | I, half epsilon | I | II, half epsilon | II | worst case | corrupted | gradient steps | seconds |"
+    assert rule.count("|") == header.count("|") == 11
+    assert lines[1] == "| SL-ST-s3 | 100.0 [91.2, 100.0] | - | - | 2.5 [0.4, 12.9] | 0.0 [0.0, 8.8] | 0.0 [0.0, 8.8] | - | - | - |"
     assert lines[2].startswith("| CL-Full-AT-s0 | 97.5 [") and "| 75.0 [" in lines[2]
 
 
 def test_columns_are_metrics_of_the_contract():
-    assert set(COLUMNS.values()) == {*(f"accuracy/{name}" for name in NAMES), "corruption/mean"}
+    assert set(COLUMNS.values()) == {*(f"accuracy/{name}" for name in NAMES), "corruption/mean", "cost/gradient_steps", "cost/seconds"}
 
 
 # Flags

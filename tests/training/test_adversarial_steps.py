@@ -49,7 +49,7 @@ def few(split: Split) -> tuple[Tensor, Tensor]:
 def make_task(what: str, scheme: str, network: Network, dataset: Dataset, phase: config.Phase):
     if what == PRETRAIN:
         row = SCHEMES[scheme]
-        return pretraining_task(network, row, phase, views=CONFIG.views, temperature=CONFIG.temperature)
+        return pretraining_task(network, row, phase, spec=getattr(CONFIG.views, row.view), temperature=CONFIG.temperature)
     return finetuning_task(network, REGIMES[what], phase, dataset.train, CPU)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from advml.training import checkpoint as module
 from advml.training.checkpoint import Checkpoint, Progress, discard_finished, is_unfinished, optimizer_state, restore_optimizer
-from advml.training.trainer import OPTIMIZERS
+from advml.training.optimization import OPTIMIZERS
 
 
 @pytest.fixture

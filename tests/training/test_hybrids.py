@@ -22,8 +22,8 @@ from advml.models.network import Network
 from advml.pipeline.plans import finetuning, pretraining
 from advml.recipes import SCHEMES
 from advml.training.checkpoint import Checkpoint
-from advml.training.streams import Paired, check_labels, learnt_from, shares
-from advml.training.tasks import pretraining_task
+from advml.training.streams import Paired, check_images, learnt_from, shares
+from advml.training.tasks import hybrid_task
 from advml.training.trainer import fit
 
 CPU = Machine(torch.device("cpu"))
@@ -155,7 +155,7 @@ def test_views_are_told_apart_and_those_that_free_training_perturbs_come_last(ma
     """CL with three views beside SL with one; and all are perturbed, or the last of each."""
     phase = CONFIG.pretrain[scheme].model_copy(update={"attacked": attacked, "views": 3})
     about = {"views": CONFIG.views, "temperature": CONFIG.temperature}
-    task = pretraining_task(make_network().eval(), SCHEMES[scheme], phase, sizes=(2, 4), **about)
+    task = hybrid_task(make_network().eval(), SCHEMES[scheme], phase, sizes=(2, 4), **about)
     images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 1, 1])
     views = task.views(images, generator=torch.Generator().manual_seed(1))
     generator, own = torch.Generator().manual_seed(1), []
@@ -239,7 +239,7 @@ def test_the_joint_objective_reads_all_labels_and_is_refused_where_there_are_non
 @pytest.mark.parametrize("scheme", HYBRIDS)
 def test_a_hybrid_without_unlabelled_images_is_refused_with_the_keys_that_give_some(data, scheme):
     with pytest.raises(UserError, match=rf"{scheme} learns from unlabelled images .* data\.label_budget .* data\.unlabelled"):
-        check_labels(SCHEMES[scheme], replace(data, unlabelled=None))
+        check_images(SCHEMES[scheme], replace(data, unlabelled=None), batch_size=16)
     with pytest.raises(UserError, match=rf"pretrain\.{scheme}\.batch_size = 3 .* 4 or more"):
         pretraining(config.changed(CONFIG, {f"pretrain.{scheme}.batch_size": 3}), data, scheme=scheme, phase="st", seed=0)
 
@@ -251,7 +251,7 @@ def test_cl_alone_learns_from_images_of_no_class_and_what_needs_labels_is_refuse
     flat = replace(flat, unlabelled=None)
     assert same(state(pretrain("CL", "at", data=flat)), state(pretrain("CL", "at", data=replace(data, unlabelled=None))))
     for scheme in ("SL", "SCL", *HYBRIDS):
-        with pytest.raises(UserError, match=f"{scheme} reads labels, and no image has one"):
+        with pytest.raises(UserError, match=f"{scheme} needs labels, and no image"):
             pretraining(CONFIG, flat, scheme=scheme, phase="st", seed=0)
     with pytest.raises(UserError, match="fine-tuning needs labels"):
         finetuning(CONFIG, flat, CPU, make_network(), scheme="CL", regime="AT", seed=0)

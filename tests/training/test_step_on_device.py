@@ -78,8 +78,7 @@ def make_trainer(on_meta, dataset, make_network) -> Callable[[str], trainer._Tra
         data = replace(dataset, train=colour(dataset.train), validation=colour(dataset.validation))
         network = make_network(channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
         if regime is None:
-            views = config.Views(supervised=SIMCLR, contrastive=SIMCLR)
-            task = pretraining_task(network, SCHEMES[scheme], phase, views=views, temperature=0.2)
+            task = pretraining_task(network, SCHEMES[scheme], phase, spec=SIMCLR, temperature=0.2)
         else:
             task = finetuning_task(network, REGIMES[regime], phase, data.train, on_meta)
         attack = config.TrainAttack(steps=1)

@@ -288,8 +288,7 @@ def test_learners_are_the_encoder_and_the_head_in_use(make_network, dataset):
     ("name", "kind", "groups"), [("SL", Classification, None), ("CL", Contrastive, instances), ("SCL", Contrastive, classes)]
 )
 def test_a_scheme_pretrains_its_own_task(make_network, name, kind, groups):
-    views = config.Views(supervised=SHIFT, contrastive=SHIFT)
-    task = pretraining_task(make_network(), SCHEMES[name], CONFIG.pretrain[name], views=views, temperature=0.3)
+    task = pretraining_task(make_network(), SCHEMES[name], CONFIG.pretrain[name], spec=SHIFT, temperature=0.3)
     assert type(task) is kind and task.spec == SHIFT
     if groups:
         assert task.groups is groups and task.temperature == 0.3

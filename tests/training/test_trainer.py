@@ -24,8 +24,9 @@ from advml.models.network import Network
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.adversarial_steps import adversarial_training
 from advml.training.checkpoint import Checkpoint
+from advml.training.optimization import learning_rate
 from advml.training.tasks import Classification, finetuning_task, pretraining_task
-from advml.training.trainer import learning_rate, train
+from advml.training.trainer import train
 
 
 def configured(*overrides: str) -> config.Config:
@@ -58,7 +59,8 @@ def settings(**changes: object) -> config.Phase:
 def make_task(phase: str, network: Network, dataset: Dataset, values: config.Phase):
     scheme, kind, _ = PHASES[phase]
     if kind == "pretrain":
-        return pretraining_task(network, SCHEMES[scheme], values, views=CONFIG.views, temperature=CONFIG.temperature)
+        spec = getattr(CONFIG.views, SCHEMES[scheme].view)
+        return pretraining_task(network, SCHEMES[scheme], values, spec=spec, temperature=CONFIG.temperature)
     return finetuning_task(network, REGIMES[kind], values, dataset.train, CPU)
 
 

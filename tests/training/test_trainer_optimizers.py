@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from advml import config
+from advml.training.optimization import OPTIMIZERS, layer_groups, optimizer, set_learning_rate
 from advml.training.tasks import Classification
-from advml.training.trainer import OPTIMIZERS, layer_groups, optimizer, set_learning_rate
 
 # Backbone -> from the heads down: what begins each block.
 TOPS = {

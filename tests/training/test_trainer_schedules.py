@@ -9,7 +9,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from advml import config
-from advml.training.trainer import SCHEDULES, epsilon_share, learning_rate
+from advml.training.optimization import SCHEDULES, epsilon_share, learning_rate
 
 REPOSITORY = Path(__file__).parents[2]
 PEAK = 4e-3

@@ -53,5 +53,5 @@ def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, An
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
     if note := footnote(rows):
         shown.caption, shown.caption_justify = note, "left"
-    Console(width=None if sys.stdout.isatty() else 178).print(shown)
+    Console(width=None if sys.stdout.isatty() else 200).print(shown)
     return rows

@@ -207,6 +207,7 @@ class Phase(Section):
     attack_kind: Literal["pgd", "free", "fast"] | None = means("null: attack.kind", None)
     attack_steps: Steps | None = means("null: attack.steps", None)
     views: Annotated[Whole, Field(ge=2, le=1000)] | None = means("of an image in a batch; null: CL and SCL 2, EMP 16", None)
+    averaged_crops: Literal[1, 5] = means("what the classifier sees: 1: the image; 5: mean features of its centre and corners", 1)
     view_annealing: Epochs | None = means("DynACL: every so many epochs the views weaken; null: full strength throughout", None)
     frozen_statistics: bool = means("batch norms keep the statistics of pretraining, their weights learn; Full-AT alone", False)
     gradient_clip: Annotated[Number, Field(ge=1e-9, le=1e9)] | None = means("largest norm of the gradient; null: any", None)
@@ -225,6 +226,7 @@ OF_THE_ATTACK = (
 def _without_effect() -> dict[str, dict[str, str]]:
     """Phase -> the keys that it has no use for, and why; they must keep their defaults."""
     from_scratch = {"frozen_statistics": "pretraining starts without statistics to keep"}
+    from_scratch |= {"averaged_crops": "the classifiers of the study are made in fine-tuning"}
     no_classifier = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
     clean = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images alone")
     head_only = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime learns a head, and the encoder is fixed")
@@ -393,6 +395,9 @@ class Runtime(Section):
         "of products: fp32, tf32 (NVIDIA), bf16, fp16 (training only, with scaled losses; evaluation then uses fp32)", "fp32"
     )
     compile: bool = means("true: training compiles the encoder by torch.compile; minutes at first, faster steps, other rounding", False)
+    micro_batch: Batch | None = means(
+        "training: images that pass the encoder at once, losses see the whole batch; costs a second forward pass; null: all", None
+    )
     deterministic: bool = means(
         "true: GPUs repeat their bits, and a resumed run those of an unbroken one, by slower kernels; false: faster, last bits vary", True
     )

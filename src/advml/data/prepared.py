@@ -85,6 +85,14 @@ class Dataset:
         return tuple(self.train.images.shape[1:])
 
 
+def require_labels(dataset: Dataset, reader: str) -> None:
+    """Raises UserError if no image has a label, which `reader` needs."""
+    if not dataset.classes:
+        raise UserError(
+            f"{reader} needs labels, and no image of data/prepared has one; give images by class, or only: advml pretrain CL st"
+        )
+
+
 def digest(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
     """sha256 (hex) over class names and all tensors; little-endian, so that it is the same on every machine."""
     total = hashlib.sha256(json.dumps(classes).encode())

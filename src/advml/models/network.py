@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from advml.models.backbones import create_encoder
 from advml.models.bn_folding import folded
 from advml.models.layers import dual
 from advml.models.memory_format import memory_format
+from advml.models.micro_batches import in_parts
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Architecture:
     projection_size: int | None  # outputs of the projection head; None: no projection head
     normalize_logits: bool
     dual_batch_norm: bool
+    averaged_crops: int = 1  # over whose features the classifier's are averaged; 1: the image itself
 
 
 class Normalize(nn.Module):
@@ -72,6 +75,7 @@ class Network(nn.Module):
         self.encoder = dual(encoder) if a.dual_batch_norm else encoder
         self.memory_format = memory_format(self.encoder)
         self.compiled = False  # whether the encoder runs as torch.compile makes it, at the first images of each shape and mode
+        self.micro_batch: int | None = None  # images that pass the encoder at once; None: all
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -94,7 +98,10 @@ class Network(nn.Module):
         images = self.normalize(images)
         if self.memory_format is torch.contiguous_format:  # clone: strides of one channel fit both layouts, others would keep them
             images = images.clone(memory_format=self.memory_format)
-        return (_compiled if self.compiled else _encode)(self.encoder, images)
+        encode = partial(_compiled if self.compiled else _encode, self.encoder)
+        if self.micro_batch is None or len(images) <= self.micro_batch:
+            return encode(images)
+        return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""
@@ -105,8 +112,14 @@ class Network(nn.Module):
         """Unit-length projections (N, P)."""
         return F.normalize(self.projection_head(self.features(images)).float(), dim=1)
 
+    def classifier_features(self, images: Tensor) -> Tensor:
+        """What the classifier gets (N, D): features of the images, or their mean over fixed crops, through which gradients pass."""
+        if (count := self.architecture.averaged_crops) == 1:
+            return self.features(images)
+        return self.features(torch.cat(five_crops(images))).unflatten(0, (count, -1)).mean(0)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.features(images))
+        return self.classify(self.classifier_features(images))
 
     def run_all(self, images: Tensor) -> None:
         """One pass of the encoder and of every head that there is: for those who watch the layers."""
@@ -114,6 +127,16 @@ class Network(nn.Module):
         for head in (self.projection_head, self.classifier):
             if head is not None:
                 head(features)
+
+
+def five_crops(images: Tensor) -> list[Tensor]:
+    """Centre and corners of the images (N, C, H, W), of three quarters of their side, at the size of the images."""
+    size = images.shape[-2:]
+    height, width = (max(1, 3 * side // 4) for side in size)
+    bottom, right = size[0] - height, size[1] - width
+    places = ((bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right))
+    parts = (images[:, :, top : top + height, left : left + width] for top, left in places)
+    return [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in parts]
 
 
 def _encode(encoder: nn.Module, images: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ from advml import config
 from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
+from advml.data.prepared import require_labels
 from advml.models.layers import batch_norms, knows_blocks
 from advml.models.network import Architecture, Network, build
 from advml.models.trial_step import try_step
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES, SCHEMES, Scheme
 from advml.training.adversarial_steps import adversarial_training
-from advml.training.streams import FEWEST, check_labels, learnt_from, shares
-from advml.training.tasks import finetuning_task, pretraining_task
+from advml.training.streams import check_images, learnt_from, shares
+from advml.training.tasks import Task, finetuning_task, hybrid_task, pretraining_task
 from advml.training.trainer import Plan
 
 
@@ -38,13 +39,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
         UserError: the backbone cannot be built, or not trained, for these images, or the scheme needs other images or labels.
     """
     row, attacked, section = SCHEMES[scheme], phase == "at", configuration.pretrain[scheme]
-    check_labels(row, dataset)
-    if row.terms and section.batch_size < 2 * FEWEST:
-        raise UserError(
-            f"pretrain.{scheme}.batch_size = {section.batch_size} is too small for labelled and unlabelled images, {FEWEST} each; "
-            f"set it to {2 * FEWEST} or more"
-        )
-    sizes = shares(len(dataset.train), len(dataset.unlabelled), batch_size=section.batch_size) if row.terms else (0, 0)
+    check_images(row, dataset, batch_size=section.batch_size)
     network = build(architecture(configuration, dataset, heads=row.heads, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
@@ -55,10 +50,19 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
         network=network,
         images=lambda: learnt_from(dataset, row),
         phase=section,
-        task=lambda: pretraining_task(network, row, section, views=configuration.views, temperature=configuration.temperature, sizes=sizes),
+        task=lambda: _task(configuration, dataset, network, scheme=row, phase=section),
         adversary=adversarial_training(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
     )
+
+
+def _task(configuration: config.Config, dataset: Dataset, network: Network, *, scheme: Scheme, phase: config.Phase) -> Task:
+    """What a scheme's pretraining learns."""
+    views, temperature = configuration.views, configuration.temperature
+    if scheme.terms:
+        sizes = shares(len(dataset.train), len(dataset.unlabelled), batch_size=phase.batch_size)
+        return hybrid_task(network, scheme, phase, views=views, temperature=temperature, sizes=sizes)
+    return pretraining_task(network, scheme, phase, spec=getattr(views, scheme.view), temperature=temperature)
 
 
 def finetuning(
@@ -76,11 +80,12 @@ def finetuning(
         seed: of the new classifier, of batches and of random starts.
     """
     row, plan, phase = SCHEMES[scheme], REGIMES[regime], configuration.regimes[regime]
-    if not dataset.classes:
-        raise UserError("fine-tuning needs labels, and no image of data/prepared has one; pretrain alone: advml pretrain CL st")
+    require_labels(dataset, "fine-tuning")
     _check(f"regimes.{regime}", phase, network)
     if not plan.keeps_head(row):
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
+    if plan.finetunes(row):
+        network.architecture = replace(network.architecture, averaged_crops=phase.averaged_crops)
     if plan.encoder_learns and not phase.frozen_statistics:
         try_step(network, count=_smallest_batch(phase, dataset))
     return Plan(

@@ -11,9 +11,11 @@ from torch import Tensor
 from advml import tracking
 from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.progress import Bar
+from advml.core.training_cost import write_seconds
 from advml.models import network
 from advml.pipeline.context import Context
-from advml.training.checkpoint import Checkpoint, is_unfinished
+from advml.training.checkpoint import Checkpoint, Progress, is_unfinished
+from advml.training.cost import GRADIENT_STEPS
 from advml.training.streams import batches_per_epoch
 from advml.training.trainer import Plan, Record, fit
 
@@ -48,9 +50,11 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
         checkpoint.note(run_id=run.id)
         history = _train(context, job, checkpoint, run, bar) if job.plan.task else []
-        selected = checkpoint.load().best_epoch if history else None
+        ended = checkpoint.load() if history else Progress()
+        about = {"epoch": ended.best_epoch, "gradient_steps": round(sum(one[GRADIENT_STEPS] for one in history), 2)}
         with replace_folder(job.folder) as folder:
-            digest = network.save(job.plan.network, folder, {**record, "epoch": selected})
+            digest = network.save(job.plan.network, folder, record | about)
+        write_seconds(context.workspace, job.name, digest=digest, seconds=ended.seconds)
         write_atomically(context.workspace.report(job.name) / "history.json", to_json(history, indent=1))
         tracking.log_model(run, job.folder, digest=digest)
     checkpoint.note(finished=True)

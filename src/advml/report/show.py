@@ -11,6 +11,7 @@ from advml.config import flatten
 from advml.core.errors import UserError
 from advml.core.io import read_json
 from advml.core.paths import Workspace, find_model
+from advml.core.training_cost import SECONDS, STEPS, training_cost
 
 CHOSEN = {"best": "the best on validation", "last": "the last"}  # by `keep`
 
@@ -27,6 +28,7 @@ def record_of(workspace: Workspace, model: str) -> str:
     with _reading(folder / "model.json") as record:
         lines = [f"{record['name']}   ({folder})", ""]
         lines += _block("made from", _origin(record))
+        lines += _block("training cost, pretraining included", _cost(workspace, record))
         lines += _block("architecture", record["architecture"])
         lines += _block("parameters", flatten(record["parameters"]))
         lines += _figures(workspace, record)
@@ -64,6 +66,11 @@ def _origin(record: dict[str, Any]) -> dict[str, Any]:
     if record.get("epoch"):
         shown["selected epoch"] = f"{record['epoch']} ({CHOSEN[_phase(record)['keep']]})"
     return shown
+
+
+def _cost(workspace: Workspace, record: dict[str, Any]) -> dict[str, Any]:
+    known = training_cost(workspace, record)
+    return {"gradient steps per image": known.get(STEPS, "unknown"), "seconds": known.get(SECONDS, "unknown")}
 
 
 def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from advml.config import Grid
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
+from advml.core.training_cost import SECONDS, STEPS, cost_of
 from advml.evaluation import records
 from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
@@ -24,6 +25,8 @@ COLUMNS: dict[str, str] = {
     "II": "accuracy/threat_model_2",
     "worst case": "accuracy/worst_case",
     "corrupted": "corruption/mean",
+    "gradient steps": STEPS,  # of training, per image
+    "seconds": SECONDS,
 }
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
@@ -40,7 +43,8 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
         path = workspace.report(name) / "metrics.json"
         if path.exists():
             metrics = read_json(path, remedy="measure again with: dvc repro")
-            found.append({"model": name, "scheme": scheme, "regime": regime, "seed": seed, **metrics})
+            about = {"model": name, "scheme": scheme, "regime": regime, "seed": seed}
+            found.append(about | metrics | cost_of(workspace, name))
     flagged = transfer_flags(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
@@ -48,9 +52,11 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
 
 
 def cell(row: Row, metric: str) -> str:
-    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, or a dash. Attacked figures bear the `mark` of their model."""
+    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, a cost as `1,234`, or a dash. Attacked figures bear a `mark`."""
     if metric not in row:
         return "-"
+    if metric in (STEPS, SECONDS):
+        return f"{row[metric]:,.0f}"
     figure = f"{100 * row[metric]:.1f} [{100 * row[f'{metric}/low']:.1f}, {100 * row[f'{metric}/high']:.1f}]"
     return figure if metric in NOT_ATTACKED else f"{figure} {mark(row)}".rstrip()
 

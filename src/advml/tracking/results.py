@@ -12,6 +12,7 @@ from pathlib import Path
 
 from advml.core.io import modified, read_csv, read_json, sha256
 from advml.core.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
+from advml.core.training_cost import training_cost
 from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.tracking import store as stores
 from advml.tracking.run import COMMIT, DIGEST, MODEL, Record, Run, guarded
@@ -59,6 +60,7 @@ def _log_part(run: Run, part: str, files: tuple[Path, ...], log: Callable[..., N
 def _log_training(run: Run, record: Record, file: Path, curves: Path) -> None:
     history = read_json(curves, kind=list, remedy=REMEDY)
     run.log_epochs(history, at=modified(file))
+    run.log_metrics(training_cost(Workspace(run.store.place.root), record))
     if model := run.tags.get(MODEL):  # of before; a new one gets both later
         run.client.log_model_artifact(model, str(file))
         run.set_tags({COMMIT: record.get("git_commit")})

@@ -18,21 +18,27 @@ from advml import config
 from advml.core.device import generator_for
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset, Split
+from advml.data.prepared import require_labels
 from advml.recipes import Scheme
 
 FEWEST = 2  # images of a stream in a batch, for batch norms
 
 
-def check_labels(scheme: Scheme, dataset: Dataset) -> None:
-    """Whether there are the images, and their labels, that a scheme learns from.
+def check_images(scheme: Scheme, dataset: Dataset, *, batch_size: int) -> None:
+    """Whether there are the images, and their labels, that the pretraining of a scheme needs, and room for them in a batch.
 
     Raises:
-        UserError: some are missing.
+        UserError: there are not.
     """
-    if scheme.reads_labels and not dataset.classes:
-        raise UserError(f"{scheme.name} reads labels, and no image has one; give images by class, or pretrain CL")
+    if scheme.reads_labels:
+        require_labels(dataset, scheme.name)
     if not scheme.terms:
         return
+    if batch_size < 2 * FEWEST:
+        raise UserError(
+            f"pretrain.{scheme.name}.batch_size = {batch_size} is too small for labelled and unlabelled images, {FEWEST} each; "
+            f"set it to {2 * FEWEST} or more"
+        )
     rest = dataset.unlabelled
     if rest is None or min(len(rest), len(dataset.train)) < FEWEST:
         raise UserError(

@@ -317,22 +317,21 @@ class Hybrid:
         return torch.cat([own * (sum(self.sizes) / len(own)) for own in losses])
 
 
-def pretraining_task(
-    network: Network, scheme: Scheme, phase: config.Phase, *, views: config.Views, temperature: float, sizes: tuple[int, int] = (0, 0)
-) -> Task:
-    """The task of a scheme's pretraining, by the head it learns, or of both terms of a hybrid.
-
-    Args:
-        sizes: of a hybrid, numbers of labelled and of unlabelled images in every batch.
-    """
-    if scheme.terms:
-        about = {"views": views, "temperature": temperature}
-        return Hybrid(*(pretraining_task(network, term, phase, **about) for term in scheme.terms), sizes=sizes)
-    attacked, spec = phase.attacked or scheme.attacked, getattr(views, scheme.view)
+def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:
+    """The task of a scheme's pretraining, by the head it learns."""
+    attacked = phase.attacked or scheme.attacked
     if scheme.groups:
         about = {"groups": scheme.groups, "loss": scheme.loss, "count": phase.views or scheme.views, "attacked": attacked}
         return Contrastive(network, spec=spec, temperature=temperature, **about)
     return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss, attacked=attacked)
+
+
+def hybrid_task(
+    network: Network, scheme: Scheme, phase: config.Phase, *, views: config.Views, temperature: float, sizes: tuple[int, int]
+) -> Hybrid:
+    """The tasks of both terms of a hybrid's pretraining; `sizes`: labelled and unlabelled images in a batch."""
+    terms = (pretraining_task(network, term, phase, spec=getattr(views, term.view), temperature=temperature) for term in scheme.terms)
+    return Hybrid(*terms, sizes=sizes)
 
 
 def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train: Split, machine: Machine) -> Task:
@@ -341,5 +340,5 @@ def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train
         return Classification(network, label_smoothing=phase.label_smoothing, loss=phase.loss, frozen_statistics=phase.frozen_statistics)
     place(network, machine.device).eval()
     with torch.no_grad(), machine.autocast(training=True):
-        features = torch.cat([network.features(machine.images(images)).float() for images in train.images.split(512)])
+        features = torch.cat([network.classifier_features(machine.images(images)).float() for images in train.images.split(512)])
     return HeadOnly(network, features=features, label_smoothing=phase.label_smoothing, loss=phase.loss)

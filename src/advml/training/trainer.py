@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from advml import config
-from advml.core.device import HALVES, Machine, derived_seed, generator_for, own_randomness
+from advml.core.device import HALVES, Machine, derived_seed, generator_for, out_of_memory, own_randomness
 from advml.core.errors import Failure
 from advml.core.messages import tell
 from advml.data.batches import Feed
 from advml.data.datasets import Dataset
-from advml.models.layers import depths
 from advml.models.memory_format import place
 from advml.models.network import Network
 from advml.training.adversarial_steps import COLLAPSED, WITHSTOOD, AdversarialTraining, FreePerturbation, has_collapsed
@@ -34,93 +33,9 @@ from advml.training.annealing import term_weights, view_strength
 from advml.training.averaging import AVERAGES, fresh_statistics
 from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
 from advml.training.cost import GRADIENT_STEPS, counted
+from advml.training.optimization import epsilon_share, learning_rate, optimizer, set_learning_rate
 from advml.training.streams import batches
 from advml.training.tasks import Task
-
-# Learning-rate schedules as pure functions of the step: nothing to save, nothing to resume.
-
-
-def _cosine(progress: float) -> float:
-    """1 -> 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
-    return (1 + math.cos(math.pi * progress)) / 2
-
-
-def _onecycle(progress: float) -> float:
-    """1/25 -> 1 over the first 30 %, then -> 1/250,000, both along cosines (Smith & Topin 2018, torch's defaults)."""
-    start, end, peak = 1 / 25, 1 / 25 / 1e4, 0.3
-    if progress < peak:
-        return 1 + (start - 1) * _cosine(progress / peak)
-    return end + (1 - end) * _cosine((progress - peak) / (1 - peak))
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "cosine": _cosine,
-    "onecycle": _onecycle,
-}
-
-
-def learning_rate(phase: config.Phase, *, step: int, steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0) out of `steps`.
-
-    A linear warm-up over `phase.warmup` of all steps comes first; the schedule runs over the rest.
-    """
-    warmup = round(phase.warmup * steps)
-    if step < warmup:
-        return phase.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup - 1)
-    return phase.learning_rate * SCHEDULES[phase.schedule](progress)
-
-
-def epsilon_share(phase: config.Phase, *, step: int, steps: int) -> float:
-    """Share of the training radius, and of its step size, that optimiser step `step` (from 0) out of `steps` attacks with.
-
-    It rises linearly over `phase.epsilon_warmup` of all steps and is 1 from then on.
-    """
-    warmup = round(phase.epsilon_warmup * steps)
-    return min(1.0, (step + 1) / warmup) if warmup else 1.0
-
-
-# The optimiser of a phase, with learning rates that fall from the top of the network to the bottom if so wished.
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": lambda parameters, **kwargs: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **kwargs),
-}
-
-
-def optimizer(phase: config.Phase, learners: Sequence[nn.Parameter], network: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that `phase` names, over `learners`, each in exactly one group; `network` tells how deep they lie."""
-    groups = layer_groups(learners, network.encoder, layer_decay=phase.layer_decay) if phase.layer_decay < 1 else [whole(learners)]
-    fused = True if learners[0].is_cuda else None  # one kernel, which under fp16 also sees for itself whether to skip the step
-    return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=fused)
-
-
-def whole(learners: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """All in one group."""
-    return {"params": list(learners), "share": 1.0}
-
-
-def layer_groups(learners: Sequence[nn.Parameter], encoder: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameters by depth, from the top: block k learns at `share` = layer_decay ** k of the rate (Bao et al. 2022, sec. 3.2).
-
-    Heads are block 0, the encoder's last block is 1. AdamW's and SGD's weight decay is scaled with the rate, as it is part of the step.
-    """
-    depth = depths(encoder)
-    groups: dict[int, list[nn.Parameter]] = {}
-    for parameter in learners:
-        groups.setdefault(depth.get(parameter, 0), []).append(parameter)
-    return [{"params": groups[block], "share": layer_decay**block} for block in sorted(groups)]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Every group gets its share of `rate`."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["share"]
-
-
-# One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
 
 Record = dict[str, float]
 OnBatch = Callable[[int, int, Tensor], None]  # the loss is a number on the device: to read it makes the host wait for the step
@@ -217,7 +132,8 @@ def train(
         checkpoint: written after every epoch; an unfinished run in it is continued.
         on_batch: called with (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: a loss, a score or a weight is not finite; or the training has collapsed before there was an average to keep.
+        Failure: a loss, a score or a weight is not finite, a batch does not fit into memory, or the training has collapsed before there was
+            an average to keep.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
@@ -228,12 +144,12 @@ def train(
         if progress.history and progress.history[-1].get(COLLAPSED):
             break
         began = time.perf_counter()
-        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch)}
+        record = {"epoch": epoch} | trainer.fitting(partial(trainer.epoch, epoch, on_batch))
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
         progress.optimizer, progress.scaler = optimizer_state(trainer.optimizer), trainer.scaler.state_dict()
         progress.carried = trainer.carried
         with trainer.averaged(epoch):
-            record |= trainer.validate()
+            record |= trainer.fitting(trainer.validate)
             trainer.check(record)
             trainer.guard(progress, record)
             trainer.select(progress, record)
@@ -267,7 +183,7 @@ class _Trainer:
         self.order = batches(dataset, phase, seed=seed)
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
         place(task.network, machine.device)
-        task.network.compiled = machine.compile
+        task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
         self.optimizer, self.scaler = optimizer(phase, task.learners(), task.network), machine.scaler()
         self.batches, self.replays, self.epochs, self.free = self.order.count, 1, phase.epochs, None
@@ -289,6 +205,39 @@ class _Trainer:
         self.average.restore(progress.carried)
         if self.free:
             self.free.restore(progress.carried)
+
+    def fitting(self, part: Callable[[], Record]) -> Record:
+        """What a part of the work returns.
+
+        Raises:
+            Failure: a batch does not fit into memory.
+        """
+        try:
+            return part()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        raise Failure(self._what_fits())  # here, where the error, and with it the tensors of the step, is gone
+
+    def _what_fits(self) -> str:
+        """Try ever smaller parts of a batch. The weights change: those of the last epoch are in the checkpoint."""
+        network, size = self.task.network, self.phase.batch_size
+        before, network.micro_batch = network.micro_batch, network.micro_batch or min(size, len(self.images.labels))
+        while network.micro_batch > 2:
+            network.micro_batch //= 2
+            try:
+                self.epoch(1, lambda epoch, batch, loss: _stop())
+            except _Fits:
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+        else:
+            return f"not even 2 images fit into the memory of {self.machine.device}; choose a smaller model.backbone or data.image_size"
+        return (
+            f"batch_size = {size} does not fit into the memory of {self.machine.device} at {before or size} images at a time, "
+            f"and does at {network.micro_batch}: set runtime.micro_batch = {network.micro_batch}, or in this phase a smaller batch_size"
+        )
 
     def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
         """One pass over the training images, in the order of `streams`.
@@ -463,6 +412,14 @@ class _Trainer:
         if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
             progress.best = _copy(self.task.network.state_dict())
+
+
+class _Fits(Exception):
+    """A step has found enough memory."""
+
+
+def _stop() -> None:
+    raise _Fits
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

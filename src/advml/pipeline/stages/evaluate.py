@@ -17,6 +17,7 @@ from advml.core.progress import Bar
 from advml.core.result_cache import Memo, forget
 from advml.data import adversarial
 from advml.data.corruptions import cifar_c
+from advml.data.prepared import require_labels
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation import expectations, records, samples
 from advml.evaluation.attack_suite import attack_suite
@@ -102,6 +103,7 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
 
 def _settings(context: Context, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:
     """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, `note` on it for the record."""
+    require_labels(context.dataset, "evaluate")
     whole, spec = context.config, context.config.evaluate
     about = {"temperature": whole.temperature, "classes": len(context.dataset.classes), "note": note}
     return evaluation.EvaluationSettings(

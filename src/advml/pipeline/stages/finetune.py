@@ -37,7 +37,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
             "scheme": scheme,
             "regime": regime,
             "seed": seed,
-            "pretraining": {key: pretrained[key] for key in ("name", "digest")},
+            "pretraining": {key: pretrained.get(key) for key in ("name", "digest", "gradient_steps")},
         },
         parameters=pretrained["parameters"] | context.parameters(*sections),  # so that runs compare by all that made them
     )
