@@ -88,9 +88,7 @@ class Dataset:
 def require_labels(dataset: Dataset, reader: str) -> None:
     """Raises UserError if no image has a label, which `reader` needs."""
     if not dataset.classes:
-        raise UserError(
-            f"{reader} needs labels, and no image of data/prepared has one; give images by class, or only: advml pretrain CL st"
-        )
+        raise UserError(f"{reader} needs labels, and no image of data/prepared has one; give images by class, or pretrain CL alone")
 
 
 def digest(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
