@@ -12,8 +12,10 @@ from PIL import Image
 from advml.config import Data
 from advml.core.errors import UserError
 from advml.data.datasets import load, prepare, remarks, save
+from advml.data.duplicates import treat
 from advml.data.image_folder import fingerprint
 from advml.data.prepared import digest
+from advml.data.splits import Rows, Source
 
 DIGITS = {"name": "digits", "validation": 0.1, "test": 0.2, "max_train": 200}
 
@@ -98,6 +100,13 @@ def test_an_unlabelled_copy_of_a_labelled_image_contradicts_nothing_and_is_the_o
     assert {one["class"] for one in kept.duplicates["examples"][0]} == {"cats", None}
     assert dropped.duplicates["dropped"] == {"train": 0, "validation": 0, "test": 0, "unlabelled": 1}
     assert len(dropped.unlabelled) == len(kept.unlabelled) - 1 and len(dropped.train) == len(kept.train)
+
+
+def test_what_images_beyond_the_budget_are_labelled_contradicts_nothing():
+    """A picture twice, in train and beyond the budget, under another label there, which is not read."""
+    rows = Rows(np.zeros((2, 1, 4, 4), np.uint8), np.arange(2), np.array([0, 3]))
+    kept, found = treat(rows, Source("made", ("a", "b"), np.array([0, 1]), read=None), drop=True)
+    assert found["labels"] == 0 and [one["class"] for one in found["examples"][0]] == ["a", None] and len(kept.images) == 1
 
 
 def test_a_flat_folder_has_images_to_learn_from_and_to_select_on_but_no_class(tmp_path):
