@@ -41,11 +41,12 @@ EPOCHS = ("pretrain.CL.epochs=3", "regimes.Full-AT.epochs=3", "attack.steps=1")
 
 
 def results(study, *names: str) -> dict[str, bytes]:
-    """Every result file of these pretrainings and models."""
+    """Every result file of these pretrainings and models, but for the seconds that they took."""
     roots = [
         folder for name in names for folder in (study.workspace.pretrained(name), study.workspace.model(name), study.workspace.report(name))
     ]
     found = {path.relative_to(study.root).as_posix(): path.read_bytes() for root in roots for path in root.rglob("*") if path.is_file()}
+    found = {name: content for name, content in found.items() if not name.endswith("/seconds.json")}
     made = {"record": study.workspace.record("evaluate", names[-1]), "images": study.workspace.adversarial(names[-1])}
     return found | {name: path.read_bytes() for name, path in made.items() if path.exists()}
 

@@ -71,7 +71,7 @@ COMMANDS = f"""
 
 
 def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tuned_and_reported(make_study, tmp_path):
-    """Their rows, on a copy of the sources, and their sections of params.yaml; nothing else is edited."""
+    """Their rows, on a copy of the sources, and their sections of params.yaml, with three views and free steps; nothing else is edited."""
     text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
     rows = {name: re.search(rf'^ +("{name}": .*)$', text, re.MULTILINE)[1] for name in (SCHEME, REGIME)}
     parity = textwrap.dedent(re.search(r"^ +def parity.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0])
@@ -84,7 +84,9 @@ def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tu
     (package / "recipes.py").write_text(recipes, encoding="utf-8")
     study = make_study("study", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0")
     values = YAML(typ="safe").load(study.params)
-    values["pretrain"], values["regimes"] = {SCHEME: values["pretrain"]["SCL"]}, {REGIME: values["regimes"]["Full-AT"]}
+    values["pretrain"] = {SCHEME: values["pretrain"]["SCL"] | {"views": 3}}
+    values["regimes"] = {REGIME: values["regimes"]["Full-AT"] | {"averaged_crops": 5}}
+    values["attack"]["kind"] = "free"
     values["grid"] = {"schemes": [SCHEME], "standard_regimes": [REGIME], "adversarial_regimes": []}
     YAML(typ="safe").dump(values, study.params)
     done = subprocess.run(
@@ -99,10 +101,12 @@ def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tu
     name, space = f"{SCHEME}-{REGIME}-s0", study.workspace
     model = json.loads((space.model(name) / "model.json").read_text())
     assert model["pretraining"]["name"] == f"{SCHEME}-st-s0" and {"threat_model", "attack"} <= model["parameters"].keys()
+    assert model["architecture"]["averaged_crops"] == 5 and model["gradient_steps"] == 2 * 5  # one pass, two replays, five crops
     assert {"accuracy/threat_model_2", "cka/redundancy"} <= json.loads((space.report(name) / "metrics.json").read_text()).keys()
     best = (space.reports / "tune" / f"finetune-{name}" / "best.yaml").read_text()
     assert f"regimes.{REGIME}.epochs" in best
     page = (space.reports / "report.html").read_text()
     assert "PCL parity contrastive" in page and "standard pretraining, adversarial fine-tuning of encoder and head" in page
-    assert name in (space.reports / "summary.csv").read_text() and name in page
+    summary = (space.reports / "summary.csv").read_text()
+    assert name in summary and name in page and {"cost/gradient_steps", "cost/seconds"} <= set(summary.splitlines()[0].split(","))
     assert name in done.stdout

@@ -48,7 +48,7 @@ class Scheme:
     view: Literal["supervised", "contrastive"]  # which section of params.yaml: views
     groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no loss of embeddings
     known_as: str = ""
-    views: int = 1  # of an image in a batch, unless its phase says otherwise
+    views: int = 2  # of an image in a batch, unless its phase says otherwise
     loss: Literal["contrastive", "emp-ssl"] = "contrastive"  # of the embeddings, a key of training.losses.EMBEDDING_LOSSES
     attacked: Literal["image", "views"] = "image"  # what adversarial pretraining perturbs, unless its phase says otherwise
     terms: tuple[Scheme, ...] = ()  # of a hybrid: what it learns from labelled images, what from unlabelled ones
@@ -97,11 +97,12 @@ def hybrid(name: str, *, labelled: Scheme, unlabelled: Scheme) -> Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "SL": Scheme("SL", "supervised", head="classifier", view="supervised"),
-    "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR", views=2),
-    "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon", views=2),
+    "SL": Scheme("SL", "supervised", head="classifier", view="supervised", views=1),
+    "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR"),
+    "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon"),
     "EMP": Scheme(
-        *("EMP", "many crops"),
+        "EMP",
+        "many crops",
         head="projection",
         view="contrastive",
         groups=instances,

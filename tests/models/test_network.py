@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchvision.transforms.functional import five_crop
 
 import advml
 from advml.core.errors import UserError
@@ -342,3 +343,15 @@ def test_a_folder_is_whole_only_with_the_weights_that_its_record_describes(tmp_p
     assert not is_whole(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert not is_whole(tmp_path)
+
+
+def test_a_classifier_of_averaged_crops_sees_the_mean_features_of_centre_and_corners(make_network):
+    network, images = make_network(), torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    network.eval()
+    network.architecture = replace(network.architecture, averaged_crops=5)
+    crops = [F.interpolate(crop, size=(8, 8), mode="bilinear", align_corners=False) for crop in five_crop(images, [6, 6])]
+    expected = torch.stack([network.features(crop) for crop in crops]).mean(0)
+    torch.testing.assert_close(network.classifier_features(images), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(network(images), network.classify(expected), atol=1e-4, rtol=1e-4)
+    images.requires_grad_()
+    assert torch.autograd.grad(network(images).sum(), images)[0].abs().sum() > 0

@@ -50,5 +50,6 @@ def test_passes_are_counted(tmp_path, dataset, make_network, name, attacked, opt
     else:
         task = finetuning_task(network, REGIMES[name], phase, data.train, CPU)
     adversary = adversarial_training(CONFIG.attack, CONFIG.threat_model, phase) if attacked else None
-    (record,) = train(task, data, phase, adversary=adversary, seed=0, machine=CPU, checkpoint=Checkpoint(tmp_path, "x"))
-    assert record[GRADIENT_STEPS] == expected
+    checkpoint = Checkpoint(tmp_path, "x")
+    (record,) = train(task, data, phase, adversary=adversary, seed=0, machine=CPU, checkpoint=checkpoint)
+    assert record[GRADIENT_STEPS] == expected and 0 < checkpoint.load().seconds < 60

@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor
 
 from advml.core.errors import UserError
-from advml.training.losses import OBJECTIVES, contrastive, contrastive_pair, cross_entropy, divergence, dlr, margin
+from advml.training.losses import OBJECTIVES, contrastive, contrastive_pair, cross_entropy, divergence, dlr, emp_ssl, margin
 
 TEMPERATURE = 0.2
 GROUPS = {
@@ -243,3 +243,13 @@ def test_the_divergence_of_the_same_is_zero_and_certainty_keeps_it_finite():
     torch.testing.assert_close(divergence(logits, logits), torch.zeros(2))
     assert divergence(logits, logits.flip(1)).isfinite().all()
     assert divergence(logits.bfloat16(), logits.bfloat16()).dtype == torch.float32
+
+
+def test_crops_that_agree_cost_what_their_spread_says():
+    """Closed form: cosines of 1, and -1/2 sum_k log(1 + D / (N e^2) s_k^2) of the singular values s_k of the N x D embeddings."""
+    z = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    expected = -200 - 0.5 * torch.log1p(4 / (6 * 0.2) * torch.linalg.svdvals(z.double()) ** 2).sum()
+    losses = emp_ssl(z.expand(3, -1, -1), torch.arange(6), temperature=1.0)
+    torch.testing.assert_close(losses.double(), expected.expand(6), atol=1e-3, rtol=1e-5)
+    apart = emp_ssl(torch.stack([z, -z + 1e-3]), torch.arange(6), temperature=1.0)
+    assert (apart > losses + 100).all()

@@ -697,11 +697,11 @@ def test_every_batch_is_told_and_their_mean_is_recorded(tmp_path, dataset, make_
 def test_records_hold_exactly_the_documented_names(fit):
     _, (record, _) = fit("CL at")
     assert set(record) == {
-        *("epoch", "learning_rate", "train/loss", "train/adversarial_loss"),
+        *("epoch", "learning_rate", "train/loss", "train/adversarial_loss", "train/gradient_steps"),
         *("validation/loss", "validation/adversarial_loss"),
     }
     _, (record, _) = fit("CL ST")
-    assert set(record) == {"epoch", "learning_rate", "train/loss", "validation/accuracy"}
+    assert set(record) == {"epoch", "learning_rate", "train/loss", "train/gradient_steps", "validation/accuracy"}
 
 
 def test_training_learns(fit):

@@ -306,7 +306,7 @@ class Diagnostics(Section):
         "epsilons of the security curve, as multiples"
     )
     minimal: Literal[tuple(MINIMAL_NORMS)] | None = means(
-        "distances of nearest adversarial images, needs advml[foolbox]: fmn, ddn, cw", None
+        "distances of nearest adversarial images, needs advml[distances]: fmn, ddn, cw", None
     )
     minimal_steps: Steps = means("of that search", 100)
 

@@ -202,7 +202,7 @@ def test_cl_keeps_its_projection_head_and_changes_its_encoder_only_under_full_at
     assert same(made, source, "projection_head") and made["classifier.weight"].shape == (4, 96)
     assert same(made, source, "encoder") == (regime != "Full-AT")
     pretraining = json.loads((study.workspace.pretrained(f"CL-{REGIMES[regime]}-s0") / "model.json").read_text())
-    assert record["pretraining"] == {key: pretraining[key] for key in ("name", "digest")}
+    assert record["pretraining"] == {key: pretraining[key] for key in ("name", "digest", "gradient_steps")}
     assert ("threat_model" in record["parameters"]) == ("attack" in record["parameters"]) == (regime != "ST")
 
 
