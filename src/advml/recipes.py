@@ -10,6 +10,14 @@ all read these rows, so a new row works everywhere (docs/extending.md). Nothing 
 | SCL    | 2     | projection | all views of its class | contrastive        | SupCon   |
 | EMP    | 16    | projection | the other views        | emp-ssl            | EMP-SSL  |
 
+A hybrid learns two of these at once, one from labelled, one from unlabelled images:
+
+| scheme | labelled images | unlabelled images | in the paper's code |
+|--------|-----------------|-------------------|---------------------|
+| CLxSL  | SL              | CL                | CL-SL               |
+| CLxSCL | SCL             | CL                | CL-SCL              |
+| SCLxSL | SL              | SCL: reads labels | SCL-SL              |
+
 | regime     | pretraining | fine-tuning | trained in fine-tuning | known as |
 |------------|-------------|-------------|------------------------|----------|
 | ST         | standard    | standard    | head                   | -        |
@@ -21,7 +29,7 @@ all read these rows, so a new row works everywhere (docs/extending.md). Nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -43,11 +51,27 @@ class Scheme:
     views: int = 2  # of an image in a batch, unless its phase says otherwise
     loss: Literal["contrastive", "emp-ssl"] = "contrastive"  # of the embeddings, a key of training.losses.EMBEDDING_LOSSES
     attacked: Literal["image", "views"] = "image"  # what adversarial pretraining perturbs, unless its phase says otherwise
+    terms: tuple[Scheme, ...] = ()  # of a hybrid: what it learns from labelled images, what from unlabelled ones
 
     @property
     def has_temperature(self) -> bool:
         """Whether its loss divides similarities by the study's temperature."""
         return self.groups is not None and self.loss == "contrastive"
+
+    @property
+    def parts(self) -> tuple[Scheme, ...]:
+        """The schemes that it learns at once: its terms, or itself."""
+        return self.terms or (self,)
+
+    @property
+    def heads(self) -> set[str]:
+        """The heads that it learns."""
+        return {part.head for part in self.parts}
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether its loss depends on labels; of a hybrid, on those of labelled images."""
+        return self.parts[0].groups is not instances
 
     @property
     def described(self) -> str:
@@ -65,6 +89,13 @@ def classes(labels: Tensor) -> Tensor:
     return labels
 
 
+def hybrid(name: str, *, labelled: Scheme, unlabelled: Scheme) -> Scheme:
+    """A scheme of two terms. It predicts by the head of its labelled term, and threat model I attacks that term, if it is contrastive."""
+    attackable = labelled if labelled.groups else unlabelled
+    known_as, title = f"{unlabelled.name}-{labelled.name}", f"{labelled.title} and {unlabelled.title}"
+    return replace(attackable, name=name, title=title, head=labelled.head, known_as=known_as, terms=(labelled, unlabelled))
+
+
 SCHEMES: dict[str, Scheme] = {
     "SL": Scheme("SL", "supervised", head="classifier", view="supervised", views=1),
     "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR"),
@@ -80,6 +111,11 @@ SCHEMES: dict[str, Scheme] = {
         loss="emp-ssl",
         attacked="views",
     ),
+}
+SCHEMES |= {
+    "CLxSL": hybrid("CLxSL", labelled=SCHEMES["SL"], unlabelled=SCHEMES["CL"]),
+    "CLxSCL": hybrid("CLxSCL", labelled=SCHEMES["SCL"], unlabelled=SCHEMES["CL"]),
+    "SCLxSL": hybrid("SCLxSL", labelled=SCHEMES["SL"], unlabelled=SCHEMES["SCL"]),
 }
 
 

@@ -18,6 +18,7 @@ from advml import config
 from advml.config import schema
 from advml.config.presets import preset
 from advml.core.errors import UserError
+from advml.recipes import SCHEMES
 
 PARAMS = preset("digits")
 
@@ -110,13 +111,13 @@ def test_a_wrong_value_of_a_search_gets_its_line(params: Path, key: str, value: 
 MISTAKES = {
     # unknown keys
     "threat_model.eps=1": "unknown key 'threat_model.eps'; did you mean epsilon? choose from norm, epsilon",
-    "pretrain.MAE={}": "unknown key 'pretrain.MAE'; choose from SL, CL, SCL",
+    "pretrain.MAE={}": f"unknown key 'pretrain.MAE'; choose from {', '.join(SCHEMES)}",
     "regimes.FullAT.epochs=1": "-S regimes.FullAT.epochs: unknown key 'regimes.FullAT'; did you mean Full-AT? "
     "choose from ST, AT, Partial-AT, Full-AT",
     "seeds.0=3": "-S seeds.0: 'seeds' is a value, not a section",
     # wrong values
     "threat_model.norm=l1": "threat_model.norm = 'l1'; choose from linf, l2",
-    "grid.schemes=[SL, SimCLR]": "grid.schemes[1] = 'SimCLR'; choose from SL, CL, SCL",
+    "grid.schemes=[SL, SimCLR]": f"grid.schemes[1] = 'SimCLR'; choose from {', '.join(SCHEMES)}",
     "grid.schemes=SL": "grid.schemes = 'SL'; must be a list in brackets",
     "grid.schemes=[]": "grid.schemes = []; must hold at least 1",
     "grid.schemes=[SL, SL]": 'grid.schemes = ["SL", "SL"]; must not name anything twice',
@@ -208,7 +209,7 @@ def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
 
 NEUTRAL = {
     "Data": {"path": None, "image_size": None, "channels": None, "layout": "auto", "max_train": None, "max_test": None, "seed": 0}
-    | {"skip_corrupt": False, "duplicates": "keep", "white_level": None},
+    | {"skip_corrupt": False, "duplicates": "keep", "white_level": None, "label_budget": 1, "unlabelled": False},
     "Model": {"options": {}, "projection_size": 100, "normalize_logits": False, "batch_norm": "single", "init": None},
     "View": {"rotation": 0, "scale": (1, 1), "shift": 0, "pad": 0, "resized_crop": None, "flip": 0, "brightness": 0, "contrast": 0}
     | {"saturation": 0, "hue": 0, "jitter": 1, "grey": 0},
@@ -309,11 +310,12 @@ def test_every_attacked_phase_with_cross_entropy_takes_the_options_of_the_attack
     assert {name: getattr(loaded.phases[key], name) for name in values} == values
 
 
-def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused(params: Path) -> None:
+def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused() -> None:
     other = {"layer_decay": 0.5, "label_smoothing": 0.5, "loss": "trades", "adversarial_weight": 0.5, "epsilon": 0.5}
     other |= {"epsilon_warmup": 0.5, "attack_steps": 1, "frozen_statistics": True, "clean_weight": 0, "weight_annealing": 2}
     other |= {"attacked": "views", "attack_kind": "fast", "views": 3, "view_annealing": 2, "averaged_crops": 5}
-    loaded = config.load(params)
+    raw = config.apply(PARAMS, ())
+    loaded = config.validate(raw | {"pretrain": dict.fromkeys(SCHEMES, raw["pretrain"]["SL"])})
     for key, names in config.WITHOUT_EFFECT.items():
         for name, why in names.items():
             assert config.changed(loaded, {f"{key}.{name}": NEUTRAL["Phase"][name]}).phases[key] is not None

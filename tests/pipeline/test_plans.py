@@ -33,14 +33,14 @@ def test_a_phase_is_the_training_of_the_stages_to_the_bit(make_study, dataset, t
     context = study.context()
     pretrain.run(context, scheme="CL", phase="at", seed=3)
     plan = pretraining(context.config, dataset, scheme="CL", phase="at", seed=3)
-    made, history = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "a", "x"))
+    made, history = fit(plan, CPU, checkpoint=Checkpoint(tmp_path / "a", "x"))
     _, network = context.load_network(study.workspace.pretrained("CL-at-s3"))
     assert same(made, network) and len(history) == 2
 
     finetune.run(context, scheme="CL", regime="Full-AT", seed=3)
     _, start = finetune.load_pretrained(context, scheme="CL", regime="Full-AT", seed=3)
     plan = finetuning(context.config, dataset, CPU, start, scheme="CL", regime="Full-AT", seed=3)
-    made, _ = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "b", "x"))
+    made, _ = fit(plan, CPU, checkpoint=Checkpoint(tmp_path / "b", "x"))
     _, network = context.load_network(study.workspace.model("CL-Full-AT-s3"))
     assert same(made, network)
 
@@ -52,7 +52,7 @@ class Pruned(Exception):
 def test_a_phase_ended_by_its_watcher_goes_on_from_that_very_epoch(dataset, tmp_path):
     configuration = config.changed(CONFIG, {"pretrain.CL.epochs": 3})
     whole, history = fit(
-        pretraining(configuration, dataset, scheme="CL", phase="at", seed=0), dataset, CPU, checkpoint=Checkpoint(tmp_path / "whole", "x")
+        pretraining(configuration, dataset, scheme="CL", phase="at", seed=0), CPU, checkpoint=Checkpoint(tmp_path / "whole", "x")
     )
 
     def prune(record: dict[str, float]) -> None:
@@ -62,10 +62,9 @@ def test_a_phase_ended_by_its_watcher_goes_on_from_that_very_epoch(dataset, tmp_
     told, batches = [], []
     plan = pretraining(configuration, dataset, scheme="CL", phase="at", seed=0)
     with pytest.raises(Pruned):
-        fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path / "part", "x"), on_epoch=prune)
+        fit(plan, CPU, checkpoint=Checkpoint(tmp_path / "part", "x"), on_epoch=prune)
     again, records = fit(
         pretraining(configuration, dataset, scheme="CL", phase="at", seed=0),
-        dataset,
         CPU,
         checkpoint=Checkpoint(tmp_path / "part", "x"),
         on_epoch=told.append,
@@ -78,7 +77,7 @@ def test_a_phase_ended_by_its_watcher_goes_on_from_that_very_epoch(dataset, tmp_
 def test_what_has_nothing_to_learn_is_handed_back_as_it_is(make_network, dataset, tmp_path):
     network = make_network()
     plan = finetuning(CONFIG, dataset, CPU, network, scheme="SL", regime="AT", seed=0)
-    made, history = fit(plan, dataset, CPU, checkpoint=Checkpoint(tmp_path, "x"))
+    made, history = fit(plan, CPU, checkpoint=Checkpoint(tmp_path, "x"))
     assert made is network and history == [] and same(made, make_network())
 
 

@@ -79,7 +79,9 @@ def attack(
 
 
 def preset(
-    name: Annotated[str, typer.Argument(help="Name of the preset: digits, smoke, cifar10, cifar100 or folder.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="Name of the preset: digits, smoke, semi_supervised, cifar10, cifar100 or folder.", show_default=False)
+    ],
     protocol: Annotated[str, typer.Option(help="Protocol of the settings: corrected (ours) or paper.")] = "corrected",
     full: Annotated[bool, typer.Option("--full", help="Print all keys, also those that keep their neutral defaults.")] = False,
     overrides: Overrides = None,

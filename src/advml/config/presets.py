@@ -1,9 +1,9 @@
-"""params.yaml files to start from: digits, smoke, cifar10, cifar100, folder.
+"""params.yaml files to start from: digits, smoke, semi_supervised, cifar10, cifar100, folder.
 
     >>> print(preset("cifar10", protocol="paper"))
 
 A preset is the values that its study chooses, by dotted key; comments and order are the schema's. The params.yaml of the repository is
-`preset("digits")`, that of pipelines/smoke `preset("smoke")`. To add one, add a row to PRESETS.
+`preset("digits")`; those of pipelines/smoke and pipelines/semi_supervised are the presets of these names. To add one, add a row to PRESETS.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ HEADER = """\
 """
 
 HEADS = ("regimes.ST", "regimes.AT", "regimes.Partial-AT")
+HYBRIDS = ("CLxSL", "CLxSCL", "SCLxSL")
 PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *(f"regimes.{name}" for name in REGIMES))  # of the paper
 
 
@@ -139,6 +140,18 @@ SMOKE = DIGITS | {
     "diagnostics.steps": 4,
     "corruptions": {"names": ["gaussian_noise", "fog"], "severities": [1, 5], "images": 50},
     "tracking.experiment": "smoke",
+}
+
+# A tenth of the labels: what SL makes of them alone, CL of all images, and the hybrids of both. In batches of 32, three times as many
+# epochs on 126 images are as many steps as in the digits study.
+SEMI_SUPERVISED = DIGITS | {
+    "grid": {"schemes": ["SL", "CL", *HYBRIDS], "standard_regimes": ["ST"], "adversarial_regimes": ["AT", "Full-AT"]},
+    "data.label_budget": 0.1,
+    **_phase("pretrain.SL", epochs=45, batch_size=32, **ADAMW, learning_rate=4e-3, schedule="onecycle"),
+    **_phase(*HEADS, epochs=60, batch_size=32, **HEAD, learning_rate=1e-2),
+    **_phase("regimes.Full-AT", epochs=30, batch_size=32, **ADAMW, learning_rate=2e-3, schedule="onecycle"),
+    **_phase(*(f"pretrain.{name}" for name in HYBRIDS), epochs=40, batch_size=128, **ADAMW, learning_rate=4e-3, schedule="onecycle"),
+    "tracking.experiment": "semi_supervised",
 }
 
 # AutoAttack's standard strength, under either protocol.
@@ -275,6 +288,7 @@ def _cifar(key: str, name: str) -> dict[str, Preset]:
 PRESETS: dict[str, dict[str, Preset]] = {
     "digits": {"corrected": Preset("The study of scikit-learn's digits.", DIGITS)},
     "smoke": {"corrected": Preset("Every kind of stage on a few digits, in about a minute.", SMOKE, schema="../../params.schema.json")},
+    "semi_supervised": {"corrected": Preset("The digits with a tenth of the labels.", SEMI_SUPERVISED, schema="../../params.schema.json")},
     "cifar10": _cifar("cifar10", "CIFAR-10"),
     "cifar100": _cifar("cifar100", "CIFAR-100"),
     "folder": {

@@ -58,7 +58,9 @@ def _after(pretraining: str) -> tuple[str, ...]:
 class Grid(Section):
     """Which models the study trains. AT, Partial-AT and Full-AT share one adversarial pretraining."""
 
-    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct] = means(", ".join(scheme.described for scheme in SCHEMES.values()))
+    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct] = means(
+        ", ".join(scheme.described for scheme in SCHEMES.values() if not scheme.terms)
+    )
     standard_regimes: Annotated[tuple[Literal[_after("st")], ...], Short, Distinct] = means("after a standard pretraining")
     adversarial_regimes: Annotated[tuple[Literal[_after("at")], ...], Short, Distinct] = means("after an adversarial pretraining")
 
@@ -89,6 +91,8 @@ class Data(Section):
     test: Annotated[Number, Field(gt=0, lt=1)] = means("share of all images, where the data come without a test split")
     max_train: Images | None = means("keep at most this many training images, stratified; null: all", None)
     max_test: Images | None = means("keep at most this many test images, stratified; null: all", None)
+    label_budget: PositiveShare = means("share of the training images whose labels are used, stratified; the others are unlabelled", 1.0)
+    unlabelled: bool = means("folder: true: read images without labels too, of a folder unlabelled, or of one without classes", False)
     skip_corrupt: bool = means("true: leave unreadable images out and count them; false: list them and stop", False)
     duplicates: Literal["keep", "drop"] = means(
         "drop: of images with equal pixels one stays, in test if it is there; under two labels none", "keep"
@@ -104,6 +108,8 @@ class Data(Section):
             raise ValueError("data.path is missing: data.name = 'folder' needs the folder of images, e.g. -S data.path=photos")
         if self.name == "folder" and self.image_size is None:
             raise ValueError("data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64")
+        if self.unlabelled and self.name != "folder":
+            raise ValueError(f"data.unlabelled = true has no effect: data.name = {self.name!r} is no folder; set data.label_budget instead")
         if self.validation + self.test >= 1:
             total = self.validation + self.test
             raise ValueError(f"data.validation + data.test = {total:g} leaves nothing to train on; keep the sum below 1")
@@ -225,12 +231,15 @@ def _without_effect() -> dict[str, dict[str, str]]:
     """Phase -> the keys that it has no use for, and why; they must keep their defaults."""
     from_scratch = {"frozen_statistics": "pretraining starts without statistics to keep"}
     from_scratch |= {"averaged_crops": "the classifiers of the study are made in fine-tuning"}
-    contrastive = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
+    no_classifier = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
     clean = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images alone")
     head_only = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime learns a head, and the encoder is fixed")
     one_view = {"views": "cross-entropy is of one view of an image"}
     unaugmented = dict.fromkeys(("attacked", "views", "view_annealing"), "fine-tuning learns on the images themselves")
-    pretrain = {f"pretrain.{name}": (contrastive if scheme.groups else one_view) | from_scratch for name, scheme in SCHEMES.items()}
+    pretrain = {
+        f"pretrain.{name}": from_scratch | ({} if "classifier" in scheme.heads else no_classifier) | ({} if scheme.groups else one_view)
+        for name, scheme in SCHEMES.items()
+    }
     return pretrain | {
         f"regimes.{name}": unaugmented | ({} if regime.attacked else clean) | ({} if regime.encoder_learns else head_only)
         for name, regime in REGIMES.items()

@@ -25,7 +25,7 @@ from advml.data import bit_depth, duplicates
 from advml.data.cifar import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON, cifar
 from advml.data.image_folder import fingerprint, folder
 from advml.data.images import Pixels, fit_arrays
-from advml.data.prepared import Dataset, Split, digest, load, save
+from advml.data.prepared import UNLABELLED, Dataset, Split, count, digest, load, save
 from advml.data.splits import Rows, Source, divide
 
 __all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepare", "remarks", "save"]
@@ -78,7 +78,7 @@ def prepare(data: Data) -> Dataset:
     rows, found = duplicates.treat(rows, source, drop=data.duplicates == "drop")
     splits = rows.divided(source.labels)
     _check_classes(splits, source.classes)
-    mean, std = channel_statistics(splits["train"].images)
+    mean, std = channel_statistics(*(splits[name].images for name in ("train", UNLABELLED) if name in splits))
     return Dataset(
         **splits,
         classes=source.classes,
@@ -96,8 +96,15 @@ def prepare(data: Data) -> Dataset:
 
 
 def remarks(dataset: Dataset) -> list[str]:
-    """What a user may not expect: of the folder, the range of the pixels and identical images; without capital and full stop."""
+    """What a user may not expect: of the folder, labels, the range of the pixels and identical images; without capital and full stop."""
     white, said = dataset.parameters.get("white_level"), list(dataset.remarks)
+    if not dataset.classes:
+        said.append("no image has a label: only a scheme that needs none can learn from them, e.g. advml pretrain CL st")
+    if dataset.unlabelled:
+        said.append(
+            f"{len(dataset.train)} training images are labelled; {len(dataset.unlabelled)} are not, and serve CL and the second term of "
+            "semi-supervised schemes"
+        )
     if dataset.depth:
         said.append(bit_depth.sentence(dataset.depth, chosen=white is not None))
     elif white is not None:
@@ -107,33 +114,32 @@ def remarks(dataset: Dataset) -> list[str]:
     return said
 
 
-def channel_statistics(images: Tensor, *, batch: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every channel of uint8 images (N, C, H, W), in [0, 1] units.
+def channel_statistics(*parts: Tensor, batch: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel of uint8 images (N, C, H, W), all parts together, in [0, 1] units.
 
     From sums of whole numbers, so exact and the same on every machine, and without a float copy. A constant channel
     gets one grey level, 1/255, instead of 0, so that a model may divide by it.
     """
-    batch = batch or max(1, 2**24 // images[0].numel())  # 64 MiB of whole numbers at a time
-    total = torch.zeros(images.shape[1], dtype=torch.int64)
+    batch = batch or max(1, 2**24 // parts[0][0].numel())  # 64 MiB of whole numbers at a time
+    total = torch.zeros(parts[0].shape[1], dtype=torch.int64)
     squares = torch.zeros_like(total)
-    for part in images.split(batch):
-        levels = part.to(torch.int32)
+    for levels in (some.to(torch.int32) for images in parts for some in images.split(batch)):
         total += levels.sum((0, 2, 3))
         squares += levels.square_().sum((0, 2, 3))
-    count = images.numel() // images.shape[1]
+    pixels = sum(images.numel() // images.shape[1] for images in parts)
     sums = list(zip(total.tolist(), squares.tolist(), strict=True))  # Python's whole numbers do not overflow
-    mean = tuple(t / count / 255 for t, _ in sums)
-    std = tuple(max((count * s - t * t) ** 0.5 / count, 1.0) / 255 for t, s in sums)
+    mean = tuple(t / pixels / 255 for t, _ in sums)
+    std = tuple(max((pixels * s - t * t) ** 0.5 / pixels, 1.0) / 255 for t, s in sums)
     return mean, std
 
 
 def _check_classes(splits: dict[str, Split], classes: tuple[str, ...]) -> None:
     """Every class was there before unreadable images and duplicates were left out."""
     for name, split in splits.items():
-        empty = torch.nonzero(torch.bincount(split.labels, minlength=len(classes)) == 0).flatten().tolist()
-        if empty:
+        numbers = count(split.labels, classes)
+        if name != UNLABELLED and 0 in numbers:
             raise UserError(
-                f"class '{classes[empty[0]]}' has no image left in {name} without unreadable ones and duplicates; "
+                f"class '{classes[numbers.index(0)]}' has no image left in {name} without unreadable ones and duplicates; "
                 "mend its images or remove the class"
             )
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from advml.data.prepared import SPLITS
+from advml.data.prepared import NAMES, SPLITS, UNLABELLED
 from advml.data.splits import Rows, Source
 
 EXAMPLES = 10  # pictures whose copies dataset.json lists
-PRECEDENCE = ("test", "validation", "train")  # which copy stays
+PRECEDENCE = ("test", "validation", "train", UNLABELLED)  # which copy stays
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,31 +26,34 @@ class Copies:
     """Images grouped by their pixels.
 
     Attributes:
-        split, label, picture: (N,), for each image the number of its split in SPLITS, its label, the number of its group.
+        split, label, picture: (N,), for each image the number of its split in `names`, its label or -1, the number of its group.
+        names: of the splits.
     """
 
     split: np.ndarray
     label: np.ndarray
     picture: np.ndarray
+    names: tuple[str, ...] = SPLITS
 
     @property
     def counts(self) -> np.ndarray:
         """(pictures, splits): how often each picture occurs in each split."""
-        shape = (self.picture.max(initial=-1) + 1, len(SPLITS))
+        shape = (self.picture.max(initial=-1) + 1, len(self.names))
         return np.bincount(self.picture * shape[1] + self.split, minlength=shape[0] * shape[1]).reshape(shape)
 
     @property
     def contradictory(self) -> np.ndarray:
         """(pictures,): whether a picture stands under more than one label."""
-        labels = self.label.max(initial=0) + 1
-        return np.bincount(np.unique(self.picture * labels + self.label) // labels) > 1
+        labels, known = self.label.max(initial=0) + 1, self.label >= 0
+        pairs = np.unique(self.picture[known] * labels + self.label[known])
+        return np.bincount(pairs // labels, minlength=self.picture.max(initial=-1) + 1) > 1
 
 
-def find(images: np.ndarray, *, labels: np.ndarray, split: np.ndarray) -> Copies:
+def find(images: np.ndarray, *, labels: np.ndarray, split: np.ndarray, names: tuple[str, ...] = SPLITS) -> Copies:
     """Group images (uint8, N x C x H x W) by their pixels; `labels` and `split` are (N,)."""
     numbers: dict[bytes, int] = {}
     picture = [numbers.setdefault(hashlib.sha256(np.ascontiguousarray(image)).digest(), len(numbers)) for image in images]
-    return Copies(split, labels, np.array(picture, dtype=np.int64))
+    return Copies(split, labels, np.array(picture, dtype=np.int64), names)
 
 
 def describe(copies: Copies) -> dict[str, Any]:
@@ -62,11 +65,13 @@ def describe(copies: Copies) -> dict[str, Any]:
     """
     counts = copies.counts
     repeated = counts.sum(1) > 1
-    columns = dict(zip(SPLITS, counts.T, strict=True))
+    columns = dict(zip(copies.names, counts.T, strict=True))
     return {
         "pictures": int(repeated.sum()),
         "images": int(counts[repeated].sum()),
-        "between": {f"{one} and {other}": int(((columns[one] > 0) & (columns[other] > 0)).sum()) for one, other in combinations(SPLITS, 2)},
+        "between": {
+            f"{one} and {other}": int(((columns[one] > 0) & (columns[other] > 0)).sum()) for one, other in combinations(columns, 2)
+        },
         "labels": int(copies.contradictory.sum()),
         "within": {name: int(np.maximum(column - 1, 0).sum()) for name, column in columns.items()},
     }
@@ -84,10 +89,10 @@ def examples(copies: Copies) -> list[np.ndarray]:
 def unique(copies: Copies) -> np.ndarray:
     """Whether each image stays, bool (N,), if no picture may occur twice.
 
-    The copy in test stays, else the one in validation, else the one in train; within a split, the first. A picture
+    The copy in test stays, else the one in validation, else the one in train, else an unlabelled one; within a split, the first. A picture
     under two labels goes altogether, because nothing says which label is right.
     """
-    order = np.array([PRECEDENCE.index(name) for name in SPLITS])[copies.split].argsort(kind="stable")
+    order = np.array([PRECEDENCE.index(name) for name in copies.names])[copies.split].argsort(kind="stable")
     _, first = np.unique(copies.picture[order], return_index=True)
     stays = np.zeros(len(order), dtype=bool)
     stays[order[first]] = True
@@ -95,17 +100,19 @@ def unique(copies: Copies) -> np.ndarray:
 
 
 def treat(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, Any]]:
-    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them."""
+    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them. Labels of `unlabelled` are not read."""
+    names = NAMES if len(SPLITS) in rows.split else SPLITS
+    labels = np.where(rows.split < len(SPLITS), source.labels[rows.indices], -1)
 
-    def listed(at: int) -> dict[str, str]:
-        index = rows.indices[at]
-        return {"image": source.title(index), "split": SPLITS[rows.split[at]], "class": source.classes[source.labels[index]]}
+    def listed(at: int) -> dict[str, str | None]:
+        known = source.classes[labels[at]] if labels[at] >= 0 else None
+        return {"image": source.title(rows.indices[at]), "split": names[rows.split[at]], "class": known}
 
-    copies = find(rows.images, labels=source.labels[rows.indices], split=rows.split)
+    copies = find(rows.images, labels=labels, split=rows.split, names=names)
     stays = unique(copies) if drop else np.ones(len(rows.split), dtype=bool)
-    dropped = np.bincount(rows.split[~stays], minlength=len(SPLITS)).tolist()
+    dropped = np.bincount(rows.split[~stays], minlength=len(names)).tolist()
     few = [[listed(at) for at in group] for group in examples(copies)]
-    found = describe(copies) | {"dropped": dict(zip(SPLITS, dropped, strict=True)), "examples": few}
+    found = describe(copies) | {"dropped": dict(zip(names, dropped, strict=True)), "examples": few}
     return rows.keep(stays), found
 
 

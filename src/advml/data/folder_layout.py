@@ -174,6 +174,7 @@ class Layout:
     """The images of `train`, and of `validation` and `test` if there are such folders, by class.
 
     Attributes:
+        unlabelled: images without labels, for training.
         tables: the files that gave labels.
         remarks: what a user may not expect, a line each.
     """
@@ -181,13 +182,15 @@ class Layout:
     splits: dict[str, Classes]
     tables: list[Path]
     remarks: list[str]
+    unlabelled: list[Path]
 
 
-def read_layout(root: Folder, layout: str) -> Layout:
+def read_layout(root: Folder, layout: str, *, unlabelled: bool = False) -> Layout:
     """Sort the images of a tree into splits and classes.
 
     Args:
         layout: what the top folders are: 'classes', 'splits', or 'auto', which goes by their names and refuses what is doubtful.
+        unlabelled: read images without labels: those of a folder of that name beside splits, or all of a folder that has no classes.
     Raises:
         UserError: the tree has no two classes, its splits have not the same ones, or it may be meant in several ways.
     """
@@ -204,8 +207,10 @@ def read_layout(root: Folder, layout: str) -> Layout:
             for one in place.folders
             if one.holds_images and split_of(one.name) == ("train", "")
         ]
+    pools = [one for one in place.folders if unlabelled and splits and one.holds_images and one not in splits.values()]
+    pool = [image for one in pools for image in _images([one])]
     if splits:
-        remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in splits.values()]
+        remarks += [f"{one.path} is no split and is left out" for one in place.folders if one not in (*splits.values(), *pools)]
     beside = {split: [table for table in place.tables if split_of(table.stem)[0] in (None, split)] for split in splits}
     everywhere = [image for one in splits.values() for part in one.below() for image in part.images]
     found: dict[str, Classes] = {}
@@ -225,14 +230,17 @@ def read_layout(root: Folder, layout: str) -> Layout:
             remarks += _remarks_on_folders(inner, found[split])
         elif split == "test":
             remarks.append(f"{len(inner.images)} images in {inner.path} have no labels: left out")
+        elif unlabelled and not splits and inner.images:
+            return Layout({"train": {}}, [], remarks, _images([inner]))
         else:
-            raise UserError(_without_labels(inner) + (f"; or, {REMEDY}" if splits else ""))
+            alone = "" if splits or not inner.images else ", or, to pretrain without labels, set data.unlabelled=true"
+            raise UserError(_without_labels(inner) + (f"; or, {REMEDY}" if splits else alone))
     _check_classes(found, splits or {"train": place})
     if splits:
         shares = [f"{split}: a share of train" for split in ("validation", "test") if split not in found]
         remarks.insert(0, "; ".join(["splits: " + ", ".join(f"{split} = {splits[split].path.name}" for split in found), *shares]))
         found = dict(sorted(found.items(), key=lambda item: splits[item[0]].path.name))  # images are numbered, and so dealt, in this order
-    return Layout(found, tables, remarks + remarks_on_names(found["train"]))
+    return Layout(found, tables, remarks + remarks_on_names(found["train"]), pool)
 
 
 def _remarks_on_folders(place: Folder, classes: Classes) -> list[str]:

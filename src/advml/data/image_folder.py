@@ -13,6 +13,7 @@ from advml.core.paths import given_path
 from advml.data.folder_layout import SHOWN, Layout, read_layout
 from advml.data.folder_tree import Tree, list_tree
 from advml.data.images import Pixels, read_files
+from advml.data.prepared import UNLABELLED
 from advml.data.splits import Source
 
 
@@ -29,7 +30,7 @@ def folder(data: Data) -> Source:
     tree = list_tree(root)
     for error in tree.errors:
         raise UserError(f"data.path: {error.filename} cannot be listed ({error.strerror}); give the right to read it")
-    return _source(root, data, tree, read_layout(tree.root, data.layout))
+    return _source(root, data, tree, read_layout(tree.root, data.layout, unlabelled=data.unlabelled))
 
 
 def fingerprint(data: Data) -> str | None:
@@ -42,7 +43,7 @@ def fingerprint(data: Data) -> str | None:
         return None
     tree = list_tree(root)
     try:
-        used, refusal = read_layout(tree.root, data.layout).tables, None
+        used, refusal = read_layout(tree.root, data.layout, unlabelled=data.unlabelled).tables, None
     except UserError as error:
         used, refusal = [], str(error)
     paths = [path for place in tree.root.below() for path in (*place.images, *place.lost)]
@@ -69,6 +70,14 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
             paths += images[name]
             labels += [label] * len(images[name])
         given[split] = np.arange(start, len(paths))
+    paths += layout.unlabelled
+    if data.unlabelled and not layout.unlabelled:
+        raise UserError(f"data.unlabelled = true, but {root} holds no folder called unlabelled beside train; add it, or set it to false")
+    if not classes:
+        given = {}
+    elif layout.unlabelled:
+        given[UNLABELLED] = np.arange(len(labels), len(paths))
+    labels += [-1] * len(layout.unlabelled)
 
     def read(chosen: np.ndarray) -> Pixels:
         files = [paths[index] for index in chosen]
@@ -81,7 +90,7 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
     return Source(
         f"folder {root.name or root}",
         classes,
-        np.array(labels),
+        np.array(labels, dtype=np.int64),
         read,
         given,
         ignored=everything - len(paths),

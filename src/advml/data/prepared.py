@@ -1,7 +1,8 @@
 """A prepared dataset in memory and on disk.
 
 `data/prepared/` holds `{train,validation,test}.safetensors` with `images` (uint8, N x C x H x W) and `labels`
-(int64, N), and `dataset.json` with everything else. No pickle, and never a half-written folder.
+(int64, N; -1 where there is none), where there are training images without a label to learn from also
+`unlabelled.safetensors`, and `dataset.json` with everything else. No pickle, and never a half-written folder.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from advml.core.errors import Failure, UserError
 from advml.core.io import replace_folder, write_atomically
 
 SPLITS = ("train", "validation", "test")
-FILES = frozenset({"dataset.json", *(f"{name}.safetensors" for name in SPLITS)})
+UNLABELLED = "unlabelled"
+NAMES = (*SPLITS, UNLABELLED)  # of all splits that a dataset may have
+FILES = frozenset({"dataset.json", *(f"{name}.safetensors" for name in NAMES)})
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images (uint8, N x C x H x W) and their labels (int64, N)."""
+    """Images (uint8, N x C x H x W) and their labels (int64, N); -1: none."""
 
     images: Tensor
     labels: Tensor
@@ -40,10 +43,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits, each with every class.
+    """Three disjoint splits, each with every class, and further training images whose labels are not to be used.
 
     Attributes:
-        classes: names; a label is an index into them.
+        classes: names; a label is an index into them. None at all: no image has a label.
         source: where the images come from, for people.
         digest: sha256 (hex) of class names, shapes, pixels and labels; the same on every machine and under every path.
         mean, std: per channel over the training images, in [0, 1] units.
@@ -53,6 +56,7 @@ class Dataset:
         duplicates: images with equal pixels, as `duplicates.describe` counts them, `dropped` per split, and `examples`.
         depth: of images with more than 8 bits per channel: `images`, `largest`, `median`, `white_level`.
         parameters: the `data` section that made it.
+        unlabelled: training images beyond the label budget, whose labels only a scheme that says so may read, and those without any.
     """
 
     train: Split
@@ -69,10 +73,12 @@ class Dataset:
     duplicates: Mapping[str, Any] | None = None  # None: written by an older version, which did not look
     depth: Mapping[str, Any] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    unlabelled: Split | None = None
 
     @property
     def splits(self) -> dict[str, Split]:
-        return {name: getattr(self, name) for name in SPLITS}
+        """Those that there are, by name."""
+        return {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,10 +86,16 @@ class Dataset:
         return tuple(self.train.images.shape[1:])
 
 
+def require_labels(dataset: Dataset, reader: str) -> None:
+    """Raises UserError if no image has a label, which `reader` needs."""
+    if not dataset.classes:
+        raise UserError(f"{reader} needs labels, and no image of data/prepared has one; give images by class, or pretrain CL alone")
+
+
 def digest(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
     """sha256 (hex) over class names and all tensors; little-endian, so that it is the same on every machine."""
     total = hashlib.sha256(json.dumps(classes).encode())
-    for name in SPLITS:
+    for name in (name for name in NAMES if name in splits):
         split = splits[name]
         total.update(f"{name} {tuple(split.images.shape)}".encode())
         total.update(np.ascontiguousarray(split.images.numpy()))
@@ -124,7 +136,7 @@ def load(folder: str | Path, *, verified: Path | None = None) -> Dataset:
         raise UserError(f"{folder} does not exist; make it with: advml prepare")
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        splits = {name: _read_split(folder / f"{name}.safetensors", about["counts"][name], about["shape"]) for name in SPLITS}
+        splits = {name: _read_split(folder / f"{name}.safetensors", count, about["shape"]) for name, count in about["counts"].items()}
         _verify(folder, splits, about, verified)
         lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")} | {"remarks": tuple(about.get("remarks", ()))}
         plain = {key: about[key] for key in ("source", "digest", "ignored", "parameters")}
@@ -135,7 +147,7 @@ def load(folder: str | Path, *, verified: Path | None = None) -> Dataset:
 
 def _verify(folder: Path, splits: Mapping[str, Split], about: Mapping[str, Any], verified: Path | None) -> None:
     facts = [about["digest"], about["classes"]]
-    for status in (os.stat(folder / f"{name}.safetensors") for name in SPLITS):
+    for status in (os.stat(folder / f"{name}.safetensors") for name in splits):
         facts.append([status.st_size, status.st_mtime_ns, status.st_ino])
     note = json.dumps(facts).encode()
     if verified and verified.is_file() and verified.read_bytes() == note:
@@ -156,7 +168,7 @@ def _read_split(path: Path, count: int, shape: list[int]) -> Split:
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
-    per_class = {name: torch.bincount(split.labels, minlength=len(dataset.classes)).tolist() for name, split in dataset.splits.items()}
+    per_class = {name: count(split.labels, dataset.classes) for name, split in dataset.splits.items()}
     return {
         "source": dataset.source,
         "digest": dataset.digest,
@@ -173,6 +185,11 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "depth": dataset.depth,
         "parameters": dict(dataset.parameters),
     }
+
+
+def count(labels: Tensor, classes: tuple[str, ...]) -> list[int]:
+    """How many images each class has, those without a label left out."""
+    return torch.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
 
 
 def _reason(error: Exception) -> str:

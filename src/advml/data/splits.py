@@ -17,7 +17,7 @@ import torch
 from advml.config import Data
 from advml.core.errors import UserError
 from advml.data.images import Pixels
-from advml.data.prepared import SPLITS, Split
+from advml.data.prepared import NAMES, UNLABELLED, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class Source:
 
     Attributes:
         name: where they come from, for people.
-        labels: int64, (N,): indices into `classes`.
+        labels: int64, (N,): indices into `classes`; -1: none.
         read: indices (n,) -> the pixels of these images.
-        given: the splits the data come with, as indices; without `train`, all images are divided.
+        given: the splits the data come with, as indices; without `train`, all labelled images are divided, or all if there is no class.
         ignored: number of files that are no images, or lie where no class is.
         remarks: what a user may not expect, a line each.
         title: index -> what people know an image by, e.g. its path below `data.path`.
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Images with their indices in the source and the numbers of their splits in SPLITS, in ascending order."""
+    """Images with their indices in the source and the numbers of their splits in NAMES, in ascending order."""
 
     images: np.ndarray
     indices: np.ndarray
@@ -60,18 +60,20 @@ class Rows:
         return Rows(self.images[: len(kept)], self.indices[stays], self.split[stays])
 
     def divided(self, labels: np.ndarray) -> dict[str, Split]:
-        """The splits, in the memory of `images`; `labels` are those of the whole source."""
-        ends = np.searchsorted(self.split, np.arange(1, len(SPLITS)))
-        parts = zip(SPLITS, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
-        return {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
+        """The splits that have images, in the memory of `images`; `labels` are those of the whole source."""
+        ends = np.searchsorted(self.split, np.arange(1, len(NAMES)))
+        parts = zip(NAMES, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
+        splits = {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
+        return {name: split for name, split in splits.items() if name != UNLABELLED or len(split)}
 
 
 def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
-    """Indices of the images of train, validation and test.
+    """Indices of the images of train, validation and test, and of those of `unlabelled` if there are some.
 
     A split the source comes with is taken as it is (cut to `max_test`); `data.validation` and `data.test` are
     shares of the images that are left to divide: all of them, or those of the source's training split. Class
-    proportions are kept as nearly as whole images allow; every split gets at least one image of every class.
+    proportions are kept as nearly as whole images allow; every split gets at least one image of every class. The label
+    budget is dealt out last: a smaller one keeps a subset of the labels of a larger one, and what it leaves is unlabelled.
     Each split is stored in the seeded order: a batch of one class would change what a contrastive attack sees.
 
     Raises:
@@ -79,25 +81,49 @@ def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
     """
     order = np.argsort(np.random.PCG64(data.seed).random_raw(len(source.labels)), kind="stable")
 
+    classes = source.classes or ("without labels",)
+    labels = source.labels if source.classes else np.zeros_like(source.labels)
+
     def by_class(indices: np.ndarray) -> list[np.ndarray]:
         dealt = order[np.isin(order, indices)]
-        return [dealt[source.labels[dealt] == label] for label in range(len(source.classes))]
+        return [dealt[labels[dealt] == label] for label in range(len(classes))]
 
     rest = by_class(source.given.get("train", order))
     counts = _sizes(rest)
     wanted = {name: share for name, share in (("test", data.test), ("validation", data.validation)) if name not in source.given}
-    _check_enough(counts, source.classes, ["train", *reversed(wanted)])
-    parts = {name: by_class(indices) for name, indices in source.given.items() if name != "train"}
+    _check_enough(counts, classes, ["train", *reversed(wanted)])
+    parts = {name: by_class(indices) for name, indices in source.given.items() if name not in ("train", UNLABELLED)}
     for reserved, (name, share) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
         limits = _sizes(rest) - reserved
         total = int(np.clip(np.floor(share * counts.sum() + 0.5), len(counts), limits.sum()))
         sizes = _allocate(counts, total, limits)
         parts[name] = _first(rest, sizes)
         rest = [members[size:] for members, size in zip(rest, sizes, strict=True)]
-    parts["train"] = _at_most(data.max_train, rest, "data.max_train")
+    parts["train"], beyond = _labelled(_at_most(data.max_train, rest, "data.max_train"), data, classes=source.classes)
     parts["test"] = _at_most(data.max_test, parts["test"], "data.max_test")
+    if len(pool := np.concatenate([*beyond, source.given.get(UNLABELLED, order[:0])])):
+        parts[UNLABELLED] = [pool]
     rank = np.argsort(order)
-    return {name: order[np.sort(rank[np.concatenate(parts[name])])] for name in ("train", "validation", "test")}
+    return {name: order[np.sort(rank[np.concatenate(parts[name])])] for name in NAMES if name in parts}
+
+
+def _labelled(train: list[np.ndarray], data: Data, *, classes: tuple[str, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The training images of each class whose labels are used, `data.label_budget` of them all, and the others.
+
+    Raises:
+        UserError: there are fewer such images than classes, or no labels.
+    """
+    counts = _sizes(train)
+    total = int(np.floor(data.label_budget * counts.sum() + 0.5))
+    if data.label_budget < 1 and not classes:
+        raise UserError(f"data.label_budget = {data.label_budget:g} has no effect: no image has a label; set it to 1")
+    if total < len(counts):
+        raise UserError(
+            f"data.label_budget = {data.label_budget:g} leaves {total} of {counts.sum()} training images with a label, and each of "
+            f"{len(counts)} classes needs one; it must be at least {len(counts) / counts.sum():.2g}"
+        )
+    sizes = _allocate(counts, total, counts)
+    return _first(train, sizes), [members[size:] for members, size in zip(train, sizes, strict=True)]
 
 
 def _sizes(groups: list[np.ndarray]) -> np.ndarray:

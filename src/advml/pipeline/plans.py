@@ -1,7 +1,7 @@
 """What a phase of a study trains, resolved from params.yaml: network, task, adversary and seed.
 
     plan = finetuning(configuration, dataset, machine, network, scheme="CL", regime="Full-AT", seed=0)
-    network, history = fit(plan, dataset, machine, checkpoint=Checkpoint(folder, fingerprint))
+    network, history = fit(plan, machine, checkpoint=Checkpoint(folder, fingerprint))
 
 The stages write what comes of it into the study's folders; a search asks for the same phase under other values.
 """
@@ -15,13 +15,15 @@ from advml import config
 from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
+from advml.data.prepared import require_labels
 from advml.models.layers import batch_norms, knows_blocks
 from advml.models.network import Architecture, Network, build
 from advml.models.starting_point import read, start_from
 from advml.models.trial_step import try_step
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES, SCHEMES, Scheme
 from advml.training.adversarial_steps import adversarial_training
-from advml.training.tasks import finetuning_task, pretraining_task
+from advml.training.streams import check_images, learnt_from, shares
+from advml.training.tasks import Task, finetuning_task, hybrid_task, pretraining_task
 from advml.training.trainer import Plan
 
 
@@ -31,28 +33,29 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     Args:
         configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack. The
             backbone is checked for what the grid's regimes will ask of it, too.
-        dataset: gives the network its shape; its images are not read.
+        dataset: gives the network its shape, and the training what the scheme may see of it (`learnt_from`).
         scheme: a key of SCHEMES.
         phase: "st" or "at".
         seed: of weights, batches, views and random starts.
     Raises:
-        UserError: the backbone cannot be built, or not trained, for these images, or `model.init` does not fit it.
+        UserError: the backbone cannot be built, or not trained, for these images, the scheme needs other images or labels, or `model.init`
+            does not fit the network.
     """
     row, attacked, section = SCHEMES[scheme], phase == "at", configuration.pretrain[scheme]
-    network = build(architecture(configuration, dataset, head=row.head, attacked=attacked), seed=derived_seed("weights", scheme, seed))
+    check_images(row, dataset, batch_size=section.batch_size)
+    network = build(architecture(configuration, dataset, heads=row.heads, attacked=attacked), seed=derived_seed("weights", scheme, seed))
     init = _start(configuration, dataset, network, scheme) if configuration.model.init else None
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    spec, views = getattr(configuration.views, row.view), section.views or row.views  # of each image, in one batch
     bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
+    views = min((section.views or part.views) if part.groups else 1 for part in row.parts)  # of each image, in one batch
     if section.epochs:
         try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,
+        images=lambda: learnt_from(dataset, row),
         phase=section,
-        task=(lambda: pretraining_task(network, row, section, spec=spec, temperature=configuration.temperature))
-        if section.epochs
-        else None,
+        task=(lambda: _task(configuration, dataset, network, scheme=row, phase=section)) if section.epochs else None,
         adversary=adversarial_training(configuration.attack, configuration.threat_model, section) if attacked else None,
         seed=derived_seed("pretrain", scheme, phase, seed),
         init=init,
@@ -71,6 +74,15 @@ def _start(configuration: config.Config, dataset: Dataset, network: Network, sch
     return init
 
 
+def _task(configuration: config.Config, dataset: Dataset, network: Network, *, scheme: Scheme, phase: config.Phase) -> Task:
+    """What a scheme's pretraining learns."""
+    views, temperature = configuration.views, configuration.temperature
+    if scheme.terms:
+        sizes = shares(len(dataset.train), len(dataset.unlabelled), batch_size=phase.batch_size)
+        return hybrid_task(network, scheme, phase, views=views, temperature=temperature, sizes=sizes)
+    return pretraining_task(network, scheme, phase, spec=getattr(views, scheme.view), temperature=temperature)
+
+
 def finetuning(
     configuration: config.Config, dataset: Dataset, machine: Machine, network: Network, *, scheme: str, regime: str, seed: int
 ) -> Plan:
@@ -86,6 +98,7 @@ def finetuning(
         seed: of the new classifier, of batches and of random starts.
     """
     row, plan, phase = SCHEMES[scheme], REGIMES[regime], configuration.regimes[regime]
+    require_labels(dataset, "fine-tuning")
     _check(f"regimes.{regime}", phase, network)
     if not plan.keeps_head(row):
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
@@ -95,6 +108,7 @@ def finetuning(
         try_step(network, count=_smallest_batch(phase, dataset))
     return Plan(
         network=network,
+        images=lambda: replace(dataset, unlabelled=None),
         phase=phase,
         task=(lambda: finetuning_task(network, plan, phase, dataset.train, machine)) if plan.finetunes(row) else None,
         adversary=adversarial_training(configuration.attack, configuration.threat_model, phase) if plan.attacked else None,
@@ -130,7 +144,7 @@ def _smallest_batch(phase: config.Phase, dataset: Dataset) -> int:
     return min(phase.batch_size, len(dataset.train), 2)
 
 
-def architecture(configuration: config.Config, dataset: Dataset, *, head: str, attacked: bool) -> Architecture:
+def architecture(configuration: config.Config, dataset: Dataset, *, heads: set[str], attacked: bool) -> Architecture:
     """The network of a pretraining; `dual` batch norm only where there are adversarial batches."""
     model, (channels, size, _) = configuration.model, dataset.shape
     return Architecture(
@@ -141,8 +155,8 @@ def architecture(configuration: config.Config, dataset: Dataset, *, head: str, a
         image_size=size,
         mean=dataset.mean,
         std=dataset.std,
-        classes=len(dataset.classes) if head == "classifier" else None,
-        projection_size=model.projection_size if head == "projection" else None,
+        classes=len(dataset.classes) if "classifier" in heads else None,
+        projection_size=model.projection_size if "projection" in heads else None,
         normalize_logits=model.normalize_logits,
         dual_batch_norm=attacked and model.batch_norm == "dual",
     )

@@ -16,7 +16,8 @@ from advml.models import network
 from advml.pipeline.context import Context
 from advml.training.checkpoint import Checkpoint, Progress, is_unfinished
 from advml.training.cost import GRADIENT_STEPS
-from advml.training.trainer import Plan, Record, batches_per_epoch, fit
+from advml.training.streams import batches_per_epoch
+from advml.training.trainer import Plan, Record, fit
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
     def show(epoch: int, done: int, loss: Tensor) -> None:
         bar.reach((epoch - 1) * per_epoch + done, lambda: f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}")
 
-    fit(job.plan, context.dataset, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
+    fit(job.plan, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
     return history
 
 
@@ -81,7 +82,7 @@ def _work(context: Context, job: Job) -> int:
     if not job.plan.task:
         return 0
     validation = -(-len(context.dataset.validation) // job.plan.phase.batch_size)
-    return (batches_per_epoch(context.dataset, job.plan.phase) + validation) * job.plan.epochs
+    return (batches_per_epoch(job.plan.dataset, job.plan.phase) + validation) * job.plan.epochs
 
 
 def _scores(history: list[Record]) -> str:

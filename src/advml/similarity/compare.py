@@ -41,14 +41,16 @@ class Panel:
 
 
 def paper_panels(grid: config.Grid, seed: int) -> list[Panel]:
-    """The panels of the paper, as far as the grid has their models."""
+    """The panels of the paper, as far as the grid has their models, and the same of other schemes."""
+    known = {frozenset(pair) for pair in SCHEME_PAIRS}
+    pairs = [*SCHEME_PAIRS, *(pair for pair in itertools.combinations(grid.schemes, 2) if frozenset(pair) not in known)]
     wanted = [
         (f"schemes under {regime}", model_name(first, regime, seed), model_name(second, regime, seed))
         for regime in ("ST", "AT")
-        for first, second in SCHEME_PAIRS
-    ] + [("AT against Full-AT", model_name(scheme, "AT", seed), model_name(scheme, "Full-AT", seed)) for scheme in ("SL", "CL", "SCL")]
-    known = {model_name(scheme, regime, seed) for scheme, regime in itertools.product(grid.schemes, grid.regimes)}
-    return [Panel(group, first, second) for group, first, second in wanted if {first, second} <= known]
+        for first, second in pairs
+    ] + [("AT against Full-AT", model_name(scheme, "AT", seed), model_name(scheme, "Full-AT", seed)) for scheme in grid.schemes]
+    models = {model_name(scheme, regime, seed) for scheme, regime in itertools.product(grid.schemes, grid.regimes)}
+    return [Panel(group, first, second) for group, first, second in wanted if {first, second} <= models]
 
 
 def all_pairs(names: Sequence[str]) -> list[Panel]:

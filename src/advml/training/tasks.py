@@ -9,6 +9,8 @@ A task gets images x (N, C, H, W) in [0, 1] and labels (N,) and returns one loss
 | Classification | CE(t(x))        | CE(x + d)              | CE(x + d), end to end            | CE(t(x) + d)          |
 | HeadOnly       | CE(x)           | CE(x + d)              | CE(x + d); the encoder is fixed  | CE(x + d)             |
 
+Hybrid adds up two of these, of labelled and of unlabelled images.
+
 L is the scheme's loss of embeddings, of two views or more. With `attacked: views` every view is perturbed, all of them against one another
 (CL: the second stream of ACL, Jiang et al. 2020), and CE(x + d) is CE(t(x) + d). Adversarial loss and training objective of the last two
 are those of `loss: two-term`; see `advml.training.losses` for others. Free training: `advml.training.adversarial_steps`.
@@ -16,7 +18,7 @@ are those of `loss: two-term`; see `advml.training.losses` for others. Free trai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +42,8 @@ class Task(Protocol):
     network: Network
     metric: str  # name of the validation score, e.g. "accuracy"
     larger_is_better: bool
+    count: int  # V: views of an image
+    perturbed: int  # of these, or of the image itself, those that an adversary perturbs
 
     def learners(self) -> list[nn.Parameter]: ...
     def train_mode(self) -> None: ...
@@ -59,7 +63,7 @@ class Task(Protocol):
 class Classification:
     """Cross-entropy, end to end: SL's pretraining (with views) and Full-AT fine-tuning (without)."""
 
-    metric, larger_is_better = "accuracy", True
+    metric, larger_is_better, count, perturbed = "accuracy", True, 1, 1
 
     def __init__(
         self,
@@ -202,6 +206,11 @@ class Contrastive:
         """What the adversary perturbs."""
         return views if self.attacks_views else images
 
+    @property
+    def perturbed(self) -> int:
+        """All views, or one, be it the image."""
+        return self.count if self.attacks_views else 1
+
     def perturbed_rows(self, views: Tensor, count: int) -> int:
         """Free training perturbs all rows, or the last view of the `count` images: SimCLR's second one (arXiv 2501.03507)."""
         return len(views) if self.attacks_views else count
@@ -233,6 +242,81 @@ class Contrastive:
         return (groups[(attacked @ clean.T).argmax(1)] == groups).float()
 
 
+class Hybrid:
+    """Two tasks on one network, of the labelled and of the unlabelled images of a batch: the sum of the mean losses of both.
+
+        mean_l L1(x_l, y_l) + mean_u L2(x_u)
+
+    Labelled images come first. Each task passes its own images through the network, so that batch norms see them apart. Validation
+    images have labels: the labelled task scores them.
+
+    Args:
+        labelled, unlabelled: the tasks.
+        sizes: numbers of labelled and of unlabelled images in every batch.
+    """
+
+    def __init__(self, labelled: Task, unlabelled: Task, *, sizes: tuple[int, int]) -> None:
+        self.network, self.tasks, self.sizes = labelled.network, (labelled, unlabelled), sizes
+        self.metric, self.larger_is_better, self.objective = labelled.metric, labelled.larger_is_better, labelled.objective
+        self.clean_score, self.adversarial_score, self.withstood = labelled.clean_score, labelled.adversarial_score, labelled.withstood
+        self.moved = [size * task.perturbed for task, size in zip(self.tasks, sizes, strict=True)]  # rows that an adversary perturbs
+        self.fixed = [size * (task.count - task.perturbed) for task, size in zip(self.tasks, sizes, strict=True)]
+
+    def learners(self) -> list[nn.Parameter]:
+        """Of both, each once: listed twice, a parameter would step twice."""
+        return list(dict.fromkeys(parameter for task in self.tasks for parameter in task.learners()))
+
+    def train_mode(self) -> None:
+        for task in self.tasks:
+            task.train_mode()
+
+    def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+        """Views of both, of which those that free training perturbs come last, as `perturbed_rows` has it."""
+        drawn = [
+            task.views(own, generator=generator, strength=strength) for task, own in zip(self.tasks, images.split(self.sizes), strict=True)
+        ]
+        parts = [own.split(rows) for own, *rows in zip(drawn, self.fixed, self.moved, strict=True)]
+        return torch.cat([own for kind in zip(*parts, strict=True) for own in kind])
+
+    def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """L1 and L2 of views."""
+        return self._sum(lambda task, *own: task.clean_loss(*own), self._apart(views), labels.split(self.sizes), index.split(self.sizes))
+
+    def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
+        """L1 and L2 of the views as they are."""
+        return self._sum(lambda task, *own: task.loss_of_views(*own), self._apart(views), labels.split(self.sizes))
+
+    def attacked(self, images: Tensor, views: Tensor) -> Tensor:
+        """What each adversary perturbs: an image, or its views."""
+        parts = zip(self.tasks, images.split(self.sizes), self._apart(views), strict=True)
+        return torch.cat([task.attacked(*own) for task, *own in parts])
+
+    def perturbed_rows(self, views: Tensor, count: int) -> int:
+        """Those of both."""
+        return sum(self.moved)
+
+    def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """The adversarial twins of L1 and L2."""
+        attacked = [rows.split(self.moved) for rows in (images, adversarial)]
+        return self._sum(lambda task, *own: task.adversarial_loss(*own), *attacked, labels.split(self.sizes))
+
+    def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
+        """Each adversary ascends the objective of its own task, on its own images."""
+        parts = zip(self.tasks, images.split(self.moved), labels.split(self.sizes), strict=True)
+        objectives = [task.training_objective(*own) for task, *own in parts]
+        return lambda moved: torch.cat([of(own) for of, own in zip(objectives, moved.split(self.moved), strict=True)])
+
+    def _apart(self, views: Tensor) -> list[Tensor]:
+        """The views of labelled and of unlabelled images, each in the order of its task: inverse of `views`."""
+        fixed, moved = views.split([sum(self.fixed), sum(self.moved)])
+        return [torch.cat(own) for own in zip(fixed.split(self.fixed), moved.split(self.moved), strict=True)]
+
+    def _sum(self, loss: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> Tensor:
+        """The losses of both, one per image, weighted so that the mean of all is the sum of both means."""
+        losses = [loss(task, *own) for task, *own in zip(self.tasks, *arguments, strict=True)]
+        return torch.cat([own * (sum(self.sizes) / len(own)) for own in losses])
+
+
 def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:
     """The task of a scheme's pretraining, by the head it learns."""
     attacked = phase.attacked or scheme.attacked
@@ -240,6 +324,14 @@ def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, s
         about = {"groups": scheme.groups, "loss": scheme.loss, "count": phase.views or scheme.views, "attacked": attacked}
         return Contrastive(network, spec=spec, temperature=temperature, **about)
     return Classification(network, spec=spec, label_smoothing=phase.label_smoothing, loss=phase.loss, attacked=attacked)
+
+
+def hybrid_task(
+    network: Network, scheme: Scheme, phase: config.Phase, *, views: config.Views, temperature: float, sizes: tuple[int, int]
+) -> Hybrid:
+    """The tasks of both terms of a hybrid's pretraining; `sizes`: labelled and unlabelled images in a batch."""
+    terms = (pretraining_task(network, term, phase, spec=getattr(views, term.view), temperature=temperature) for term in scheme.terms)
+    return Hybrid(*terms, sizes=sizes)
 
 
 def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train: Split, machine: Machine) -> Task:

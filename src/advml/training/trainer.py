@@ -1,6 +1,6 @@
 """One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
 
-    network, history = fit(plan, dataset, machine, checkpoint=checkpoint)
+    network, history = fit(plan, machine, checkpoint=checkpoint)
     history[2]      # {"epoch": 3, "train/loss": ..., "validation/accuracy": ..., ...}
 
 Every random number of an epoch
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from advml.training.averaging import AVERAGES, fresh_statistics
 from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
 from advml.training.cost import GRADIENT_STEPS, counted
 from advml.training.optimization import epsilon_share, learning_rate, optimizer, set_learning_rate
+from advml.training.streams import batches
 from advml.training.tasks import Task
 
 Record = dict[str, float]
@@ -42,14 +43,24 @@ OnBatch = Callable[[int, int, Tensor], None]  # the loss is a number on the devi
 
 @dataclass(frozen=True)
 class Plan:
-    """What one phase trains. `task=None`: there is nothing to learn, the network is taken as it is."""
+    """What one phase trains. `task=None`: there is nothing to learn, the network is taken as it is.
+
+    Attributes:
+        images: makes `dataset`: only if there is something left to do, like `task`.
+    """
 
     network: Network
+    images: Callable[[], Dataset]
     phase: config.Phase
     task: Callable[[], Task] | None  # built only if there is something left to do
     adversary: AdversarialTraining | None
     seed: int
     init: dict[str, Any] | None = None  # what its weights were taken from, for the record; None: nothing
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Learns from `train`, a hybrid also from `unlabelled`; selects on `validation`; `test` is never read."""
+        return self.images()
 
     @property
     def epochs(self) -> int:
@@ -59,7 +70,6 @@ class Plan:
 
 def fit(
     plan: Plan,
-    dataset: Dataset,
     machine: Machine,
     *,
     checkpoint: Checkpoint,
@@ -70,7 +80,6 @@ def fit(
 
     Args:
         plan: what is trained.
-        dataset: learns from `train`, selects on `validation`; `test` is never read.
         machine: device and precision.
         checkpoint: written after every epoch, before `on_epoch` is told of it.
         on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
@@ -84,7 +93,7 @@ def fit(
     if plan.task:
         epochs = train(
             plan.task(),
-            dataset,
+            plan.dataset,
             plan.phase,
             adversary=plan.adversary,
             seed=plan.seed,
@@ -116,7 +125,7 @@ def train(
 
     Args:
         task: losses, objective and score of what is trained.
-        dataset: learns from `train`, selects on `validation`; `test` is never read.
+        dataset: as `Plan.dataset`.
         phase: epochs, optimiser, schedule, selection.
         adversary: how batches are attacked; None in standard phases.
         seed: of batches, views and random starts.
@@ -172,12 +181,13 @@ class _Trainer:
         self, task: Task, dataset: Dataset, phase: config.Phase, adversary: AdversarialTraining | None, seed: int, machine: Machine
     ) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
-        self.images, self.validation = Feed(dataset.train, machine), Feed(dataset.validation, machine)
+        self.order = batches(dataset, phase, seed=seed)
+        self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
         self.optimizer, self.scaler = optimizer(phase, task.learners(), task.network), machine.scaler()
-        self.batches, self.replays, self.epochs, self.free = batches_per_epoch(dataset, phase), 1, phase.epochs, None
+        self.batches, self.replays, self.epochs, self.free = self.order.count, 1, phase.epochs, None
         if adversary:
             self.replays, self.epochs = max(1, adversary.replays), adversary.passes(phase.epochs)
             self.free = FreePerturbation(adversary.training, machine) if adversary.replays else None
@@ -231,7 +241,7 @@ class _Trainer:
         )
 
     def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
-        """One pass over the shuffled training images; a short last batch is left for other epochs to reach.
+        """One pass over the training images, in the order of `streams`.
 
         Within, the host only hands work to the device: it reads nothing from there before the end.
         """
@@ -250,11 +260,10 @@ class _Trainer:
 
     def _batches(self, purpose: str, epoch: int) -> Iterator[Batch]:
         """The batches of one pass, in the order, and with the views, that follow from purpose, seed and epoch."""
-        device, size = self.machine.device, self.phase.batch_size
-        generator = generator_for(purpose, self.seed, epoch, device=device)
-        order = torch.randperm(len(self.images.labels), generator=generator, device=device)[: self.batches * size]
+        generator = generator_for(purpose, self.seed, epoch, device=self.machine.device)
+        order = self.order(epoch, generator)
         strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
-        for images, labels, index in self.images(order, size=size):
+        for images, labels, index in self.images(order, size=self.order.size):
             with self._autocast():
                 views = self.task.views(images, generator=generator, strength=strength)
             yield Batch(images, labels, index, views, generator)
@@ -416,11 +425,6 @@ def _stop() -> None:
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in tensors.items() if not value.isfinite().all()]
-
-
-def batches_per_epoch(dataset: Dataset, phase: config.Phase) -> int:
-    """Optimiser steps of one pass; a short last batch does not count, unless it is the only one."""
-    return max(1, len(dataset.train) // phase.batch_size)
 
 
 def _copy(state: State) -> State:

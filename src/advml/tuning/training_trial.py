@@ -81,7 +81,7 @@ class Bench(searches.Bench):
                 attempt.report(epoch, standing(measured, floor=search.spec.clean_floor), measured)
 
         checkpoint = Checkpoint(attempt.scratch / "state", fingerprint)
-        return fit(plan, self.dataset, self.machine, checkpoint=checkpoint, on_epoch=on_epoch)[0]
+        return fit(plan, self.machine, checkpoint=checkpoint, on_epoch=on_epoch)[0]
 
     def measure(self, network: Network, *splits: Split) -> list[Measured]:
         """Clean and robust accuracy on each split; an encoder without a classifier first gets a linear one, on clean images."""
@@ -108,7 +108,7 @@ class Bench(searches.Bench):
         start, names = copy.deepcopy(network), {"scheme": search.scheme, "regime": next(rows).name, "seed": search.seed}
         plan = plans.finetuning(search.config, self.dataset, self.machine, start, **names)
         with tempfile.TemporaryDirectory() as folder:  # it takes a moment: nothing need be kept
-            return fit(plan, self.dataset, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
+            return fit(plan, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
 
     def objective(self, attempt: searches.Attempt) -> Sequence[float]:
         """Train, measured and reported at Hyperband's rungs; then measure what training has selected."""

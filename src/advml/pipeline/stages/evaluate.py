@@ -19,6 +19,7 @@ from advml.core.result_cache import Memo, forget
 from advml.data import adversarial
 from advml.data.corruptions import cifar_c
 from advml.data.datasets import Dataset
+from advml.data.prepared import require_labels
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation import expectations, records, samples
 from advml.evaluation.attack_suite import attack_suite
@@ -110,6 +111,7 @@ def _threatened(network: nn.Module, scheme: str | None) -> Scheme | None:
 
 def settings(whole: config.Config, dataset: Dataset, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:
     """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, `note` on it for the record."""
+    require_labels(dataset, "evaluate")
     spec, classes = whole.evaluate, len(dataset.classes)
     attacks = attack_suite(spec, whole.threat_model, whole.worst_case, scheme, temperature=whole.temperature, classes=classes, note=note)
     return evaluation.EvaluationSettings(

@@ -19,7 +19,7 @@ def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = F
         "model",
         "runtime",
         "temperature",
-        f"views.{row.view}",
+        *dict.fromkeys(f"views.{part.view}" for part in row.parts),
         f"pretrain.{scheme}",
         *(["threat_model", "attack"] if attacked else []),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from advml.data.prepared import require_labels
 from advml.pipeline.context import Context
 from advml.pipeline.stages import evaluate, finetune, prepare, pretrain
 from advml.recipes import REGIMES
@@ -11,6 +12,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     """Returns the metrics of the model's evaluation."""
     if not prepare.is_current(context):
         prepare.run(context)
+    require_labels(context.dataset, "fine-tuning")  # before the hours of a pretraining that needs none
     pretrain.run(context, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed, reuse=True)
     finetune.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
     return evaluate.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
