@@ -99,8 +99,6 @@ def change(after: Block, before: Block, scalar: Scalar) -> Measured:
     return difference(after.scalar(scalar, chosen=both), before.scalar(scalar, chosen=both))
 
 
-# What has been measured in a study, read from its files and checked against its models and its parameters.
-
 HALF = "_half"  # metrics at half of the epsilon end in it
 REMEDY = "make it again with: dvc repro"
 

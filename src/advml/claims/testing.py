@@ -15,12 +15,10 @@ from advml.config import ThreatModelSection
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name, pretraining_name
 
-# The main study and those beside it, which differ in the training epsilon alone.
-
 
 @dataclass(frozen=True)
 class Found:
-    """A study and the epsilon that its AT models were trained at. `beside`: that epsilon, None for the main study."""
+    """The main study (`beside` is None), or one beside it, and the epsilon that its AT models were trained at."""
 
     workspace: Workspace
     epsilon: float
@@ -56,8 +54,6 @@ def _trained_epsilon(workspace: Workspace, seed: int) -> float | None:
                 return float(epsilon)
     return None
 
-
-# Testing the claims on a study: effects, intervals, verdicts, as in `claims.json`.
 
 EPSILONS = "python pipelines/epsilon/run.py 0.05 0.3"
 RULE = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from advml.config.schema import Config
 from advml.config.values import SPACE_KINDS, Section
 from advml.core.errors import UserError
+from advml.core.io import to_yaml
 from advml.core.passwords import masked, remember
 
 LONGEST = 1_000_000  # characters of a params.yaml
@@ -89,13 +89,7 @@ def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, in the order of params.yaml."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
-    stream = io.StringIO()
-    yaml.dump(config.model_dump(mode="json"), stream)
-    return stream.getvalue()
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

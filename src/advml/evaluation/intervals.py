@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from scipy.special import bdtrc
 
 
-def wilson(successes: float, n: float, *, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
 
     Numbers need not be whole, as SciPy's must be: see `clustered`.
     """
-    share = successes / n
+    z, share = 1.959963984540054, successes / n
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n)))

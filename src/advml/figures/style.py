@@ -35,8 +35,6 @@ def mark(row: Mapping[str, Any]) -> str:
     return UNJUDGED if "accuracy/worst_case" in row and "diagnostics/flags" not in row else ""
 
 
-# How all figures look, defined once. Nothing here uses pyplot: no global state, no window.
-
 P = ParamSpec("P")
 
 NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}

@@ -83,8 +83,8 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
 
 
 def _plan(root: Path) -> dict[str, list[str]]:
-    """See `advml.engine.dvc_graph.plan`."""
-    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_graph"], cwd=root, capture_output=True, text=True, check=False)
+    """See `advml.engine.dvc_process.plan`."""
+    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_process"], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise Failure("DVC was killed; the same command goes on")
     if done.returncode:

@@ -23,8 +23,6 @@ from advml.similarity import represent
 from advml.similarity.compare import stored
 from advml.similarity.represent import KINDS, MATRICES
 
-# What speaks against the figures of the study's models, and how they fare beyond the threat model: from the records.
-
 
 def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """All flags of all models: `model`, `name`, `saw`, `try`."""
@@ -59,9 +57,6 @@ def corruptions(rows: list[dict[str, Any]]) -> Figure | None:
     """Accuracy under each corruption; None where none was measured."""
     measured = [row for row in rows if "corruption/mean" in row]
     return corruption_matrix(measured) if measured else None
-
-
-# The figures of the page, from the files of the study's models.
 
 
 def matrices(grid: Grid, workspace: Workspace, name: str, *, seed: int) -> Figure | None:

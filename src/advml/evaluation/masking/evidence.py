@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from advml.core.io import without_nan
 
 SHORT = 0.1  # of epsilon: the step over which a gradient should foretell the loss
 
@@ -98,12 +99,4 @@ class Evidence:
 
     def as_record(self) -> dict[str, Any]:
         """For JSON: plain containers; numbers that are not finite become None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return without_nan(asdict(self))
