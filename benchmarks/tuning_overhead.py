@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
+from advml.tuning.trial import Attempt
 from timing import hardware_line
 
 from advml import config
@@ -27,7 +28,6 @@ from advml.core.paths import Workspace
 from advml.tuning.command import tune
 from advml.tuning.search import Search, hyperband, rungs
 from advml.tuning.storage import address
-from advml.tuning.trial import Attempt
 
 REPOSITORY = Path(__file__).parents[1]
 STUDY_SECONDS, TARGET = 600.0, 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from ruamel.yaml import YAML
 
 from advml.cli.live_table import LiveTable
 from advml.core.errors import Failure, UserError
-from advml.tuning import command, trial_state
+from advml.tuning import command
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
 from advml.tuning.storage import address
@@ -42,16 +43,16 @@ def tune(study, monkeypatch, light_server):
         figures: bool = False,
         runs: bool = False,
     ) -> command.Outcome:
-        config = study.config(*overrides)
         with monkeypatch.context() as patch:
             patch.setattr(command, "server", lambda *_: contextlib.nullcontext(light_server))
             if not figures:
                 patch.setattr(command.outputs, "write", written_without_figures)
             if not runs:
                 patch.setattr(command.tracking, "open_search", lambda *_, **__: NoRuns())
-            options = {"storage": None, "trials": trials, "slots": slots, "seed": 0, "replace": replace}
+            asked = dataclasses.replace(toy, config=study.config(*overrides), root=study.root)
+            options = {"storage": None, "trials": trials, "slots": slots, "replace": replace}
             with LiveTable(toy, total=trials) as table:
-                return command.tune(toy, config, study.workspace, **options, watch=table.show)
+                return command.tune(asked, **options, watch=table.show)
 
     return run
 
@@ -164,9 +165,9 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
     assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
     trials = studies.create(toy, address(None, root=study.root)).get_trials()
-    assert not trial_state.running(trials)
+    assert not studies.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
-    done = len(trial_state.finished(trials))
+    done = len(studies.finished(trials))
     outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, slots=2, runs=True)
     assert len(outcome.trials) == done + 3 and runs(study)["toy"].info.status == "FINISHED"
 
@@ -203,7 +204,7 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
     stream = StringIO()
     Console(file=stream, width=120).print(table.table(opened.get_trials()))
     text = stream.getvalue()
-    ranked = trial_state.ranked(opened.get_trials(), ("minimize",))
+    ranked = studies.ranked(opened.get_trials(), ("minimize",))
     assert "6 of 6 trials, 0 running" in text
     assert text.index(f"value {ranked[0].value:.4g}") < text.index(f"value {ranked[-1].value:.4g}")
 

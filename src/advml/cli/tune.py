@@ -63,7 +63,7 @@ def attack(
     from advml.tuning.attack_search import AttackSearch
 
     search = AttackSearch.of(load(params, overrides or []), params.parent, model, autoattack=autoattack, name=name)
-    run(search, params, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
+    run(search, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
 
 
 @app.command()
@@ -173,4 +173,4 @@ def _train(
     search = TrainingSearch.of(load(params, overrides or []), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
         tell(f"left out, without effect here: {', '.join(search.left_out)}")
-    run(search, params, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
+    run(search, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
