@@ -74,11 +74,11 @@ def test_a_considerable_need_is_said_in_one_line(machine, capsys, need, said):
 
 
 def test_a_need_beyond_all_memory_is_refused_with_the_remedy(machine, capsys):
-    with pytest.raises(UserError, match=r"^9 images need 65\.0 GiB of memory, and 64\.0 GiB are available here; take fewer$"):
+    with pytest.raises(UserError, match=r"^9 images .*65\.0 GiB .*64\.0 GiB .*take fewer$"):
         memory.require(65 * GIB, what="9 images", remedy="take fewer")
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_data_set_that_does_not_fit_is_refused_before_it_is_read(machine):
-    with pytest.raises(UserError, match=r"1797 images of 3x\d+x\d+ need .* GiB of memory, .*data\.image_size.*data\.max_train"):
+    with pytest.raises(UserError, match=r"1797 images .*data\.image_size.*data\.max_train"):
         prepare(Data(name="digits", validation=0.1, test=0.2, image_size=4096, channels=3))

@@ -265,7 +265,7 @@ def test_a_model_that_fails_on_a_full_batch_is_one_line_before_any_attack(subjec
             return self.network(images)
 
     monkeypatch.setattr(evaluation, "run_attacks", forbidden)
-    with pytest.raises(UserError, match=r"^their:model fails on a batch of 16x1x8x8 images: AssertionError: too many$"):
+    with pytest.raises(UserError, match=r"^their:model .*16x1x8x8.*too many$"):
         evaluate(replace(subject, network=Foreign(Narrow(subject.network), "their:model")), dataset)
 
 

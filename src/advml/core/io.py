@@ -1,4 +1,4 @@
-"""Files, whole or not at all: written in one step, told apart by their sha256, read with one line for whatever is wrong with them."""
+"""Files: atomic writes, sha256, and JSON, YAML and CSV, with one line for a file that is damaged."""
 
 from __future__ import annotations
 

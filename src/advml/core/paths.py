@@ -1,4 +1,4 @@
-"""Where everything lies. Names are the contract: the same in paths, stages, MLflow runs and tables."""
+"""Paths of a study's files, and names of its models, which are the same in paths, stages, MLflow runs and tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def checked_name(name: str, *, option: str = "--name") -> str:
     return name
 
 
-# What lies in reports/ beside a folder per model: files of `report`, folders of other commands.
+# In reports/, beside a folder per model: files of `report`, folders of other commands.
 REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
 TRANSFER_FILES = ("transfer.json", "transfer.csv", "transfer.png")  # in reports/transfer/
 SEARCH_FILES = ("best.yaml", "trials.csv")  # in reports/tune/NAME/
@@ -51,7 +51,7 @@ def is_reserved(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder tree of one study; `root` is where params.yaml and dvc.yaml lie."""
+    """The folder tree of one study; `root` holds params.yaml and dvc.yaml."""
 
     root: Path = Path()
 
@@ -90,7 +90,7 @@ class Workspace:
         return self.root / "data" / "adversarial" / f"{name}.safetensors"
 
     def samples(self, name: str) -> Path:
-        """What an evaluation saw of every test image."""
+        """The outcome of an evaluation for every test image."""
         return self.report(name) / "samples.parquet"
 
     def record(self, stage: str, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What made a result: the git commit and the DVC stage for people, a digest of a stage's sources for resuming."""
+"""Where a result comes from: git commit, DVC stage, and a digest of the stage's sources, which decides what is resumed."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def unjudged(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Models that diagnostics have not seen, and why."""
+    """Models without diagnostics, and the reason."""
     found = {name: record.get("diagnostics", {}) for name, record in evaluated.items() if record}
     return {name: about.get("skipped", "it was measured by an older version") for name, about in found.items() if "evidence" not in about}
 
@@ -91,7 +91,7 @@ def panels(workspace: Workspace) -> dict[str, Path]:
 
 
 def shown(workspace: Workspace) -> str:
-    """Whose adversarial images the models of `compare` were shown, as it was recorded: each network's own, or a model's name."""
+    """The adversarial images that `compare` has used, from its record: each network's own, or those of the models named."""
     found = stored(workspace)
     sources = {} if found is None else {name: about["model"] for name, about in found.described["adversarial_source"].items()}
     return (

@@ -51,7 +51,7 @@ class Settings:
 
 
 def render(settings: Settings, workspace: Workspace, table: list[Row], claims: Mapping[str, Any], *, provenance: Mapping[str, Any]) -> str:
-    """The page.
+    """The HTML of the page.
 
     Args:
         settings: of the study.

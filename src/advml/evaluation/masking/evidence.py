@@ -1,4 +1,4 @@
-"""What diagnostics rest on: everything that `probe` measures, as plain numbers."""
+"""The measurements of `probe`, as plain numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from advml.core.io import without_nan
 
-SHORT = 0.1  # of epsilon: the step over which a gradient should foretell the loss
+SHORT = 0.1  # of epsilon: the step over which a gradient should predict the loss
 
 
 @dataclass(frozen=True)

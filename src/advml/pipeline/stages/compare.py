@@ -100,7 +100,7 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
     """model.json of a model that can be compared on the prepared data; `strict`: it must have been trained on them.
 
     Raises:
-        UserError: it takes other images, tells other classes apart, or was trained on other data.
+        UserError: it takes other images, has other classes, or was trained on other data.
     """
     record, name, data = read_record(folder), folder.name, context.dataset
     ours, theirs = tuple(data.shape), tuple(record.get("input", ()))
@@ -109,7 +109,7 @@ def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
         raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
     if list(record.get("classes", ())) != list(data.classes):
         raise UserError(
-            f"{name} tells {few(record['classes'])} apart, data/prepared holds {few(data.classes)}; compare models of one data set"
+            f"{name} has the classes {few(record['classes'])}, data/prepared has {few(data.classes)}; compare models of one data set"
         )
     if (there := record["data"]["digest"]) != data.digest:
         told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
