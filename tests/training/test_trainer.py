@@ -674,7 +674,7 @@ def test_every_batch_is_told_and_their_mean_is_recorded(tmp_path, dataset, make_
             seed=SEED,
             machine=CPU,
             checkpoint=Checkpoint(tmp_path, "x"),
-            on_batch=lambda epoch, done, loss: told.append((epoch, done, loss)),
+            on_batch=lambda epoch, done, loss: told.append((epoch, done, float(loss))),
         )
     )
     assert [(epoch, done) for epoch, done, _ in told] == [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3)]

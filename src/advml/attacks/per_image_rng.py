@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advml.core.device import derived_seed
 
-# (images (N, C, H, W), of which only the shape matters; generator) -> random numbers (N, C, H, W), drawn on the CPU
+# (images (N, C, H, W), of which only the shape matters; generator) -> random numbers (N, C, H, W), on the generator's device
 Sample = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -52,7 +52,7 @@ Randomness = torch.Generator | PerImageGenerator  # one for the whole batch, or 
 
 
 def drawn(sample: Sample, images: Tensor, generator: Randomness) -> Tensor:
-    """What `sample` gives for the images (N, C, H, W), on the CPU."""
+    """What `sample` gives for the images (N, C, H, W), on the generator's device; `PerImageGenerator` draws on the CPU."""
     return generator.draw(sample, images) if isinstance(generator, PerImageGenerator) else sample(images, generator)
 
 

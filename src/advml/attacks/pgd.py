@@ -19,6 +19,7 @@ from advml.attacks.threat_model import ThreatModel
 from advml.models.network import Network, under_attack
 
 Objective = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> values (N,), to be made large
+FP16_SCALE = 256.0  # of the objective under fp16, whose smallest number is 6e-8; a power of 2 rounds nothing
 
 
 # Share of the steps done, from 0 to below 1 -> share of the step size. None falls to 0 itself: that step would be wasted.
@@ -71,13 +72,15 @@ def pgd(
     images = images.detach()
     adversarial = (images if start is None else start).detach()  # a tensor of its own, to be switched to requires_grad
     best = Best() if keep == "best" else None
+    scale = FP16_SCALE if torch.is_autocast_enabled(kind := images.device.type) and torch.get_autocast_dtype(kind) == torch.float16 else 1.0
     velocity: Tensor | None = None
     for step in range(steps):
         adversarial.requires_grad_()
         with torch.enable_grad():
             values = objective(adversarial)
-            with torch.autocast(images.device.type, enabled=False):  # it would round the float32 parts of a backward pass too
-                (gradient,) = torch.autograd.grad(values.sum(), adversarial)
+            with torch.autocast(kind, enabled=False):  # it would round the float32 parts of a backward pass too
+                (gradient,) = torch.autograd.grad(values, adversarial, torch.full_like(values, scale))
+        gradient = gradient if scale == 1 else gradient / scale
         gradient, adversarial, values = finite(gradient), adversarial.detach(), values.detach()  # and the graph is gone
         if best:
             best.update(adversarial, values)
@@ -157,7 +160,7 @@ class Adversary:
             objective: builds the objective; called once, under attack conditions, so that whatever stays
                 constant over the steps (the clean embedding) is computed there, once.
             images: (N, C, H, W) in [0, 1].
-            generator: draws the random start, on the CPU; for the batch, or `PerImageGenerator`.
+            generator: draws the random start for the batch, or `PerImageGenerator` for each image.
         """
         with under_attack(network, mode=self.mode):
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None

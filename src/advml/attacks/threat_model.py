@@ -26,13 +26,13 @@ def _shrink_l2(delta: Tensor, epsilon: float) -> Tensor:
 
 
 def _sample_linf(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=torch.float32) * 2 - 1
+    return torch.rand(like.shape, generator=generator, device=generator.device) * 2 - 1
 
 
 def _sample_l2(like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in the unit ball: a Gaussian direction, a radius u^(1/dimension)."""
-    direction = _unit_l2(torch.randn(like.shape, generator=generator, dtype=torch.float32))
-    radius = torch.rand(len(like), generator=generator) ** (1 / like.shape[1:].numel())
+    direction = _unit_l2(torch.randn(like.shape, generator=generator, device=generator.device))
+    radius = torch.rand(len(like), generator=generator, device=generator.device) ** (1 / like.shape[1:].numel())
     return direction * _over_images(radius, like)
 
 
@@ -83,6 +83,7 @@ class ThreatModel:
         return self.project(adversarial + step_size * NORMS[self.norm].steepest(gradient), images)
 
     def random_start(self, images: Tensor, *, generator: Randomness) -> Tensor:
-        """A point drawn uniformly from the ball, then clipped to the box. The draw is on the CPU: the same on any device."""
+        """A point drawn uniformly from the ball, then clipped to the box. The draw is on the generator's device: one on the CPU gives the
+        same on any device, one on the images' device lets it go on working."""
         delta = drawn(NORMS[self.norm].sample, images, generator).to(images)
         return self.project(images + self.epsilon * delta, images)

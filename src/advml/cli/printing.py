@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advml.core.messages import is_quiet
 from advml.core.paths import Workspace
 
 if TYPE_CHECKING:
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
 
 def say(outputs: str, next_command: str) -> None:
     """The last two lines of a command: what it has written, and what to do next."""
-    print(f"wrote {outputs}\nnext: {next_command}", flush=True)
+    if not is_quiet():
+        print(f"wrote {outputs}\nnext: {next_command}", flush=True)
+
+
+def say_json(content: Any) -> None:
+    """Print one JSON object, in which what could not be measured is null."""
+    from advml.core.io import to_json
+
+    print(to_json(content).decode(), end="", flush=True)
 
 
 def percent(metrics: dict[str, float]) -> str:

@@ -271,7 +271,7 @@ class Diagnostics(Section):
         "epsilons of the security curve, as multiples"
     )
     minimal: Literal[tuple(MINIMAL_NORMS)] | None = means(
-        "distances of nearest adversarial images, needs advml[foolbox]: fmn, ddn, cw", None
+        "distances of nearest adversarial images, needs advml[distances]: fmn, ddn, cw", None
     )
     minimal_steps: Steps = means("of that search", 100)
 
@@ -356,7 +356,16 @@ class Runtime(Section):
         str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$", json_schema_extra={"form": "auto, cpu, cuda, cuda:1 or mps"})
     ] = means("auto, cpu, cuda, cuda:1, mps", "auto")
     threads: Annotated[Whole, Field(ge=0, le=1024)] = means("0: all cores; a fixed number makes CPU results the same on every machine", 0)
-    precision: Literal["fp32", "bf16"] = means("fp32, bf16", "fp32")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = means(
+        "of products: fp32, tf32 (NVIDIA), bf16, fp16 (training only, with scaled losses; evaluation then uses fp32)", "fp32"
+    )
+    compile: bool = means("true: training compiles the encoder by torch.compile; minutes at first, faster steps, other rounding", False)
+    micro_batch: Batch | None = means(
+        "training: images that pass the encoder at once, losses see the whole batch; costs a second forward pass; null: all", None
+    )
+    deterministic: bool = means(
+        "true: GPUs repeat their bits, and a resumed run those of an unbroken one, by slower kernels; false: faster, last bits vary", True
+    )
 
 
 class Cluster(Section):

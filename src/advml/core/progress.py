@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from advml.core.messages import tell
+from advml.core.messages import is_quiet, tell
 
 BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
 
@@ -22,8 +23,8 @@ UNFINISHED = 0.99  # the largest share that is shown before the end: what follow
 
 
 def _terminal() -> Any:
-    """A console on stderr; None where that is no terminal."""
-    if not sys.stderr.isatty():
+    """A console on stderr; None where that is no terminal, or under --quiet."""
+    if not sys.stderr.isatty() or is_quiet():
         return None
     from rich.console import Console
 
@@ -92,11 +93,13 @@ class Bar:
 
     LINE_EVERY = 15.0  # seconds between lines where no terminal shows a bar
     DRAW_EVERY = 0.2
+    READ_EVERY = 1.0
 
     def __init__(self, title: str, *, total: int, brief: bool = False) -> None:
         self.title, self.total, self.brief, self.done, self.note, self.begun = title, max(1, total), brief, 0, "", 0
         self.started = self.last_line = time.monotonic()
-        self.last_drawn = 0.0
+        self.last_drawn, self.last_read = 0.0, -math.inf
+        self._note: str | Callable[[], str] = ""
         self.already: int | None = None
         self.board = os.environ.get(BOARD)
         self.bars = None
@@ -113,22 +116,27 @@ class Bar:
             self.bars.update(self.task, completed=self.shown if kind else self.total)
             self.bars.stop()
         elif kind is None and not self.brief:
-            tell(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self.note}")
+            tell(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self._read(math.inf)}")
 
     @property
     def shown(self) -> float:
         """Units that are shown as finished while the work goes on."""
         return min(self.done, UNFINISHED * self.total)
 
-    def reach(self, done: int, note: str | None = None) -> None:
-        """Say that `done` units are finished and show `note` (e.g. the running loss) behind the bar."""
+    def reach(self, done: int, note: str | Callable[[], str] | None = None) -> None:
+        """Say that `done` units are finished and show `note` (e.g. the running loss) behind the bar.
+
+        A function is called for the note when it is shown, READ_EVERY seconds at most, for it may have to wait for a device.
+        """
         if self.already is None:
             self.already = done  # what an interrupted process had finished says nothing about this one's speed
-        self.done, self.note, now = done, self.note if note is None else note, time.monotonic()
+        self.done, now = done, time.monotonic()
+        self._note = self._note if note is None else note
         if self.bars:
-            self.bars.update(self.task, completed=self.shown, note=self.note)
+            self.bars.update(self.task, completed=self.shown, note=self._read(now))
         elif self.board and now - self.last_drawn > self.DRAW_EVERY:
             self.last_drawn = now
+            self._read(now)
             with contextlib.suppress(OSError), open(self.board, "w", encoding="utf-8") as file:  # a torn read shows nothing for a frame
                 json.dump({"title": self.title, "done": self.shown, "total": self.total, "note": self.note}, file)
         elif now - self.last_line > self.LINE_EVERY:
@@ -143,7 +151,15 @@ class Bar:
         self.reach(self.begun, part)
         self.begun += 1
 
+    def _read(self, now: float) -> str:
+        if isinstance(self._note, str):
+            self.note = self._note
+        elif now - self.last_read >= self.READ_EVERY:
+            self.note, self.last_read = self._note(), now
+        return self.note
+
     def _line(self, now: float) -> None:
+        self._read(now)
         self.last_line, rate = now, (self.done - self.already) / (now - self.started)
         left = f", about {(self.total - self.done) / rate:.0f} s left" if rate else ""
         tell(f"{self.title}: {int(100 * self.shown / self.total)} %{left}  {self.note}")

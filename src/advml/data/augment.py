@@ -4,15 +4,15 @@
     >>> view(images, config.views.contrastive, generator=generator)  # (N, C, H, W) in [0, 1]
 
 The whole geometry is one resampling, so an image is interpolated once however many parts are on; colour follows, as
-in SimCLR. `draw` takes all random numbers from a CPU generator, so a seed gives the same views on every device; how
-many it takes depends on the spec and the number of images only.
+in SimCLR. `draw` takes all random numbers on the generator's device: one on the CPU gives the same views wherever the images are, one
+on the images' own device lets no device wait. How many it takes depends on the spec and the number of images only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from kornia.color import rgb_to_grayscale
@@ -39,22 +39,21 @@ def recolour(images: Tensor, spec: View, *, factors: Tensor, jitter: Tensor, gre
         images: float (N, C, H, W) in [0, 1]; without three channels, saturation, hue and grey leave them alone.
         spec: a part with strength zero is skipped.
         factors: (4, N) brightness, contrast and saturation factors, and hue in turns.
-        jitter, grey: (N,) bool, on the CPU.
+        jitter, grey: (N,) bool.
     """
     if spec.brightness or spec.contrast or spec.saturation or spec.hue:
-        some_factors = factors[:, jitter].to(images)
-        images = _replace(images, jitter, lambda some: _jitter(some, spec, some_factors))
+        images = _replace(images, jitter, _jitter(images, spec, factors), share=spec.jitter)
     if spec.grey and images.shape[1] == 3:
-        images = _replace(images, grey, lambda some: rgb_to_grayscale(some).expand_as(some))
+        images = _replace(images, grey, rgb_to_grayscale(images).expand_as(images), share=spec.grey)
     return images
 
 
-def _replace(images: Tensor, mask: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Change the images under the mask only: the others stay bitwise the same and cost nothing."""
-    if mask.all():
-        return change(images)
-    index = mask.nonzero().squeeze(1).to(images.device)
-    return images.index_copy(0, index, change(images[index])) if len(index) else images
+def _replace(images: Tensor, mask: Tensor, changed: Tensor, *, share: float) -> Tensor:
+    """The changed images under the mask (N,), which covers this share of them on average; the others stay bitwise the same.
+
+    All images are changed before: to pick some of them, the host would have to wait for the mask.
+    """
+    return changed if share == 1 else torch.where(mask[:, None, None, None], changed, images)
 
 
 def _jitter(images: Tensor, spec: View, factors: Tensor) -> Tensor:
@@ -84,7 +83,8 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     divisor = chroma.clamp(min=torch.finfo(images.dtype).tiny)  # grey pixels: 0 / tiny
     hue = torch.where(green == top, (blue - red) / divisor + 2, (red - green) / divisor + 4)
     hue = torch.where(red == top, (green - blue) / divisor, hue) + 6 * turns[:, None, None]
-    result = hue[:, None] + torch.tensor([0, 4, 2])[:, None, None].to(images)
+    offsets = torch.arange(3, device=images.device, dtype=images.dtype).mul_(4).remainder_(6)  # 0, 4, 2
+    result = hue[:, None] + offsets[:, None, None]
     result = result.remainder_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
     return result.mul_(chroma[:, None]).add_(low[:, None])
 
@@ -97,7 +97,7 @@ LOG_ASPECT = math.log(4 / 3)
 
 @dataclass(frozen=True)
 class Draws:
-    """The random parameters of N views, on the CPU. Pairs are (x, y); coordinates run from -1 to 1 over the image."""
+    """The random parameters of N views. Pairs are (x, y); coordinates run from -1 to 1 over the image."""
 
     rotation: Tensor  # (N,) degrees, clockwise to the eye
     scale: Tensor  # (N,) zoom
@@ -110,6 +110,10 @@ class Draws:
     jitter: Tensor  # (N,) bool: do the factors apply
     grey: Tensor  # (N,) bool
 
+    def to(self, device: torch.device) -> Draws:
+        """The same on a device."""
+        return Draws(**{name: values.to(device) for name, values in vars(self).items()})
+
 
 @torch.no_grad()
 def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
@@ -121,7 +125,7 @@ def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
     Args:
         images: float (N, C, H, W) in [0, 1]; left as they are.
         spec: which parts are on, and how strong.
-        generator: on the CPU, wherever the images are.
+        generator: on the CPU or on the images' device.
     Returns:
         New images (N, C, H, W) in [0, 1] with the dtype and device of `images`.
     Raises:
@@ -129,7 +133,7 @@ def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
     """
     if not images.is_floating_point():
         raise TypeError(f"view needs float images in [0, 1], not {images.dtype}; divide them by 255 first")
-    draws = draw(spec, images.shape, generator=generator)
+    draws = draw(spec, images.shape, generator=generator).to(images.device)
     result = images.to(torch.promote_types(images.dtype, torch.float32))  # bf16 is too coarse for positions and hue
     result = resample(result, spec, draws)
     result = recolour(result, spec, factors=draws.factors, jitter=draws.jitter, grey=draws.grey)
@@ -139,21 +143,12 @@ def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
 def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:
     """The parameters of one view for each of `shape` = (N, C, H, W) images, uniform in the spec's ranges."""
     count, _, height, width = shape
-    ranges = (
-        (-spec.rotation, spec.rotation),
-        spec.scale,
-        *2 * [(-spec.shift, spec.shift)],
-        *2 * [(0, 2 * spec.pad + 1)],
-        *2 * [(0, 1)],  # place of the resized crop
-        *[(max(0, 1 - strength), 1 + strength) for strength in (spec.brightness, spec.contrast, spec.saturation)],
-        (-spec.hue, spec.hue),
-        *3 * [(0, 1)],  # flip, jitter, grey: below their probability means yes
-    )
-    low, high = torch.tensor(ranges, dtype=torch.float32).T[..., None]
-    values = torch.lerp(low, high, torch.rand(len(ranges), count, generator=generator))
-    crop_size = torch.ones(2, count)
+    low, high = _ranges(spec, device := generator.device)
+    values = torch.lerp(low, high, torch.rand(len(low), count, generator=generator, device=device))
+    crop_size = torch.ones(2, count, device=device)
     if spec.resized_crop:
-        crop_size = _crop_size(spec.resized_crop, width / height, torch.rand(2, CROP_CANDIDATES, count, generator=generator))
+        uniform = torch.rand(2, CROP_CANDIDATES, count, generator=generator, device=device)
+        crop_size = _crop_size(spec.resized_crop, width / height, uniform)
     return Draws(
         rotation=values[0],
         scale=values[1],
@@ -166,6 +161,23 @@ def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:
         jitter=values[13] < spec.jitter,
         grey=values[14] < spec.grey,
     )
+
+
+@cache  # a copy to a device makes the host wait
+def _ranges(spec: View, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Low and high ends (15, 1) of the uniform distributions that a view draws from."""
+    ranges = (
+        (-spec.rotation, spec.rotation),
+        spec.scale,
+        *2 * [(-spec.shift, spec.shift)],
+        *2 * [(0, 2 * spec.pad + 1)],
+        *2 * [(0, 1)],  # place of the resized crop
+        *[(max(0, 1 - strength), 1 + strength) for strength in (spec.brightness, spec.contrast, spec.saturation)],
+        (-spec.hue, spec.hue),
+        *3 * [(0, 1)],  # flip, jitter, grey: below their probability means yes
+    )
+    low, high = torch.tensor(ranges, dtype=torch.float32, device=device).T[..., None]
+    return low, high
 
 
 def _crop_size(area: tuple[float, float], aspect: float, uniform: Tensor) -> Tensor:
@@ -196,12 +208,13 @@ def resample(images: Tensor, spec: View, draws: Draws) -> Tensor:
     cosine, sine = angle.cos() / draws.scale, angle.sin() / draws.scale
     along_x = draws.crop_size * torch.stack([cosine, -sine * (width / height)])  # (2, N): where a step along x leads
     along_y = draws.crop_size * torch.stack([sine * (height / width), cosine])
-    start = draws.crop_centre + 2 * draws.offset / torch.tensor([[width], [height]])
+    start = draws.crop_centre + torch.stack([2 * offset / side for offset, side in zip(draws.offset, (width, height), strict=True)])
     start = start - 2 * draws.shift[0] * along_x - 2 * draws.shift[1] * along_y
     along_x = torch.where(draws.flip, -along_x, along_x)
 
     along_x, along_y, start = torch.stack([along_x, along_y, start]).mT[:, :, None, None].to(images)  # (N, 1, 1, 2) each
-    x, y = ((2 * torch.arange(side).to(images) + 1) / side - 1 for side in (width, height))  # centres of the pixels
+    sides = (torch.arange(side, device=images.device, dtype=images.dtype) for side in (width, height))
+    x, y = ((2 * side + 1) / len(side) - 1 for side in sides)  # centres of the pixels
     # affine_grid would multiply matrices here: slower, and inexact under autocast or TF32.
     grid = (start + y[:, None, None] * along_y) + x[:, None] * along_x  # (N, H, W, 2)
     # Pad, crop and flip alone land on the centres of pixels, where "nearest" copies the very values.

@@ -1,6 +1,6 @@
 """DVC, which takes a second to import, in a process of its own.
 
-`python -m advml.engine.dvc_process` prints as JSON which stages have changed. With the name of a stage it is `dvc repro --single-item`,
+`python -m advml.engine.dvc_process plan` prints as JSON what DVC would run, `changes` why. `run STAGE` is `dvc repro --single-item STAGE`,
 but for one thing: a kill leaves no half dvc.lock.
 """
 
@@ -28,6 +28,22 @@ def plan() -> dict[str, list[str]]:
     return {name: before for name, before in needs.items() if changed.intersection([name, *before])}
 
 
+def changes() -> dict[str, list[str]]:
+    """Stages of dvc.yaml that have changed themselves -> what of each: `params.yaml attack.steps modified`, `data/prepared deleted`, ..."""
+    with Repo() as repo:
+        found = {name: [line for entry in entries for line in _lines(entry)] for name, entries in repo.status(targets=["dvc.yaml"]).items()}
+        ran = {stage.addressing for stage in repo.stage.collect("dvc.yaml") if any(out.hash_info for out in stage.outs)}
+    return {name: lines if name in ran else ["has not run yet"] for name, lines in found.items()}
+
+
+def _lines(entry: object, path: str = "") -> list[str]:
+    """Of `changed command`, or of {"changed deps": {"params.yaml": {"attack.steps": "modified"}}}."""
+    if isinstance(entry, dict):
+        below = [(path if key.startswith("changed ") else f"{path} {key}".strip(), value) for key, value in entry.items()]
+        return [line for name, value in below for line in _lines(value, name)]
+    return [f"{path} {entry}".strip()]
+
+
 @contextlib.contextmanager
 def modify_at_once(path: str, **_: object) -> Iterator[dict]:
     """DVC's `modify_yaml`, which takes 0.7 s to write the dvc.lock of 78 stages, as one replacement of the file."""
@@ -39,10 +55,11 @@ def modify_at_once(path: str, **_: object) -> Iterator[dict]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    what, *stages = sys.argv[1:]
+    if what == "run":
         dvcfile.modify_yaml = modify_at_once
-        sys.exit(cli.main(["--wait-for-lock", "repro", "--single-item", *sys.argv[1:]]))
+        sys.exit(cli.main(["--wait-for-lock", "repro", "--single-item", *stages]))
     try:
-        print(json.dumps(plan()))
+        print(json.dumps({"plan": plan, "changes": changes}[what]()))
     except DvcException as error:
         sys.exit(" ".join(str(error).split()))

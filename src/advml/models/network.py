@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from advml.models.backbones import create_encoder
 from advml.models.bn_folding import folded
 from advml.models.layers import dual
 from advml.models.memory_format import memory_format
+from advml.models.micro_batches import in_parts
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Network(nn.Module):
         encoder, width = create_encoder(a.backbone, stem=a.stem, channels=a.channels, image_size=a.image_size, options=a.options)
         self.encoder = dual(encoder) if a.dual_batch_norm else encoder
         self.memory_format = memory_format(self.encoder)
+        self.compiled = False  # whether the encoder runs as torch.compile makes it, at the first images of each shape and mode
+        self.micro_batch: int | None = None  # images that pass the encoder at once; None: all
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -93,7 +97,10 @@ class Network(nn.Module):
         images = self.normalize(images)
         if self.memory_format is torch.contiguous_format:  # clone: strides of one channel fit both layouts, others would keep them
             images = images.clone(memory_format=self.memory_format)
-        return self.encoder(images)
+        encode = partial(_compiled if self.compiled else _encode, self.encoder)
+        if self.micro_batch is None or len(images) <= self.micro_batch:
+            return encode(images)
+        return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""
@@ -113,6 +120,14 @@ class Network(nn.Module):
         for head in (self.projection_head, self.classifier):
             if head is not None:
                 head(features)
+
+
+def _encode(encoder: nn.Module, images: Tensor) -> Tensor:
+    return encoder(images)
+
+
+# A function of the encoder, so that a copy of a network runs with its own weights. Shapes are fixed: graphs for any size are slower.
+_compiled = torch.compile(_encode, dynamic=False)
 
 
 def build(architecture: Architecture, *, seed: int) -> Network:
@@ -136,7 +151,7 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     In mode "eval" batch-norm statistics cannot move. Mode "train", the paper's protocol, leaves batch norms as they are:
     of a network that learns they move, of a frozen encoder or a network in validation they do not. Dropout and stochastic
     depth are off in both: an attack draws from its own generator alone. Batch norms that cannot move are `folded`, in a `Network`:
-    of anyone else's module nothing is known.
+    of anyone else's module nothing is known. A compiled encoder would be compiled again for every folding.
     """
     modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -147,7 +162,8 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        with folded(network.encoder, network.image_shape) if isinstance(network, Network) else contextlib.nullcontext():
+        folds = isinstance(network, Network) and not network.compiled
+        with folded(network.encoder, network.image_shape) if folds else contextlib.nullcontext():
             yield
     finally:
         for module, training in modes.items():

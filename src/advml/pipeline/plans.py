@@ -8,11 +8,9 @@ The stages write what comes of it into the study's folders; a search asks for th
 
 from __future__ import annotations
 
-import torch
-
 from advml import config
 from advml.attacks.pgd import training_adversary
-from advml.core.device import Machine, derived_seed
+from advml.core.device import Machine, chosen_device, derived_seed
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset
 from advml.models.layers import batch_norms, knows_blocks
@@ -41,8 +39,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
     spec, views = getattr(configuration.views, row.view), 2 if row.groups else 1  # of each image, in one batch
-    on_cpu = configuration.runtime.device == "cpu" or (configuration.runtime.device == "auto" and not torch.cuda.is_available())
-    bfloat16 = on_cpu and configuration.runtime.precision == "bf16"
+    bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
     try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
     return Plan(
         network=network,

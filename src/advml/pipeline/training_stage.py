@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from advml import tracking
 from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.progress import Bar
@@ -63,8 +65,8 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
         history.append(record)
         run.log_epochs(history)
 
-    def show(epoch: int, done: int, loss: float) -> None:
-        bar.reach((epoch - 1) * per_epoch + done, f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}")
+    def show(epoch: int, done: int, loss: Tensor) -> None:
+        bar.reach((epoch - 1) * per_epoch + done, lambda: f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}")
 
     fit(job.plan, context.dataset, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
     return history

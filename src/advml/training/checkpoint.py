@@ -34,6 +34,7 @@ class Progress:
     best_score: float | None = None
     best_epoch: int | None = None
     optimizer: dict[int, State] = field(default_factory=dict)  # parameter index -> its state
+    scaler: dict[str, float] = field(default_factory=dict)  # of the loss, under fp16
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -71,7 +72,7 @@ class Checkpoint:
         tensors = {f"network/{key}": value for key, value in progress.network.items()}
         tensors |= {f"best/{key}": value for key, value in progress.best.items()}
         tensors |= {f"optimizer/{i}/{key}": value for i, state in progress.optimizer.items() for key, value in state.items()}
-        header = {key: getattr(progress, key) for key in ("epoch", "best_score", "best_epoch", "history")}
+        header = {key: getattr(progress, key) for key in ("epoch", "best_score", "best_epoch", "scaler", "history")}
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_suffix(f".{os.getpid()}.part")
         try:

@@ -187,6 +187,6 @@ def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train
     if regime.encoder_learns:
         return Classification(network, label_smoothing=phase.label_smoothing, loss=phase.loss, frozen_statistics=phase.frozen_statistics)
     place(network, machine.device).eval()
-    with torch.no_grad(), machine.autocast():
+    with torch.no_grad(), machine.autocast(training=True):
         features = torch.cat([network.features(machine.images(images)).float() for images in train.images.split(512)])
     return HeadOnly(network, features=features, label_smoothing=phase.label_smoothing, loss=phase.loss)

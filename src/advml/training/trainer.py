@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.pgd import Adversary
-from advml.core.device import Machine, derived_seed, generator_for, own_randomness
+from advml.core.device import HALVES, Machine, derived_seed, generator_for, out_of_memory, own_randomness
 from advml.core.errors import Failure
-from advml.data.datasets import Dataset, Split
+from advml.data.batches import Feed
+from advml.data.datasets import Dataset
 from advml.models.layers import depths
 from advml.models.memory_format import place
 from advml.models.network import Network
@@ -84,7 +86,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def optimizer(phase: config.Phase, learners: Sequence[nn.Parameter], network: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that `phase` names, over `learners`, each in exactly one group; `network` tells how deep they lie."""
     groups = layer_groups(learners, network.encoder, layer_decay=phase.layer_decay) if phase.layer_decay < 1 else [whole(learners)]
-    return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay)
+    fused = True if learners[0].is_cuda else None  # one kernel, which under fp16 also sees for itself whether to skip the step
+    return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=fused)
 
 
 def whole(learners: Sequence[nn.Parameter]) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 # One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
 
 Record = dict[str, float]
+OnBatch = Callable[[int, int, Tensor], None]  # the loss is a number on the device: to read it makes the host wait for the step
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def fit(
     *,
     checkpoint: Checkpoint,
     on_epoch: Callable[[Record], None] = lambda record: None,
-    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+    on_batch: OnBatch = lambda epoch, done, loss: None,
 ) -> tuple[Network, list[Record]]:
     """Train as planned, going on where an interrupted process has left the checkpoint.
 
@@ -143,7 +147,7 @@ def fit(
         machine: device and precision.
         checkpoint: written after every epoch, before `on_epoch` is told of it.
         on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
-        on_batch: told (epoch, batches done, loss).
+        on_batch: called with (epoch, batches done, loss).
     Returns:
         The network with the selected weights, and one record per epoch.
     Raises:
@@ -176,7 +180,7 @@ def train(
     seed: int,
     machine: Machine,
     checkpoint: Checkpoint,
-    on_batch: Callable[[int, int, float], None] = lambda epoch, done, loss: None,
+    on_batch: OnBatch = lambda epoch, done, loss: None,
 ) -> Iterator[Record]:
     """Train, yielding one record per epoch (those of earlier, interrupted processes first).
 
@@ -190,9 +194,9 @@ def train(
         seed: of batches, views and random starts.
         machine: device and precision.
         checkpoint: written after every epoch; an unfinished run in it is continued.
-        on_batch: told (epoch, batches done, loss) for progress bars.
+        on_batch: called with (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: a loss, a score or a weight is not finite.
+        Failure: a loss, a score or a weight is not finite, or a batch does not fit into memory.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
@@ -200,11 +204,11 @@ def train(
         trainer.restore(progress)
     yield from progress.history
     for epoch in range(progress.epoch + 1, phase.epochs + 1):
-        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch), **trainer.validate()}
+        record = {"epoch": epoch, **trainer.whole_epoch(epoch, on_batch)}
         trainer.check(record)
         trainer.select(progress, record)
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
-        progress.optimizer = optimizer_state(trainer.optimizer)
+        progress.optimizer, progress.scaler = optimizer_state(trainer.optimizer), trainer.scaler.state_dict()
         progress.history.append(record)
         checkpoint.save(progress)
         yield record
@@ -216,56 +220,97 @@ class _Trainer:
 
     def __init__(self, task: Task, dataset: Dataset, phase: config.Phase, adversary: Adversary | None, seed: int, machine: Machine) -> None:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
-        self.train_split, self.validation = dataset.train, dataset.validation
+        self.images, self.validation = Feed(dataset.train, machine), Feed(dataset.validation, machine)
         place(task.network, machine.device)
+        task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
-        self.optimizer = optimizer(phase, task.learners(), task.network)
+        self.optimizer, self.scaler = optimizer(phase, task.learners(), task.network), machine.scaler()
         self.batches = batches_per_epoch(dataset, phase)
         self.steps = self.batches * phase.epochs
 
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
         restore_optimizer(self.optimizer, progress.optimizer)
+        self.scaler.load_state_dict(progress.scaler)
 
-    def epoch(self, epoch: int, on_batch: Callable[[int, int, float], None]) -> Record:
-        """One pass over the shuffled training images; a short last batch is left for other epochs to reach."""
-        generator = generator_for("train", self.seed, epoch)
-        order = torch.randperm(len(self.train_split.labels), generator=generator)
-        totals = torch.zeros(2, dtype=torch.float64)  # clean, adversarial
+    def whole_epoch(self, epoch: int, on_batch: OnBatch) -> Record:
+        """Training and validation.
+
+        Raises:
+            Failure: a batch does not fit into memory.
+        """
+        try:
+            return self.epoch(epoch, on_batch) | self.validate()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        raise Failure(self._what_fits())  # here, where the error, and with it the tensors of the step, is gone
+
+    def _what_fits(self) -> str:
+        """Try ever smaller parts of a batch. The weights change: those of the last epoch are in the checkpoint."""
+        network, size = self.task.network, self.phase.batch_size
+        before, network.micro_batch = network.micro_batch, network.micro_batch or min(size, len(self.images.labels))
+        while network.micro_batch > 2:
+            network.micro_batch //= 2
+            try:
+                self.epoch(1, lambda epoch, batch, loss: _stop())
+            except _Fits:
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+        else:
+            return f"not even 2 images fit into the memory of {self.machine.device}; choose a smaller model.backbone or data.image_size"
+        return (
+            f"batch_size = {size} does not fit into the memory of {self.machine.device} at {before or size} images at a time, "
+            f"and does at {network.micro_batch}: set runtime.micro_batch = {network.micro_batch}, or in this phase a smaller batch_size"
+        )
+
+    def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
+        """One pass over the shuffled training images; a short last batch is left for other epochs to reach.
+
+        Within, the host only hands work to the device: it reads nothing from there before the end.
+        """
+        device, size = self.machine.device, self.phase.batch_size
+        generator = generator_for("train", self.seed, epoch, device=device)
+        order = torch.randperm(len(self.images.labels), generator=generator, device=device)[: self.batches * size]
+        losses = torch.zeros(self.batches, 2, device=device)  # clean, adversarial
         self.task.train_mode()
-        with own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device):  # layers with dropout draw from the global RNG
-            for batch, index in enumerate(order.split(self.phase.batch_size)[: self.batches]):
-                losses = self._step(index, generator, step=(epoch - 1) * self.batches + batch)
-                totals += losses
-                on_batch(epoch, batch + 1, float(losses.sum()))
-        totals /= self.batches
-        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": float(totals[0])}
-        return record | ({"train/adversarial_loss": float(totals[1])} if self.adversary else {})
+        with own_randomness(derived_seed("dropout", self.seed, epoch), device):  # layers with dropout draw from the global RNG
+            for batch, (images, labels, index) in enumerate(self.images(order, size=size)):
+                losses[batch] = self._step(images, labels, index, generator, step=(epoch - 1) * self.batches + batch)
+                on_batch(epoch, batch + 1, losses[batch].sum())
+        clean, adversarial = (sum(column) / self.batches for column in losses.T.tolist())
+        record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean}
+        return record | ({"train/adversarial_loss": adversarial} if self.adversary else {})
 
-    def _step(self, index: Tensor, generator: torch.Generator, *, step: int) -> Tensor:
-        """One optimiser step on the images `index`; returns the clean and the adversarial loss."""
-        images = self.machine.images(self.train_split.images[index])
-        labels = self.train_split.labels[index].to(self.machine.device)
+    def _step(self, images: Tensor, labels: Tensor, index: Tensor, generator: torch.Generator, *, step: int) -> Tensor:
+        """One optimiser step; returns the clean and the adversarial loss (2,), on the device."""
         set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
         self.optimizer.zero_grad(set_to_none=True)
-        with self.machine.autocast():
-            clean = self.task.clean_loss(images, labels, index.to(self.machine.device), generator=generator).mean()
-        clean.backward()  # each term frees its graph before the next one builds its own
-        adversarial = torch.zeros(())
+        with self._autocast():
+            clean = self.task.clean_loss(images, labels, index, generator=generator).mean()
+        self.scaler.scale(clean).backward()  # each term frees its graph before the next one builds its own
+        adversarial = torch.zeros_like(clean)
         if self.adversary:
-            with self.machine.autocast():
+            with self._autocast():
                 adversary = self.adversary.scaled(epsilon_share(self.phase, step=step, steps=self.steps))
                 objective = lambda: self.task.training_objective(images, labels)  # noqa: E731 - built under attack, once
                 attacked = adversary.attack(self.task.network, objective, images, generator=generator)
                 adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
-            (self.phase.adversarial_weight * adversarial).backward()
-        losses = torch.stack([clean.detach().cpu(), adversarial.detach().cpu()]).double()
+            self.scaler.scale(self.phase.adversarial_weight * adversarial).backward()
+        losses = torch.stack([clean.detach(), adversarial.detach()])
         if step == 0:
             self._check_first(losses)
         if self.phase.gradient_clip:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return losses
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return self.machine.autocast(training=True)
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """The attack of validation: the whole radius in every epoch, so that epochs compare."""
@@ -273,19 +318,18 @@ class _Trainer:
 
     def validate(self) -> Record:
         """Mean scores on validation; the same views and random starts in every epoch, so that epochs compare."""
-        generator = generator_for("validation", self.seed)
-        network, totals = self.task.network, [0.0, 0.0]
-        network.eval()
-        for images, labels in batches(self.validation, self.machine, size=self.phase.batch_size):
-            with self.machine.autocast():
+        generator = generator_for("validation", self.seed, device=self.machine.device)
+        clean, adversarial = [], []
+        self.task.network.eval()
+        for images, labels in self.validation.in_order(size=self.phase.batch_size):
+            with self._autocast():
                 attacked = self._attack(images, labels, generator) if self.adversary else None
                 with torch.no_grad():
-                    totals[0] += float(self.task.clean_score(images, labels, generator=generator).sum())
+                    clean.append(self.task.clean_score(images, labels, generator=generator).sum())
                     if attacked is not None:
-                        totals[1] += float(self.task.adversarial_score(images, attacked, labels).sum())
-        count, metric = len(self.validation.labels), self.task.metric
-        record = {f"validation/{metric}": totals[0] / count}
-        return record | ({f"validation/adversarial_{metric}": totals[1] / count} if self.adversary else {})
+                        adversarial.append(self.task.adversarial_score(images, attacked, labels).sum())
+        scores = {f"validation/{self.task.metric}": clean, f"validation/adversarial_{self.task.metric}": adversarial}
+        return {name: sum(torch.stack(sums).tolist()) / len(self.validation.labels) for name, sums in scores.items() if sums}
 
     def check(self, record: Record) -> None:
         """Neither a figure of the epoch nor a weight that it ended with may be infinite or NaN: the last step comes after the last loss.
@@ -296,7 +340,7 @@ class _Trainer:
         broken = [key for key, value in record.items() if not math.isfinite(value)]
         broken += _not_finite(self.task.network.state_dict())
         if broken:
-            precision = ", or runtime.precision: fp32" if self.machine.precision == "bf16" else ""
+            precision = ", or runtime.precision: fp32" if self.machine.precision in HALVES else ""
             raise Failure(
                 f"{broken[0]} is not finite in epoch {record['epoch']}; lower the learning rate (now {self.phase.learning_rate:g}) "
                 f"or set gradient_clip in this phase's section of params.yaml{precision}"
@@ -311,9 +355,12 @@ class _Trainer:
         if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
             remedy = "a pretraining makes them by model.backbone and model.options; a fine-tuning reads them: make its pretraining again"
             raise Failure(f"{weights[0]}, a weight that the training starts from, is not finite; {remedy}")
-        gradients = {f"the gradient of {key}": value.grad for key, value in self.task.network.named_parameters() if value.grad is not None}
+        named = (
+            () if self.scaler.is_enabled() else self.task.network.named_parameters()
+        )  # a scale that is too large at first is made smaller
+        gradients = {f"the gradient of {key}": value.grad for key, value in named if value.grad is not None}
         if broken := _not_finite({"train/loss": losses[0], "train/adversarial_loss": losses[1]} | gradients):
-            precision = "runtime.precision: fp32, then " if self.machine.precision == "bf16" else ""
+            precision = "runtime.precision: fp32, then " if self.machine.precision in HALVES else ""
             raise Failure(
                 f"{broken[0]} is not finite before the first step, so no learning rate can mend it; try {precision}another model.backbone, "
                 "model.stem or model.options, a larger temperature, or, in a fine-tuning, another pretraining"
@@ -331,6 +378,14 @@ class _Trainer:
             progress.best = _copy(self.task.network.state_dict())
 
 
+class _Fits(Exception):
+    """A step has found enough memory."""
+
+
+def _stop() -> None:
+    raise _Fits
+
+
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in tensors.items() if not value.isfinite().all()]
 
@@ -338,12 +393,6 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def batches_per_epoch(dataset: Dataset, phase: config.Phase) -> int:
     """Optimiser steps of one pass; a short last batch does not count, unless it is the only one."""
     return max(1, len(dataset.train) // phase.batch_size)
-
-
-def batches(split: Split, machine: Machine, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images (n, C, H, W) in [0, 1] and labels (n,) of a split, in order, on the device."""
-    for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
-        yield machine.images(images), labels.to(machine.device)
 
 
 def _copy(state: State) -> State:

@@ -21,7 +21,7 @@ SQLITE = "sqlite:///"
 TIMEOUT = {"connect_timeout": 10}  # seconds
 HOLDER = "driver"  # attribute of a study: the process that works on it, or has; for `alone`
 # Drivers that know the option connect_timeout -> how they are installed
-DRIVERS = {"psycopg": "advml[postgres]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
+DRIVERS = {"psycopg": "advml[server]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
 
 
 def address(url: str | None, *, root: Path) -> str:

@@ -1,0 +1,60 @@
+"""Batches of a split on the device: gathered there where the images fit, else on the host, ahead of time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from advml.core.device import Machine
+from advml.data.prepared import Split
+
+SHARE = 0.5  # of the device's free memory, up to which a split is kept there
+AHEAD = 4  # batches that are gathered on the host before they are asked for
+
+
+class Feed:
+    """The images of a split, kept on the device as uint8 if they take at most SHARE of its free memory.
+
+    Args:
+        split: images and labels on the host.
+        machine: whose device the batches are for.
+    """
+
+    def __init__(self, split: Split, machine: Machine) -> None:
+        self.machine, self.fits = machine, split.images.nbytes <= SHARE * machine.free_memory()
+        self.images = split.images.to(machine.device) if self.fits else split.images
+        self.labels = split.labels.to(machine.device)
+
+    def __call__(self, order: Tensor, *, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images (n, C, H, W) in [0, 1], labels (n,) and indices (n,), all on the device, of `size` images at a time.
+
+        Args:
+            order: indices (N,) on the device.
+        """
+        for index, images in zip(order.split(size), self._gathered(order, size), strict=True):
+            yield self.machine.images(images), self.labels[index], index
+
+    def in_order(self, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of the whole split, from its first image to its last."""
+        order = torch.arange(len(self.labels), device=self.machine.device)
+        yield from ((images, labels) for images, labels, _ in self(order, size=size))
+
+    def _gathered(self, order: Tensor, size: int) -> Iterator[Tensor]:
+        """uint8 images of each batch: on the device, or in memory from which a copy does not make the host wait."""
+        if self.fits:
+            yield from (self.images[index] for index in order.split(size))
+            return
+        pin = self.machine.device.type == "cuda"
+        gather = lambda index: self.images[index].pin_memory() if pin else self.images[index]  # noqa: E731
+        parts = deque(order.cpu().split(size))
+        with ThreadPoolExecutor(2) as pool:
+            ahead = deque(pool.submit(gather, parts.popleft()) for _ in range(min(AHEAD, len(parts))))
+            while ahead:
+                images = ahead.popleft().result()
+                if parts:
+                    ahead.append(pool.submit(gather, parts.popleft()))
+                yield images
