@@ -143,6 +143,9 @@ class Study:
 
         return Context(self.config(*overrides), self.workspace)
 
+    def copy(self, folder: Path) -> Study:
+        return Study(Path(shutil.copytree(self.root, folder)))
+
     def place(self, *overrides: str) -> Place:
         return locate(self.config(*overrides).tracking, root=self.root)
 

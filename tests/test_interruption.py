@@ -17,7 +17,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -191,11 +190,6 @@ def finetuned(uninterrupted, pretrained):
     return pretrained
 
 
-def copied(study, folder: Path):
-    """The same in another folder."""
-    return replace(study, root=Path(shutil.copytree(study.root, folder)))
-
-
 @pytest.fixture(scope="module")
 def killed_once(new_study, tmp_path_factory):
     """A study whose pretraining was killed in its third epoch, which no test changes."""
@@ -208,7 +202,7 @@ def killed_once(new_study, tmp_path_factory):
 @pytest.fixture
 def killed(killed_once, tmp_path):
     """A study of one's own whose pretraining was killed in its third epoch."""
-    return copied(killed_once, tmp_path / "killed")
+    return killed_once.copy(tmp_path / "killed")
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +277,7 @@ MOMENTS = {  # of the last of three epochs, and after
 
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
 def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(late, tmp_path, uninterrupted, monkeypatch, moment):
-    study = copied(late, tmp_path / "study")
+    study = late.copy(tmp_path / "study")
 
     def work() -> None:
         finetune.run(study.context(), scheme="CL", regime="Full-AT", seed=0, reuse=True)
@@ -365,7 +359,7 @@ ENDS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
 
 
 def test_an_evaluation_killed_again_and_again_ends_as_if_nothing_had_been(finetuned, tmp_path, monkeypatch):
-    calm = copied(finetuned, tmp_path / "calm")
+    calm = finetuned.copy(tmp_path / "calm")
     evaluation(calm, *SMALL_BATCHES)()
     ends, work = list(itertools.product(ENDS.values(), (1, 1, 2, 2, 3))), evaluation(finetuned, *SMALL_BATCHES)
     assert len(ends) == 20
@@ -428,7 +422,7 @@ def first_step(study, monkeypatch) -> int:
 
 def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted, monkeypatch, tmp_path):
     state = state_file(killed).read_bytes()
-    assert first_step(copied(killed, tmp_path / "whole"), monkeypatch) == 9  # of the third epoch: an undamaged one goes on
+    assert first_step(killed.copy(tmp_path / "whole"), monkeypatch) == 9  # of the third epoch: an undamaged one goes on
     for content in (b"", b"PK\x03\x04 something else", state[:-1000]):
         state_file(killed).write_bytes(content)
         assert first_step(killed, monkeypatch) == 1
@@ -554,30 +548,18 @@ def endless_repro(study) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_in_a_terminal_ends_repro_with_one_line(make_study):
-    """DVC, the stage and the fork that works for it end, too."""
+@pytest.mark.parametrize("outright", [False, True], ids=["Ctrl-C", "SIGKILL"])
+def test_a_repro_that_ends_early_leaves_no_stage_at_work(make_study, outright):
+    """DVC, the stage and its fork end too: else two processes could write one state, and the next `dvc repro` finds its outputs busy."""
     study = make_study("study", *ENDLESS)
     process = endless_repro(study)
     with killed_in_the_end(process, study.root):
         assert wait_for(progressed(study, 1), process), process.communicate()
         family = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)
+        process.kill() if outright else os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130 and stderr == INTERRUPTED
-    assert study.runs() == [(PRETRAINING, "KILLED")]
-    assert len(family) >= 4 and psutil.wait_procs(family, timeout=5)[1] == []
-
-
-def test_a_repro_that_is_killed_outright_leaves_no_stage_at_work(make_study):
-    """Else the next `dvc repro` would find its outputs busy, or two processes would write one state."""
-    study = make_study("study", *ENDLESS)
-    process = endless_repro(study)
-    with killed_in_the_end(process, study.root):
-        assert wait_for(progressed(study, 1), process), process.communicate()
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.communicate(timeout=TIMEOUT)
-        assert len(family) >= 4 and psutil.wait_procs(family, timeout=TIMEOUT)[1] == []
+        assert len(family) >= 4 and psutil.wait_procs(family, timeout=TIMEOUT if outright else 5)[1] == []
+    assert outright or (process.returncode == 130 and stderr == INTERRUPTED)
     assert study.runs() == [(PRETRAINING, "KILLED")]
 
 

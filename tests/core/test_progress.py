@@ -56,6 +56,21 @@ def frames(terminal: Terminal) -> list[str]:
     return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())) if line.strip()]
 
 
+def test_a_picture_is_drawn_on_a_terminal_alone_and_not_more_often_than_it_should(on_terminal, clock, capsys):
+    drawn = []
+
+    def draw(picture: progress.Redrawn, *times: float) -> None:
+        for clock.now in times:
+            picture.draw(lambda: drawn.append(clock.now) or f"at {clock.now}")
+
+    with on_terminal() as terminal, progress.Redrawn() as picture:
+        draw(picture, 200, 200.4, 200.6, 201.2)
+    assert drawn == [200, 200.6, 201.2] and list(dict.fromkeys(frames(terminal))) == [f"at {time}" for time in drawn]
+    with progress.Redrawn() as picture:
+        draw(picture, 300)
+    assert len(drawn) == 3 and capsys.readouterr() == ("", "")
+
+
 # Without a terminal
 
 

@@ -15,6 +15,7 @@ from advml.core.errors import UserError
 from advml.core.result_cache import Memo
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation.attack_suite import attack_suite
+from advml.evaluation.flag_summary import flag_summary
 from advml.evaluation.masking import diagnose
 from advml.evaluation.run_attacks import _Batch
 from advml.models.adapter import Foreign
@@ -68,19 +69,23 @@ def plant(monkeypatch, *names: str, **more: object) -> dict:
 def test_the_metrics_count_the_flags_and_the_verdict_names_them(subject, dataset, monkeypatch, names, verdict):
     planted = plant(monkeypatch, *names, evidence={})
     found = evaluate(subject, dataset, "corruptions.names=none")
-    assert found.metrics["diagnostics/flags"] == len(names) and found.flag_summary == verdict and found.record["diagnostics"] == planted
+    assert (
+        found.metrics["diagnostics/flags"] == len(names)
+        and flag_summary(found.record["diagnostics"]) == verdict
+        and found.record["diagnostics"] == planted
+    )
 
 
 def test_a_model_that_could_not_be_judged_has_no_number_of_flags(subject, dataset, monkeypatch):
     plant(monkeypatch, skipped="it fails on a batch")
     found = evaluate(subject, dataset, "corruptions.names=none")
-    assert "diagnostics/flags" not in found.metrics and found.flag_summary == "not judged"
+    assert "diagnostics/flags" not in found.metrics and flag_summary(found.record["diagnostics"]) == "not judged"
 
 
 def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
     monkeypatch.setattr(diagnose, "diagnose", forbidden)
     found = evaluate(subject, dataset, "diagnostics.images=0", "corruptions.names=none")
-    assert "diagnostics/flags" not in found.metrics and found.flag_summary == "not judged"
+    assert "diagnostics/flags" not in found.metrics and flag_summary(found.record["diagnostics"]) == "not judged"
     assert found.record["diagnostics"] == {"flags": [], "skipped": "diagnostics.images = 0"}
 
 
@@ -96,7 +101,7 @@ def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_wer
     monkeypatch.setattr(diagnose, "probe", fail)
     stubborn = replace(subject, network=Stubborn(*subject.network))
     found = evaluate(stubborn, dataset, f"diagnostics.images={images}", "corruptions.names=none")
-    assert found.flag_summary == "not_copied" and found.metrics["diagnostics/flags"] == 1
+    assert flag_summary(found.record["diagnostics"]) == "not_copied" and found.metrics["diagnostics/flags"] == 1
     first, second = flags_of(found.record)
     assert "! not_copied" in first and "not judged" in second
 
@@ -186,7 +191,7 @@ def test_what_is_remembered_is_not_computed_again(subject, dataset, monkeypatch,
     forbid(monkeypatch)
     again = evaluate(subject, dataset, folder=tmp_path)
     assert again.metrics == first.metrics and again.record == first.record and again.samples.equals(first.samples)
-    assert torch.equal(again.images, first.images) and again.kept == first.kept and again.flag_summary == first.flag_summary
+    assert torch.equal(again.images, first.images) and again.kept == first.kept
 
 
 @pytest.mark.parametrize("part", ["accuracy.clean.batch.0.safetensors", "diagnostics.json", "corruption.fog.safetensors"])
@@ -237,7 +242,7 @@ def test_gradients_that_are_not_finite_are_flagged_and_stop_no_attack(able, data
     attacks = "worst_case.attacks=[pgd-margin, apgd-ce, apgd-t, fab-t, square]"
     small = ("threat_model.epsilon=0.001", "worst_case.steps=3", "worst_case.targets=2", "worst_case.queries=3", "corruptions.names=none")
     found = evaluate(replace(able, network=network), dataset, f"threat_model.norm={norm}", attacks, *small)
-    assert "dead_gradients" in found.flag_summary and found.record["diagnostics"]["evidence"]["non_finite"] > 0
+    assert "dead_gradients" in flag_summary(found.record["diagnostics"]) and found.record["diagnostics"]["evidence"]["non_finite"] > 0
     assert found.metrics["accuracy/worst_case"] <= found.metrics["accuracy/clean"]
 
 
@@ -260,7 +265,7 @@ def test_a_model_that_fails_on_a_full_batch_is_one_line_before_any_attack(subjec
             return self.network(images)
 
     monkeypatch.setattr(evaluation, "run_attacks", forbidden)
-    with pytest.raises(UserError, match=r"^their:model fails on a batch of 16x1x8x8 images: AssertionError: too many$"):
+    with pytest.raises(UserError, match=r"^their:model .*16x1x8x8.*too many$"):
         evaluate(replace(subject, network=Foreign(Narrow(subject.network), "their:model")), dataset)
 
 
@@ -283,4 +288,4 @@ def test_what_the_diagnostics_break_is_in_metrics_record_and_samples(able, datas
     rows = found.samples.to_pylist()
     assert sum(row["broken_by"] is None for row in rows) == worst == clean - sum(steps.values())
     assert all(0 < row["distance"] <= 0.2 + 1e-5 for row in rows if row["broken_by"] == "probe-pgd")
-    assert "figure_too_high" in found.flag_summary
+    assert "figure_too_high" in flag_summary(found.record["diagnostics"])

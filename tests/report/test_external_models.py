@@ -10,7 +10,7 @@ import pytest
 from advml.core.errors import UserError
 from advml.evaluation.metrics import wilson
 from advml.pipeline.stages import report as stage
-from advml.report import external_models
+from advml.report.table import given_records, given_row
 
 
 def write(path: Path, content: object) -> None:
@@ -80,14 +80,14 @@ def test_an_evaluation_that_an_older_version_wrote_elsewhere_is_read_until_there
     for epsilon, older in places.items():
         write(older, json.loads(made.read_text().replace("0.75", str(epsilon))))
     for epsilon, path in ({0.75: made} | places).items():
-        assert external_models.row("bent", external_models.read(study.workspace)["bent"])["epsilon"] == epsilon
+        assert given_row("bent", given_records(study.workspace)["bent"])["epsilon"] == epsilon
         path.unlink()
-    assert "bent" not in external_models.read(study.workspace)
+    assert "bent" not in given_records(study.workspace)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"model": "bent"}'])
 def test_a_damaged_evaluation_is_one_line(study, content):
     study.workspace.record("evaluate", "bent").write_text(content)
     with pytest.raises(UserError, match=r"evaluate/bent.json is damaged") as stopped:
-        external_models.read(study.workspace)
+        given_records(study.workspace)
     assert "\n" not in str(stopped.value)

@@ -67,8 +67,6 @@ def worded(verdict: Verdict, *, seeds: int) -> str:
     return f"{verdict} for this seed" if seeds == 1 and verdict != "not tested" else verdict
 
 
-# The paper's six claims, each as parts that can be measured: a number, the side of a bound it should be on, the paper's figure.
-
 MARGIN = 0.02  # of CKA: a smaller change counts as none
 AGREE = 0.9  # of CKA: clean and adversarial representations above it agree
 THREAT_MODEL, WORST_CASE = "accuracy/threat_model_2", "accuracy/worst_case"

@@ -1,4 +1,4 @@
-"""What has been measured in a study, read from its files and checked against its models and its parameters.
+"""Measurements of a study, read from its files and checked against its models and its parameters.
 
 A measurement of other weights than the model's, or at another epsilon than the study's, is no evidence: it counts as missing.
 """
@@ -32,12 +32,12 @@ from advml.similarity.statistics import Estimate
 
 
 class Missing(Exception):
-    """A number that a claim needs cannot be had: a model is not trained or measured, or not in the same way as another. Says what to do."""
+    """A number that a claim needs is missing: a model is not trained or measured, or not in the same way as another. Says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A number. `conditions` by name, None where it is not known. `doubts`: what diagnostics say against it, by model."""
+    """A number. `conditions` by name, None where it is not known. `doubts`: the flags of its models, by name."""
 
     name: str
     estimate: Estimate
@@ -54,7 +54,7 @@ def require_alike(first: Measured | Block, second: Measured | Block) -> None:
 
 
 def difference(first: Measured, second: Measured) -> Measured:
-    """first - second; errors that both have in common are taken off."""
+    """first - second; errors that both share cancel."""
     require_alike(first, second)
     found = statistics.difference(first.estimate, second.estimate)
     return Measured(f"{first.name} minus {second.name}", found, first.conditions, {**first.doubts, **second.doubts})
@@ -100,8 +100,6 @@ def change(after: Block, before: Block, scalar: Scalar) -> Measured:
     both = after.alive(scalar) & before.alive(scalar)
     return difference(after.scalar(scalar, chosen=both), before.scalar(scalar, chosen=both))
 
-
-# What has been measured in a study, read from its files and checked against its models and its parameters.
 
 HALF = "_half"  # metrics at half of the epsilon end in it
 REMEDY = "make it again with: dvc repro"

@@ -15,12 +15,10 @@ from advml.config import ThreatModelSection
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name, pretraining_name
 
-# The main study and those beside it, which differ in the training epsilon alone.
-
 
 @dataclass(frozen=True)
 class Found:
-    """A study and the epsilon that its AT models were trained at. `beside`: that epsilon, None for the main study."""
+    """The main study (`beside` is None), or one beside it, and the epsilon that its AT models were trained at."""
 
     workspace: Workspace
     epsilon: float
@@ -57,12 +55,10 @@ def _trained_epsilon(workspace: Workspace, seed: int) -> float | None:
     return None
 
 
-# Testing the claims on a study: effects, intervals, verdicts, as in `claims.json`.
-
 EPSILONS = "python pipelines/epsilon/run.py 0.05 0.3"
 RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
-    "inconclusive: the bound lies within, or there are too few batches for an interval. "
+    "inconclusive: the bound is within the interval, or there are too few batches for an interval. "
     "One seed is one training, which can neither support nor contradict a paper: its verdicts are 'for this seed'. "
     "A claim is contradicted if any part is, supported if all are; not tested if a model is missing, or was measured in another way. "
     f"Two bounds are ours: a change of CKA by {MARGIN:g} counts as none, so a rise is above {MARGIN:g}, a fall below -{MARGIN:g}, "

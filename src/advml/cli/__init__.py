@@ -1,4 +1,4 @@
-"""The command line: one command per DVC stage, and what people do beside the pipeline.
+"""The command line: one command per DVC stage, and commands beside the pipeline.
 
 Nothing heavy is imported up here: `advml --help` must answer at once. Commands import what they need.
 """

@@ -15,11 +15,11 @@ from advml.core.errors import Failure, UserError
 from advml.core.messages import is_verbose, tell
 from advml.core.passwords import masked
 
-OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # of a file whose name the error does not tell
+OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # errors that may come without the file's name
 
 
 def guarded(command: Callable[[], Any]) -> None:
-    """Run `command`, turning what people can understand into one line on stderr."""
+    """Run `command`; foreseeable errors are printed as one line on stderr."""
     interrupted = "interrupted; the same command continues from the last finished epoch"
     try:
         code = command()
@@ -43,7 +43,7 @@ def guarded(command: Callable[[], Any]) -> None:
 
 
 def print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of an error that nobody has foreseen, without passwords; in place of the interpreter's own `sys.excepthook`."""
+    """Print the traceback of an unforeseen error without passwords; replaces `sys.excepthook`."""
     sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from advml.core.messages import tell
+from advml.core.progress import Redrawn
 from advml.tuning.search import Search
 from advml.tuning.space import show
 from advml.tuning.study import LATEST, REASON, FrozenTrial, finished, name_of, ranked, running
 
 SHOWN = 8  # of the best trials
-REDRAW = 0.5  # seconds
 
 
-class LiveTable(contextlib.ExitStack):
+class LiveTable(Redrawn):
     """`with LiveTable(search, total=40) as table: tune(search, ..., watch=table.show)`; it writes to stderr.
 
     Args:
@@ -26,27 +24,18 @@ class LiveTable(contextlib.ExitStack):
 
     def __init__(self, search: Search, *, total: int) -> None:
         super().__init__()
-        self.search, self.total, self.live = search, total, None
+        self.search, self.total, self.started = search, total, time.monotonic()
         self.told: set[int] | None = None
-        self.drawn, self.started = 0.0, time.monotonic()
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            # Without a thread of its own: a Ctrl-C waits for `show`, not for that.
-            self.live = self.enter_context(Live(console=Console(stderr=True), auto_refresh=False, transient=True))
 
     def show(self, trials: Sequence[FrozenTrial]) -> None:
         """Bring the display up to date."""
         ended = sorted((trial for trial in trials if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
-        if self.told is None:  # those of earlier commands get no line any more
+        if self.told is None:  # trials of earlier commands get no line
             self.told = {trial.number for trial in ended}
             if ended:
                 tell(f"{self.search.name}: going on after {len(finished(ended))} finished trials")
         if self.live:
-            if time.monotonic() - self.drawn > REDRAW:
-                self.drawn = time.monotonic()
-                self.live.update(self.table(trials), refresh=True)
+            self.draw(lambda: self.table(trials))
             return
         for trial in (trial for trial in ended if trial.number not in self.told):
             self.told.add(trial.number)

@@ -1,4 +1,4 @@
-"""What people do beside the pipeline. Commands import what they need: nothing heavy up here."""
+"""Commands beside the pipeline. Each imports what it runs, so that `advml --help` answers at once."""
 
 from __future__ import annotations
 

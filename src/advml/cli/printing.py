@@ -37,7 +37,7 @@ def percent(metrics: dict[str, float]) -> str:
 
 
 def show_flags(record: Path) -> None:
-    """What the diagnostics have found, as a record of `evaluate` (a JSON file) tells it."""
+    """Print the flags in a record of `evaluate` (a JSON file)."""
     from advml.core.io import read_json
     from advml.report.show import flags_of
 

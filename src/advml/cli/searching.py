@@ -1,4 +1,4 @@
-"""What the commands of `advml tune` share: how a search is run, and what is said about it in the end."""
+"""Runs a search for the commands of `advml tune`, and prints its result."""
 
 from __future__ import annotations
 

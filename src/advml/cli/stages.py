@@ -1,4 +1,4 @@
-"""One command per kind of stage of dvc.yaml. Commands import what they need: nothing heavy up here."""
+"""One command per kind of stage of dvc.yaml. Each imports what it runs, so that `advml --help` answers at once."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
 
 
 def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Gather all measured models into a table, test the paper's claims on them, and tell it all on one page.
+    """Gather all measured models into a table, test the paper's claims on them, and write a page with all figures.
 
     Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: make ui
     """

@@ -127,7 +127,7 @@ def apply(
     from advml.core.io import write_atomically
     from advml.tuning.apply import proposal, warnings
 
-    load(params)  # what is wrong with the file now must not look like the proposal's fault
+    load(params)  # a mistake that the file has already is reported as the file's
     values = proposal(Workspace(params.parent), name, trial=trial)
     merged = merge(params, values)
     if not merged.changes:

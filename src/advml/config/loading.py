@@ -1,11 +1,10 @@
-"""Between params.yaml and `Config`: reading with overrides, checking, changing, printing, fingerprints, and what is wrong in one line."""
+"""Reads params.yaml with overrides, checks it, explains mistakes in one line; prints, changes and fingerprints configurations."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from advml.config.schema import Config
 from advml.config.values import SPACE_KINDS, Section
 from advml.core.errors import UserError
+from advml.core.io import to_yaml
 from advml.core.passwords import masked, remember
 
 LONGEST = 1_000_000  # characters of a params.yaml
@@ -59,7 +59,7 @@ def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "p
     if not isinstance(raw, dict):
         raise UserError(f"{source} holds no mapping of sections; print a complete one with: advml preset digits")
     for override in overrides:
-        put(raw, dict([parse_override(override)]), told="-S ")
+        put(raw, dict([parse_override(override)]), prefix="-S ")
     return raw
 
 
@@ -89,13 +89,7 @@ def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, in the order of params.yaml."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
-    stream = io.StringIO()
-    yaml.dump(config.model_dump(mode="json"), stream)
-    return stream.getvalue()
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -111,7 +105,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=64)  # a params.yaml takes 15 ms, and whoever needs several configurations reads it several times
+@functools.lru_cache(maxsize=64)  # a params.yaml takes 15 ms, and a command may load it several times
 def _as_json(text: str) -> str:
     """The YAML text as JSON: there aliases do not share one object, so that an override would reach them all; dates become text."""
     from ruamel.yaml import YAML
@@ -126,7 +120,7 @@ def _as_json(text: str) -> str:
 
 
 def _check_depth(text: str) -> None:
-    """Refuse what is nested too deeply before it is loaded: libyaml calls itself for every level, and ends the process."""
+    """Refuse what is nested too deeply before it is loaded: libyaml recurses for every level, which would crash the process."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -171,7 +165,7 @@ def _parse_yaml(text: str, *, source: str) -> Any:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML. `dvc exp run -S` wants a `+` before keys that params.yaml does not
+    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML. `dvc exp run -S` needs a `+` before keys that params.yaml does not
     write; here it changes nothing.
     """
     key, equals, value = override.partition("=")
@@ -180,26 +174,26 @@ def parse_override(override: str) -> tuple[str, Any]:
     return key.strip(" +"), _parse_yaml(value, source=f"-S {override}")
 
 
-def put(raw: dict[str, Any], values: Mapping[str, Any], *, told: str = "") -> dict[str, Any]:
+def put(raw: dict[str, Any], values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
     """Set dotted keys of a mapping, written or not; returns it. Sections that it leaves out are begun, if the schema knows them.
 
     Raises:
         UserError: a section is unknown. Whether the last part is a key, and its value right, is for `validate` to say.
     """
     for key, value in values.items():
-        _put(raw, key, value, told)
+        _put(raw, key, value, prefix)
     return raw
 
 
-def _put(raw: dict[str, Any], key: str, value: Any, told: str) -> None:
+def _put(raw: dict[str, Any], key: str, value: Any, prefix: str) -> None:
     node, schema = raw, Config
     *parents, leaf = parts_of(key)
     for done, name in enumerate(parents, 1):
         path, below = ".".join(parents[:done]), _below(schema, name)
         if name not in node and below is None:
-            raise UserError(f"{told}{key}: {unknown(path, _names(schema))}")
+            raise UserError(f"{prefix}{key}: {unknown(path, _names(schema))}")
         if not isinstance(node.setdefault(name, {}), dict):
-            raise UserError(f"{told}{key}: '{path}' is a value, not a section")
+            raise UserError(f"{prefix}{key}: '{path}' is a value, not a section")
         node, schema = node[name], below
     node[leaf] = value
 
@@ -265,7 +259,7 @@ BOUNDS = {
 
 
 def first(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of several errors, the one to tell: a key that is not known before one that is missing, which it may be meant for."""
+    """The error to report: an unknown key before a missing one, which it may be meant for."""
     return next((error for error in errors if error["type"] == "extra_forbidden" or "[key]" in error["loc"]), errors[0])
 
 

@@ -26,7 +26,7 @@ class Preset:
     title: str
     values: dict[str, Any]
     remarks: dict[str, str] = field(default_factory=dict)
-    schema: str = "params.schema.json"  # where it is, seen from the file
+    schema: str = "params.schema.json"  # path of the JSON schema, from the file
 
 
 HEADER = """\
@@ -159,7 +159,7 @@ STRICT = {"worst_case.restarts": 5, "worst_case.steps": 100, "worst_case.targets
 
 
 def _searched(*, finetune: dict[str, Any], pretrain: dict[str, Any], floor: float) -> dict[str, Any]:
-    """The searches of `advml tune`: what all larger studies share, and what their optimiser asks for."""
+    """The searches of `advml tune`: what all larger studies share, and ranges that depend on their optimiser."""
     threat = {"adversarial_weight": {"log": [0.5, 8]}, "epsilon": {"float": ["4/255", "12/255"]}}
     return {
         "tune.finetune.clean_floor": floor,
@@ -318,7 +318,7 @@ def preset(name: str, *, protocol: str = "corrected", overrides: Sequence[str] =
     chosen = PRESETS[name][protocol]
     raw = put({}, deepcopy(chosen.values))
     for override in overrides:
-        put(raw, dict([parse_override(override)]), told="-S ")
+        put(raw, dict([parse_override(override)]), prefix="-S ")
     validate(raw, source=f"preset {name}", overrides=overrides)
     command = name if protocol == "corrected" else f"{name} --protocol {protocol}"
     header = f"# {chosen.title}\n" + HEADER.format(command=command, schema=chosen.schema)

@@ -253,7 +253,7 @@ OF_TWO_TERMS = dict.fromkeys(
 
 
 class Phases(dict[str, Phase]):
-    """The phases of a study by scheme or regime. One that params.yaml leaves out is not needed before somebody asks for it."""
+    """The phases of a study by scheme or regime. A phase that params.yaml leaves out is an error only where it is used."""
 
     def __init__(self, kind: str, phases: dict[str, Phase]) -> None:
         super().__init__(phases)
@@ -297,7 +297,7 @@ class WorstCase(Section):
     queries: Annotated[Whole, Field(ge=1, le=10**6)] = means("of Square; standard: 5000")
 
 
-# Attack that looks for the nearest adversarial example -> norms that it works in; how, says `attacks.minimum_norm`.
+# Attack that looks for the nearest adversarial example -> norms that it works in; see `attacks.minimum_norm`.
 MINIMAL_NORMS = {"fmn": ("linf", "l2"), "ddn": ("l2",), "cw": ("l2",)}
 
 
@@ -479,7 +479,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _phases(self) -> Config:
-        """A value that counts twice, or not at all, would mislead whoever reads the file."""
+        """Refuse values that would count twice, or have no effect."""
         for key, phase in self.phases.items():
             if phase.epochs == 0 and (key.startswith("regimes.") or not self.model.init):
                 remedy = "set it to 1 or more" + ("" if key.startswith("regimes.") else ", or name an encoder: model.init")

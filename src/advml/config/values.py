@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _no_switch(value: Any) -> Any:
-    """True is 1 in Python; in params.yaml it is a slip."""
+    """Refuse `true` for a number, although Python's True equals 1."""
     if isinstance(value, bool):
         raise PydanticCustomError("switch", "must be a number")
     return value
@@ -56,13 +56,13 @@ def plain_value(value: Any) -> Any:
 
 
 def checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a library, which is the judge of the rest."""
+    """Keyword arguments of a library; their names and kinds of values are checked here, the rest by the library."""
     if unfit := next((key for key in options if not key.isidentifier()), None):
         raise PydanticCustomError("option", "must name options, and {key} is no name", {"key": repr(unfit)})
     return plain_value(options)
 
 
-# Every number has a range, every text a form, every list a length: beyond them a value means nothing, or nothing can be done with it.
+# Every number has a range, every text a form, every list a length: values beyond them are mistakes.
 Number = Annotated[float, BeforeValidator(as_number), BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
 Epsilon = Annotated[Number, Field(ge=1e-6, le=1e4)]  # float32 resolves 6e-8 near 1; the L2 diameter of 3 x 4096 x 4096 pixels is 7,094
 StepSize = Annotated[Number, Field(ge=1e-12, le=1e4)]

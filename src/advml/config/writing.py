@@ -12,14 +12,15 @@ And the JSON schema by which editors explain and complete the keys.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
+from advml.config import loading
 from advml.config.schema import Config
 from advml.config.values import Section
+from advml.core.io import to_yaml
 
 COMMENT_COLUMN = 32
 WIDTH = 140
@@ -88,19 +89,13 @@ def _line(code: str, comment: str) -> str:
 
 def _flow(value: Any) -> str:
     """A value in one line of YAML."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = True, False, 100_000
-    stream = io.StringIO()
-    yaml.dump({"": value}, stream)
-    return stream.getvalue().strip().partition(": ")[2][:-1]
+    return to_yaml({"": value}, flow=True).strip().partition(": ")[2][:-1]
 
 
 # For editors
 
 FRACTION = r"^\s*[0-9.]+([eE][-+]?[0-9]+)?\s*(/\s*[0-9.]+\s*)?$"
-BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+BOUNDS = dict(loading.BOUNDS.values())  # pydantic's names -> those of JSON schemas
 ONE_WORD = (("Similarity", "layers"), ("Corruptions", "names"))  # lists that may be written as one word
 
 

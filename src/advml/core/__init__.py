@@ -1,1 +1,1 @@
-"""What every part of the package stands on."""
+"""Files, paths, devices, progress and messages, which all other packages use."""

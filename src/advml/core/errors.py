@@ -1,4 +1,4 @@
-"""The two ways a command ends badly; `cli` prints either as one line, without a traceback."""
+"""The two kinds of foreseeable errors; `cli` prints either as one line, without a traceback."""
 
 from __future__ import annotations
 

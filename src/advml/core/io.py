@@ -1,4 +1,4 @@
-"""Files, whole or not at all: written in one step, told apart by their sha256, read with one line for whatever is wrong with them."""
+"""Files: atomic writes, sha256, and JSON, YAML and CSV, with one line for a file that is damaged."""
 
 from __future__ import annotations
 
@@ -79,14 +79,15 @@ def modified(path: Path) -> int:
 
 def to_json(content: Any, *, indent: int = 2) -> bytes:
     """A result as the text of its file. JSON has no NaN and no infinity: what could not be measured is null."""
-    return (json.dumps(_without_nan(content), indent=indent, allow_nan=False) + "\n").encode()
+    return (json.dumps(without_nan(content), indent=indent, allow_nan=False) + "\n").encode()
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain containers; numbers that are not finite become None."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -110,6 +111,16 @@ def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type 
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({reason}); {remedy}") from None
     return content
+
+
+def to_yaml(content: Any, *, flow: bool | None = None) -> str:
+    """A value as YAML, in its own order; `flow`: in one line (True), in a line per value (False), innermost lists in one line (None)."""
+    from ruamel.yaml import YAML
+
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = flow, False, 100_000 if flow else 120
+    yaml.dump(content, stream)
+    return stream.getvalue()
 
 
 def _parse_yaml(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Lines for people: every error, warning and note that advml prints on stderr goes through `tell`.
+"""Messages: every error, warning and note on stderr goes through `tell`, in one line.
 
 >>> one_line("cannot read 'a\\nb\\x1b[31m'")
 "cannot read 'a b\\\\x1b[31m'"

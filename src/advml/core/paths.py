@@ -1,4 +1,4 @@
-"""Where everything lies. Names are the contract: the same in paths, stages, MLflow runs and tables."""
+"""Paths of a study's files, and names of its models, which are the same in paths, stages, MLflow runs and tables."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def checked_name(name: str, *, option: str = "--name") -> str:
     return name
 
 
-# What lies in reports/ beside a folder per model: files of `report`, folders of other commands.
+# In reports/, beside a folder per model: files of `report`, folders of other commands.
 REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
 DVC_FILES = ("results.json", "training.csv", "cka.png")  # of `report`, too: what `dvc metrics` and `dvc plots` show
 TRANSFER_FILES = ("transfer.json", "transfer.csv", "transfer.png")  # in reports/transfer/
@@ -68,7 +68,7 @@ def is_reserved(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder tree of one study; `root` is where params.yaml and dvc.yaml lie."""
+    """The folder tree of one study; `root` holds params.yaml and dvc.yaml."""
 
     root: Path = Path()
 
@@ -113,7 +113,7 @@ class Workspace:
         return self.root / "data" / "adversarial" / f"{name}.safetensors"
 
     def samples(self, name: str) -> Path:
-        """What an evaluation saw of every test image."""
+        """The outcome of an evaluation for every test image."""
         return self.report(name) / "samples.parquet"
 
     def record(self, stage: str, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Ends processes with those that they work for, and gives them names that no later process has."""
+"""Ends a process together with its parent, and names processes so that no later one has the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, or a bar on `advml repro`'s board."""
+"""Progress on stderr: drawn on a terminal, a line now and then elsewhere. A stage of `advml repro` has a bar on that command's board."""
 
 from __future__ import annotations
 
@@ -22,8 +22,42 @@ BAR, TITLE = 16, 28  # columns: least of a bar, most of a title; with the times 
 UNFINISHED = 0.99  # the largest share that is shown before the end: what follows the last unit, such as writing files, is work too
 
 
-def _bars() -> Any:
+def _terminal() -> Any:
+    """A console on stderr; None where that is no terminal, or under --quiet."""
+    if not sys.stderr.isatty() or is_quiet():
+        return None
     from rich.console import Console
+
+    return Console(stderr=True)
+
+
+class Redrawn(contextlib.ExitStack):
+    """A picture that is drawn anew, on a terminal alone, at most every EVERY seconds.
+
+    Without a thread of its own: a Ctrl-C cannot come while one draws.
+    """
+
+    EVERY = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.drawn = None, 0.0
+        if console := _terminal():
+            from rich.live import Live
+
+            self.live = self.enter_context(Live(console=console, auto_refresh=False, transient=True))
+
+    def draw(self, render: Callable[[], Any]) -> None:
+        """Draw what `render` returns, if it is time."""
+        if self.live and time.monotonic() - self.drawn > self.EVERY:
+            self.drawn = time.monotonic()
+            self.live.update(render(), refresh=True)
+
+
+def _bars() -> Any:
+    """Bars on a terminal; None without one."""
+    if (console := _terminal()) is None:
+        return None
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Column
     from rich.text import Text
@@ -41,7 +75,7 @@ def _bars() -> Any:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis")),
-        console=Console(stderr=True),
+        console=console,
         expand=True,
     )
 
@@ -71,8 +105,8 @@ class Bar:
         self.bars = None
 
     def __enter__(self) -> Bar:
-        if not self.board and sys.stderr.isatty() and not is_quiet():
-            self.bars = _bars()
+        self.bars = None if self.board else _bars()
+        if self.bars:
             self.bars.start()
             self.task = self.bars.add_task(self.title, total=self.total, note="")
         return self
@@ -144,7 +178,7 @@ class Board:
     def __init__(self, *, total: int, folder: Path) -> None:
         self.total, self.folder, self.finished = total, folder, 0
         self.begun: dict[str, float] = {}
-        self.bars = _bars() if sys.stderr.isatty() and not is_quiet() else None
+        self.bars = _bars()
         self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Board:

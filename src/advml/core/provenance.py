@@ -1,4 +1,4 @@
-"""What made a result: the git commit and the DVC stage for people, digests of a stage's sources and of first weights for resuming."""
+"""Where a result comes from: git commit, DVC stage, and digests of a stage's sources and first weights, which decide what is resumed."""
 
 from __future__ import annotations
 

@@ -64,6 +64,6 @@ def forget(folder: Path, tensor: str) -> None:
     for leftover in folder.rglob("*.part"):
         leftover.unlink(missing_ok=True)
     for path in folder.rglob("*.safetensors"):
-        with contextlib.suppress(SafetensorError):  # a damaged part counts as none, and holds nothing that anyone reads
+        with contextlib.suppress(SafetensorError):  # a damaged part counts as none
             if tensor in (parts := load_file(path)):
                 write_atomically(path, save({name: value for name, value in parts.items() if name != tensor}))

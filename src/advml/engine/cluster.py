@@ -92,7 +92,7 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
     from distributed.comm import CommClosedError
 
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # that tasks are withdrawn and workers lost is ours to report
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # advml itself reports lost workers and cancelled tasks
     refusals, token = [], uuid.uuid4().hex
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     token_file(root, token).write_text(source_digest() if where else "")  # sources may be edited while this machine runs stages
@@ -154,7 +154,7 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
         "log_directory": str(logs.resolve()),
         "scheduler_options": {"dashboard_address": LOCALHOST, "allowed_failures": MOST_LOSSES},
         "worker_extra_args": ["--dashboard-address", LOCALHOST],
-        # Certificates of this command alone: whoever else reaches the port can run nothing.
+        # Certificates of this command alone: nothing else that reaches the port can run code.
         "protocol": "tls://",
         "security": True,
         "shared_temp_directory": str(logs.resolve()),

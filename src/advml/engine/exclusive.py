@@ -1,4 +1,4 @@
-"""One command at a time: the operating system releases the lock when its holder dies, and a file beside it says who holds it.
+"""One command at a time: the operating system releases the lock when its holder dies, and a file beside it names that process.
 
 On a database server the lock is a session's, which the server ends with its client.
 """
@@ -69,11 +69,11 @@ def session_lock(engine: Engine, name: str) -> Iterator[Connection | None]:
         yield session if session.execute(text(take), {"key": key}).scalar() else None
 
 
-def at_work(work: str, who: str) -> str:
+def at_work(work: str, holder: str) -> str:
     """The error's line."""
-    return f"{work} already ({who}); wait for it, or end it"
+    return f"{work} already ({holder}); wait for it, or end it"
 
 
 def this_process() -> str:
-    """As people know it."""
+    """`process 123 on host`."""
     return f"process {os.getpid()} on {platform.node()}"

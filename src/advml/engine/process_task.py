@@ -88,7 +88,7 @@ def ask(message: Any) -> Any:
 
 
 def described(error: BaseException) -> str:
-    """An error in one line; for what is nobody's mistake but ours, with the place."""
+    """An error in one line; an internal error also names file and line."""
     text = one_line(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory"
@@ -146,7 +146,7 @@ class Process:
         return kind, value
 
     def end(self) -> None:
-        """Kill it, and wait until it is gone: it keeps nothing that matters."""
+        """Kill it, and wait until it has ended."""
         self._process.kill()
         with contextlib.suppress(*GONE):
             while self._connection.poll(5):  # until the end of the process that the fork server has forked

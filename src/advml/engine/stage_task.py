@@ -110,7 +110,7 @@ def _run_dvc(name: str, *, root: str, log: Path, environment: dict[str, str]) ->
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "advml.engine.dvc_stage", name],
+            [sys.executable, "-m", "advml.engine.dvc_process", "run", name],
             cwd=root,
             stdin=subprocess.DEVNULL,
             stdout=output,

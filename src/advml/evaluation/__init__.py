@@ -1,1 +1,1 @@
-"""Accuracy under attack: what is measured, how sure it is, and the record of how it was made."""
+"""Accuracy under attack and corruption, with intervals and a record of how it was measured."""

@@ -9,7 +9,7 @@ their mCE divides errors by AlexNet's, which exist for ImageNet alone.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,14 +40,12 @@ def one(
     machine: Machine,
     batch_size: int,
     published: Published | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """Which images are classified right under one corruption: bool (S, N), a row per severity of `spec`.
 
     Args:
         split: clean images; the first `spec.images` of them are corrupted.
         published: the published files; a corruption that has one is read instead of computed.
-        on_batch: called with the number of images done.
     Raises:
         UserError: a published file is damaged, or of other classes.
     """
@@ -60,7 +58,6 @@ def one(
             if not (published and name in published):
                 images = corrupt(name, images, severity=severity, seed=spec.seed, first=first)
             right.append(predict(network, machine.images(images), machine).cpu() == chosen.labels[first : first + batch_size])
-            on_batch(len(images))
         rows.append(torch.cat(right))
     return torch.stack(rows)
 

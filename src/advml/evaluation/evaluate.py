@@ -21,7 +21,6 @@ from advml.data.corruptions.cifar_c import Published
 from advml.data.datasets import Dataset, Split
 from advml.evaluation import corruption, metrics, samples
 from advml.evaluation.attack_suite import AttackSpec
-from advml.evaluation.flag_summary import flag_summary
 from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
 from advml.evaluation.run_attacks import Scorer, run_attacks
@@ -98,11 +97,6 @@ class Evaluation:
     samples: pa.Table
     images: Tensor
     kept: dict[str, Any]
-
-    @property
-    def flag_summary(self) -> str:
-        """Names of the flags that the diagnostics raised, or that there are none, or that the model was not judged."""
-        return flag_summary(self.record["diagnostics"])
 
 
 def evaluate(

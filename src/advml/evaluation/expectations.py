@@ -1,4 +1,4 @@
-"""What a foreign model seems to expect: images under another normalisation, or classes in another order than it is measured with.
+"""Checks whether a model from elsewhere expects another normalisation, or another order of the classes, than it is measured with.
 
 A model that is given the wrong ones is right about as often as chance, and nothing in its accuracy says why. So, before it is measured, it
 classifies validation images under every normalisation of a table, and its answers are compared with the labels under every order of the
@@ -26,7 +26,7 @@ from advml.models.class_names import ORDERS
 from advml.models.normalization import KNOWN, Constants
 
 IMAGES = 512  # of validation, at most
-FAR = 0.05  # a gain in accuracy below which nothing is said
+FAR = 0.05  # a gain in accuracy below which no flag is raised
 GIVEN, FITTED = "as given", "fitted"
 
 

@@ -1,4 +1,4 @@
-"""Runs the attacks of an evaluation on a model, and notes what happened to every image."""
+"""Runs the attacks of an evaluation on a model, and records the outcome of every image."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def predict(network: nn.Module, images: Tensor, machine: Machine) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Decides whether an example counts, with a copy of the model that no attack can have touched, and knows where it computes.
+    """Decides whether an adversarial example counts, by a copy of the model that was made before any attack.
 
-    A model that cannot be copied decides itself, and gets the flag `not_copied`.
+    A model that cannot be copied is used itself, and gets the flag `not_copied`.
     """
 
     network: nn.Module
@@ -152,7 +152,7 @@ class _Batch:
         """The outcome after all restarts. Each is a part of its own, so that the end of a process costs one of them at most."""
         part = f"{self.attack.name} batch {self.number}"
         found = memo(part, lambda: self._alone(0, None))
-        if self._wanted() and "images" not in found:  # forgotten when an earlier evaluation was written, whose outcomes stand
+        if self._wanted() and "images" not in found:  # deleted once an earlier evaluation was written; its outcomes are kept
             found["images"] = self._alone(0, None)["images"]
         for restart in range(1, self.attack.restarts):
             if not (self.attack.coupled or found["right"].any()):
@@ -202,7 +202,7 @@ class _Batch:
         return adversarial, passes
 
     def _note(self, found: Parts, chosen: Tensor, adversarial: Tensor, images: Tensor, labels: Tensor) -> None:
-        """Enter what an attack has done to the chosen images."""
+        """Record the outcome of an attack on the chosen images."""
         predicted, size = self.scorer.judge(self.attack.name, adversarial, images, threat_model=self.attack.threat_model)
         broken = found["right"][chosen] & (predicted != labels)
         rows = chosen[broken]

@@ -1,4 +1,4 @@
-"""`samples.parquet`: what an evaluation saw of every test image, a row each.
+"""`samples.parquet`: the outcome of an evaluation, a row per test image.
 
 | column | |
 |---|---|

@@ -65,7 +65,7 @@ def evaluated_models(grid: Grid, workspace: Workspace, seed: int) -> list[str]:
 
 
 def evaluated(workspace: Workspace, name: str, network: nn.Module, test: Split, *, digest: str) -> Evaluated:
-    """What `evaluate` has found out about the model with this name and these weights.
+    """The outcome of `evaluate` for the model with this name and these weights.
 
     Raises:
         UserError: its samples.parquet is missing, damaged, or of other weights or images.
@@ -123,7 +123,7 @@ def _right(target: Evaluated, images: Tensor, test: Split, machine: Machine, bat
 # 20 steps alone leaves up to 2 % on the honest models of digits, none of which this rule flags.
 
 FLAG = "transfer_stronger"
-FEWEST = 3  # images; one or two are an anecdote, however few survive
+FEWEST = 3  # images; one or two may be chance, however few survive
 RULE = (
     f"A model is flagged where adversarial images of others break at least {FEWEST} of the images that survive all of its own attacks, and "
     f"more than chance makes of {100 * TOLERATED:g} % of them (binomial tail below {SIGNIFICANCE:g}): every attack stops short of a few."

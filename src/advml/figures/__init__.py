@@ -1,1 +1,1 @@
-"""Everything that is drawn. One file per kind of picture, one style for all."""
+"""All pictures: one file per kind, one style for all."""

@@ -44,7 +44,7 @@ SMALL = 12  # a bar of so few per cent has no room for its value
 def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
     """Accuracy of every model, clean, under threat model II and in the worst case: a panel per scheme, a group per regime.
 
-    One seed: bars with 95 % intervals. Several: bars are means, points are the seeds. The worst case, the figure to quote, bears the
+    One seed: bars with 95 % intervals. Several: bars are means, points are the seeds. The worst case, the figure to quote, carries the
     `mark` of its models.
 
     Args:
@@ -58,11 +58,11 @@ def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
     for axes, scheme in zip(panels, schemes, strict=False):
         models = {regime: [row for row in rows if (row["scheme"], row["regime"]) == (scheme, regime)] for regime in regimes}
         models = {regime: found for regime, found in models.items() if found}
-        _dress(axes, f"{scheme}: {SCHEMES[scheme].title}" if scheme in SCHEMES else scheme, list(models))
+        _style_axes(axes, f"{scheme}: {SCHEMES[scheme].title}" if scheme in SCHEMES else scheme, list(models))
         for group, found in enumerate(models.values()):
             for place, measure in enumerate(MEASURES):
                 top = _bar(axes, group + (place - 1) * BAR, found, measure)
-            _sign(axes, group + (len(MEASURES) - 2) * BAR, top, _worst_mark(found))
+            _draw_mark(axes, group + (len(MEASURES) - 2) * BAR, top, _worst_mark(found))
     spread = "mean and seeds" if len({row["seed"] for row in rows}) > 1 else "95 % intervals"
     panels[0].set_ylabel(f"test accuracy in %, {spread}")
     handles = [Patch(color=measure.colour, label=measure.label) for measure in MEASURES]
@@ -75,12 +75,12 @@ def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
 
 
 def _worst_mark(models: list[Row]) -> str:
-    """Of a group the mark that weighs most."""
+    """The most serious mark of a group."""
     found = {mark(row) for row in models}
     return next((sign for sign in MEANING if sign in found), "")
 
 
-def _sign(axes: Axes, x: float, top: float | None, sign: str) -> None:
+def _draw_mark(axes: Axes, x: float, top: float | None, sign: str) -> None:
     """A mark above what a bar has drawn."""
     if sign and top is not None:
         style = {"ha": "center", "fontsize": 10, "fontweight": "bold", "color": ADVERSARIAL}
@@ -92,7 +92,7 @@ def _in_order(table: Iterable[str], names: list[str]) -> list[str]:
     return [name for name in dict.fromkeys((*table, *names)) if name in names]
 
 
-def _dress(axes: Axes, title: str, regimes: list[str]) -> None:
+def _style_axes(axes: Axes, title: str, regimes: list[str]) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel("regime of training")
     axes.set_xticks(range(len(regimes)), [regime.replace("-", "-\n") for regime in regimes])

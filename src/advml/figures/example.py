@@ -1,4 +1,4 @@
-"""One adversarial example, drawn so that a person who never saw one understands it."""
+"""One adversarial example: original, perturbation, result, and the confidences before and after."""
 
 from __future__ import annotations
 

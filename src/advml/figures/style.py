@@ -1,4 +1,4 @@
-"""How all figures look, defined once. Nothing here uses pyplot: no global state, no window.
+"""The style of all figures. Nothing here uses pyplot: no global state, no window.
 
 Colours are Okabe and Ito's (2008), and differ in lightness too: they stay apart for every kind of colour vision and
 in print. The background is white, also on a dark page.
@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 
 from advml.recipes import REGIMES
 
-# Marks beside figures that must not be taken as they stand, the same in tables and charts.
+# Marks beside accuracies that may be too high, the same in tables and charts.
 
 FLAGGED, UNJUDGED = "!", "?"
 MEANING = {FLAGGED: "diagnostics raised flags", UNJUDGED: "not judged by diagnostics"}
 
 
 def mark(row: Mapping[str, Any]) -> str:
-    """`!` for a model with flags, `?` for an attacked one that diagnostics have not seen, else nothing.
+    """`!` for a model with flags, `?` for an attacked one without diagnostics, else nothing.
 
     Args:
         row: a model's flat metrics.
@@ -34,8 +34,6 @@ def mark(row: Mapping[str, Any]) -> str:
         return FLAGGED
     return UNJUDGED if "accuracy/worst_case" in row and "diagnostics/flags" not in row else ""
 
-
-# How all figures look, defined once. Nothing here uses pyplot: no global state, no window.
 
 P = ParamSpec("P")
 

@@ -1,4 +1,4 @@
-"""What every stage starts from: configuration, folders, machine."""
+"""What every stage needs: configuration, folders, device, data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from advml.models import network
 from advml.models.memory_format import place
 from advml.models.network import Network
 
-FEWEST = 4  # images of which CKA's estimator is defined
+FEWEST = 4  # images that CKA's estimator needs
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Context:
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        """The prepared data, for which params.yaml has been checked: what does not fit must not turn up after hours of training."""
+        """The prepared data; values of params.yaml that do not fit them are refused now, and not after hours of training."""
         dataset = datasets.load(self.workspace.prepared, verified=self.workspace.verified)
         check_fit(self.config, dataset)
         return dataset
@@ -51,7 +51,7 @@ class Context:
         """The record and, on the device, the network of a model trained on the prepared data.
 
         Raises:
-            UserError: it was trained on others. Other splits would have it measured on images it has learnt from.
+            UserError: it was trained on other data: its training images may be among today's test images.
         """
         record, here = network.read_record(folder), self.dataset.digest
         if (there := record.get("data", {}).get("digest")) != here:
@@ -95,7 +95,7 @@ class Context:
         return chosen
 
     def made_by(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result tells of its making, so that its MLflow run can be rebuilt from the file.
+        """Git commit and parameters for the file of a result, from which its MLflow run can be rebuilt.
 
         Nothing that depends on how the stage was started (by DVC or by hand, when, where): DVC would call the same result modified.
         """
@@ -107,7 +107,7 @@ class Context:
 
 
 def check_fit(configuration: Config, dataset: datasets.Dataset) -> None:
-    """Whether the values of params.yaml make sense for these images.
+    """Refuse values of params.yaml that do not fit these images.
 
     Raises:
         UserError: one line with the key, its value, and what the data allow.

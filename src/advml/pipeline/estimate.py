@@ -40,7 +40,8 @@ from advml.pipeline.stages.evaluate import settings as settings_of
 from advml.recipes import REGIMES, SCHEMES
 from advml.similarity.represent import represent
 from advml.training.checkpoint import Checkpoint
-from advml.training.trainer import Plan, batches_per_epoch, fit
+from advml.training.streams import batches_per_epoch
+from advml.training.trainer import Plan, fit
 
 STANDING = {"st": 0.05, "at": 0.75}  # share of test images that survive the attacks, after standard and adversarial pretraining
 BATCHES, SIZES = 4, (16, 64)  # timed: of a training; test images of an evaluation and a representation
@@ -181,9 +182,10 @@ def _trained(context: _Pilot, phases: Sequence[str]) -> dict[tuple[str, str], tu
 
 def _training(make: Any, context: _Pilot, *, frozen: bool) -> tuple[Cost, Network]:
     """Of all epochs; `frozen`: its task begins with the features of all training images."""
-    plan, data = make(), context.dataset
+    plan = make()
     if plan.task is None:
         return Cost(), place(plan.network, context.machine.device)
+    data = plan.dataset
     batches, size = batches_per_epoch(data, plan.phase), plan.phase.batch_size
     first, counted, after = _epoch(make(), context, batches=1, counting=True)
     begun, *ends, last = _epoch(plan, context, batches=min(batches, BATCHES + 1))
@@ -192,7 +194,7 @@ def _training(make: Any, context: _Pilot, *, frozen: bool) -> tuple[Cost, Networ
     validation = replace(_difference(after, counted), seconds=last.seconds - ends[-1].seconds)
     setup = Cost(seconds=max(0.0, ends[0].seconds - begun.seconds - batch.seconds)) if frozen else Cost()
     per_epoch = batch * batches + validation * (len(data.validation) / min(size, len(data.validation)))
-    return per_epoch * plan.phase.epochs + setup * (len(data.train) / min(len(data.train), size * min(batches, BATCHES + 1))), plan.network
+    return per_epoch * plan.epochs + setup * (len(data.train) / min(len(data.train), size * min(batches, BATCHES + 1))), plan.network
 
 
 def _difference(later: Cost, earlier: Cost) -> Cost:
@@ -201,12 +203,17 @@ def _difference(later: Cost, earlier: Cost) -> Cost:
 
 def _epoch(plan: Plan, context: _Pilot, *, batches: int, counting: bool = False) -> list[Cost]:
     """What has been spent before the first batch, after each, and after validation, in one epoch of so many batches."""
-    size, data = plan.phase.batch_size, context.dataset
+    size, data = plan.phase.batch_size, plan.dataset
     few = replace(data, train=_first(data.train, size * batches), validation=_first(data.validation, size))
     plan = replace(plan, phase=plan.phase.model_copy(update={"epochs": 1}))
     with tempfile.TemporaryDirectory() as folder, _Meter(plan.network, context.machine, counting=counting) as meter:
         marks = [meter.read()]
-        fit(plan, few, context.machine, checkpoint=Checkpoint(Path(folder), "pilot"), on_batch=lambda *_: marks.append(meter.read()))
+        fit(
+            replace(plan, images=lambda: few),
+            context.machine,
+            checkpoint=Checkpoint(Path(folder), "pilot"),
+            on_batch=lambda *_: marks.append(meter.read()),
+        )
         return [*marks, meter.read()]
 
 

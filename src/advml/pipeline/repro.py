@@ -107,13 +107,13 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
 
 
 def _plan(root: Path) -> dict[str, list[str]]:
-    """See `advml.engine.dvc_graph.plan`."""
+    """See `advml.engine.dvc_process.plan`."""
     return _ask(root, "plan")
 
 
 def _ask(root: Path, what: str) -> dict[str, list[str]]:
-    """What a function of `advml.engine.dvc_graph` returns."""
-    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_graph", what], cwd=root, capture_output=True, text=True, check=False)
+    """What a function of `advml.engine.dvc_process` returns."""
+    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_process", what], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise Failure("DVC was killed; the same command goes on")
     if done.returncode:

@@ -1,1 +1,1 @@
-"""The study as others read it: one table, one page."""
+"""The result table and the HTML page of a study."""

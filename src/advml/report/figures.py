@@ -24,8 +24,6 @@ from advml.similarity.compare import stored
 from advml.similarity.represent import KINDS, MATRICES
 from advml.similarity.trust import table
 
-# What speaks against the figures of the study's models, and how they fare beyond the threat model: from the records.
-
 
 def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """All flags of all models: `model`, `name`, `saw`, `try`."""
@@ -33,7 +31,7 @@ def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def unjudged(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Models that diagnostics have not seen, and why."""
+    """Models without diagnostics, and the reason."""
     found = {name: record.get("diagnostics", {}) for name, record in evaluated.items() if record}
     return {name: about.get("skipped", "it was measured by an older version") for name, about in found.items() if "evidence" not in about}
 
@@ -60,9 +58,6 @@ def corruptions(rows: list[dict[str, Any]]) -> Figure | None:
     """Accuracy under each corruption; None where none was measured."""
     measured = [row for row in rows if "corruption/mean" in row]
     return corruption_matrix(measured) if measured else None
-
-
-# The figures of the page, from the files of the study's models.
 
 
 def matrices(grid: Grid, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
@@ -98,7 +93,7 @@ def panels(workspace: Workspace) -> dict[str, Path]:
 
 
 def shown(workspace: Workspace) -> str:
-    """Whose adversarial images the models of `compare` were shown, as it was recorded: each network's own, or a model's name."""
+    """The adversarial images that `compare` has used, from its record: each network's own, or those of the models named."""
     found = stored(workspace)
     sources = {} if found is None else {name: about["model"] for name, about in found.described["adversarial_source"].items()}
     return (

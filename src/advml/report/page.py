@@ -20,10 +20,9 @@ from advml.figures.claims import effects
 from advml.figures.style import NORM_NAMES, to_png
 from advml.figures.transfer import transfer_matrices
 from advml.recipes import REGIMES, SCHEMES
-from advml.report import external_models, figures
-from advml.report import figures as drawn
+from advml.report import figures
 from advml.report import methods_table as how_made
-from advml.report.table import COLUMNS, Row, cell, footnote, with_means
+from advml.report.table import COLUMNS, Row, cell, footnote, given_records, given_row, with_means
 
 REPRESENTATION = {  # column -> metric, and its number of digits
     "redundancy": "cka/redundancy",
@@ -52,7 +51,7 @@ class Settings:
 
 
 def render(settings: Settings, workspace: Workspace, table: list[Row], claims: Mapping[str, Any], *, provenance: Mapping[str, Any]) -> str:
-    """The page.
+    """The HTML of the page.
 
     Args:
         settings: of the study.
@@ -65,8 +64,8 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
     found = records.read_transfer(workspace)
     drawings = _figures(settings, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
-    given = external_models.read(workspace)
-    shown = external_models.of_data(given, provenance["digest"])
+    given = given_records(workspace)
+    shown = {name: record for name, record in given.items() if record["data_digest"] == provenance["digest"]}  # others saw other images
     made = _how(workspace, evaluated | shown, flags=transfer_flags(found))
     drawings |= {"security": figures.security(table, evaluated, seed=settings.seeds[0]), "corruptions": figures.corruptions(table)}
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
@@ -80,13 +79,13 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
         representation_columns=list(REPRESENTATION),
         rows=[_row(row) for row in with_means(table)],
         notes=footnote(table).splitlines(),
-        others=[_row(external_models.row(name, record)) for name, record in shown.items()],
+        others=[_row(given_row(name, record)) for name, record in shown.items()],
         elsewhere=sorted(given.keys() - shown.keys()),
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
-        images={name: _source(figure) for name, figure in drawings.items() if figure is not None},
-        panels={kind: _embedded(path.read_bytes()) for kind, path in drawn.panels(workspace).items()},
-        shown=drawn.shown(workspace),
+        images={name: _embedded(to_png(figure, dpi=130)) for name, figure in drawings.items() if figure is not None},
+        panels={kind: _embedded(path.read_bytes()) for kind, path in figures.panels(workspace).items()},
+        shown=figures.shown(workspace),
         trust=figures.trust(workspace, provenance["digest"]),
         transfer=found,
         flags=figures.flags(evaluated | shown),
@@ -125,14 +124,10 @@ def _figures(settings: Settings, workspace: Workspace, table: list[Row], claims:
     return {
         "accuracy": accuracy_chart(table, threat_model=settings.threat_model),
         "claims": effects(claims["claims"]),
-        "clean": drawn.matrices(grid, workspace, "clean", seed=seed),
-        "clean_adversarial": drawn.matrices(grid, workspace, "clean_adversarial", seed=seed),
-        "curves": drawn.curves(grid, workspace, seed=seed),
+        "clean": figures.matrices(grid, workspace, "clean", seed=seed),
+        "clean_adversarial": figures.matrices(grid, workspace, "clean_adversarial", seed=seed),
+        "curves": figures.curves(grid, workspace, seed=seed),
     }
-
-
-def _source(figure: Figure) -> str:
-    return _embedded(to_png(figure, dpi=130))
 
 
 def _embedded(png: bytes) -> str:

@@ -1,4 +1,4 @@
-"""`advml show MODEL`: a model's record, for people."""
+"""`advml show MODEL`: a model's record as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def record_of(workspace: Workspace, model: str) -> str:
     """What the model was made from, how, and how well it does, as text.
 
     Args:
-        model: name or folder of a trained model, or the name under which `evaluate` has measured anyone's.
+        model: name or folder of a trained model, or the name of a model from elsewhere that `evaluate` has measured.
     """
     if given := workspace.evaluations_of_given().get(model):
         return _given(given)
@@ -63,7 +63,7 @@ def _given(made: Path) -> str:
 
 @contextlib.contextmanager
 def _reading(path: Path, *, again: str = "restore it with: dvc checkout") -> Iterator[dict[str, Any]]:
-    """The content of a JSON file; whatever it turns out to lack is one line."""
+    """The content of a JSON file; a key that is missing or wrong, found within the block, is one error line."""
     try:
         yield read_json(path, remedy=again)
     except (KeyError, TypeError, ValueError) as error:
@@ -138,7 +138,7 @@ def _corruptions(evaluation: dict[str, Any]) -> list[str]:
 
 
 def flags_of(evaluation: dict[str, Any]) -> list[str]:
-    """A line per flag, whatever else is said; then a line if the probes were not run, or if nothing was found."""
+    """A line per flag; then one if the probes were not run, or if there is no flag."""
     diagnostics = evaluation.get("diagnostics", {})
     lines = [_flag(flag) for flag in diagnostics.get("flags", ())]
     if "skipped" in diagnostics:
@@ -200,7 +200,7 @@ def _finite(value: float | None) -> str:
 
 
 def _why_not_finite(how: dict[str, Any]) -> list[str]:
-    """What the record says about numbers that it lacks."""
+    """The reasons for missing numbers, from the record."""
     dead = {layer for layers in how.get("dead_layers", {}).values() for layer in layers}
     reasons = [f"intervals of CKA: {how['intervals']['cka']}"] if "intervals" in how else []
     reasons += [f"constant layers, which have no CKA: {', '.join(sorted(dead))}"] if dead else []

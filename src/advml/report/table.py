@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy.special import stdtrit
@@ -108,6 +108,26 @@ def _mean(scheme: str, regime: str, rows: list[Row]) -> Row:
 def _is_measured(row: Row, metric: str) -> bool:
     """With an interval; what could not be measured is None."""
     return all(isinstance(row.get(f"{metric}{end}"), int | float) for end in ("", "/low", "/high"))
+
+
+def given_records(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """The records of models from elsewhere that `advml evaluate` has measured, by name.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    needs = ("model", "digest", "data_digest", "metrics", "figures")
+    return {
+        name: read_json(path, needs=needs, remedy=f"measure again with: advml evaluate, or remove {path}")
+        for name, path in sorted(workspace.evaluations_of_given().items())
+    }
+
+
+def given_row(name: str, record: Mapping[str, Any]) -> Row:
+    """The row of a model from elsewhere: its metrics, and the norm and epsilon that it was attacked with."""
+    attacked = record["figures"].get("accuracy/worst_case", {})
+    threat = {key: attacked[key] for key in ("norm", "epsilon") if key in attacked}
+    return {"model": name, **threat} | {key: value for key, value in record["metrics"].items() if value is not None}
 
 
 def cell(row: Row, metric: str) -> str:

@@ -57,7 +57,7 @@ def measured(new_study, tmp_path_factory, blank_figures, drawing):
 @pytest.fixture
 def study(measured, tmp_path):
     """A copy, for one test."""
-    return replace(measured, root=Path(shutil.copytree(measured.root, tmp_path / "copy")))
+    return measured.copy(tmp_path / "copy")
 
 
 def cka(study, model: str) -> dict[str, np.ndarray]:
@@ -361,7 +361,7 @@ def test_panels_of_earlier_weights_are_not_shown(study):
 
 def test_stored_images_of_another_attack_are_refused_in_the_grid_and_made_anew_for_chosen_models(study, tmp_path):
     other = ("evaluate.epsilon=0.05",)
-    with pytest.raises(UserError, match=r"was made with epsilon 0\.15 instead of 0\.05, step_size .*; measure again with: dvc repro"):
+    with pytest.raises(UserError, match=r"epsilon 0\.15 .*0\.05, step_size .*dvc repro"):
         compare.run(study.context(*other), out=tmp_path / "no")
     compare.run(study.context(*other), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "out")
     source = json.loads((tmp_path / "out" / "cka.json").read_text())["adversarial_source"]
@@ -381,7 +381,7 @@ def change_model(folder: Path, **changes: object) -> None:
 
 def test_models_of_other_classes_are_refused(study, tmp_path):
     change_model(study.workspace.model("SL-AT-s0"), classes=["ash", "birch", "cedar", "elm"])
-    with pytest.raises(UserError, match=r"SL-AT-s0 tells 4 classes \(ash, birch, cedar, \.\.\.\) apart"):
+    with pytest.raises(UserError, match=r"SL-AT-s0 .*4 classes \(ash, birch, cedar"):
         compare.run(study.context(), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "no")
 
 

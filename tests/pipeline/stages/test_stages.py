@@ -49,7 +49,7 @@ def pretrained_study(new_study, tmp_path_factory):
 @pytest.fixture
 def study(pretrained_study, tmp_path):
     """A copy of it, for one test."""
-    return replace(pretrained_study, root=Path(shutil.copytree(pretrained_study.root, tmp_path / "copy")))
+    return pretrained_study.copy(tmp_path / "copy")
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ def test_dual_batch_norm_is_only_for_attacked_networks(make_study, monkeypatch):
 @pytest.fixture(scope="module")
 def finetuned_study(pretrained_study, tmp_path_factory):
     """The models CL-Full-AT-s0 and SL-ST-s0, fine-tuned."""
-    study = replace(pretrained_study, root=Path(shutil.copytree(pretrained_study.root, tmp_path_factory.mktemp("stages") / "finetuned")))
+    study = pretrained_study.copy(tmp_path_factory.mktemp("stages") / "finetuned")
     finetune.run(study.context(), scheme="CL", regime="Full-AT", seed=0)
     finetune.run(study.context(), scheme="SL", regime="ST", seed=0)
     return study
@@ -249,7 +249,7 @@ def finetuned_study(pretrained_study, tmp_path_factory):
 
 @pytest.fixture
 def finetuned(finetuned_study, tmp_path):
-    return replace(finetuned_study, root=Path(shutil.copytree(finetuned_study.root, tmp_path / "copy")))
+    return finetuned_study.copy(tmp_path / "copy")
 
 
 def test_evaluate_writes_metrics_with_intervals_and_how_they_were_made(finetuned):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -49,7 +47,7 @@ def measured(new_study, tmp_path_factory, drawing):
 @pytest.fixture
 def study(measured, tmp_path):
     """A copy, for one test."""
-    return replace(measured, root=Path(shutil.copytree(measured.root, tmp_path / "copy")))
+    return measured.copy(tmp_path / "copy")
 
 
 def content(study) -> dict:

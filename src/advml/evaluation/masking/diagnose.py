@@ -45,8 +45,7 @@ def diagnose(
 ) -> dict[str, Any]:
     """`flags`, the `evidence` they rest on, `minimal` distances where asked for, and what of this was `broken`. JSON-able.
 
-    Of a model on which the probes fail there is what `unprobed` gives: `not_copied`, where the scorer has nothing but the model itself,
-    and what Square says.
+    If the probes fail on the model, the result is that of `unprobed`.
     """
     results = ProbeResults()
     images, labels = scorer.machine.images(split.images[: spec.images]), split.labels[: spec.images].to(scorer.machine.device)
@@ -94,7 +93,7 @@ def _not_copied(network: nn.Module, scorer: Scorer) -> list[Flag]:
 
 
 def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
-    """The rule on attacks without gradients, on all test images: Square has seen them all."""
+    """Flag where Square breaks images, of all test images, that survive the attacks by gradients."""
     if not _square_is_last(outcomes):
         return []
     before = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
@@ -106,7 +105,7 @@ def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
 
 
 def _square_is_last(outcomes: Mapping[str, Outcome]) -> bool:
-    """What Square breaks before the others says nothing about gradients: they are not aimed at it any more."""
+    """Images that Square breaks first are not attacked by gradients any more, so they show nothing about gradients."""
     return list(outcomes)[-1:] == [SQUARE]
 
 
@@ -147,13 +146,13 @@ PROBES = {
 
 
 class ProbeResults:
-    """Collects images that are wrong, kind by kind in the order in which they are to count."""
+    """Misclassified images that the probes have found, by kind, in the order in which they count."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, kind: str, rows: Tensor, images: Tensor) -> None:
-        """Rows of the split (n,), and their images (n, C, H, W) in the threat model. A kind that has found nothing is noted, too."""
+        """Rows of the split (n,), and their images (n, C, H, W) in the threat model. A kind that has found nothing is recorded, too."""
         self.kinds.setdefault(kind, []).append((rows, images))
 
     def scored(

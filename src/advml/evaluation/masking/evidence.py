@@ -1,12 +1,13 @@
-"""What diagnostics rest on: everything that `probe` measures, as plain numbers."""
+"""The measurements of `probe`, as plain numbers."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SHORT = 0.1  # of epsilon: the step over which a gradient should foretell the loss
+from advml.core.io import without_nan
+
+SHORT = 0.1  # of epsilon: the step over which a gradient should predict the loss
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,4 @@ class Evidence:
 
     def as_record(self) -> dict[str, Any]:
         """For JSON: plain containers; numbers that are not finite become None."""
-        return _plain(asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return without_nan(asdict(self))

@@ -1,6 +1,6 @@
 """Probes that show whether a model's gradients lead attacks to its weak spots or astray.
 
-After Athalye et al. 2018 (sec. 3.1), Carlini et al. 2019 (sec. 3 and 4) and Pintor et al. 2022. They measure; `diagnostics` judges.
+After Athalye et al. 2018 (sec. 3.1), Carlini et al. 2019 (sec. 3 and 4) and Pintor et al. 2022. They measure; `rules` judges.
 
 Cost per sample, that is an image that the clean model gets right, with S steps and E epsilons (6 by default): E S + 5 gradients, each
 a forward and a backward pass, and at most 2 E + 106 forward passes more: random noise leaves alone what it has broken. Every image
@@ -49,7 +49,7 @@ def probe(
 
     Args:
         model: maps images (n, C, H, W) in [0, 1] to logits (n, classes); is copied where it can be, and judged in eval mode. It need not
-            be differentiable, deterministic, or independent of the batch: that is what is found out.
+            be differentiable, deterministic, or independent of the batch: the probes test that.
         images, labels: the subset, (N, C, H, W) in [0, 1] and (N,), on the model's device.
         threat_model: the ball in which the figure was measured.
         steps: of each PGD, from a random start, with steps of 2.5 * epsilon / steps.
@@ -168,7 +168,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Samples:
-    """n images (n, C, H, W) with labels (n,), a target, and how to go about it. Every probe draws from `seed` alone."""
+    """n images (n, C, H, W) with labels (n,), the model under test, and the settings of the probes. Every probe draws from `seed` alone."""
 
     target: Target
     images: Tensor
@@ -265,13 +265,13 @@ def batches(n: int, size: int) -> list[Tensor]:
     return list(torch.arange(n).tensor_split(math.ceil(n / size))) if n else []
 
 
-# A model as given, as the target of an attack that must not fail or go uncounted
+# The model under test: what fails in it becomes a gradient of zero, and all passes are counted
 
 Loss = Callable[[Tensor], Tensor]  # logits (N, K) -> values (N,)
 
 
 class Target:
-    """A model as given, which must be in eval mode and frozen, behind a wall: see `Foreign`.
+    """The model under test, in eval mode and frozen, wrapped in `Foreign`.
 
     Some models give no gradient: they round, detach, or compute outside of PyTorch. Here that is a gradient of zero.
 

@@ -19,7 +19,7 @@ TOLERATED = 0.01  # share of samples on which a weaker attack may be luckier, or
 CHANCE_FLOOR = 0.05  # with many classes: a share of survivors at the widest epsilon below which nothing is said
 DEAD_SHARE = 0.05  # of samples with a gradient of exactly zero; more than that and attacks miss what they could break
 STILL_RISING = 0.6  # pace of the margin in the last tenth of the steps, relative to its mean pace over all steps
-FEWEST_SURVIVORS = 5  # whose mean margin says something
+FEWEST_SURVIVORS = 5  # for a mean margin
 SLOPE_KEPT = 0.25  # of the gain that gradients promise over a short step; less, and they lead astray (honest models: above 0.9)
 INDEPENDENT = 0.02  # relative difference of outputs in another batch that bf16 explains
 REPEATABLE = 1e-4  # relative difference of two equal passes that float32 and parallel sums explain
@@ -212,7 +212,7 @@ RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
 
 @dataclass(frozen=True)
 class Flag:
-    """One reason for doubt: what was seen, in numbers, and what to try."""
+    """One sign of gradient masking or of a wrong measurement: what was observed, in numbers, and what to try."""
 
     name: str
     saw: str

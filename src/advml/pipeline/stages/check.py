@@ -33,7 +33,7 @@ def run(params: Path) -> Path:
 
 
 def _check_attacks(config: Config, pipeline: Path) -> None:
-    """A fine-tuning under attack whose stage does not watch the attack would count as up to date after the attack has changed."""
+    """The stage of an attacked fine-tuning must depend on the attack, or it would stay up to date when the attack changes."""
     attacked = [regime for regime in config.grid.regimes if REGIMES[regime].attacked]
     stages = YAML(typ="safe").load(pipeline)["stages"] if attacked and pipeline.is_file() else {}
     for regime in attacked:

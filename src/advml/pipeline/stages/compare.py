@@ -128,7 +128,7 @@ def checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
     """model.json of a model that can be compared on the prepared data; `strict`: it must have been trained on them.
 
     Raises:
-        UserError: it takes other images, tells other classes apart, or was trained on other data.
+        UserError: it takes other images, has other classes, or was trained on other data.
     """
     record, name, data = read_record(folder), folder.name, context.dataset
     ours, theirs = tuple(data.shape), tuple(record.get("input", ()))
@@ -137,7 +137,7 @@ def checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
         raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
     if "classes" in record and list(record["classes"]) != list(data.classes):
         raise UserError(
-            f"{name} tells {few(record['classes'])} apart, data/prepared holds {few(data.classes)}; compare models of one data set"
+            f"{name} has the classes {few(record['classes'])}, data/prepared has {few(data.classes)}; compare models of one data set"
         )
     if (there := str(digest_of_data(record))) != data.digest:
         told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"

@@ -33,7 +33,7 @@ def run(context: Context) -> datasets.Dataset:
 def is_current(context: Context) -> bool:
     """Whether `data/prepared/` was made from the `data` section, its images and the sources as they stand.
 
-    Where there are no images to look at, or no note of them, as after `dvc pull`, what is left decides.
+    Where the images or the note of them are missing, as after `dvc pull`, the rest decides.
     """
     try:
         prepared = datasets.load(context.workspace.prepared, verified=context.workspace.verified)
@@ -50,14 +50,14 @@ def is_current(context: Context) -> bool:
 
 
 def _check_place(context: Context) -> None:
-    """Else the figures of reports would be images, and `.` a data set of folders called `src` and `docs`."""
+    """Refuse a data.path that overlaps with what the study writes: pictures of reports would become training images."""
     data = context.config.data
     if data.name != "folder" or not os.path.isdir(given := given_path(data.path)):
         return
     place = Path(os.path.realpath(given))
     for ours in (Path(os.path.realpath(path)) for path in context.workspace.written):
         if place.is_relative_to(ours) or ours.is_relative_to(place):
-            relation = "lies in" if place.is_relative_to(ours) else "holds"
+            relation = "is inside of" if place.is_relative_to(ours) else "holds"
             raise UserError(
                 f"data.path = '{data.path}' {relation} {ours}, which the study writes; give the images a folder of their own, e.g. photos"
             )

@@ -83,7 +83,7 @@ def _train(context: Context, wanted: list[Trained], begin: Callable[[str], None]
         plan = pretraining(changed, dataset, scheme="SL", phase="st", seed=each.seed)
         inputs = context.fingerprint("pretrain", changed.model_dump(mode="json"), each.name, data.digest)
         checkpoint = Checkpoint(context.workspace.scratch(f"trust-{each.name}"), inputs)
-        network, _ = fit(plan, dataset, context.machine, checkpoint=checkpoint)
+        network, _ = fit(plan, context.machine, checkpoint=checkpoint)
         yield each.name, network.eval()
 
 

@@ -1,12 +1,22 @@
-"""`python -m advml.engine.dvc_graph plan` prints as JSON what DVC would run, `changes` why; in a process of its own: DVC takes a second."""
+"""DVC, which takes a second to import, in a process of its own.
+
+`python -m advml.engine.dvc_process plan` prints as JSON what DVC would run, `changes` why. `run STAGE` is `dvc repro --single-item STAGE`,
+but for one thing: a kill leaves no half dvc.lock.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+from dvc import cli, dvcfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 from networkx import descendants
 
 
@@ -34,8 +44,22 @@ def _lines(entry: object, path: str = "") -> list[str]:
     return [f"{path} {entry}".strip()]
 
 
+@contextlib.contextmanager
+def modify_at_once(path: str, **_: object) -> Iterator[dict]:
+    """DVC's `modify_yaml`, which takes 0.7 s to write the dvc.lock of 78 stages, as one replacement of the file."""
+    file, whole = Path(path), Path(f"{path}.part")
+    content = parse_yaml_for_update(file.read_text(encoding="utf-8"), path) if file.exists() else {}
+    yield content
+    whole.write_text(dumps_yaml(content), encoding="utf-8")
+    os.replace(whole, file)
+
+
 if __name__ == "__main__":
+    what, *stages = sys.argv[1:]
+    if what == "run":
+        dvcfile.modify_yaml = modify_at_once
+        sys.exit(cli.main(["--wait-for-lock", "repro", "--single-item", *stages]))
     try:
-        print(json.dumps({"plan": plan, "changes": changes}[sys.argv[1]]()))
+        print(json.dumps({"plan": plan, "changes": changes}[what]()))
     except DvcException as error:
         sys.exit(" ".join(str(error).split()))
