@@ -49,6 +49,11 @@ def study(make_study):
     return study
 
 
+def linked(name: str) -> str:
+    """A model's name, leading to its details."""
+    return f'<a href="#of-{name}">{name}</a>'
+
+
 def test_the_page_has_a_section_of_other_models(study):
     stage.run(study.context())
     page = (study.workspace.reports / "report.html").read_text()
@@ -56,11 +61,11 @@ def test_the_page_has_a_section_of_other_models(study):
     bent, stiff = (line for line in section.splitlines() if line.startswith("<tr><td>"))
     figure = f"50.0 [{100 * wilson(20, 40)[0]:.1f}, {100 * wilson(20, 40)[1]:.1f}]"
     for line, name, mark in ((bent, "bent", "!"), (stiff, "stiff", "?")):
-        assert line.startswith(f"<tr><td>{name}</td><td>L2 0.75</td>") and f"<td>{figure} {mark}</td>" in line
-    assert "measured on other data: far" in section and "<td>far</td>" not in page
+        assert line.startswith(f"<tr><td>{linked(name)}</td><td>L2 0.75</td>") and f"<td>{figure} {mark}</td>" in line
+    assert "measured on other data: far" in section and ">far<" not in page
     doubts = page.partition("<h2>Can these figures be believed?</h2>")[2].partition("<h2>")[0]
-    assert "<strong>bent</strong>: zeros everywhere. To try: BPDA." in doubts
-    assert "<strong>stiff</strong> was not judged (no copy of it)" in doubts
+    assert f"<strong>{linked('bent')}</strong>: zeros everywhere. To try: BPDA." in doubts
+    assert f"<strong>{linked('stiff')}</strong> was not judged (no copy of it)" in doubts
     made = page.partition('<h2 id="how">How each number was made</h2>')[2]
     for name, said in (("bent", "dead_gradients"), ("stiff", "not judged")):
         assert f"<td>{said}</td>" in made.partition(f"<summary>{name} <small>weights bbbbbbbbbbbb</small>")[2].partition("</details>")[0]

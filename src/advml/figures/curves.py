@@ -111,7 +111,7 @@ def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
         line[0].set_ylabel(group, fontweight="bold")
     for first, last, title in zip(grid[0], grid[-1], titles, strict=True):
         first.set_title(title, loc="left", fontsize=9)
-        last.set_xlabel("layer, from input to output")
+        last.set_xlabel(last.get_xlabel() or "layer, from input to output")
     handles = {label: handle for axes in grid[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure
