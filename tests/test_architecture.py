@@ -67,6 +67,7 @@ LATE_LIBRARIES = {
     "eagerpy, foolbox": "optional",
     "mlflow": "2 s, once a store is opened",
     "optuna": "its figures, 1 s",
+    "pyarrow": "for types",
     "PIL": "where pictures are logged",
     "rich": "0.2 s, where something is drawn",
     "ruamel": "0.2 s, where YAML is read",
@@ -79,6 +80,7 @@ LATE_LIBRARIES = {
 LATE_MODULES = {
     "advml": "`import advml` takes no torch before a model is loaded",
     "advml.__main__": "a command is sent to the fork server, where there is one, before typer is imported",
+    "advml.api.layers": "matplotlib, 0.5 s, where a heat map is drawn",
     "advml.cli": "`advml --help` answers in 0.3 s: a command imports what it runs",
     "advml.engine.fork_server": "what it imports is what it is a server of",
     "advml.engine.process_task": "for types: the engine's own parts, which import distributed",

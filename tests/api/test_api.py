@@ -6,6 +6,7 @@ import doctest
 import importlib
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -238,8 +239,10 @@ def test_cka_of_a_layer_with_a_rotation_of_itself_is_one_and_images_may_come_in_
 
 
 def test_foolbox_gives_the_same_images_under_the_parameters_that_the_guide_names(model, dataset):
-    from foolbox import PyTorchModel
-    from foolbox.attacks import L2PGD, LinfPGD
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters
+        from foolbox import PyTorchModel
+        from foolbox.attacks import L2PGD, LinfPGD
 
     images, labels = images_of(dataset.test)
     peer = PyTorchModel(model.eval(), bounds=(0, 1), device="cpu")

@@ -220,7 +220,7 @@ NEUTRAL = {
     "Diagnostics": {"minimal": None, "minimal_steps": 100},
     "Corruptions": {"images": None, "folder": None, "seed": 0},
     "Similarity": {"gram": "float32", "epsilon_studies": None, "source": "own", "probe_images": None},
-    "Runtime": {"device": "auto", "threads": 0, "precision": "fp32", "compile": False, "deterministic": True},
+    "Runtime": {"device": "auto", "threads": 0, "precision": "fp32", "compile": False, "micro_batch": None, "deterministic": True},
 }
 
 

@@ -360,6 +360,9 @@ class Runtime(Section):
         "of products: fp32, tf32 (NVIDIA), bf16, fp16 (training only, with scaled losses; evaluation then uses fp32)", "fp32"
     )
     compile: bool = means("true: training compiles the encoder by torch.compile; minutes at first, faster steps, other rounding", False)
+    micro_batch: Batch | None = means(
+        "training: images that pass the encoder at once, losses see the whole batch; costs a second forward pass; null: all", None
+    )
     deterministic: bool = means(
         "true: GPUs repeat their bits, and a resumed run those of an unbroken one, by slower kernels; false: faster, last bits vary", True
     )

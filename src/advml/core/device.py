@@ -26,11 +26,13 @@ class Machine:
     Attributes:
         precision: fp32, tf32, bf16 or fp16; images, and so ball and box, and objectives are in float32 under all of them.
         compile: whether a training compiles its encoder.
+        micro_batch: images of a training that pass the encoder at once; None: the whole batch.
     """
 
     device: torch.device
     precision: str = "fp32"
     compile: bool = False
+    micro_batch: int | None = None
 
     def autocast(self, *, training: bool = False) -> AbstractContextManager[object]:
         """Autocast under `precision: bf16`, and in training under `fp16`: gradients of an attack that are scaled by nobody would vanish."""
@@ -54,6 +56,11 @@ class Machine:
         if self.device.type == "mps":
             return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return memory.available()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device, or the host, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("out of memory", "DefaultCPUAllocator"))
 
 
 def chosen_device(name: str) -> torch.device:
@@ -85,7 +92,7 @@ def machine(runtime: config.Runtime) -> Machine:
         raise UserError(
             f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
         ) from None
-    return Machine(device, runtime.precision, compile=runtime.compile)
+    return Machine(device, runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
 
 
 @contextlib.contextmanager

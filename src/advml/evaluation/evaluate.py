@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from advml import config
 from advml.attacks.isolation import copied, frozen_copy
 from advml.attacks.threat_model import ThreatModel
-from advml.core.device import Machine, own_randomness
-from advml.core.errors import UserError
+from advml.core.device import Machine, out_of_memory, own_randomness
+from advml.core.errors import Failure, UserError
+from advml.core.messages import tell
 from advml.core.result_cache import Memo
 from advml.data.corruptions.cifar_c import Published
 from advml.data.datasets import Dataset, Split
@@ -25,6 +26,8 @@ from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.evaluation.samples import Outcome
+from advml.models.micro_batches import InParts
+from advml.models.network import Network
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,42 @@ def evaluate(
     memo: Memo,
     on_progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Evaluation:
-    """Measure a model on the test split.
+    """Measure a model on the test split; where memory ends, again from the part at hand, with half as many images at a time.
+
+    Batches stay what they are, and pass the encoder, or a module from elsewhere, in parts: up to rounding, no figure depends on it.
 
     Args:
         memo: remembers finished parts.
         on_progress: called with how many of `settings.parts` * N images are done, and the worst case so far.
+    Raises:
+        Failure: there is no memory for one image.
     """
+    network, images = subject.network, settings.batch_size
+    while True:
+        try:
+            return _evaluate(subject, dataset, settings, machine, memo=memo, on_progress=on_progress)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        if images == 1:
+            raise Failure(f"{machine.device} has no memory to attack {subject.name} with one image; free some")
+        images //= 2
+        tell(f"note: {subject.name} needs more memory than {machine.device} has; goes on with {images} images at a time")
+        if isinstance(network, Network):
+            network.micro_batch = images
+        else:
+            subject = replace(subject, network=InParts(network, images))
+
+
+def _evaluate(
+    subject: Subject,
+    dataset: Dataset,
+    settings: EvaluationSettings,
+    machine: Machine,
+    *,
+    memo: Memo,
+    on_progress: Callable[[int, str], None],
+) -> Evaluation:
     test, classes, network = dataset.test, len(dataset.classes), subject.network.eval()
     run = {"seed": settings.seed, "batch_size": settings.batch_size}
     check_model(network, machine.images(test.images[: settings.batch_size]), machine, classes=classes)

@@ -19,6 +19,7 @@ from advml.core.result_cache import Memo, Parts
 from advml.data.datasets import Split
 from advml.evaluation.attack_suite import CLEAN_IMAGES, AttackSpec
 from advml.evaluation.samples import PASSES, Outcome
+from advml.models.micro_batches import recomputing
 from advml.models.network import Network
 
 NOTED = ("right", "predicted", "distance", *PASSES)  # of every image
@@ -219,6 +220,8 @@ def counted(network: nn.Module) -> Iterator[dict[str, int]]:
         passes["backward"] += len(gradient)
 
     def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if recomputing():
+            return
         passes["forward"] += len(inputs[0])
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(backward)

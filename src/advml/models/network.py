@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from advml.models.backbones import create_encoder
 from advml.models.bn_folding import folded
 from advml.models.layers import dual
 from advml.models.memory_format import memory_format
+from advml.models.micro_batches import in_parts
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Network(nn.Module):
         self.encoder = dual(encoder) if a.dual_batch_norm else encoder
         self.memory_format = memory_format(self.encoder)
         self.compiled = False  # whether the encoder runs as torch.compile makes it, at the first images of each shape and mode
+        self.micro_batch: int | None = None  # images that pass the encoder at once; None: all
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -94,7 +97,10 @@ class Network(nn.Module):
         images = self.normalize(images)
         if self.memory_format is torch.contiguous_format:  # clone: strides of one channel fit both layouts, others would keep them
             images = images.clone(memory_format=self.memory_format)
-        return (_compiled if self.compiled else _encode)(self.encoder, images)
+        encode = partial(_compiled if self.compiled else _encode, self.encoder)
+        if self.micro_batch is None or len(images) <= self.micro_batch:
+            return encode(images)
+        return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 
     def classify(self, features: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""

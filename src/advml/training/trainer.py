@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.pgd import Adversary
-from advml.core.device import HALVES, Machine, derived_seed, generator_for, own_randomness
+from advml.core.device import HALVES, Machine, derived_seed, generator_for, out_of_memory, own_randomness
 from advml.core.errors import Failure
 from advml.data.batches import Feed
 from advml.data.datasets import Dataset
@@ -196,7 +196,7 @@ def train(
         checkpoint: written after every epoch; an unfinished run in it is continued.
         on_batch: called with (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: a loss, a score or a weight is not finite.
+        Failure: a loss, a score or a weight is not finite, or a batch does not fit into memory.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
@@ -204,7 +204,7 @@ def train(
         trainer.restore(progress)
     yield from progress.history
     for epoch in range(progress.epoch + 1, phase.epochs + 1):
-        record = {"epoch": epoch, **trainer.epoch(epoch, on_batch), **trainer.validate()}
+        record = {"epoch": epoch, **trainer.whole_epoch(epoch, on_batch)}
         trainer.check(record)
         trainer.select(progress, record)
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
@@ -222,7 +222,7 @@ class _Trainer:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.images, self.validation = Feed(dataset.train, machine), Feed(dataset.validation, machine)
         place(task.network, machine.device)
-        task.network.compiled = machine.compile
+        task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
         self.optimizer, self.scaler = optimizer(phase, task.learners(), task.network), machine.scaler()
         self.batches = batches_per_epoch(dataset, phase)
@@ -232,6 +232,39 @@ class _Trainer:
         self.task.network.load_state_dict(progress.network)
         restore_optimizer(self.optimizer, progress.optimizer)
         self.scaler.load_state_dict(progress.scaler)
+
+    def whole_epoch(self, epoch: int, on_batch: OnBatch) -> Record:
+        """Training and validation.
+
+        Raises:
+            Failure: a batch does not fit into memory.
+        """
+        try:
+            return self.epoch(epoch, on_batch) | self.validate()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        raise Failure(self._what_fits())  # here, where the error, and with it the tensors of the step, is gone
+
+    def _what_fits(self) -> str:
+        """Try ever smaller parts of a batch. The weights change: those of the last epoch are in the checkpoint."""
+        network, size = self.task.network, self.phase.batch_size
+        before, network.micro_batch = network.micro_batch, network.micro_batch or min(size, len(self.images.labels))
+        while network.micro_batch > 2:
+            network.micro_batch //= 2
+            try:
+                self.epoch(1, lambda epoch, batch, loss: _stop())
+            except _Fits:
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+        else:
+            return f"not even 2 images fit into the memory of {self.machine.device}; choose a smaller model.backbone or data.image_size"
+        return (
+            f"batch_size = {size} does not fit into the memory of {self.machine.device} at {before or size} images at a time, "
+            f"and does at {network.micro_batch}: set runtime.micro_batch = {network.micro_batch}, or in this phase a smaller batch_size"
+        )
 
     def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
         """One pass over the shuffled training images; a short last batch is left for other epochs to reach.
@@ -343,6 +376,14 @@ class _Trainer:
         if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
             progress.best = _copy(self.task.network.state_dict())
+
+
+class _Fits(Exception):
+    """A step has found enough memory."""
+
+
+def _stop() -> None:
+    raise _Fits
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

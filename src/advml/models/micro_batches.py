@@ -1,0 +1,85 @@
+"""Passes a batch through an encoder in parts, so that memory holds the activations of one part; losses see the whole batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from advml.models.layers import DualBatchNorm, batch_norms
+
+
+def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, layers: nn.Module) -> Tensor:
+    """Features (N, D) of images (N, C, H, W), `size` at a time; a backward pass computes each part's activations again.
+
+    So a contrastive loss of thousands of images costs the memory of `size`, and a second forward pass (Gao et al. 2021, GradCache). Batch
+    norms in train mode see `size` images at a time, and count them once.
+
+    Args:
+        encode: maps images to features.
+        layers: the module with the batch norms.
+    """
+    modes = _modes(layers)
+    parts = [
+        checkpoint(encode, part, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _again(layers, modes)))
+        for part in images.split(size)
+    ]
+    return torch.cat(parts)
+
+
+class InParts(nn.Module):
+    """A module of images that gets `size` of them at a time."""
+
+    def __init__(self, module: nn.Module, size: int) -> None:
+        super().__init__()
+        self.module, self.size = module, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return in_parts(self.module, images, size=self.size, layers=self.module)
+
+
+_recomputing = 0
+
+
+def recomputing() -> bool:
+    """Whether a part passes the encoder for the second time."""
+    return _recomputing > 0
+
+
+Modes = tuple[dict[nn.Module, bool], dict[DualBatchNorm, bool]]
+
+
+def _modes(layers: nn.Module) -> Modes:
+    """Batch norms that are in train mode, and the sides that dual ones use."""
+    duals = {layer: layer.use_clean for layer in layers.modules() if isinstance(layer, DualBatchNorm)}
+    return {layer: layer.training for layer in batch_norms(layers)}, duals
+
+
+def _set(modes: Modes) -> None:
+    for layer, training in modes[0].items():
+        layer.training = training
+    for layer, clean in modes[1].items():
+        layer.use_clean = clean
+
+
+@contextlib.contextmanager
+def _again(layers: nn.Module, modes: Modes) -> Iterator[None]:
+    """Within: batch norms are in the modes of the first pass, and their statistics stay."""
+    now, learning = _modes(layers), [layer for layer, training in modes[0].items() if training and layer.track_running_stats]
+    momentum, counts = [layer.momentum for layer in learning], [layer.num_batches_tracked.clone() for layer in learning]
+    global _recomputing
+    _recomputing += 1
+    _set(modes)
+    for layer in learning:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        _recomputing -= 1
+        for layer, weight, count in zip(learning, momentum, counts, strict=True):
+            layer.momentum = weight
+            layer.num_batches_tracked.copy_(count)
+        _set(now)
