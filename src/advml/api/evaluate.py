@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.api.models import as_before, config_of, machine_of
+from advml.api.models import as_before, bar_if, config_of, machine_of
 from advml.core.device import Machine, deterministic_kernels
 from advml.core.errors import UserError
-from advml.core.progress import Bar
 from advml.core.result_cache import Memo
 from advml.data.datasets import Split
 from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
@@ -137,9 +135,13 @@ def evaluate(
         expected = expected_of(given, given.network, dataset, machine, batch_size=chosen.evaluate.batch_size)
         subject = evaluation.Subject(given.name, given.digest, given.network, flags=expected.flags)
         asked_for = settings(chosen, dataset, SCHEMES.get(scheme or ""))
-        with Bar("evaluate", total=asked_for.parts * len(test)) if progress else contextlib.nullcontext() as bar:
-            watch = {"on_progress": bar.reach} if bar else {}
-            found = evaluation.evaluate(subject, dataset, asked_for, machine, memo=Memo(), **watch)
+        with bar_if(progress, "evaluate", total=asked_for.parts * len(test)) as bar:
+
+            def show(done: int, note: str) -> None:
+                if bar:
+                    bar.reach(done, note)
+
+            found = evaluation.evaluate(subject, dataset, asked_for, machine, memo=Memo(), on_progress=show)
     diagnosis = found.record["diagnostics"]
     figures = {
         name: Interval(value, found.metrics[f"{name}/low"], found.metrics[f"{name}/high"])

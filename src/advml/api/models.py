@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from advml import config
 from advml.config.presets import PRESETS
 from advml.config.presets import preset as preset_text
 from advml.core.device import Machine
+from advml.core.progress import Bar
 from advml.models import network
 from advml.models.memory_format import place
 from advml.models.network import Network
@@ -51,6 +53,11 @@ def config_of(params: str | Path | config.Config, overrides: Sequence[str]) -> c
 def machine_of(model: nn.Module, precision: str = "fp32") -> Machine:
     """Where the model's weights are; a model without weights computes on the CPU."""
     return Machine(next((one.device for one in (*model.parameters(), *model.buffers())), torch.device("cpu")), precision)
+
+
+def bar_if(wanted: bool, title: str, *, total: int) -> AbstractContextManager[Bar | None]:
+    """A bar of progress, or nothing."""
+    return Bar(title, total=total) if wanted else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import tempfile
 from collections.abc import Sequence
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.api.models import config_of
+from advml.api.models import bar_if, config_of
 from advml.core.device import Machine, deterministic_kernels
 from advml.core.paths import model_name
-from advml.core.progress import Bar
 from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
 from advml.models import network
 from advml.models.memory_format import place
@@ -102,7 +100,7 @@ def train(
             inputs = config.digest(chosen.model_dump(mode="json"), dataset.digest, scheme, regime, seed, stage)
             checkpoint = Checkpoint(Path(folder or temporary) / stage, inputs)
             total = batches_per_epoch(plan.dataset, plan.phase) * plan.epochs
-            with Bar(f"{stage} {scheme} {regime}", total=total) if progress else contextlib.nullcontext() as bar:
+            with bar_if(progress, f"{stage} {scheme} {regime}", total=total) as bar:
 
                 def show(epoch: int, done: int, loss: Tensor) -> None:
                     if bar:
