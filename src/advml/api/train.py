@@ -24,7 +24,8 @@ from advml.models.network import Network
 from advml.pipeline import plans
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.checkpoint import Checkpoint
-from advml.training.trainer import batches_per_epoch, fit
+from advml.training.streams import batches_per_epoch
+from advml.training.trainer import fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +101,14 @@ def train(
                 return []
             inputs = config.digest(chosen.model_dump(mode="json"), dataset.digest, scheme, regime, seed, stage)
             checkpoint = Checkpoint(Path(folder or temporary) / stage, inputs)
-            total = batches_per_epoch(dataset, plan.phase) * plan.phase.epochs
+            total = batches_per_epoch(plan.dataset, plan.phase) * plan.epochs
             with Bar(f"{stage} {scheme} {regime}", total=total) if progress else contextlib.nullcontext() as bar:
 
                 def show(epoch: int, done: int, loss: float) -> None:
                     if bar:
-                        bar.reach(total * (epoch - 1) // plan.phase.epochs + done, f"loss {loss:.3f}")
+                        bar.reach(total * (epoch - 1) // plan.epochs + done, f"loss {loss:.3f}")
 
-                return fit(plan, dataset, machine, checkpoint=checkpoint, on_batch=show)[1]
+                return fit(plan, machine, checkpoint=checkpoint, on_batch=show)[1]
 
         first = plans.pretraining(chosen, dataset, scheme=scheme, phase=phase, seed=seed)
         pretraining = run(first, "pretrain")
