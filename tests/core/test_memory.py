@@ -66,19 +66,25 @@ def test_a_group_beyond_its_limit_leaves_nothing(machine):
     assert memory.available() == 0
 
 
-@pytest.mark.parametrize(("need", "said"), [(10 * GIB, False), (40 * GIB, True)])
-def test_a_considerable_need_is_said_in_one_line(machine, capsys, need, said):
-    memory.require(need, what="9 images", remedy="take fewer")
+@pytest.fixture
+def disk(monkeypatch) -> None:
+    """100 GiB are left on the disk."""
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100 * GIB))
+
+
+@pytest.mark.parametrize(("need", "kept"), [(32 * GIB, True), (33 * GIB, False)])
+def test_what_would_take_more_than_its_share_of_memory_goes_to_a_file_and_a_line_says_so(machine, disk, capsys, need, kept):
+    assert memory.has_room(need, what="9 images", folder=Path(), remedy="take fewer") is kept
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == said and ("9 images need 40.0 GiB of memory of the 64.0 GiB" in err) == said
+    assert not out and err.count("\n") == (not kept) and ("9 images need 33.0 GiB, and 64.0 GiB of memory" in err) is not kept
 
 
-def test_a_need_beyond_all_memory_is_refused_with_the_remedy(machine, capsys):
-    with pytest.raises(UserError, match=r"^9 images need 65\.0 GiB of memory, and 64\.0 GiB are available here; take fewer$"):
-        memory.require(65 * GIB, what="9 images", remedy="take fewer")
+def test_what_fits_neither_into_memory_nor_on_the_disk_is_refused_with_the_remedy(machine, disk, capsys):
+    with pytest.raises(UserError, match=r"^9 images need 51\.0 GiB, .* 102\.0 GiB, and the disk of \. has 100\.0 GiB; take fewer$"):
+        memory.has_room(51 * GIB, what="9 images", folder=Path(), remedy="take fewer")
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_data_set_that_does_not_fit_is_refused_before_it_is_read(machine):
-    with pytest.raises(UserError, match=r"1797 images of 3x\d+x\d+ need .* GiB of memory, .*data\.image_size.*data\.max_train"):
+def test_a_data_set_that_fits_nowhere_is_refused_before_it_is_read(machine, disk):
+    with pytest.raises(UserError, match=r"1797 images of 3x\d+x\d+ need .* GiB.*data\.image_size.*data\.max_train"):
         prepare(Data(name="digits", validation=0.1, test=0.2, image_size=4096, channels=3))

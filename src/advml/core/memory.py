@@ -1,10 +1,11 @@
-"""Memory: what is left on this machine or in this container, and a check before much of it is taken.
+"""Memory: what is left on this machine or in this container, and whether data are kept in it or in a file.
 
 Linux grants more memory than there is and kills a process that uses it; an error has to come before.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from advml.core.errors import UserError
 from advml.core.messages import tell
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-CONSIDERABLE = 0.5  # share of the available memory from which the need is printed
+SHARE = 0.5  # of the available memory, up to which data are kept there
 # Version of control groups -> limit, use, and the lines of memory.stat that count cached files, which give way.
 FILES = {
     2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
@@ -27,21 +28,24 @@ def available() -> int:
     return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
-def require(need: int, *, what: str, remedy: str) -> None:
-    """Print a line if `need` bytes are a considerable share of the available memory; refuse if they exceed it.
+def has_room(need: int, *, what: str, folder: Path, remedy: str) -> bool:
+    """Whether `need` bytes are kept in memory: those that take at most SHARE of it. If not, a line says so.
 
     Args:
         what: the start of the line, e.g. "60000 images of 3x32x32".
+        folder: where a file would be, and later a second one.
         remedy: what makes the need smaller.
     Raises:
-        UserError: there is not that much memory.
+        UserError: there is no room for a file either.
     """
     left = available()
-    line = f"{what} need {_size(need)} of memory"
-    if need > left:
-        raise UserError(f"{line}, and {_size(left)} are available here; {remedy}")
-    if need > CONSIDERABLE * left:
-        tell(f"note: {line} of the {_size(left)} available here")
+    if need <= SHARE * left:
+        return True
+    line, disk = f"{what} need {_size(need)}, and {_size(left)} of memory are available here", shutil.disk_usage(folder).free
+    if 2 * need > disk:
+        raise UserError(f"{line}; in files they need {_size(2 * need)}, and the disk of {folder} has {_size(disk)}; {remedy}")
+    tell(f"note: {line}; they are kept in a file, and read from there as they are needed")
+    return False
 
 
 def _left_in_groups() -> Iterator[int]:

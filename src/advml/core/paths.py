@@ -123,6 +123,11 @@ class Workspace:
         trained = {name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()}  # the latter: of an earlier regime
         return older | {name: path for name, path in found.items() if name not in trained}
 
+    @property
+    def verified(self) -> Path:
+        """Which files of `prepared` have been found to have their digest."""
+        return self.scratch("prepare") / "verified.json"
+
     def scratch(self, stage: str) -> Path:
         """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
         return self.root / ".scratch" / stage

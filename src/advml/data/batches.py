@@ -1,4 +1,7 @@
-"""Batches of a split on the device: gathered there where the images fit, else on the host, ahead of time."""
+"""Batches of a split on the device: gathered there where the images fit, else on the host, ahead of time.
+
+Prepared images are mapped from their file: of what is not read for long, the system takes the memory back.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from advml.core import memory
 from advml.core.device import Machine
 from advml.data.prepared import Split
 
-SHARE = 0.5  # of the device's free memory, up to which a split is kept there
 AHEAD = 4  # batches that are gathered on the host before they are asked for
 
 
 class Feed:
-    """The images of a split, kept on the device as uint8 if they take at most SHARE of its free memory.
+    """The images of a split, kept on the device as uint8 if they take at most memory.SHARE of what it has left.
 
     Args:
         split: images and labels on the host.
@@ -25,7 +28,7 @@ class Feed:
     """
 
     def __init__(self, split: Split, machine: Machine) -> None:
-        self.machine, self.fits = machine, split.images.nbytes <= SHARE * machine.free_memory()
+        self.machine, self.fits = machine, split.images.nbytes <= memory.SHARE * machine.free_memory()
         self.images = split.images.to(machine.device) if self.fits else split.images
         self.labels = split.labels.to(machine.device)
 

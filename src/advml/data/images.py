@@ -8,7 +8,9 @@ its centre. Of animations and multi-page files the first frame counts.
 
 from __future__ import annotations
 
+import math
 import os
+import tempfile
 import threading
 import time
 import warnings
@@ -24,6 +26,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from advml.core import memory
 from advml.core.errors import Failure
+from advml.core.paths import Workspace
 from advml.core.progress import Bar
 from advml.data.bit_depth import FULL, GREY, Depth, Largest, eight_bits, is_deep, largest, settle
 
@@ -177,16 +180,26 @@ def read_all(read: Callable[[int], np.ndarray], count: int, *, size: int, channe
     Returns:
         Images (uint8, count x channels x size x size) and `{index: reason}` of those that could not be read.
     Raises:
-        UserError: they do not fit into the memory that is available.
+        UserError: they fit neither into memory nor on the disk.
         Failure: the memory was refused nevertheless.
     """
     need, remedy = count * channels * size**2, "lower data.image_size or set data.max_train"
-    memory.require(need, what=f"{count} images of {channels}x{size}x{size}", remedy=remedy)
     try:
-        images = np.empty((count, channels, size, size), dtype=np.uint8)
+        images = _room_for_all((count, channels, size, size), remedy)
         return images, _fill(images, read, range(count))
     except MemoryError:
         raise Failure(f"{count} images of {channels}x{size}x{size} need {need / 2**30:.1f} GiB of memory; {remedy}") from None
+
+
+def _room_for_all(shape: tuple[int, int, int, int], remedy: str) -> np.ndarray:
+    """An empty array (uint8) in memory or, if it would take much of it, in a file without a name, which ends with the process."""
+    count, *side = shape
+    workspace, what = Workspace(), f"{count} images of {'x'.join(map(str, side))}"
+    if memory.has_room(math.prod(shape), what=what, folder=workspace.root, remedy=remedy):
+        return np.empty(shape, dtype=np.uint8)
+    (folder := workspace.scratch("prepare")).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
 
 
 def _fill(images: np.ndarray, read: Callable[[int], np.ndarray], indices: Sequence[int]) -> dict[int, str]:

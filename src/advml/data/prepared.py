@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advml.core.errors import Failure, UserError
-from advml.core.io import replace_folder
+from advml.core.io import replace_folder, write_atomically
 
 SPLITS = ("train", "validation", "test")
 UNLABELLED = "unlabelled"
@@ -122,9 +123,11 @@ def save(dataset: Dataset, folder: str | Path) -> None:
         raise Failure(f"{folder} cannot be written ({_reason(error)}); make room there and run advml prepare again") from None
 
 
-def load(folder: str | Path) -> Dataset:
-    """Read what `save` wrote and verify shapes, types, counts and digest.
+def load(folder: str | Path, *, verified: Path | None = None) -> Dataset:
+    """Read what `save` wrote and verify shapes, types, counts and digest. Images are mapped: they are read when they are used.
 
+    Args:
+        verified: a file that remembers which files had the digest, by size, time and inode; None: all of them are read for it.
     Raises:
         UserError: if it is missing or broken; the line names the command that makes it anew.
     """
@@ -134,13 +137,25 @@ def load(folder: str | Path) -> Dataset:
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         splits = {name: _read_split(folder / f"{name}.safetensors", count, about["shape"]) for name, count in about["counts"].items()}
-        if digest(splits, tuple(about["classes"])) != about["digest"]:
-            raise ValueError("the digest does not match")
+        _verify(folder, splits, about, verified)
         lists = {key: tuple(about[key]) for key in ("classes", "mean", "std", "skipped")} | {"remarks": tuple(about.get("remarks", ()))}
         plain = {key: about[key] for key in ("source", "digest", "ignored", "parameters")}
         return Dataset(**splits, **lists, **plain, duplicates=about.get("duplicates"), depth=about.get("depth"))
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} is broken ({_reason(error)}); make it again with: advml prepare") from None
+
+
+def _verify(folder: Path, splits: Mapping[str, Split], about: Mapping[str, Any], verified: Path | None) -> None:
+    facts = [about["digest"], about["classes"]]
+    for status in (os.stat(folder / f"{name}.safetensors") for name in splits):
+        facts.append([status.st_size, status.st_mtime_ns, status.st_ino])
+    note = json.dumps(facts).encode()
+    if verified and verified.is_file() and verified.read_bytes() == note:
+        return
+    if digest(splits, tuple(about["classes"])) != about["digest"]:
+        raise ValueError("the digest does not match")
+    if verified:
+        write_atomically(verified, note)
 
 
 def _read_split(path: Path, count: int, shape: list[int]) -> Split:

@@ -43,7 +43,7 @@ class Context:
     @cached_property
     def dataset(self) -> datasets.Dataset:
         """The prepared data, for which params.yaml has been checked: what does not fit must not turn up after hours of training."""
-        dataset = datasets.load(self.workspace.prepared)
+        dataset = datasets.load(self.workspace.prepared, verified=self.workspace.verified)
         check_fit(self.config, dataset)
         return dataset
 

@@ -36,7 +36,7 @@ def is_current(context: Context) -> bool:
     Where there are no images to look at, or no note of them, as after `dvc pull`, what is left decides.
     """
     try:
-        prepared = datasets.load(context.workspace.prepared)
+        prepared = datasets.load(context.workspace.prepared, verified=context.workspace.verified)
     except UserError:
         return False
     if prepared.parameters != context.config.data.model_dump(mode="json"):
