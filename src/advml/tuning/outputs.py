@@ -7,7 +7,6 @@ trials.csv       a row per trial
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from ruamel.yaml import YAML
 
-from advml.core.io import write_atomically
+from advml.core.io import to_csv, write_atomically
 from advml.core.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
@@ -88,12 +87,10 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     """trials.csv."""
     scored = dict.fromkeys((*metrics, *(name for trial in trials for name in scores(metrics, trial))))
     values = dict.fromkeys(key for trial in trials for key in trial.params)
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, ["trial", "state", *scored, "feasible", SECONDS, *values, RETRY_OF, REASON], lineterminator="\n")
-    writer.writeheader()
+    columns, rows = dict.fromkeys(("trial", "state", *scored, "feasible", SECONDS, *values, RETRY_OF, REASON)), []
     for trial in trials:
         kept = all(violation <= 0 for violation in trial.constraints.values()) if trial.state == TrialState.COMPLETE else None
         noted = {name: trial.user_attrs.get(name) for name in (SECONDS, RETRY_OF, REASON)}
         figures = {"trial": trial.number, "state": name_of(trial), **scores(metrics, trial), "feasible": kept}
-        writer.writerow(figures | trial.params | noted)
-    return stream.getvalue()
+        rows.append(columns | figures | trial.params | noted)
+    return to_csv(rows).decode()

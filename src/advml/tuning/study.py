@@ -62,8 +62,7 @@ def create(search: Search, url: str, *, replace: bool = False) -> optuna.Study:
         optuna.delete_study(study_name=search.name, storage=storage)
         study = optuna.create_study(**options)
     if study.metric_names is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
             study.set_metric_names(list(search.metrics))  # for Optuna's dashboard
     if FINGERPRINT not in study.user_attrs:  # new, or its creator was killed right here
         if not search.missed() and not study.get_trials(deepcopy=False):
