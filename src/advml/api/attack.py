@@ -71,14 +71,16 @@ def attack(
     require(size > 0, f"step_size = {step_size!r} must be above 0")
     adversary = Adversary(ThreatModel(norm, epsilon), steps, size, random_start, keep, momentum=momentum, schedule=schedule)
     machine, generator = machine_of(model), PerImageGenerator(derived_seed("attack", seed))
-    given, found = checked(images, labels), []
+    given = checked(images, labels)
+
+    def attacked(batch: Tensor, target: Tensor) -> Tensor:
+        aim = classification_objective(model, target.to(machine.device), objective)
+        return adversary.attack(model, lambda: aim, machine.images(batch), generator=generator)
+
     with as_before(model), deterministic_kernels():
         targets = given.labels if labels is not None else _predicted(model, given, machine, batch_size)
-        for batch, target in zip(given.images.split(batch_size), targets.split(batch_size), strict=True):
-            target = target.to(machine.device)
-            aim = classification_objective(model, target, objective)
-            found.append(adversary.attack(model, lambda aim=aim: aim, machine.images(batch), generator=generator))
-    return torch.cat(found).contiguous().to(images.device)
+        found = map(attacked, given.images.split(batch_size), targets.split(batch_size))
+        return torch.cat(list(found)).contiguous().to(images.device)
 
 
 def _predicted(model: nn.Module, split: Split, machine: Machine, batch_size: int) -> Tensor:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.per_image_rng import Randomness
 from advml.attacks.threat_model import ThreatModel
-from advml.models.network import Network, under_attack
+from advml.models.network import under_attack
 
 Objective = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> values (N,), to be made large
 FP16_SCALE = 256.0  # of the objective under fp16, whose smallest number is 6e-8; a power of 2 rounds nothing
@@ -152,7 +152,7 @@ class Adversary:
         threat_model = replace(self.threat_model, epsilon=share * self.threat_model.epsilon)
         return replace(self, threat_model=threat_model, step_size=share * self.step_size)
 
-    def attack(self, network: Network, objective: Callable[[], Objective], images: Tensor, *, generator: Randomness) -> Tensor:
+    def attack(self, network: nn.Module, objective: Callable[[], Objective], images: Tensor, *, generator: Randomness) -> Tensor:
         """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG stay as they are.
 
         Args:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from advml.attacks.pgd import Objective
 from advml.core.errors import UserError
@@ -167,7 +167,7 @@ EMBEDDING_LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive
 # What an adversary ascends, and the adversarial term of a classification's training.
 
 
-def classification_objective(network: Network, labels: Tensor, loss: str = "ce") -> Objective:
+def classification_objective(network: nn.Module, labels: Tensor, loss: str = "ce") -> Objective:
     """x_adv -> objective of the whole classifier (N,): threat model II, on cross-entropy by default.
 
     Args:
