@@ -72,7 +72,7 @@ def evaluate(
     Next: advml show MODEL
     """
     workspace = Workspace(params.parent)
-    target = _named(target, workspace)
+    target = named(target, workspace)
     if weights is None and (workspace.imported(target) / "model.json").is_file():
         target = str(workspace.imported(target))
     kind = kind_of(target, regime, workspace)
@@ -107,7 +107,7 @@ def tell_result(model: str, metrics: dict[str, float], written: str, context: Co
     say(written, f"advml show {model}")
 
 
-def _named(target: str, workspace: Workspace) -> str:
+def named(target: str, workspace: Workspace) -> str:
     """`cl` -> `CL`, `cl-at` -> `CL-AT-s0` where there is such a model; anything else stays as it is."""
     schemes = {name.lower(): name for name in get_args(SchemeName)}
     if (workspace.model(canonical(target)) / "model.json").is_file() and not Path(target).exists():

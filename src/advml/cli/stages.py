@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.evaluate import evaluate, kind_of
-from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
+from advml.cli.evaluate import evaluate, kind_of, named
+from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, choice, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
 from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
@@ -76,7 +76,7 @@ def represent(
     target: Annotated[
         str, typer.Argument(metavar="SCHEME|MODEL", help="SL, CL or SCL, with a regime. Or a model by name or folder.", show_default=False)
     ],
-    regime: Annotated[RegimeName | None, typer.Argument(help="Of the scheme's model.", show_default=False)] = None,
+    regime: Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")] = None,
     seed: Seed = 0,
     overrides: Overrides = None,
     params: Params = PARAMS,
@@ -90,6 +90,7 @@ def represent(
     from advml.pipeline.stages import represent as stage
     from advml.pipeline.stages.evaluate import of_study
 
+    target = named(target, context.workspace)
     kind_of(target, regime, context.workspace)  # whether scheme and regime go together
     own = {"scheme": target, "regime": regime, "seed": seed} if regime else of_study(context.workspace, target)
     name = model_name(**own) if own else Path(target).name
