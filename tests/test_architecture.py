@@ -64,7 +64,7 @@ LIGHT = (*AT_ONCE, "advml.config", "advml.core.progress", "advml.pipeline.repro"
 # What is imported in functions, or for types alone, because it would take too long otherwise; all else is imported at the top.
 LATE_LIBRARIES = {
     "dask, distributed": "1.4 s, for commands that run stages or trials",
-    "eagerpy, foolbox": "optional",
+    "eagerpy, foolbox, onnxruntime, onnxscript": "optional",
     "mlflow": "2 s, once a store is opened",
     "optuna": "its figures, 1 s",
     "pyarrow": "for types",

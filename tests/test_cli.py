@@ -242,7 +242,7 @@ def test_quiet_prints_results_alone_and_verbose_the_settings_and_tracebacks(stud
 def test_the_help_of_every_option_is_a_sentence(command):
     """It begins with a capital letter or a name, and does not begin with what it is `of`."""
     group, _, name = command.rpartition(" ")
-    found = next(one for one in (tune.app if group else app).registered_commands if one.callback.__name__ == name)
+    found = next(one for one in (tune.app if group else app).registered_commands if (one.name or one.callback.__name__) == name)
     for parameter, hint in get_type_hints(found.callback, include_extras=True).items():
         for about in get_args(hint):
             if text := getattr(about, "help", None):

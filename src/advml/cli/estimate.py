@@ -14,7 +14,10 @@ from advml.core.errors import UserError
 def estimate(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
     machine: Annotated[
-        str | None, typer.Option(help="t4, v100, a100, rtx4090, h100 or h200: by arithmetic alone.", show_default="this one, tried out")
+        str | None,
+        typer.Option(
+            help="Another machine, by arithmetic alone: t4, v100, a100, rtx4090, h100 or h200.", show_default="this one, tried out"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every stage, as JSON.")] = False,
     overrides: Overrides = None,

@@ -84,7 +84,7 @@ def with_means(table: list[Row]) -> list[Row]:
     that all seeds share, as they see the same test images (the same sum as `similarity.statistics.over_seeds`). Flags are those of all.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in table:
+    for row in (row for row in table if "seed" in row):
         groups.setdefault((row["scheme"], row["regime"]), []).append(row)
     return [*(_mean(*of, rows) for of, rows in groups.items() if len(rows) > 1), *table]
 
