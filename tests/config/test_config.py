@@ -314,6 +314,7 @@ def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused(params: Path) -
     other |= {"epsilon_warmup": 0.5, "attack_steps": 1, "frozen_statistics": True, "clean_weight": 0, "weight_annealing": 2}
     other |= {"attacked": "views", "attack_kind": "fast", "views": 3, "view_annealing": 2, "averaged_crops": 5}
     loaded = config.load(params)
+    loaded = config.changed(loaded, {"pretrain.EMP": loaded.pretrain["CL"].model_dump()})
     for key, names in config.WITHOUT_EFFECT.items():
         for name, why in names.items():
             assert config.changed(loaded, {f"{key}.{name}": NEUTRAL["Phase"][name]}).phases[key] is not None
