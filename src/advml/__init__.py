@@ -12,21 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from advml.api import (
-        Evaluation,
-        Failure,
-        Interval,
-        LayerComparison,
-        Probe,
-        Trained,
-        UserError,
-        attack,
-        compare_layers,
-        evaluate,
-        load_model,
-        probe_layers,
-        train,
-    )
+    from advml.api.attack import attack
+    from advml.api.evaluate import Evaluation, Interval, evaluate
+    from advml.api.layers import LayerComparison, Probe, compare_layers, probe_layers
+    from advml.api.models import load_model
+    from advml.api.train import Trained, train
+    from advml.core.errors import Failure, UserError
 
 __version__ = "0.1.0"
 __all__ = [
