@@ -110,7 +110,7 @@ def test_layer_decay_of_a_backbone_without_known_blocks_is_refused(make_network,
 
 def test_a_phase_of_its_own_radius_and_steps_is_attacked_with_them(make_network, dataset):
     configuration = config.changed(CONFIG, {"regimes.Full-AT.epsilon": 0.05, "pretrain.CL.attack_steps": 3})
-    tuned = finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).adversary
-    other = pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).adversary
+    tuned = finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).adversary.training
+    other = pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).adversary.training
     assert (tuned.threat_model.epsilon, tuned.steps) == (0.05, 1)
     assert (other.threat_model.epsilon, other.steps) == (CONFIG.threat_model.epsilon, 3)
