@@ -165,9 +165,11 @@ DRAWN: dict[str, Draw] = {
     "tracking.experiment": one_of("advml", "a study: #1 / \u00e4 ' \"", "x" * 250),
     "runtime.device": one_of("auto", "cpu"),
     "runtime.precision": one_of("fp32", "fp32", "fp32", "bf16"),
+    "data.label_budget": one_of(1, 0.7),
 }
 FIXED = {  # needed as they are for a tiny study, or without a part in the stages
     "data.path": None,  # set with data.name
+    "data.unlabelled": False,  # the photos have labels
     "runtime.threads": 1,
     "tracking.uri": None,
     "corruptions.folder": None,
@@ -178,7 +180,10 @@ FIXED = {  # needed as they are for a tiny study, or without a part in the stage
 
 @pytest.fixture(scope="session")
 def template() -> dict[str, Any]:
-    return config.apply(preset("digits"), ())
+    """Every scheme has a section."""
+    raw = config.apply(preset("digits"), ())
+    raw["pretrain"]["EMP"] = raw["pretrain"]["CL"]
+    return raw
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +206,13 @@ def drawn(seed: int, template: dict[str, Any], photos: Path) -> config.Config:
         values = {key: draw(rng) for key, draw in DRAWN.items()} | FIXED
         for phase, names in config.WITHOUT_EFFECT.items():
             values |= {f"{phase}.{name}": config.Phase.model_fields[name].default for name in names}
+        kinds = {phase: values[f"{phase}.attack_kind"] or values["attack.kind"] for phase in PHASES}
+        values["attack.random_start"] |= "fast" in kinds.values()
+        values["attack.batch_norm"] = "eval" if "free" in kinds.values() else values["attack.batch_norm"]
         for phase in PHASES:
+            weights = {f"{phase}.clean_weight": 1, f"{phase}.adversarial_weight": 1}
+            values |= weights if values[f"{phase}.weight_annealing"] else {}
+            values |= weights | {f"{phase}.loss": "two-term", f"{phase}.weight_annealing": None} if kinds[phase] == "free" else {}
             values[f"{phase}.warmup"] = 0 if values[f"{phase}.schedule"] == "onecycle" else values[f"{phase}.warmup"]
             values[f"{phase}.loss"] = values[f"{phase}.loss"] if values["attack.random_start"] else "two-term"
         values["data.path"] = str(photos) if values["data.name"] == "folder" else None
