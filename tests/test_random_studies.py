@@ -204,8 +204,8 @@ def drawn(seed: int, template: dict[str, Any], photos: Path) -> config.Config:
     base = config.validate(template)
     for _ in range(1000):
         values = {key: draw(rng) for key, draw in DRAWN.items()} | FIXED
-        for phase, names in config.WITHOUT_EFFECT.items():
-            values |= {f"{phase}.{name}": config.Phase.model_fields[name].default for name in names}
+        for phase in PHASES:
+            values |= {f"{phase}.{name}": config.Phase.model_fields[name].default for name in config.WITHOUT_EFFECT[phase]}
         kinds = {phase: values[f"{phase}.attack_kind"] or values["attack.kind"] for phase in PHASES}
         values["attack.random_start"] |= "fast" in kinds.values()
         values["attack.batch_norm"] = "eval" if "free" in kinds.values() else values["attack.batch_norm"]
