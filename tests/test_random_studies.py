@@ -165,10 +165,10 @@ DRAWN: dict[str, Draw] = {
     "tracking.experiment": one_of("advml", "a study: #1 / \u00e4 ' \"", "x" * 250),
     "runtime.device": one_of("auto", "cpu"),
     "runtime.precision": one_of("fp32", "fp32", "fp32", "bf16"),
-    "data.label_budget": one_of(1, 0.7),
 }
 FIXED = {  # needed as they are for a tiny study, or without a part in the stages
     "data.path": None,  # set with data.name
+    "data.label_budget": 1,  # probes want every class among a few training images
     "data.unlabelled": False,  # the photos have labels
     "runtime.threads": 1,
     "tracking.uri": None,
