@@ -168,6 +168,8 @@ DRAWN: dict[str, Draw] = {
 }
 FIXED = {  # needed as they are for a tiny study, or without a part in the stages
     "data.path": None,  # set with data.name
+    "data.label_budget": 1,  # probes want every class among a few training images
+    "data.unlabelled": False,  # the photos have labels
     "runtime.threads": 1,
     "tracking.uri": None,
     "corruptions.folder": None,
@@ -202,8 +204,8 @@ def drawn(seed: int, template: dict[str, Any], photos: Path) -> config.Config:
     base = config.validate(template)
     for _ in range(1000):
         values = {key: draw(rng) for key, draw in DRAWN.items()} | FIXED
-        for phase, names in config.WITHOUT_EFFECT.items():
-            values |= {f"{phase}.{name}": config.Phase.model_fields[name].default for name in names}
+        for phase in PHASES:
+            values |= {f"{phase}.{name}": config.Phase.model_fields[name].default for name in config.WITHOUT_EFFECT[phase]}
         kinds = {phase: values[f"{phase}.attack_kind"] or values["attack.kind"] for phase in PHASES}
         values["attack.random_start"] |= "fast" in kinds.values()
         values["attack.batch_norm"] = "eval" if "free" in kinds.values() else values["attack.batch_norm"]
