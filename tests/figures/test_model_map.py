@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from advml.figures.model_map import MOST_NAMES, model_map, positions
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES
 
 
 def between(places: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def between(places: np.ndarray) -> np.ndarray:
 
 def points(models: int) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Clean and attacked, the latter moved; Partial-AT's clean points are those of AT, as its encoder is."""
-    names = [f"{scheme}-{regime}-s{seed}" for seed in range(models // 12) for scheme in SCHEMES for regime in REGIMES]
+    names = [f"{scheme}-{regime}-s{seed}" for seed in range(models // 12) for scheme in ("SL", "CL", "SCL") for regime in REGIMES]
     random = np.random.default_rng(0)
     clean = random.normal(size=(models, 4)) * [1, 0.6, 0.2, 0.1]
     clean[2::4] = clean[1::4]

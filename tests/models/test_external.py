@@ -375,9 +375,10 @@ def test_strangers_that_need_contiguous_images_change_them_or_have_no_gradient_a
 def test_a_name_that_leads_elsewhere_or_is_taken_is_refused(make_study, here, name):
     study = make_study("named")
     context = study.context()
+    given = replace(found("somebodys:good", context.dataset), name=name)
     before = sorted(study.root.rglob("*"))
     with pytest.raises(UserError, match=r"is no name; use|is a name of this study"):
-        evaluate.run_given(context, replace(found("somebodys:good", context.dataset), name=name))
+        evaluate.run_given(context, given)
     assert sorted(study.root.rglob("*")) == before
 
 

@@ -79,7 +79,7 @@ def machine(runtime: config.Runtime) -> Machine:
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = runtime.deterministic, not runtime.deterministic
-    for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+    for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
         products.fp32_precision = "tf32" if runtime.precision == "tf32" else "ieee"
     try:
         device = chosen_device(runtime.device)
