@@ -110,13 +110,13 @@ def test_a_wrong_value_of_a_search_gets_its_line(params: Path, key: str, value: 
 MISTAKES = {
     # unknown keys
     "threat_model.eps=1": "unknown key 'threat_model.eps'; did you mean epsilon? choose from norm, epsilon",
-    "pretrain.MAE={}": "unknown key 'pretrain.MAE'; choose from SL, CL, SCL",
+    "pretrain.MAE={}": "unknown key 'pretrain.MAE'; choose from SL, CL, SCL, EMP",
     "regimes.FullAT.epochs=1": "-S regimes.FullAT.epochs: unknown key 'regimes.FullAT'; did you mean Full-AT? "
     "choose from ST, AT, Partial-AT, Full-AT",
     "seeds.0=3": "-S seeds.0: 'seeds' is a value, not a section",
     # wrong values
     "threat_model.norm=l1": "threat_model.norm = 'l1'; choose from linf, l2",
-    "grid.schemes=[SL, SimCLR]": "grid.schemes[1] = 'SimCLR'; choose from SL, CL, SCL",
+    "grid.schemes=[SL, SimCLR]": "grid.schemes[1] = 'SimCLR'; choose from SL, CL, SCL, EMP",
     "grid.schemes=SL": "grid.schemes = 'SL'; must be a list in brackets",
     "grid.schemes=[]": "grid.schemes = []; must hold at least 1",
     "grid.schemes=[SL, SL]": 'grid.schemes = ["SL", "SL"]; must not name anything twice',
