@@ -165,12 +165,17 @@ DRAWN: dict[str, Draw] = {
     "tracking.experiment": one_of("advml", "a study: #1 / \u00e4 ' \"", "x" * 250),
     "runtime.device": one_of("auto", "cpu"),
     "runtime.precision": one_of("fp32", "fp32", "fp32", "bf16"),
+    "runtime.micro_batch": one_of(None, None, 1, 7),
+    "runtime.deterministic": one_of(True, False),
+    "similarity.measures": one_of(["cka"], ["cka"], ["cka", "procrustes", "rsa"]),
 }
 FIXED = {  # needed as they are for a tiny study, or without a part in the stages
     "data.path": None,  # set with data.name
     "data.label_budget": 1,  # probes want every class among a few training images
     "data.unlabelled": False,  # the photos have labels
+    "model.init": None,
     "runtime.threads": 1,
+    "runtime.compile": False,  # needs a compiler
     "tracking.uri": None,
     "corruptions.folder": None,
     "similarity.epsilon_studies": None,

@@ -252,7 +252,7 @@ def test_nothing_global_changes_even_when_the_model_raises(name, norm, fails, gr
 def test_without_foolbox_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
     network = small_network()
-    with pytest.raises(UserError, match=r'^minimal-distance attacks need foolbox; install it with: pip install "advml\[foolbox\]"$'):
+    with pytest.raises(UserError, match=r'^minimal-distance attacks need foolbox; install it with: pip install "advml\[distances\]"$'):
         run("ddn", "l2", network, *batch(network))
 
 

@@ -24,7 +24,7 @@ def record_of(scheme: str, regime: str, *overrides: str) -> dict:
 
 
 def test_models_share_names_and_the_first_that_differ_tell_scheme_and_regime():
-    shown = [comparable(record_of(scheme, regime)) for scheme, regime in product(SCHEMES, REGIMES)]
+    shown = [comparable(record_of(scheme, regime)) for scheme, regime in product(("SL", "CL", "SCL"), REGIMES)]
     assert {"scheme", "regime", "seed", "backbone", "epsilon", "training.pretrain.epochs", "training.finetune.epochs"} <= set.intersection(
         *map(set, shown)
     )

@@ -68,7 +68,7 @@ def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str
     ("override", "said"),
     [
         ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be at least 0 and below 1"),
-        ("epochs={int: [0, 3]}", "epochs = 0; must be at least 1"),
+        ("epochs={int: [0, 3]}", "epochs = 0 leaves random weights"),
         ("epochs={float: [1, 3]}", "must be a whole number"),  # both of its ends are
         ("optimizer={choice: [sgd, lion]}", "optimizer = 'lion'; choose from adamw, adam, sgd"),
         ("warmup={float: [0, 0.2]}", "doubles the warm-up of onecycle"),

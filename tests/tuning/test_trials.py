@@ -229,7 +229,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
     planned = bench.plan(settings, seed=0)
     standard = load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
     assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
-    assert planned.adversary is not None and planned.adversary.threat_model.epsilon == settings.threat_model.epsilon
+    assert planned.adversary is not None and planned.adversary.training.threat_model.epsilon == settings.threat_model.epsilon
 
 
 @pytest.mark.parametrize("floor", [0.0, 1.0])

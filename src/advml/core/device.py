@@ -79,8 +79,7 @@ def machine(runtime: config.Runtime) -> Machine:
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = runtime.deterministic, not runtime.deterministic
-    for products in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        products.fp32_precision = "tf32" if runtime.precision == "tf32" else "ieee"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.precision == "tf32"
     try:
         device = chosen_device(runtime.device)
         if device.type == "cuda" and runtime.deterministic:

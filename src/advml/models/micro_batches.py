@@ -16,16 +16,18 @@ def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, l
     """Features (N, D) of images (N, C, H, W), `size` at a time; a backward pass computes each part's activations again.
 
     So a contrastive loss of thousands of images costs the memory of `size`, and a second forward pass (Gao et al. 2021, GradCache). Batch
-    norms in train mode see `size` images at a time, and count them once.
+    norms in train mode see `size` images at a time, and count them once. Parts are alike in size. Where a batch norm is in train mode they
+    have two images at least, as it cannot normalise a single value: of three images at size 2 there is one part.
 
     Args:
         encode: maps images to features.
         layers: the module with the batch norms.
     """
     modes = _modes(layers)
+    most = len(images) // (2 if any(modes[0].values()) else 1)
     parts = [
         checkpoint(encode, part, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _again(layers, modes)))
-        for part in images.split(size)
+        for part in images.tensor_split(max(1, min(-(-len(images) // size), most)))
     ]
     return torch.cat(parts)
 

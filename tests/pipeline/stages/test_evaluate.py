@@ -96,7 +96,7 @@ def test_a_missing_foolbox_is_said_before_the_first_attack(make_study, given, mo
     monkeypatch.setattr(evaluate, "version", absent)
     monkeypatch.setattr(evaluation, "evaluate", stop)
     context = make_study("bare").context("diagnostics.minimal=fmn")
-    told = r'diagnostics.minimal = fmn needs foolbox; install it with: pip install "advml\[foolbox\]"'
+    told = r'diagnostics.minimal = fmn needs foolbox; install it with: pip install "advml\[distances\]"'
     with pytest.raises(UserError, match=told) as stopped:
         evaluate.run_given(context, given)
     assert "\n" not in str(stopped.value)
