@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from advml import tracking
+from advml.core import ranks
 from advml.core.io import replace_folder, write_atomically
 from advml.core.progress import Bar
 from advml.models import network
@@ -35,14 +36,18 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
     With `reuse`, a folder that the very same inputs have made is taken as it is.
     """
+    if not ranks.is_first():
+        return _follow(context, job)
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
     scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
     if reuse and network.is_whole(job.folder) and not is_unfinished(scratch, inputs):
         made = network.read_record(job.folder)
         if made.get("inputs") == inputs:
+            ranks.any_of(True, context.machine.device)
             return made
     checkpoint = Checkpoint(scratch, inputs)
+    ranks.any_of(False, context.machine.device)
     runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
     tracked = tracking.open_run(context.config, root=context.workspace.root, record=record, **runs)
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
@@ -56,6 +61,17 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         )
         tracking.log_model(run, job.folder, digest=digest)
     checkpoint.note(finished=True)
+    ranks.barrier()
+    return network.read_record(job.folder)
+
+
+def _follow(context: Context, job: Job) -> dict[str, Any]:
+    """The part of the other processes of a training; the first one writes, and knows whether there is anything to do."""
+    if not ranks.any_of(False, context.machine.device):
+        if job.plan.task:
+            scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
+            fit(job.plan, context.dataset, context.machine, checkpoint=Checkpoint(scratch))
+        ranks.barrier()
     return network.read_record(job.folder)
 
 

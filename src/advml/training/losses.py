@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advml.attacks.pgd import Objective
+from advml.core import ranks
 from advml.core.errors import UserError
 from advml.models.layers import clean_statistics
 from advml.models.network import Network
@@ -155,11 +156,15 @@ def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, t
     """x_adv -> contrastive loss between the images and x_adv (N,): threat model I.
 
     The clean embedding is computed once, here; that is exact because an attacked network has no dropout
-    and its batch statistics do not depend on the other half of the pair.
+    and its batch statistics do not depend on the other half of the pair. `groups` are those of the whole batch, if it is shared.
     """
     with torch.no_grad():
-        clean = network.embed(images)
-    return lambda adversarial: contrastive_pair(clean, network.embed(adversarial), groups, temperature=temperature)
+        clean = ranks.everyones(network.embed(images))
+
+    def objective(adversarial: Tensor) -> Tensor:
+        return ranks.own(contrastive_pair(clean, ranks.everyones(network.embed(adversarial)), groups, temperature=temperature))
+
+    return objective
 
 
 def divergence_objective(network: Network, images: Tensor) -> Objective:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.pgd import Objective
+from advml.core import ranks
 from advml.core.device import Machine
 from advml.data.augment import view
 from advml.data.datasets import Split
@@ -160,7 +161,7 @@ class Contrastive:
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
         """Threat model I: pull the adversarial image's embedding away from its positives."""
-        return contrastive_objective(self.network, images, self.groups(labels), temperature=self.temperature)
+        return contrastive_objective(self.network, images, self.groups(ranks.everyones(labels)), temperature=self.temperature)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
         """Contrastive loss of two fresh views (N,)."""
@@ -171,8 +172,8 @@ class Contrastive:
         return self._pair(images, adversarial, labels)
 
     def _pair(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        first, second = self.network.embed(torch.cat([first, second])).chunk(2)
-        return contrastive_pair(first, second, self.groups(labels), temperature=self.temperature)
+        first, second = ranks.everyones(torch.stack(self.network.embed(torch.cat([first, second])).chunk(2), 1)).unbind(1)
+        return ranks.own(contrastive_pair(first, second, self.groups(ranks.everyones(labels)), temperature=self.temperature))
 
 
 def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.pgd import Adversary
+from advml.core import ranks
 from advml.core.device import HALVES, Machine, derived_seed, generator_for, out_of_memory, own_randomness
 from advml.core.errors import Failure
 from advml.data.batches import Feed
@@ -210,7 +211,8 @@ def train(
         progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
         progress.optimizer, progress.scaler = optimizer_state(trainer.optimizer), trainer.scaler.state_dict()
         progress.history.append(record)
-        checkpoint.save(progress)
+        if ranks.is_first():
+            checkpoint.save(progress)
         yield record
     task.network.load_state_dict(progress.best)
 
@@ -276,11 +278,13 @@ class _Trainer:
         order = torch.randperm(len(self.images.labels), generator=generator, device=device)[: self.batches * size]
         losses = torch.zeros(self.batches, 2, device=device)  # clean, adversarial
         self.task.train_mode()
-        with own_randomness(derived_seed("dropout", self.seed, epoch), device):  # layers with dropout draw from the global RNG
+        own = [rank] if (rank := ranks.number()) else []  # of other processes' images, dropout draws others
+        with own_randomness(derived_seed("dropout", self.seed, epoch, *own), device):  # layers with dropout draw from the global RNG
             for batch, (images, labels, index) in enumerate(self.images(order, size=size)):
-                losses[batch] = self._step(images, labels, index, generator, step=(epoch - 1) * self.batches + batch)
+                with ranks.shared(min(size, len(order))):
+                    losses[batch] = self._step(images, labels, index, generator, step=(epoch - 1) * self.batches + batch)
                 on_batch(epoch, batch + 1, losses[batch].sum())
-        clean, adversarial = (sum(column) / self.batches for column in losses.T.tolist())
+        clean, adversarial = (sum(column) / self.batches for column in ranks.summed(losses).T.tolist())
         record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean}
         return record | ({"train/adversarial_loss": adversarial} if self.adversary else {})
 
@@ -289,7 +293,7 @@ class _Trainer:
         set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            clean = self.task.clean_loss(images, labels, index, generator=generator).mean()
+            clean = ranks.mean(self.task.clean_loss(images, labels, index, generator=generator))
         self.scaler.scale(clean).backward()  # each term frees its graph before the next one builds its own
         adversarial = torch.zeros_like(clean)
         if self.adversary:
@@ -297,11 +301,12 @@ class _Trainer:
                 adversary = self.adversary.scaled(epsilon_share(self.phase, step=step, steps=self.steps))
                 objective = lambda: self.task.training_objective(images, labels)  # noqa: E731 - built under attack, once
                 attacked = adversary.attack(self.task.network, objective, images, generator=generator)
-                adversarial = self.task.adversarial_loss(images, attacked, labels).mean()
+                adversarial = ranks.mean(self.task.adversarial_loss(images, attacked, labels))
             self.scaler.scale(self.phase.adversarial_weight * adversarial).backward()
         losses = torch.stack([clean.detach(), adversarial.detach()])
         if step == 0:
             self._check_first(losses)
+        ranks.sum_gradients(self.task.learners())
         if self.phase.gradient_clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
@@ -321,15 +326,16 @@ class _Trainer:
         generator = generator_for("validation", self.seed, device=self.machine.device)
         clean, adversarial = [], []
         self.task.network.eval()
-        for images, labels in self.validation.in_order(size=self.phase.batch_size):
-            with self._autocast():
+        total, size = len(self.validation.labels), self.phase.batch_size
+        for batch, (images, labels) in enumerate(self.validation.in_order(size=size)):
+            with ranks.shared(min(size, total - batch * size)), self._autocast():
                 attacked = self._attack(images, labels, generator) if self.adversary else None
                 with torch.no_grad():
                     clean.append(self.task.clean_score(images, labels, generator=generator).sum())
                     if attacked is not None:
                         adversarial.append(self.task.adversarial_score(images, attacked, labels).sum())
         scores = {f"validation/{self.task.metric}": clean, f"validation/adversarial_{self.task.metric}": adversarial}
-        return {name: sum(torch.stack(sums).tolist()) / len(self.validation.labels) for name, sums in scores.items() if sums}
+        return {name: sum(ranks.summed(torch.stack(sums)).tolist()) / total for name, sums in scores.items() if sums}
 
     def check(self, record: Record) -> None:
         """Neither a figure of the epoch nor a weight that it ended with may be infinite or NaN: the last step comes after the last loss.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from advml.core import ranks
 from advml.core.errors import UserError
 from advml.core.paths import model_name, pretraining_name
 from advml.models.network import Network
@@ -18,7 +19,8 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     """Write `models/finetune/<MODEL>/`; returns its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
     pretrained, network = load_pretrained(context, scheme=scheme, regime=regime, seed=seed)
-    discard_finished(context.workspace.scratch(f"pretrain-{pretrained['name']}"), pretrained.get("inputs"))
+    if ranks.is_first():
+        discard_finished(context.workspace.scratch(f"pretrain-{pretrained['name']}"), pretrained.get("inputs"))
     learns = plan.finetunes(row)
     sections = [
         "data",

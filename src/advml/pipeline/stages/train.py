@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from advml.core import ranks
 from advml.pipeline.context import Context
 from advml.pipeline.stages import evaluate, finetune, prepare, pretrain
 from advml.recipes import REGIMES
@@ -9,8 +10,11 @@ from advml.recipes import REGIMES
 
 def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
     """Returns the metrics of the model's evaluation."""
-    if not prepare.is_current(context):
+    if context.machine and ranks.is_first() and not prepare.is_current(context):
         prepare.run(context)
+    ranks.barrier()
     pretrain.run(context, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed, reuse=True)
     finetune.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
+    if not ranks.is_first():
+        raise SystemExit(0)
     return evaluate.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
