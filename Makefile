@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test ui server bench lint lock clean
+.PHONY: help repro test ui server bench lint docs lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,12 +38,15 @@ server: .venv/.stamp ## run an MLflow server for a group, with users and passwor
 bench: .venv/.stamp ## compare speed with other libraries, side by side
 	@for file in benchmarks/[a-z]*.py; do case $$file in */timing.py) ;; *) python $$file || exit 1 ;; esac; done
 
-lint: .venv/.stamp ## check style
-	@ruff check . && ruff format --check .
+lint: .venv/.stamp ## check style and types
+	@ruff check . && ruff format --check . && mypy
+
+docs: .venv/.stamp ## build the site: guides, notebooks with their results, the API's reference
+	@python -m sphinx -q -W -b html docs site && echo "open site/index.html"
 
 lock: .venv/.stamp ## resolve requirements.lock anew
 	@uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev pyproject.toml -o requirements.lock
 
 clean: ## remove scratch files and caches; results and runs stay
-	rm -rf .scratch .pytest_cache .ruff_cache
+	rm -rf .scratch .pytest_cache .ruff_cache site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,28 +24,29 @@ import optuna
 from timing import hardware_line
 
 from advml import config
-from advml.core.paths import Workspace
 from advml.tuning.command import tune
-from advml.tuning.search import Search, hyperband, rungs
+from advml.tuning.search import Attempt, Bench, Search, hyperband, rungs
 from advml.tuning.storage import address
-from advml.tuning.trial import Attempt
 
 REPOSITORY = Path(__file__).parents[1]
 STUDY_SECONDS, TARGET = 600.0, 0.05
 EPOCHS = 10
 
 
-@dataclass(frozen=True)
-class Waiting(Search):
+@dataclass(frozen=True, kw_only=True)
+class Waiting(Search, Bench):
     """The space of `advml tune finetune`, whose training is a wait of `seconds`, reported as training would be."""
 
-    config: config.Config
     seconds: float
+    name: str = "bench"
     kind = "finetune"
-    name = "bench"
+    work = "advml.tuning.training_trial"
 
     def default(self) -> dict[str, object]:
-        return {}
+        return {key: getattr(self.config.regimes["Full-AT"], key) for key in self.space}
+
+    def proposal(self, values: dict[str, object]) -> dict[str, object]:
+        return dict(values)
 
     def fingerprint(self) -> str:
         return self.name
@@ -52,12 +54,14 @@ class Waiting(Search):
     def pruner(self) -> optuna.pruners.BasePruner:
         return hyperband(EPOCHS)
 
-    def open(self) -> Callable[[Attempt], Sequence[float]]:
-        from advml.tuning import training_trial  # noqa: F401 - what a process of a real search imports
+    def tags(self) -> dict[str, str]:
+        return {"search": "benchmark"}
 
-        return self.train
+    def open(self) -> Bench:
+        importlib.import_module(self.work)  # what a process of a real search imports
+        return self
 
-    def train(self, attempt: Attempt) -> Sequence[float]:
+    def objective(self, attempt: Attempt) -> Sequence[float]:
         score = 1 - abs(attempt.values["label_smoothing"] - 0.1)
         for epoch in range(1, EPOCHS + 1):
             time.sleep(self.seconds / EPOCHS)
@@ -67,12 +71,6 @@ class Waiting(Search):
                     attempt.report(epoch, score)
         attempt.constraints["clean_floor"] = -0.01
         return (score,)
-
-    def tags(self) -> dict[str, str]:
-        return {"search": "benchmark"}
-
-    def proposal(self, values: dict[str, object]) -> dict[str, object]:
-        return dict(values)
 
     def confirm(self, values: dict[str, object]) -> dict[str, object]:
         return {}
@@ -84,7 +82,7 @@ def overhead(trials: int, *, workers: int, seconds: float) -> float:
 
     root, settings = Path(tempfile.mkdtemp(prefix="advml-bench-")), config.load(REPOSITORY / "params.yaml")
     started = time.perf_counter()
-    tune(Waiting(settings, seconds), settings, Workspace(root), storage=None, trials=trials, slots=workers, seed=0)
+    tune(Waiting(config=settings, root=root, seconds=seconds), storage=None, trials=trials, slots=workers)
     spent = (time.perf_counter() - started) * workers
     study = optuna.load_study(study_name="bench", storage=address(None, root=root))
     shutil.rmtree(root)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from advml import config as configuration
+from advml.config.store import Place, locate
 from advml.core import provenance, signals
 from advml.core.paths import Workspace
 from advml.core.provenance import source_digest
@@ -142,9 +143,15 @@ class Study:
 
         return Context(self.config(*overrides), self.workspace)
 
+    def place(self, *overrides: str) -> Place:
+        return locate(self.config(*overrides).tracking, root=self.root)
+
+    def store(self, *overrides: str) -> stores.Store:
+        return stores.connect(self.place(*overrides))
+
     def runs(self) -> list[tuple[str, str]]:
         """(name, status) of all MLflow runs, oldest first."""
-        store = stores.connect(stores.locate(self.config(), root=self.root))
+        store = self.store()
         found = store.client.search_runs([store.experiment], order_by=["attributes.start_time ASC"])
         return [(run.info.run_name, run.info.status) for run in found]
 
@@ -153,7 +160,7 @@ class Study:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store without runs; making one takes seconds, so studies copy it. Its experiment is none of theirs."""
     root = tmp_path_factory.mktemp("store")
-    stores.connect(stores.locate(configuration.load(REPOSITORY / "params.yaml", ["tracking.experiment=empty"]), root=root))
+    stores.connect(locate(configuration.Tracking(experiment="empty"), root=root))
     return root / "mlflow.db"
 
 

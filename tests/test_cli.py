@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from advml import cli
-from advml.cli import app, guarded
+from advml.cli import app, guarded, tune
 from advml.core.errors import Failure, UserError
 from advml.servers import mlflow_ui
 from advml.training import checkpoint
@@ -201,6 +202,54 @@ def test_preset_prints_a_complete_file(study, advml, tmp_path):
     assert done.returncode == 0 and done.stdout == (REPOSITORY / "params.yaml").read_text()
 
 
+def test_names_are_taken_in_any_case_and_without_the_seed_0(study, advml):
+    folder, said = study
+    shown = advml("show", "cl-st", cwd=folder.root).stdout.splitlines()[:-1]
+    assert shown == said["show CL-ST-s0"].splitlines()[: len(shown)] and shown[0].startswith("CL-ST-s0 ")
+    done = advml("pretrain", "cl", "ST", "--seed", "-1", cwd=folder.root)  # refused for the seed alone
+    assert "'--seed'" in done.stderr and "Value error" not in done.stderr
+    assert advml("evaluate", "cl-st", "--classes", "a", cwd=folder.root).stderr.count("a model of this study, whose classes are known") == 1
+
+
+def test_show_prints_results_before_parameters(study):
+    shown = study[1]["show CL-ST-s0"]
+    assert shown.index("accuracy on test") < shown.index("made from") < shown.index("parameters")
+
+
+def test_json_holds_what_the_files_hold(study, advml):
+    folder, _ = study
+    workspace = folder.workspace
+    shown = json.loads(advml("show", "CL-ST-s0", "--json", cwd=folder.root).stdout)
+    assert shown["model"] == json.loads((workspace.model("CL-ST-s0") / "model.json").read_text())
+    assert shown["evaluate"] == json.loads(workspace.record("evaluate", "CL-ST-s0").read_text())
+    measured = json.loads(advml("train", "CL", "ST", "--json", cwd=folder.root).stdout)
+    assert measured["model"] == "CL-ST-s0" and measured["metrics"] == json.loads(
+        (workspace.report("CL-ST-s0") / "metrics.json").read_text()
+    )
+    assert measured["flags"] == shown["evaluate"]["diagnostics"]["flags"]
+
+
+def test_quiet_prints_results_alone_and_verbose_the_settings_and_tracebacks(study, advml):
+    folder, _ = study
+    quiet = advml("train", "CL", "ST", "-q", "-S", "evaluate.seed=0", cwd=folder.root)
+    assert quiet.stdout.startswith("CL-ST-s0: clean ") and "wrote" not in quiet.stdout and quiet.stderr == ""
+    verbose = advml("-v", "attack", "nowhere.png", "--model", "CL-ST-s0", cwd=folder.root)
+    assert "# evaluate.seed = 0\n" in verbose.stderr and "Traceback" in verbose.stderr
+    assert verbose.stderr.splitlines()[-1].startswith("advml: nowhere.png does not exist")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "tune attack", "tune finetune", "tune pretrain", "tune apply"])
+def test_the_help_of_every_option_is_a_sentence(command):
+    """It begins with a capital letter or a name, and does not begin with what it is `of`."""
+    group, _, name = command.rpartition(" ")
+    found = next(one for one in (tune.app if group else app).registered_commands if one.callback.__name__ == name)
+    for parameter, hint in get_type_hints(found.callback, include_extras=True).items():
+        for about in get_args(hint):
+            if text := getattr(about, "help", None):
+                assert text[0].isupper() or text.startswith("st: "), (parameter, text)
+                assert text.endswith(".") and not text.startswith(("Of ", "The same ")), (parameter, text)
+
+
 def test_version(advml, tmp_path):
     from advml import __version__
 
@@ -217,16 +266,18 @@ USER = {
         "prepare --params nowhere/params.yaml",
         "nowhere/params.yaml does not exist; write one with: advml preset digits > ",
     ),
-    "an unknown model to show": ("show CL-FAT-s0", "there is no model 'CL-FAT-s0'; choose from CL-ST-s0"),
-    "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "there is no model 'CL-FAT-s0'; choose from"),
+    "an unknown model to show": ("show CL-FAT-s0", "there is no model 'CL-FAT-s0'; did you mean CL-ST-s0? choose from CL-ST-s0"),
+    "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "there is no model 'CL-FAT-s0'; did you mean CL-ST-s0?"),
     "an encoder to attack": ("attack image.png --model models/pretrain/CL-st-s0", "holds a pretrained encoder, no classifier"),
     "an image that is none": ("attack params.yaml --model CL-ST-s0", "params.yaml cannot be read as an image"),
     "an unknown preset": ("preset imagenet", "preset = 'imagenet'; choose from digits, smoke, cifar10, cifar100, folder"),
     "an unknown scheme": ("pretrain SimCLR st", "'SimCLR' is not one of 'SL', 'CL', 'SCL'"),
-    "an unknown regime": ("finetune CL FAT", "'FAT' is not one of 'ST', 'AT', 'Partial-AT', 'Full-AT'"),
+    "an unknown regime": ("finetune CL Ful-AT", "'Ful-AT' is not one of 'ST', 'AT', 'Partial-AT', 'Full-AT'; did you mean Full-AT?"),
     "a missing argument": ("finetune CL", "Missing argument 'regime'"),
     "an unknown option": ("report --loud", "No such option: --loud"),
     "an unknown command": ("fly", "No such command 'fly'"),
+    "a misspelt command": ("evalute CL ST", "No such command 'evalute'. Did you mean 'evaluate'?"),
+    "JSON of a run": ("repro --json", "--json goes with --dry-run"),
     "a negative seed": ("pretrain CL st --seed -1", "'--seed'"),
     "a missing pretraining": (
         "finetune CL AT",

@@ -479,7 +479,7 @@ def test_a_run_whose_process_died_before_anyone_noted_it_is_ended_by_sync(begun,
         fork_and_die(lambda: pretrain.run(begun.context(), scheme="CL", phase="at", seed=0))
     pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
     assert begun.runs() == [(PRETRAINING, "RUNNING"), (PRETRAINING, "FINISHED")]
-    tracking.sync(begun.config(), root=begun.root)
+    tracking.sync(begun.place())
     assert begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
 
 

@@ -1,4 +1,4 @@
-"""The tables of the paper, and that a row is all that a new regime takes."""
+"""The tables of the paper, and that a row is all that a new scheme or regime takes."""
 
 from __future__ import annotations
 
@@ -57,28 +57,33 @@ def test_keys_that_a_pretraining_has_no_use_for_are_refused(scheme):
     assert set(WITHOUT_EFFECT[f"pretrain.{scheme.name}"]) == idle
 
 
-NEW = "ST-Full-AT"
+SCHEME, REGIME = "PCL", "ST-Full-AT"
 COMMANDS = f"""
     from advml.cli import app
-    tune = ["tune", "finetune", "CL", "{NEW}", "--trials", "1", "-S", "tune.finetune.space={{epochs: {{int: [1, 2]}}}}"]
+    tune = ["tune", "finetune", "{SCHEME}", "{REGIME}", "--trials", "1", "-S", "tune.finetune.space={{epochs: {{int: [1, 2]}}}}"]
     tune += ["-S", "tune.finetune.confirm=0", "-S", "tune.finetune.clean_floor=0"]
-    for command in (["check"], ["train", "CL", "{NEW}"], ["represent", "CL", "{NEW}"], tune, ["report"], ["show", "CL-{NEW}-s0"]):
+    model = ["{SCHEME}", "{REGIME}"]
+    for command in (["check"], ["train", *model], ["represent", *model], tune, ["report"], ["show", "{SCHEME}-{REGIME}-s0"]):
         app(args=command, standalone_mode=False)
 """
 
 
-def test_the_regime_of_the_documents_is_trained_evaluated_represented_tuned_and_reported(make_study, tmp_path):
-    """Its row, on a copy of the sources, and its section of params.yaml; nothing else is edited."""
+def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tuned_and_reported(make_study, tmp_path):
+    """Their rows, on a copy of the sources, and their sections of params.yaml; nothing else is edited."""
     text = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
-    row = re.search(rf'^ +("{NEW}": .*)$', text, re.MULTILINE)[1]
+    rows = {name: re.search(rf'^ +("{name}": .*)$', text, re.MULTILINE)[1] for name in (SCHEME, REGIME)}
+    parity = textwrap.dedent(re.search(r"^ +def parity.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0])
     package = Path(shutil.copytree(REPOSITORY / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))) / "advml"
     shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
     recipes = (package / "recipes.py").read_text(encoding="utf-8")
-    (package / "recipes.py").write_text(re.sub(r'(?m)^    "Full-AT": .*$', rf"\g<0>\n    {row}", recipes), encoding="utf-8")
-    study = make_study("study", "grid.schemes=[CL]", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0")
+    for before, name in (("SCL", SCHEME), ("Full-AT", REGIME)):
+        recipes = re.sub(rf'(?m)^    "{before}": .*$', rf"\g<0>\n    {rows[name]}", recipes)
+    recipes = recipes.replace("SCHEMES: dict", f"{parity}\n\n\nSCHEMES: dict")
+    (package / "recipes.py").write_text(recipes, encoding="utf-8")
+    study = make_study("study", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0")
     values = YAML(typ="safe").load(study.params)
-    values["regimes"] = {NEW: values["regimes"]["Full-AT"]}
-    values["grid"] |= {"standard_regimes": [NEW], "adversarial_regimes": []}
+    values["pretrain"], values["regimes"] = {SCHEME: values["pretrain"]["SCL"]}, {REGIME: values["regimes"]["Full-AT"]}
+    values["grid"] = {"schemes": [SCHEME], "standard_regimes": [REGIME], "adversarial_regimes": []}
     YAML(typ="safe").dump(values, study.params)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(COMMANDS)],
@@ -89,11 +94,13 @@ def test_the_regime_of_the_documents_is_trained_evaluated_represented_tuned_and_
         check=False,
     )
     assert not done.returncode, done.stderr
-    name, space = f"CL-{NEW}-s0", study.workspace
+    name, space = f"{SCHEME}-{REGIME}-s0", study.workspace
     model = json.loads((space.model(name) / "model.json").read_text())
-    assert model["pretraining"]["name"] == "CL-st-s0" and {"threat_model", "attack"} <= model["parameters"].keys()
+    assert model["pretraining"]["name"] == f"{SCHEME}-st-s0" and {"threat_model", "attack"} <= model["parameters"].keys()
     assert {"accuracy/threat_model_2", "cka/redundancy"} <= json.loads((space.report(name) / "metrics.json").read_text()).keys()
     best = (space.reports / "tune" / f"finetune-{name}" / "best.yaml").read_text()
-    assert f"regimes.{NEW}.epochs" in best
-    assert name in (space.reports / "summary.csv").read_text() and name in (space.reports / "report.html").read_text()
+    assert f"regimes.{REGIME}.epochs" in best
+    page = (space.reports / "report.html").read_text()
+    assert "PCL parity contrastive" in page and "standard pretraining, adversarial fine-tuning of encoder and head" in page
+    assert name in (space.reports / "summary.csv").read_text() and name in page
     assert name in done.stdout

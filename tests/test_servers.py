@@ -95,6 +95,8 @@ def test_a_given_password_is_kept_nowhere_and_a_later_one_is_said_not_to_count(p
             Failure,
             r"ann:\*\*\*@127.0.0.1:1/runs.*createdb runs",
         ),
+        ({"backend": "sqlite:////nowhere/runs.db"}, {}, UserError, "--backend sqlite:////nowhere/runs.db: .* /nowhere;"),
+        ({"backend": "sqlite:////"}, {}, UserError, "--backend sqlite:////: / is a folder"),
         ({"backend": "nothing+known://127.0.0.1/runs"}, {}, UserError, "--backend .nothing"),
         ({}, {mlflow_server.PASSWORD: "short"}, UserError, f"{mlflow_server.PASSWORD}.*12"),
         ({}, {mlflow_server.PASSWORD: "password1234"}, UserError, mlflow_server.PASSWORD),
@@ -108,6 +110,14 @@ def test_what_is_not_safe_or_not_there_is_refused_in_one_line(prepare, monkeypat
     with pytest.raises(error, match=told) as refused:
         prepare(**changes)
     assert "\n" not in str(refused.value) and SECRET not in str(refused.value)
+
+
+def test_a_damaged_database_of_users_is_named_with_the_remedy_and_left_alone(prepare, tmp_path):
+    prepare()
+    (file := tmp_path / "server" / "basic_auth.db").write_bytes(b"no database " * 1000)
+    with pytest.raises(UserError, match=rf"^{file} is damaged .*remove it") as refused:
+        prepare()
+    assert "\n" not in str(refused.value) and file.read_bytes().startswith(b"no database")
 
 
 def test_a_server_for_other_machines_speaks_https_and_takes_its_own_pages_requests(prepare, tmp_path):
@@ -137,11 +147,11 @@ def locked() -> Iterator[str]:
 
 
 def test_a_refused_password_ends_commands_before_their_work_and_costs_stages_one_warning(study, locked, capfd):
-    config = study.config(f"tracking.uri={locked}")
+    place = study.place(f"tracking.uri={locked}")
     for action in (tracking.sync, mlflow_ui.link, tracking.warn_if_unusable):
         with pytest.raises(stores.Denied, match=REFUSED):
-            action(config, root=study.root)
-    with tracking.open_run(config, root=study.root, record={"name": "any", "kind": "model", "parameters": {}}) as run:
+            action(place)
+    with tracking.open_run(place, record={"name": "any", "kind": "model", "parameters": {}}) as run:
         assert run.id is None
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and REFUSED in said

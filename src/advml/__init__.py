@@ -1,33 +1,59 @@
 """advml: how robust are supervised and contrastive networks, and what does adversarial training do to them?
 
 >>> import advml
->>> model = advml.load_model("models/finetune/CL-Full-AT-s0")   # a torch.nn.Module in eval mode
->>> logits = model(images)                                     # images: float (N, C, H, W) in [0, 1]
+>>> model = advml.load_model("models/finetune/CL-Full-AT-s0")                                     # doctest: +SKIP
+>>> measured = advml.evaluate(model, images, labels, epsilon=8 / 255)                             # doctest: +SKIP
+
+The functions are those of `advml.api`. Importing the package imports none of them, nor torch: they come when they are asked for.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from advml.models.network import Network
+    from advml.api import (
+        Evaluation,
+        Failure,
+        Interval,
+        LayerComparison,
+        Probe,
+        Trained,
+        UserError,
+        attack,
+        compare_layers,
+        evaluate,
+        load_model,
+        probe_layers,
+        train,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+__all__ = [
+    "__version__",
+    "load_model",
+    "attack",
+    "evaluate",
+    "compare_layers",
+    "probe_layers",
+    "train",
+    "Evaluation",
+    "Interval",
+    "LayerComparison",
+    "Probe",
+    "Trained",
+    "UserError",
+    "Failure",
+]
 
 
-def load_model(path: str | Path) -> Network:
-    """Return the trained classifier stored in a folder of `models/finetune/`, in eval mode.
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'advml' has no attribute {name!r}")
+    from advml import api
 
-    Args:
-        path: the folder that holds `model.safetensors` and `model.json`.
-    Returns:
-        A module that maps float images (N, C, H, W) in [0, 1] to logits (N, K).
-    Raises:
-        advml.core.errors.UserError: if the folder is no trained classifier.
-    """
-    from advml.models.network import load_classifier  # torch takes seconds to import: only when a model is wanted
+    return getattr(api, name)
 
-    return load_classifier(path).eval()
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -34,9 +34,16 @@ class Scheme:
     """One row of the first table."""
 
     name: str  # without `-`, which separates the parts of a stage's name
+    title: str
     head: Literal["classifier", "projection"]
     view: Literal["supervised", "contrastive"]  # which section of params.yaml: views
     groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no contrastive objective
+    known_as: str = ""
+
+    @property
+    def described(self) -> str:
+        """`contrastive (SimCLR)`."""
+        return f"{self.title} ({self.known_as})" if self.known_as else self.title
 
 
 def instances(labels: Tensor) -> Tensor:
@@ -50,9 +57,9 @@ def classes(labels: Tensor) -> Tensor:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "SL": Scheme("SL", head="classifier", view="supervised"),
-    "CL": Scheme("CL", head="projection", view="contrastive", groups=instances),
-    "SCL": Scheme("SCL", head="projection", view="contrastive", groups=classes),
+    "SL": Scheme("SL", "supervised", head="classifier", view="supervised"),
+    "CL": Scheme("CL", "contrastive", head="projection", view="contrastive", groups=instances, known_as="SimCLR"),
+    "SCL": Scheme("SCL", "supervised contrastive", head="projection", view="contrastive", groups=classes, known_as="SupCon"),
 }
 
 
@@ -64,6 +71,12 @@ class Regime:
     pretraining: PhaseName
     attacked: bool  # in fine-tuning
     encoder_learns: bool  # in fine-tuning; the head always does
+
+    @property
+    def described(self) -> str:
+        """`adversarial pretraining, standard fine-tuning of the head`."""
+        kinds = ["adversarial" if attacked else "standard" for attacked in (self.pretraining == "at", self.attacked)]
+        return f"{kinds[0]} pretraining, {kinds[1]} fine-tuning of {'encoder and head' if self.encoder_learns else 'the head'}"
 
     def finetunes(self, scheme: Scheme) -> bool:
         """Whether there is anything left to learn: a scheme that pretrains its classifier is done under ST and AT."""

@@ -202,7 +202,10 @@ class Planted:
     # What the claims say of it
 
     def check(self, *overrides: str) -> dict[str, Any]:
-        found = check(load(*overrides), self.workspace)
+        config = load(*overrides)
+        attacked = configuration.ThreatModelSection(norm=config.threat_model.norm, epsilon=config.attacked_epsilon)
+        about = {"seeds": config.seeds, "epsilon": config.threat_model.epsilon, "others": config.similarity.epsilon_studies}
+        found = check(self.workspace, **about, attacked=attacked)
         json.dumps(found, allow_nan=False)
         return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from advml.core.paths import Workspace, home_of
+from advml.core.paths import Workspace, canonical, home_of
 
 NAME = "CL-AT-s0"
 
@@ -57,3 +57,20 @@ def test_a_record_of_evaluate_is_of_a_model_from_elsewhere_unless_the_study_has_
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text("{}")
     assert workspace.evaluations_of_given() == {"mine": workspace.record("evaluate", "mine")}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("cl-full-at", "CL-Full-AT-s0"),
+        ("SCL-partial-AT-s12", "SCL-Partial-AT-s12"),
+        ("CL-AT", "CL-AT-s0"),
+        ("CL-at-s0", "CL-at-s0"),  # a pretraining
+        ("cl-at-s0", "CL-AT-s0"),
+        ("resnet18", "resnet18"),
+        ("models/finetune/CL-AT-s0", "models/finetune/CL-AT-s0"),
+        ("CL-FAT", "CL-FAT"),
+    ],
+)
+def test_a_model_is_named_in_any_case_and_without_the_seed_0(given, named):
+    assert canonical(given) == named

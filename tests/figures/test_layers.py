@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from advml.figures.curves import OTHER_COLOURS, REGIME_COLOURS, Curve, curve_grid, layer_curves
+from advml.figures.curves import Curve, curve_grid, layer_curves
 from advml.figures.layers import Heatmap, heatmaps, stages
+from advml.figures.style import regime_colours
+from advml.recipes import REGIMES
 
 NAMES = ("encoder.conv1", "encoder.layer1.0", "encoder.layer1.1", "encoder.layer2.0", "classifier")
 
@@ -67,13 +69,11 @@ def test_every_line_is_its_models_and_every_panel_its_quantity():
 
 
 def test_a_regime_has_its_colour_whichever_models_are_missing():
-    figure = curve_grid(
-        {"SL": [curve("AT"), curve("Full-AT")], "CL": [curve(regime) for regime in REGIME_COLOURS], "SCL": [curve("odd"), curve("even")]}
-    )
-    first, second, third = (lines(figure.axes[3 * row]) for row in range(3))
-    assert {label: colour for label, (_, colour) in first.items()} == {regime: REGIME_COLOURS[regime] for regime in ("AT", "Full-AT")}
-    assert {label: colour for label, (_, colour) in second.items()} == REGIME_COLOURS
-    assert third["odd"][1] == OTHER_COLOURS[0] and third["even"][1] == OTHER_COLOURS[1]
+    figure = curve_grid({"SL": [curve("AT"), curve("odd")], "CL": [curve(regime) for regime in REGIMES], "SCL": [curve("even")]})
+    drawn = [{label: colour for label, (_, colour) in lines(figure.axes[3 * row]).items()} for row in range(3)]
+    colours = regime_colours(["odd", "even"])
+    assert len(set(colours.values())) == len(REGIMES) + 2 and regime_colours([]).items() <= colours.items()
+    assert drawn == [{name: colours[name] for name in names} for names in (("AT", "odd"), REGIMES, ("even",))]
 
 
 def test_more_models_than_colours_are_all_drawn():

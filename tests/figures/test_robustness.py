@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from advml.figures.curves import OTHER_COLOURS, REGIME_COLOURS
 from advml.figures.robustness import corruption_matrix, security_curves
-from advml.figures.style import to_png
+from advml.figures.style import regime_colours, to_png
 
 EPSILONS = (0.0, 0.1, 0.4)
 
@@ -33,7 +32,7 @@ def test_a_panel_per_scheme_holds_a_line_per_regime_with_its_numbers_and_its_col
         for regime, line in lines(axes).items():
             assert line.get_xdata() == pytest.approx([0, 1, 2])  # the root of epsilon, as a multiple of the study's
             assert line.get_ydata() == pytest.approx([100 * point["accuracy"] for point in regimes[regime]])
-            assert to_hex(line.get_color()) == REGIME_COLOURS.get(regime, OTHER_COLOURS[0])
+            assert to_hex(line.get_color()) == regime_colours(["tuned"])[regime]
 
 
 def test_minimal_distances_are_crosses_in_the_colour_of_their_regime_with_one_entry_in_the_legend():
@@ -44,7 +43,7 @@ def test_minimal_distances_are_crosses_in_the_colour_of_their_regime_with_one_en
     for line, (regime, found) in zip(crosses[0], nearest["CL"].items(), strict=True):
         assert line.get_xdata() == pytest.approx([0, 1, 2])
         assert line.get_ydata() == pytest.approx([100 * point["accuracy"] for point in found])
-        assert to_hex(line.get_color()) == REGIME_COLOURS[regime]
+        assert to_hex(line.get_color()) == regime_colours([])[regime]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ST", "Full-AT", "tuned", "by FMN"]
 
 
@@ -54,7 +53,7 @@ def test_the_band_spans_the_interval_in_the_colour_of_its_line():
         corners = {(round(x, 6), round(y, 6)) for x, y in band.get_paths()[0].vertices}
         for place, point in enumerate(found):
             assert {(place, round(100 * point["low"], 6)), (place, round(100 * point["high"], 6))} <= corners
-        assert to_hex(band.get_facecolor()[0]) == REGIME_COLOURS[regime]
+        assert to_hex(band.get_facecolor()[0]) == regime_colours([])[regime]
 
 
 def test_epsilon_and_chance_are_marked_and_the_axis_names_the_epsilons():

@@ -12,12 +12,12 @@ import pytest
 from advml import config as configuration
 from advml.core.errors import UserError
 from advml.core.paths import Workspace
-from advml.figures.curves import REGIME_COLOURS
+from advml.figures.style import regime_colours
 from advml.report import figures
 from advml.similarity.represent import MATRICES, to_npz
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG = configuration.load(REPOSITORY / "params.yaml")
+GRID = configuration.load(REPOSITORY / "params.yaml").grid
 NAMES = ("encoder.conv1", "encoder.layer1", "classifier")
 
 
@@ -53,7 +53,7 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.mark.parametrize("name", MATRICES)
 def test_heatmaps_show_the_matrix_that_they_are_asked_for(workspace, name):
     drawn = {}
-    for axes in figures.matrices(CONFIG, workspace, name, seed=0).axes:
+    for axes in figures.matrices(GRID, workspace, name, seed=0).axes:
         if axes.get_images() and axes.get_title(loc="left"):
             drawn[axes.get_title(loc="left")] = np.asarray(axes.get_images()[0].get_array())
     assert drawn.keys() == {"SL ST", "SL AT", "CL AT", "CL Full-AT"}
@@ -62,7 +62,7 @@ def test_heatmaps_show_the_matrix_that_they_are_asked_for(workspace, name):
 
 
 def test_curves_are_the_diagonal_and_the_probes_in_the_regimes_colours(workspace):
-    axes = figures.curves(CONFIG, workspace, seed=0).axes
+    axes = figures.curves(GRID, workspace, seed=0).axes
     assert [axes[row * 3].get_ylabel() for row in range(2)] == ["SL", "CL"]
     for row, scheme in enumerate(("SL", "CL")):
         for column, quantity in enumerate(("clean_adversarial", "probe clean", "probe adversarial")):
@@ -70,17 +70,17 @@ def test_curves_are_the_diagonal_and_the_probes_in_the_regimes_colours(workspace
                 model, scale = f"{scheme}-{line.get_label()}-s0", 1 if column == 0 else 100
                 expected = number(model, quantity) + np.array([0, 0.1, 0.2]) * (column == 0)
                 np.testing.assert_allclose(line.get_ydata(), scale * expected)
-                assert line.get_color() == REGIME_COLOURS[line.get_label()]
+                assert line.get_color() == regime_colours([])[line.get_label()]
 
 
 def test_without_measurements_there_is_no_figure(tmp_path):
-    assert figures.matrices(CONFIG, Workspace(tmp_path), "clean", seed=0) is None
-    assert figures.curves(CONFIG, Workspace(tmp_path), seed=0) is None
+    assert figures.matrices(GRID, Workspace(tmp_path), "clean", seed=0) is None
+    assert figures.curves(GRID, Workspace(tmp_path), seed=0) is None
 
 
 def test_a_model_that_was_trained_anew_is_not_shown(workspace):
     write(workspace.model("SL-ST-s0") / "model.json", {"digest": "new weights"})
-    titles = {axes.get_title(loc="left") for axes in figures.matrices(CONFIG, workspace, "clean", seed=0).axes if axes.get_images()}
+    titles = {axes.get_title(loc="left") for axes in figures.matrices(GRID, workspace, "clean", seed=0).axes if axes.get_images()}
     assert "SL ST" not in titles and "SL AT" in titles
 
 
@@ -89,5 +89,5 @@ def test_files_that_are_not_the_records_are_one_line(workspace, fault):
     path = workspace.report("SL-AT-s0") / "cka.npz"
     path.unlink() if fault is None else path.write_bytes(fault)
     with pytest.raises(UserError, match=r"cka\.npz") as refused:
-        figures.matrices(CONFIG, workspace, "clean", seed=0)
+        figures.matrices(GRID, workspace, "clean", seed=0)
     assert "measure again" in str(refused.value) and "\n" not in str(refused.value)

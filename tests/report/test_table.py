@@ -11,11 +11,11 @@ from PIL import Image
 
 from advml.core import paths
 from advml.core.errors import UserError
+from advml.core.io import to_csv
 from advml.evaluation import records
 from advml.evaluation.metrics import wilson
 from advml.pipeline.stages import report as stage
-from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_csv, to_markdown
-from advml.tracking import store as stores
+from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_markdown
 
 NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
 
@@ -33,6 +33,11 @@ def measure(study, name: str, **right: int) -> dict[str, float]:
     return metrics
 
 
+def rows_of(study, *overrides: str) -> list[dict]:
+    config = study.config(*overrides)
+    return grid_rows(config.grid, config.seeds, study.workspace)
+
+
 @pytest.fixture
 def measured(make_study):
     """Three of the grid's models, and one that is not in it."""
@@ -45,19 +50,19 @@ def measured(make_study):
 
 
 def test_rows_follow_the_grid_and_leave_out_what_is_not_measured(measured):
-    rows = grid_rows(measured.config(), measured.workspace)
+    rows = rows_of(measured)
     assert [row["model"] for row in rows] == ["CL-ST-s3", "SL-ST-s3", "CL-Full-AT-s0"]
     assert (rows[2]["scheme"], rows[2]["regime"], rows[2]["seed"], rows[2]["accuracy/clean"]) == ("CL", "Full-AT", 0, 39 / 40)
 
 
 def test_a_regime_outside_of_the_grid_has_no_row(measured):
-    rows = grid_rows(measured.config("grid.adversarial_regimes=[AT]", "seeds=[0, 3]"), measured.workspace)
+    rows = rows_of(measured, "grid.adversarial_regimes=[AT]", "seeds=[0, 3]")
     assert [row["model"] for row in rows] == ["CL-ST-s3", "SL-ST-s3"]
 
 
 def test_the_csv_reads_back_and_leaves_absent_figures_empty(measured):
-    rows = grid_rows(measured.config(), measured.workspace)
-    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    rows = rows_of(measured)
+    read = list(csv.DictReader(io.StringIO(to_csv(rows).decode())))
     assert [row["model"] for row in read] == [row["model"] for row in rows]
     supervised = read[1]
     assert supervised["accuracy/threat_model_1"] == supervised["accuracy/threat_model_1/low"] == ""
@@ -74,7 +79,7 @@ def test_a_cell_is_a_percentage_with_its_interval_or_a_dash():
 
 
 def test_the_markdown_table_has_a_line_per_model_and_a_column_per_figure(measured):
-    header, rule, *lines = to_markdown(grid_rows(measured.config(), measured.workspace)).splitlines()
+    header, rule, *lines = to_markdown(rows_of(measured)).splitlines()
     assert header == "| model | clean | I, half epsilon | I | II, half epsilon | II | worst case | corrupted |"
     assert rule.count("|") == header.count("|") == 9
     assert lines[1] == "| SL-ST-s3 | 100.0 [91.2, 100.0] | - | - | 2.5 [0.4, 12.9] | 0.0 [0.0, 8.8] | 0.0 [0.0, 8.8] | - |"
@@ -125,7 +130,7 @@ def test_the_footnote_names_the_first_model_of_each_mark_in_a_line_of_its_own():
 def test_flags_of_a_transfer_are_counted_for_the_models_that_they_name(measured, monkeypatch):
     flags = [{"model": name} for name in ("SL-ST-s3", "CL-ST-s3", "SL-ST-s3", "SCL-ST-s0")]
     monkeypatch.setattr(records, "read_transfer", lambda workspace: {"seeds": [{"flags": flags[:2]}, {"flags": flags[2:]}]})
-    rows = {row["model"]: row for row in grid_rows(measured.config(), measured.workspace)}
+    rows = {row["model"]: row for row in rows_of(measured)}
     assert {name: row.get("transfer/flags") for name, row in rows.items()} == {"CL-ST-s3": 1, "SL-ST-s3": 2, "CL-Full-AT-s0": None}
 
 
@@ -133,7 +138,7 @@ def test_flags_of_a_transfer_are_counted_for_the_models_that_they_name(measured,
 def test_damaged_metrics_are_one_line(measured, content):
     (measured.workspace.report("SL-ST-s3") / "metrics.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=r"SL-ST-s3/metrics.json is damaged .*; measure again with: dvc repro") as stopped:
-        grid_rows(measured.config(), measured.workspace)
+        rows_of(measured)
     assert "\n" not in str(stopped.value)
 
 
@@ -150,14 +155,14 @@ def test_the_report_is_written_twice_with_the_same_bytes(measured):
     assert set(first) == {"summary.csv", "summary.md", "summary.png"} and first == written()
     with Image.open(measured.workspace.reports / "summary.png") as picture:
         assert picture.width > 500
-    rows = grid_rows(measured.config(), measured.workspace)
-    assert first["summary.csv"].decode() == to_csv(rows) and first["summary.md"].decode() == to_markdown(rows)
+    rows = rows_of(measured)
+    assert first["summary.csv"] == to_csv(rows) and first["summary.md"].decode() == to_markdown(rows)
 
 
 def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):
     stage.run(measured.context())
     assert measured.runs() == [("study", "FINISHED")]
-    store = stores.connect(stores.locate(measured.config(), root=measured.root))
+    store = measured.store()
     (run,) = store.client.search_runs([store.experiment])
     names = {artifact.path for artifact in store.client.list_artifacts(run.info.run_id)}
     assert names == {*paths.REPORT_FILES, "summary.json", "claims_table.json"} and run.data.params["threat_model.epsilon"] == "0.15"

@@ -7,65 +7,58 @@ import os
 import shutil
 import socket
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from advml import config as configuration
+from advml.config import Tracking
+from advml.config.store import Place, locate
 from advml.core.errors import Failure, UserError
 from advml.servers import mlflow_ui
 from advml.tracking import store as stores
 
-PARAMS = Path(__file__).parents[2] / "params.yaml"
-
 
 @pytest.fixture
-def config():
-    return configuration.load(PARAMS)
-
-
-@pytest.fixture
-def root(tmp_path, empty_store):
+def place_of(tmp_path, empty_store):
+    """place_of(experiment="mine"): the store of a section `tracking`."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return tmp_path
+    return lambda experiment="advml", uri=None: locate(Tracking(experiment=experiment, uri=uri), root=tmp_path)
 
 
-def store_of(config, root):
-    return stores.connect(stores.locate(config, root=root))
+@pytest.fixture
+def place(place_of) -> Place:
+    return place_of()
 
 
-def test_the_ui_link_opens_the_experiments_table_of_results(config, root):
-    experiment = store_of(config, root).experiment
+def test_the_ui_link_opens_the_experiments_table_of_results(place, place_of):
+    experiment = stores.connect(place).experiment
     link = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?viewStateShareKey=results&workflowType=machine_learning"
-    assert mlflow_ui.link(config, root=root) == link
-    view = json.loads(store_of(config, root).client.get_experiment(experiment).tags["mlflow.sharedViewState.results"])
+    assert mlflow_ui.link(place) == link
+    view = json.loads(stores.connect(place).client.get_experiment(experiment).tags["mlflow.sharedViewState.results"])
     assert "metrics.`accuracy/clean`" in json.loads(view["state"])["selectedColumns"]
-    assert mlflow_ui.link(config, root=root, port=5077).startswith("http://127.0.0.1:5077/#/")
-    unseen = configuration.load(PARAMS, ["tracking.experiment=unseen"])
-    assert f"/experiments/{int(experiment) + 1}/" in mlflow_ui.link(unseen, root=root)
+    assert mlflow_ui.link(place, port=5077).startswith("http://127.0.0.1:5077/#/")
+    assert f"/experiments/{int(experiment) + 1}/" in mlflow_ui.link(place_of(experiment="unseen"))
 
 
-def test_the_local_ui_opens_the_store_that_the_link_is_of(config, root):
-    arguments, environment = mlflow_ui.command(config, root=root, port=5077)
+def test_the_local_ui_opens_the_store_that_the_link_is_of(place, place_of):
+    arguments, environment = mlflow_ui.command(place, port=5077)
     assert not {"MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"} & set(environment)  # MLflow's own: localhost
     assert arguments[1:4] == ["-m", "mlflow", "ui"] and arguments[-4:] == ["--host", "127.0.0.1", "--port", "5077"]
-    assert environment["MLFLOW_BACKEND_STORE_URI"] == stores.locate(config, root=root).uri
-    elsewhere = configuration.load(PARAMS, ["tracking.uri=sqlite:///elsewhere/history.db"])
-    assert mlflow_ui.command(elsewhere, root=root)[1]["MLFLOW_BACKEND_STORE_URI"].endswith("/elsewhere/history.db")
-    assert mlflow_ui.command(configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"]), root=root) is None
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == place.uri
+    elsewhere = place_of(uri="sqlite:///elsewhere/history.db")
+    assert mlflow_ui.command(elsewhere)[1]["MLFLOW_BACKEND_STORE_URI"].endswith("/elsewhere/history.db")
+    assert mlflow_ui.command(place_of(uri="http://127.0.0.1:9")) is None
 
 
-def test_the_link_of_a_store_that_is_away_is_its_address_or_the_reason(tmp_path, capfd):
-    server = configuration.load(PARAMS, ["tracking.uri=http://127.0.0.1:9"])
-    assert mlflow_ui.link(server, root=tmp_path) == "http://127.0.0.1:9" and "warning" in capfd.readouterr().err
+def test_the_link_of_a_store_that_is_away_is_its_address_or_the_reason(place_of, tmp_path, capfd):
+    assert mlflow_ui.link(place_of(uri="http://127.0.0.1:9")) == "http://127.0.0.1:9" and "warning" in capfd.readouterr().err
     (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 1000)
     with pytest.raises(Failure, match=r"mlflow\.db: .*tracking\.uri"):
-        mlflow_ui.link(configuration.load(PARAMS), root=tmp_path)
+        mlflow_ui.link(place_of())
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::"])
-def test_a_ui_for_other_machines_takes_them_by_name_and_lets_its_own_page_search_runs(config, root, host, monkeypatch):
+def test_a_ui_for_other_machines_takes_them_by_name_and_lets_its_own_page_search_runs(place, host, monkeypatch):
     from mlflow.server import security_utils as mlflow
 
     card = SimpleNamespace(family=socket.AF_INET, address="10.7.7.7")
@@ -74,7 +67,7 @@ def test_a_ui_for_other_machines_takes_them_by_name_and_lets_its_own_page_search
     )
 
     def environment() -> dict[str, str]:
-        return mlflow_ui.command(config, root=root, host=host, port=5077)[1]
+        return mlflow_ui.command(place, host=host, port=5077)[1]
 
     hosts, origins = (environment()[key].split(",") for key in ("MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"))
     for name in (socket.gethostname(), "127.0.0.1", "localhost", "10.7.7.7", *([host] if host[0] == "1" else [])):
@@ -83,7 +76,7 @@ def test_a_ui_for_other_machines_takes_them_by_name_and_lets_its_own_page_search
     for name in ("evil.example", "10.evil.example"):
         assert not mlflow.is_allowed_host_header(hosts, f"{name}:5077")
         assert mlflow.should_block_cors_request(f"http://{name}:5077", "POST", origins)
-    shown = mlflow_ui.link(config, root=root, host=host, port=5077)
+    shown = mlflow_ui.link(place, host=host, port=5077)
     assert shown.startswith(f"http://{host if host[0] == '1' else socket.gethostname()}:5077/#/")
     monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "mine")
     assert environment()["MLFLOW_SERVER_ALLOWED_HOSTS"] == "mine"
@@ -146,7 +139,8 @@ def test_a_server_that_ends_with_an_error_shows_no_link():
         mlflow_ui.serve(command, os.environ, host="127.0.0.1", port=port, on_answer=lambda: pytest.fail("it does not answer"))
 
 
-def test_a_view_that_the_user_changed_stays(config, root):
-    store = store_of(config, root)
+def test_a_view_that_the_user_changed_stays(place):
+    store = stores.connect(place)
     store.client.set_experiment_tag(store.experiment, "mlflow.sharedViewState.results", "mine")
-    assert store_of(config, root).client.get_experiment(store.experiment).tags["mlflow.sharedViewState.results"] == "mine"
+    mlflow_ui.link(place)
+    assert store.client.get_experiment(store.experiment).tags["mlflow.sharedViewState.results"] == "mine"

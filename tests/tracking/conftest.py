@@ -18,7 +18,7 @@ import pytest
 
 from advml import config as configuration
 from advml import tracking
-from advml.config.store import DEFAULTS
+from advml.config.store import DEFAULTS, Place, locate
 from advml.tracking import store as stores
 
 DATA = {"digest": "d" * 64, "source": "scikit-learn digits", "counts": {"train": 1257, "validation": 180, "test": 360}}
@@ -42,12 +42,12 @@ class Project:
     history = HISTORY
 
     @property
-    def config(self) -> configuration.Config:
-        return configuration.load(PARAMS, self.overrides)
+    def place(self) -> Place:
+        return locate(configuration.load(PARAMS, self.overrides).tracking, root=self.root)
 
     @property
     def store(self) -> stores.Store:
-        return stores.connect(stores.locate(self.config, root=self.root))
+        return stores.connect(self.place)
 
     def having(self, *overrides: str) -> Project:
         """The same project with other parameters."""
@@ -57,7 +57,7 @@ class Project:
         """The run of a training."""
         record = {"name": "CL-AT-s0", "kind": "model", "scheme": "CL", "regime": "AT", "seed": 0, "data": DATA}
         record |= {"parameters": {"attack": {"steps": 5, "step_size": None}}} | changes
-        return tracking.open_run(self.config, root=self.root, record=record, run_id=run_id, discarded=discarded)
+        return tracking.open_run(self.place, record=record, run_id=run_id, discarded=discarded)
 
     def entity(self, run_id: str) -> Any:
         return self.store.client.get_run(run_id)
@@ -76,7 +76,7 @@ class Project:
         return {entry.path for entry in self.store.client.list_artifacts(run_id, folder)}
 
     def sync(self) -> list[str]:
-        return tracking.sync(self.config, root=self.root)
+        return tracking.sync(self.place)
 
     def write_model(self, name: str, kind: str, *, digest: str, **more: Any) -> Path:
         """The files that a training stage leaves behind."""

@@ -13,7 +13,7 @@ from advml.tracking import Trial
 @pytest.fixture
 def open_search(project):
     tags, params = {"search": "attack", "model": "CL-AT-s0"}, {"tune": {"attack": {"trials": 8}}}
-    return functools.partial(tracking.open_search, project.config, root=project.root, name="attack", identity="i", tags=tags, params=params)
+    return functools.partial(tracking.open_search, project.place, name="attack", identity="i", tags=tags, params=params)
 
 
 def nested(project, run) -> dict:

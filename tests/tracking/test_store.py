@@ -10,20 +10,18 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from advml import tracking
 from advml.core.errors import UserError
-from advml.tracking import store as stores
 
 
 def test_the_store_is_where_params_yaml_says_else_the_environment_else_in_the_real_root(project, monkeypatch):
     root, elsewhere = project.root, project.having("tracking.uri=sqlite:///elsewhere/history.db")
 
     def place(of=project):
-        found = stores.locate(of.config, root=root)
+        found = of.place
         return found.uri, found.database, found.artifacts
 
     assert place() == (f"sqlite:///{root}/mlflow.db", root / "mlflow.db", root / "mlruns" / "advml")
@@ -135,9 +133,9 @@ def test_a_process_killed_while_it_makes_the_store_leaves_nothing_broken(project
 def test_importing_tracking_imports_neither_mlflow_nor_torch_and_sync_needs_no_torch(project):
     project.write_model("CL-at-s0", "pretrain", digest="a" * 64)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom advml import config, tracking\n"
+        "import sys\nfrom pathlib import Path\nfrom advml import config, tracking\nfrom advml.config.store import locate\n"
         "assert not {'mlflow', 'torch'} & set(sys.modules)\n"
-        f"print(tracking.sync(config.load({str(Path(__file__).parents[2] / 'params.yaml')!r}), root=Path(sys.argv[1])))\n"
+        "print(tracking.sync(locate(config.Tracking(experiment='advml'), root=Path(sys.argv[1]))))\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, project.root], capture_output=True, text=True, check=False, timeout=120)
@@ -162,7 +160,7 @@ def test_a_folder_as_store_is_refused_in_one_whole_line_that_says_what_to_do(pro
     assert "\n" not in told and len(told) < 400
     assert told.startswith(f"{named} = {uri}") and "mlflow migrate-filestore" in told and "sqlite:///mlflow.db" in told
     for _ in range(2):
-        tracking.warn_if_unusable(project.config, root=project.root)
+        tracking.warn_if_unusable(project.place)
     with project.open_run() as run:
         run.log_epochs(project.history)
     assert run.id is None and told in the_one_warning(capfd)
@@ -171,9 +169,9 @@ def test_a_folder_as_store_is_refused_in_one_whole_line_that_says_what_to_do(pro
 
 def test_databases_servers_and_folders_that_the_user_allows_are_not_refused(project, monkeypatch):
     for uri in ("sqlite:///mlflow.db", "http://127.0.0.1:9", "postgresql://host/name", "databricks", "databricks-uc"):
-        assert stores.locate(project.having(f"tracking.uri={uri}").config, root=project.root).refused is None
+        assert project.having(f"tracking.uri={uri}").place.refused is None
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    assert stores.locate(project.having("tracking.uri=./mlruns").config, root=project.root).refused is None
+    assert project.having("tracking.uri=./mlruns").place.refused is None
 
 
 def seconds_of_everything(project) -> float:
@@ -184,8 +182,8 @@ def seconds_of_everything(project) -> float:
         run.log_epochs(project.history)
         tracking.log_model(run, project.root, digest="w" * 64)
     assert run.id == "a" * 32
-    tracking.log_folder(project.config, project.root / "nowhere", root=project.root)
-    with tracking.open_search(project.config, root=project.root, name="attack", identity="i", tags={}, params={}) as search:
+    tracking.log_folder(project.place, project.root / "nowhere")
+    with tracking.open_search(project.place, name="attack", identity="i", tags={}, params={}) as search:
         search.show([tracking.Trial(0, "complete", {})])
         search.mark_best(0)
         search.log_results(project.root, (), {})

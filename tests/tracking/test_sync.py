@@ -100,7 +100,7 @@ def test_a_stage_adds_to_the_run_of_its_model_and_rebuilds_one_that_is_missing(s
     monkeypatch.setenv("DVC_EXP_NAME", "brave-name")
     for value in (0.5, 0.5, 0.6):
         study.write_evaluation("CL-AT-s0", {"accuracy/clean": value})
-        tracking.log_folder(study.config, folder_of(study, "CL-AT-s0"), root=study.root)
+        tracking.log_folder(study.place, folder_of(study, "CL-AT-s0"))
     (record,) = study.runs()
     assert (record.info.status, record.data.metrics["accuracy/clean"]) == ("FINISHED", 0.6)
     assert len(study.steps(record.info.run_id, "accuracy/clean")) == 2
@@ -190,7 +190,7 @@ def test_an_outage_in_the_middle_of_a_result_is_mended_by_the_next_sync(reported
 
 
 def test_a_result_of_other_files_is_a_new_run_and_one_that_is_not_whole_waits(reported):
-    tracking.log_result(reported.config, "study", root=reported.root)
+    tracking.log_result(reported.place, "study")
     assert reported.sync() == []
     (reported.root / "reports" / "report.html").unlink()
     assert reported.sync() == []
@@ -201,7 +201,7 @@ def test_a_result_of_other_files_is_a_new_run_and_one_that_is_not_whole_waits(re
 
 def test_a_comparison_that_lies_elsewhere_is_logged_by_its_stage(project, tmp_path):
     write_comparison(out := tmp_path / "elsewhere")
-    tracking.log_result(project.config, out, root=project.root)
+    tracking.log_result(project.place, out)
     assert [run.info.run_name for run in project.runs()] == ["elsewhere"]
 
 

@@ -17,10 +17,9 @@ from optuna.trial import FrozenTrial
 from advml.engine.fork_server import server
 from advml.tuning import command, storage
 from advml.tuning import study as studies
-from advml.tuning.search import Search
+from advml.tuning.search import Attempt, Search
 from advml.tuning.storage import address
-from advml.tuning.trial import Attempt, result_of
-from advml.tuning.trial_state import finished
+from advml.tuning.study import finished
 
 HERE = str(Path(__file__).parent)
 REPOSITORY = Path(__file__).parents[2]
@@ -79,13 +78,13 @@ def run_here(tmp_path: Path) -> Callable[..., list[FrozenTrial]]:
     """run_here(search, total=8) -> all trials of the study after that many have run, one by one, in this process."""
 
     def go(search: Search, *, total: int) -> list[FrozenTrial]:
-        study, objective = studies.create(search, address(None, root=tmp_path)), search.open()
+        study, objective = studies.create(search, address(None, root=tmp_path)), search.open().objective
         studies.requeue_dead(study)
         while len(finished(study.get_trials())) < total:
-            trial = studies.next_trial(study, search, seed=0)
+            trial = studies.next_trial(study, search)
             scratch = tmp_path / "scratch" / f"trial-{trial.user_attrs['origin']}"
-            attempt = Attempt(dict(trial.params), scratch, lambda report, trial=trial: studies.note(trial, report))
-            studies.finish(study, trial, result_of(objective, attempt))
+            attempt = Attempt(dict(trial.params), scratch, lambda report, trial=trial: studies.note(trial, *report))
+            studies.finish(study, trial, attempt.run(objective))
         return study.get_trials()
 
     return go

@@ -16,7 +16,7 @@ import optuna
 import psutil
 from toy_search import Toy
 
-from advml.tuning import trial_state
+from advml.tuning import study as studies
 from advml.tuning.storage import close, connect
 
 DRIVER = """
@@ -78,11 +78,11 @@ def survives(toy: Toy, driver: Callable[..., subprocess.Popen], url: str, *, tri
     study = optuna.load_study(study_name="toy", storage=connect(url))
     found = study.get_trials()
     close(study)
-    finished = trial_state.finished(found)
+    finished = studies.finished(found)
     assert len(finished) == trials and {trial.state.name for trial in finished} == {"COMPLETE"}
     assert {trial.state.name for trial in found} == {"COMPLETE", "FAIL"}  # none RUNNING, none WAITING
     assert max(Counter(str(trial.params) for trial in finished).values()) == 1
     for trial in found:  # parameters of a killed trial are tried again, by one trial and no more
-        again = [other for other in found if other.user_attrs.get(trial_state.RETRY_OF) == trial.number]
+        again = [other for other in found if other.user_attrs.get(studies.RETRY_OF) == trial.number]
         about = [(one.number, one.state.name, one.params, one.user_attrs, one.datetime_start) for one in (trial, *again)]
-        assert len(again) == trial_state.is_killed(trial) and all(other.params.items() >= trial.params.items() for other in again), about
+        assert len(again) == studies.is_killed(trial) and all(other.params.items() >= trial.params.items() for other in again), about

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import signal
 import sys
@@ -17,8 +18,7 @@ from ruamel.yaml import YAML
 
 from advml.cli.live_table import LiveTable
 from advml.core.errors import Failure, UserError
-from advml.tracking import store as stores
-from advml.tuning import command, trial_state
+from advml.tuning import command
 from advml.tuning import study as studies
 from advml.tuning.apply import proposal
 from advml.tuning.storage import address
@@ -43,16 +43,16 @@ def tune(study, monkeypatch, light_server):
         figures: bool = False,
         runs: bool = False,
     ) -> command.Outcome:
-        config = study.config(*overrides)
         with monkeypatch.context() as patch:
             patch.setattr(command, "server", lambda *_: contextlib.nullcontext(light_server))
             if not figures:
                 patch.setattr(command.outputs, "write", written_without_figures)
             if not runs:
                 patch.setattr(command.tracking, "open_search", lambda *_, **__: NoRuns())
-            options = {"storage": None, "trials": trials, "slots": slots, "seed": 0, "replace": replace}
+            asked = dataclasses.replace(toy, config=study.config(*overrides), root=study.root)
+            options = {"storage": None, "trials": trials, "slots": slots, "replace": replace}
             with LiveTable(toy, total=trials) as table:
-                return command.tune(toy, config, study.workspace, **options, watch=table.show)
+                return command.tune(asked, **options, watch=table.show)
 
     return run
 
@@ -64,7 +64,7 @@ def toy(study) -> Toy:
 
 def runs(study) -> dict[str, object]:
     """MLflow runs by name; none is there twice."""
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     found = store.client.search_runs([store.experiment])
     assert len({run.info.run_name for run in found}) == len(found)
     return {run.info.run_name: run for run in found}
@@ -88,7 +88,7 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
         *("best.yaml", "trials.csv", "history.png", "importance.png", "parallel.png", "slice.png")
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
-    artifacts = stores.connect(stores.locate(study.config(), root=study.root)).client.list_artifacts(runs(study)["toy"].info.run_id, "tune")
+    artifacts = study.store().client.list_artifacts(runs(study)["toy"].info.run_id, "tune")
     assert {file.path for file in artifacts} == {f"tune/{path.name}" for path in outcome.files}
 
 
@@ -123,7 +123,7 @@ def test_mlflow_shows_a_parent_and_a_run_per_trial_and_a_second_command_adds_to_
         assert run.data.params["toy.kind"] == trial.params["kind"]
         assert failed or run.data.metrics["value"] == pytest.approx(trial.value)
         assert ("advml.best" in run.data.tags) == (trial.number == outcome.best.number)
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     curve = store.client.get_metric_history(after["toy/0"].info.run_id, "value")
     assert sorted({point.step for point in curve}) == [0, 1, 2, 3]  # the epochs, and the final score
 
@@ -165,9 +165,9 @@ def test_ctrl_c_ends_cleanly_with_the_best_so_far_and_the_same_command_goes_on(t
     assert (study.workspace.reports / "tune" / "toy" / "best.yaml").exists()
     assert "of 200 trials; the best so far is trial " in capfd.readouterr().err
     trials = studies.create(toy, address(None, root=study.root)).get_trials()
-    assert not trial_state.running(trials)
+    assert not studies.running(trials)
     assert {run.info.status for run in runs(study).values()} <= {"FINISHED", "KILLED"} and runs(study)["toy"].info.status == "KILLED"
-    done = len(trial_state.finished(trials))
+    done = len(studies.finished(trials))
     outcome = tune(Toy(toy.log, pause=0.0), trials=done + 3, slots=2, runs=True)
     assert len(outcome.trials) == done + 3 and runs(study)["toy"].info.status == "FINISHED"
 
@@ -204,7 +204,7 @@ def test_the_live_table_shows_the_best_first_and_who_is_at_work(tune, toy, study
     stream = StringIO()
     Console(file=stream, width=120).print(table.table(opened.get_trials()))
     text = stream.getvalue()
-    ranked = trial_state.ranked(opened.get_trials(), ("minimize",))
+    ranked = studies.ranked(opened.get_trials(), ("minimize",))
     assert "6 of 6 trials, 0 running" in text
     assert text.index(f"value {ranked[0].value:.4g}") < text.index(f"value {ranked[-1].value:.4g}")
 

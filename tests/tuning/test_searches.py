@@ -14,7 +14,8 @@ from advml.cli import searching
 from advml.cli.searching import told
 from advml.core.errors import Failure, UserError
 from advml.tracking import store as stores
-from advml.tuning import command, trial_state
+from advml.tuning import command
+from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch
 from advml.tuning.command import Outcome
 from advml.tuning.training_search import TrainingSearch
@@ -77,27 +78,27 @@ def test_pruners_stop_the_worse_and_spare_the_better(made, direction, better, wo
     assert share_stopped(worse) >= 0.3 and share_stopped(better) <= 0.3
 
 
-def outcome(name: str, trials: list, directions=("maximize",)) -> Outcome:
-    return Outcome(name, Path("reports"), trials, trial_state.best_of(trials, directions), None, [])
+def outcome(trials: list, directions=("maximize",)) -> Outcome:
+    return Outcome(Path("reports"), trials, studies.best_of(trials, directions), None, [])
 
 
 def ended(state: TrialState, reason: str | None = None, violation: float | None = None):
     return create_trial(
         state=state,
         values=[0.5] if state == TrialState.COMPLETE else None,
-        user_attrs={trial_state.REASON: reason} if reason else {},
+        user_attrs={studies.REASON: reason} if reason else {},
         constraints=None if violation is None else {"clean_floor": violation},
     )
 
 
 def test_an_mlflow_server_that_is_down_or_refuses_is_said_before_the_search_begins(made, monkeypatch, capsys):
     begun = []
-    monkeypatch.setattr(command, "tune", lambda *_, **__: begun.append(capsys.readouterr().err) or outcome("x", []))
+    monkeypatch.setattr(command, "tune", lambda *_, **__: begun.append(capsys.readouterr().err) or outcome([]))
 
     def run(uri: str) -> None:
         chosen = search(made, "attack")
         asked = replace(chosen, config=config.changed(chosen.config, {"tracking.uri": uri}))
-        searching.run(asked, made / "params.yaml", trials=1, workers=1, cluster=None, storage=None, replace=False)
+        searching.run(asked, trials=1, workers=1, cluster=None, storage=None, replace=False)
 
     with pytest.raises(Failure, match="has run to its end"):
         run("http://127.0.0.1:9")
@@ -117,7 +118,7 @@ def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_ca
     chosen = search(made, kind, {"finetune": "Full-AT", "pretrain": "at"}[kind], name="mystudy")
     missed = [ended(TrialState.COMPLETE, violation=0.1)]
     with pytest.raises(UserError, match=rf"^no trial of mystudy keeps the floor .*; lower tune\.{kind}\.clean_floor and search anew"):
-        told(outcome("mystudy", missed), chosen)
+        told(outcome(missed), chosen)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +131,4 @@ def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_ca
 )
 def test_where_no_trial_has_run_to_its_end_the_reason_is_said_and_no_floor_blamed(made, trials, said):
     with pytest.raises(Failure, match=f"^mine: {said}$"):
-        told(outcome("mine", [ended(*one) for one in trials]), search(made, "finetune", "Full-AT", name="mine"))
+        told(outcome([ended(*one) for one in trials]), search(made, "finetune", "Full-AT", name="mine"))

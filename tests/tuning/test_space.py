@@ -172,7 +172,7 @@ OWN = {"objective": "margin", "momentum": 0.75, "schedule": "cosine", "keep": "l
 
 def test_the_default_of_an_attack_search_is_the_attack_of_evaluate_whatever_it_is(made):
     search = AttackSearch.of(load(*(f"evaluate.{key}={value}" for key, value in OWN.items())), made, "CL-AT-s0")
-    assert {key: search.default()[key] for key in OWN} == OWN and search.steps({}) == 20
+    assert {key: search.default()[key] for key in OWN} == OWN and search.attack({})["steps"] == 20
     own = load(*(f"evaluate.{key}={value}" for key, value in OWN.items()), "evaluate.step_size=0.03")
     search = AttackSearch.of(own, made, "CL-AT-s0")
     assert not search.missed()
@@ -211,9 +211,9 @@ def test_no_attack_takes_more_passes_than_the_default_and_one_step_more_would(ma
     search = AttackSearch.of(
         load(f"tune.attack.budget={most}", f"evaluate.restarts={own}", "tune.attack.space={momentum: {float: [0, 1]}}"), made, "CL-AT-s0"
     )
-    assert search.steps({}) == most // own
+    assert search.attack({})["steps"] == most // own
     for restarts in range(1, 9):
-        steps = search.steps({"restarts": restarts, "keep": keep})
+        steps = search.attack({"restarts": restarts, "keep": keep})["steps"]
         assert sum(attack_search.passes(steps=steps, restarts=restarts, keep=keep).values()) <= search.passes or not steps
         assert sum(attack_search.passes(steps=steps + 1, restarts=restarts, keep=keep).values()) > search.passes
 

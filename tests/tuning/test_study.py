@@ -19,11 +19,10 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from advml.core.errors import Failure, UserError
-from advml.tuning import storage, trial_state
+from advml.tuning import storage
 from advml.tuning import study as studies
-from advml.tuning.search import hyperband
+from advml.tuning.search import Attempt, hyperband
 from advml.tuning.storage import address, alone, connect, told
-from advml.tuning.trial import Attempt, Report, result_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import DEFAULT, SPACE, Toy
@@ -67,31 +66,31 @@ def test_a_death_at_any_point_of_handing_out_a_trial_leaves_nothing_running(toy,
     for victim in ("set_trial_param", "set_trial_user_attr"):
         with monkeypatch.context() as patch, pytest.raises(Died):
             patch.setattr(type(study._storage), victim, die)
-            studies.next_trial(study, far, seed=0)
-            studies.next_trial(study, far, seed=0)
+            studies.next_trial(study, far)
+            studies.next_trial(study, far)
         studies.requeue_dead(study)
-        assert not trial_state.running(study.get_trials())
+        assert not studies.running(study.get_trials())
     assert states(study.get_trials()).keys() <= {"WAITING", "FAIL"}
 
 
 def test_a_dead_trial_is_queued_once_and_one_at_work_is_left_alone(toy, study):
-    trial = studies.next_trial(study, toy, seed=0)
+    trial = studies.next_trial(study, toy)
     studies.requeue_dead(study, alive={trial.number})
     assert states(study.get_trials()) == {"RUNNING": 1}
     study.tell(trial, state=TrialState.FAIL)  # as far as it had got when the driver was killed
     for _ in range(3):
         studies.requeue_dead(study)
     assert states(study.get_trials()) == {"FAIL": 1, "WAITING": 1}
-    again = studies.next_trial(study, toy, seed=0)
-    assert again.params == DEFAULT and again.user_attrs[trial_state.ORIGIN] == trial.number
-    assert again.user_attrs[trial_state.DEFAULT]
+    again = studies.next_trial(study, toy)
+    assert again.params == DEFAULT and again.user_attrs[studies.ORIGIN] == trial.number
+    assert again.user_attrs[studies.DEFAULT]
 
 
 @pytest.mark.parametrize("gets_further", [False, True])
 def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_unless_it_gets_further(toy, study, monkeypatch, gets_further):
     monkeypatch.setattr(studies, "MOST_KILLS", 3)
     for epoch in range(4):
-        trial = studies.next_trial(study, toy, seed=0)
+        trial = studies.next_trial(study, toy)
         if gets_further:
             trial.report(1.0, epoch)
         studies.requeue_dead(study)
@@ -99,22 +98,22 @@ def test_a_trial_that_is_killed_whenever_it_runs_is_given_up_unless_it_gets_furt
     if gets_further:
         assert last.state == TrialState.WAITING
     else:
-        assert last.state == TrialState.FAIL and "out of memory" in last.user_attrs[trial_state.REASON]
-        assert last.params == DEFAULT and trial_state.finished(study.get_trials()) == [last]
+        assert last.state == TrialState.FAIL and "out of memory" in last.user_attrs[studies.REASON]
+        assert last.params == DEFAULT and studies.finished(study.get_trials()) == [last]
 
 
 def test_trials_that_fail_are_recorded_with_their_reason_and_do_not_end_the_study(toy, run_here):
     trials = run_here(Toy(toy.log, fails="odd"), total=16)
     assert len(trials) == 16
     assert all((trial.state == TrialState.FAIL) == (trial.params["kind"] == "odd") for trial in trials)
-    reasons = {trial.user_attrs[trial_state.REASON] for trial in trials if trial.state == TrialState.FAIL}
+    reasons = {trial.user_attrs[studies.REASON] for trial in trials if trial.state == TrialState.FAIL}
     assert reasons
     assert all(re.fullmatch(r"out of memory|ValueError: nothing works \(toy_search.py, line \d+\)", reason) for reason in reasons)
 
 
 def test_the_winner_keeps_the_constraint(toy, run_here):
     trials = run_here(Toy(toy.log, floor=1.0), total=20)
-    best = trial_state.ranked(trials, ("minimize",))[0]
+    best = studies.ranked(trials, ("minimize",))[0]
     infeasible = [trial for trial in trials if trial.params["x"] < 1.0]
     assert min(trial.value for trial in infeasible) < best.value  # a better one was tried, and does not count
     assert best.value == min(trial.value for trial in trials if trial.params["x"] >= 1.0)
@@ -123,11 +122,11 @@ def test_the_winner_keeps_the_constraint(toy, run_here):
 def test_the_default_is_not_pruned_by_better_trials(toy, tmp_path):
     pruned = replace(toy, make_pruner=lambda: optuna.pruners.MedianPruner(n_startup_trials=1))
     study = studies.create(pruned, address(None, root=tmp_path))
-    default, *others = (studies.next_trial(study, pruned, seed=0) for _ in range(4))
+    default, *others = (studies.next_trial(study, pruned) for _ in range(4))
     for trial in others[:2]:
-        assert not studies.note(trial, Report(1, 1.0))
+        assert not studies.note(trial, 1, 1.0, None)
         study.tell(trial, 1.0)
-    assert studies.note(others[2], Report(1, 9.0)) and not studies.note(default, Report(1, 9.0))
+    assert studies.note(others[2], 1, 9.0, None) and not studies.note(default, 1, 9.0, None)
 
 
 def test_poor_trials_are_pruned(toy, run_here):
@@ -143,18 +142,18 @@ def test_two_objectives_are_searched_without_pruning(toy, run_here):
 
 
 def test_a_result_that_is_no_number_fails(toy, tmp_path):
-    result = result_of(lambda attempt: (float("nan"),), Attempt({}, tmp_path))
-    assert result.state == TrialState.FAIL and "nan" in result.attributes[trial_state.REASON]
+    result = Attempt({}, tmp_path).run(lambda attempt: (float("nan"),))
+    assert result.state == TrialState.FAIL and "nan" in result.reason
 
 
 def test_curves_of_any_length_fit_into_mysqls_columns(toy, study, tmp_path):
     records = [{"epoch": epoch, **{f"train/figure-{number}": epoch / 7 for number in range(20)}} for epoch in range(1, 301)]
-    result = result_of(lambda attempt: (1.0,), Attempt({}, tmp_path, history=records))
-    studies.finish(study, studies.next_trial(study, toy, seed=0), result)
+    result = Attempt({}, tmp_path, history=records).run(lambda attempt: (1.0,))
+    studies.finish(study, studies.next_trial(study, toy), result)
     trial = study.get_trials()[0]
     sizes = [len(json.dumps(value)) for value in trial.user_attrs.values()]
     assert sum(sizes) > 2 * 65_535 and max(sizes) < 65_535
-    assert trial_state.history_of(trial) == records
+    assert studies.history_of(trial) == records
 
 
 # Studies

@@ -25,13 +25,12 @@ from advml.models.network import load
 from advml.pipeline.stages import finetune, pretrain
 from advml.recipes import REGIMES, Regime
 from advml.training.checkpoint import Checkpoint
-from advml.tuning import attack_trial, comparison, training_trial, trial_state
+from advml.tuning import attack_trial, training_trial
 from advml.tuning import study as studies
 from advml.tuning.attack_search import AttackSearch, passes, steps_within
-from advml.tuning.search import hyperband, rungs
+from advml.tuning.search import Attempt, hyperband, rungs
 from advml.tuning.storage import address
 from advml.tuning.training_search import TrainingSearch
-from advml.tuning.trial import Attempt, result_of
 
 CPU = Machine(torch.device("cpu"))
 FEW = "tune.attack.space.restarts={choice: [1, 2]}"
@@ -57,10 +56,10 @@ def one_trial(search, study):
     """Take the next trial and run it, as driver and worker do; the trial afterwards."""
     opened = studies.create(search, address(None, root=study.root))
     studies.requeue_dead(opened)
-    trial = studies.next_trial(opened, search, seed=0)
-    scratch = study.root / "scratch" / f"trial-{trial.user_attrs[trial_state.ORIGIN]}"
-    attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, report))
-    studies.finish(opened, trial, result_of(search.open(), attempt))
+    trial = studies.next_trial(opened, search)
+    scratch = study.root / "scratch" / f"trial-{trial.user_attrs[studies.ORIGIN]}"
+    attempt = Attempt(dict(trial.params), scratch, lambda report: studies.note(trial, *report))
+    studies.finish(opened, trial, attempt.run(search.open().objective))
     shutil.rmtree(scratch, ignore_errors=True)
     return opened.get_trials()[trial.number]
 
@@ -102,13 +101,17 @@ def attack(*, restarts: int, keep: str, steps: int) -> attack_suite.AttackSpec:
     ("restarts", "keep", "steps", "forward"),
     [(1, "best", 12, 14), (2, "best", 5, 14), (4, "best", 2, 16), (1, "last", 12, 13), (5, "last", 2, 15)],
 )
-def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, restarts, keep, steps, forward):
+def test_all_passes_of_all_restarts_stay_within_those_of_the_default(trained, dataset, restarts, keep, steps, forward):
     assert steps_within(12 + 12 + 2, restarts=restarts, keep=keep) == steps
     network, chosen = Counter(), attack(restarts=restarts, keep=keep, steps=steps)
     with torch.no_grad():  # under the network's own labels nothing breaks, so nothing leaves the batch early
         split = Split(dataset.validation.images, network(CPU.images(dataset.validation.images)).argmax(1))
     network.passes = {"forward": -1, "backward": 0}  # the clean images, which every attack begins with, are not counted
-    assert torch.cat(list(attack_trial.withstood(network, split, chosen, CPU, batch_size=32, seed=0))).all()
+    bench = attack_trial.Bench(
+        AttackSearch.of(trained.config("tune.attack.batch_size=32", "tune.attack.budget=20"), trained.root, "CL-AT-s0")
+    )
+    bench.network, bench.scorer = network, running.Scorer.of(network, CPU)
+    assert torch.cat(list(bench.under(chosen, split))).all()
     assert network.passes == passes(steps=steps, restarts=restarts, keep=keep) == {"forward": forward, "backward": restarts * steps}
     assert sum(network.passes.values()) <= 12 + 12 + 2
 
@@ -116,7 +119,7 @@ def test_all_passes_of_all_restarts_stay_within_those_of_the_default(dataset, re
 def test_a_trials_attack_is_threat_model_ii_as_its_values_say_and_its_random_numbers_are_those_of_the_default(trained):
     search = AttackSearch.of(trained.config("tune.attack.budget=8"), trained.root, "CL-AT-s0")
     values = {"schedule": "linear", "momentum": 0.75, "objective": "margin", "restarts": 2, "random_start": False, "step_size": 0.5}
-    subject = attack_trial.Subject(search)
+    subject = attack_trial.Bench(search)
     made, default = subject.attack(values), subject.default()
     wanted = {"objective": "margin", "steps": 3, "keep": "best", "schedule": "linear", "momentum": 0.75, "random_start": False}
     assert made.settings.items() >= wanted.items() and made.restarts == 2
@@ -130,7 +133,7 @@ def test_a_searched_attack_is_scored_on_validation_and_confirmed_on_both_splits(
     first, second = one_trial(search, trained), one_trial(search, trained)
     assert first.params["restarts"] == 1 and len(first.intermediate_values) == 4
     assert first.value == pytest.approx(sum(first.intermediate_values.values()) / 4)
-    told = search.confirm(second.params)
+    told = search.open().confirm(second.params)
     assert told["validation"]["default"]["accuracy"] == pytest.approx(first.value)
     assert {split: told[split]["winner"]["n"] for split in ("validation", "test")} == {"validation": 32, "test": 40}
 
@@ -146,20 +149,20 @@ def test_the_default_attack_breaks_the_very_test_images_that_it_breaks_in_the_st
         FEW,
     )
     search = AttackSearch.of(trained.config(*settings), trained.root, "CL-AT-s0")
-    subject = attack_trial.Subject(search)
+    subject = attack_trial.Bench(search)
     test, configuration = subject.context.dataset.test, search.config
     spec, scorer = configuration.evaluate, running.Scorer.of(subject.network, subject.context.machine)
     attacks = [attack_suite.CLEAN_IMAGES, attack_suite.threat_model_2(spec, configuration.threat_model)]
     run = {"batch_size": spec.batch_size, "seed": spec.seed}
     study = running.run_attacks(subject.network, scorer, test, attacks, **run)["accuracy/threat_model_2"].right
     assert torch.equal(torch.cat(list(subject.under(subject.default(), test))), study) and 0 < study.sum() < len(study)
-    told = search.confirm({"step_size": 1.0})
+    told = search.open().confirm({"step_size": 1.0})
     assert told["test"]["default"]["accuracy"] == float(study.double().mean()) and told["default_is"] == "the attack of evaluate"
 
 
 def test_a_default_of_another_budget_is_told(trained):
     search = AttackSearch.of(trained.config("tune.attack.budget=5", FEW), trained.root, "CL-AT-s0")
-    assert "5 steps of tune.attack.budget" in search.confirm({"step_size": 1.0})["default_is"]
+    assert "5 steps of tune.attack.budget" in search.open().confirm({"step_size": 1.0})["default_is"]
 
 
 def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypatch):
@@ -174,12 +177,12 @@ def test_autoattack_is_measured_on_test_by_all_of_its_attacks(trained, monkeypat
         return images
 
     monkeypatch.setattr(autoattack, "attack", nothing)
-    found = search.measure("autoattack")["test"]
+    found = search.open().autoattack()["test"]
     assert list(asked) == [name for name in autoattack.ATTACKS if autoattack.applicable(name, 4)] and len(asked) > 2
     assert found["n"] == 40 and set(asked.values()) == {round(40 * found["accuracy"])} != {0}
     asked.clear()
     monkeypatch.setattr(running, "predict", lambda network, images, machine: torch.full((len(images),), -1))
-    assert search.measure("autoattack")["test"]["accuracy"] == 0 and not asked
+    assert search.open().autoattack()["test"]["accuracy"] == 0 and not asked
 
 
 # Trainings
@@ -191,9 +194,29 @@ def test_a_trial_of_the_defaults_is_the_training_of_the_stage(trained):
     record = finetune.run(trained.context(), scheme="CL", regime="Full-AT", seed=0)
     _, network = trained.context().load_network(trained.workspace.model("CL-Full-AT-s0"))
     measured = training_trial.Bench(search).validate(network)
-    assert trial_state.history_of(trial)[-1]["epoch"] == 2 and record["epoch"] in (1, 2)
+    assert studies.history_of(trial)[-1]["epoch"] == 2 and record["epoch"] in (1, 2)
     assert (trial.value, trial.user_attrs["measured"]["clean"]) == (measured["robust"], measured["clean"])
     assert trial.constraints == {"clean_floor": 0.97 - measured["clean"]}
+
+
+def test_trainings_are_measured_as_the_evaluation_measures_clean_images_and_threat_model_ii(trained):
+    settings = trained.config(SPACE, "threat_model.epsilon=0.9")
+    bench = training_trial.Bench(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0))
+    _, network = trained.context().load_network(trained.workspace.model("CL-AT-s0"))
+    split, clean, strong = (
+        bench.dataset.test,
+        attack_suite.CLEAN_IMAGES,
+        attack_suite.threat_model_2(settings.evaluate, settings.threat_model),
+    )
+    outcomes = running.run_attacks(
+        network, running.Scorer.of(network, CPU), split, [clean, strong], batch_size=7, seed=settings.evaluate.seed
+    )
+    (measured,) = bench.measure(network, split)
+    assert measured == {
+        "robust": float(outcomes[strong.name].right.double().mean()),
+        "clean": float(outcomes[clean.name].right.double().mean()),
+    }
+    assert measured["robust"] < measured["clean"]
 
 
 def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch):
@@ -202,7 +225,7 @@ def test_the_plan_of_a_trial_follows_the_row_of_its_regime(trained, monkeypatch)
     pretrain.run(trained.context(), scheme="CL", phase="st", seed=0)
     settings = trained.config()
     settings = settings.model_copy(update={"regimes": settings.regimes | {"new": settings.regimes["Full-AT"]}})
-    bench = training_trial.Bench(TrainingSearch(settings, trained.root, "finetune", "CL", "new", 0))
+    bench = training_trial.Bench(TrainingSearch("finetune", "CL", "new", 0, config=settings, root=trained.root, name="new"))
     planned = bench.plan(settings, seed=0)
     standard = load(trained.workspace.pretrained("CL-st-s0")).encoder.state_dict()
     assert all(torch.equal(planned.network.encoder.state_dict()[name], value) for name, value in standard.items())
@@ -215,7 +238,7 @@ def test_at_a_rung_the_pruner_is_told_of_the_floor_and_people_of_what_was_measur
     settings = trained.config(SPACE, f"tune.finetune.clean_floor={floor}")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
     assert trial.intermediate_values == {1: pytest.approx({0.0: 0.6, 1.0: -1.1}[floor])}
-    assert trial_state.history_of(trial)[0]["validation/robust"] == 0.6
+    assert studies.history_of(trial)[0]["validation/robust"] == 0.6
     assert reached(trial) == ", at 1: robust=0.6 clean=0.9"
 
 
@@ -273,8 +296,8 @@ def test_a_killed_trial_goes_on_from_its_last_epoch_and_ends_the_same_to_the_bit
     save = Checkpoint.save
     monkeypatch.setattr(Checkpoint, "save", lambda self, progress: trained_epochs.append(progress.epoch) or save(self, progress))
     again = one_trial(search("killed"), trained)
-    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[trial_state.RETRY_OF] == 1
-    assert again.value == whole.value and trial_state.history_of(again) == trial_state.history_of(whole)
+    assert trained_epochs == [4] and again.params == whole.params and again.user_attrs[studies.RETRY_OF] == 1
+    assert again.value == whole.value and studies.history_of(again) == studies.history_of(whole)
     assert again.intermediate_values == whole.intermediate_values
     assert not list((trained.root / "scratch").iterdir())
 
@@ -283,7 +306,7 @@ def test_a_training_that_diverges_fails_for_that_reason(trained):
     space = "tune.finetune.space={learning_rate: {log: [1e17, 1e18]}}"
     settings = trained.config(space, "regimes.Full-AT.learning_rate=1e18", "regimes.Full-AT.optimizer=sgd")
     trial = one_trial(TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0), trained)
-    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[trial_state.REASON]
+    assert trial.state.name == "FAIL" and "loss is not finite in epoch 1" in trial.user_attrs[studies.REASON]
 
 
 def test_trials_are_measured_by_the_same_attack_whatever_they_train_with(trained):
@@ -328,9 +351,9 @@ def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
         share = 0.75 if network else 0.25
         return [{"robust": share + len(measured) / 100, "clean": 0.4 if len(measured) == 4 else 0.9} for _ in splits]
 
-    monkeypatch.setattr(training_trial, "train", train)
+    monkeypatch.setattr(training_trial.Bench, "train", train)
     monkeypatch.setattr(training_trial.Bench, "measure", measure)
-    told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
+    told = search.open().confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
     assert [rate for rate, _ in trainings] == [2e-3, 1e-3, 2e-3, 1e-3]  # default, winner
     seeds = [seed for _, seed in trainings]
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3] and search.seed not in seeds
@@ -345,7 +368,7 @@ def test_winner_and_default_are_compared_on_further_seeds(trained, monkeypatch):
 def test_a_confirmation_trains_and_measures(trained):
     settings = trained.config(SPACE, "tune.finetune.confirm=1", "regimes.Full-AT.epochs=1")
     search = TrainingSearch.of(settings, trained.root, "finetune", "CL", "Full-AT", seed=0)
-    told = search.confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
+    told = search.open().confirm({"learning_rate": 1e-3, "epochs": 1})["confirmed"]
     assert told["test"]["beats_default"] is None and 0 <= told["test"]["winner"]["clean"]["mean"] <= 1
 
 
@@ -356,7 +379,7 @@ def scores(differences: list[float]) -> dict:
 
 def test_a_difference_has_the_interval_of_student():
     """By hand: 0.01, 0.02, 0.03 have mean 0.02 and sd 0.01; t for 2 degrees of freedom is 4.302653, / sqrt(3)."""
-    found = comparison.difference([0.01, 0.02, 0.03])
+    found = training_trial.over_seeds([0.01, 0.02, 0.03])
     half = 4.302653 * 0.01 / 3**0.5
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((0.02, 0.02 - half, 0.02 + half), rel=1e-5)
 
@@ -371,11 +394,11 @@ def test_a_difference_has_the_interval_of_student():
     ],
 )
 def test_the_verdict_says_whether_the_difference_is_more_than_seed_noise(differences, verdict, said):
-    told = comparison.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.0)
+    told = training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.0)
     assert told["test"]["beats_default"] is verdict and told["validation"]["beats_default"] is verdict
     printed = searching.further(told)
     assert [line for line in printed if said in line] == [printed[2], printed[5]] and "below the clean floor" not in str(printed)
-    below = searching.further(comparison.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1))
+    below = searching.further(training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1))
     assert below[-1] == f"  warning: the winner is below the clean floor 1.1 on {len(differences)} of {len(differences)} further seeds"
 
 

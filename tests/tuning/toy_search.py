@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 
 from advml.cli.live_table import LiveTable
-from advml.config import digest, load
+from advml.config import Config, digest, load
 from advml.core.errors import UserError
-from advml.core.paths import Workspace
 from advml.tuning import command, outputs
-from advml.tuning.search import Search
-from advml.tuning.trial import Attempt
+from advml.tuning.search import Attempt, Bench, Search
 
 SPACE = {"x": {"float": [-5, 5]}, "n": {"int": [1, 4]}, "kind": {"choice": ["plain", "odd"]}}
 DEFAULT = {"x": 4.0, "n": 1, "kind": "plain"}
 
 
-MODULES = ("advml.cli", "advml.tuning.trial", "advml.tuning.outputs", "toy_search")
+MODULES = ("advml.cli", "advml.tuning.outputs", "toy_search")
 
 
 def written_without_figures(*arguments: object) -> list[Path]:
     """Stands for `outputs.write`, in the process that writes."""
-    outputs.draw = lambda *_: []
+    sys.modules["advml.figures.searches"] = SimpleNamespace(draw=lambda *_, **__: [])
     return outputs.write(*arguments)
 
 
@@ -54,14 +54,26 @@ def main(toy: Toy, root: Path, **options: Any) -> None:
     command.outputs.write = written_without_figures
     command.MODULES = MODULES
     with LiveTable(toy, total=options["trials"]) as table:
-        command.tune(toy, load(root / "params.yaml"), Workspace(root), seed=0, watch=table.show, **options)
+        command.tune(replace(toy, config=load(root / "params.yaml"), root=root), watch=table.show, **options)
+
+
+class Spec:
+    """Stands for `tune.toy`."""
+
+    space, seed = SPACE, 0
+
+    def model_dump(self, **_: object) -> dict:
+        return {"space": SPACE}
 
 
 @dataclass(frozen=True)
-class Toy(Search):
+class Toy(Search, Bench):
     """Minimise x^2 + n in `steps` steps; every trial leaves a line in `log`."""
 
     log: Path
+    _: KW_ONLY
+    config: Config | None = None
+    root: Path = Path()
     name: str = "toy"
     steps: int = 3
     pause: float = 0.0  # seconds per step
@@ -77,7 +89,7 @@ class Toy(Search):
     confirmation: str = ""  # "slow", "killed", "broken", "refused"
     further_seeds: int = 0
     kind = "toy"
-    space = SPACE
+    spec = Spec()
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -95,10 +107,10 @@ class Toy(Search):
     def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
 
-    def open(self) -> Callable[[Attempt], Sequence[float]]:
+    def open(self) -> Toy:
         if self.unusable:
             raise UserError(self.unusable)
-        return self.objective
+        return self
 
     def objective(self, attempt: Attempt) -> Sequence[float]:
         value = attempt.values["x"] ** 2 + attempt.values["n"]
@@ -118,16 +130,13 @@ class Toy(Search):
     def tags(self) -> dict:
         return {"search": "toy"}
 
-    def parameters(self) -> dict:
-        return {"tune": {"toy": {"space": SPACE}}}
-
     def proposal(self, values: dict) -> dict:
         return {f"toy.{key}": value for key, value in values.items()}
 
-    def measure(self, name: str) -> dict:
+    def autoattack(self) -> dict:
         with self.log.open("a") as file:
             file.write(f"measure {os.getpid()}\n")
-        return {"of": name}
+        return {"of": "autoattack"}
 
     def confirm(self, values: dict) -> dict:
         with self.log.open("a") as file:

@@ -84,7 +84,7 @@ def _foolbox() -> ModuleType:
             import foolbox
     except ImportError as error:
         reason = "" if error.name == "foolbox" else f" ({error})"
-        raise UserError(f'minimal-distance attacks need foolbox{reason}; install it with: pip install "advml[foolbox]"') from None
+        raise UserError(f'minimal-distance attacks need foolbox{reason}; install it with: pip install "advml[distances]"') from None
     return foolbox
 
 

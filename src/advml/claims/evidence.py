@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from advml import config
+from advml.config import ThreatModelSection
 from advml.core.errors import UserError
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
@@ -111,11 +111,12 @@ class Study:
     Every method raises Missing where a model has not been measured, or not as this study asks, and UserError where a file is damaged.
 
     Args:
+        attacked: norm and epsilon of the attacks that all models are compared at.
         epsilon: that of training, of a study beside the main one; None: of the main one.
     """
 
-    def __init__(self, configuration: config.Config, workspace: Workspace, seed: int, *, epsilon: float | None = None) -> None:
-        self.configuration, self.workspace, self.seed, self.epsilon = configuration, workspace, seed, epsilon
+    def __init__(self, attacked: ThreatModelSection, workspace: Workspace, seed: int, *, epsilon: float | None = None) -> None:
+        self.attacked, self.workspace, self.seed, self.epsilon = attacked, workspace, seed, epsilon
         self.block = cache(self._block)
 
     def accuracy(self, metric: str, scheme: str, regime: str) -> Measured:
@@ -219,7 +220,7 @@ class Study:
         """An attack at the norm and `share` of the epsilon that params.yaml asks for, which all models are compared at."""
         if "epsilon" not in attack:
             return
-        norm, epsilon = self.configuration.threat_model.norm, share * self.configuration.attacked_epsilon
+        norm, epsilon = self.attacked.norm, share * self.attacked.epsilon
         if attack["norm"] != norm or not math.isclose(attack["epsilon"], epsilon):
             where = "" if self.epsilon is None else f" in {self.workspace.root}"
             raise Missing(

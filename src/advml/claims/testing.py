@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from advml import config
 from advml.claims.claims import AGREE, CLAIMS, MARGIN, SCHEMES, Claim, Part, Verdict, judge, overall, paper, worded
 from advml.claims.evidence import REMEDY, Missing, Study, over_seeds
+from advml.config import ThreatModelSection
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name, pretraining_name
 
@@ -26,19 +27,22 @@ class Found:
     beside: float | None
 
 
-def find(configuration: config.Config, workspace: Workspace) -> list[Found]:
-    """The main study and those in the folders of `similarity.epsilon_studies`, one of each epsilon, smallest first.
+def find(workspace: Workspace, *, epsilon: float, others: str | None, seed: int) -> list[Found]:
+    """The main study and those beside it, one of each training epsilon, smallest first.
 
-    The pattern starts at the workspace's folder, or at the root if it is absolute. Folders without AT models are none.
+    Args:
+        workspace: of the main study.
+        epsilon: its training epsilon.
+        others: pattern of the other studies' folders (`similarity.epsilon_studies`), relative to the workspace's; those without AT
+            models are left out.
+        seed: of the model whose epsilon is read.
     """
-    main = configuration.threat_model.epsilon
-    found = [Found(workspace, main, None)]
-    pattern = configuration.similarity.epsilon_studies
-    for name in sorted(glob.glob(pattern, root_dir=workspace.root)) if pattern else []:
+    found = [Found(workspace, epsilon, None)]
+    for name in sorted(glob.glob(others, root_dir=workspace.root)) if others else []:
         other = Workspace(workspace.root / name)
-        epsilon = _trained_epsilon(other, configuration.seeds[0])
-        if epsilon is not None and not any(math.isclose(epsilon, known.epsilon) for known in found):
-            found.append(Found(other, epsilon, epsilon))
+        trained = _trained_epsilon(other, seed)
+        if trained is not None and not any(math.isclose(trained, known.epsilon) for known in found):
+            found.append(Found(other, trained, trained))
     return sorted(found, key=lambda each: each.epsilon)
 
 
@@ -73,25 +77,32 @@ INTERVALS = {
 }
 
 
-def check(configuration: config.Config, workspace: Workspace) -> dict[str, Any]:
+def check(
+    workspace: Workspace, *, seeds: Sequence[int], epsilon: float, attacked: ThreatModelSection, others: str | None = None
+) -> dict[str, Any]:
     """The content of claims.json.
 
     Effects are means over seeds; what their intervals are made of is in `intervals`.
+
+    Args:
+        epsilon: of training.
+        attacked: norm and epsilon of the evaluation's attacks.
+        others: see `find`.
     """
-    found = find(configuration, workspace)
-    seeds = [[Study(configuration, each.workspace, seed, epsilon=each.beside) for each in found] for seed in configuration.seeds]
+    found = find(workspace, epsilon=epsilon, others=others, seed=seeds[0])
+    studies = [[Study(attacked, each.workspace, seed, epsilon=each.beside) for each in found] for seed in seeds]
     return {
         "rule": RULE,
         "paper": paper()["source"],
-        "seeds": list(configuration.seeds),
+        "seeds": list(seeds),
         "intervals": INTERVALS[min(len(seeds), 3)],
         "epsilons": [each.epsilon for each in found],
-        "claims": [_test(claim, seeds, configuration) for claim in CLAIMS],
+        "claims": [_test(claim, studies, others) for claim in CLAIMS],
     }
 
 
-def _test(claim: Claim, seeds: list[list[Study]], configuration: config.Config) -> dict[str, Any]:
-    tested = [_test_part(part, seeds, configuration) for part in claim.parts]
+def _test(claim: Claim, seeds: list[list[Study]], others: str | None) -> dict[str, Any]:
+    tested = [_test_part(part, seeds, others) for part in claim.parts]
     about = {"key": claim.key, "claim": claim.sentence}
     verdict = overall([verdict for verdict, _ in tested])
     return about | _worded(verdict, len(seeds)) | {"parts": [part | _worded(verdict, len(seeds)) for verdict, part in tested]}
@@ -102,7 +113,7 @@ def _worded(verdict: Verdict, seeds: int) -> dict[str, Any]:
     return {"verdict": worded(verdict, seeds=seeds), "seeds": 0 if verdict == "not tested" else seeds}
 
 
-def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Config) -> tuple[Verdict, dict[str, Any]]:
+def _test_part(part: Part, seeds: list[list[Study]], others: str | None) -> tuple[Verdict, dict[str, Any]]:
     about = {
         "name": part.name,
         "claimed": f"{part.side} {part.bound:g}",
@@ -111,7 +122,7 @@ def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Confi
         "paper": None if part.paper is None else round(part.paper, 4),
     }
     try:
-        measured = [part.effect(_needed(part, found, configuration)) for found in seeds]
+        measured = [part.effect(_needed(part, found, others)) for found in seeds]
         found = over_seeds(measured)
     except Missing as missing:
         return judge(None, part.side, part.bound), about | {"missing": str(missing)}
@@ -121,13 +132,12 @@ def _test_part(part: Part, seeds: list[list[Study]], configuration: config.Confi
     return judge((low, high), part.side, part.bound), about | numbers | ({"doubts": doubts} if doubts else {})
 
 
-def _needed(part: Part, found: list[Study], configuration: config.Config) -> list[Study]:
+def _needed(part: Part, found: list[Study], others: str | None) -> list[Study]:
     """The main study alone, or all of them in the order of their training epsilons."""
     if not part.several_epsilons:
         return [study for study in found if study.epsilon is None]
     if len(found) < 2:
-        pattern = configuration.similarity.epsilon_studies
-        state = f"{pattern!r}, where no AT models of another epsilon lie" if pattern else "null"
+        state = f"{others!r}, which holds no AT models of another epsilon" if others else "null"
         raise Missing(
             f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
             "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. After later changes of theirs: advml report"

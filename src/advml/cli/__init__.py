@@ -12,19 +12,21 @@ from typing import Annotated
 import typer
 
 from advml import __version__
-from advml.cli import models, stages, tune
+from advml.cli import models, stages, study, tune
 from advml.cli.errors import guarded, print_fault
 from advml.core import signals
 from advml.core.errors import UserError
+from advml.core.messages import OUTPUT
 
 app = typer.Typer(
     help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
 
-for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, models.COMMANDS)):
+for panel, commands in ((STAGES, stages.COMMANDS), (EVERYDAY, (*study.COMMANDS, *models.COMMANDS))):
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)
@@ -36,9 +38,23 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+QUIET, VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
+
+
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
-    pass
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option(*QUIET, help="Print results, warnings and errors only; also behind a command.")] = False,
+    verbose: Annotated[bool, typer.Option(*VERBOSE, help="Print the resolved settings too, and the traceback of an error.")] = False,
+) -> None:
+    if quiet or verbose:
+        os.environ[OUTPUT] = "quiet" if quiet else "verbose"
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """`train CL AT -q` -> `-q train CL AT`: -q and -v are options of every command, and so of none."""
+    flags = [argument for argument in arguments if argument in (*QUIET, *VERBOSE)]
+    return [*flags, *(argument for argument in arguments if argument not in flags)]
 
 
 def _check_torchrun() -> None:
@@ -57,4 +73,4 @@ def main() -> None:
         end_with(int(parent))
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
-    guarded(lambda: _check_torchrun() or app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+    guarded(lambda: _check_torchrun() or app(args=_flags_first(sys.argv[1:]) or ["--help"], standalone_mode=False))

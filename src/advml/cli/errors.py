@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from advml.core.errors import Failure, UserError
-from advml.core.messages import tell
+from advml.core.messages import is_verbose, tell
 from advml.core.passwords import masked
 
 OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # of a file whose name the error does not tell
@@ -23,8 +23,8 @@ def guarded(command: Callable[[], Any]) -> None:
     interrupted = "interrupted; the same command continues from the last finished epoch"
     try:
         code = command()
-    except typer.TyperException as error:  # a wrong argument or option
-        _fail(error.format_message(), code=error.exit_code)
+    except typer.TyperException as error:  # a wrong argument or option; pydantic, which typer asks, puts two words in front
+        _fail(error.format_message().replace("Value error, ", ""), code=error.exit_code)
     except UserError as error:
         _fail(str(error), code=2)
     except Failure as error:
@@ -63,5 +63,7 @@ def _known(error: Exception) -> str | None:
 
 
 def _fail(line: str, *, code: int) -> NoReturn:
+    if is_verbose() and (error := sys.exc_info()[1]):
+        print_fault(type(error), error, error.__traceback__)
     tell(f"advml: {line}")
     sys.exit(code)

@@ -11,7 +11,7 @@ from typing import Any
 from advml.core.messages import tell
 from advml.tuning.search import Search
 from advml.tuning.space import show
-from advml.tuning.trial_state import LATEST, REASON, FrozenTrial, finished, name_of, ranked, running
+from advml.tuning.study import LATEST, REASON, FrozenTrial, finished, name_of, ranked, running
 
 SHOWN = 8  # of the best trials
 REDRAW = 0.5  # seconds

@@ -9,15 +9,18 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, ClusterOption, Overrides, Params, Regime, Scheme, Seed, context_of
-from advml.cli.printing import percent, say, show_table
+from advml.cli.evaluate import tell_result
+from advml.cli.options import PARAMS, AsJson, ClusterOption, Overrides, Params, Regime, Scheme, Seed, context_of
+from advml.cli.printing import say, say_json, show_table
 from advml.cli.server import server
 from advml.core.errors import UserError
 from advml.core.messages import tell
 from advml.core.paths import Workspace, model_name
 
 
-def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+def train(
+    scheme: Scheme, regime: Regime, seed: Seed = 0, as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
     """Do for one model what prepare, pretrain, finetune and evaluate do; what is up to date is not done again.
 
     Writes what those stages write. Next: advml show MODEL
@@ -26,11 +29,10 @@ def train(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides =
     from advml.pipeline.stages import train as everything
     from advml.tracking import warn_if_unusable
 
-    warn_if_unusable(context.config, root=params.parent)
+    warn_if_unusable(context.tracking)
     metrics = everything.run(context, scheme=scheme, regime=regime, seed=seed)
     name = model_name(scheme, regime, seed)
-    print(f"{name}: {percent(metrics)}")
-    say(f"{context.workspace.model(name)}, {context.workspace.report(name)}", f"advml show {name}")
+    tell_result(name, metrics, f"{context.workspace.model(name)}, {context.workspace.report(name)}", context, as_json=as_json)
 
 
 def show(
@@ -41,14 +43,17 @@ def show(
     params: Annotated[
         Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")
     ] = PARAMS,
+    as_json: AsJson = False,
 ) -> None:
     """Print a model's record: what it was made from, how, and how well it does.
 
     Writes nothing. Next: advml attack IMAGE --model MODEL
     """
-    from advml.report.show import record_of
+    from advml.report.show import record_of, records_of
 
     workspace = Workspace(params.parent)
+    if as_json:
+        return say_json(records_of(workspace, model))
     print(record_of(workspace, model))
     given = model in workspace.evaluations_of_given()
     print("next: advml report     (the page shows it beside the study's models)" if given else f"next: advml attack IMAGE --model {model}")
@@ -74,9 +79,9 @@ def attack(
 
 
 def preset(
-    name: Annotated[str, typer.Argument(help="digits, smoke, cifar10, cifar100 or folder.", show_default=False)],
-    protocol: Annotated[str, typer.Option(help="corrected (ours) or paper.")] = "corrected",
-    full: Annotated[bool, typer.Option("--full", help="All keys, also those that keep their neutral defaults.")] = False,
+    name: Annotated[str, typer.Argument(help="Name of the preset: digits, smoke, cifar10, cifar100 or folder.", show_default=False)],
+    protocol: Annotated[str, typer.Option(help="Protocol of the settings: corrected (ours) or paper.")] = "corrected",
+    full: Annotated[bool, typer.Option("--full", help="Print all keys, also those that keep their neutral defaults.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Print a params.yaml to start from.
@@ -105,28 +110,29 @@ def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """
     from advml import tracking
     from advml.config import load
+    from advml.config.store import locate
 
-    configuration = load(params, overrides or [])
-
-    made = tracking.sync(configuration, root=params.parent)
+    made = tracking.sync(locate(load(params, overrides or []).tracking, root=params.parent))
     print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: make ui")
 
 
 def link(
-    port: Annotated[int, typer.Option(help="Of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
+    port: Annotated[int, typer.Option(help="Port of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
 ) -> None:
     """Print the address of this study's runs in the MLflow UI.
 
     Writes nothing. Next: make ui
     """
     from advml.config import load
+    from advml.config.store import locate
     from advml.servers import mlflow_ui
 
-    print(f"MLflow: {mlflow_ui.link(load(params, overrides or []), root=params.parent, port=port)}", flush=True)
+    place = locate(load(params, overrides or []).tracking, root=params.parent)
+    print(f"MLflow: {mlflow_ui.link(place, port=port)}", flush=True)
 
 
 def ui(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the local server.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the local server.")] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: on all networks, for everyone in them.")] = "127.0.0.1",
     overrides: Overrides = None,
     params: Params = PARAMS,
@@ -136,15 +142,16 @@ def ui(
     Writes nothing. Next: the link, in a browser
     """
     from advml.config import load
+    from advml.config.store import locate
     from advml.servers import mlflow_ui
 
-    configuration, local = load(params, overrides or []), {"host": host, "port": port}
-    command = mlflow_ui.command(configuration, root=params.parent, **local)  # before the store is opened, which quietens MLflow
+    place, local = locate(load(params, overrides or []).tracking, root=params.parent), {"host": host, "port": port}
+    command = mlflow_ui.command(place, **local)  # before the store is opened, which quietens MLflow
     if command is not None:
         mlflow_ui.require_free(**local)
         if host not in mlflow_ui.LOOPBACK:
             tell(f"note: no password protects these runs: all that reach {host}:{port} can delete them; advml server asks for one")
-    link = f"MLflow: {mlflow_ui.link(configuration, root=params.parent, **local)}"
+    link = f"MLflow: {mlflow_ui.link(place, **local)}"
     if command is None:
         print(f"{link}\nthis is a server's address: open it in a browser")
     else:
@@ -155,6 +162,8 @@ def ui(
 def repro(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
     cluster: ClusterOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which stages would run, and why; run none.")] = False,
+    as_json: AsJson = False,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
@@ -166,12 +175,18 @@ def repro(
         raise UserError(
             "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
         )
+    if as_json and not dry_run:
+        raise UserError("--json goes with --dry-run; the results of a run are in reports/summary.csv and reports/*/metrics.json")
     from advml.config import load
+    from advml.config.store import locate
+    from advml.pipeline.repro import reasons
     from advml.pipeline.repro import repro as run
     from advml.tracking import warn_if_unusable
 
     configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
-    warn_if_unusable(configuration, root=params.parent)
+    if dry_run:
+        return _would_run(reasons(params.parent), as_json=as_json)
+    warn_if_unusable(locate(configuration.tracking, root=params.parent))
 
     started = time.monotonic()
     ran = run(
@@ -184,6 +199,15 @@ def repro(
     if rows:
         print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
     print("      dvc plots show               training curves and the result chart as a page")
+
+
+def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
+    if as_json:
+        return say_json(found)
+    width = max(map(len, found), default=0)
+    for name, why in found.items():
+        print(f"{name:{width}}  {'; '.join(why)}")
+    print(f"{len(found)} stages would run\nnext: advml repro" if found else "everything is up to date")
 
 
 # In the order in which `advml --help` lists them.

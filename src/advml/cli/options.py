@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from advml.core.messages import tell
+from advml.core.messages import is_verbose, tell
 from advml.core.paths import Workspace
-from advml.recipes import PhaseName, RegimeName, SchemeName
+from advml.recipes import REGIMES, SCHEMES, PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
@@ -18,14 +20,33 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a parameter, e.g. -S threat_model.epsilon=8/255.")
 ]
 Params = Annotated[Path, typer.Option("--params", help="The configuration file.")]
-Scheme = Annotated[
-    SchemeName, typer.Argument(help="SL supervised, CL contrastive (SimCLR), SCL supervised contrastive (SupCon).", show_default=False)
-]
-Regime = Annotated[
-    RegimeName, typer.Argument(help="Standard or adversarial training; Partial-AT and Full-AT fine-tune under attack.", show_default=False)
-]
-Phase = Annotated[PhaseName, typer.Argument(help="st: standard, at: adversarial.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of weights, batches, views and random starts.")]
+
+
+def one_of(names: Any) -> Callable[[str], str]:
+    """A parser of an argument that names one of a `Literal`'s values, in upper or lower case."""
+    known = {name.lower(): name for name in get_args(names)}
+
+    def parse(text: str) -> str:
+        if text.lower() in known:
+            return known[text.lower()]
+        near = difflib.get_close_matches(text.lower(), known, n=1)
+        meant = f"; did you mean {known[near[0]]}?" if near else "."
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, known.values()))}{meant}")
+
+    return parse
+
+
+def choice(names: Any, help: str) -> Any:
+    """An argument that names one of a `Literal`'s values; shells complete it."""
+    values = list(get_args(names))
+    return typer.Argument(parser=one_of(names), autocompletion=lambda: values, help=help, show_default=False)
+
+
+Scheme = Annotated[str, choice(SchemeName, f"{', '.join(f'{name} {scheme.described}' for name, scheme in SCHEMES.items())}.")]
+Regime = Annotated[str, choice(RegimeName, "; ".join(f"{name}: {regime.described}" for name, regime in REGIMES.items()) + ".")]
+Phase = Annotated[str, choice(PhaseName, "st: standard, at: adversarial.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, batches, views and random starts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ClusterOption = Annotated[
     str | None,
     typer.Option(
@@ -42,9 +63,9 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
     from advml.config import flatten, load
 
     configuration = load(params, overrides or [])
-    values = flatten(configuration.model_dump(mode="json")) if overrides else {}
-    for name in (override.partition("=")[0].strip(" +") for override in overrides or []):
-        for key in (key for key in values if f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
+    values = flatten(configuration.model_dump(mode="json")) if overrides or is_verbose() else {}
+    for name in [""] if is_verbose() else [override.partition("=")[0].strip(" +") for override in overrides or []]:
+        for key in (key for key in values if not name or f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
             tell(f"# {key} = {values[key]}")
     from advml.pipeline.context import Context
 

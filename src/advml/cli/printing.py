@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from advml.core.messages import is_quiet
 from advml.core.paths import Workspace
 
 if TYPE_CHECKING:
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
 
 def say(outputs: str, next_command: str) -> None:
     """The last two lines of a command: what it has written, and what to do next."""
-    print(f"wrote {outputs}\nnext: {next_command}", flush=True)
+    if not is_quiet():
+        print(f"wrote {outputs}\nnext: {next_command}", flush=True)
+
+
+def say_json(content: Any) -> None:
+    """Print one JSON object, in which what could not be measured is null."""
+    from advml.core.io import to_json
+
+    print(to_json(content).decode(), end="", flush=True)
 
 
 def percent(metrics: dict[str, float]) -> str:
@@ -40,14 +49,15 @@ def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, An
     from rich.console import Console
     from rich.table import Table
 
-    from advml.report.table import COLUMNS, NORM_NAMES, cell, footnote, grid_rows
+    from advml.figures.style import NORM_NAMES
+    from advml.report.table import COLUMNS, cell, footnote, grid_rows
 
     norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
     title = f"Accuracy in %, 95 % intervals; threat models I and II, and the worst case over all attacks, at {norm} epsilon {epsilon:.4g}"
     shown = Table(title=title)
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")
-    rows = grid_rows(configuration, workspace)
+    rows = grid_rows(configuration.grid, configuration.seeds, workspace)
     for row in rows:
         shown.add_row(row["model"], *(cell(row, metric) for metric in COLUMNS.values()))
     if note := footnote(rows):

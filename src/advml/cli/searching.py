@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.core.errors import Failure, UserError
 from advml.core.messages import tell
-from advml.core.paths import Workspace
 
 if TYPE_CHECKING:
     from advml.tuning.command import Outcome
     from advml.tuning.search import Search
 
 
-def run(search: Search, params: Path, *, trials: int | None, workers: int, cluster: str | None, storage: str | None, replace: bool) -> None:
+def run(search: Search, *, trials: int | None, workers: int, cluster: str | None, storage: str | None, replace: bool) -> None:
     """Search until so many trials have finished (None: as many as params.yaml says), then print what was found."""
     from advml.cli.live_table import LiveTable
+    from advml.config.store import locate
     from advml.tracking import warn_if_unusable
     from advml.tuning.command import tune
 
-    warn_if_unusable(search.config, root=params.parent)
+    warn_if_unusable(locate(search.config.tracking, root=search.root))
     if missed := search.missed():
         listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
         tell(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with")
     trials = trials or search.spec.trials
-    options = {"storage": storage, "trials": trials, "slots": workers, "cluster": cluster, "seed": search.spec.seed, "replace": replace}
+    options = {"storage": storage, "trials": trials, "slots": workers, "cluster": cluster, "replace": replace}
     with LiveTable(search, total=trials) as table:
-        outcome = tune(search, search.config, Workspace(params.parent), **options, watch=table.show)
+        outcome = tune(search, **options, watch=table.show)
     print("\n".join(told(outcome, search)))
 
 
@@ -39,12 +38,12 @@ def told(outcome: Outcome, search: Search) -> list[str]:
         UserError: none keeps the floor.
     """
     from advml.tuning.space import show
-    from advml.tuning.trial_state import default_of
+    from advml.tuning.study import default_of
 
     metrics, count = search.metrics, len(outcome.trials)
     if outcome.best is None:
         raise _fruitless(outcome, search)
-    lines = [f"{outcome.name}: {count} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
+    lines = [f"{search.name}: {count} trials; the best is trial {outcome.best.number}: {show(outcome.best.params)}"]
     for who, trial in (("best", outcome.best), ("default", default_of(outcome.trials))):
         if trial is not None:
             lines.append(f"  {who}: " + ", ".join(f"{name} {value:.4g}" for name, value in zip(metrics, trial.values, strict=True)))
@@ -57,22 +56,22 @@ def told(outcome: Outcome, search: Search) -> list[str]:
     return [
         *lines,
         f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}",
-        f"next: advml tune apply {outcome.name}{' --trial N' if len(metrics) > 1 else ''}",
+        f"next: advml tune apply {search.name}{' --trial N' if len(metrics) > 1 else ''}",
     ]
 
 
 def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:
     """Why there is nothing to propose: no trial has run to its end, or none keeps the floor."""
-    from advml.tuning.trial_state import REASON, name_of
+    from advml.tuning.study import REASON, name_of
 
     failed, total = [trial for trial in outcome.trials if name_of(trial) == "failed"], len(outcome.trials)
     if any(name_of(trial) == "complete" for trial in outcome.trials):
         remedy = f"lower tune.{search.kind}.clean_floor and search anew, with --replace or under another --name"
-        return UserError(f"no trial of {outcome.name} keeps the floor of clean accuracy; {remedy}")
+        return UserError(f"no trial of {search.name} keeps the floor of clean accuracy; {remedy}")
     if not failed:
-        return Failure(f"{outcome.name}: none of {total} trials has run to its end")
+        return Failure(f"{search.name}: none of {total} trials has run to its end")
     count = f"all {total} trials failed" if len(failed) == total else f"{len(failed)} of {total} trials failed, others were pruned"
-    return Failure(f"{outcome.name}: {count}, the last one: {failed[-1].user_attrs[REASON]}")
+    return Failure(f"{search.name}: {count}, the last one: {failed[-1].user_attrs[REASON]}")
 
 
 def _figure(found: dict[str, Any]) -> str:
@@ -87,7 +86,7 @@ def _figure(found: dict[str, Any]) -> str:
 
 
 def further(confirmed: dict[str, Any]) -> list[str]:
-    """What is printed of `advml.tuning.comparison.compare`."""
+    """What is printed of `advml.tuning.training_trial.compare`."""
     lines = []
     for split in ("validation", "test") if confirmed else ():
         found = confirmed[split]

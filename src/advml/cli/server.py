@@ -26,11 +26,11 @@ def server(
             show_default="artifacts in the folder",
         ),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Users, the admin's password, and whatever has no other place.")] = Path("mlflow-server"),
+    folder: Annotated[Path, typer.Option(help="Folder for users, the admin's password, and the rest.")] = Path("mlflow-server"),
     host: Annotated[str, typer.Option(help="Address to listen on; another than localhost needs a certificate.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 5000,
     tls_cert: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate, for https.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Its private key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Private key of the certificate.")] = None,
 ) -> None:
     """Run an MLflow server for a group until Ctrl-C: runs in PostgreSQL, artifacts through the server, users with passwords.
 

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from advml.cli.evaluate import evaluate
-from advml.cli.options import PARAMS, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
-from advml.cli.printing import say, show_table
+from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, context_of
+from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
 from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
+from advml.recipes import REGIMES
 
 
 def check(params: Params = PARAMS) -> None:
@@ -25,7 +26,7 @@ def check(params: Params = PARAMS) -> None:
     say(str(stage.run(params)), "advml prepare")
 
 
-def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
+def prepare(as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Turn images of any source into tensors with fixed splits.
 
     Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
@@ -35,6 +36,10 @@ def prepare(overrides: Overrides = None, params: Params = PARAMS) -> None:
     from advml.pipeline.stages import prepare as stage
 
     dataset = stage.run(context)
+    if as_json:
+        from advml.core.io import read_json
+
+        return say_json(read_json(context.workspace.prepared / "dataset.json", remedy="make it again with: advml prepare"))
     counts = ", ".join(f"{len(getattr(dataset, split).labels)} {split}" for split in ("train", "validation", "test"))
     skipped = f"; {len(dataset.skipped)} unreadable images left out" if dataset.skipped else ""
     ignored = f"; {dataset.ignored} other files left out" if dataset.ignored else ""
@@ -49,7 +54,6 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import pretrain as stage
-    from advml.recipes import REGIMES
 
     stage.run(context, scheme=scheme, phase=phase, seed=seed)
     regimes = [name for name, regime in REGIMES.items() if regime.pretraining == phase]

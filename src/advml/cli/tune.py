@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from advml.cli.options import PARAMS, ClusterOption, Scheme
+from advml.cli.options import PARAMS, ClusterOption, Phase, Regime, Scheme
 from advml.cli.searching import run
 from advml.core.messages import tell
 from advml.core.paths import Workspace
-from advml.recipes import PhaseName, RegimeName
 
 app = typer.Typer(
     help="Search for stronger attacks and better training. The same command goes on where an earlier one was stopped or killed.",
@@ -24,9 +23,9 @@ Overrides = Annotated[
 Params = Annotated[Path, typer.Option("--params", help="The configuration file; the searches stand in its section `tune`.")]
 Trials = Annotated[
     int | None,
-    typer.Option(min=1, help="Finished trials in all, of repeated commands, too.", show_default="as in params.yaml"),
+    typer.Option(min=1, help="Number of finished trials in all, those of repeated commands included.", show_default="as in params.yaml"),
 ]
-Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Trials at a time.")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Number of trials at a time.")]
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -35,10 +34,10 @@ Storage = Annotated[
         show_default="sqlite:///optuna.db",
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="Of the study.", show_default="says what is tuned")]
+Name = Annotated[str | None, typer.Option(help="Name of the study.", show_default="says what is tuned")]
 Replace = Annotated[bool, typer.Option("--replace", help="Throw away a study of this name that searched something else.")]
 Pareto = Annotated[bool, typer.Option("--pareto", help="Find the front of robust and clean accuracy, instead of keeping a floor.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the model.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the model.")]
 
 
 @app.command()
@@ -63,13 +62,13 @@ def attack(
     from advml.tuning.attack_search import AttackSearch
 
     search = AttackSearch.of(load(params, overrides or []), params.parent, model, autoattack=autoattack, name=name)
-    run(search, params, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
+    run(search, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
 
 
 @app.command()
 def finetune(
     scheme: Scheme,
-    regime: Annotated[RegimeName, typer.Argument(help="Partial-AT and Full-AT fine-tune under attack.", show_default=False)],
+    regime: Regime,
     seed: Seed = 0,
     trials: Trials = None,
     workers: Workers = 1,
@@ -92,7 +91,7 @@ def finetune(
 @app.command()
 def pretrain(
     scheme: Scheme,
-    phase: Annotated[PhaseName, typer.Argument(help="st: standard, at: adversarial.", show_default=False)],
+    phase: Phase,
     seed: Seed = 0,
     trials: Trials = None,
     workers: Workers = 1,
@@ -114,8 +113,8 @@ def pretrain(
 
 @app.command()
 def apply(
-    name: Annotated[str, typer.Argument(help="Of the study: a folder of reports/tune/.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(min=0, help="Which one of a front, that of --pareto.", show_default="the best")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the study: a folder of reports/tune/.", show_default=False)],
+    trial: Annotated[int | None, typer.Option(min=0, help="Trial to take of a front, that of --pareto.", show_default="the best")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the difference, change nothing.")] = False,
     params: Params = PARAMS,
 ) -> None:
@@ -173,4 +172,4 @@ def _train(
     search = TrainingSearch.of(load(params, overrides or []), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
         tell(f"left out, without effect here: {', '.join(search.left_out)}")
-    run(search, params, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)
+    run(search, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)

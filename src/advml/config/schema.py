@@ -57,7 +57,7 @@ def _after(pretraining: str) -> tuple[str, ...]:
 class Grid(Section):
     """Which models the study trains. AT, Partial-AT and Full-AT share one adversarial pretraining."""
 
-    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct] = means("supervised, contrastive (SimCLR), supervised contrastive (SupCon)")
+    schemes: Annotated[tuple[SchemeName, ...], Some, Distinct] = means(", ".join(scheme.described for scheme in SCHEMES.values()))
     standard_regimes: Annotated[tuple[Literal[_after("st")], ...], Short, Distinct] = means("after a standard pretraining")
     adversarial_regimes: Annotated[tuple[Literal[_after("at")], ...], Short, Distinct] = means("after an adversarial pretraining")
 
@@ -271,7 +271,7 @@ class Diagnostics(Section):
         "epsilons of the security curve, as multiples"
     )
     minimal: Literal[tuple(MINIMAL_NORMS)] | None = means(
-        "distances of nearest adversarial images, needs advml[foolbox]: fmn, ddn, cw", None
+        "distances of nearest adversarial images, needs advml[distances]: fmn, ddn, cw", None
     )
     minimal_steps: Steps = means("of that search", 100)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from advml.config.schema import Config
+from advml.config.schema import Tracking
 from advml.core.passwords import remember
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -42,18 +42,18 @@ class Place:
         return self.uri.startswith(("http://", "https://"))
 
 
-def locate(config: Config, *, root: Path) -> Place:
-    """The place that params.yaml, the environment or the default names; relative paths start at the root, in a DVC stage at DVC_ROOT."""
+def locate(tracking: Tracking, *, root: Path) -> Place:
+    """The store that params.yaml, the environment or the default names; relative paths start at the root, in a DVC stage at DVC_ROOT."""
     root = Path(root).resolve()
     base = Path(os.environ.get("DVC_ROOT") or root).resolve()  # a queue worker's own folder is temporary
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     remember(uri)
-    experiment = config.tracking.experiment
+    experiment = tracking.experiment
     folder = Path("mlruns", re.sub(r"[^\w.-]+", "_", experiment))
     if uri.startswith("sqlite:///"):
         database = base / unquote(uri.removeprefix("sqlite:///").partition("?")[0])
         return Place(sqlite_uri(database), experiment, root, database, database.parent / folder)
-    where, remedy = ("tracking.uri", "set it to null") if config.tracking.uri else ("MLFLOW_TRACKING_URI", "unset it")
+    where, remedy = ("tracking.uri", "set it to null") if tracking.uri else ("MLFLOW_TRACKING_URI", "unset it")
     artifacts = base / folder if "sql" in uri.partition(":")[0] else None
     return Place(uri, experiment, root, None, artifacts, _refused(uri, f"{where} = {uri}", remedy))
 

@@ -46,8 +46,9 @@ class Machine:
         return torch.amp.GradScaler(self.device.type if scales else "cpu", enabled=scales)
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float in [0, 1] on the device; channels last, which convolutions prefer."""
-        return (images.to(self.device, non_blocking=True).float() / 255).to(memory_format=torch.channels_last)
+        """uint8 (N, C, H, W), or float in [0, 1] -> float in [0, 1] on the device; channels last, which convolutions prefer."""
+        images = images.to(self.device, non_blocking=True)
+        return (images.float() if images.is_floating_point() else images.float() / 255).to(memory_format=torch.channels_last)
 
     def free_memory(self) -> int:
         """Bytes that the device, or on a CPU this process, can still take."""
@@ -98,6 +99,18 @@ def machine(runtime: config.Runtime) -> Machine:
     if device.type == "cuda" and ranks.count() == 1 and (seen := torch.cuda.device_count()) > 1:
         tell(f"note: {seen} GPUs are visible and one is used; to train a model on all: torchrun --nproc-per-node {seen} -m advml train ...")
     return Machine(device, runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
+
+
+@contextlib.contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Within: cuDNN takes the same kernels for the same shapes. After: its settings are as they were."""
+    settings = torch.backends.cudnn
+    before = settings.deterministic, settings.benchmark
+    settings.deterministic, settings.benchmark = True, False
+    try:
+        yield
+    finally:
+        settings.deterministic, settings.benchmark = before
 
 
 def derived_seed(*parts: object) -> int:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import unicodedata
@@ -14,6 +15,7 @@ from advml.core.passwords import masked
 
 LONGEST = 500  # characters
 HUGE = 50_000  # characters: of what is longer, words in the middle are left out before passwords are looked for
+OUTPUT = "ADVML_OUTPUT"  # variable: `quiet` or `verbose`, as -q and -v set it, for this process and those that it starts
 _BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn"}  # control characters, among them ESC; marks that turn the direction of writing; halves of pairs
 
@@ -30,8 +32,20 @@ def one_line(text: object, *, longest: int = LONGEST) -> str:
     return line if len(line) <= longest else _shortened(line, longest)
 
 
+def is_quiet() -> bool:
+    """Whether notes and progress are not wanted."""
+    return os.environ.get(OUTPUT) == "quiet"
+
+
+def is_verbose() -> bool:
+    """Whether more is wanted: resolved settings, tracebacks."""
+    return os.environ.get(OUTPUT) == "verbose"
+
+
 def tell(text: object) -> None:
-    """Print one line on stderr."""
+    """Print one line on stderr; where it is to be quiet, only errors and warnings."""
+    if is_quiet() and not str(text).startswith(("advml: ", "warning: ")):
+        return
     print(one_line(text), file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +21,19 @@ def pretraining_name(scheme: str, phase: str, seed: int) -> str:
 def model_name(scheme: str, regime: str, seed: int) -> str:
     """`CL-Full-AT-s0`."""
     return f"{scheme}-{regime}-s{seed}"
+
+
+def canonical(model: str) -> str:
+    """`cl-full-at` -> `CL-Full-AT-s0`: a study's model in any case, of seed 0 where none is named; anything else, also the name of a
+    pretraining (`CL-at-s0`), stays as it is.
+    """
+    regimes = "|".join(sorted(get_args(RegimeName), key=len, reverse=True))
+    parts = re.fullmatch(rf"({'|'.join(get_args(SchemeName))})-({regimes})(?:-s(\d+))?", model, flags=re.IGNORECASE)
+    if not parts or re.fullmatch(rf"[^a-z]+-({'|'.join(get_args(PhaseName))})-s\d+", model):
+        return model
+    known = {name.lower(): name for name in (*get_args(SchemeName), *get_args(RegimeName))}
+    scheme, regime = (known[part.lower()] for part in parts.groups()[:2])
+    return model_name(scheme, regime, int(parts[3] or 0))
 
 
 def checked_name(name: str, *, option: str = "--name") -> str:
@@ -125,11 +139,13 @@ def find_model(workspace: Workspace, model: str) -> Path:
     Raises:
         UserError: naming the models that exist.
     """
-    for folder in (Path(model), workspace.model(model), workspace.pretrained(model)):
+    for folder in (Path(model), workspace.model(model), workspace.pretrained(model), workspace.model(canonical(model))):
         if (folder / "model.json").is_file():
             return folder
     names = sorted(path.parent.name for path in workspace.models.glob("[!.]*/model.json"))
-    choices = f"choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
+    near = [] if canonical(model) != model else difflib.get_close_matches(model, names, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    choices = f"{meant}choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
     elsewhere = ":" in model or model in workspace.evaluations_of_given()
     only = " that advml has trained (models from elsewhere are for advml evaluate alone)" if elsewhere else ""
     raise UserError(f"there is no model {model!r}{only}; {choices}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from advml.core.messages import tell
+from advml.core.messages import is_quiet, tell
 
 BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
 
@@ -71,7 +71,7 @@ class Bar:
         self.bars = None
 
     def __enter__(self) -> Bar:
-        if not self.board and sys.stderr.isatty():
+        if not self.board and sys.stderr.isatty() and not is_quiet():
             self.bars = _bars()
             self.bars.start()
             self.task = self.bars.add_task(self.title, total=self.total, note="")
@@ -144,7 +144,7 @@ class Board:
     def __init__(self, *, total: int, folder: Path) -> None:
         self.total, self.folder, self.finished = total, folder, 0
         self.begun: dict[str, float] = {}
-        self.bars = _bars() if sys.stderr.isatty() else None
+        self.bars = _bars() if sys.stderr.isatty() and not is_quiet() else None
         self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Board:

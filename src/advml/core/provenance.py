@@ -50,14 +50,19 @@ def source_digest(stage: str | None = None) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
+def pipeline_file() -> Path:
+    """The dvc.yaml of these sources: that of a wheel is in the package, that of a checkout at its root."""
+    installed = PACKAGE / "dvc.yaml"
+    return installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml"
+
+
 def _sources(stage: str) -> list[Path]:
     """Files and folders of the package under the `deps` of a kind of stage; all, where dvc.yaml lacks it. Both of a pair have the same."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    installed = PACKAGE / "dvc.yaml"  # a wheel's; in a checkout it is at the root
     try:
-        stages = YAML(typ="safe").load(installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml")["stages"]
+        stages = YAML(typ="safe").load(pipeline_file())["stages"]
         deps = stages[stage if stage in stages else f"{stage}_st"]["deps"]
     except (OSError, YAMLError, KeyError, TypeError):
         return [PACKAGE]

@@ -43,8 +43,11 @@ PATIENCE = 120.0  # seconds that a process waits for the driver
 GONE = (EOFError, OSError)  # of a connection whose other end is
 
 
-class Lost(Exception):
+class Lost(Failure):
     """The process was killed, or its worker is gone."""
+
+    def __init__(self, text: str = "a process at work was killed (out of memory?); the same command goes on") -> None:
+        super().__init__(text)
 
 
 # In the process

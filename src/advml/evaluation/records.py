@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advml.core.errors import UserError
-from advml.core.io import read_json, sha256, to_json, write_atomically
+from advml.core.io import read_json, sha256, to_csv, to_json, write_atomically
 from advml.core.paths import Workspace
 
 MEASURING = ("evaluate", "represent")  # stages, in the order of their metrics
@@ -104,7 +102,7 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
     folder = workspace.report(TRANSFER)
     content = {"rule": rule, "seeds": list(blocks), **made_by} | ({} if blocks else {"reason": NO_PAIRS})
     text = to_json(content, indent=1)
-    for name, data in (("transfer.csv", _to_csv(transfer_rows(blocks))), ("transfer.png", picture)):
+    for name, data in (("transfer.csv", to_csv(transfer_rows(blocks)) if blocks else None), ("transfer.png", picture)):
         if data:
             write_atomically(folder / name, data)
         else:
@@ -113,16 +111,6 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
     digests = {name: digest for block in blocks for name, digest in block["digests"].items()}
     record = {"digests": digests, "transfer": sha256(text)}
     write_atomically(workspace.record(TRANSFER, MATRIX), to_json(record, indent=1))
-
-
-def _to_csv(table: list[dict[str, Any]]) -> bytes | None:
-    if not table:
-        return None
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return stream.getvalue().encode()
 
 
 def read_transfer(workspace: Workspace) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from advml.figures.style import ADVERSARIAL, ATTACKED, CLEAN, FULL, INK, MEANING, mark, styled
+from advml.recipes import REGIMES, SCHEMES
 
 Row = dict[str, Any]
 
@@ -34,8 +36,6 @@ MEASURES = (
     Measure("accuracy/threat_model_2", "threat model II", ATTACKED, INK),
     Measure(WORST, "worst case over all attacks", FULL, "white"),
 )
-ORDER = ("SL", "CL", "SCL", "ST", "AT", "Partial-AT", "Full-AT")
-TITLES = {"SL": "SL: supervised", "CL": "CL: contrastive", "SCL": "SCL: supervised contrastive"}
 BAR = 0.29
 SMALL = 12  # a bar of so few per cent has no room for its value
 
@@ -52,13 +52,13 @@ def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
             Metrics and models that are missing are left out.
         threat_model: what epsilon is, for the legend, e.g. "8/255 (L-infinity)".
     """
-    schemes, regimes = (_in_order([row[key] for row in rows]) for key in ("scheme", "regime"))
+    schemes, regimes = (_in_order(table, [row[key] for row in rows]) for table, key in ((SCHEMES, "scheme"), (REGIMES, "regime")))
     figure = Figure(figsize=(max(5.6, 0.8 + 2.4 * len(schemes)), 3.6), layout="constrained")
     panels = figure.subplots(1, max(1, len(schemes)), sharey=True, squeeze=False)[0]
     for axes, scheme in zip(panels, schemes, strict=False):
         models = {regime: [row for row in rows if (row["scheme"], row["regime"]) == (scheme, regime)] for regime in regimes}
         models = {regime: found for regime, found in models.items() if found}
-        _dress(axes, TITLES.get(scheme, scheme), list(models))
+        _dress(axes, f"{scheme}: {SCHEMES[scheme].title}" if scheme in SCHEMES else scheme, list(models))
         for group, found in enumerate(models.values()):
             for place, measure in enumerate(MEASURES):
                 top = _bar(axes, group + (place - 1) * BAR, found, measure)
@@ -87,10 +87,9 @@ def _sign(axes: Axes, x: float, top: float | None, sign: str) -> None:
         axes.annotate(sign, (x, top), (0, 10 if top < SMALL else 2), textcoords="offset points", annotation_clip=False, **style)
 
 
-def _in_order(names: list[str]) -> list[str]:
-    """Distinct names, the study's own first and in its order."""
-    distinct = dict.fromkeys(names)
-    return [name for name in ORDER if name in distinct] + [name for name in distinct if name not in ORDER]
+def _in_order(table: Iterable[str], names: list[str]) -> list[str]:
+    """Distinct names in the order of the table, then those that it lacks."""
+    return [name for name in dict.fromkeys((*table, *names)) if name in names]
 
 
 def _dress(axes: Axes, title: str, regimes: list[str]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from advml.figures.layers import LONGEST, stages
-from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
+from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, regime_colours, styled
 
 
 def _apart(begins: list[tuple[int, str]], distance: float) -> list[tuple[int, str]]:
@@ -63,16 +62,6 @@ class Curve:
     clean_adversarial: np.ndarray
     clean: Sequence[float]
     adversarial: Sequence[float]
-
-
-REGIME_COLOURS = {"ST": "#6b6b6b", "AT": "#e69f00", "Partial-AT": "#56b4e9", "Full-AT": "#0072b2"}
-OTHER_COLOURS = ("#cc79a7", "#009e73", "#d55e00", "#f0e442")
-
-
-def regime_colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every regime: those above have their own, others take OTHER_COLOURS in the order of their names."""
-    others = [name for name in dict.fromkeys(names) if name not in REGIME_COLOURS]
-    return REGIME_COLOURS | dict(zip(others, itertools.cycle(OTHER_COLOURS), strict=False))
 
 
 def _along(curve: Curve) -> np.ndarray:

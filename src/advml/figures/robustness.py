@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from advml.figures.curves import regime_colours
-from advml.figures.style import INK, QUIET, styled
+from advml.figures.style import INK, QUIET, regime_colours, styled
 from advml.figures.transfer import COLOURS, ink
 
 Point = Mapping[str, float]

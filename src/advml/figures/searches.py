@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from optuna.study import Study
+from optuna.trial import TrialState
+from optuna.visualization import matplotlib as plots
+
+from advml.figures.style import to_png
 
 PANEL, KEY, LEAST, HEIGHT = 2.6, 1.3, 8.0, 5.0  # inches
+
+
+def draw(study: Study, folder: Path, *, metrics: Sequence[str]) -> list[Path]:
+    """Write the figures that there are enough trials for, e.g. `slice.png`; returns the files.
+
+    Args:
+        metrics: names of the objectives; with two or more, their front is drawn too.
+    """
+    complete, written = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), []
+    if len({tuple(trial.values) for trial in complete}) < 2:
+        return written
+    matplotlib.use("agg")  # Optuna draws by pyplot, which would open windows
+    first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
+    drawings = {
+        "history": (plots.plot_optimization_history, first),
+        "importance": (plots.plot_param_importances, first),
+        "parallel": (plots.plot_parallel_coordinate, first),
+        "slice": (plots.plot_slice, first),
+    }
+    if len(metrics) > 1:
+        drawings["pareto"] = plots.plot_pareto_front, {"target_names": list(metrics)}
+    keys, title = len({key for trial in complete for key in trial.params}), f"{study.study_name}, {len(complete)} complete trials"
+    for name, (plot, options) in drawings.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
+            figure = legible(np.ravel(plot(study, **options))[0].figure, keys=keys, title=title)  # of the first axes: it may return many
+            written.append(folder / f"{name}.png")
+            written[-1].write_bytes(to_png(figure, dpi=120, whole=True))
+    return written
 
 
 def legible(figure: Figure, *, keys: int, title: str) -> Figure:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from advml.recipes import REGIMES
 
 # Marks beside figures that must not be taken as they stand, the same in tables and charts.
 
@@ -35,6 +38,8 @@ def mark(row: Mapping[str, Any]) -> str:
 # How all figures look, defined once. Nothing here uses pyplot: no global state, no window.
 
 P = ParamSpec("P")
+
+NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}
 
 INK, QUIET, GRID = "#222222", "#6b6b6b", "#e3e3e3"
 CLEAN, ATTACKED, FULL, ADVERSARIAL = "#c3cdd6", "#56b4e9", "#0072b2", "#d55e00"
@@ -62,6 +67,15 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
+
+
+# Of lines, a regime each, in the order of REGIMES.
+PALETTE = (QUIET, "#e69f00", ATTACKED, FULL, "#cc79a7", "#009e73", ADVERSARIAL, "#f0e442")
+
+
+def regime_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for every regime; a row of REGIMES has the same one whichever others are drawn."""
+    return dict(zip(dict.fromkeys((*REGIMES, *names)), itertools.cycle(PALETTE), strict=False))
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:

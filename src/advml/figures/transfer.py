@@ -12,12 +12,11 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from advml.figures.style import ADVERSARIAL, INK, QUIET, styled
+from advml.figures.style import ADVERSARIAL, INK, NORM_NAMES, QUIET, styled
 
 COLOURS = "cividis"
 CELL = 0.5  # inches
 CLEAN = "clean images"
-NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
 @styled
@@ -44,7 +43,7 @@ def transfer_matrices(blocks: Sequence[Mapping[str, Any]]) -> Figure:
 def _threat(blocks: Sequence[Mapping[str, Any]]) -> str:
     found = {(attack["norm"], f"{attack['epsilon']:.4g}") for block in blocks for attack in block["attacks"]}
     (norm, epsilon), *others = sorted(found)
-    return "attacks of different size: see transfer.json" if others else rf"{NORMS.get(norm, norm)}, $\epsilon$ = {epsilon}"
+    return "attacks of different size: see transfer.json" if others else rf"{NORM_NAMES[norm]}, $\epsilon$ = {epsilon}"
 
 
 def _matrix(axes: Axes, block: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ from advml.models import class_names
 from advml.models import weights as files
 from advml.models.adapter import REORDERED, WRAP, Foreign, fit
 from advml.models.backbones import create_encoder
-from advml.models.network import load_classifier, read_record
+from advml.models.memory_format import place
+from advml.models.network import Network, load_classifier, read_record
 from advml.models.normalization import KNOWN, NONE, Constants, constants
 
 
@@ -98,6 +99,24 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
         raise UserError(
             f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
         )
+    return _fitted(given, wishes, dataset, device)
+
+
+def of_module(
+    network: nn.Module, wishes: Wishes = Wishes(), *, name: str = "model", dataset: Dataset, device: torch.device | str = "cpu"
+) -> Given:
+    """The same of a module in memory, which stays as it is but for eval mode, device and, of a network of ours, the layout of its weights.
+
+    Raises:
+        UserError: it does not map the images to a logit per class.
+    """
+    ours = isinstance(network, Network)
+    given = Given(name, place(network, device) if ours else network, _digest(network), {"module": type(network).__qualname__})
+    return _fitted(given if ours else replace(given, constants=NONE), wishes, dataset, device)
+
+
+def _fitted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
+    """The model as it will be measured."""
     given = _placed(given, device)
     if given.constants is not None:
         given = _adapted(given, wishes, dataset, device)

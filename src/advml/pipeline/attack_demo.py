@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -17,13 +17,10 @@ from advml.core.io import write_atomically
 from advml.core.paths import find_model
 from advml.data.images import decode
 from advml.figures.example import draw, quoted
-from advml.figures.style import to_png
+from advml.figures.style import NORM_NAMES, to_png
 from advml.models.network import load_classifier, read_record, under_attack
-from advml.report.table import NORM_NAMES
+from advml.pipeline.context import Context
 from advml.training.losses import cross_entropy
-
-if TYPE_CHECKING:
-    from advml.pipeline.context import Context
 
 
 def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> str:

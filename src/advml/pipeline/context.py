@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from advml.config import Config, digest
+from advml.config.store import Place, locate
 from advml.core.device import Machine, machine
 from advml.core.errors import UserError
 from advml.core.paths import Workspace
@@ -34,6 +35,10 @@ class Context:
     @cached_property
     def machine(self) -> Machine:
         return machine(self.config.runtime)
+
+    @cached_property
+    def tracking(self) -> Place:
+        return locate(self.config.tracking, root=self.workspace.root)
 
     @cached_property
     def dataset(self) -> datasets.Dataset:

@@ -54,6 +54,16 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
     return [name for name, outcome in ended.items() if outcome.ran]
 
 
+def reasons(root: Path) -> dict[str, list[str]]:
+    """The stages that `repro` would run, in order, each with what has changed, or with the stages that run before it.
+
+    Raises:
+        UserError: there is no pipeline here, or dvc.yaml is wrong.
+    """
+    plan, changed = _plan(root), _ask(root, "changes")
+    return {name: changed.get(name) or [f"after {', '.join(one for one in needs if one in changed)}"] for name, needs in plan.items()}
+
+
 def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any) -> dict[str, Outcome]:
     """Run the stages of the plan, as many at a time as there are slots; after a failure, wait for those at work only."""
     waiting, running, ended = list(plan), {}, {}
@@ -84,7 +94,12 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
 
 def _plan(root: Path) -> dict[str, list[str]]:
     """See `advml.engine.dvc_graph.plan`."""
-    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_graph"], cwd=root, capture_output=True, text=True, check=False)
+    return _ask(root, "plan")
+
+
+def _ask(root: Path, what: str) -> dict[str, list[str]]:
+    """What a function of `advml.engine.dvc_graph` returns."""
+    done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_graph", what], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         raise Failure("DVC was killed; the same command goes on")
     if done.returncode:

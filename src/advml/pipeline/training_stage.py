@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from advml import tracking
 from advml.core import ranks
-from advml.core.io import replace_folder, write_atomically
+from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.progress import Bar
 from advml.models import network
 from advml.pipeline.context import Context
@@ -36,6 +35,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
     With `reuse`, a folder that the very same inputs have made is taken as it is.
     """
+    device = context.machine.device  # where the processes of a training meet
     if not ranks.is_first():
         return _follow(context, job)
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
@@ -44,21 +44,19 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     if reuse and network.is_whole(job.folder) and not is_unfinished(scratch, inputs):
         made = network.read_record(job.folder)
         if made.get("inputs") == inputs:
-            ranks.any_of(True, context.machine.device)
+            ranks.any_of(True, device)
             return made
     checkpoint = Checkpoint(scratch, inputs)
-    ranks.any_of(False, context.machine.device)
+    ranks.any_of(False, device)
     runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
-    tracked = tracking.open_run(context.config, root=context.workspace.root, record=record, **runs)
+    tracked = tracking.open_run(context.tracking, record=record, **runs)
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
         checkpoint.note(run_id=run.id)
         history = _train(context, job, checkpoint, run, bar) if job.plan.task else []
         selected = checkpoint.load().best_epoch if history else None
         with replace_folder(job.folder) as folder:
             digest = network.save(job.plan.network, folder, {**record, "epoch": selected})
-        write_atomically(
-            context.workspace.report(job.name) / "history.json", (json.dumps(history, indent=1, allow_nan=False) + "\n").encode()
-        )
+        write_atomically(context.workspace.report(job.name) / "history.json", to_json(history, indent=1))
         tracking.log_model(run, job.folder, digest=digest)
     checkpoint.note(finished=True)
     ranks.barrier()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from zipfile import BadZipFile
 import numpy as np
 from matplotlib.figure import Figure
 
-from advml.config import Config
+from advml.config import Grid
 from advml.core.errors import UserError
+from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records
 from advml.figures.curves import Curve, curve_grid
@@ -64,22 +64,22 @@ def corruptions(rows: list[dict[str, Any]]) -> Figure | None:
 # The figures of the page, from the files of the study's models.
 
 
-def matrices(config: Config, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
+def matrices(grid: Grid, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
     """One matrix (a key of MATRICES) of every model of a seed: a line per scheme, a column per regime. None without any."""
     panels = []
-    for scheme in config.grid.schemes:
-        for regime in config.grid.regimes:
+    for scheme in grid.schemes:
+        for regime in grid.regimes:
             found = _read(workspace, model_name(scheme, regime, seed))
             panels.append(None if found is None else Heatmap(found[1][name], f"{scheme} {regime}", *[_names(found[0])] * 2))
-    columns = len(config.grid.regimes)
+    columns = len(grid.regimes)
     return heatmaps(panels, columns=columns, size=2.3) if any(panels) else None
 
 
-def curves(config: Config, workspace: Workspace, *, seed: int) -> Figure | None:
+def curves(grid: Grid, workspace: Workspace, *, seed: int) -> Figure | None:
     """Clean-adversarial CKA and probes of every layer of every model of a seed; None without any."""
     groups: dict[str, list[Curve]] = {}
-    for scheme in config.grid.schemes:
-        for regime in config.grid.regimes:
+    for scheme in grid.schemes:
+        for regime in grid.regimes:
             found = _read(workspace, model_name(scheme, regime, seed))
             if found:
                 groups.setdefault(scheme, []).append(_curve(regime, *found))
@@ -128,7 +128,7 @@ def _read(workspace: Workspace, model: str) -> tuple[dict[str, Any], dict[str, n
     if record is None or not is_of_model(workspace, model, record.get("digest")):
         return None
     try:
-        described = json.loads(Path(folder / "cka.json").read_text(encoding="utf-8"))
+        described = read_json(folder / "cka.json", needs=("layers",), remedy="measure again with: dvc repro")
         with np.load(represent.content(folder / "cka.npz", digest=record.get("cka")), allow_pickle=False) as stored:
             return described, {name: stored[name] for name in MATRICES}
     except (OSError, ValueError, KeyError, BadZipFile) as error:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
-from advml.config import Config
+from advml.config import Corruptions, Diagnostics, EvaluationAttack, Grid, ThreatModelSection
 from advml.core.paths import Workspace
 from advml.evaluation import records
 from advml.evaluation.flag_summary import flag_summary, transfer_flags
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
-from advml.figures.style import to_png
+from advml.figures.style import NORM_NAMES, to_png
 from advml.figures.transfer import transfer_matrices
+from advml.recipes import REGIMES, SCHEMES
 from advml.report import external_models, figures
 from advml.report import figures as drawn
 from advml.report import methods_table as how_made
-from advml.report.table import COLUMNS, NORM_NAMES, Row, cell, footnote
+from advml.report.table import COLUMNS, Row, cell, footnote
 
 REPRESENTATION = {  # column -> metric, and its number of digits
     "redundancy": "cka/redundancy",
@@ -31,10 +33,29 @@ REPRESENTATION = {  # column -> metric, and its number of digits
 }
 
 
-def render(config: Config, workspace: Workspace, table: list[Row], claims: Mapping[str, Any], *, provenance: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study that the page shows; `attacked`: norm and epsilon of the evaluation's attacks."""
+
+    grid: Grid
+    seeds: tuple[int, ...]
+    backbone: str
+    attacked: ThreatModelSection
+    evaluate: EvaluationAttack
+    diagnostics: Diagnostics
+    corruptions: Corruptions
+
+    @property
+    def threat_model(self) -> str:
+        """`0.15 (L-infinity)`."""
+        return f"{self.attacked.epsilon:.4g} ({NORM_NAMES[self.attacked.norm]})"
+
+
+def render(settings: Settings, workspace: Workspace, table: list[Row], claims: Mapping[str, Any], *, provenance: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
+        settings: of the study.
         table: the grid's rows.
         claims: the content of claims.json.
         provenance: `data`, `digest`, `remarks` on the data, `commit` (None: made outside of git), `version`.
@@ -42,16 +63,18 @@ def render(config: Config, workspace: Workspace, table: list[Row], claims: Mappi
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     found = records.read_transfer(workspace)
-    drawings = _figures(config, workspace, table, claims)
+    drawings = _figures(settings, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
     given = external_models.read(workspace)
     shown = external_models.of_data(given, provenance["digest"])
     made = _how(workspace, evaluated | shown, flags=transfer_flags(found))
-    drawings |= {"security": figures.security(table, evaluated, seed=config.seeds[0]), "corruptions": figures.corruptions(table)}
+    drawings |= {"security": figures.security(table, evaluated, seed=settings.seeds[0]), "corruptions": figures.corruptions(table)}
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
     return template.render(
-        config=config,
-        norm=NORM_NAMES[config.threat_model.norm],
+        settings=settings,
+        schemes=SCHEMES,
+        regimes=REGIMES,
+        norm=NORM_NAMES[settings.attacked.norm],
         accuracy_columns=list(COLUMNS),
         representation_columns=list(REPRESENTATION),
         rows=[_row(row) for row in table],
@@ -95,15 +118,14 @@ def _number(row: Row, metric: str) -> str:
     return f"{row[metric]:.{digits}f}{interval}"
 
 
-def _figures(config: Config, workspace: Workspace, table: list[Row], claims: Mapping[str, Any]) -> dict[str, Figure | None]:
-    seed = config.seeds[0]
-    threat = f"{config.attacked_epsilon:.4g} ({NORM_NAMES[config.threat_model.norm]})"
+def _figures(settings: Settings, workspace: Workspace, table: list[Row], claims: Mapping[str, Any]) -> dict[str, Figure | None]:
+    grid, seed = settings.grid, settings.seeds[0]
     return {
-        "accuracy": accuracy_chart(table, threat_model=threat),
+        "accuracy": accuracy_chart(table, threat_model=settings.threat_model),
         "claims": effects(claims["claims"]),
-        "clean": drawn.matrices(config, workspace, "clean", seed=seed),
-        "clean_adversarial": drawn.matrices(config, workspace, "clean_adversarial", seed=seed),
-        "curves": drawn.curves(config, workspace, seed=seed),
+        "clean": drawn.matrices(grid, workspace, "clean", seed=seed),
+        "clean_adversarial": drawn.matrices(grid, workspace, "clean_adversarial", seed=seed),
+        "curves": drawn.curves(grid, workspace, seed=seed),
     }
 
 

@@ -26,12 +26,30 @@ def record_of(workspace: Workspace, model: str) -> str:
     folder = find_model(workspace, model)
     with _reading(folder / "model.json") as record:
         lines = [f"{record['name']}   ({folder})", ""]
+        results = [*_figures(workspace, record), *_representation(workspace, record)]
+        lines += [*results, ""] if results else []
         lines += _block("made from", _origin(record))
         lines += _block("architecture", record["architecture"])
         lines += _block("parameters", flatten(record["parameters"]))
-        lines += _figures(workspace, record)
-        lines += _representation(workspace, record)
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n")
+
+
+def records_of(workspace: Workspace, model: str) -> dict[str, Any]:
+    """The same as data: `model` (model.json; None of a model from elsewhere), and the records `evaluate` and `represent`, None where
+    there is none of these weights.
+    """
+    if given := workspace.evaluations_of_given().get(model):
+        with _reading(given, again="measure again with: advml evaluate") as record:
+            return {"model": None, "evaluate": record, "represent": None}
+    folder = find_model(workspace, model)
+    with _reading(folder / "model.json") as made:
+        found: dict[str, Any] = {"model": made, "evaluate": None, "represent": None}
+        for stage in ("evaluate", "represent"):
+            path = workspace.record(stage, made["name"])
+            if path.is_file():
+                with _reading(path) as record:
+                    found[stage] = record if record["digest"] == made["digest"] else None
+        return found
 
 
 def _given(made: Path) -> str:

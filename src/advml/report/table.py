@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from advml.config import Config
+from advml.config import Grid
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records
@@ -15,8 +14,6 @@ from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
 
 Row = dict[str, Any]
-
-NORM_NAMES = {"linf": "L-infinity", "l2": "L2"}
 
 # Column of the printed table -> metric.
 COLUMNS: dict[str, str] = {
@@ -31,14 +28,14 @@ COLUMNS: dict[str, str] = {
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 
-def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
+def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Row]:
     """A row per evaluated model of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat.
 
     Raises:
         UserError: a metrics.json is damaged.
     """
     found = []
-    for seed, scheme, regime in itertools.product(configuration.seeds, configuration.grid.schemes, configuration.grid.regimes):
+    for seed, scheme, regime in itertools.product(seeds, grid.schemes, grid.regimes):
         name = model_name(scheme, regime, seed)
         path = workspace.report(name) / "metrics.json"
         if path.exists():
@@ -48,16 +45,6 @@ def grid_rows(configuration: Config, workspace: Workspace) -> list[Row]:
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
     return found
-
-
-def to_csv(table: list[Row]) -> str:
-    """The full table; a figure that a model does not have (threat model I of SL) is an empty cell."""
-    names = list(dict.fromkeys(key for row in table for key in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return stream.getvalue()
 
 
 def cell(row: Row, metric: str) -> str:

@@ -133,14 +133,22 @@ def _admin_password(folder: Path) -> tuple[str | None, str]:
 
 
 def _hash_of_admin(folder: Path) -> str | None:
-    """What MLflow keeps of the admin's password; None before the first start."""
+    """What MLflow keeps of the admin's password; None before the first start.
+
+    Raises:
+        UserError: the database of users is damaged.
+    """
     file = folder / USERS
     if not file.exists():
         return None
-    with contextlib.closing(sqlite3.connect(file)) as connection, contextlib.suppress(sqlite3.OperationalError):  # no tables yet
-        found = connection.execute("SELECT password_hash FROM users WHERE username = ?", (USER,)).fetchone()
-        return found[0] if found else None
-    return None
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            found = connection.execute("SELECT password_hash FROM users WHERE username = ?", (USER,)).fetchone()
+    except sqlite3.OperationalError:  # no tables yet
+        return None
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{file} is damaged ({error}); put a copy in its place, or remove it: all users but {USER} are gone then") from None
+    return found[0] if found else None
 
 
 def _backend(address: str | None, folder: Path) -> str:
@@ -169,7 +177,11 @@ def _backend(address: str | None, folder: Path) -> str:
             f"--backend holds a password, which the list of processes shows to all users; set {BACKEND} instead, or use ~/.pgpass"
         )
     if url.get_backend_name() == "sqlite":
-        return sqlite_uri(Path(url.database or "").resolve())
+        file = Path(url.database or "").resolve()
+        if file.is_dir() or not file.parent.is_dir():
+            why = f"{file} is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+            raise UserError(f"--backend {masked(address)}: {why}; name a file in one that exists, e.g. sqlite:///mlflow.db")
+        return sqlite_uri(file)
     try:
         engine.connect().close()
     except sqlalchemy.exc.SQLAlchemyError as error:

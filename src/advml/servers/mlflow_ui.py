@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from advml.config import Config
+from advml.config.store import Place
 from advml.core.errors import Failure, UserError
 from advml.core.passwords import masked
 from advml.tracking import store as stores
@@ -42,14 +42,13 @@ COLUMNS = {
 }
 
 
-def link(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 5000) -> str:
+def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
     """The address of the experiment's table of results in the UI: a local one on `host` and `port`, or the tracking server's.
 
     Raises:
         UserError: MLflow writes nothing to the store that is configured, or the server does not take user or password.
         Failure: the store is a local one, and cannot be opened.
     """
-    place = stores.locate(config, root=root)
     base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{shown_host(host)}:{port}"
     try:
         store = stores.connect(place)
@@ -73,13 +72,12 @@ def _save_view(store: stores.Store) -> None:
         store.client.set_experiment_tag(store.experiment, VIEW, json.dumps(view))
 
 
-def command(config: Config, *, root: Path, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
+def command(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
     """Command and environment of a local UI on the store that `link` links to; None where a server has one of its own.
 
     Raises:
         UserError: MLflow writes nothing to the store that is configured.
     """
-    place = stores.locate(config, root=root)
     if place.refused:
         raise UserError(place.refused)
     if place.is_server:

@@ -7,7 +7,6 @@ pass every batch once, however many panels they are in.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from advml import config
 from advml.core.device import Machine
 from advml.core.errors import UserError
+from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
 from advml.data.datasets import Split
 from advml.models.network import Network
@@ -127,8 +127,7 @@ def stored(workspace: Workspace) -> Stored | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        described = json.loads((folder / "cka.json").read_text(encoding="utf-8"))
+        record, described = (read_json(file, remedy="measure again with: advml compare") for file in (path, folder / "cka.json"))
         if not described["panels"] or record["cka"] is None:
             return None
         found = Stored(read(represent.content(folder / "cka.npz", digest=record["cka"]), described), described, record["digests"])

@@ -7,7 +7,6 @@ execution order, the probes, and how everything was measured.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 from advml import config
 from advml.core.device import Machine
 from advml.core.errors import UserError
+from advml.core.io import sha256
 from advml.data.datasets import Dataset, Split
 from advml.evaluation.intervals import wilson
 from advml.models.network import Network
@@ -252,7 +252,7 @@ def content(path: Path, *, digest: str | None) -> io.BytesIO:
         found = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); measure again with: dvc repro") from None
-    if hashlib.sha256(found).hexdigest() != digest:
+    if sha256(found) != digest:
         raise UserError(f"{path} is not the file that its record tells of; measure again with: dvc repro, or advml represent and compare")
     return io.BytesIO(found)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from advml.config import Config
 from advml.core.io import modified, read_csv, read_json, sha256
 from advml.core.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
@@ -159,9 +158,8 @@ def _in(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def log_result(config: Config, what: str | Path, *, root: Path) -> None:
+def log_result(place: stores.Place, what: str | Path) -> None:
     """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
-    place = stores.locate(config, root=root)
     chosen = [_comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
     stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
 

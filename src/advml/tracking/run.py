@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
-from advml.config import Config, flatten
+from advml.config import flatten
 from advml.core.processes import this_process
 from advml.core.provenance import dvc_stage, git_commit
 from advml.core.signals import deferred
@@ -241,7 +241,7 @@ class Run:
                 self.tags[key] = value
 
 
-def open_run(config: Config, *, root: Path, record: Record, run_id: str | None = None, discarded: str | None = None) -> Run:
+def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, discarded: str | None = None) -> Run:
     """Start the run of a training, or go on with one that was killed, `run_id`. Never raises: without a store the run does nothing.
 
     The record is what model.json will hold; `discarded` a run of other inputs, which a process that is gone has left RUNNING.
@@ -252,7 +252,7 @@ def open_run(config: Config, *, root: Path, record: Record, run_id: str | None =
             store.client.set_terminated(discarded, "KILLED")
         return Run.begin(store, record, run_id=run_id)
 
-    if (run := stores.attempt(stores.locate(config, root=root), begin)) is None:
+    if (run := stores.attempt(place, begin)) is None:
         run = Run(None, None)
         run.id = run_id  # kept in the caller's state, so that a later resume finds its run again
     return run

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from advml.config import Config
 from advml.core.io import sha256
 from advml.core.paths import SEARCH_FILES
 from advml.tracking import store as stores
@@ -82,7 +81,7 @@ class SearchRun(Run):
             self.set_tags({"advml.files": sha256(*written), DIGEST: sha256(*written)})
 
 
-def open_search(config: Config, *, root: Path, name: str, identity: str, tags: Mapping[str, Any], params: Mapping[str, Any]) -> SearchRun:
+def open_search(place: stores.Place, *, name: str, identity: str, tags: Mapping[str, Any], params: Mapping[str, Any]) -> SearchRun:
     """Start the parent run of a study, or go on with the one that an earlier command has begun for a study of this `identity`."""
     record = {"name": name, "kind": "search", "parameters": params}
 
@@ -90,4 +89,4 @@ def open_search(config: Config, *, root: Path, name: str, identity: str, tags: M
         begun = store.find(study=identity)
         return SearchRun.begin(store, record, tags={**tags, "study": identity}, run_id=begun and begun.info.run_id)
 
-    return stores.attempt(stores.locate(config, root=root), begin) or SearchRun(None, None)
+    return stores.attempt(place, begin) or SearchRun(None, None)

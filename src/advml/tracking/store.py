@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
-from advml.config import Config
-from advml.config.store import Place, locate, prepare, sqlite_uri
+from advml.config.store import Place, prepare, sqlite_uri
 from advml.core.errors import UserError
 from advml.core.messages import one_line, tell
 from advml.core.passwords import masked
@@ -47,13 +46,12 @@ class Store:
         return found[0] if found else None
 
 
-def warn_if_unusable(config: Config, *, root: Path) -> None:
+def warn_if_unusable(place: Place) -> None:
     """One line for a store that MLflow does not write to, and for a server that is down, before hours of work.
 
     Raises:
         Denied: a server does not take user or password.
     """
-    place = locate(config, root=root)
     try:
         if place.refused or place.is_server:
             connect(place)

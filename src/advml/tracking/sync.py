@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from advml.config import Config
 from advml.core.errors import Failure, UserError
 from advml.core.io import modified, read_json
 from advml.core.paths import Workspace
@@ -14,7 +13,7 @@ from advml.tracking.results import REMEDY, complete, log_model, log_parts, resul
 from advml.tracking.run import DIGEST, PROCESS, Run
 
 
-def sync(config: Config, *, root: Path) -> list[str]:
+def sync(place: stores.Place) -> list[str]:
     """Make the store complete: a run for every trained model and for every result in `reports/`, with all that the stages log.
 
     Runs are known by the name and the sha256 of a folder's weights, or of a result's files; what belongs to a model's run, by the sha256
@@ -25,7 +24,6 @@ def sync(config: Config, *, root: Path) -> list[str]:
     Raises:
         UserError, Failure: a file is damaged; the store cannot be opened or written to.
     """
-    place = stores.locate(config, root=root)
     workspace = Workspace(place.root)
     # Pretraining first, so that models find the runs they link to.
     folders = [path.parent for stage in (workspace.pretrained(""), workspace.models) for path in sorted(stage.glob("*/model.json"))]
@@ -40,9 +38,9 @@ def sync(config: Config, *, root: Path) -> list[str]:
         raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
 
 
-def log_folder(config: Config, folder: Path, *, root: Path) -> None:
+def log_folder(place: stores.Place, folder: Path) -> None:
     """Log what a stage has just written about the trained model in `folder`: `sync`, of this one. Never raises for the store's sake."""
-    stores.attempt(stores.locate(config, root=root), lambda store: _log_folder(store, folder))
+    stores.attempt(place, lambda store: _log_folder(store, folder))
 
 
 def _log_folder(store: stores.Store, folder: Path) -> bool:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from advml.core.errors import UserError
+from advml.core.io import read_json
 from advml.core.paths import Workspace, checked_name
 from advml.tuning.outputs import BEST
 
@@ -33,24 +31,22 @@ def proposal(workspace: Workspace, name: str, *, trial: int | None = None) -> di
         UserError: there is none, or it is damaged; or it is a front, and none of its trials is chosen.
     """
     path = workspace.reports / "tune" / checked_name(name, option="the study") / BEST
-    try:
-        read = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        front = {int(one["trial"]): one["parameters"] for one in read.get("front", [])}
-        best, only = read.get("trial"), read["parameters"]
-    except FileNotFoundError:
+    if not path.exists():
         known = sorted(other.parent.name for other in workspace.reports.glob(f"tune/*/{BEST}"))
         choices = f"choose from {', '.join(known)}" if known else "make one with: advml tune finetune CL Full-AT"
-        raise UserError(f"there is no proposal {name!r}; {choices}") from None
-    except (YAMLError, KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path} is damaged; write it again with the command that made it") from None
+        raise UserError(f"there is no proposal {name!r}; {choices}")
+    remedy = "write it again with the command that made it"
+    best = read_json(path, needs=("parameters",), remedy=remedy)
+    try:
+        front = {int(one["trial"]): dict(one["parameters"]) for one in best.get("front", [])}
+        only = dict(best["parameters"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged (parameters must be sections of `key: value`); {remedy}") from None
     if front and trial not in front:
         raise UserError(f"{name} proposes a front; choose one of its trials: --trial {', '.join(map(str, front))}")
-    if not front and trial not in (None, best):
-        raise UserError(f"{name} proposes trial {best} alone; leave --trial out")
-    chosen = front[trial] if front else only
-    if not isinstance(chosen, dict):
-        raise UserError(f"{path}: parameters must be a section of `key: value`")
-    return chosen
+    if not front and trial not in (None, best.get("trial")):
+        raise UserError(f"{name} proposes trial {best.get('trial')} alone; leave --trial out")
+    return front[trial] if front else only
 
 
 def warnings(changes: dict[str, Any]) -> list[str]:

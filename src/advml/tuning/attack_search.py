@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import optuna
@@ -25,117 +24,90 @@ from advml.tuning.space import Values
 KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start", "keep")
 
 
-def passes(*, steps: int, restarts: int, keep: str) -> dict[str, int]:
+def passes(*, steps: int, restarts: int, keep: str, **_: Any) -> dict[str, int]:
     """Forward and backward passes of an attack for an image that nothing breaks.
 
     A restart of n steps takes n of each, one more forward pass if the best iterate is kept, for the value of the last one, and one for
     the prediction. All of them count: an attack with many restarts would get the latter for nothing otherwise.
     """
-    return {"forward": restarts * (steps + _besides(keep)), "backward": restarts * steps}
+    return {"forward": restarts * (steps + 1 + (keep == "best")), "backward": restarts * steps}
 
 
-def steps_within(most: int, *, restarts: int, keep: str) -> int:
+def steps_within(most: int, *, restarts: int, keep: str, **_: Any) -> int:
     """Steps of each restart so that all together stay within `most` passes; 0: there are too many restarts for that."""
-    return max(0, (most // restarts - _besides(keep)) // 2)
-
-
-def _besides(keep: str) -> int:
-    """Forward passes of a restart beside those of its steps."""
-    return 1 + (keep == "best")
+    return max(0, (most // restarts - 1 - (keep == "best")) // 2)
 
 
 @dataclass(frozen=True)
 class AttackSearch(Search):
     """The attack that leaves a model least accuracy at a fixed number of forward and backward passes."""
 
-    config: Config
-    root: Path
     folder: Path  # of the model
-    autoattack: bool = True
-    chosen_name: str | None = None
+    once: tuple[str, ...]
     kind = "attack"
+    work = "advml.tuning.attack_trial"
     directions = ("minimize",)
 
     @classmethod
     def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = True, name: str | None = None) -> AttackSearch:
         """Raises UserError: there is no such model, or the space is wrong."""
-        search = cls(configuration, root.resolve(), find_model(Workspace(root), model).resolve(), autoattack, name)
-        checked_name(search.name)
-        if search.budget < configuration.evaluate.restarts:
+        folder = find_model(Workspace(root), model).resolve()
+        name = checked_name(name or f"attack-{folder.name}")
+        search = cls(folder, ("autoattack",) if autoattack else (), config=configuration, root=root.resolve(), name=name)
+        if search.spec.budget < configuration.evaluate.restarts:
             raise UserError(
-                f"tune.attack.budget = {search.budget} has no step for each of evaluate.restarts = {configuration.evaluate.restarts}"
+                f"tune.attack.budget = {search.spec.budget} has no step for each of evaluate.restarts = {configuration.evaluate.restarts}"
             )
         spaces.check(search.space, search.accept, section="tune.attack.space")
         return search
 
     @property
-    def name(self) -> str:
-        return self.chosen_name or f"attack-{self.folder.name}"
-
-    @property
-    def once(self) -> tuple[str, ...]:
-        return ("autoattack",) if self.autoattack else ()
-
-    @property
-    def work(self) -> ModuleType:
-        from advml.tuning import attack_trial
-
-        return attack_trial
-
-    @property
-    def budget(self) -> int:
-        """Steps times restarts of the default."""
-        return self.spec.budget or self.config.evaluate.steps * self.config.evaluate.restarts
+    def spec(self) -> Any:
+        """`tune.attack`, whose budget, the steps times restarts of the default, is that of `evaluate` where it is null."""
+        spec, own = self.config.tune.attack, self.config.evaluate
+        return spec.model_copy(update={"budget": spec.budget or own.steps * own.restarts})
 
     @property
     def passes(self) -> int:
         """Forward and backward passes of the default per image: no attack has more."""
-        spec = self.config.evaluate
-        return sum(passes(steps=self.budget // spec.restarts, restarts=spec.restarts, keep=spec.keep).values())
-
-    def steps(self, values: Values) -> int:
-        """Steps of each restart that the budget has room for."""
-        found = self.default() | values
-        return steps_within(self.passes, restarts=found["restarts"], keep=found["keep"])
-
-    def passes_of(self, values: Values) -> dict[str, int]:
-        """Forward and backward passes of an attack for an image that nothing breaks."""
-        found = self.default() | values
-        return passes(steps=self.steps(values), restarts=found["restarts"], keep=found["keep"])
+        default = self.default()
+        return sum(passes(steps=self.spec.budget // default["restarts"], **default).values())
 
     def default(self) -> Values:
         """The attack of `evaluate`, with as many steps as the budget allows."""
         spec = self.config.evaluate
-        steps = self.budget // spec.restarts
+        steps = self.spec.budget // spec.restarts
         ordinary = spec.step_size / self.config.attacked_epsilon if spec.step_size else 1.0 if steps == 1 else 2.5 / steps
         return {key: ordinary if key == "step_size" else getattr(spec, key) for key in KEYS}
+
+    def attack(self, values: Values) -> Values:
+        """All keys of the attack with these values, and the `steps` of each restart that the budget has room for."""
+        found = self.default() | values
+        return found | {"steps": steps_within(self.passes, **found)}
 
     def accept(self, values: Values) -> None:
         """Raises UserError unless such an attack exists within the budget."""
         if unknown := values.keys() - {*KEYS}:
             raise UserError(f"unknown key '{min(unknown)}'; choose from {', '.join(KEYS)}")
         changed(self.config, {f"evaluate.{key}": value for key, value in values.items()})
-        if not self.steps(values):
-            restarts = (self.default() | values)["restarts"]
-            raise UserError(
-                f"restarts = {restarts} leave none of them a step within the budget's {self.passes} forward and backward passes"
-            )
+        if not (attack := self.attack(values))["steps"]:
+            most = f"the budget's {self.passes} forward and backward passes"
+            raise UserError(f"restarts = {attack['restarts']} leave none of them a step within {most}")
 
     def proposal(self, values: Values) -> dict[str, Any]:
         """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
-        found = self.default() | values
-        given = {"steps": self.steps(values), **found, "step_size": found["step_size"] * self.config.attacked_epsilon}
-        if found["keep"] == self.config.evaluate.keep:
-            del given["keep"]
-        return {f"evaluate.{key}": value for key, value in given.items()}
+        attack = self.attack(values)
+        attack["step_size"] *= self.config.attacked_epsilon
+        return {f"evaluate.{key}": attack[key] for key in ("steps", *KEYS) if key != "keep" or attack[key] != self.config.evaluate.keep}
 
     def fingerprint(self) -> str:
         """Of the sources, too: random starts and what counts as broken follow from them."""
-        inputs = (dict(self.space), self.budget, self.spec.images, self.spec.batch_size, self.spec.seed)
-        threat = (self.config.threat_model.norm, self.config.attacked_epsilon)
+        spec, study = self.spec, self.config
+        inputs = (dict(spec.space), spec.budget, spec.images, spec.batch_size, spec.seed)
+        threat = (study.threat_model.norm, study.attacked_epsilon)
         model = digest_of(self.folder / "model.json", remedy="evaluate needs it, too")
-        subject = (*threat, self.default(), self.passes, self.config.evaluate.seed, model, data_digest(self.root))
-        return digest(*inputs, *subject, self.config.runtime.precision, source_digest("evaluate"))
+        subject = (*threat, self.default(), self.passes, study.evaluate.seed, model, data_digest(self.root))
+        return digest(*inputs, *subject, study.runtime.precision, source_digest("evaluate"))
 
     def pruner(self) -> optuna.pruners.BasePruner:
         """Stops a trial that the best one beats batch by batch, by the signed-rank test at p < 0.1 (Wilcoxon 1945)."""
@@ -145,8 +117,3 @@ class AttackSearch(Search):
 
     def tags(self) -> dict[str, Any]:
         return {"search": "attack", "model": self.folder.name}
-
-    def parameters(self) -> dict[str, Any]:
-        whole = super().parameters()
-        whole["tune"]["attack"]["budget"] = self.budget
-        return whole

@@ -7,6 +7,7 @@ and MLflow runs. Trials run in processes of the engine's slots.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,34 +19,33 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from advml import tracking
-from advml.config import Config
+from advml.config.store import locate
 from advml.core.errors import Failure, UserError
 from advml.core.messages import tell
 from advml.core.passwords import masked
 from advml.core.paths import Workspace, checked_name
 from advml.core.signals import deferred
 from advml.engine.cluster import connect
+from advml.engine.exclusive import this_process
 from advml.engine.fork_server import server
 from advml.engine.process_task import Call, Lost, Pool, call_here
 from advml.engine.stage_task import sent_environment
 from advml.tuning import outputs
 from advml.tuning import study as studies
-from advml.tuning.search import Search
+from advml.tuning.search import Search, on_bench
 from advml.tuning.space import show
-from advml.tuning.storage import address, alone, close, note_holder, told
-from advml.tuning.trial import Report, run_trial
-from advml.tuning.trial_state import ORIGIN, REASON, best_of, finished, scores
+from advml.tuning.storage import HOLDER, address, alone, close, told
+from advml.tuning.study import ORIGIN, REASON, best_of, finished, scores
 
-# What the fork server imports for the processes; the last ones are what Optuna and the figures import when they are first used.
+# What the fork server imports for the processes; the last one is what Optuna imports when it is first used.
 MODULES = (
-    *("advml.cli", "advml.tuning.attack_trial", "advml.tuning.training_trial", "advml.tuning.outputs", "advml.figures.style"),
-    *("optuna.importance", "optuna.visualization.matplotlib"),
+    *("advml.cli", "advml.tuning.attack_trial", "advml.tuning.training_trial", "advml.tuning.outputs", "advml.figures.searches"),
+    "optuna.importance",
 )
 POLL = 0.25  # seconds between two looks at a study without news
 HOPELESS = 5  # trials that all fail: so will the next
 # Attributes of the study: the winner's measurements, and those that do not depend on the winner
 CONFIRMED, MEASURED = "confirmed", "measured"
-KILLED = "the process that {} was killed (out of memory?); the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Outcome:
         best: None if no trial keeps the constraints, or none has run to its end.
     """
 
-    name: str
     folder: Path
     trials: list[FrozenTrial]
     best: FrozenTrial | None
@@ -67,13 +66,10 @@ class Outcome:
 
 def tune(
     search: Search,
-    config: Config,
-    workspace: Workspace,
     *,
     storage: str | None,
     trials: int,
     slots: int,
-    seed: int,
     replace: bool = False,
     cluster: str | None = None,
     watch: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None,
@@ -84,11 +80,8 @@ def tune(
 
     Args:
         search: what to search; checked.
-        config: for tracking, devices and the cluster.
-        workspace: of reports and scratch folders.
         storage: URL of the studies' database; None: optuna.db in the workspace.
         slots: trials at a time; a running scheduler has its own.
-        seed: of the samplers.
         replace: whether a study of this name that searched something else is thrown away.
         cluster: see `advml.engine.cluster.connect`.
         watch: given all trials again and again while they run.
@@ -97,6 +90,7 @@ def tune(
         Failure: all trials fail, or the database does.
     """
     checked_name(search.name)  # its folders are removed in the end
+    workspace = Workspace(Path(os.path.relpath(search.root)))  # as messages are to name it
     url, scratch = address(storage, root=workspace.root), workspace.scratch(f"tune/{search.name}").resolve()
     with contextlib.ExitStack() as stack:
         forks = stack.enter_context(server(workspace.root, MODULES)) if cluster is None else {}
@@ -110,15 +104,17 @@ def tune(
                 f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
                 f"give this one a name of its own: --name {search.name}-2, or let it write over them: --replace"
             )
-        note_holder(study)
+        study.set_user_attr(HOLDER, this_process())
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
-        about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": search.parameters()}
-        run = stack.enter_context(tracking.open_search(config, root=workspace.root, **about))
-        driver = Driver(search, study, run, workspace.root, scratch / identity, forks, check, trials, seed, watch)
+        params = {"tune": {search.kind: search.spec.model_dump(mode="json")}}
+        about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": params}
+        run = stack.enter_context(tracking.open_search(locate(search.config.tracking, root=workspace.root), **about))
+        driver = Driver(search, study, run, folder, scratch / identity, forks, check, trials, watch)
         try:
-            with connect(cluster, root=workspace.root, jobs=slots, options=config.cluster) as where:
-                driver.pool = Pool(where, workspace.root, forks | sent_environment(), config.runtime.device in ("auto", "cuda"))
+            with connect(cluster, root=workspace.root, jobs=slots, options=search.config.cluster) as where:
+                wants_gpu = search.config.runtime.device in ("auto", "cuda")
+                driver.pool = Pool(where, workspace.root, forks | sent_environment(), wants_gpu)
                 try:
                     driver.search_on()
                     driver.confirm()
@@ -127,7 +123,7 @@ def tune(
         except BaseException:
             so_far = driver.close()
             if so_far.best is not None:
-                best = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {so_far.folder}"
+                best = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {folder}"
                 tell(f"{search.name}: {len(so_far.trials)} of {trials} trials; {best}")
             raise
         outcome = driver.close()
@@ -140,6 +136,7 @@ class Driver:
     """The command at work on its study.
 
     Attributes:
+        folder: of the files that it leaves.
         scratch: of this very study: trials of another one of its name are numbered alike.
         forks: environment of processes that are forked from the server of imports.
         check: raises Failure if another command may have taken the study over.
@@ -149,12 +146,11 @@ class Driver:
     search: Search
     study: optuna.Study
     run: tracking.SearchRun
-    root: Path
+    folder: Path
     scratch: Path
     forks: dict[str, str]
     check: Callable[[], None]
     total: int
-    seed: int
     watch: Callable[[Sequence[FrozenTrial]], None]
     pool: Pool | None = None
     workers: dict[str, int] = field(default_factory=dict)  # address of each worker of the pool -> its slots
@@ -181,8 +177,8 @@ class Driver:
                 hopeless = len(ended) - earlier >= HOPELESS and all(trial.state == TrialState.FAIL for trial in ended)
                 wanted = 0 if hopeless else self.total - len(ended)
                 for _ in range(min(sum(self.workers.values()), wanted) - len(self.at_work)):
-                    trial = studies.next_trial(self.study, self.search, seed=self.seed)
-                    call = Call(self.pool, run_trial, self.search, dict(trial.params), self.scratch_of(trial))
+                    trial = studies.next_trial(self.study, self.search)
+                    call = Call(self.pool, on_bench, self.search, "trial", dict(trial.params), self.scratch_of(trial))
                     self.at_work[trial.number] = trial, call
                 self.watch(trials)
                 self.log(trials)  # while the processes work
@@ -200,8 +196,8 @@ class Driver:
             del self.at_work[number]
             studies.requeue_dead(self.study, alive={*self.at_work})
             return
-        if isinstance(news, Report):
-            call.answer(studies.note(trial, news))
+        if not call.is_finished:  # it is a report
+            call.answer(studies.note(trial, *news))
             return
         del self.at_work[number]
         studies.finish(self.study, trial, news)
@@ -245,24 +241,21 @@ class Driver:
             what = f"{self.search.name}: trial {best.number} has been confirmed on {has} further seeds"
             tell(f"{what}; confirming it on {wanted}" if wanted > has else f"{what}, more than confirm = {wanted}; they stay")
         if is_new or wanted > has:
-            found = self.measure(self.search.confirm, best.params)
+            found = self.measure("confirm", best.params)
             confirmed = {"trial": best.number, "times": known["times"] + is_new, "seeds": wanted, "of": found}
             self.study.set_user_attr(CONFIRMED, confirmed)
         for name in self.search.once:
             if name not in (measured := self.study.user_attrs.get(MEASURED, {})):
-                self.study.set_user_attr(MEASURED, measured | {name: self.measure(self.search.measure, name)})
+                self.study.set_user_attr(MEASURED, measured | {name: self.measure(name)})
 
-    def measure(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call it in a process of the pool."""
-        call = Call(self.pool, function, *arguments)
+    def measure(self, method: str, *values: Any) -> dict[str, Any]:
+        """Call a method of the search's bench in a process of the pool."""
+        call = Call(self.pool, on_bench, self.search, method, *values)
         while not call.is_ready(self.workers):
             with deferred():
                 self.look()
             self.wait()
-        try:
-            return call.take()
-        except Lost:
-            raise Failure(KILLED.format("measures")) from None
+        return call.take()
 
     def confirmed(self, best: FrozenTrial | None) -> dict[str, Any] | None:
         """What this command or an earlier one has measured of this winner."""
@@ -282,15 +275,12 @@ class Driver:
 
     def close(self) -> Outcome:
         """Write files and figures, and complete the runs."""
-        trials, folder = self.trials(), self.root / "reports" / "tune" / self.search.name
+        trials = self.trials()
         best = best_of(trials, self.search.directions)
         found = self.confirmed(best)
-        try:
-            files = call_here(self.forks, outputs.write, folder, self.search, trials, found)
-        except Lost:
-            raise Failure(KILLED.format("writes files and figures")) from None
+        files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found)
         self.log(trials)
         if best is not None:
             self.run.mark_best(best.number)
-        self.run.log_results(folder, files, scores(self.search.metrics, best) if best is not None else {})
-        return Outcome(self.search.name, folder, finished(trials), best, found, files)
+        self.run.log_results(self.folder, files, scores(self.search.metrics, best) if best is not None else {})
+        return Outcome(self.folder, finished(trials), best, found, files)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from ruamel.yaml import YAML
@@ -24,7 +21,7 @@ from advml.core.io import write_atomically
 from advml.core.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
-from advml.tuning.trial_state import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores
+from advml.tuning.study import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
@@ -35,15 +32,17 @@ HEADER = """\
 
 def write(folder: Path, search: Search, trials: Sequence[FrozenTrial], confirmed: dict[str, Any] | None) -> list[Path]:
     """Write everything that the trials of a study, all of them, can tell by now; returns the files."""
+    from advml.figures.searches import draw
+
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    study = optuna.create_study(directions=search.directions)
+    study = optuna.create_study(study_name=search.name, directions=search.directions)
     study.add_trials(trials)
     texts = {TRIALS: table(trials, search.metrics)}
     if best := best_of(trials, search.directions):
         texts[BEST] = HEADER.format(name=search.name) + proposal(search, study, best, confirmed)
     for name, text in texts.items():
         write_atomically(folder / name, text.encode())
-    return [*(folder / name for name in texts), *draw(folder, study, search)]
+    return [*(folder / name for name in texts), *draw(study, folder, metrics=search.metrics)]
 
 
 def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
@@ -51,16 +50,14 @@ def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: 
     trials = study.get_trials(deepcopy=False)
     default, front = default_of(trials), ranked(study.best_trials, search.directions)
 
-    def scored(trial: FrozenTrial) -> dict[str, Any]:
-        return {"parameters": search.proposal(trial.params), "scored": scores(search.metrics, trial)}
+    def about(trial: FrozenTrial) -> dict[str, Any]:
+        return {"parameters": search.proposal(trial.params), "trial": trial.number, "scored": scores(search.metrics, trial)}
 
     content = {
         "study": search.name,
-        **({"front": [{"trial": trial.number, **scored(trial)} for trial in front]} if len(search.metrics) > 1 else {}),
-        "parameters": search.proposal(best.params),
-        "trial": best.number,
+        **({"front": [about(trial) for trial in front]} if len(search.metrics) > 1 else {}),
+        **about(best),
         "values": dict(best.params),
-        "scored": scores(search.metrics, best),
         "default_scored": scores(search.metrics, default) if default else None,
         "trials": {
             "finished": len(finished(trials)),
@@ -100,31 +97,3 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
         figures = {"trial": trial.number, "state": name_of(trial), **scores(metrics, trial), "feasible": kept}
         writer.writerow(figures | trial.params | noted)
     return stream.getvalue()
-
-
-def draw(folder: Path, study: optuna.Study, search: Search) -> list[Path]:
-    """The figures that there are enough trials for."""
-    os.environ.setdefault("MPLBACKEND", "agg")  # no window
-    from optuna.visualization import matplotlib as plots
-
-    from advml.figures.searches import legible
-    from advml.figures.style import to_png
-
-    first = {"target": lambda trial: trial.values[0], "target_name": search.metrics[0]}
-    drawings = {
-        "history": (plots.plot_optimization_history, first),
-        "importance": (plots.plot_param_importances, first),
-        "parallel": (plots.plot_parallel_coordinate, first),
-        "slice": (plots.plot_slice, first),
-    }
-    if len(search.metrics) > 1:
-        drawings["pareto"] = plots.plot_pareto_front, {"target_names": list(search.metrics)}
-    complete, written = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), []
-    for name, (plot, options) in drawings.items() if len({tuple(trial.values) for trial in complete}) > 1 else ():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
-            axes = np.ravel(plot(study, **options))[0]  # of one or many
-            figure = legible(axes.figure, keys=len(search.space), title=f"{search.name}, {len(complete)} complete trials")
-            (folder / f"{name}.png").write_bytes(to_png(figure, dpi=120, whole=True))
-        written.append(folder / f"{name}.png")
-    return written

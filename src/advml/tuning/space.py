@@ -17,7 +17,6 @@ from advml.core.errors import UserError
 
 Space = Mapping[str, Mapping[str, Any]]  # key -> {kind: ends or choices}, as `config.Dimension` has checked it
 Values = dict[str, Any]  # key -> value
-Distributions = dict[str, BaseDistribution]
 
 KINDS: dict[str, Callable[[Any], BaseDistribution]] = {
     "float": lambda ends: FloatDistribution(*ends),
@@ -27,7 +26,7 @@ KINDS: dict[str, Callable[[Any], BaseDistribution]] = {
 }
 
 
-def distributions(space: Space) -> Distributions:
+def distributions(space: Space) -> dict[str, BaseDistribution]:
     """Optuna's distribution of every key."""
     return {key: KINDS[kind](argument) for key, dimension in space.items() for kind, argument in dimension.items()}
 
@@ -67,12 +66,8 @@ def show(values: Values) -> str:
     return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
 
 
-def outside(values: Values, space: Space) -> dict[str, Any]:
-    """The values that the space does not contain: a search cannot start from them."""
-    return {key: values.get(key) for key, spread in distributions(space).items() if not _contains(spread, values.get(key))}
-
-
-def _contains(spread: BaseDistribution, value: Any) -> bool:
+def holds(spread: BaseDistribution, value: Any) -> bool:
+    """Whether a search can start from this value."""
     try:
         return spread._contains(spread.to_internal_repr(value))
     except (TypeError, ValueError):  # null in a range of numbers, or no such choice

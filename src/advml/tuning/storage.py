@@ -15,13 +15,13 @@ from optuna.storages._rdb.models import NOT_FOUND_MSG
 
 from advml.core.errors import Failure, UserError
 from advml.core.passwords import masked, remember
-from advml.engine.exclusive import SESSION_LOCKS, at_work, exclusive, session_lock, this_process
+from advml.engine.exclusive import SESSION_LOCKS, at_work, exclusive, session_lock
 
 SQLITE = "sqlite:///"
-CONNECT_TIMEOUT = 10  # seconds
-HOLDER = "driver"  # attribute of a study: the process that works on it, or has
+TIMEOUT = {"connect_timeout": 10}  # seconds
+HOLDER = "driver"  # attribute of a study: the process that works on it, or has; for `alone`
 # Drivers that know the option connect_timeout -> how they are installed
-DRIVERS = {"psycopg": "advml[postgres]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
+DRIVERS = {"psycopg": "advml[server]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
 
 
 def address(url: str | None, *, root: Path) -> str:
@@ -66,6 +66,12 @@ def _without_waiting_for_the_disk(connection: sqlite3.Connection, _: object) -> 
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+def _timeout(url: str) -> dict[str, int]:
+    """How long a server may take to answer, unless the URL says so."""
+    parsed = sqlalchemy.make_url(url)
+    return TIMEOUT if parsed.get_driver_name() in DRIVERS and not parsed.query.keys() & TIMEOUT else {}
+
+
 @contextlib.contextmanager
 def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
     """Hold the lock of a study, of the whole file with SQLite; yields a function that raises Failure if the lock is lost.
@@ -88,11 +94,6 @@ def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
         yield told()(lambda: session.execute(sqlalchemy.text("SELECT 1")))
 
 
-def note_holder(study: optuna.Study) -> None:
-    """Write down who works on the study, for `alone`."""
-    study.set_user_attr(HOLDER, this_process())
-
-
 def close(study: optuna.Study) -> None:
     """Close the connections of a study."""
     study._storage.remove_session()
@@ -100,12 +101,11 @@ def close(study: optuna.Study) -> None:
 
 
 def _holder(url: str, name: str) -> str:
-    try:
-        study = optuna.load_study(study_name=name, storage=connect(url))
-    except KeyError:  # it has not begun yet
-        return "another process"
-    who = study.user_attrs.get(HOLDER, "another process")
-    close(study)
+    storage, who = connect(url), "another process"
+    with contextlib.suppress(KeyError):  # it has not begun yet
+        who = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(HOLDER, who)
+    storage.remove_session()
+    storage.engine.dispose()
     return who
 
 
@@ -138,9 +138,3 @@ def _reason(error: BaseException) -> str:
     """The first line of what the database said."""
     cause = error.__cause__ or error
     return (getattr(cause, "strerror", None) or str(getattr(cause, "orig", None) or cause).strip() or type(cause).__name__).split("\n")[0]
-
-
-def _timeout(url: str) -> dict[str, int]:
-    parsed = sqlalchemy.make_url(url)
-    given = parsed.get_driver_name() not in DRIVERS or "connect_timeout" in parsed.query
-    return {} if given else {"connect_timeout": CONNECT_TIMEOUT}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import optuna
@@ -16,7 +15,7 @@ from advml.core.paths import Workspace, checked_name, pretraining_name
 from advml.recipes import REGIMES, SCHEMES
 from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of, hyperband
-from advml.tuning.space import Space, Values
+from advml.tuning.space import Values
 
 # Where a phase leaves one of these null, the value of the study counts.
 INHERITED = {"epsilon": "threat_model.epsilon", "attack_steps": "attack.steps"}
@@ -29,18 +28,16 @@ class TrainingSearch(Search):
     Attributes:
         which: the phase (st, at) of a pretraining, or the regime of a fine-tuning.
         pareto: the front of robust and clean accuracy, instead of a floor for the latter.
-        left_out: keys of the space that have no effect here.
+        left_out: keys of params.yaml's space that have no effect here.
     """
 
-    config: Config
-    root: Path
     kind: Literal["pretrain", "finetune"]
     scheme: str
     which: str
     seed: int
     pareto: bool = False
-    chosen_name: str | None = None
     left_out: tuple[str, ...] = ()
+    work = "advml.tuning.training_trial"
 
     @classmethod
     def of(cls, configuration: Config, root: Path, *what: Any, seed: int, pareto: bool = False, name: str | None = None) -> TrainingSearch:
@@ -49,21 +46,19 @@ class TrainingSearch(Search):
         Raises:
             UserError: there is nothing to learn, nothing to start from, or the space is wrong.
         """
-        whole = cls(configuration, root.resolve(), *what, seed, pareto, name)
-        checked_name(whole.name)
-        scheme = SCHEMES[whole.scheme]
+        name = checked_name(name or f"{'-'.join(what)}-s{seed}{'-pareto' if pareto else ''}")
+        whole = cls(*what, seed, pareto, config=configuration, root=root.resolve(), name=name)
+        scheme, section = SCHEMES[whole.scheme], f"tune.{whole.kind}.space"
         if whole.kind == "finetune" and not REGIMES[whole.which].finetunes(scheme):
             able = ", ".join(name for name, regime in REGIMES.items() if regime.finetunes(scheme))
             raise UserError(f"{scheme.name} pretrains its classifier, so {whole.which} has nothing to fine-tune; choose from {able}")
         whole.check_keys()
         whole.start_digest()
-        search = replace(whole, left_out=tuple(key for key in whole.space if whole.is_idle(key)))
-        spaces.check(search.space, search.accept, section=f"tune.{search.kind}.space")
+        left_out = tuple(key for key in whole.space if whole.is_idle(key))
+        space = {key: dimension for key, dimension in whole.space.items() if key not in left_out}
+        search = replace(whole, left_out=left_out, config=changed(configuration, {section: space}))
+        spaces.check(search.space, search.accept, section=section)
         return search
-
-    @property
-    def name(self) -> str:
-        return self.chosen_name or f"{self.kind}-{self.scheme}-{self.which}-s{self.seed}{'-pareto' if self.pareto else ''}"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -76,16 +71,6 @@ class TrainingSearch(Search):
     @property
     def further_seeds(self) -> int:
         return self.spec.confirm
-
-    @property
-    def space(self) -> Space:
-        return {key: dimension for key, dimension in self.spec.space.items() if key not in self.left_out}
-
-    @property
-    def work(self) -> ModuleType:
-        from advml.tuning import training_trial
-
-        return training_trial
 
     @property
     def phase(self) -> str:

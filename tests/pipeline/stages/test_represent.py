@@ -28,7 +28,6 @@ from advml.pipeline.stages import compare, evaluate, finetune, pretrain, report,
 from advml.report import figures as drawn
 from advml.report.show import record_of
 from advml.tracking import results
-from advml.tracking import store as stores
 
 MODELS = (("CL", "AT"), ("CL", "Partial-AT"), ("CL", "Full-AT"), ("SL", "AT"))
 SMALL = ("similarity.batch_size=8", "similarity.probe_strengths=[0.1]", "similarity.layers=blocks")
@@ -71,7 +70,7 @@ def described(study, model: str) -> dict:
 
 
 def artifacts(study, name: str) -> dict[str, object]:
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     (run,) = [run for run in store.client.search_runs([store.experiment]) if run.info.run_name == name]
     waiting, found = [""], set()
     while waiting:
@@ -200,7 +199,7 @@ def test_the_run_carries_the_report_as_artifacts(measured):
 
 def dump(study, *overrides: str) -> dict[str, dict]:
     """All that a store holds of a study, by the names of runs; without times, ids and processes, which are those of the store."""
-    store = stores.connect(stores.locate(study.config(*overrides), root=study.root))
+    store = study.store(*overrides)
     client, records = store.client, store.client.search_runs([store.experiment])
     names = {run.info.run_id: run.info.run_name for run in records}
     found = {}
@@ -255,13 +254,13 @@ def test_sync_rebuilds_from_files_what_the_stages_have_logged(study, measured, t
     models = {*(f"{scheme}-{regime}-s0" for scheme, regime in MODELS), "CL-at-s0", "SL-at-s0"}
     assert set(live) == models | {"compare", "transfer", "study", "linear"}
     with drawing():
-        assert set(tracking.sync(study.config(uri), root=study.root)) == set(live)
+        assert set(tracking.sync(study.place(uri))) == set(live)
     rebuilt = dump(study, uri)
     for name in live:
         for part in live[name]:
             assert rebuilt[name][part] == live[name][part], f"{name}: {part}"
     for store, whole in ((first, live), (uri, rebuilt)):
-        assert tracking.sync(study.config(store), root=study.root) == [] and dump(study, store) == whole
+        assert tracking.sync(study.place(store)) == [] and dump(study, store) == whole
 
 
 def test_panels_of_the_grid_are_those_of_the_paper_that_have_models(measured):

@@ -28,7 +28,6 @@ from advml.evaluation.run_attacks import _Batch
 from advml.pipeline import training_stage
 from advml.pipeline.stages import evaluate, finetune, prepare, pretrain, report, represent, train
 from advml.tracking import results
-from advml.tracking import store as stores
 from advml.training.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).parents[3]
@@ -584,7 +583,7 @@ def test_every_phase_has_one_finished_run_linked_to_its_pretraining(make_study):
     study = make_study("study", *PLAIN)
     train.run(study.context(), scheme="CL", regime="ST", seed=0)
     assert study.runs() == [("CL-st-s0", "FINISHED"), ("CL-ST-s0", "FINISHED")]
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     pretraining, model = store.client.search_runs([store.experiment], order_by=["attributes.start_time ASC"])
     assert model.data.tags["advml.pretraining_run"] == pretraining.info.run_id
     assert (

@@ -18,7 +18,6 @@ from advml.data import adversarial
 from advml.evaluation import records
 from advml.evaluation.transfer import FLAG
 from advml.pipeline.stages import evaluate, finetune, pretrain, report, transfer
-from advml.tracking import store as stores
 
 QUICK = (
     "pretrain.SL.epochs=1",
@@ -91,7 +90,7 @@ def test_the_files_tell_what_was_scored_and_how(measured):
 
 
 def test_the_run_carries_table_and_picture(measured):
-    store = stores.connect(stores.locate(measured.config(), root=measured.root))
+    store = measured.store()
     (run,) = [run for run in store.client.search_runs([store.experiment]) if run.info.run_name == "transfer"]
     assert run.data.tags["advml.kind"] == "comparison" and "transfer_breaks/SL-AT-s1" in run.data.metrics
     found = {each.path for each in store.client.list_artifacts(run.info.run_id, "transfer")}
@@ -104,7 +103,7 @@ def test_the_runs_of_the_models_say_what_a_transfer_has_flagged_of_them(study, m
     real = transfer.describe
     monkeypatch.setattr(transfer, "describe", lambda found, *, seed: real(found, seed=seed) | {"flags": [flag] * (seed == 1)})
     transfer.run(study.context())
-    store = stores.connect(stores.locate(study.config(), root=study.root))
+    store = study.store()
     tags = {run.info.run_name: run.data.tags.get("advml.transfer_flags") for run in store.client.search_runs([store.experiment])}
     assert tags["SL-AT-s1"] == "transfer_stronger" and {tags["SL-Partial-AT-s1"], tags["SL-AT-s0"]} == {"none"}
 

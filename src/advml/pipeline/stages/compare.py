@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from advml import tracking
 from advml.core.errors import UserError
-from advml.core.io import to_json, write_atomically
+from advml.core.io import sha256, to_json, write_atomically
 from advml.core.messages import tell
 from advml.core.paths import find_model, home_of
 from advml.core.progress import Bar
@@ -54,7 +53,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     if not found:
         _nothing(out)
         if of_study:
-            _write_json(workspace.record("compare", "panels"), {"digests": {}, "cka": None})
+            write_atomically(workspace.record("compare", "panels"), to_json({"digests": {}, "cka": None}, indent=1))
         return None
     if spec.source != OWN and spec.source not in folders:  # a model of the grid that is in no panel
         folders[spec.source] = find_model(workspace, spec.source)
@@ -76,8 +75,8 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         digest = _write(out, compared, described | compare.describe(compared))
     if of_study:
         record = {"digests": {name: record["digest"] for name, record in records.items()}, "cka": digest}
-        _write_json(workspace.record("compare", "panels"), record)
-    tracking.log_result(context.config, out, root=workspace.root)
+        write_atomically(workspace.record("compare", "panels"), to_json(record, indent=1))
+    tracking.log_result(context.tracking, out)
     return compared
 
 
@@ -94,7 +93,7 @@ def _nothing(out: Path) -> None:
     """Say that there is nothing to compare, and take away what an earlier comparison has left."""
     for name in ("cka.npz", *(f"{kind}.png" for kind in KINDS)):
         (out / name).unlink(missing_ok=True)
-    _write_json(out / "cka.json", {"panels": [], "reason": NOTHING})
+    write_atomically(out / "cka.json", to_json({"panels": [], "reason": NOTHING}, indent=1))
 
 
 def _checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
@@ -156,14 +155,10 @@ def _write(out: Path, compared: compare.Comparison, described: Mapping[str, Any]
     """Write the files; returns the sha256 of cka.npz."""
     arrays = to_npz(compare.arrays(compared))
     write_atomically(out / "cka.npz", arrays)
-    _write_json(out / "cka.json", described)
+    write_atomically(out / "cka.json", to_json(described, indent=1))
     for kind in KINDS:
         write_atomically(out / f"{kind}.png", to_png(_figure(compared, kind)))
-    return hashlib.sha256(arrays).hexdigest()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, to_json(content, indent=1))
+    return sha256(arrays)
 
 
 def _figure(compared: compare.Comparison, kind: str) -> Any:

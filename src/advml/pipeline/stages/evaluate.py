@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from advml import config, tracking
+from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.core.io import discard
 from advml.core.messages import tell
@@ -17,6 +18,7 @@ from advml.core.progress import Bar
 from advml.core.result_cache import Memo, forget
 from advml.data import adversarial
 from advml.data.corruptions import cifar_c
+from advml.data.datasets import Dataset
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation import expectations, records, samples
 from advml.evaluation.attack_suite import attack_suite
@@ -52,11 +54,11 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
         return records.publish(workspace, name, digest=model["digest"])
     head = "from pretraining; the encoder has changed since" if REGIMES[regime].encoder_learns else "from pretraining"
     subject = evaluation.Subject(name, model["digest"], network)
-    found = evaluate(context, subject, _settings(context, SCHEMES[scheme], note=f"projection head: {head}"), parts)
+    found = evaluate(context, subject, settings(context.config, context.dataset, SCHEMES[scheme], note=f"projection head: {head}"), parts)
     about = {"model": name, "digest": model["digest"]}
     adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
     metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
-    tracking.log_folder(context.config, folder, root=workspace.root)
+    tracking.log_folder(context.tracking, folder)
     # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
     # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
     forget(scratch, "images")
@@ -85,27 +87,27 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
     if is_reserved(checked_name(name)):
         raise UserError(f"{name} is a name of this study, whose results would be written over; choose another: --name")
     parts, network = _parts(context, given.digest, given.origin), given.network.to(context.machine.device)
-    expected = _expected(context, given, network)
+    expected = expected_of(given, network, context.dataset, context.machine, batch_size=context.config.evaluate.batch_size)
     for flag in expected.flags:  # before the hours that it takes to attack the wrong model
         tell(f"warning: {name}: {flag.saw}; to try: {flag.try_}")
     subject = evaluation.Subject(name, given.digest, network, flags=expected.flags)
-    found = evaluate(context, subject, _settings(context, SCHEMES.get(given.scheme)), parts)
+    found = evaluate(context, subject, settings(context.config, context.dataset, SCHEMES.get(given.scheme or "")), parts)
     about = {"model": name, "digest": given.digest, "origin": given.origin}
     about |= {"trained_on": given.data, "classes": given.classes, "expected": expected.record}
     metrics = _write(context, found, about, parts, parameters=OF_GIVEN)
     for older in workspace.older_evaluations(name):
         older.unlink(missing_ok=True)
-    tracking.log_result(context.config, name, root=workspace.root)
+    tracking.log_result(context.tracking, name)
     discard(workspace.scratch(f"evaluate-{name}"))
     return metrics
 
 
-def _settings(context: Context, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:
+def settings(whole: config.Config, dataset: Dataset, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:
     """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, `note` on it for the record."""
-    whole, spec = context.config, context.config.evaluate
-    about = {"temperature": whole.temperature, "classes": len(context.dataset.classes), "note": note}
+    spec, classes = whole.evaluate, len(dataset.classes)
+    attacks = attack_suite(spec, whole.threat_model, whole.worst_case, scheme, temperature=whole.temperature, classes=classes, note=note)
     return evaluation.EvaluationSettings(
-        attacks=tuple(attack_suite(spec, whole.threat_model, whole.worst_case, scheme, **about)),
+        attacks=tuple(attacks),
         batch_size=spec.batch_size,
         seed=spec.seed,
         diagnostics=whole.diagnostics,
@@ -135,13 +137,13 @@ def _write(
     return records.write(context.workspace, "evaluate", record | context.made_by(context.parameters(*parameters)))
 
 
-def _expected(context: Context, given: Given, network: nn.Module) -> expectations.Expectations:
+def expected_of(given: Given, network: nn.Module, dataset: Dataset, machine: Machine, *, batch_size: int) -> expectations.Expectations:
     """Whether it seems to be measured on the images and labels that it expects; a network of ours says so itself."""
     if given.constants is None:
         return expectations.Expectations((), {})
-    size = context.config.evaluate.batch_size
-    about = {"constants": given.constants, "classes": given.classes}
-    return expectations.check_expectations(network, context.dataset, context.machine, **about, batch_size=size)
+    return expectations.check_expectations(
+        network, dataset, machine, constants=given.constants, classes=given.classes, batch_size=batch_size
+    )
 
 
 def _parts(context: Context, *model: object) -> dict[str, str]:
@@ -165,7 +167,7 @@ def _foolbox(minimal: str) -> str:
     try:
         return version("foolbox")
     except PackageNotFoundError:
-        remedy = 'install it with: pip install "advml[foolbox]", or set diagnostics.minimal: null'
+        remedy = 'install it with: pip install "advml[distances]", or set diagnostics.minimal: null'
         raise UserError(f"diagnostics.minimal = {minimal} needs foolbox; {remedy}") from None
 
 

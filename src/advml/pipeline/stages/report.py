@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from advml import __version__, tracking
 from advml.claims.testing import check
-from advml.config import Config
+from advml.config import ThreatModelSection
 from advml.core.errors import UserError
-from advml.core.io import to_json, write_atomically
+from advml.core.io import to_csv, to_json, write_atomically
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.pipeline.context import Context
@@ -17,22 +17,31 @@ from advml.report import table as tables
 def run(context: Context) -> list[tables.Row]:
     """Write `paths.REPORT_FILES` into `reports/`; returns the table's rows."""
     config, workspace, reports = context.config, context.workspace, context.workspace.reports
-    table = tables.grid_rows(config, workspace)
+    table = tables.grid_rows(config.grid, config.seeds, workspace)
     if not table:
         raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
-    # Whole, as the models' own parameters are; but for the addresses of stores, which change no result and may hold passwords.
-    claims = check(config, workspace) | context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))
+    attacked = ThreatModelSection(norm=config.threat_model.norm, epsilon=config.attacked_epsilon)
+    claims = check(
+        workspace, seeds=config.seeds, epsilon=config.threat_model.epsilon, attacked=attacked, others=config.similarity.epsilon_studies
+    )
+    # The whole configuration but for the addresses of stores, which change no result and may hold passwords.
+    claims |= context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))
     data = context.provenance["data"]
     about = {"data": data["source"], "digest": data["digest"], "remarks": context.remarks}
     about |= {"commit": context.provenance["git_commit"], "version": __version__}
-    write_atomically(reports / "summary.csv", tables.to_csv(table).encode())
+    settings = page.Settings(
+        grid=config.grid,
+        seeds=config.seeds,
+        backbone=config.model.backbone,
+        attacked=attacked,
+        evaluate=config.evaluate,
+        diagnostics=config.diagnostics,
+        corruptions=config.corruptions,
+    )
+    write_atomically(reports / "summary.csv", to_csv(table))
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
-    write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=_threat(config))))
+    write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=settings.threat_model)))
     write_atomically(reports / "claims.json", to_json(claims))
-    write_atomically(reports / "report.html", page.render(config, workspace, table, claims, provenance=about).encode())
-    tracking.log_result(config, "study", root=workspace.root)
+    write_atomically(reports / "report.html", page.render(settings, workspace, table, claims, provenance=about).encode())
+    tracking.log_result(context.tracking, "study")
     return table
-
-
-def _threat(config: Config) -> str:
-    return f"{config.attacked_epsilon:.4g} ({tables.NORM_NAMES[config.threat_model.norm]})"

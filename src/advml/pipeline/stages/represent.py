@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from advml import tracking
-from advml.core.io import write_atomically
+from advml.core.io import sha256, to_json, write_atomically
 from advml.core.paths import model_name
 from advml.core.progress import Bar
 from advml.data import adversarial
@@ -39,7 +38,7 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     record = of | {"data": context.dataset.digest, "inputs": inputs, "cka": cka, "metrics": measures}
     record |= {"parameters": context.parameters("similarity")}
     metrics = records.write(workspace, "represent", record | {"how": {key: described[key] for key in represent.HOW}})
-    tracking.log_folder(context.config, folder, root=workspace.root)
+    tracking.log_folder(context.tracking, folder)
     return metrics
 
 
@@ -47,7 +46,7 @@ def _write(folder: Path, measured: represent.Representation, described: dict[str
     """Write the files of one model; returns the sha256 of cka.npz."""
     arrays, names = to_npz(represent.arrays(measured)), [layer.name for layer in measured.layers]
     write_atomically(folder / "cka.npz", arrays)
-    write_atomically(folder / "cka.json", records.to_json(described, indent=1))
+    write_atomically(folder / "cka.json", to_json(described, indent=1))
     panels = [
         Heatmap(measured.cka(*pair), f"{pair[0]} with {pair[1]}", names, names, *(kind if pair[0] != pair[1] else "" for kind in pair))
         for pair in represent.MATRICES.values()
@@ -61,4 +60,4 @@ def _write(folder: Path, measured: represent.Representation, described: dict[str
         chance=chance,
     )
     write_atomically(folder / "layers.png", to_png(curves))
-    return hashlib.sha256(arrays).hexdigest()
+    return sha256(arrays)

@@ -41,7 +41,6 @@ def _block(context: Context, seed: int, names: list[str], bar: Bar) -> records.B
 
 
 def _log(context: Context, blocks: list[records.Block]) -> None:
-    workspace = context.workspace
     for name in (name for block in blocks for name in block["models"]):
-        tracking.log_folder(context.config, workspace.model(name), root=workspace.root)
-    tracking.log_result(context.config, "transfer", root=workspace.root)
+        tracking.log_folder(context.tracking, context.workspace.model(name))
+    tracking.log_result(context.tracking, "transfer")

@@ -1,0 +1,40 @@
+"""advml from Python: attack, evaluate, compare and train networks on tensors, without files, folders or a command line.
+
+Every function is also an attribute of the package, which imports this module when one of them is asked for:
+
+>>> import advml, torch
+>>> _ = torch.manual_seed(0)
+>>> images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 2
+>>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+>>> adversarial = advml.attack(model, images, labels, epsilon=8 / 255)
+
+Common to all of them: images are (N, C, H, W), float in [0, 1] or uint8; labels are int64 (N,). A model is any `torch.nn.Module` that maps
+float images in [0, 1] to logits (N, K), on any device, where the computing happens. Its modes, weights and gradients, the global random
+numbers and torch's settings are afterwards as they were. Nothing is printed unless `progress` asks for it. What the caller can mend
+raises `advml.UserError`, whose text is one line. The commands of the same names call the same functions of the packages below.
+"""
+
+from __future__ import annotations
+
+from advml.api.attack import attack
+from advml.api.evaluate import Evaluation, Interval, evaluate
+from advml.api.layers import LayerComparison, Probe, compare_layers, probe_layers
+from advml.api.models import load_model
+from advml.api.train import Trained, train
+from advml.core.errors import Failure, UserError
+
+__all__ = [
+    "load_model",
+    "attack",
+    "evaluate",
+    "compare_layers",
+    "probe_layers",
+    "train",
+    "Evaluation",
+    "Interval",
+    "LayerComparison",
+    "Probe",
+    "Trained",
+    "UserError",
+    "Failure",
+]

@@ -1,0 +1,159 @@
+"""The strict protocol of `advml evaluate` on any module and tensors or a DataLoader."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advml import config
+from advml.api.models import as_before, config_of, machine_of
+from advml.core.device import Machine, deterministic_kernels
+from advml.core.errors import UserError
+from advml.core.progress import Bar
+from advml.core.result_cache import Memo
+from advml.data.datasets import Split
+from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
+from advml.evaluation import evaluate as evaluation
+from advml.models import external
+from advml.models.adapter import READINGS, reading_of
+from advml.pipeline.stages.evaluate import expected_of, settings
+from advml.recipes import SCHEMES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Interval(NamedTuple):
+    """A share, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """What `evaluate` has measured; prints as a table.
+
+    Attributes:
+        figures: accuracies with 95 % intervals (Wilson), by name: `accuracy/clean`, `accuracy/threat_model_2` (PGD end to end), the same
+            with `_half` at half of epsilon, `accuracy/worst_case` (the images that survive all attacks), and what else was asked for.
+        verdicts: a row per image: `label`, `predicted`, `broken_by` (null: it survived), `broken_as`, `distance`, ...
+        flags: reasons not to believe a robust figure (gradient masking, wrong normalisation): `name`, `saw`, `try`.
+        judged: whether the probes behind the flags were run; without them no flag means nothing.
+        images: adversarial images of threat model II, (n, C, H, W) in [0, 1].
+        remarks: what was done to the model to measure it, a line each.
+        metrics: the figures, flat, as in metrics.json.
+        record: how each figure was made: attack, steps, seed, passes.
+    """
+
+    figures: Mapping[str, Interval]
+    verdicts: pa.Table
+    flags: tuple[dict[str, str], ...]
+    judged: bool
+    images: Tensor
+    remarks: tuple[str, ...]
+    metrics: Mapping[str, float]
+    record: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.figures))
+        lines = [f"{name:{width}}  {figure}" for name, figure in self.figures.items()]
+        lines += [f"! {flag['name']}: {flag['saw']}; to try: {flag['try']}" for flag in self.flags]
+        if not self.flags:
+            lines.append("no flag" if self.judged else "not judged: no probes were run")
+        return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor | Batches,
+    labels: Tensor | None = None,
+    *,
+    epsilon: float | None = None,
+    norm: Literal["linf", "l2"] | None = None,
+    params: str | Path | config.Config = "cifar10",
+    overrides: Sequence[str] = (),
+    corruptions: bool = False,
+    scheme: str | None = None,
+    validation: Labelled | None = None,
+    classes: int | Sequence[str] | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """The protocol of `advml evaluate`: PGD, a cascade with AutoAttack's attacks, and probes for gradient masking.
+
+    Args:
+        model: maps float images in [0, 1] to logits; measured in eval mode. Normalisation belongs inside, or into `mean` and `std`.
+        images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
+        labels: (N,) true classes, where `images` is a tensor.
+        epsilon: radius of the ball; None: that of `params`, 8/255 by default.
+        norm: "linf" or "l2"; None: that of `params`.
+        params: whose settings: a params.yaml, a preset ("cifar10": AutoAttack's standard strength; "digits", "smoke"), or a loaded one.
+        overrides: `key=value` strings as after `-S`, such as "worst_case.attacks=[]" or "diagnostics.images=0".
+        corruptions: also the common corruptions that `params` asks for; they need images of 256 grey levels.
+        scheme: of a network of advml with its projection head, "CL" or "SCL": threat model I is measured too.
+        validation: (images, labels) by which a wrong normalisation or order of classes is noticed; None: those that are measured.
+        classes: number or names of classes; None: the number of logits.
+        mean, std: of the normalisation that the model expects, as after `--mean` and `--std`: "imagenet", "0.5", ...
+        progress: draw a bar, or print lines, on stderr.
+    Raises:
+        UserError: images, labels or settings do not fit, or the model gives no logit per class.
+
+    Example:
+        >>> quick = ["worst_case.attacks=[]", "diagnostics.images=0", "evaluate.steps=5"]
+        >>> measured = advml.evaluate(model, images, labels, epsilon=0.1, overrides=quick)
+        >>> sorted(measured.figures)[:3]
+        ['accuracy/clean', 'accuracy/threat_model_2', 'accuracy/threat_model_2_half']
+        >>> measured.figures["accuracy/worst_case"].value <= measured.figures["accuracy/clean"].value
+        True
+        >>> measured.verdicts.num_rows, measured.judged
+        (40, False)
+    """
+    changed = {"threat_model.epsilon": epsilon, "threat_model.norm": norm}
+    asked = [*overrides, *(f"{key}={value}" for key, value in changed.items() if value is not None)]
+    chosen = config_of(params, asked if corruptions else [*asked, "corruptions.names=none"])
+    require(scheme is None or scheme in SCHEMES, f"scheme = {scheme!r}; choose from {', '.join(SCHEMES)}")
+    test, machine = labelled(images, labels), machine_of(model, chosen.runtime.precision)
+    if chosen.corruptions.names and test.images.is_floating_point():
+        raise UserError("corruptions = True needs images of 256 grey levels, and some lie between them; give uint8 images")
+    with as_before(model), deterministic_kernels():
+        names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or _logits(model, test, machine))]
+        dataset = replace(dataset_of(test, test if validation is None else checked(*validation), names), test=test)
+        wishes = external.Wishes(mean=mean, std=std)
+        given = external.of_module(model, wishes, dataset=dataset, device=machine.device)
+        expected = expected_of(given, given.network, dataset, machine, batch_size=chosen.evaluate.batch_size)
+        subject = evaluation.Subject(given.name, given.digest, given.network, flags=expected.flags)
+        asked_for = settings(chosen, dataset, SCHEMES.get(scheme or ""))
+        with Bar("evaluate", total=asked_for.parts * len(test)) if progress else contextlib.nullcontext() as bar:
+            watch = {"on_progress": bar.reach} if bar else {}
+            found = evaluation.evaluate(subject, dataset, asked_for, machine, memo=Memo(), **watch)
+    diagnosis = found.record["diagnostics"]
+    figures = {
+        name: Interval(value, found.metrics[f"{name}/low"], found.metrics[f"{name}/high"])
+        for name, value in found.metrics.items()
+        if f"{name}/low" in found.metrics
+    }
+    judged = "evidence" in diagnosis
+    return Evaluation(figures, found.samples, tuple(diagnosis["flags"]), judged, found.images, given.remarks, found.metrics, found.record)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, split: Split, machine: Machine) -> int:
+    """How many classes the model tells apart; one logit tells two."""
+    output = model(machine.images(split.images[:2]))
+    reading = reading_of(output)
+    require(reading is not None, f"the model returns {type(output).__name__}, in which logits are looked for as {', '.join(READINGS)}")
+    assert reading is not None
+    logits = READINGS[reading](output)
+    return 2 if logits.ndim == 1 or logits.shape[1] == 1 else int(logits.shape[1])

@@ -1,0 +1,152 @@
+"""What the layers of any modules have in common, and what can be read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor, nn
+
+from advml.api.models import BATCH, as_before, machine_of
+from advml.core.device import deterministic_kernels
+from advml.core.errors import UserError
+from advml.data.tensors import Batches, Labelled, checked, images_of, require
+from advml.similarity import cka, probes
+from advml.similarity.layers import Layer
+from advml.similarity.layers import layers as layers_of
+from advml.similarity.probes import Probe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class LayerComparison:
+    """Linear CKA of every layer of one model with every layer of another (Nguyen et al. 2021, unbiased, over batches).
+
+    Attributes:
+        matrix: (L1, L2), near 1: the same up to rotation and scale, near 0: unrelated; NaN: a layer is constant.
+        rows, columns: names of the layers, in the order in which they execute.
+        images: number of images measured.
+        left_out: number of images in batches of fewer than 4, for which the estimator is not defined.
+        similarity: per batch, for intervals.
+    """
+
+    matrix: np.ndarray
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    images: int
+    left_out: int
+    similarity: cka.Similarity
+
+    def plot(self, *, title: str = "CKA between layers", row_label: str = "", column_label: str = "") -> Figure:
+        """The matrix as a heat map from 0 to 1, the first layers below on the left: a matplotlib figure, which notebooks show."""
+        from advml.figures.layers import Heatmap, heatmaps
+
+        return heatmaps([Heatmap(self.matrix, "", self.rows, self.columns, row_label, column_label)], title=title, columns=1, size=4.0)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        from advml.figures.style import to_png
+
+        return to_png(self.plot())
+
+
+def compare_layers(
+    first: nn.Module,
+    second: nn.Module,
+    images: Tensor | Batches,
+    other_images: Tensor | Batches | None = None,
+    *,
+    layers: Sequence[str] = ("all",),
+    batch_size: int = 100,
+) -> LayerComparison:
+    """CKA between the layers of two models, or of one model on two kinds of images.
+
+    Args:
+        first: its layers are the rows. Any modules that take the images will do; they need not give logits.
+        second: its layers are the columns; may be `first` itself.
+        images: (N, C, H, W), or batches of images or of (images, ...).
+        other_images: what `second` sees, the same images in the same order, e.g. attacked; None: the very same.
+        layers: "all", "blocks" (residual, transformer blocks), or patterns of names such as "layer3.*".
+        batch_size: images per batch of the estimator, at least 4; batches that are given stay as they are.
+    Raises:
+        UserError: no layer is called so, too few images, or batches of different sizes.
+
+    Example:
+        >>> compared = advml.compare_layers(model, model, images, batch_size=20)
+        >>> compared.rows, compared.images, bool(compared.matrix[1, 1].round(6) == 1)
+        (('0', '1'), 40, True)
+    """
+    models = {"first": first, "second": second}
+    machine = machine_of(first)
+    with as_before(first), as_before(second), deterministic_kernels():
+        pairs = zip(images_of(images, batch_size), images_of(images if other_images is None else other_images, batch_size), strict=True)
+        batches = [{("first", ""): one, ("second", ""): other} for one, other in pairs]
+        largest = max(batches, key=lambda batch: len(batch["first", ""]), default=None)
+        require(
+            largest is not None and len(largest["first", ""]) >= cka.SMALLEST_BATCH,
+            f"CKA needs batches of {cka.SMALLEST_BATCH} images or more",
+        )
+        assert largest is not None
+        rows = {name: tuple(layers_of(one, machine.images(largest[name, ""][:2]), select=layers)) for name, one in models.items()}
+        keys = (("first", ""), ("second", ""))
+        try:
+            shown = ({key: machine.images(batch[key]) for key in keys} for batch in batches)
+            similarity = cka.measure(models, rows, shown, pairs=[keys])
+        except ValueError as error:
+            raise UserError(f"compare_layers: {error}") from None
+    names = [tuple(layer.name for layer in rows[name]) for name in models]
+    return LayerComparison(similarity.cka(*keys), names[0], names[1], sum(similarity.sizes), similarity.left_out, similarity)
+
+
+def probe_layers(
+    model: nn.Module,
+    train: Labelled,
+    validation: Labelled,
+    tests: Mapping[str, Labelled],
+    *,
+    layers: Sequence[str] = ("all",),
+    strengths: Sequence[float] = (0.01, 0.1, 1.0),
+    batch_size: int = BATCH,
+) -> dict[str, Probe]:
+    """How well a linear classifier reads the class from each layer, whose features are averaged over space.
+
+    Args:
+        model: any module that takes images.
+        train: (images, labels) on which each probe is fitted: multinomial logistic regression with an L2 penalty.
+        validation: chooses the penalty.
+        tests: by name, e.g. {"clean": (images, labels), "adversarial": (attacked, labels)}.
+        layers: as in `compare_layers`.
+        strengths: inverse penalties to choose from.
+        batch_size: images in a forward pass.
+    Returns:
+        By layer, in the order in which they execute, a `Probe`: `accuracy` by name of the test, and how it was fitted.
+    Raises:
+        UserError: no layer is called so, or images and labels do not fit.
+
+    Example:
+        >>> split = images[:20], labels[:20]
+        >>> probe = advml.probe_layers(model, split, split, {"clean": (images, labels)})["1"]
+        >>> sorted(probe.accuracy), probe.converged
+        (['clean', 'validation'], True)
+    """
+    machine = machine_of(model)
+    splits = {"train": checked(*train), "validation": checked(*validation)} | {f"test {name}": checked(*one) for name, one in tests.items()}
+    with as_before(model), deterministic_kernels():
+        rows: list[Layer] = layers_of(model, machine.images(splits["train"].images[:2]), select=layers)
+        features = {
+            name: probes.pooled_features(model, rows, map(machine.images, split.images.split(batch_size))) for name, split in splits.items()
+        }
+
+    def of(name: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return features[name][number], splits[name].labels.cpu().numpy()
+
+    return {
+        layer.name: probes.fit(
+            of("train", number), of("validation", number), {name: of(f"test {name}", number) for name in tests}, strengths=strengths
+        )
+        for number, layer in enumerate(rows)
+    }

@@ -1,0 +1,117 @@
+"""One scheme and regime on tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from advml import config
+from advml.api.models import config_of
+from advml.core.device import Machine, deterministic_kernels
+from advml.core.paths import model_name
+from advml.core.progress import Bar
+from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
+from advml.models import network
+from advml.models.memory_format import place
+from advml.models.network import Network
+from advml.pipeline import plans
+from advml.recipes import REGIMES, SCHEMES
+from advml.training.checkpoint import Checkpoint
+from advml.training.trainer import batches_per_epoch, fit
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What `train` has made.
+
+    Attributes:
+        model: in eval mode; maps float images in [0, 1] to logits (N, K).
+        name: e.g. `CL-Full-AT-s0`.
+        pretraining, finetuning: a record per epoch: `epoch`, `train/loss`, `validation/...`; empty where nothing was to be learnt.
+    """
+
+    model: Network
+    name: str
+    pretraining: list[dict[str, float]]
+    finetuning: list[dict[str, float]]
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.safetensors and model.json into a folder, which `load_model` reads."""
+        network.save(self.model, Path(folder), {"name": self.name})
+
+
+def train(
+    scheme: str,
+    regime: str,
+    images: Tensor | Batches,
+    labels: Tensor | None = None,
+    *,
+    validation: Labelled,
+    classes: int | Sequence[str] | None = None,
+    params: str | Path | config.Config = "digits",
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Trained:
+    """Pretrain and fine-tune one model, as `advml train SCHEME REGIME` does: the same data and settings give the same weights.
+
+    Args:
+        scheme: "SL" supervised, "CL" contrastive (SimCLR), "SCL" supervised contrastive (SupCon).
+        regime: "ST", "AT", "Partial-AT" or "Full-AT".
+        images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
+        labels: (N,) classes, where `images` is a tensor.
+        validation: (images, labels) on which the epoch is selected. There is no test split here: keep one for `evaluate`.
+        classes: number or names; None: one more than the largest label.
+        params: whose settings: a params.yaml, a preset ("digits", "smoke", "cifar10", ...), or a loaded one.
+        overrides: `key=value` strings as after `-S`, such as "model.backbone=resnet18" or "pretrain.CL.epochs=5".
+        seed: of weights, batches, views and random starts.
+        device: "cpu", "cuda", ...
+        folder: keeps the state of unfinished training, so that the same call goes on after an interruption; None: a temporary one.
+        progress: draw bars, or print lines, on stderr.
+    Raises:
+        UserError: images, labels or settings do not fit, or the backbone cannot be trained on these images.
+        Failure: the loss is not finite.
+
+    Example:
+        >>> quick = ["pretrain.SL.epochs=1", "attack.steps=1", "regimes.Full-AT.epochs=1"]
+        >>> trained = advml.train("SL", "Full-AT", images, labels, validation=(images, labels), overrides=quick)
+        >>> trained.name, trained.model(images).shape, len(trained.finetuning)
+        ('SL-Full-AT-s0', torch.Size([40, 2]), 1)
+    """
+    require(scheme in SCHEMES, f"scheme = {scheme!r}; choose from {', '.join(SCHEMES)}")
+    require(regime in REGIMES, f"regime = {regime!r}; choose from {', '.join(REGIMES)}")
+    chosen, learnt, selecting = config_of(params, overrides), labelled(images, labels), checked(*validation)
+    names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or int(learnt.labels.max()) + 1)]
+    dataset = dataset_of(learnt, selecting, names)
+    phase, machine = REGIMES[regime].pretraining, Machine(torch.device(device), chosen.runtime.precision)
+    with deterministic_kernels(), tempfile.TemporaryDirectory() as temporary:
+
+        def run(plan: plans.Plan, stage: str) -> list[dict[str, float]]:
+            if not plan.task:
+                return []
+            inputs = config.digest(chosen.model_dump(mode="json"), dataset.digest, scheme, regime, seed, stage)
+            checkpoint = Checkpoint(Path(folder or temporary) / stage, inputs)
+            total = batches_per_epoch(dataset, plan.phase) * plan.phase.epochs
+            with Bar(f"{stage} {scheme} {regime}", total=total) if progress else contextlib.nullcontext() as bar:
+
+                def show(epoch: int, done: int, loss: float) -> None:
+                    if bar:
+                        bar.reach(total * (epoch - 1) // plan.phase.epochs + done, f"loss {loss:.3f}")
+
+                return fit(plan, dataset, machine, checkpoint=checkpoint, on_batch=show)[1]
+
+        first = plans.pretraining(chosen, dataset, scheme=scheme, phase=phase, seed=seed)
+        pretraining = run(first, "pretrain")
+        start = place(copy.deepcopy(first.network), machine.device)
+        second = plans.finetuning(chosen, dataset, machine, start, scheme=scheme, regime=regime, seed=seed)
+        finetuning = run(second, "finetune")
+    return Trained(second.network.eval().requires_grad_(True), model_name(scheme, regime, seed), pretraining, finetuning)

@@ -1,0 +1,83 @@
+"""Images and labels that a caller holds in memory, checked and put into the form of a prepared dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advml.core.errors import UserError
+from advml.data.datasets import Dataset, Split, channel_statistics
+from advml.data.prepared import digest
+
+Batches = Iterable[Any]  # of images, or of (images, labels, ...), such as a DataLoader
+Labelled = tuple[Tensor, Tensor]  # images, labels
+
+
+def require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise UserError(otherwise)
+
+
+def checked(images: Tensor, labels: Tensor | None = None) -> Split:
+    """Images (N, C, H, W), as uint8 where they are grey levels, and labels (N,), zeros where there are none; on the CPU.
+
+    Raises:
+        UserError: they do not fit one another, or leave their range.
+    """
+    require(
+        isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0, f"images must be a tensor (N, C, H, W), not {_kind(images)}"
+    )
+    images = images.detach().cpu()
+    if images.dtype != torch.uint8:
+        require(images.is_floating_point(), f"images are {images.dtype}; give floats in [0, 1], or uint8")
+        images = images.float()
+        low, high = float(images.min()), float(images.max())
+        require(low >= 0 and high <= 1, f"images reach from {low:g} to {high:g}; they must lie in [0, 1], before any normalisation")
+        levels = (255 * images).round()
+        if torch.equal(levels / 255, images):
+            images = levels.to(torch.uint8)
+    if labels is None:
+        return Split(images, torch.zeros(len(images), dtype=torch.int64))
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool and labels.shape == (len(images),)
+    require(whole, f"labels must be whole numbers ({len(images)},), not {_kind(labels)}")
+    labels = labels.detach().cpu().long()
+    require(int(labels.min()) >= 0, f"labels reach down to {int(labels.min())}; classes are numbered from 0")
+    return Split(images, labels)
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def labelled(images: Tensor | Batches, labels: Tensor | None) -> Split:
+    """From tensors, or from batches of (images, labels)."""
+    if isinstance(images, Tensor):
+        require(labels is not None, "labels are missing; give them beside the images, or batches of (images, labels)")
+        return checked(images, labels)
+    require(labels is None, "labels stand in the batches already; give images as one tensor, or no labels")
+    batches = list(images)
+    pairs = all(isinstance(batch, Sequence) and len(batch) >= 2 for batch in batches)
+    require(bool(batches) and pairs, "images must be a tensor, or batches of (images, labels)")
+    return checked(torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches]))
+
+
+def images_of(images: Tensor | Batches, batch_size: int) -> Iterator[Tensor]:
+    """Images in batches; of batches that are given, what comes first in each."""
+    if isinstance(images, Tensor):
+        require(batch_size >= 1, f"batch_size = {batch_size} must be at least 1")
+        yield from checked(images).images.split(batch_size)
+    else:
+        yield from (checked(batch if isinstance(batch, Tensor) else batch[0]).images for batch in images)
+
+
+def dataset_of(train: Split, validation: Split, classes: Sequence[str]) -> Dataset:
+    """The splits as the packages below take them; validation stands in for a test split, which nothing here selects by."""
+    names, largest = tuple(classes), int(max(train.labels.max(), validation.labels.max()))
+    require(largest < len(names), f"label {largest} is of no class: there are {len(names)}, numbered from 0")
+    levels = train.images if train.images.dtype == torch.uint8 else (255 * train.images).round().to(torch.uint8)
+    mean, std = channel_statistics(levels)
+    found = digest({"train": train, "validation": validation, "test": validation}, names)
+    return Dataset(train, validation, validation, classes=names, source="tensors", digest=found, mean=mean, std=std)

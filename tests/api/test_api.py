@@ -1,0 +1,244 @@
+"""advml from Python: the examples run, figures and weights are those of the commands, and nothing else changes."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import advml
+from advml import api
+from advml.core.errors import UserError
+from advml.models import external
+from advml.pipeline.stages import evaluate as evaluate_stage
+from advml.pipeline.stages import train as train_stage
+
+MODULES = ("advml.api", *(f"advml.api.{name}" for name in ("attack", "evaluate", "layers", "models", "train")))
+QUICK = ("worst_case.attacks=[]", "diagnostics.images=0", "evaluate.steps=3")
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict[str, object]:
+    """The names that the examples of the functions go on with: those of the module's own."""
+    example = doctest.DocTestFinder(recurse=False).find(api, "api", globs={})[0]
+    doctest.DocTestRunner().run(example, clear_globs=False)
+    return example.globs
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_of_the_api_run(module, examples):
+    found = doctest.testmod(importlib.import_module(module), extraglobs=examples)
+    assert not found.failed
+
+
+def test_importing_the_package_imports_no_torch_and_its_names_are_those_of_the_api():
+    code = "import sys, advml; assert 'torch' not in sys.modules; print(' '.join(sorted(dir(advml))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {*api.__all__, "__version__"}
+    assert all(getattr(advml, name) is getattr(api, name) for name in api.__all__)
+    assert all(getattr(api, name).__doc__ for name in api.__all__)
+    with pytest.raises(AttributeError, match="atack"):
+        advml.atack  # noqa: B018
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """Linear, in training mode, with a dropout, which only eval mode switches off."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 4)).train()
+
+
+def images_of(split) -> tuple[torch.Tensor, torch.Tensor]:
+    return split.images.float() / 255, split.labels
+
+
+# Attack
+
+
+def test_the_attack_on_a_linear_model_gains_epsilon_times_the_dual_norm(model):
+    """For two classes the margin is linear: within the ball, and away from the box, its change has a closed form."""
+    binary, images, epsilon = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), torch.rand(6, 1, 8, 8) * 0.4 + 0.3, 0.1
+    labels = torch.zeros(6, dtype=torch.int64)
+    weights = (binary[1].weight[1] - binary[1].weight[0]).detach()
+    for norm, dual in (("linf", weights.abs().sum()), ("l2", weights.norm())):
+        attacked = advml.attack(binary, images, labels, epsilon=epsilon, norm=norm, objective="margin", steps=10, random_start=False)
+        logits, before = binary(attacked), binary(images)
+        gain = (logits[:, 1] - logits[:, 0]) - (before[:, 1] - before[:, 0])
+        torch.testing.assert_close(gain, torch.full((6,), float(epsilon * dual)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_attack_does_not_depend_on_the_batch_and_takes_grey_levels(model, dataset):
+    images, labels = images_of(dataset.test)
+    whole = advml.attack(model, images, labels, epsilon=0.1, steps=4)
+    assert torch.equal(whole, advml.attack(model, dataset.test.images, labels, epsilon=0.1, steps=4))
+    torch.testing.assert_close(whole, advml.attack(model, images, labels, epsilon=0.1, steps=4, batch_size=7))
+    assert not torch.equal(whole, advml.attack(model, images, labels, epsilon=0.1, steps=4, seed=1))
+
+
+def test_without_labels_the_attack_leads_away_from_what_the_model_predicts(model, dataset):
+    images, _ = images_of(dataset.test)
+    predicted = model.eval()(images).argmax(1)
+    assert torch.equal(advml.attack(model, images, epsilon=0.1), advml.attack(model, images, predicted, epsilon=0.1))
+
+
+# The same as the commands
+
+
+def test_evaluate_gives_the_figures_of_the_command(make_study, dataset, monkeypatch, tmp_path):
+    """A foreign module in tensors, and `advml evaluate module:function` on the study that holds them."""
+    (tmp_path / "borrowed.py").write_text(
+        "import torch\n\ndef make():\n    torch.manual_seed(3)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)).eval()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    study = make_study()
+    context = study.context()
+    given = external.load("borrowed:make", spec=context.config.model, dataset=context.dataset)
+    metrics = evaluate_stage.run_given(context, given)
+    images, labels = images_of(dataset.test)
+    about = {"params": study.params, "corruptions": True, "validation": images_of(dataset.validation)}
+    measured = advml.evaluate(given.network.module, images, labels, classes=dataset.classes, **about)
+    assert measured.metrics == metrics
+    assert measured.figures["accuracy/clean"] == tuple(metrics[f"accuracy/clean{end}"] for end in ("", "/low", "/high"))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=13)
+    again = advml.evaluate(given.network.module, loader, **about)
+    assert again.metrics == metrics and again.verdicts.num_rows == len(labels)
+
+
+def test_train_gives_the_weights_of_the_command_and_evaluate_the_figures_of_the_model(make_study, dataset, tmp_path):
+    study = make_study()
+    context = study.context()
+    metrics = train_stage.run(context, scheme="CL", regime="Full-AT", seed=0)
+    stored = advml.load_model(study.workspace.model("CL-Full-AT-s0"))
+    train, validation = images_of(dataset.train), images_of(dataset.validation)
+    trained = advml.train("CL", "Full-AT", *train, validation=validation, params=study.params)
+    found, wanted = trained.model.state_dict(), stored.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert len(trained.pretraining) == len(trained.finetuning) == 2 and not trained.model.training
+    trained.save(tmp_path / "saved")
+    again = advml.load_model(tmp_path / "saved")
+    measured = advml.evaluate(again, *images_of(dataset.test), params=study.params, corruptions=True, scheme="CL")
+    assert measured.metrics == metrics
+
+
+# What it leaves behind, prints and refuses
+
+
+def test_nothing_is_printed_and_model_random_numbers_and_settings_are_as_before(model, dataset, capfd):
+    images, labels = images_of(dataset.test)
+    weights, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    cudnn, threads = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark), torch.get_num_threads()
+    advml.attack(model, images, labels, epsilon=0.1)
+    advml.evaluate(model, images, labels, params="smoke")
+    advml.compare_layers(model, model, images)
+    advml.probe_layers(model, (images, labels), (images, labels), {"clean": (images, labels)})
+    assert capfd.readouterr() == ("", "")
+    assert all(module.training for module in model.modules()) and all(value.grad is None for value in model.parameters())
+    assert all(value.requires_grad for value in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == cudnn
+
+
+def test_a_wrong_normalisation_raises_a_flag(dataset):
+    """Class means as templates, for images of mean 0 and deviation 1 in the units of ImageNet's constants."""
+    train, means = dataset.train.images.float() / 255, []
+    for label in range(4):
+        means.append(((train[dataset.train.labels == label].mean(0) - 0.5) / 0.5).flatten())
+    weights = torch.stack(means)
+    linear = nn.Linear(64, 4)
+    with torch.no_grad():
+        linear.weight.copy_(weights)
+        linear.bias.copy_(-weights.square().sum(1) / 2)
+    model, split = nn.Sequential(nn.Flatten(), linear), images_of(dataset.test)
+    wrong, right = (advml.evaluate(model, *split, overrides=QUICK, **more) for more in ({}, {"mean": "half"}))
+    assert right.figures["accuracy/clean"].value == 1
+    assert [flag["name"] for flag in right.flags] == []
+    if wrong.figures["accuracy/clean"].value < 0.9:
+        assert "other_normalization" in [flag["name"] for flag in wrong.flags] and "other_normalization" in repr(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": lambda x: 255 * x}, "images reach from"),
+        ({"images": lambda x: x * torch.nan}, "images reach from nan"),
+        ({"images": lambda x: x[0]}, "images must be a tensor (N, C, H, W), not torch.float32 (1, 8, 8)"),
+        ({"labels": lambda y: y.float()}, "labels must be whole numbers (40,)"),
+        ({"labels": lambda y: y[:3]}, "labels must be whole numbers (40,), not torch.int64 (3,)"),
+        ({"labels": lambda y: y - 1}, "labels reach down to -1"),
+        ({"epsilon": lambda e: 8}, "epsilon = 8"),
+        ({"epsilon": lambda e: 0}, "epsilon = 0"),
+        ({"norm": lambda n: "l1"}, "norm = 'l1'"),
+        ({"objective": lambda n: "cw"}, "objective = 'cw'"),
+        ({"steps": lambda n: 0}, "steps = 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(model, dataset, change, words):
+    images, labels = images_of(dataset.test)
+    asked = {"images": images, "labels": labels, "epsilon": 0.1, "norm": "linf", "objective": "ce", "steps": 2}
+    asked |= {name: how(asked[name]) for name, how in change.items()}
+    with pytest.raises(UserError) as refused:
+        advml.attack(model, **asked)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exist(model, dataset):
+    images, labels = images_of(dataset.test)
+    for asked, words in (
+        (lambda: advml.evaluate(model, images, labels + 9), "label 12 is of no class"),
+        (lambda: advml.evaluate(model, images), "labels are missing"),
+        (lambda: advml.evaluate(model, images, labels, overrides=["worst_case.stepz=3"]), "did you mean steps"),
+        (lambda: advml.evaluate(model, images, labels, params="cifar11"), "cifar11"),
+        (lambda: advml.evaluate(model, images, labels, scheme="XL"), "scheme = 'XL'"),
+        (lambda: advml.evaluate(model, images * 0.999, labels, corruptions=True), "256 grey levels"),
+        (lambda: advml.train("CL", "FAT", images, labels, validation=(images, labels)), "regime = 'FAT'"),
+        (lambda: advml.compare_layers(model, model, images[:3]), "CKA needs batches of 4"),
+        (lambda: advml.compare_layers(model, model, images, layers=["conv9"]), "conv9"),
+    ):
+        with pytest.raises(UserError) as refused:
+            asked()
+        assert words in str(refused.value)
+
+
+# Layers
+
+
+def test_cka_of_a_layer_with_a_rotation_of_itself_is_one_and_images_may_come_in_batches(model, dataset):
+    images, _ = images_of(dataset.test)
+    turned = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 4))
+    with torch.no_grad():
+        rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
+        turned[2].weight.copy_(3 * rotation @ model[2].weight)
+    compared = advml.compare_layers(model, turned, images, batch_size=20)
+    assert compared.rows == compared.columns == ("0", "2") and abs(compared.matrix[1, 1] - 1) < 1e-4
+    loader = DataLoader(TensorDataset(images), batch_size=20)
+    assert np.array_equal(compared.matrix, advml.compare_layers(model, turned, loader).matrix)
+    shuffled = advml.compare_layers(
+        model, turned, images, images[torch.randperm(40, generator=torch.Generator().manual_seed(0))], batch_size=20
+    )
+    assert shuffled.matrix[1, 1] < 0.9
+    assert compared.plot(title="turned").get_suptitle() == "turned"
+
+
+def test_foolbox_gives_the_same_images_under_the_parameters_that_the_guide_names(model, dataset):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters
+        from foolbox import PyTorchModel
+        from foolbox.attacks import L2PGD, LinfPGD
+
+    images, labels = images_of(dataset.test)
+    peer = PyTorchModel(model.eval(), bounds=(0, 1), device="cpu")
+    for norm, attack, epsilon in (("linf", LinfPGD, 0.1), ("l2", L2PGD, 0.5)):
+        _, theirs, _ = attack(abs_stepsize=0.04, steps=6, random_start=False)(peer, images, labels, epsilons=epsilon)
+        settings = {"norm": norm, "epsilon": epsilon, "step_size": 0.04, "steps": 6, "random_start": False, "keep": "last"}
+        torch.testing.assert_close(advml.attack(model, images, labels, **settings), theirs, atol=1e-5, rtol=0)
