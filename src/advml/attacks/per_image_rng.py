@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from advml.core import ranks
 from advml.core.device import derived_seed
 
 # (images (N, C, H, W), of which only the shape matters; generator) -> random numbers (N, C, H, W), on the generator's device
@@ -53,7 +54,10 @@ Randomness = torch.Generator | PerImageGenerator  # one for the whole batch, or 
 
 def drawn(sample: Sample, images: Tensor, generator: Randomness) -> Tensor:
     """What `sample` gives for the images (N, C, H, W), on the generator's device; `PerImageGenerator` draws on the CPU."""
-    return generator.draw(sample, images) if isinstance(generator, PerImageGenerator) else sample(images, generator)
+    if isinstance(generator, PerImageGenerator):
+        return generator.draw(sample, images)
+    whole = images.new_empty(1).expand(ranks.batch_size(len(images)), *images.shape[1:])
+    return ranks.own(sample(whole, generator))
 
 
 def _names(images: Tensor) -> list[str]:

@@ -15,6 +15,7 @@ from advml import __version__
 from advml.cli import checkpoints, estimate, models, stages, study, tune
 from advml.cli.errors import guarded, print_fault
 from advml.core import signals
+from advml.core.errors import UserError
 from advml.core.messages import OUTPUT
 
 app = typer.Typer(
@@ -59,6 +60,12 @@ def _flags_first(arguments: list[str]) -> list[str]:
     return [*flags, *(argument for argument in arguments if argument not in flags)]
 
 
+def _check_torchrun() -> None:
+    """Several processes that torchrun has started train a model together; of anything else they would do the same at once."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not {"train", "pretrain", "finetune"} & set(sys.argv[1:2]):
+        raise UserError("torchrun is for train, pretrain and finetune; start other commands without it")
+
+
 def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
@@ -67,4 +74,6 @@ def main() -> None:
         from advml.core.processes import end_with
 
         end_with(int(parent))
-    guarded(lambda: app(args=_flags_first(sys.argv[1:]) or ["--help"], standalone_mode=False))
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    guarded(lambda: _check_torchrun() or app(args=_flags_first(sys.argv[1:]) or ["--help"], standalone_mode=False))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.core import memory
+from advml.core import memory, ranks
 from advml.core.errors import UserError
+from advml.core.messages import tell
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> type in which autocast computes convolutions and products
 
@@ -85,12 +86,18 @@ def machine(runtime: config.Runtime) -> Machine:
         if device.type == "cuda" and runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the device is first used
             torch.use_deterministic_algorithms(True, warn_only=True)
+        device = ranks.join(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
         ) from None
+    # The passes of parts are not the same ones in every process, and batch norms would wait for each other
+    parts = {f"runtime.micro_batch = {runtime.micro_batch}": runtime.micro_batch is not None}
+    ranks.need_one_process({"runtime.compile = true": runtime.compile} | parts)
+    if device.type == "cuda" and ranks.count() == 1 and (seen := torch.cuda.device_count()) > 1:
+        tell(f"note: {seen} GPUs are visible and one is used; to train a model on all: torchrun --nproc-per-node {seen} -m advml train ...")
     return Machine(device, runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from advml.config import View
+from advml.core import ranks
 
 # Colour changes with a strength per image, in torchvision's definitions.
 #
@@ -111,9 +112,9 @@ class Draws:
     jitter: Tensor  # (N,) bool: do the factors apply
     grey: Tensor  # (N,) bool
 
-    def to(self, device: torch.device) -> Draws:
-        """The same on a device."""
-        return Draws(**{name: values.to(device) for name, values in vars(self).items()})
+    def own(self, device: torch.device) -> Draws:
+        """Those of this process's images, on a device."""
+        return Draws(**{name: ranks.own(values, dim=-1).to(device) for name, values in vars(self).items()})
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
     """
     if not images.is_floating_point():
         raise TypeError(f"view needs float images in [0, 1], not {images.dtype}; divide them by 255 first")
-    draws = draw(spec, images.shape, generator=generator).to(images.device)
+    draws = draw(spec, torch.Size([ranks.batch_size(len(images)), *images.shape[1:]]), generator=generator).own(images.device)
     result = images.to(torch.promote_types(images.dtype, torch.float32))  # bf16 is too coarse for positions and hue
     result = resample(result, spec, draws)
     result = recolour(result, spec, factors=draws.factors, jitter=draws.jitter, grey=draws.grey)

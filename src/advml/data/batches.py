@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from advml.core import memory
+from advml.core import memory, ranks
 from advml.core.device import Machine
 from advml.data.prepared import Split
 
@@ -36,9 +36,13 @@ class Feed:
         """Images (n, C, H, W) in [0, 1], labels (n,) and indices (n,), all on the device, of `size` images at a time.
 
         Args:
-            order: indices (N,) on the device.
+            order: indices (N,) on the device. Of each batch, a process that shares it (`core.ranks`) gets its own part.
         """
-        for index, images in zip(order.split(size), self._gathered(order, size), strict=True):
+        parts = []
+        for batch in order.split(size):
+            with ranks.shared(len(batch)):
+                parts.append(ranks.own(batch))
+        for index, images in zip(parts, self._gathered(parts), strict=True):
             yield self.machine.images(images), self.labels[index], index
 
     def in_order(self, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -46,14 +50,14 @@ class Feed:
         order = torch.arange(len(self.labels), device=self.machine.device)
         yield from ((images, labels) for images, labels, _ in self(order, size=size))
 
-    def _gathered(self, order: Tensor, size: int) -> Iterator[Tensor]:
+    def _gathered(self, indices: list[Tensor]) -> Iterator[Tensor]:
         """uint8 images of each batch: on the device, or in memory from which a copy does not make the host wait."""
         if self.fits:
-            yield from (self.images[index] for index in order.split(size))
+            yield from (self.images[index] for index in indices)
             return
         pin = self.machine.device.type == "cuda"
         gather = lambda index: self.images[index].pin_memory() if pin else self.images[index]  # noqa: E731
-        parts = deque(order.cpu().split(size))
+        parts = deque(torch.cat(indices).cpu().split([len(index) for index in indices]))
         with ThreadPoolExecutor(2) as pool:
             ahead = deque(pool.submit(gather, parts.popleft()) for _ in range(min(AHEAD, len(parts))))
             while ahead:

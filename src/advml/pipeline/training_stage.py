@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from advml import tracking
+from advml.config import Config
+from advml.core import ranks
 from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.progress import Bar
 from advml.core.training_cost import write_seconds
 from advml.models import network
 from advml.pipeline.context import Context
+from advml.recipes import SCHEMES
 from advml.training.checkpoint import Checkpoint, Progress, is_unfinished
 from advml.training.cost import GRADIENT_STEPS
 from advml.training.streams import batches_per_epoch
@@ -32,19 +36,47 @@ class Job:
     parameters: dict[str, Any]  # the sections of params.yaml that have a say
 
 
+def check_processes(config: Config, phases: Mapping[str, bool]) -> None:
+    """Refuse, before anything is trained, what several processes cannot train together.
+
+    Args:
+        phases: key, `pretrain.CL` or `regimes.Full-AT`, of each phase that is to run -> whether it is attacked.
+    Raises:
+        UserError: torchrun has started several processes, and a phase needs one.
+    """
+    for key, attacked in phases.items():
+        section, name = key.split(".")
+        phase, scheme = getattr(config, section)[name], SCHEMES.get(name)
+        kind = (phase.attack_kind or config.attack.kind) if attacked else "pgd"  # DVC tracks `attack` for attacked phases alone
+        of_views = scheme is not None and (phase.attacked or scheme.attacked) == "views"
+        ranks.need_one_process(
+            {
+                f"scheme {name}": scheme is not None and bool(scheme.terms),
+                f"{key}.average = swa": phase.average == "swa",
+                f"{key}.attack_kind = {kind}" if phase.attack_kind else f"attack.kind = {kind}": kind != "pgd",
+                f"{key}.attacked = views": attacked and of_views,
+            }
+        )
+
+
 def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
     """Train `job`, continuing an interrupted process; write its folder and history; log its run. Returns model.json.
 
     With `reuse`, a folder that the very same inputs have made is taken as it is.
     """
+    device = context.machine.device  # where the processes of a training meet
+    if not ranks.is_first():
+        return _follow(context, job)
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
     scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
     if reuse and network.is_whole(job.folder) and not is_unfinished(scratch, inputs):
         made = network.read_record(job.folder)
         if made.get("inputs") == inputs:
+            ranks.any_of(True, device)
             return made
     checkpoint = Checkpoint(scratch, inputs)
+    ranks.any_of(False, device)
     runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
     tracked = tracking.open_run(context.tracking, record=record, **runs)
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:
@@ -58,6 +90,17 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
         write_atomically(context.workspace.report(job.name) / "history.json", to_json(history, indent=1))
         tracking.log_model(run, job.folder, digest=digest)
     checkpoint.note(finished=True)
+    ranks.barrier()
+    return network.read_record(job.folder)
+
+
+def _follow(context: Context, job: Job) -> dict[str, Any]:
+    """The part of the other processes of a training; the first one writes, and knows whether there is anything to do."""
+    if not ranks.any_of(False, context.machine.device):
+        if job.plan.task:
+            scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
+            fit(job.plan, context.machine, checkpoint=Checkpoint(scratch))
+        ranks.barrier()
     return network.read_record(job.folder)
 
 

@@ -45,13 +45,13 @@ class Checkpoint:
 
     Args:
         folder: `.scratch/<stage>`.
-        fingerprint: of everything that determines the result; another one discards the old state.
+        fingerprint: of everything that determines the result; another one discards the old state. None: to read the state alone.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str | None = None) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self.orphan: str | None = None  # MLflow run of a discarded computation
-        if self.notes.get("fingerprint") != fingerprint:
+        if fingerprint is not None and self.notes.get("fingerprint") != fingerprint:
             self.orphan = self.notes.get("run_id")
             discard(folder)
             self.note(fingerprint=fingerprint)

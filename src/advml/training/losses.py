@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advml.attacks.pgd import Objective
+from advml.core import ranks
 from advml.core.errors import UserError
 from advml.models.layers import clean_statistics
 from advml.models.network import Network
@@ -186,12 +187,17 @@ def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, t
     """x_adv -> loss of embeddings, a key of EMBEDDING_LOSSES, between the images and x_adv (N,): threat model I.
 
     The clean embedding is computed once, here; that is exact because an attacked network has no dropout
-    and its batch statistics do not depend on the other half of the pair.
+    and its batch statistics do not depend on the other half of the pair. `groups` are those of the whole batch, if it is shared.
     """
     with torch.no_grad():
-        clean = network.embed(images)
+        clean = ranks.everyones(network.embed(images))
     of_views = EMBEDDING_LOSSES[loss]
-    return lambda adversarial: of_views(torch.stack([clean, network.embed(adversarial)]), groups, temperature=temperature)
+
+    def objective(adversarial: Tensor) -> Tensor:
+        views = torch.stack([clean, ranks.everyones(network.embed(adversarial))])
+        return ranks.own(of_views(views, groups, temperature=temperature))
+
+    return objective
 
 
 def divergence_objective(network: Network, images: Tensor) -> Objective:

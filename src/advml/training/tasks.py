@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from advml import config
 from advml.attacks.pgd import Objective
+from advml.core import ranks
 from advml.core.device import Machine
 from advml.data.augment import view, weakened
 from advml.data.datasets import Split
@@ -199,8 +200,10 @@ class Contrastive:
 
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
         """L of V views (V N, C, H, W) as they are (N,)."""
-        embeddings = self.network.embed(views).unflatten(0, (-1, len(labels)))
-        return EMBEDDING_LOSSES[self.loss](embeddings, self.groups(labels), temperature=self.temperature)
+        embeddings = self.network.embed(views).unflatten(0, (-1, len(labels)))  # (V, N, D)
+        everyones = ranks.everyones(embeddings.transpose(0, 1)).transpose(0, 1)  # of all processes: the loss couples images
+        losses = EMBEDDING_LOSSES[self.loss](everyones, self.groups(ranks.everyones(labels)), temperature=self.temperature)
+        return ranks.own(losses)
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
         """What the adversary perturbs."""
@@ -225,7 +228,8 @@ class Contrastive:
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
         """Threat model I: pull the adversarial image's embedding away from its positives."""
-        return contrastive_objective(self.network, images, self.groups(labels), temperature=self.temperature, loss=self.loss)
+        groups = self.groups(ranks.everyones(labels))
+        return contrastive_objective(self.network, images, groups, temperature=self.temperature, loss=self.loss)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
         """L of fresh views (N,)."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from advml import config
+from advml.core import ranks
 from advml.core.device import HALVES, Machine, derived_seed, generator_for, out_of_memory, own_randomness
 from advml.core.errors import Failure
 from advml.core.messages import tell
@@ -156,7 +157,8 @@ def train(
             trainer.select(progress, record)
             progress.history.append(record)
             progress.seconds += time.perf_counter() - began
-            checkpoint.save(progress)
+            if ranks.is_first():
+                checkpoint.save(progress)
             yield record
     if not progress.best:
         told = f"training collapsed before average_start = {phase.average_start:g}: there is nothing to keep"
@@ -183,6 +185,7 @@ class _Trainer:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.order = batches(dataset, phase, seed=seed)
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
+        self.size = min(self.order.size, len(self.order.split))  # images in a batch of all processes
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
@@ -249,28 +252,31 @@ class _Trainer:
         self.task.train_mode()
         with counted(self.task.network) as count, self._randomness(epoch):
             for batch, drawn in enumerate(self._batches("train", epoch)):
-                losses[batch] = self._steps(drawn, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
+                with ranks.shared(self.size):
+                    losses[batch] = self._steps(drawn, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
                 on_batch(epoch, batch + 1, losses[batch].sum())
         self.average.after_epoch(epoch)
-        clean, adversarial = (sum(column) / self.batches for column in losses.T.tolist())
+        clean, adversarial = (sum(column) / self.batches for column in ranks.summed(losses).T.tolist())
         both = self._has_clean(epoch)
         record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean if both else adversarial}
         record |= {"train/adversarial_loss": adversarial} if self.adversary and both else {}
-        return record | {GRADIENT_STEPS: count.images / len(self.images.labels)}
+        passed = ranks.summed(torch.tensor(count.images, device=self.machine.device)).item()
+        return record | {GRADIENT_STEPS: passed / len(self.images.labels)}
 
     def _batches(self, purpose: str, epoch: int) -> Iterator[Batch]:
         """The batches of one pass, in the order, and with the views, that follow from purpose, seed and epoch."""
         generator = generator_for(purpose, self.seed, epoch, device=self.machine.device)
         order = self.order(epoch, generator)
         strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
-        for images, labels, index in self.images(order, size=self.order.size):
-            with self._autocast():
+        for images, labels, index in self.images(order, size=self.size):
+            with ranks.shared(self.size), self._autocast():
                 views = self.task.views(images, generator=generator, strength=strength)
             yield Batch(images, labels, index, views, generator)
 
     def _randomness(self, epoch: int) -> AbstractContextManager[None]:
-        """Layers with dropout draw from the global RNG."""
-        return own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device)
+        """Layers with dropout draw from the global RNG; for other processes' images, other numbers."""
+        own = [rank] if (rank := ranks.number()) else []
+        return own_randomness(derived_seed("dropout", self.seed, epoch, *own), self.machine.device)
 
     def _has_clean(self, epoch: int) -> bool:
         """Whether the clean term is computed."""
@@ -288,6 +294,7 @@ class _Trainer:
                 losses[which] = loss.detach()
             if step == 0:
                 self._check_first(losses)
+            ranks.sum_gradients(self.task.learners())
             if self.phase.gradient_clip:
                 self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self.task.learners(), self.phase.gradient_clip)
@@ -306,14 +313,14 @@ class _Trainer:
         weights = term_weights(self.phase, epoch=epoch, epochs=self.epochs) if self.adversary else (1.0, 0.0)
         if self._has_clean(epoch):
             with self._autocast():
-                clean = self.task.clean_loss(batch.views, batch.labels, batch.index).mean()
+                clean = ranks.mean(self.task.clean_loss(batch.views, batch.labels, batch.index))
             yield 0, weights[0], clean
         if self.adversary:
             adversary, images = self.adversary.training.scaled(share), self.task.attacked(batch.images, batch.views)
             with self._autocast():
                 objective = lambda: self.task.training_objective(images, batch.labels)  # noqa: E731 - built under attack, once
                 attacked = adversary.attack(self.task.network, objective, images, generator=batch.generator)
-                loss = self.task.adversarial_loss(images, attacked, batch.labels).mean()
+                loss = ranks.mean(self.task.adversarial_loss(images, attacked, batch.labels))
             yield 1, weights[1], loss
 
     @contextmanager
@@ -340,8 +347,9 @@ class _Trainer:
         generator = generator_for("validation", self.seed, device=self.machine.device)
         clean, adversarial, withstood = [], [], []
         self.task.network.eval()
-        for images, labels in self.validation.in_order(size=self.phase.batch_size):
-            with self._autocast():
+        total, size = len(self.validation.labels), self.phase.batch_size
+        for batch, (images, labels) in enumerate(self.validation.in_order(size=size)):
+            with ranks.shared(min(size, total - batch * size)), self._autocast():
                 attacked = self._attack(images, labels, generator) if self.adversary else None
                 with torch.no_grad():
                     clean.append(self.task.clean_score(images, labels, generator=generator).sum())
@@ -350,7 +358,7 @@ class _Trainer:
                         withstood += [self.task.withstood(images, attacked, labels).sum()] if self.adversary.guarded else []
         metric = self.task.metric
         scores = {f"validation/{metric}": clean, f"validation/adversarial_{metric}": adversarial, WITHSTOOD: withstood}
-        return {name: sum(torch.stack(sums).tolist()) / len(self.validation.labels) for name, sums in scores.items() if sums}
+        return {name: sum(ranks.summed(torch.stack(sums)).tolist()) / total for name, sums in scores.items() if sums}
 
     def guard(self, progress: Progress, record: Record) -> None:
         """Mark the epoch, and say so, if the training has stopped withstanding the attack that it is meant to withstand."""

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from advml.core import ranks
 from advml.core.errors import UserError
 from advml.core.paths import model_name, pretraining_name
 from advml.core.provenance import check_init
 from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.pipeline.plans import finetuning
-from advml.pipeline.training_stage import Job, learn
+from advml.pipeline.training_stage import Job, check_processes, learn
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.checkpoint import discard_finished
+
+
+def phases(scheme: str, regime: str) -> dict[str, bool]:
+    """Key of the phase that learns, if one does -> whether it is attacked."""
+    row = REGIMES[regime]
+    return {f"regimes.{regime}": row.attacked} if row.finetunes(SCHEMES[scheme]) else {}
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:
     """Write `models/finetune/<MODEL>/`; returns its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
+    check_processes(context.config, phases(scheme, regime))
     pretrained, network = load_pretrained(context, scheme=scheme, regime=regime, seed=seed)
-    discard_finished(context.workspace.scratch(f"pretrain-{pretrained['name']}"), pretrained.get("inputs"))
+    if ranks.is_first():
+        discard_finished(context.workspace.scratch(f"pretrain-{pretrained['name']}"), pretrained.get("inputs"))
     learns = plan.finetunes(row)
     sections = [
         "data",
