@@ -143,6 +143,15 @@ def test_without_a_pipeline_dvcs_own_word_is_passed_on(tmp_path):
 # The plan
 
 
+def test_a_lock_that_a_killed_dvc_has_left_damaged_is_said_with_the_remedy(tmp_path):
+    (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {one: {cmd: touch one, outs: [one]}}\n")
+    (tmp_path / ".dvc" / "tmp" / "rwlock").write_text('{"half')
+    with pytest.raises(UserError, match=r"rwlock.*remove it"):
+        repro(tmp_path, jobs=1)
+
+
 def test_the_plan_reaches_all_the_way_back_and_knows_matrix_names_and_what_lies_behind_a_change(tmp_path):
     (tmp_path / "raw").write_text("1")
     make = {"matrix": {"n": [0, 1]}, "cmd": "cat first > made-${item.n}", "deps": ["first"], "outs": ["made-${item.n}"]}

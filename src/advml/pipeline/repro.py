@@ -27,6 +27,11 @@ from advml.engine.fork_server import server
 from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, sent_environment, wait_for_stages
 from advml.recipes import PhaseName
 
+REMEDIES = {  # what DVC says -> what to do
+    "is not a git repository": "; say: git init, or, to do without git: dvc config --local core.no_scm true",
+    "RWLock-file": "; DVC was killed while it wrote this file: remove it",
+}
+
 
 def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster | None = None, reserve: bool = True) -> list[str]:
     """Bring the pipeline in `root` up to date; returns the stages that ran.
@@ -117,6 +122,6 @@ def _ask(root: Path, what: str) -> dict[str, list[str]]:
     if done.returncode < 0:
         raise Failure("DVC was killed; the same command goes on")
     if done.returncode:
-        reason, remedy = last_line(done.stderr), "; say: git init, or, to do without git: dvc config --local core.no_scm true"
-        raise UserError(f"dvc: {reason}{remedy if 'is not a git repository' in reason else ''}")
+        reason = last_line(done.stderr)
+        raise UserError(f"dvc: {reason}{''.join(remedy for words, remedy in REMEDIES.items() if words in reason)}")
     return json.loads(done.stdout)
