@@ -16,8 +16,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from advml.config import WITHOUT_EFFECT, Grid
-from advml.config.schema import OF_THE_ATTACK
+from advml.config import OF_THE_ATTACK, WITHOUT_EFFECT, Grid
 from advml.recipes import REGIMES, SCHEMES, RegimeName, SchemeName, classes, instances
 
 REPOSITORY = Path(__file__).parents[1]

@@ -305,7 +305,7 @@ def test_trades_from_the_image_itself_is_refused(params: Path) -> None:
 def test_every_attacked_phase_with_cross_entropy_takes_the_options_of_the_attack(params: Path, key: str) -> None:
     values = {"loss": "trades", "adversarial_weight": 6.0, "epsilon": 0.1, "epsilon_warmup": 0.5, "attack_steps": 2}
     values |= {"clean_weight": 0.5, "weight_annealing": None, "attacked": None, "attack_kind": "fast"}
-    assert values.keys() == set(schema.OF_THE_ATTACK)
+    assert values.keys() == set(config.OF_THE_ATTACK)
     loaded = config.changed(config.load(params), {f"{key}.{name}": value for name, value in values.items()})
     assert {name: getattr(loaded.phases[key], name) for name in values} == values
 

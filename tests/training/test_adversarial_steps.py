@@ -158,7 +158,7 @@ def test_epochs_are_divided_by_the_replays_and_an_explicit_step_is_taken():
     assert [made.passes(epochs) for epochs in (1, 3, 4, 500)] == [1, 1, 2, 167]
     own = adversarial_training(attack, threat, settings(attack_kind="pgd", attack_steps=7, epsilon=0.2))
     assert own.training is own.validation and (own.training.steps, own.training.threat_model.epsilon) == (7, 0.2) and own.passes(500) == 500
-    assert set(KINDS) == set(config.schema.TrainAttack.model_fields["kind"].annotation.__args__)
+    assert set(KINDS) == set(config.TrainAttack.model_fields["kind"].annotation.__args__)
 
 
 # Killed

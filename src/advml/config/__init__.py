@@ -13,9 +13,8 @@ from __future__ import annotations
 
 # ruff: noqa: F401 - names of the package
 from advml.config.loading import apply, changed, digest, dump, flatten, load, parse_override, parts_of, validate
+from advml.config.phases import OF_THE_ATTACK, WITHOUT_EFFECT, Phase, TrainAttack
 from advml.config.schema import (
-    OF_THE_ATTACK,
-    WITHOUT_EFFECT,
     AttackSearch,
     Cluster,
     Config,
@@ -25,12 +24,10 @@ from advml.config.schema import (
     EvaluationAttack,
     Grid,
     Model,
-    Phase,
     Runtime,
     Similarity,
     ThreatModelSection,
     Tracking,
-    TrainAttack,
     TrainingSearch,
     Tune,
     View,
