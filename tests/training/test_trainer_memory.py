@@ -11,6 +11,7 @@ import torch
 
 from advml import config
 from advml.attacks.pgd import Adversary
+from advml.core import ranks
 from advml.core.device import Machine
 from advml.core.errors import Failure
 from advml.data.datasets import Dataset, Split
@@ -89,6 +90,19 @@ def test_what_fits_is_tried_without_harm_to_the_state_on_disk(learn, make_networ
 def test_where_nothing_fits_no_size_is_named(learn, make_network):
     with pytest.raises(Failure, match="not even 2 images"):
         learn(contrastive(full(make_network(), most=0)))
+
+
+def test_nothing_is_tried_in_one_of_several_processes(learn, make_network, monkeypatch):
+    """The others would wait for it."""
+    network = make_network()
+
+    def check(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        monkeypatch.setattr(ranks, "count", lambda: 2)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    network.encoder.register_forward_pre_hook(check)
+    with pytest.raises(Failure, match=r"^batch_size = 16 does not fit .* in 2 processes; .* smaller batch_size"):
+        learn(contrastive(network))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

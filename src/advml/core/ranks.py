@@ -86,6 +86,13 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(summed(torch.tensor(float(flag), device=device)) > 0)
 
 
+def need_images(total: int) -> None:
+    """Raises UserError if a batch has fewer images than there are processes."""
+    if total < count():
+        told = f"a batch of {total} images cannot be shared by {count()} processes"
+        raise UserError(f"{told}; start fewer: torchrun --nproc-per-node {total}, or choose another batch_size")
+
+
 @contextlib.contextmanager
 def shared(total: int) -> Iterator[slice]:
     """Within: a batch of `total` images is shared. Gives the rows of this process, whose images alone are to be passed on.
@@ -97,10 +104,7 @@ def shared(total: int) -> Iterator[slice]:
     if count() == 1:
         yield slice(None)
         return
-    if total < count():
-        raise UserError(
-            f"a batch of {total} images cannot be shared by {count()} processes; start fewer: torchrun --nproc-per-node {total}"
-        )
+    need_images(total)
     _total = total
     try:
         with _SharedBatchNorm():

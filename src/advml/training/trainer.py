@@ -186,6 +186,8 @@ class _Trainer:
         self.order = batches(dataset, phase, seed=seed)
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
         self.size = min(self.order.size, len(self.order.split))  # images in a batch of all processes
+        for images in filter(None, (self.size, len(dataset.validation) % phase.batch_size)):  # of validation, the last batch
+            ranks.need_images(images)
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
@@ -226,6 +228,9 @@ class _Trainer:
     def _what_fits(self) -> str:
         """Try ever smaller parts of a batch. The weights change: those of the last epoch are in the checkpoint."""
         network, size = self.task.network, self.phase.batch_size
+        if (processes := ranks.count()) > 1:  # a trial of this one would wait for the others, which try nothing, or something else
+            told = f"batch_size = {size} does not fit into the memory of {self.machine.device} in {processes} processes"
+            return f"{told}; start more of them on further devices, or set a smaller batch_size in this phase"
         before, network.micro_batch = network.micro_batch, network.micro_batch or min(size, len(self.images.labels))
         while network.micro_batch > 2:
             network.micro_batch //= 2
