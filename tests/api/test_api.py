@@ -114,6 +114,14 @@ def test_evaluate_gives_the_figures_of_the_command(make_study, dataset, monkeypa
     assert again.metrics == metrics and again.verdicts.num_rows == len(labels)
 
 
+def test_training_passes_images_in_parts_where_it_is_asked_to(study, dataset):
+    overrides = ["runtime.micro_batch=8", "pretrain.SL.epochs=1"]
+    trained = advml.train(
+        "SL", "ST", *images_of(dataset.train), validation=images_of(dataset.validation), params=study.params, overrides=overrides
+    )
+    assert trained.model.micro_batch == 8
+
+
 def test_train_gives_the_weights_of_the_command_and_evaluate_the_figures_of_the_model(make_study, dataset, tmp_path):
     study = make_study()
     context = study.context()

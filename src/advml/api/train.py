@@ -91,7 +91,8 @@ def train(
     chosen, learnt, selecting = config_of(params, overrides), labelled(images, labels), checked(*validation)
     names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or int(learnt.labels.max()) + 1)]
     dataset = dataset_of(learnt, selecting, names)
-    phase, machine = REGIMES[regime].pretraining, Machine(torch.device(device), chosen.runtime.precision, compile=chosen.runtime.compile)
+    phase, runtime = REGIMES[regime].pretraining, chosen.runtime
+    machine = Machine(torch.device(device), runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
     with deterministic_kernels(), tempfile.TemporaryDirectory() as temporary:
 
         def run(plan: plans.Plan, stage: str) -> list[dict[str, float]]:
