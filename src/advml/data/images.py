@@ -185,13 +185,13 @@ def read_all(read: Callable[[int], np.ndarray], count: int, *, size: int, channe
     """
     need, remedy = count * channels * size**2, "lower data.image_size or set data.max_train"
     try:
-        images = _room_for_all((count, channels, size, size), remedy)
+        images = room_for_all((count, channels, size, size), remedy)
         return images, _fill(images, read, range(count))
     except MemoryError:
         raise Failure(f"{count} images of {channels}x{size}x{size} need {need / 2**30:.1f} GiB of memory; {remedy}") from None
 
 
-def _room_for_all(shape: tuple[int, int, int, int], remedy: str) -> np.ndarray:
+def room_for_all(shape: tuple[int, int, int, int], remedy: str) -> np.ndarray:
     """An empty array (uint8) in memory or, if it would take much of it, in a file without a name, which ends with the process."""
     count, *side = shape
     workspace, what = Workspace(), f"{count} images of {'x'.join(map(str, side))}"

@@ -18,6 +18,7 @@ from advml import config
 from advml.core.device import generator_for
 from advml.core.errors import UserError
 from advml.data.datasets import Dataset, Split
+from advml.data.images import room_for_all
 from advml.data.prepared import require_labels
 from advml.recipes import Scheme
 
@@ -69,8 +70,10 @@ def unread(split: Split) -> Split:
 
 
 def join(first: Split, second: Split) -> Split:
-    """The images of both, the first ones first."""
-    return Split(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))
+    """The images of both, the first ones first; in a file, like those that they are copies of, if memory is too small for them."""
+    shape = (len(first) + len(second), *first.images.shape[1:])
+    images = torch.from_numpy(room_for_all(shape, remedy="set data.max_train, or data.label_budget to 1"))
+    return Split(torch.cat([first.images, second.images], out=images), torch.cat([first.labels, second.labels]))
 
 
 class Batches(Protocol):
