@@ -108,6 +108,13 @@ def test_layer_decay_of_a_backbone_without_known_blocks_is_refused(make_network,
         pretraining(configuration, dataset, scheme="CL", phase="at", seed=0)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bfloat16_on_a_cpu_is_refused_in_a_fine_tuning_too_whose_encoder_nothing_here_has_pretrained(make_network, dataset, frozen):
+    settings = {"runtime.precision": "bf16", "runtime.device": "cpu", "regimes.Full-AT.frozen_statistics": frozen}
+    with pytest.raises(UserError, match=r"runtime\.precision = bf16: .*layer"):
+        finetuning(config.changed(CONFIG, settings), dataset, CPU, make_network(stem="native"), scheme="CL", regime="Full-AT", seed=0)
+
+
 def test_a_phase_of_its_own_radius_and_steps_is_attacked_with_them(make_network, dataset):
     configuration = config.changed(CONFIG, {"regimes.Full-AT.epsilon": 0.05, "pretrain.CL.attack_steps": 3})
     tuned = finetuning(configuration, dataset, CPU, make_network(), scheme="CL", regime="Full-AT", seed=0).adversary.training

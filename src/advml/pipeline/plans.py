@@ -47,10 +47,9 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     init = _start(configuration, dataset, network, scheme) if configuration.model.init else None
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    bfloat16 = configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
     views = min((section.views or part.views) if part.groups else 1 for part in row.parts)  # of each image, in one batch
     if section.epochs:
-        try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=bfloat16)
+        try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=_cpu_bfloat16(configuration))
     return Plan(
         network=network,
         images=lambda: learnt_from(dataset, row),
@@ -104,8 +103,9 @@ def finetuning(
         network.attach_classifier(len(dataset.classes), seed=derived_seed("head", scheme, regime, seed))
     if plan.finetunes(row):
         network.architecture = replace(network.architecture, averaged_crops=phase.averaged_crops)
-    if plan.encoder_learns and not phase.frozen_statistics:
-        try_step(network, count=_smallest_batch(phase, dataset))
+    if plan.encoder_learns:
+        alone = 2 if phase.frozen_statistics else _smallest_batch(phase, dataset)  # statistics that stay need no second image
+        try_step(network, count=alone, cpu_bfloat16=_cpu_bfloat16(configuration))
     return Plan(
         network=network,
         images=lambda: replace(dataset, unlabelled=None),
@@ -137,6 +137,11 @@ def _check(key: str, phase: config.Phase, network: Network) -> None:
         raise UserError(f"{key}.frozen_statistics = true has no effect: {backbone} has no batch norm; set it to false")
     if phase.layer_decay < 1 and not knows_blocks(network.encoder):
         raise UserError(f"{key}.layer_decay = {phase.layer_decay:g} needs the blocks of {backbone}, which timm does not tell; set it to 1")
+
+
+def _cpu_bfloat16(configuration: config.Config) -> bool:
+    """Whether training computes in bfloat16 on a CPU."""
+    return configuration.runtime.precision == "bf16" and chosen_device(configuration.runtime.device).type == "cpu"
 
 
 def _smallest_batch(phase: config.Phase, dataset: Dataset) -> int:
