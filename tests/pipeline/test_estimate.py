@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 
+from advml.data import prepared
 from advml.pipeline.estimate import MACHINES, REACHED, START, Cost, Stage, estimate, makespan
 
 CHEAP = ("corruptions.names=none", "diagnostics.images=0", "worst_case.attacks=[]", "similarity.layers=blocks")
@@ -37,3 +41,17 @@ def test_a_study_is_counted_stage_by_stage_before_anything_of_it_exists(make_stu
     assert all(cost.seconds > 0 for cost in costs.values()) and costs["pretrain_at@SL-0"].flops > 0 < found.total.memory
     assert START < found.seconds < START + sum(cost.seconds for cost in costs.values())
     assert not study.workspace.models.exists() and not study.workspace.reports.exists()
+
+
+def test_a_hybrid_is_counted_by_the_shares_of_its_batches(make_study, dataset):
+    """Three batches of 8 labelled images, once each, and 24 unlabelled ones, seen twice."""
+    options = "{epochs: 2, batch_size: 32, optimizer: sgd, learning_rate: 0.1, weight_decay: 0, schedule: constant}"
+    study = make_study(
+        "study", "grid.schemes=[CLxSL]", "grid.standard_regimes=[ST]", "grid.adversarial_regimes=[]", f"pretrain.CLxSL={options}", *CHEAP
+    )
+    parts = [prepared.Split(dataset.train.images[some], dataset.train.labels[some]) for some in (slice(24), slice(24, None))]
+    splits = dataset.splits | {"train": parts[0], "unlabelled": parts[1]}
+    shutil.rmtree(study.workspace.prepared)
+    prepared.save(replace(dataset, **splits, digest=prepared.digest(splits, dataset.classes)), study.workspace.prepared)
+    costs = {one.name: one.cost for one in estimate(study.context(), jobs=1).stages}
+    assert costs["pretrain_st@CLxSL-0"].gradient_steps == 2 * 3 * (8 + 2 * 24)

@@ -40,7 +40,7 @@ from advml.pipeline.stages.evaluate import settings as settings_of
 from advml.recipes import REGIMES, SCHEMES
 from advml.similarity.represent import represent
 from advml.training.checkpoint import Checkpoint
-from advml.training.streams import batches_per_epoch
+from advml.training.streams import batches_per_epoch, shares
 from advml.training.trainer import Plan, fit
 
 STANDING = {"st": 0.05, "at": 0.75}  # share of test images that survive the attacks, after standard and adversarial pretraining
@@ -205,6 +205,9 @@ def _epoch(plan: Plan, context: _Pilot, *, batches: int, counting: bool = False)
     """What has been spent before the first batch, after each, and after validation, in one epoch of so many batches."""
     size, data = plan.phase.batch_size, plan.dataset
     few = replace(data, train=_first(data.train, size * batches), validation=_first(data.validation, size))
+    if data.unlabelled is not None:
+        own, others = (share * batches for share in shares(len(data.train), len(data.unlabelled), batch_size=size))
+        few = replace(few, train=_first(data.train, own), unlabelled=_first(data.unlabelled, others))
     plan = replace(plan, phase=plan.phase.model_copy(update={"epochs": 1}))
     with tempfile.TemporaryDirectory() as folder, _Meter(plan.network, context.machine, counting=counting) as meter:
         marks = [meter.read()]
