@@ -15,7 +15,7 @@ from advml.core.messages import tell
 from advml.core.paths import given_path
 from advml.core.provenance import init_digest
 from advml.models.checkpoints import Unaccounted, convert
-from advml.models.network import Network, is_whole, read_record
+from advml.models.network import Network, read_record
 from advml.models.weights import read as read_weights
 
 
@@ -38,7 +38,7 @@ def read(init: str) -> StartingPoint:
     path, digest, record = given_path(init), init_digest(init), {}
     if path.is_dir():
         record = read_record(path)
-        if not is_whole(path):
+        if record.get("digest") != digest:
             raise UserError(f"model.init = {init}: model.safetensors is not the file that model.json describes; make the model again")
         path = path / "model.safetensors"
     return StartingPoint(init, digest, safetensors.torch.load(read_weights(path)), record)
