@@ -14,7 +14,7 @@ from advml import config
 from advml.attacks.pgd import Adversary, Objective, evaluation_adversary, training_adversary
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.models.network import Architecture, Network, build, under_attack
-from advml.training.losses import contrastive_pair, cross_entropy
+from advml.training.losses import contrastive_views, cross_entropy
 from advml.training.tasks import contrastive_objective
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
@@ -161,7 +161,7 @@ def test_training_after_an_attack_in_one_autocast_still_reaches_every_parameter(
         objective = lambda: contrastive_objective(network, images, labels, temperature=0.2)  # noqa: E731
         attacked = adversary().attack(network, objective, images, generator=seeded())
         first, second = network.embed(torch.cat([images, attacked])).chunk(2)
-        loss = contrastive_pair(first, second, labels, temperature=0.2).mean()
+        loss = contrastive_views(torch.stack([first, second]), labels, temperature=0.2).mean()
     loss.backward()
     learners = [*network.encoder.parameters(), *network.projection_head.parameters()]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learners)
@@ -219,7 +219,7 @@ def test_the_hoisted_clean_embedding_gives_exactly_what_recomputing_it_gives(mod
     network, images, groups = small_network().train(), batch()[0], torch.tensor(groups)
 
     def recomputed() -> Objective:
-        return lambda x: contrastive_pair(network.embed(images), network.embed(x), groups, temperature=0.2)
+        return lambda x: contrastive_views(torch.stack([network.embed(images), network.embed(x)]), groups, temperature=0.2)
 
     def hoisted() -> Objective:
         return contrastive_objective(network, images, groups, temperature=0.2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from advml.attacks.pgd import STEP_SCHEDULES, accumulate, default_step_size, pgd
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.models.network import Architecture, Network, build
-from advml.training.losses import contrastive_pair, cross_entropy
+from advml.training.losses import contrastive_views, cross_entropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # foolbox imports scipy.ndimage.filters
@@ -173,7 +173,7 @@ def test_from_a_zero_start_the_positive_pair_has_no_gradient():
         return torch.autograd.grad(values(embed(at)).sum(), at)[0]
 
     def objective(z: Tensor) -> Tensor:
-        return contrastive_pair(clean, z, groups, temperature=0.2)
+        return contrastive_views(torch.stack([clean, z]), groups, temperature=0.2)
 
     def negatives_only(z: Tensor) -> Tensor:
         """The objective's log denominators, with the similarity of the positive pair held constant."""
@@ -194,7 +194,7 @@ def test_an_objective_in_float32_keeps_a_float32_gradient_under_bf16_autocast():
     start = ThreatModel("l2", 0.8).random_start(images, generator=seeded(1))
 
     def objective(x: Tensor) -> Tensor:
-        return contrastive_pair(embed(images), embed(x), groups, temperature=0.07)
+        return contrastive_views(torch.stack([embed(images), embed(x)]), groups, temperature=0.07)
 
     expected = pgd(objective, images, threat_model=ThreatModel("l2", 0.8), steps=3, start=start)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,7 +19,7 @@ from advml.evaluation.attack_suite import threat_model_2
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, kept_images, run_attacks
 from advml.models.network import Architecture, build
-from advml.training.losses import contrastive_pair, cross_entropy, margin
+from advml.training.losses import contrastive_views, cross_entropy, margin
 
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.4,), (0.3,), 10, 16, False, False)
 CPU = Machine(torch.device("cpu"))
@@ -96,8 +96,8 @@ def test_pgd_on_cross_entropy_and_on_the_margin_are_always_in_the_worst_case(obj
 
 
 EXPECTED = {
-    "accuracy/threat_model_1": lambda x, moved, y, net: contrastive_pair(
-        net.embed(x), net.embed(moved), y, temperature=configuration().temperature
+    "accuracy/threat_model_1": lambda x, moved, y, net: contrastive_views(
+        torch.stack([net.embed(x), net.embed(moved)]), y, temperature=configuration().temperature
     ),
     "accuracy/threat_model_2": lambda x, moved, y, net: cross_entropy(net(moved), y),
     "worst_case/pgd-margin": lambda x, moved, y, net: margin(net(moved), y),

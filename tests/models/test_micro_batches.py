@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advml.models.layers import batch_norms, clean_statistics
 from advml.models.network import Network
 from advml.recipes import classes
-from advml.training.losses import contrastive_pair
+from advml.training.losses import contrastive_views
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def gradients(network: Network, batch: tuple[Tensor, Tensor], size: int | None) 
     images, labels = batch[0].clone().requires_grad_(), batch[1]
     with clean_statistics(network):  # which ends before the backward pass
         first, second = network.embed(torch.cat([images, 1 - images])).chunk(2)
-    contrastive_pair(first, second, classes(labels), temperature=0.2).mean().backward()
+    contrastive_views(torch.stack([first, second]), classes(labels), temperature=0.2).mean().backward()
     found = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
     network.zero_grad()
     return found | {"images": images.grad}

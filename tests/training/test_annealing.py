@@ -15,7 +15,7 @@ from advml.core.device import generator_for
 from advml.data.augment import view, weakened
 from advml.recipes import SCHEMES
 from advml.training.annealing import term_weights, view_strength
-from advml.training.losses import contrastive_pair
+from advml.training.losses import contrastive_views
 from advml.training.tasks import pretraining_task
 
 CONFIG = config.load(Path(__file__).parents[2] / "params.yaml")
@@ -64,12 +64,12 @@ def test_the_second_stream_perturbs_both_views_against_each_other(dataset, make_
     d = [torch.zeros_like(first), torch.zeros_like(second)]
     for _ in range(2):
         both = [(one + moved).requires_grad_() for one, moved in zip((first, second), d, strict=True)]
-        loss = contrastive_pair(*(network.embed(one) for one in both), torch.arange(12), temperature=0.2).sum()
+        loss = contrastive_views(torch.stack([network.embed(one) for one in both]), torch.arange(12), temperature=0.2).sum()
         gradients = torch.autograd.grad(loss, both)
         for place, (one, gradient) in enumerate(zip((first, second), gradients, strict=True)):
             moved = (d[place] + 0.07 * gradient.sign()).clamp(-0.1, 0.1)
             d[place] = (one + moved).clamp(0, 1) - one
     theirs = torch.cat([first + d[0], second + d[1]])
     assert (ours - theirs).abs().gt(1e-4).float().mean() < 0.01 and (ours - views).abs().max() <= 0.1 + 1e-6
-    expected = contrastive_pair(*network.embed(theirs).chunk(2), torch.arange(12), temperature=0.2)
+    expected = contrastive_views(network.embed(theirs).unflatten(0, (2, -1)), torch.arange(12), temperature=0.2)
     torch.testing.assert_close(task.adversarial_loss(attacked, ours, labels), expected, atol=1e-2, rtol=1e-2)

@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor
 
 from advml.core.errors import UserError
-from advml.training.losses import OBJECTIVES, contrastive, contrastive_pair, cross_entropy, divergence, dlr, emp_ssl, margin
+from advml.training.losses import OBJECTIVES, contrastive, contrastive_views, cross_entropy, divergence, dlr, emp_ssl, margin
 
 TEMPERATURE = 0.2
 GROUPS = {
@@ -131,7 +131,7 @@ def test_contrastive_follows_a_permutation_of_the_batch():
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 0, 1, 0]], ids=["instances", "classes"])
 def test_the_pair_objective_is_the_mean_of_an_images_two_anchors(labels):
     first, second = embeddings(4, seed=1), embeddings(4, seed=2)
-    losses = contrastive_pair(first, second, torch.tensor(labels), temperature=TEMPERATURE)
+    losses = contrastive_views(torch.stack([first, second]), torch.tensor(labels), temperature=TEMPERATURE)
     anchors = torch.tensor(supcon_equation_2(torch.cat([first, second]), labels * 2, TEMPERATURE))
     torch.testing.assert_close(losses, (anchors[:4] + anchors[4:]) / 2)
     torch.testing.assert_close(losses.mean(), anchors.mean())

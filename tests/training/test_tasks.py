@@ -16,7 +16,7 @@ from advml.data.augment import view
 from advml.models.layers import DualBatchNorm, batch_norms
 from advml.models.network import under_attack
 from advml.recipes import REGIMES, SCHEMES, classes, instances
-from advml.training.losses import OBJECTIVES, contrastive_pair, cross_entropy, divergence
+from advml.training.losses import OBJECTIVES, contrastive_views, cross_entropy, divergence
 from advml.training.tasks import (
     Classification,
     Contrastive,
@@ -91,7 +91,7 @@ def test_the_contrastive_clean_loss_is_of_two_different_views(make_network, imag
     first, second = (view(images, SHIFT, generator=source) for _ in range(2))
     assert not torch.equal(first, second)
     together = network.embed(torch.cat([first, second]))
-    expected = contrastive_pair(together[:24], together[24:], groups(labels), temperature=0.2)
+    expected = contrastive_views(together.unflatten(0, (2, 24)), groups(labels), temperature=0.2)
     task = contrastive_task(network, groups)
     assert torch.equal(clean_loss(task, images, labels, INDEX, generator=generator()), expected)
 
@@ -100,7 +100,7 @@ def test_the_contrastive_clean_loss_is_of_two_different_views(make_network, imag
 def test_the_contrastive_adversarial_loss_pairs_the_plain_image_with_the_adversarial_one(make_network, images, adversarial, labels, groups):
     network = make_network()
     together = network.embed(torch.cat([images, adversarial]))
-    expected = contrastive_pair(together[:24], together[24:], groups(labels), temperature=0.2)
+    expected = contrastive_views(together.unflatten(0, (2, 24)), groups(labels), temperature=0.2)
     assert torch.equal(contrastive_task(network, groups).adversarial_loss(images, adversarial, labels), expected)
 
 

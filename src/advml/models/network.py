@@ -18,16 +18,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from advml.core.device import own_randomness
 from advml.core.errors import UserError
 from advml.core.io import read_json, sha256
 from advml.core.paths import Workspace
 from advml.models.backbones import create_encoder
 from advml.models.bn_folding import folded
-from advml.models.layers import dual
+from advml.models.layers import batch_norms, dual
 from advml.models.memory_format import memory_format
 from advml.models.micro_batches import in_parts
+
+CPU = torch.device("cpu")  # where weights are drawn
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Network(nn.Module):
     def attach_classifier(self, classes: int, *, seed: int) -> None:
         """Put a fresh linear classifier on the encoder; its weights depend on `seed` alone."""
         self.architecture = replace(self.architecture, classes=classes)
-        with _seeded(seed):
+        with own_randomness(seed, CPU):
             self.classifier = nn.Linear(self.width, classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -149,16 +151,8 @@ _compiled = torch.compile(_encode, dynamic=False)
 
 def build(architecture: Architecture, *, seed: int) -> Network:
     """A network with random weights that depend on `seed` alone; the global RNG is left as it was."""
-    with _seeded(seed):
+    with own_randomness(seed, CPU):
         return Network(architecture)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within: the CPU's global RNG follows from `seed`. `torch.manual_seed` would reseed every GPU as well."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextlib.contextmanager
@@ -173,9 +167,8 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.eval()
-    for module in modes if mode == "train" else ():
-        if isinstance(module, _BatchNorm):
-            module.training = modes[module]
+    for layer in batch_norms(network) if mode == "train" else ():
+        layer.training = modes[layer]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:

@@ -134,11 +134,6 @@ def contrastive_views(embeddings: Tensor, groups: Tensor, *, temperature: float)
     return contrastive(embeddings.flatten(0, 1), groups.repeat(views), temperature=temperature).view(views, count).mean(0)
 
 
-def contrastive_pair(first: Tensor, second: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
-    """`contrastive_views` of two views (N, D) each."""
-    return contrastive_views(torch.stack([first, second]), groups, temperature=temperature)
-
-
 INVARIANCE, CODING_ERROR = 200.0, 0.2  # of EMP-SSL's authors; what they call eps is the square of the paper's
 
 

@@ -67,14 +67,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def optimizer(phase: config.Phase, learners: Sequence[nn.Parameter], network: nn.Module) -> torch.optim.Optimizer:
     """The optimiser that `phase` names, over `learners`, each in exactly one group; `network` tells how deep they lie."""
-    groups = layer_groups(learners, network.encoder, layer_decay=phase.layer_decay) if phase.layer_decay < 1 else [whole(learners)]
+    groups = [{"params": list(learners), "share": 1.0}]
+    if phase.layer_decay < 1:
+        groups = layer_groups(learners, network.encoder, layer_decay=phase.layer_decay)
     fused = True if learners[0].is_cuda else None  # one kernel, which under fp16 also sees for itself whether to skip the step
     return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=fused)
-
-
-def whole(learners: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """All in one group."""
-    return {"params": list(learners), "share": 1.0}
 
 
 def layer_groups(learners: Sequence[nn.Parameter], encoder: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
