@@ -11,12 +11,13 @@ from advml.core.errors import UserError
 from advml.recipes import REGIMES, SCHEMES
 
 Epochs = Annotated[Whole, Field(ge=1, le=100_000)]
+AttackKind = Literal["pgd", "free", "fast"]
 
 
 class TrainAttack(Section):
     """The attack inside training. Without `step_size` a step is 2.5 * epsilon / steps; of free training epsilon, of fast 1.25 epsilon."""
 
-    kind: Literal["pgd", "free", "fast"] = means(
+    kind: AttackKind = means(
         "pgd; free: `steps` replays of a batch update weights and perturbation at once; fast: one step from a random start", "pgd"
     )
     steps: Steps = means("of PGD; free: replays of a batch; fast: of the PGD that validates")
@@ -52,7 +53,7 @@ class Phase(Section):
     )
     epsilon: Epsilon | None = means("radius of the attack in this phase; null: threat_model.epsilon", None)
     epsilon_warmup: Share = means("share of all steps over which the radius, and the step with it, rises from 0", 0.0)
-    attack_kind: Literal["pgd", "free", "fast"] | None = means("null: attack.kind", None)
+    attack_kind: AttackKind | None = means("null: attack.kind", None)
     attack_steps: Steps | None = means("null: attack.steps", None)
     views: Annotated[Whole, Field(ge=2, le=1000)] | None = means("of an image in a batch; null: CL and SCL 2, EMP 16", None)
     averaged_crops: Literal[1, 5] = means("what the classifier sees: 1: the image; 5: mean features of its centre and corners", 1)
