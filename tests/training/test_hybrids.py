@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from advml import config
+from advml.core import memory
 from advml.core.device import Machine, generator_for
 from advml.core.errors import UserError
 from advml.data.augment import view
@@ -163,7 +165,7 @@ def test_views_are_told_apart_and_those_that_free_training_perturbs_come_last(ma
         own.append(one.views(x, generator=generator))
     losses = [one.loss_of_views(v, y).mean() for one, v, y in zip(task.tasks, own, labels.split([2, 4]), strict=True)]
     assert torch.allclose(task.loss_of_views(views, labels).mean(), sum(losses))
-    rows = task.perturbed_rows(views, 6)
+    rows = task.perturbed_rows(6)
     last = torch.cat(own) if attacked == "views" else torch.cat([own[0][-2:], own[1][-4:]])
     assert len(views) == len(torch.cat(own)) and torch.equal(views[-rows:], last)
 
@@ -242,6 +244,15 @@ def test_a_hybrid_without_unlabelled_images_is_refused_with_the_keys_that_give_s
         check_images(SCHEMES[scheme], replace(data, unlabelled=None), batch_size=16)
     with pytest.raises(UserError, match=rf"pretrain\.{scheme}\.batch_size = 3 .* 4 or more"):
         pretraining(config.changed(CONFIG, {f"pretrain.{scheme}.batch_size": 3}), data, scheme=scheme, phase="st", seed=0)
+
+
+def test_all_images_of_data_larger_than_memory_are_kept_in_a_file_together(monkeypatch, data, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected = learnt_from(data, SCHEMES["CL"]).train
+    monkeypatch.setattr(memory, "available", lambda: 64)
+    found = learnt_from(data, SCHEMES["CL"]).train
+    assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+    assert isinstance(found.images.numpy().base, np.memmap) and not list((tmp_path / ".scratch" / "prepare").iterdir())
 
 
 def test_cl_alone_learns_from_images_of_no_class_and_what_needs_labels_is_refused(data, pretrain, make_network):

@@ -7,7 +7,7 @@
 | free | kept from batch to batch, moved by each of `steps` replays    | one a replay: weights as well | Shafahi et al. 2019 |
 
 Validation attacks by PGD under all three, at the whole radius; under fast and free by STEPS_OF_VALIDATION steps or more of 2.5 epsilon /
-steps, whatever the steps of training are. To add a kind, add a row to KINDS and its name to `config.TrainAttack.kind`.
+steps, whatever the steps of training are. To add a kind, add a row to KINDS and its name to `config.phases.AttackKind`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class FreePerturbation:
             views: (V N, C, H, W) in [0, 1], the same in all replays of a batch.
             share: of the radius and the step.
         """
-        adversary, rows = self.adversary.scaled(share), task.perturbed_rows(views, len(labels))
+        adversary, rows = self.adversary.scaled(share), task.perturbed_rows(len(labels))
         fixed, images = views[:-rows], views[-rows:]
         start = images if self.values is None else adversary.threat_model.project(images + self.values, images)
         adversarial = start.detach().clone().requires_grad_()

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from advml import config
+from advml.models.layers import batch_norms
+from advml.training.checkpoint import State, snapshot
 
 
 class Average:
@@ -30,10 +31,10 @@ class Average:
         self.network, self.phase = network, phase
         self.first = 1  # epoch of which there is something to validate
         self.needs_statistics = False  # whether batch norms must see batches before the average is validated
-        self.values: dict[str, Tensor] = {}
+        self.values: State = {}
 
     @property
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """What a resumed training needs of it."""
         return {f"average/{key}": value for key, value in self.values.items()}
 
@@ -64,7 +65,7 @@ class Average:
         if not self.values:
             yield
             return
-        own = _copy(self.network)
+        own = snapshot(self.network)
         self.network.load_state_dict(self.values)
         try:
             yield
@@ -77,7 +78,7 @@ class ExponentialAverage(Average):
 
     def __init__(self, network: nn.Module, phase: config.Phase, *, epochs: int) -> None:
         super().__init__(network, phase, epochs=epochs)
-        self.values = _copy(network)
+        self.values = snapshot(network)
 
     def after_step(self) -> None:
         self._move(1 - self.phase.average_decay)
@@ -92,7 +93,7 @@ class StochasticAverage(Average):
 
     def after_epoch(self, epoch: int) -> None:
         if epoch == self.first:
-            self.values = _copy(self.network)
+            self.values = snapshot(self.network)
         elif epoch > self.first:
             self._move(1 / (epoch - self.first + 1))
 
@@ -103,7 +104,7 @@ AVERAGES: dict[str, type[Average]] = {"none": Average, "ema": ExponentialAverage
 @contextlib.contextmanager
 def fresh_statistics(network: nn.Module) -> Iterator[int]:
     """Within: batch norms in train mode, so many, take the plain mean over the batches that they see, whatever they had seen before."""
-    layers = {module: module.momentum for module in network.modules() if isinstance(module, _BatchNorm) and module.training}
+    layers = {layer: layer.momentum for layer in batch_norms(network) if layer.training and layer.track_running_stats}
     for layer in layers:
         layer.momentum = None
         layer.num_batches_tracked.zero_()  # the first batch replaces the old statistics, by which it may still be attacked
@@ -112,7 +113,3 @@ def fresh_statistics(network: nn.Module) -> Iterator[int]:
     finally:
         for layer, momentum in layers.items():
             layer.momentum = momentum
-
-
-def _copy(network: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in network.state_dict().items()}

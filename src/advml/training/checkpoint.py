@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from advml.core.io import discard, write_atomically
 
@@ -102,6 +102,11 @@ class Checkpoint:
         except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
             return None
         return progress
+
+
+def snapshot(network: nn.Module) -> State:
+    """A copy of weights and statistics as they are now."""
+    return {key: value.detach().clone() for key, value in network.state_dict().items()}
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Task(Protocol):
     def attacked(self, images: Tensor, views: Tensor) -> Tensor: ...  # what the adversary perturbs: x in the next two lines
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective: ...
-    def perturbed_rows(self, views: Tensor, count: int) -> int: ...  # the last ones of the views, in free training
+    def perturbed_rows(self, count: int) -> int: ...  # of the views of so many images the last ones, in free training
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor: ...
     def objective(self, images: Tensor, labels: Tensor) -> Objective: ...
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor: ...
@@ -106,9 +106,9 @@ class Classification:
         """What the adversary perturbs."""
         return views if self.attacks_views else images
 
-    def perturbed_rows(self, views: Tensor, count: int) -> int:
+    def perturbed_rows(self, count: int) -> int:
         """Free training perturbs all rows."""
-        return len(views)
+        return count
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """CE(x + d), or what else `loss` says."""
@@ -214,9 +214,9 @@ class Contrastive:
         """All views, or one, be it the image."""
         return self.count if self.attacks_views else 1
 
-    def perturbed_rows(self, views: Tensor, count: int) -> int:
-        """Free training perturbs all rows, or the last view of the `count` images: SimCLR's second one (arXiv 2501.03507)."""
-        return len(views) if self.attacks_views else count
+    def perturbed_rows(self, count: int) -> int:
+        """Free training perturbs all rows, or the last view of the images: SimCLR's second one (arXiv 2501.03507)."""
+        return self.perturbed * count
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """L(x, x + d), or L of the perturbed views."""
@@ -295,7 +295,7 @@ class Hybrid:
         parts = zip(self.tasks, images.split(self.sizes), self._apart(views), strict=True)
         return torch.cat([task.attacked(*own) for task, *own in parts])
 
-    def perturbed_rows(self, views: Tensor, count: int) -> int:
+    def perturbed_rows(self, count: int) -> int:
         """Those of both."""
         return sum(self.moved)
 

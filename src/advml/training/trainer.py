@@ -3,8 +3,8 @@
     network, history = fit(plan, machine, checkpoint=checkpoint)
     history[2]      # {"epoch": 3, "train/loss": ..., "validation/accuracy": ..., ...}
 
-Every random number of an epoch
-follows from (seed, epoch) alone, so a resumed run needs no RNG state to end where an uninterrupted one would.
+Every random number of an epoch follows from (seed, epoch) alone, so a resumed run needs no state of a generator to end where an
+uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from advml.models.network import Network
 from advml.training.adversarial_steps import COLLAPSED, WITHSTOOD, AdversarialTraining, FreePerturbation, has_collapsed
 from advml.training.annealing import term_weights, view_strength
 from advml.training.averaging import AVERAGES, fresh_statistics
-from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer
+from advml.training.checkpoint import Checkpoint, Progress, State, optimizer_state, restore_optimizer, snapshot
 from advml.training.cost import GRADIENT_STEPS, counted
 from advml.training.optimization import epsilon_share, learning_rate, optimizer, set_learning_rate
 from advml.training.streams import batches
@@ -147,7 +147,7 @@ def train(
             break
         began = time.perf_counter()
         record = {"epoch": epoch} | trainer.fitting(partial(trainer.epoch, epoch, on_batch))
-        progress.epoch, progress.network = epoch, _copy(task.network.state_dict())
+        progress.epoch, progress.network = epoch, snapshot(task.network)
         progress.optimizer, progress.scaler = optimizer_state(trainer.optimizer), trainer.scaler.state_dict()
         progress.carried = trainer.carried
         with trainer.averaged(epoch):
@@ -262,7 +262,7 @@ class _Trainer:
                 on_batch(epoch, batch + 1, losses[batch].sum())
         self.average.after_epoch(epoch)
         clean, adversarial = (sum(column) / self.batches for column in ranks.summed(losses).T.tolist())
-        both = self._has_clean(epoch)
+        both = self._weights(epoch)[0] > 0
         record = {"learning_rate": self.optimizer.param_groups[0]["lr"], "train/loss": clean if both else adversarial}
         record |= {"train/adversarial_loss": adversarial} if self.adversary and both else {}
         passed = ranks.summed(torch.tensor(count.images, device=self.machine.device)).item()
@@ -283,9 +283,11 @@ class _Trainer:
         own = [rank] if (rank := ranks.number()) else []
         return own_randomness(derived_seed("dropout", self.seed, epoch, *own), self.machine.device)
 
-    def _has_clean(self, epoch: int) -> bool:
-        """Whether the clean term is computed."""
-        return not self.free and (not self.adversary or term_weights(self.phase, epoch=epoch, epochs=self.epochs)[0] > 0)
+    def _weights(self, epoch: int) -> tuple[float, float]:
+        """Of the clean and the attacked term; a clean term without weight is not computed."""
+        if not self.adversary:
+            return 1.0, 0.0
+        return (0.0, 1.0) if self.free else term_weights(self.phase, epoch=epoch, epochs=self.epochs)
 
     def _steps(self, drawn: Batch, *, epoch: int, batch: int) -> Tensor:
         """The optimiser steps on a batch: one, or one for each replay. Returns the clean and the adversarial loss (2,), on the device."""
@@ -311,22 +313,20 @@ class _Trainer:
 
     def _terms(self, batch: Batch, *, epoch: int, step: int) -> Iterator[tuple[int, float, Tensor]]:
         """(0 for clean or 1 for attacked, weight, mean loss) of one step's terms; the caller goes backwards before it asks for the next."""
-        share = epsilon_share(self.phase, step=step, steps=self.steps)
-        if self.free:
-            yield from ((1, 1.0, loss) for loss in self.free.replay(self.task, batch.views, batch.labels, share=share))
-            return
-        weights = term_weights(self.phase, epoch=epoch, epochs=self.epochs) if self.adversary else (1.0, 0.0)
-        if self._has_clean(epoch):
+        share, (clean_weight, weight) = epsilon_share(self.phase, step=step, steps=self.steps), self._weights(epoch)
+        if clean_weight > 0:
             with self._autocast():
                 clean = ranks.mean(self.task.clean_loss(batch.views, batch.labels, batch.index))
-            yield 0, weights[0], clean
-        if self.adversary:
+            yield 0, clean_weight, clean
+        if self.free:
+            yield from ((1, weight, loss) for loss in self.free.replay(self.task, batch.views, batch.labels, share=share))
+        elif self.adversary:
             adversary, images = self.adversary.training.scaled(share), self.task.attacked(batch.images, batch.views)
             with self._autocast():
                 objective = lambda: self.task.training_objective(images, batch.labels)  # noqa: E731 - built under attack, once
                 attacked = adversary.attack(self.task.network, objective, images, generator=batch.generator)
                 loss = ranks.mean(self.task.adversarial_loss(images, attacked, batch.labels))
-            yield 1, weights[1], loss
+            yield 1, weight, loss
 
     @contextmanager
     def averaged(self, epoch: int) -> Iterator[None]:
@@ -402,9 +402,8 @@ class _Trainer:
         if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
             remedy = "a pretraining makes them by model.backbone and model.options; a fine-tuning reads them: make its pretraining again"
             raise Failure(f"{weights[0]}, a weight that the training starts from, is not finite; {remedy}")
-        named = (
-            () if self.scaler.is_enabled() else self.task.network.named_parameters()
-        )  # a scale that is too large at first is made smaller
+        # Under a scaler gradients may be infinite: a scale that is too large at first is made smaller
+        named = () if self.scaler.is_enabled() else self.task.network.named_parameters()
         gradients = {f"the gradient of {key}": value.grad for key, value in named if value.grad is not None}
         if broken := _not_finite({"train/loss": losses[0], "train/adversarial_loss": losses[1]} | gradients):
             precision = "runtime.precision: fp32, then " if self.machine.precision in HALVES else ""
@@ -425,7 +424,7 @@ class _Trainer:
         score = sign * record.get(f"validation/adversarial_{metric}", record[f"validation/{metric}"])
         if self.phase.keep == "last" or progress.best_score is None or score >= progress.best_score:
             progress.best_score, progress.best_epoch = score, int(record["epoch"])
-            progress.best = _copy(self.task.network.state_dict())
+            progress.best = snapshot(self.task.network)
 
 
 class _Fits(Exception):
@@ -438,7 +437,3 @@ def _stop() -> None:
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, value in tensors.items() if not value.isfinite().all()]
-
-
-def _copy(state: State) -> State:
-    return {key: value.detach().clone() for key, value in state.items()}
