@@ -231,3 +231,23 @@ def test_a_flag_of_one_seed_marks_the_mean(make_study):
     mean, clean, flagged = with_means(rows_of(study))
     assert cell(mean, "accuracy/worst_case").endswith("!") and cell(flagged, "accuracy/worst_case").endswith("!")
     assert not cell(clean, "accuracy/worst_case").endswith("!")
+
+
+def seeds_of(*flags: dict) -> list[dict]:
+    return [shares() | {"model": f"SL-AT-s{n}", "scheme": "SL", "regime": "AT", "seed": n} | each for n, each in enumerate(flags)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "mark"),
+    [
+        ({"diagnostics/flags": 0}, {"diagnostics/flags": 0, "transfer/flags": 1}, "!"),
+        ({}, {"diagnostics/flags": 1}, "!"),
+        ({}, {"diagnostics/flags": 0}, "?"),
+    ],
+)
+def test_a_doubt_about_one_seed_marks_the_mean_where_the_other_seed_has_none(first, second, mark):
+    assert cell(with_means(seeds_of(first, second))[0], "accuracy/worst_case").endswith(mark)
+
+
+def test_the_footnote_of_several_seeds_names_a_model_that_show_knows():
+    assert to_markdown(seeds_of(*[{"diagnostics/flags": 1}] * 2)).endswith("see advml show SL-AT-s0\n")

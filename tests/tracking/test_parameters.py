@@ -11,6 +11,7 @@ from advml import config as configuration
 from advml.recipes import REGIMES, SCHEMES
 from advml.tracking.parameters import comparable
 
+PHASE = "{epochs: 1, batch_size: 8, optimizer: adam, learning_rate: 0.1, weight_decay: 0, schedule: constant}"
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
 
@@ -52,6 +53,17 @@ def test_settings_with_a_neutral_value_are_told_where_they_have_another():
     assert shown["training.finetune.loss"] == "trades" and shown["training.attack.step_size"] == 0.1
     assert (shown["epsilon"], shown["training.pretrain.epsilon"], shown["training.finetune.epsilon"]) == (0.1, 0.15, 0.2)
     assert shown["training.pretrain.views"] == "rotation 20.0, scale [0.8, 1.2], shift 0.15, brightness 0.4"
+
+
+@pytest.mark.parametrize(("scheme", "has"), [("SL", False), ("CL", True), ("EMP", False), ("CLxSL", True)])
+def test_a_temperature_is_told_of_schemes_whose_loss_has_one(scheme, has):
+    shown = comparable(record_of(scheme, "AT", f"pretrain.{scheme}={PHASE}"))
+    assert ("training.pretrain.temperature" in shown) == has
+
+
+def test_the_views_of_both_terms_of_a_hybrid_are_told():
+    shown = comparable(record_of("CLxSL", "AT", f"pretrain.CLxSL={PHASE}", "views.supervised.shift=0.25"))["training.pretrain.views"]
+    assert "shift 0.25" in shown and "shift 0.15" in shown
 
 
 def test_a_search_tells_all_that_it_has():

@@ -55,6 +55,25 @@ def test_the_best_on_attacked_validation_images_is_registered_once_and_the_alias
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "advml", "version": 2}]
 
 
+@pytest.mark.parametrize("own", [{"epsilon": 0.05}, {"attack_steps": 1}])
+def test_a_model_that_was_validated_under_an_attack_of_its_own_is_no_candidate(study, own):
+    path = study.root / "models" / "finetune" / "CL-Full-AT-s0" / "model.json"
+    record = json.loads(path.read_text())
+    record["parameters"]["regimes"] = {"Full-AT": {"epochs": 5} | own}
+    path.write_text(json.dumps(record))
+    study.sync()
+    assert best(study).run_id == study.newest("CL-Partial-AT-s0").info.run_id
+
+
+def test_a_pretraining_that_was_made_anew_scores_no_model_of_before(study):
+    set_score(study, "CL-at-s0", 0.95)
+    (study.root / "reports" / "CL-AT-s0" / "history.json").write_text("[]")  # as of a scheme that pretrains its classifier
+    study.write_model("CL-at-s0", "pretrain", digest="b" * 64, epoch=2)
+    set_score(study, "CL-at-s0", 0.95)
+    study.sync()
+    assert best(study).run_id == study.newest("CL-Full-AT-s0").info.run_id
+
+
 def test_a_registered_model_loads_through_mlflow_by_path_and_digest(study, monkeypatch):
     study.sync()
     with warnings.catch_warnings():

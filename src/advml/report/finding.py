@@ -37,17 +37,15 @@ def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: st
 
 
 def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterator[str]:
-    worst = {group: _mean(rows, WORST) for group, rows in groups.items()}
-    where = f"of the test images {'{}'} right under all attacks with ε = {threat_model}"
-    plain = [value for (_, regime), value in worst.items() if not _attacked(REGIMES[regime])]
+    where = f" of the test images right under all attacks with ε = {threat_model}"
+    robust = {group: rows for group, rows in groups.items() if _attacked(REGIMES[group[1]])}
+    plain = [row[WORST] for group, rows in groups.items() if group not in robust for row in rows]
     if plain:
-        yield f"without adversarial training no model has more than {_percent(max(plain))} {where.format('')}".replace("  ", " ")
-    robust = {group: value for group, value in worst.items() if _attacked(REGIMES[group[1]])}
+        yield f"without adversarial training no model has more than {_percent(max(plain))}{where}"
     if robust:
-        best = max(robust, key=robust.__getitem__)
-        rows = groups[best]
-        told = f"the most robust model, {' '.join(best)}, has {_percent(worst[best])}{_spread(rows)}"
-        told += "" if plain else f" {where.format('')}".replace("  ", " ")
+        best = max(robust, key=lambda group: _mean(robust[group], WORST))
+        rows = robust[best]
+        told = f"the most robust model, {' '.join(best)}, has {_percent(_mean(rows, WORST))}{_spread(rows)}{'' if plain else where}"
         told += f", and {_percent(_mean(rows, CLEAN))} without attack" if all(CLEAN in row for row in rows) else ""
         yield told + (f" ({MEANING[FLAGGED]})" if any(mark(row) == FLAGGED for row in rows) else "")
 

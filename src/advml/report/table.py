@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.special import stdtrit
+import numpy as np
 
 from advml.config import Grid
 from advml.core.io import read_json
@@ -18,6 +18,7 @@ from advml.evaluation import records
 from advml.evaluation.flag_summary import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
 from advml.recipes import REGIMES
+from advml.similarity.statistics import Estimate, over_seeds
 
 Row = dict[str, Any]
 
@@ -93,16 +94,15 @@ def _mean(scheme: str, regime: str, rows: list[Row]) -> Row:
     found: Row = {"model": f"{scheme}-{regime}, mean of {len(rows)} seeds", "scheme": scheme, "regime": regime}
     for metric in (key for key in rows[0] if all(_is_measured(row, key) for row in rows)):
         values = [row[metric] for row in rows]
-        mean, sd = statistics.fmean(values), statistics.stdev(values)
-        between = float(stdtrit(len(rows) - 1, 0.975)) * sd / math.sqrt(len(rows))
-        found |= {metric: mean, f"{metric}/sd": sd}
+        mean, between = statistics.fmean(values), over_seeds([Estimate(value, np.zeros(0)) for value in values]).spread
+        found |= {metric: mean, f"{metric}/sd": statistics.stdev(values)}
         for end, sign in (("low", -1), ("high", 1)):
             shared = statistics.fmean(abs(row[f"{metric}/{end}"] - row[metric]) for row in rows)
             value = mean + sign * math.hypot(between, shared)
             found[f"{metric}/{end}"] = min(1.0, max(0.0, value)) if metric in COLUMNS.values() else value
     found |= {key: statistics.fmean(row[key] for row in rows) for key in (STEPS, SECONDS) if all(key in row for row in rows)}
-    flags = {key: sum(row[key] for row in rows) for key in ("diagnostics/flags", "transfer/flags") if all(key in row for row in rows)}
-    return found | flags
+    flags = {key: sum(row.get(key, 0) for row in rows) for key in ("diagnostics/flags", "transfer/flags")}
+    return found | {key: count for key, count in flags.items() if count or all(key in row for row in rows)}  # else one is not judged
 
 
 def _is_measured(row: Row, metric: str) -> bool:
@@ -150,8 +150,7 @@ def footnote(table: list[Row]) -> str:
 
 def to_markdown(table: list[Row]) -> str:
     """The table for a README: accuracies in percent with 95 % intervals, means over seeds first."""
-    table = with_means(table)
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in table]
+    lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in with_means(table)]
     notes = [f"\n{note}" for note in footnote(table).splitlines()]  # each a paragraph of its own
     return "\n".join(lines + notes) + "\n"

@@ -57,12 +57,13 @@ def _phase(phase: Record | None, parameters: Record, *, attacked: bool) -> dict[
 
 
 def _views(scheme: str, parameters: Record) -> dict[str, Any]:
-    """How the contrastive objective and the random views were set, the latter in one line."""
+    """How the contrastive objective and the random views were set, each kind of views in one line."""
     row = SCHEMES.get(scheme)
-    shown = {"temperature": parameters["temperature"]} if row and row.groups and "temperature" in parameters else {}
-    if row and (view := (parameters.get("views") or {}).get(row.view)):
-        shown["views"] = ", ".join(f"{key} {value}" for key, value in _chosen(schema.View, view).items())
-    return shown
+    shown = {"temperature": parameters["temperature"]} if row and row.has_temperature and "temperature" in parameters else {}
+    views = dict.fromkeys(part.view for part in row.parts) if row else ()
+    told = [view for name in views if (view := (parameters.get("views") or {}).get(name))]
+    lines = [", ".join(f"{key} {value}" for key, value in _chosen(schema.View, view).items()) for view in told]
+    return shown | ({"views": "; ".join(dict.fromkeys(lines))} if lines else {})
 
 
 def _chosen(section: type[schema.Section], values: Record) -> dict[str, Any]:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
-from advml.core.io import read_csv, read_json
+from advml.core.io import read_csv
 from advml.core.paths import Workspace
 from advml.tracking import store as stores
 from advml.tracking.names import DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
+from advml.tracking.parameters import OF_THE_ATTACK
+from advml.tracking.results import phases
+from advml.tracking.run import Record
 
 VERSIONS = "mlflow.modelVersions"  # tag of a logged model: MLflow's page of models shows them
 ALIAS, SCORE = "best", "validation/adversarial_accuracy"
 RULE = (
-    "Chosen by its accuracy on validation images under the attack of training, at the epoch that was kept; test images had no part in it."
+    "Chosen by its accuracy on validation images under the attack of training, at the epoch that was kept; test images had no part in it. "
+    "Models whose phase has a radius or a number of steps of its own do not compare, and are left out."
 )
-REMEDY = "restore it with: dvc checkout"
 
 
 def register_best(store: stores.Store) -> None:
@@ -65,21 +65,20 @@ def _reported(workspace: Workspace) -> list[str]:
 
 
 def _score(workspace: Workspace, model: str) -> tuple[float, str] | None:
-    """The score of a model and the sha256 of its weights; None where its training, or the pretraining behind it, has not measured it."""
-    digest = None
-    for record, curves in _phases(workspace, model):
-        digest = digest or record["digest"]
-        if curves:  # of the last phase that has learned anything
-            kept = next((epoch for epoch in curves if epoch["epoch"] == record.get("epoch")), {})
-            return (kept[SCORE], digest) if SCORE in kept else None
+    """The score of a model and the sha256 of its weights.
+
+    None where its training, or the pretraining behind it, has not measured it, or under another attack than that of the study.
+    """
+    found = phases(workspace, workspace.model(model))
+    for record, history in found:
+        if history:  # the last phase that has learned anything
+            kept = next((epoch for epoch in history if epoch["epoch"] == record.get("epoch")), {})
+            return (kept[SCORE], found[0][0]["digest"]) if SCORE in kept and _under_the_attack_of_the_study(record) else None
     return None
 
 
-def _phases(workspace: Workspace, model: str) -> Iterator[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
-    """Record and curves of the model, then of its pretraining."""
-    folder: Path | None = workspace.model(model)
-    while folder is not None and (folder / "model.json").exists():
-        record, curves = read_json(folder / "model.json", needs=("digest",), remedy=REMEDY), workspace.report(folder.name) / "history.json"
-        yield record, read_json(curves, kind=list, remedy=REMEDY) if curves.exists() else []
-        parent = record.get("pretraining")
-        folder = workspace.pretrained(parent["name"]) if parent else None
+def _under_the_attack_of_the_study(record: Record) -> bool:
+    parameters = record.get("parameters") or {}
+    section, name = ("regimes", record.get("regime")) if record.get("kind") == "model" else ("pretrain", record.get("scheme"))
+    phase = (parameters.get(section) or {}).get(name) or {}
+    return all(phase.get(key) in (None, (parameters.get(of) or {}).get(own)) for key, (of, own) in OF_THE_ATTACK.items())

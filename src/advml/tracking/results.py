@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from advml.core.io import modified, read_csv, read_json, sha256
@@ -18,7 +19,6 @@ from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
 from advml.tracking import store as stores
 from advml.tracking.names import COMMIT, DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
 from advml.tracking.parameters import comparable
-from advml.tracking.registry import register_best
 from advml.tracking.run import Record, Run, guarded
 
 # What is logged of `evaluate` and `represent` as metrics, by first word; intervals and all others are in tables.
@@ -49,8 +49,10 @@ def log_parts(run: Run, folder: Path) -> bool:
 def log_model(run: Run, folder: Path, *, digest: str) -> bool:
     """Log what a training phase has written, and with it complete its run; False if the run was complete."""
     workspace = Workspace(run.store.place.root)
-    curves = workspace.report(folder.name) / "history.json"
-    logged = _log_part(run, "training", (folder / "model.json", curves, *_pretraining(workspace, folder)), _log_training)
+    learnt = phases(workspace, folder)
+    curves = [workspace.report(name) / "history.json" for name in (folder.name, *(record["name"] for record, _ in learnt[1:]))]
+    files = folder / "model.json", curves[0], *filter(Path.exists, curves[1:])
+    logged = _log_part(run, "training", files, partial(_log_training, learnt=learnt))
     run.log_checkpoint(folder, digest=digest)
     return logged
 
@@ -70,36 +72,35 @@ def _log_part(run: Run, part: str, files: tuple[Path, ...], log: Callable[..., N
     return True
 
 
-def _pretraining(workspace: Workspace, folder: Path) -> list[Path]:
-    """The curves of the pretraining that a model started from, if they are here, and of the same weights."""
-    record = read_json(folder / "model.json", remedy=REMEDY) if (folder / "model.json").exists() else {}
-    parent = record.get("pretraining") or {"name": ""}
-    made, curves = workspace.pretrained(parent["name"]) / "model.json", workspace.report(parent["name"]) / "history.json"
-    if not parent["name"] or not made.exists() or not curves.exists():
+def phases(workspace: Workspace, folder: Path, *, digest: str | None = None) -> list[tuple[Record, list[Record]]]:
+    """Record and curves of the model in `folder`, then of the pretraining that it started from; none that is not here, or of other weights.
+
+    Args:
+        digest: of the weights that are meant; None: those that are there.
+    """
+    made, curves = folder / "model.json", workspace.report(folder.name) / "history.json"
+    record = read_json(made, needs=("digest",), remedy=REMEDY) if made.exists() else {}
+    if not record or digest not in (None, record["digest"]):
         return []
-    return [curves] if read_json(made, remedy=REMEDY).get("digest") == parent["digest"] else []
+    history, parent = read_json(curves, kind=list, remedy=REMEDY) if curves.exists() else [], record.get("pretraining")
+    before = phases(workspace, workspace.pretrained(parent["name"]), digest=parent["digest"]) if parent else []
+    return [(record, history), *before]
 
 
-def _log_training(run: Run, record: Record, file: Path, curves: Path, *before: Path) -> None:
-    history = read_json(curves, kind=list, remedy=REMEDY)
-    run.log_epochs(history, at=modified(file))
+def _log_training(run: Run, record: Record, file: Path, *_: Path, learnt: Sequence[tuple[Record, list[Record]]]) -> None:
+    run.log_epochs(learnt[0][1], at=modified(file))
     run.log_metrics(training_cost(Workspace(run.store.place.root), record))
     if model := run.tags.get(MODEL):  # of before; a new one gets both later
         run.client.log_model_artifact(model, str(file))
         run.set_tags({COMMIT: record.get("git_commit")})
-    phases = {curves.parent.name: (history, record.get("epoch"))}
-    for past in before:
-        kept = read_json(Workspace(curves.parents[2]).pretrained(past.parent.name) / "model.json", remedy=REMEDY).get("epoch")
-        phases = {past.parent.name: (read_json(past, kind=list, remedy=REMEDY), kept)} | phases
-    if phases := {name: phase for name, phase in phases.items() if phase[0]}:
+    if drawn := {one["name"]: (history, one.get("epoch")) for one, history in reversed(learnt) if history}:
         from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
 
-        run.client.log_figure(run.id, training_curves(phases), "curves.png")
+        run.client.log_figure(run.id, training_curves(drawn), "curves.png")
 
 
 def _log_evaluation(run: Run, record: Record, file: Path, *samples: Path) -> None:
-    _log_measures(run, record["metrics"], EVALUATION, table="evaluation.json")
-    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {})), RESULT: _in_words(record["metrics"])})
+    _log_accuracies(run, record)
     _log_files(run, "records/evaluate", file)
     _log_files(run, "samples", *samples)
 
@@ -109,6 +110,11 @@ def _log_representation(run: Run, record: Record, file: Path, *files: Path) -> N
     _log_files(run, "records/represent", file)
     _log_files(run, "cka", *(path for path in files if path.suffix != ".png"))
     _log_files(run, None, *(path for path in files if path.suffix == ".png"), grid="")  # where Compare shows those of all runs together
+
+
+def _log_accuracies(run: Run, record: Record) -> None:
+    _log_measures(run, record["metrics"], EVALUATION, table="evaluation.json")
+    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {})), RESULT: _in_words(record["metrics"])})
 
 
 def _log_measures(run: Run, measures: Record, shown: Mapping[str, Sequence[str]], *, table: str) -> None:
@@ -187,7 +193,7 @@ def results(workspace: Workspace) -> list[Result]:
     compared = [path.parent for pattern in ("compare", "compare-*") for path in sorted(workspace.reports.glob(f"{pattern}/cka.json"))]
     claims_first = sorted(REPORT_FILES, key=lambda file: file != "claims.json")
     found = [
-        *map(_comparison, compared),
+        *map(comparison, compared),
         Result("comparison", "transfer", _in(workspace.report("transfer"), TRANSFER_FILES), _log_transfer, ("seeds",)),
         Result("study", "study", _in(workspace.reports, claims_first), _log_study, ("claims",)),
     ]
@@ -201,21 +207,14 @@ def results(workspace: Workspace) -> list[Result]:
     return found
 
 
-def _comparison(folder: Path) -> Result:
+def comparison(folder: Path) -> Result:
+    """Of a folder that `compare` has written."""
     files = (*_in(folder, ("cka.json", "cka.npz", "clean.png")), *sorted({*folder.glob("*.png")} - {folder / "clean.png"}))
     return Result("comparison", folder.name, files, lambda run, _, *files: _log_files(run, "cka", *files, grid="compare-"))
 
 
 def _in(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
-
-
-def log_result(place: stores.Place, what: str | Path) -> None:
-    """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
-    chosen = [_comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
-    stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
-    if what == "study":
-        stores.attempt(place, register_best)
 
 
 def complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> bool:
@@ -262,8 +261,7 @@ def _log_study(run: Run, record: Record, *files: Path) -> None:
 
 def _log_given(run: Run, record: Record, *files: Path) -> None:
     _log_files(run, None, *files)
-    _log_measures(run, record["metrics"], EVALUATION, table="evaluation.json")
-    run.set_tags({FLAGS: flag_summary(record.get("diagnostics", {})), RESULT: _in_words(record["metrics"])})
+    _log_accuracies(run, record)
 
 
 def _log_search(run: Run, record: Record, *files: Path) -> None:

@@ -11,7 +11,7 @@ from advml.core.processes import has_ended
 from advml.tracking import store as stores
 from advml.tracking.names import DIGEST, PROCESS
 from advml.tracking.registry import register_best
-from advml.tracking.results import REMEDY, complete, log_model, log_parts, results
+from advml.tracking.results import REMEDY, comparison, complete, log_model, log_parts, results
 from advml.tracking.run import Run
 
 
@@ -45,6 +45,14 @@ def sync(place: stores.Place) -> list[str]:
 def log_folder(place: stores.Place, folder: Path) -> None:
     """Log what a stage has just written about the trained model in `folder`: `sync`, of this one. Never raises for the store's sake."""
     stores.attempt(place, lambda store: _log_folder(store, folder))
+
+
+def log_result(place: stores.Place, what: str | Path) -> None:
+    """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
+    chosen = [comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
+    stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
+    if what == "study":
+        stores.attempt(place, register_best)
 
 
 def _log_folder(store: stores.Store, folder: Path) -> bool:
