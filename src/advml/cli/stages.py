@@ -28,7 +28,7 @@ from advml.cli.options import (
 from advml.cli.printing import say, say_json, show_table
 from advml.cli.targets import FOLDER, FUNCTION, SCHEME, TIMM, check_options, kind_of, named, of_grid
 from advml.core.errors import UserError
-from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
+from advml.core.paths import TRANSFER_FILES, Workspace, model_name, pretraining_name
 from advml.recipes import REGIMES
 
 if TYPE_CHECKING:
@@ -112,15 +112,16 @@ def represent(
 
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
-    context = context_of(params, overrides)
-    target = named(target, context.workspace)
+    workspace = Workspace(params.parent)
+    target = named(target, workspace)
     given = {"--seed": seed, "--images": images, "--mean": mean, "--std": std}
-    check_options(f"represent {target}", kind_of(target, regime, context.workspace), OPTIONS, given)
+    check_options(f"represent {target}", kind_of(target, regime, workspace), OPTIONS, given)
+    context = context_of(params, overrides)
     from advml.pipeline.represent_model import represent_model
     from advml.pipeline.stages import represent as stage
     from advml.pipeline.stages.compare import are_alike
 
-    own = of_grid(target, regime, seed, context.workspace)
+    own = of_grid(target, regime, seed, workspace)
     if images or not (own or are_alike(context, [target])):
         return _any_networks(context, [target], images, mean, std, None)
     name = model_name(**own) if own else Path(target).name
@@ -129,7 +130,7 @@ def represent(
         label: metrics.get(f"cka/{key}") for label, key in (("redundancy", "redundancy"), ("clean-adversarial CKA", "clean_adversarial"))
     }
     print(f"{name}: {'  '.join(f'{label} {value:.3f}' for label, value in told.items() if value is not None)}")
-    say(f"{context.workspace.report(name)}/cka.npz, cka.json, cka.png, layers.png", "advml compare")
+    say(f"{workspace.report(name)}/cka.npz, cka.json, cka.png, layers.png", "advml compare")
 
 
 def compare(
