@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from typer.testing import CliRunner
 
 from advml import cli
 from advml.cli import app, guarded, tune
+from advml.config.presets import PRESETS
 from advml.core.errors import Failure, UserError
+from advml.models.normalization import KNOWN
+from advml.recipes import SCHEMES
 from advml.servers import mlflow_ui
 from advml.training import checkpoint
 
@@ -42,6 +46,12 @@ def test_help_lists_every_command_in_its_panel():
         assert stages < shown.index(f"{name} ") < beside
     for name in set(COMMANDS) - set(of_stages):
         assert shown.index(f" {name} ", beside) > beside
+
+
+@pytest.mark.parametrize(("command", "names"), [("preset", PRESETS), ("evaluate", KNOWN), ("represent", SCHEMES)])
+def test_help_lists_the_names_that_there_are(command, names):
+    shown = help_of(command)
+    assert not {name for name in names if not re.search(rf"\b{name}\b", shown)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

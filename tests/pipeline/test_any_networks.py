@@ -130,7 +130,7 @@ def test_a_timm_name_has_its_weights_behind_an_equals_sign(study, place, tmp_pat
     network = timm.create_model("test_resnet", num_classes=6, in_chans=1)
     safetensors.torch.save_file({f"module.{key}": value for key, value in network.state_dict().items()}, tmp_path / "w.safetensors")
     target = f"test_resnet={tmp_path / 'w.safetensors'}"
-    run(study.context("similarity.layers=blocks"), [target, "CL-AT-s0"], images=None, mean="0.2", std="0.7", out=tmp_path / "out")
+    run(study.context("similarity.layers=blocks"), [target, f"{place}:convnext"], images=None, mean="0.2", std="0.7", out=tmp_path / "out")
     networks = json.loads((tmp_path / "out" / "cka.json").read_text())["networks"]
     expected = [sum(network.default_cfg[key]) / 3 for key in ("mean", "std")]  # its own, not those of functions
     assert [values for (values,) in networks["test_resnet-w"]["normalised"]] == pytest.approx(expected)
@@ -202,3 +202,12 @@ def test_the_commands_take_any_network(study, place, tmp_path, monkeypatch):
         advml("compare", f"{place}:vit")
     with pytest.raises(UserError, match="a regime goes with"):
         advml("represent", f"{place}:vit", "AT")
+    for command, option in (
+        (("represent", "cl-at"), "--seed"),
+        (("represent", "cl-at"), "--mean"),
+        (("represent", "CL", "AT"), "--images"),
+    ):
+        with pytest.raises(UserError, match=f"{option} has no meaning for"):
+            advml(*command, option, "1")
+    with pytest.raises(UserError, match="CL-AT-s0, CL-AT-s0 know their normalisation"):
+        advml("compare", "CL-AT-s0", "CL-AT-s0", "--mean", "imagenet")

@@ -94,8 +94,14 @@ def test_without_the_library_there_is_no_onnx_and_a_line_says_so(made, study, tm
     assert "model.onnx" not in found.files and any("advml[onnx]" in remark for remark in found.remarks)
 
 
-def test_a_folder_of_other_things_is_not_written_over(made, study, tmp_path):
+def test_a_folder_is_written_over_only_if_nothing_but_an_export_is_lost(made, study, tmp_path, monkeypatch):
     made()
-    (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match="other things"):
-        export_model(study.workspace, str(tmp_path / "one"), tmp_path / "photos")
+    monkeypatch.setattr(export, "to_onnx", lambda *of: None)
+    out = tmp_path / "out"
+    out.mkdir()
+    for _ in range(2):  # an empty folder, and an export
+        assert export_model(study.workspace, str(tmp_path / "one"), out).files == ("config.json", "model.safetensors")
+    (out / "tokenizer.json").write_text("{}")  # of a model from elsewhere, which has a config.json, too
+    for taken in (out, out / "tokenizer.json"):
+        with pytest.raises(UserError, match=r"holds tokenizer\.json"):
+            export_model(study.workspace, str(tmp_path / "one"), taken)

@@ -31,7 +31,8 @@ def test_a_study_is_counted_stage_by_stage_before_anything_of_it_exists(make_stu
     study = make_study("study", "grid.schemes=[SL]", "grid.standard_regimes=[]", "grid.adversarial_regimes=[AT]", "seeds=[0, 1]", *CHEAP)
     found = estimate(study.context(), jobs=2)
     names = [one.name for one in found.stages]
-    assert names[2:4] == ["pretrain_at@SL-0", "pretrain_at@SL-1"] and names[-1] == "report" and len(names) == 5 + 2 * 4
+    assert names[2:6] == [f"pretrain_{phase}@SL-{seed}" for phase in ("st", "at") for seed in (0, 1)]  # as the matrix of dvc.yaml says
+    assert names[-1] == "report" and len(names) == 5 + 2 * 5
     costs = {one.name: one.cost for one in found.stages}
     # Two epochs of 3 batches of 32 images: the clean term, two steps of PGD, the attacked term; and PGD on 32 of validation.
     assert costs["pretrain_at@SL-0"].gradient_steps == 2 * (3 * 32 * (1 + 2 + 1) + 32 * 2)

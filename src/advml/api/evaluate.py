@@ -100,7 +100,7 @@ def evaluate(
         params: whose settings: a params.yaml, a preset ("cifar10": AutoAttack's standard strength; "digits", "smoke"), or a loaded one.
         overrides: `key=value` strings as after `-S`, such as "worst_case.attacks=[]" or "diagnostics.images=0".
         corruptions: also the common corruptions that `params` asks for; they need images of 256 grey levels.
-        scheme: of a network of advml with its projection head, "CL" or "SCL": threat model I is measured too.
+        scheme: of a network of advml with its projection head, such as "CL": threat model I is measured too.
         validation: (images, labels) by which a wrong normalisation or order of classes is noticed; None: those that are measured.
         classes: number or names of classes; None: the number of logits.
         mean, std: of the normalisation that the model expects, as after `--mean` and `--std`: "imagenet", "0.5", ...

@@ -64,8 +64,8 @@ def train(
     """Pretrain and fine-tune one model, as `advml train SCHEME REGIME` does: the same data and settings give the same weights.
 
     Args:
-        scheme: "SL" supervised, "CL" contrastive (SimCLR), "SCL" supervised contrastive (SupCon).
-        regime: "ST", "AT", "Partial-AT" or "Full-AT".
+        scheme: a key of `recipes.SCHEMES`: "SL" supervised, "CL" contrastive (SimCLR), "SCL" supervised contrastive (SupCon), ...
+        regime: a key of `recipes.REGIMES`: "ST", "AT", "Partial-AT" or "Full-AT".
         images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
         labels: (N,) classes, where `images` is a tensor.
         validation: (images, labels) on which the epoch is selected. There is no test split here: keep one for `evaluate`.

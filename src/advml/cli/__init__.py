@@ -62,7 +62,8 @@ def _flags_first(arguments: list[str]) -> list[str]:
 
 def _check_torchrun() -> None:
     """Several processes that torchrun has started train a model together; of anything else they would do the same at once."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not {"train", "pretrain", "finetune"} & set(sys.argv[1:2]):
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and command not in ("train", "pretrain", "finetune"):
         raise UserError("torchrun is for train, pretrain and finetune; start other commands without it")
 
 

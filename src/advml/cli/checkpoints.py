@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS
+from advml.cli.options import PARAMS, Place, Std, mean_option
 from advml.cli.printing import say
 from advml.core.messages import tell
 from advml.core.paths import Workspace
-
-Place = Annotated[Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")]
 
 
 def import_(
@@ -20,17 +18,8 @@ def import_(
     backbone: Annotated[str, typer.Option(help="The timm name of its architecture, e.g. resnet18.", show_default=False)],
     stem: Annotated[str | None, typer.Option(help="Stem of the backbone: small or native.", show_default="the one that fits")] = None,
     image_size: Annotated[int | None, typer.Option(min=4, help="Side of its images.", show_default="of the prepared data")] = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            help="Mean of the normalisation that it expects: one number or one per channel, or a name for mean and std: imagenet, cifar10, "
-            "cifar100, clip, half, mnist, levels, none.",
-            show_default="what its buffers say, else none",
-        ),
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="Standard deviation, in the same forms.", show_default="of the name that --mean gives")
-    ] = None,
+    mean: Annotated[str | None, mean_option("what its buffers say, else none")] = None,
+    std: Std = None,
     classes: Annotated[str | None, typer.Option(help="Names of its logits, in their order: a,b,c or a file with one per line.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Tensors to leave out, e.g. 'momentum_*'; may be repeated.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="of the file")] = None,

@@ -4,54 +4,49 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from advml.cli.options import PARAMS, AsJson, Overrides, Params, choice, context_of
+from advml.cli.options import (
+    PARAMS,
+    AsJson,
+    OptionalRegime,
+    OptionalSeed,
+    Overrides,
+    Params,
+    Std,
+    context_of,
+    mean_option,
+    target_argument,
+)
 from advml.cli.printing import percent, say, say_json, show_flags
+from advml.cli.targets import FOLDER, FUNCTION, SCHEME, TIMM, check_options, kind_of, named, of_grid
 from advml.core.errors import UserError
 from advml.core.messages import tell
-from advml.core.paths import Workspace, canonical, model_name
-from advml.recipes import RegimeName, SchemeName
+from advml.core.paths import Workspace, model_name
 
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
 
 # What there is to evaluate -> the options that mean something for it.
 OPTIONS = {
-    "a scheme with a regime": ("--seed", "--name"),
-    "a trained model, by folder or name": ("--classes", "--name"),
-    "module:function": ("--mean", "--std", "--classes", "--name"),
-    "a timm name": ("--weights", "--mean", "--std", "--classes", "--name"),
+    SCHEME: ("--seed", "--name"),
+    FOLDER: ("--classes", "--name"),
+    FUNCTION: ("--mean", "--std", "--classes", "--name"),
+    TIMM: ("--weights", "--mean", "--std", "--classes", "--name"),
 }
-SCHEME, FOLDER, FUNCTION, TIMM = OPTIONS
 
 
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="SCHEME|MODEL",
-            help="SL, CL or SCL, with a regime. Or a model from elsewhere: a folder with model.json, a timm name, or module:function.",
-            show_default=False,
-        ),
-    ],
-    regime: Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the scheme's model.", show_default="0")] = None,
+    target: Annotated[str, target_argument("a model: the name or folder of one with model.json, a timm name, or module:function")],
+    regime: OptionalRegime = None,
+    seed: OptionalSeed = None,
     weights: Annotated[Path | None, typer.Option(help="Weights of a timm model: a safetensors file with timm's own names.")] = None,
     mean: Annotated[
-        str | None,
-        typer.Option(
-            help="Mean of the normalisation that the model expects: one number or one per channel, or a name for mean and std: imagenet, "
-            "cifar10, cifar100, clip, half (-1 to 1), mnist, levels (0 to 255), data (of the training images), none, of a timm model timm.",
-            show_default="none; timm of a timm model",
-        ),
+        str | None, mean_option("none; timm of a timm model", more=", data (of the training images), timm (of a timm model)")
     ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option(help="Standard deviation, given in the same ways.", show_default="of the name that --mean gives"),
-    ] = None,
+    std: Std = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -72,17 +67,13 @@ def evaluate(
     Next: advml show MODEL
     """
     workspace = Workspace(params.parent)
-    target = named(target, workspace)
-    if weights is None and (workspace.imported(target) / "model.json").is_file():
-        target = str(workspace.imported(target))
-    kind = kind_of(target, regime, workspace)
+    target = named(target, workspace, imported=weights is None)
     given = {"--seed": seed, "--weights": weights, "--mean": mean, "--std": std, "--classes": classes, "--name": name}
-    for option in (option for option, value in given.items() if value is not None and option not in OPTIONS[kind]):
-        raise UserError(f"evaluate {target}: {option} has no meaning for {kind}, which takes {', '.join(OPTIONS[kind])}; leave it out")
+    check_options(f"evaluate {target}", kind_of(target, regime, workspace), OPTIONS, given)
     context = context_of(params, overrides)
     from advml.pipeline.stages import evaluate as stage
 
-    own = {"scheme": target, "regime": regime, "seed": seed or 0} if regime else stage.of_study(context.workspace, target)
+    own = of_grid(target, regime, seed, workspace)
     wishes = {"weights": weights, "mean": mean, "std": std, "classes": classes}
     if own is None:
         return _evaluate_given(target, wishes, name, context, as_json=as_json)
@@ -105,31 +96,6 @@ def tell_result(model: str, metrics: dict[str, float], written: str, context: Co
     print(f"{model}: {percent(metrics)}")
     show_flags(made)
     say(written, f"advml show {model}")
-
-
-def named(target: str, workspace: Workspace) -> str:
-    """`cl` -> `CL`, `cl-at` -> `CL-AT-s0` where there is such a model; anything else stays as it is."""
-    schemes = {name.lower(): name for name in get_args(SchemeName)}
-    if (workspace.model(canonical(target)) / "model.json").is_file() and not Path(target).exists():
-        return canonical(target)
-    return schemes.get(target.lower(), target)
-
-
-def kind_of(target: str, regime: str | None, workspace: Workspace) -> str:
-    """The key of OPTIONS.
-
-    Raises:
-        UserError: a scheme without a regime, or a regime without a scheme.
-    """
-    if regime is None and target in get_args(SchemeName):
-        raise UserError(f"{target}: which regime? Choose from {', '.join(get_args(RegimeName))}")
-    if regime is not None and target not in get_args(SchemeName):
-        raise UserError(f"{target} {regime}: a regime goes with {', '.join(get_args(SchemeName))}; leave out {regime}")
-    if regime:
-        return SCHEME
-    if any((folder / "model.json").is_file() for folder in (Path(target), workspace.model(target))):
-        return FOLDER
-    return FUNCTION if ":" in target else TIMM
 
 
 def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, context: Context, *, as_json: bool) -> None:

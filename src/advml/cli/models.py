@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from advml.cli.evaluate import tell_result
-from advml.cli.options import PARAMS, AsJson, ClusterOption, Overrides, Params, Regime, Scheme, Seed, context_of
+from advml.cli.options import PARAMS, PRESETS, AsJson, ClusterOption, Overrides, Params, Place, Regime, Scheme, Seed, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.cli.server import server
 from advml.core.errors import UserError
@@ -40,9 +40,7 @@ def show(
         str,
         typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the name of one that evaluate was given.", show_default=False),
     ],
-    params: Annotated[
-        Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")
-    ] = PARAMS,
+    params: Place = PARAMS,
     as_json: AsJson = False,
 ) -> None:
     """Print a model's record: what it was made from, how, and how well it does.
@@ -79,9 +77,7 @@ def attack(
 
 
 def preset(
-    name: Annotated[
-        str, typer.Argument(help="Name of the preset: digits, smoke, semi_supervised, cifar10, cifar100 or folder.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(help=f"Name of the preset: {PRESETS}.", show_default=False)],
     protocol: Annotated[str, typer.Option(help="Protocol of the settings: corrected (ours) or paper.")] = "corrected",
     full: Annotated[bool, typer.Option("--full", help="Print all keys, also those that keep their neutral defaults.")] = False,
     overrides: Overrides = None,

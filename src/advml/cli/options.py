@@ -56,6 +56,32 @@ ClusterOption = Annotated[
     ),
 ]
 PARAMS = Path("params.yaml")
+PRESETS = "digits, smoke, semi_supervised, cifar10, cifar100 or folder"
+Place = Annotated[Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")]
+
+# Of `evaluate` and `represent`, which take a model of the grid or one from elsewhere.
+OptionalRegime = Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")]
+OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the scheme's model.", show_default="0")]
+
+
+def target_argument(others: str) -> Any:
+    """A scheme, to go with a regime, or one of `others`."""
+    text = f"A scheme with a regime: {', '.join(SCHEMES)}. Or {others}."
+    return typer.Argument(metavar="SCHEME|MODEL", help=text, show_default=False)
+
+
+def mean_option(default: str, *, more: str = "") -> Any:
+    """`--mean`, whose names are those of `advml.models.normalization.KNOWN` and `more`."""
+    text = (
+        "Mean of the normalisation that the model expects: one number or one per channel, or a name for mean and std: none, imagenet, "
+        f"half (-1 to 1), clip, cifar10, cifar100, mnist, levels (0 to 255){more}."
+    )
+    return typer.Option("--mean", help=text, show_default=default)
+
+
+Std = Annotated[
+    str | None, typer.Option("--std", help="Standard deviation, given in the same ways.", show_default="of the name that --mean gives")
+]
 
 
 def context_of(params: Path, overrides: list[str] | None) -> Context:

@@ -8,22 +8,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from advml.cli.evaluate import evaluate, kind_of, named
-from advml.cli.options import PARAMS, AsJson, Overrides, Params, Phase, Regime, Scheme, Seed, choice, context_of
+from advml.cli.evaluate import evaluate
+from advml.cli.options import (
+    PARAMS,
+    AsJson,
+    OptionalRegime,
+    OptionalSeed,
+    Overrides,
+    Params,
+    Phase,
+    Regime,
+    Scheme,
+    Seed,
+    Std,
+    context_of,
+    mean_option,
+    target_argument,
+)
 from advml.cli.printing import say, say_json, show_table
+from advml.cli.targets import FOLDER, FUNCTION, SCHEME, TIMM, check_options, kind_of, named, of_grid
 from advml.core.errors import UserError
-from advml.core.paths import TRANSFER_FILES, model_name, pretraining_name
-from advml.recipes import REGIMES, SCHEMES, RegimeName
+from advml.core.paths import TRANSFER_FILES, Workspace, model_name, pretraining_name
+from advml.recipes import REGIMES
 
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
 
-ImagesOption = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
-MeanOption = Annotated[
-    str | None,
-    typer.Option("--mean", help="Mean that networks of functions expect, as in `advml evaluate`.", show_default="none"),
-]
-StdOption = Annotated[str | None, typer.Option("--std", help="Standard deviation, given in the same ways.", show_default="of --mean")]
+Images = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
+Mean = Annotated[str | None, mean_option("none; of module:function alone")]
+# What there is to represent -> the options that mean something for it.
+OPTIONS = {SCHEME: ("--seed",), FOLDER: ("--images",), FUNCTION: ("--images", "--mean", "--std"), TIMM: ("--images",)}
 
 
 def check(params: Params = PARAMS) -> None:
@@ -83,19 +97,12 @@ def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Override
 
 
 def represent(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="SCHEME|MODEL",
-            help="SL, CL or SCL, with a regime. Or a model of the study by name, or any network, as `compare` takes it.",
-            show_default=False,
-        ),
-    ],
-    regime: Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")] = None,
-    seed: Seed = 0,
-    images: ImagesOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
+    target: Annotated[str, target_argument("any network, as `compare` takes it")],
+    regime: OptionalRegime = None,
+    seed: OptionalSeed = None,
+    images: Images = None,
+    mean: Mean = None,
+    std: Std = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
@@ -105,18 +112,17 @@ def represent(
 
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
+    workspace = Workspace(params.parent)
+    target = named(target, workspace)
+    given = {"--seed": seed, "--images": images, "--mean": mean, "--std": std}
+    check_options(f"represent {target}", kind_of(target, regime, workspace), OPTIONS, given)
     context = context_of(params, overrides)
-    target = named(target, context.workspace)
-    if regime and (target not in SCHEMES or images or mean or std):
-        raise UserError(f"represent {target} {regime}: a regime goes with {', '.join(SCHEMES)} alone, without --images, --mean, --std")
-    kind_of(target, regime, context.workspace)  # whether scheme and regime go together
     from advml.pipeline.represent_model import represent_model
-    from advml.pipeline.stages import compare as comparison
     from advml.pipeline.stages import represent as stage
-    from advml.pipeline.stages.evaluate import of_study
+    from advml.pipeline.stages.compare import are_alike
 
-    own = {"scheme": target, "regime": regime, "seed": seed} if regime else of_study(context.workspace, target)
-    if images or mean or std or (own is None and not comparison.are_alike(context, [target])):
+    own = of_grid(target, regime, seed, workspace)
+    if images or not (own or are_alike(context, [target])):
         return _any_networks(context, [target], images, mean, std, None)
     name = model_name(**own) if own else Path(target).name
     metrics = stage.run(context, **own) if own else represent_model(context, target)
@@ -124,7 +130,7 @@ def represent(
         label: metrics.get(f"cka/{key}") for label, key in (("redundancy", "redundancy"), ("clean-adversarial CKA", "clean_adversarial"))
     }
     print(f"{name}: {'  '.join(f'{label} {value:.3f}' for label, value in told.items() if value is not None)}")
-    say(f"{context.workspace.report(name)}/cka.npz, cka.json, cka.png, layers.png", "advml compare")
+    say(f"{workspace.report(name)}/cka.npz, cka.json, cka.png, layers.png", "advml compare")
 
 
 def compare(
@@ -137,9 +143,9 @@ def compare(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="reports/compare")] = None,
-    images: ImagesOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
+    images: Images = None,
+    mean: Mean = None,
+    std: Std = None,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, AsJson, Overrides, Params
+from advml.cli.options import PARAMS, PRESETS, AsJson, Overrides, Params
 from advml.cli.printing import say, say_json
 
 
 def init(
-    name: Annotated[str, typer.Argument(metavar="PRESET", help="One of digits, smoke, cifar10, cifar100 and folder.")] = "digits",
+    name: Annotated[str, typer.Argument(metavar="PRESET", help=f"Name of the preset: {PRESETS}.")] = "digits",
     folder: Annotated[Path, typer.Option(help="Folder of the new study.")] = Path(),
     overrides: Overrides = None,
 ) -> None:

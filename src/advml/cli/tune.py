@@ -7,20 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from advml.cli.options import PARAMS, ClusterOption, Phase, Regime, Scheme
+from advml.cli.options import PARAMS, ClusterOption, Overrides, Params, Phase, Regime, Scheme, Seed
 from advml.cli.searching import run
 from advml.core.messages import tell
 from advml.core.paths import Workspace
 
 app = typer.Typer(
-    help="Search for stronger attacks and better training. The same command goes on where an earlier one was stopped or killed.",
+    help="Search for stronger attacks and better training, as section tune of params.yaml says. "
+    "The same command goes on where an earlier one was stopped or killed.",
     no_args_is_help=True,
 )
 
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a parameter, e.g. -S tune.finetune.clean_floor=0.9.")
-]
-Params = Annotated[Path, typer.Option("--params", help="The configuration file; the searches stand in its section `tune`.")]
 Trials = Annotated[
     int | None,
     typer.Option(min=1, help="Number of finished trials in all, those of repeated commands included.", show_default="as in params.yaml"),
@@ -37,7 +34,6 @@ Storage = Annotated[
 Name = Annotated[str | None, typer.Option(help="Name of the study.", show_default="says what is tuned")]
 Replace = Annotated[bool, typer.Option("--replace", help="Throw away a study of this name that searched something else.")]
 Pareto = Annotated[bool, typer.Option("--pareto", help="Find the front of robust and clean accuracy, instead of keeping a floor.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the model.")]
 
 
 @app.command()

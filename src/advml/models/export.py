@@ -17,6 +17,7 @@ from advml.models.network import Network
 
 TOLERANCE = 1e-4  # between logits of two engines; relative, and absolute
 WEIGHTS, GRAPH = "model.safetensors", "model.onnx"
+FILES = {WEIGHTS, GRAPH, "config.json"}
 
 
 def to_timm(network: Network, folder: Path, images: Tensor) -> list[str]:

@@ -28,7 +28,7 @@ from advml.models.adapter import REORDERED, WRAP, Foreign, fit
 from advml.models.backbones import create_encoder
 from advml.models.memory_format import place
 from advml.models.network import Network, load_classifier, read_record
-from advml.models.normalization import KNOWN, NONE, Constants, constants
+from advml.models.normalization import KNOWN, NONE, Constants, constants, published
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +161,7 @@ def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:
     if prefix:
         origin |= {"prefix": prefix}
         remarks = (f"{file}: the prefix {prefix!r} of the weights' names was stripped",)
-    published = Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
-    digest = sha256(content)
-    return Given(f"{name}-{file.stem}", network, digest, origin, constants=published, remarks=remarks)
+    return Given(f"{name}-{file.stem}", network, sha256(content), origin, constants=published(network), remarks=remarks)
 
 
 def from_function(target: str) -> Given:

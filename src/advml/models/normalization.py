@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch import nn
 
 from advml.core.errors import UserError
 
@@ -34,6 +35,11 @@ KNOWN: dict[str, Constants] = {
     "mnist": Constants((0.1307,), (0.3081,)),
     "levels": Constants((0.0,), (1 / 255,)),  # grey levels, 0 to 255
 }
+
+
+def published(network: nn.Module) -> Constants:
+    """Of a timm network's pretrained weights; ImageNet's where timm names none."""
+    return Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
 
 
 def constants(mean: str | None, std: str | None, *, known: Mapping[str, Constants], channels: int) -> Constants | None:

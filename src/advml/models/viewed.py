@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -19,7 +19,7 @@ from advml.models import weights
 from advml.models.external import from_function
 from advml.models.memory_format import place
 from advml.models.network import load, read_record
-from advml.models.normalization import KNOWN, NONE, Constants, constants
+from advml.models.normalization import KNOWN, NONE, Constants, constants, published
 
 COMMON = (224, 32)  # pixels, tried where a network does not say what it takes
 
@@ -54,6 +54,11 @@ def _dtype(network: nn.Module) -> torch.dtype:
     return next((each.dtype for each in network.parameters() if each.is_floating_point()), torch.float32)
 
 
+def is_folder(target: str) -> bool:
+    """Whether `target` of `view` names a model's folder, and neither a function nor weights of timm."""
+    return Path(target).exists() or not {":", "="} & set(target)
+
+
 def view(
     target: str, workspace: Workspace, *, shape: tuple[int, int, int] | None, mean: str | None, std: str | None, device: torch.device
 ) -> Viewed:
@@ -67,7 +72,7 @@ def view(
     Raises:
         UserError: there is no such network, or it fails on images of every size that was tried.
     """
-    if Path(target).exists() or not {":", "="} & set(target):
+    if is_folder(target):
         folder = find_model(workspace, target)
         record, network = read_record(folder), load(folder)
         return Viewed(folder.absolute().name, place(network, device), network.image_shape, record["digest"], str(folder))
@@ -79,7 +84,7 @@ def view(
     network = found.network.to(device).eval()
     channels = next((layer.in_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)), shape[0] if shape else 3)
     usual = found.constants if mean is None and std is None else constants(mean, std, known=KNOWN, channels=channels)
-    found = Viewed(found.name, network, (channels, 0, 0), found.digest, found.origin, usual.of_channels(channels))
+    found = replace(found, network=network, shape=(channels, 0, 0), constants=usual.of_channels(channels))
     return _sized(found, _sizes(network, shape), device)
 
 
@@ -101,8 +106,7 @@ def _timm(name: str, file: str) -> Viewed:
         weights.fill(network, content)
     except ValueError as error:
         raise UserError(f"{path} does not fit timm's {name} ({error})") from None
-    published = Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
-    return Viewed(f"{name}-{path.stem}", network, (0, 0, 0), sha256(content), f"{name}={file}", published)
+    return Viewed(f"{name}-{path.stem}", network, (0, 0, 0), sha256(content), f"{name}={file}", published(network))
 
 
 def _sizes(network: nn.Module, shape: tuple[int, int, int] | None) -> Sequence[int]:
@@ -126,7 +130,7 @@ def _sized(viewed: Viewed, sizes: Sequence[int], device: torch.device) -> Viewed
         try:
             with torch.no_grad(), own_randomness(0, device):
                 viewed.network(viewed.prepared(torch.full((2, *shape), 0.5, device=device)))
-            return Viewed(viewed.name, viewed.network, shape, viewed.digest, viewed.origin, viewed.constants)
+            return replace(viewed, shape=shape)
         except Exception as error:  # somebody's code may fail in any way
             reasons.append(f"{'x'.join(map(str, shape))}: {' '.join(str(error).split())[:100]}")
     raise UserError(f"{viewed.name} takes no images of the sizes tried ({'; '.join(reasons)}); give it an attribute image_size")

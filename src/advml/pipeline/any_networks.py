@@ -18,7 +18,7 @@ from advml.core.io import sha256
 from advml.core.messages import tell
 from advml.core.progress import Bar
 from advml.data import images as pictures
-from advml.models.viewed import Viewed, view
+from advml.models.viewed import Viewed, is_folder, view
 from advml.pipeline.context import Context
 from advml.pipeline.stages.compare import write
 from advml.similarity import compare
@@ -39,8 +39,10 @@ def run(context: Context, targets: Sequence[str], *, images: Path | None, mean: 
         images: a folder of photos; None: the prepared test images.
         mean, std: see `view`.
     Raises:
-        UserError: a network or the images cannot be had, or two networks have one name.
+        UserError: a network or the images cannot be had, two networks have one name, or no network needs `mean` and `std`.
     """
+    if (mean or std) and all(is_folder(target) or "=" in target for target in targets):
+        raise UserError(f"--mean and --std are for module:function, and {', '.join(targets)} know their normalisation; leave them out")
     spec, device = context.config.similarity, context.machine.device
     shape = None if images else context.dataset.shape
     viewed = [view(target, context.workspace, shape=shape, mean=mean, std=std, device=device) for target in targets]

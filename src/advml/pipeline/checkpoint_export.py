@@ -37,8 +37,9 @@ def export_model(workspace: Workspace, model: str, out: Path | None = None) -> E
     network = load(source).eval()
     images, remarks = _images(workspace, network)
     out = out or workspace.exported(source.name)
-    if out.exists() and not (out / "config.json").is_file():
-        raise UserError(f"--out {out} holds other things than an export, which would be lost; give a new folder")
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if others := sorted(there - export.FILES):
+        raise UserError(f"--out {out} holds {others[0]}, which is of no export and would be lost; give a new folder")
     with replace_folder(out) as folder:
         lines = export.to_timm(network, folder, images)
         if network.classifier is None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,12 +37,13 @@ from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.pipeline.plans import finetuning, pretraining
 from advml.pipeline.stages.evaluate import settings as settings_of
-from advml.recipes import REGIMES, SCHEMES
+from advml.recipes import REGIMES, SCHEMES, PhaseName
 from advml.similarity.represent import represent
 from advml.training.checkpoint import Checkpoint
 from advml.training.streams import batches_per_epoch, shares
 from advml.training.trainer import Plan, fit
 
+PHASES = get_args(PhaseName)
 STANDING = {"st": 0.05, "at": 0.75}  # share of test images that survive the attacks, after standard and adversarial pretraining
 BATCHES, SIZES = 4, (16, 64)  # timed: of a training; test images of an evaluation and a representation
 # Seconds, measured on two cores of an Intel Xeon with the digits study: of every stage beside its work (DVC, the process, MLflow), of the
@@ -136,11 +137,10 @@ def _stages(context: _Pilot) -> Iterator[Stage]:
     grid, seeds, small = context.config.grid, context.config.seeds, {name: Cost(seconds=some) for name, some in SMALL.items()}
     yield Stage("check", small["check"])
     yield Stage("prepare", small["prepare"], ("check",))
-    phases = [phase for phase in ("st", "at") if any(REGIMES[regime].pretraining == phase for regime in grid.regimes)]
-    trained, models, evaluations = _trained(context, phases), [], {}
-    for phase, scheme, seed in product(phases, grid.schemes, seeds):
+    trained, models, evaluations = _trained(context), [], {}
+    for phase, scheme, seed in product(PHASES, grid.schemes, seeds):  # both, as the pipeline does even where no regime begins with one
         yield Stage(f"pretrain_{phase}@{scheme}-{seed}", trained[scheme, phase][0], ("prepare",))
-    for phase in phases:
+    for phase in PHASES:
         models += [one for one in product(grid.schemes, grid.regimes, seeds) if REGIMES[one[1]].pretraining == phase]
     for scheme, regime, seed in models:
         phase = REGIMES[regime].pretraining
@@ -164,10 +164,10 @@ def _stages(context: _Pilot) -> Iterator[Stage]:
     yield Stage("report", small["report"], (*described, "compare", "transfer"))
 
 
-def _trained(context: _Pilot, phases: Sequence[str]) -> dict[tuple[str, str], tuple[Cost, Network]]:
+def _trained(context: _Pilot) -> dict[tuple[str, str], tuple[Cost, Network]]:
     """(scheme, phase) and (scheme, regime) -> what the training costs, and its network after a few steps."""
     found, settings = {}, (context.config, context.dataset)
-    for scheme, phase in product(context.config.grid.schemes, phases):
+    for scheme, phase in product(context.config.grid.schemes, PHASES):
         make = partial(pretraining, *settings, scheme=scheme, phase=phase, seed=0)
         found[scheme, phase] = _training(make, context, frozen=False)
         for regime in (name for name in context.config.grid.regimes if REGIMES[name].pretraining == phase):

@@ -25,6 +25,7 @@ from advml.figures.model_map import model_map
 from advml.figures.style import to_png
 from advml.models.memory_format import place
 from advml.models.network import Network, load_classifier, read_record
+from advml.models.viewed import is_folder
 from advml.pipeline.context import Context
 from advml.similarity import compare
 from advml.similarity.represent import ESTIMATOR, to_npz, views_of_split
@@ -89,7 +90,7 @@ def are_alike(context: Context, models: Sequence[str]) -> bool:
     """Whether all are models that advml has trained, for images and classes like the prepared ones: then they can be attacked."""
     shape, classes = list(context.dataset.shape), list(context.dataset.classes)
     for model in models:
-        if ("=" in model or ":" in model) and not Path(model).exists():
+        if not is_folder(model):
             return False
         record = read_record(find_model(context.workspace, model))
         if list(record.get("input", ())) != shape or list(record.get("classes", ())) != classes:

@@ -29,6 +29,7 @@ NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of training labels that are drawn 
 LENGTHS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the epochs
 OTHERS = ("test_efficientnet", "test_byobnet", "test_resnet", "test_convnext")  # architectures beside the study's: two that take its images
 IMAGES = 2000  # of the training images
+SCHEME = "SL"  # of every training, in its standard form: its labels are what NOISE changes
 
 
 def plans(backbone: str, others: Sequence[str], *, epochs: int, seeds: int) -> list[Trained]:
@@ -72,15 +73,15 @@ def run(context: Context, *, epochs: int, seeds: int) -> dict[str, Any]:
 
 
 def _train(context: Context, wanted: list[Trained], begin: Callable[[str], None]) -> Iterator[tuple[str, Network]]:
-    """Each by the study's recipe of SL, in its standard form."""
+    """Each by the study's recipe of SCHEME."""
     whole, data = context.config, context.dataset
     for each in wanted:
         begin(each.name)
-        phase = whole.pretrain["SL"].model_copy(update={"epochs": each.epochs, "keep": "last"})
+        phase = whole.pretrain[SCHEME].model_copy(update={"epochs": each.epochs, "keep": "last"})
         model = whole.model if each.architecture == whole.model.backbone else _other(whole.model, each.architecture)
-        changed = whole.model_copy(update={"pretrain": whole.pretrain | {"SL": phase}, "model": model})
+        changed = whole.model_copy(update={"pretrain": whole.pretrain | {SCHEME: phase}, "model": model})
         dataset = _relabelled(data, each)
-        plan = pretraining(changed, dataset, scheme="SL", phase="st", seed=each.seed)
+        plan = pretraining(changed, dataset, scheme=SCHEME, phase="st", seed=each.seed)
         inputs = context.fingerprint("pretrain", changed.model_dump(mode="json"), each.name, data.digest)
         checkpoint = Checkpoint(context.workspace.scratch(f"trust-{each.name}"), inputs)
         network, _ = fit(plan, context.machine, checkpoint=checkpoint)
@@ -90,7 +91,7 @@ def _train(context: Context, wanted: list[Trained], begin: Callable[[str], None]
 def _takes_the_images(context: Context, backbone: str) -> bool:
     changed = context.config.model_copy(update={"model": _other(context.config.model, backbone)})
     try:
-        pretraining(changed, context.dataset, scheme="SL", phase="st", seed=0)
+        pretraining(changed, context.dataset, scheme=SCHEME, phase="st", seed=0)
     except UserError:
         return False
     return True
