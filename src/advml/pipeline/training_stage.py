@@ -47,7 +47,7 @@ def check_processes(config: Config, phases: Mapping[str, bool]) -> None:
     for key, attacked in phases.items():
         section, name = key.split(".")
         phase, scheme = getattr(config, section)[name], SCHEMES.get(name)
-        kind = config.attack_kind(key) if attacked else "pgd"  # DVC tracks `attack` for attacked phases alone
+        kind = (phase.attack_kind or config.attack.kind) if attacked else "pgd"  # DVC tracks `attack` for attacked phases alone
         of_views = scheme is not None and (phase.attacked or scheme.attacked) == "views"
         ranks.need_one_process(
             {
