@@ -8,6 +8,7 @@ these folders: after later changes here, `advml report`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from pathlib import Path
 
 from advml.cli.errors import guarded
 from advml.config import dump, load
-from advml.core.errors import UserError
 from advml.core.paths import checked_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,11 +52,12 @@ def study(root: Path, epsilon: str) -> Path:
 
 def main() -> int:
     """Run the stages up to `represent` of every epsilon's study, one after another."""
-    if len(sys.argv) < 2:
-        raise UserError("name the training epsilons, e.g. python pipelines/epsilon/run.py 0.05 0.3")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("epsilons", nargs="+", metavar="EPSILON", help="of training, written as decimals, e.g. 0.05 0.3")
+    epsilons = parser.parse_args().epsilons
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # stages say `python`: this one
     environment = {**os.environ, "PATH": path, "DVC_ROOT": str(ROOT)}  # images and MLflow's history are the main study's
-    for folder in [study(ROOT, epsilon) for epsilon in sys.argv[1:]]:
+    for folder in [study(ROOT, epsilon) for epsilon in epsilons]:
         command = [sys.executable, "-m", "dvc", "repro", "represent_at"]
         if code := subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
             return code
