@@ -20,7 +20,7 @@ from advml.figures.claims import effects
 from advml.figures.style import NORM_NAMES, to_png
 from advml.figures.transfer import transfer_matrices
 from advml.recipes import REGIMES, SCHEMES
-from advml.report import figures
+from advml.report import figures, published
 from advml.report import methods_table as how_made
 from advml.report.table import COLUMNS, Row, cell, footnote, given_records, given_row, with_means
 
@@ -34,10 +34,11 @@ REPRESENTATION = {  # column -> metric, and its number of digits
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the study that the page shows; `attacked`: norm and epsilon of the evaluation's attacks."""
+    """Settings of the study that the page shows; `data`: its name; `attacked`: norm and epsilon of the evaluation's attacks."""
 
     grid: Grid
     seeds: tuple[int, ...]
+    data: str
     backbone: str
     attacked: ThreatModelSection
     evaluate: EvaluationAttack
@@ -80,6 +81,9 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
         rows=[_row(row) for row in with_means(table)],
         notes=footnote(table).splitlines(),
         others=[_row(given_row(name, record)) for name, record in shown.items()],
+        published=published.comparable(settings.data, settings.backbone, settings.attacked, settings.grid.regimes),
+        published_headers=published.HEADERS,
+        published_by=published.SOURCE,
         elsewhere=sorted(given.keys() - shown.keys()),
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),

@@ -38,6 +38,7 @@ def run(context: Context) -> list[tables.Row]:
     settings = page.Settings(
         grid=config.grid,
         seeds=config.seeds,
+        data=config.data.name,
         backbone=config.model.backbone,
         attacked=attacked,
         evaluate=config.evaluate,
