@@ -103,7 +103,7 @@ PROTOCOL = Table(
 )
 
 CROP = "{resized_crop: [0.2, 1], flip: 0.5, brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.1, jitter: 0.8, grey: 0.2}"
-EPOCHS_CIFAR = (20, 10)
+EPOCHS_CIFAR = (10, 10)
 CIFAR10 = Table(
     models=(("CL", "AT"), ("SCL", "AT")),
     ways=(
@@ -112,19 +112,19 @@ CIFAR10 = Table(
         Way("free, a third of the steps", of_cost("free", 1 / 3, epochs=EPOCHS_CIFAR)),
         Way(
             "free (CF-AMC-SSL)",
-            ("pretrain.EMP={epochs: 10, batch_size: 128, " + ADAMW + "}", "pretrain.EMP.attack_kind=free"),
+            (*EMP, "pretrain.EMP.attack_kind=free"),
             (("EMP", "AT"),),
         ),
         Way(
             "pgd, labels of 10 %",
-            ("pretrain.CLxSCL={epochs: 20, batch_size: 128, " + ADAMW + "}", "data.label_budget=0.1"),
+            ("pretrain.CLxSCL={epochs: 10, batch_size: 128, " + ADAMW + "}", "data.label_budget=0.1"),
             (("CLxSCL", "AT"),),
         ),
     ),
     overrides=(
-        *("data.name=folder", "data.image_size=32", "data.max_train=5000", "data.max_test=1000", "data.validation=0.02"),
+        *("data.name=folder", "data.image_size=32", "data.max_train=3000", "data.max_test=1000", "data.validation=0.02"),
         *("model.stem=native", "threat_model.epsilon=8/255", "views.supervised={pad: 4, flip: 0.5}", f"views.contrastive={CROP}"),
-        *(f"pretrain.{scheme}.epochs=20" for scheme in ("SL", "CL", "SCL")),
+        *(f"pretrain.{scheme}.epochs=10" for scheme in ("SL", "CL", "SCL")),
     ),
 )
 TABLES = {"cheaper": CHEAPER, "stronger": STRONGER, "protocol": PROTOCOL, "cifar10": CIFAR10}
