@@ -167,7 +167,7 @@ def test_the_folder_preset_numbers_what_to_change_first() -> None:
     ("name", "protocol", "line"),
     [
         ("mnist", "corrected", "preset = 'mnist'; choose from digits, smoke, semi_supervised, cifar10, cifar100, folder"),
-        ("cifar10", "papers", "protocol = 'papers'; choose from corrected, paper"),
+        ("cifar10", "papers", "protocol = 'papers'; choose from corrected, paper, quick"),
         ("digits", "paper", "preset = 'digits' has no protocol 'paper'; choose the preset from cifar10, cifar100"),
         ("folder", "paper", "preset = 'folder' has no protocol 'paper'; choose the preset from cifar10, cifar100"),
     ],

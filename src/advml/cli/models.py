@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from advml.cli.evaluate import tell_result
-from advml.cli.options import PARAMS, PRESETS, AsJson, ClusterOption, Overrides, Params, Place, Regime, Scheme, Seed, context_of
+from advml.cli.options import PARAMS, PRESETS, AsJson, ClusterOption, Overrides, Params, Place, Quick, Regime, Scheme, Seed, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.cli.server import server
 from advml.core.errors import UserError
@@ -78,7 +78,10 @@ def attack(
 
 def preset(
     name: Annotated[str, typer.Argument(help=f"Name of the preset: {PRESETS}.", show_default=False)],
-    protocol: Annotated[str, typer.Option(help="Protocol of the settings: corrected (ours) or paper.")] = "corrected",
+    protocol: Annotated[
+        str, typer.Option(help="Protocol of the settings: corrected (ours), paper (CIFAR) or quick (digits).")
+    ] = "corrected",
+    quick: Quick = False,
     full: Annotated[bool, typer.Option("--full", help="Print all keys, also those that keep their neutral defaults.")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -88,7 +91,7 @@ def preset(
     """
     from advml.config.presets import preset as text
 
-    print(text(name, protocol=protocol, overrides=overrides or (), full=full), end="")
+    print(text(name, protocol="quick" if quick else protocol, overrides=overrides or (), full=full), end="")
 
 
 def schema() -> None:

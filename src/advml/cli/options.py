@@ -57,6 +57,7 @@ ClusterOption = Annotated[
 ]
 PARAMS = Path("params.yaml")
 PRESETS = "digits, smoke, semi_supervised, cifar10, cifar100 or folder"
+Quick = Annotated[bool, typer.Option("--quick", help="The digits study in a third of its time: --protocol quick.")]
 Place = Annotated[Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")]
 
 # Of `evaluate` and `represent`, which take a model of the grid or one from elsewhere.

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, PRESETS, AsJson, Overrides, Params
+from advml.cli.options import PARAMS, PRESETS, AsJson, Overrides, Params, Quick
 from advml.cli.printing import say, say_json
 
 
 def init(
     name: Annotated[str, typer.Argument(metavar="PRESET", help=f"Name of the preset: {PRESETS}.")] = "digits",
     folder: Annotated[Path, typer.Option(help="Folder of the new study.")] = Path(),
+    quick: Quick = False,
     overrides: Overrides = None,
 ) -> None:
     """Begin a study in an empty folder, or mend one that was cloned; files that are there stay.
@@ -22,7 +23,7 @@ def init(
     """
     from advml.pipeline.new_study import new_study
 
-    written = new_study(folder, name, overrides=overrides or ())
+    written = new_study(folder, name, protocol="quick" if quick else "corrected", overrides=overrides or ())
     there = "" if folder == Path() else f"cd {folder} && "
     first = "set data.path and data.image_size in params.yaml, then: " if name == "folder" else ""
     say(", ".join(written) or "nothing: all is there", f"{first}{there}dvc repro")

@@ -47,19 +47,19 @@ DVC_IGNORED = "__pycache__/\n*.pyc\n.scratch/\n.venv/\n"
 DVC_SETTINGS = "[core]\n    analytics = false\n    check_update = false\n"
 
 
-def new_study(root: Path, name: str, *, overrides: Sequence[str] = ()) -> list[str]:
+def new_study(root: Path, name: str, *, protocol: str = "corrected", overrides: Sequence[str] = ()) -> list[str]:
     """Write what a study lacks; returns what was written. Files that are there stay as they are.
 
     Args:
         root: a folder, made where it is missing.
-        name: of a preset.
+        name, protocol: of a preset.
         overrides: `key=value` strings, written into params.yaml.
     Raises:
         UserError: no such preset, the folder holds another pipeline or sources of its own, or params.yaml is there and overrides are given.
         Failure: git or DVC cannot begin a repository here.
     """
     files = {
-        "params.yaml": preset(name, overrides=overrides),
+        "params.yaml": preset(name, protocol=protocol, overrides=overrides),
         "dvc.yaml": pipeline_file().read_text(encoding="utf-8"),
         ".dvcignore": DVC_IGNORED,
         ".gitignore": GIT_IGNORED,
