@@ -81,7 +81,7 @@ def _images(folders: list[Folder]) -> list[Path]:
 
 
 def check_meaning(place: Folder, *, layout: str) -> None:
-    """Refuse folders that look like splits or groups of images, not classes; `layout` is the value of data.layout that allows them.
+    """Refuse folders that look like splits or groups of images, not classes; `layout`: the value of data.layout that allows them.
 
     Raises:
         UserError: several of the folders contain subfolders of the same names with images; or one of them contains splits, or what
@@ -129,7 +129,7 @@ def _refuse_masks(place: Folder, *, layout: str) -> None:
                 )
         if original_of(folder.name) is not None and (images := [one for one in classes if one.name.casefold() in ORIGINALS]):
             raise UserError(
-                f"{folder.path} seems to contain masks, annotations or thumbnails of images in {images[0].path}, not a class; {remedy}"
+                f"{folder.path} seems to contain masks, annotations or thumbnails of images in {images[0].path}; {remedy}"
             )
 
 
