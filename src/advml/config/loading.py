@@ -244,8 +244,8 @@ REMEDIES = {
     "string_unicode": "must be text",
     "tuple_type": "must be a list in brackets",
     "dict_type": "must be a section of `key: value`",
-    "too_short": "must have at least {min_length:g} entries",
-    "too_long": "must have at most {max_length:g} entries",
+    "too_short": "must have {min_length:g} or more entries",
+    "too_long": "must have {max_length:g} or fewer entries",
     "string_too_long": "must have at most {max_length:g} characters",
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "must be {range}"),
     "string_pattern_mismatch": "must be {form}",
@@ -278,7 +278,7 @@ def explain(error: dict[str, Any], root: type[BaseModel]) -> str:
     if kind == "value_error":  # from one of the schema's own validators, which write the whole line
         return str(context["error"])
     if kind == "missing" and isinstance(location[-1], int):
-        return f"{_dotted(location[:-1])} = {_shown(error)}; must have at least {location[-1] + 1} entries"
+        return f"{_dotted(location[:-1])} = {_shown(error)}; must have {location[-1] + 1} or more entries"
     if kind == "missing":
         return f"{key} is missing; print a complete file with: advml preset digits"
     if kind == "extra_forbidden":

@@ -124,13 +124,11 @@ def _refuse_masks(place: Folder, *, layout: str) -> None:
             stems = {image.stem for image in part.images}
             if masks := [image for image in part.images if original_of(image.stem) in stems]:
                 raise UserError(
-                    f"{masks[0]} seems to be a mask or an annotation of {original_of(masks[0].stem)}{masks[0].suffix}, like {len(masks)} of "
-                    f"{len(part.images)} images in this folder, judged by their names; {remedy}"
+                    f"{masks[0]} seems to be a mask or an annotation of {original_of(masks[0].stem)}{masks[0].suffix}, like "
+                    f"{len(masks)} of {len(part.images)} images in this folder, judged by their names; {remedy}"
                 )
         if original_of(folder.name) is not None and (images := [one for one in classes if one.name.casefold() in ORIGINALS]):
-            raise UserError(
-                f"{folder.path} seems to contain masks, annotations or thumbnails of images in {images[0].path}; {remedy}"
-            )
+            raise UserError(f"{folder.path} seems to contain masks, annotations or thumbnails of images in {images[0].path}; {remedy}")
 
 
 def _splits_in(folder: Folder) -> list[str]:

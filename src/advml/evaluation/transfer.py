@@ -159,12 +159,12 @@ class Breaks:
             FLAG,
             f"adversarial images of other models break {self.broken} of {self.survived} images that survive all of its own attacks: "
             f"{listed}",
-            "the true worst case is lower: use stronger attacks (all of worst_case, more restarts and steps), also started from those images",
+            "the true worst case is lower: use stronger attacks (all of worst_case, more restarts and steps), also from those images",
         )
 
 
 def breaks(found: Transfer, target: int) -> Breaks:
-    """Count the images of a target (by index) that transferred examples break, from sources with the norm and epsilon of its evaluation."""
+    """Count a target's images that transferred examples break, from sources attacked with the norm and epsilon of its evaluation."""
     model = found.models[target]
     survived, broken = torch.zeros_like(model.survived), torch.zeros_like(model.survived)
     counts = {}
