@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
+STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Other commands"
 
 for panel, commands in (
     (STAGES, stages.COMMANDS),

@@ -12,7 +12,7 @@ from advml.core.errors import UserError
 
 
 def estimate(
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of stages at a time.")] = 2,
     machine: Annotated[
         str | None,
         typer.Option(

@@ -158,7 +158,7 @@ def ui(
 
 
 def repro(
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of stages at a time.")] = 2,
     cluster: ClusterOption = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Write seeds 0 to N - 1 into params.yaml first.", show_default="unchanged")

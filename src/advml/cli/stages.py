@@ -34,7 +34,7 @@ from advml.recipes import REGIMES
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
 
-Images = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
+Images = Annotated[Path | None, typer.Option("--images", help="Folder of images to use.", show_default="the prepared test images")]
 Mean = Annotated[str | None, mean_option("none; only for module:function")]
 # Kind of target -> options that it accepts.
 OPTIONS = {SCHEME: ("--seed",), FOLDER: ("--images",), FUNCTION: ("--images", "--mean", "--std"), TIMM: ("--images",)}
@@ -108,7 +108,7 @@ def represent(
 ) -> None:
     """Measure the similarity of a model's layers (CKA) on clean and adversarial images, and the accuracy of linear probes on them.
 
-    For a network outside of the study, only CKA on clean images is measured and written to reports/compare-MODEL/.
+    For networks that advml has neither trained nor imported, only CKA on clean images is written, to reports/compare-MODEL/.
 
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
