@@ -153,7 +153,7 @@ class Adversary:
         return replace(self, threat_model=threat_model, step_size=share * self.step_size)
 
     def attack(self, network: nn.Module, objective: Callable[[], Objective], images: Tensor, *, generator: Randomness) -> Tensor:
-        """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG stay as they are.
+        """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG are restored.
 
         Args:
             network: frozen and in `mode` during the attack.

@@ -64,7 +64,7 @@ NORMS: dict[str, Norm] = {
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """All x + d with ||d|| <= epsilon and every pixel in [0, 1].
+    """Threat model: all x + d with ||d|| <= epsilon and every pixel in [0, 1].
 
     Attributes:
         norm: a key of NORMS.

@@ -1,4 +1,4 @@
-"""A prepared dataset in memory and on disk.
+"""Prepared dataset in memory and on disk.
 
 `data/prepared/` contains `{train,validation,test}.safetensors` with `images` (uint8, N x C x H x W) and `labels` (int64, N; -1: none),
 `unlabelled.safetensors` if there are training images without a usable label, and `dataset.json` with everything else. It is written

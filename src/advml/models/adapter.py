@@ -233,7 +233,7 @@ def _output(module: nn.Module, adapter: Adapter, images: Tensor, name: str) -> A
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             return Adapted(module, adapter).output(images)
-    except Exception as error:  # somebody's code may fail in any way; it is no failure of ours
+    except Exception as error:  # third-party code may raise anything
         raise failed(name, images, error) from None
 
 

@@ -40,7 +40,7 @@ def pooled(output: Tensor) -> Tensor:
     output = output.float()
     match pooling(output.shape[1:]):
         case "none":
-            return output.clone()  # the network may go on to change it in place
+            return output.clone()  # the network may change it in place later
         case "tokens":
             return output.mean(1)
         case "space last":

@@ -105,7 +105,7 @@ class Classification:
         return cross_entropy(self.network(views), labels, label_smoothing=self.label_smoothing)
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
-        """What the adversary perturbs."""
+        """Input that the adversary perturbs: images, or views."""
         return views if self.attacks_views else images
 
     def perturbed_rows(self, count: int) -> int:
@@ -117,7 +117,7 @@ class Classification:
         return self.term.loss(self.network, images, adversarial, labels, label_smoothing=self.label_smoothing)
 
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """What the adversary of training ascends."""
+        """Objective of the adversary of training."""
         return self.term.objective(self.network, images, labels)
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
@@ -133,7 +133,7 @@ class Classification:
         return _hits(self.network(adversarial), labels)
 
     def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """As `adversarial_score`."""
+        """Score (N,): 1 if the image withstands the attack, the same as `adversarial_score`."""
         return self.adversarial_score(images, adversarial, labels)
 
 
@@ -208,7 +208,7 @@ class Contrastive:
         return ranks.own(losses)
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
-        """What the adversary perturbs."""
+        """Input that the adversary perturbs: images, or views."""
         return views if self.attacks_views else images
 
     @property
