@@ -40,7 +40,7 @@ def help_of(*arguments: str) -> str:
 
 def test_help_lists_every_command_in_its_panel():
     shown = help_of()
-    stages, beside = shown.index("Stages of the pipeline"), shown.index("Beside the pipeline")
+    stages, beside = shown.index("Stages of the pipeline"), shown.index("Other commands")
     of_stages = ("check", "prepare", "pretrain", "finetune", "evaluate", "represent", "compare", "transfer", "report", "stage")
     for name in of_stages:
         assert stages < shown.index(f"{name} ") < beside
@@ -104,7 +104,7 @@ def test_every_stage_says_what_it_wrote_and_the_next_command(study):
     first, *rest = said["evaluate CL ST"].splitlines()
     assert first.startswith("CL-ST-s0: clean ") and "threat_model_1 " in first and "low" not in first
     assert rest[-2:] == ["wrote reports/CL-ST-s0", "next: advml show CL-ST-s0"]
-    assert rest[0] == "  diagnostics: no flag" or all(line.startswith("  ! ") for line in rest[:-2])  # a study of seconds may raise some
+    assert rest[0] == "  diagnostics: no flags" or all(line.startswith("  ! ") for line in rest[:-2])  # a study of seconds may raise some
     assert said["train CL ST"].splitlines()[0] == first
 
 
@@ -278,7 +278,7 @@ USER = {
     ),
     "an unknown model to show": ("show CL-FAT-s0", "there is no model 'CL-FAT-s0'; did you mean CL-ST-s0? choose from CL-ST-s0"),
     "an unknown model to attack": ("attack image.png --model CL-FAT-s0", "there is no model 'CL-FAT-s0'; did you mean CL-ST-s0?"),
-    "an encoder to attack": ("attack image.png --model models/pretrain/CL-st-s0", "holds a pretrained encoder, no classifier"),
+    "an encoder to attack": ("attack image.png --model models/pretrain/CL-st-s0", "contains a pretrained encoder without classifier"),
     "an image that is none": ("attack params.yaml --model CL-ST-s0", "params.yaml cannot be read as an image"),
     "an unknown preset": ("preset imagenet", "preset = 'imagenet'; choose from digits, "),
     "an unknown scheme": ("pretrain SimCLR st", "'SimCLR' is not one of 'SL', 'CL', 'SCL'"),
@@ -291,12 +291,15 @@ USER = {
     "a negative seed": ("pretrain CL st --seed -1", "'--seed'"),
     "a missing pretraining": (
         "finetune CL AT",
-        "models/pretrain/CL-at-s0 holds no model (model.json is missing); train it with: dvc repro",
+        "models/pretrain/CL-at-s0 contains no model (model.json is missing); train it with: dvc repro",
     ),
-    "a missing model": ("evaluate CL AT", "models/finetune/CL-AT-s0 holds no model"),
-    "a model of the study under another name, which is missing": ("evaluate CL AT --name x", "models/finetune/CL-AT-s0 holds no model"),
-    "a scheme without a regime": ("evaluate CL", "CL: which regime? Choose from ST, AT, Partial-AT, Full-AT"),
-    "a regime of no scheme": ("evaluate test_resnet AT --weights w.safetensors", "test_resnet AT: a regime goes with SL, CL, SCL"),
+    "a missing model": ("evaluate CL AT", "models/finetune/CL-AT-s0 contains no model"),
+    "a model of the study under another name, which is missing": ("evaluate CL AT --name x", "models/finetune/CL-AT-s0 contains no model"),
+    "a scheme without a regime": ("evaluate CL", "CL: a scheme needs a regime; choose from ST, AT, Partial-AT, Full-AT"),
+    "a regime of no scheme": (
+        "evaluate test_resnet AT --weights w.safetensors",
+        "test_resnet AT: a regime can only follow a scheme (SL, CL, SCL",
+    ),
     "weights of a function": (
         "evaluate mine:net --weights w.safetensors",
         "--weights has no meaning for module:function, which takes --mean, --std, --classes, --name",
@@ -308,10 +311,10 @@ USER = {
     "a seed of a model's name": ("evaluate CL-ST-s0 --seed 1", "--seed has no meaning for a trained model, by folder or name"),
     "a seed of a timm model": ("evaluate resnet18 --seed 1", "--seed has no meaning for a timm name, which takes --weights, --mean"),
     "a comparison with a model from elsewhere": ("compare CL-ST-s0 mine:net", "mine:net gives no model: ModuleNotFoundError"),
-    "a report of nothing": ("report -S seeds=[7]", "holds no metrics.json of any model of the grid"),
+    "a report of nothing": ("report -S seeds=[7]", "contains no metrics.json of any model of the grid"),
     "an unknown backbone": (
         "pretrain CL st --seed 1 -S model.backbone=resnet81",
-        "model.backbone = 'resnet81' is no timm model; did you mean",
+        "model.backbone = 'resnet81' is not a timm model; did you mean",
     ),
     "an unknown device": (
         "pretrain CL st --seed 1 -S runtime.device=tpu",
@@ -379,13 +382,13 @@ ERRORS = {
         "lower batch_size",
     ),
     "memory of the GPU": (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "lower batch_size"),
-    "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "models"), 1, "models: Read-only file system; once"),
+    "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "models"), 1, "models: Read-only file system; fix this"),
     "a read-only disk, in safetensors' words": (
         type("SafetensorError", (Exception,), {})("Read-only\nfile system"),
         1,
         "Read-only file system",
     ),
-    "a broken disk": (OSError(errno.EIO, "Input/output error"), 1, "Input/output error; once that is mended"),
+    "a broken disk": (OSError(errno.EIO, "Input/output error"), 1, "Input/output error; fix this"),
     "a file for a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", ".scratch/x"), 1, ".scratch/x: Not a directory"),
     "permission": (PermissionError(errno.EACCES, "Permission denied", "models"), 1, "models"),
 }

@@ -4,7 +4,7 @@
 >>> model = advml.load_model("models/finetune/CL-Full-AT-s0")                                     # doctest: +SKIP
 >>> measured = advml.evaluate(model, images, labels, epsilon=8 / 255)                             # doctest: +SKIP
 
-The functions are those of `advml.api`. Importing the package imports none of them, nor torch: they come when they are asked for.
+The functions are those of `advml.api`. They and torch are imported on first use, not when the package is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The two tables of the paper: what is learned (schemes), and when the attack is present (regimes).
+"""The two tables of the paper: schemes (the training objective) and regimes (the phases under attack).
 
-A scheme and a regime are rows of data; no code asks for one by name. Configuration, command line, trainer, evaluation, searches and claims
-all read these rows, so a new row works everywhere (docs/extending.md). Nothing heavy is imported here: `advml --help` reads the names.
+Schemes and regimes are rows of data; no code branches on their names. Configuration, command line, trainer, evaluation, searches and
+claims read these rows, so a new row works everywhere (docs/extending.md). No heavy imports, because `advml --help` reads the names.
 
 | scheme | views | head       | positives of an anchor | loss of embeddings | known as |
 |--------|-------|------------|------------------------|--------------------|----------|
@@ -10,7 +10,7 @@ all read these rows, so a new row works everywhere (docs/extending.md). Nothing 
 | SCL    | 2     | projection | all views of its class | contrastive        | SupCon   |
 | EMP    | 16    | projection | the other views        | emp-ssl            | EMP-SSL  |
 
-A hybrid learns two of these at once, one from labelled, one from unlabelled images:
+A hybrid trains two of these at once, one on labelled, one on unlabelled images:
 
 | scheme | labelled images | unlabelled images | in the paper's code |
 |--------|-----------------|-------------------|---------------------|
@@ -35,42 +35,42 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-PhaseName = Literal["st", "at"]  # of a pretraining: standard, adversarial
+PhaseName = Literal["st", "at"]  # kind of pretraining: standard, adversarial
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One row of the first table."""
+    """A scheme: one row of the first table."""
 
     name: str  # without `-`, which separates the parts of a stage's name
     title: str
     head: Literal["classifier", "projection"]
-    view: Literal["supervised", "contrastive"]  # which section of params.yaml: views
+    view: Literal["supervised", "contrastive"]  # key in section `views` of params.yaml
     groups: Callable[[Tensor], Tensor] | None = None  # labels (N,) -> group ids (N,); None: no loss of embeddings
     known_as: str = ""
-    views: int = 2  # of an image in a batch, unless its phase says otherwise
-    loss: Literal["contrastive", "emp-ssl"] = "contrastive"  # of the embeddings, a key of training.losses.EMBEDDING_LOSSES
-    attacked: Literal["image", "views"] = "image"  # what adversarial pretraining perturbs, unless its phase says otherwise
-    terms: tuple[Scheme, ...] = ()  # of a hybrid: what it learns from labelled images, what from unlabelled ones
+    views: int = 2  # views per image, unless set in the phase's section
+    loss: Literal["contrastive", "emp-ssl"] = "contrastive"  # loss of embeddings, a key of training.losses.EMBEDDING_LOSSES
+    attacked: Literal["image", "views"] = "image"  # input that adversarial pretraining perturbs, unless set in the phase's section
+    terms: tuple[Scheme, ...] = ()  # of a hybrid: its schemes for labelled and for unlabelled images
 
     @property
     def has_temperature(self) -> bool:
-        """Whether its loss divides similarities by the study's temperature."""
+        """Whether the loss divides similarities by the study's temperature."""
         return self.groups is not None and self.loss == "contrastive"
 
     @property
     def parts(self) -> tuple[Scheme, ...]:
-        """The schemes that it learns at once: its terms, or itself."""
+        """Schemes that are trained at once: the terms of a hybrid, or the scheme itself."""
         return self.terms or (self,)
 
     @property
     def heads(self) -> set[str]:
-        """The heads that it learns."""
+        """Heads that are trained."""
         return {part.head for part in self.parts}
 
     @property
     def reads_labels(self) -> bool:
-        """Whether its loss depends on labels; of a hybrid, on those of labelled images."""
+        """Whether the loss depends on labels; for a hybrid, on those of labelled images."""
         return self.parts[0].groups is not instances
 
     @property
@@ -80,17 +80,17 @@ class Scheme:
 
 
 def instances(labels: Tensor) -> Tensor:
-    """Every image is a group of its own: SimCLR is SupCon whose labels are the instance ids."""
+    """Groups of SimCLR: every image is a group of its own, which makes SupCon equal to SimCLR."""
     return labels.new_ones(len(labels)).cumsum(0)
 
 
 def classes(labels: Tensor) -> Tensor:
-    """All images of a class form a group."""
+    """Groups of SupCon: all images of a class form a group."""
     return labels
 
 
 def hybrid(name: str, *, labelled: Scheme, unlabelled: Scheme) -> Scheme:
-    """A scheme of two terms. It predicts by the head of its labelled term, and threat model I attacks that term, if it is contrastive."""
+    """Scheme of two terms. It predicts with the head of its labelled term, which threat model I attacks if it is contrastive."""
     attackable = labelled if labelled.groups else unlabelled
     known_as, title = f"{unlabelled.name}-{labelled.name}", f"{labelled.title} and {unlabelled.title}"
     return replace(attackable, name=name, title=title, head=labelled.head, known_as=known_as, terms=(labelled, unlabelled))
@@ -121,21 +121,21 @@ SCHEMES |= {
 
 @dataclass(frozen=True)
 class Regime:
-    """One row of the second table."""
+    """A regime: one row of the second table."""
 
     name: str
     pretraining: PhaseName
-    attacked: bool  # in fine-tuning
-    encoder_learns: bool  # in fine-tuning; the head always does
+    attacked: bool  # whether fine-tuning is adversarial
+    encoder_learns: bool  # whether fine-tuning trains the encoder; it always trains the head
 
     @property
     def described(self) -> str:
-        """`adversarial pretraining, standard fine-tuning of the head`."""
+        """Description in words: `adversarial pretraining, standard fine-tuning of the head`."""
         kinds = ["adversarial" if attacked else "standard" for attacked in (self.pretraining == "at", self.attacked)]
         return f"{kinds[0]} pretraining, {kinds[1]} fine-tuning of {'encoder and head' if self.encoder_learns else 'the head'}"
 
     def finetunes(self, scheme: Scheme) -> bool:
-        """Whether there is anything left to learn: a scheme that pretrains its classifier is done under ST and AT."""
+        """Whether there is a fine-tuning; schemes that pretrain their classifier have none under ST and AT."""
         return scheme.head != "classifier" or self.attacked or self.encoder_learns
 
     def keeps_head(self, scheme: Scheme) -> bool:

@@ -178,12 +178,12 @@ def test_a_wrong_normalisation_raises_a_flag(dataset):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"images": lambda x: 255 * x}, "images reach from"),
-        ({"images": lambda x: x * torch.nan}, "images reach from nan"),
+        ({"images": lambda x: 255 * x}, "images range from"),
+        ({"images": lambda x: x * torch.nan}, "images range from nan"),
         ({"images": lambda x: x[0]}, "images must be a tensor (N, C, H, W), not torch.float32 (1, 8, 8)"),
         ({"labels": lambda y: y.float()}, "labels must be whole numbers (40,)"),
         ({"labels": lambda y: y[:3]}, "labels must be whole numbers (40,), not torch.int64 (3,)"),
-        ({"labels": lambda y: y - 1}, "labels reach down to -1"),
+        ({"labels": lambda y: y - 1}, "smallest label is -1"),
         ({"epsilon": lambda e: 8}, "epsilon = 8"),
         ({"epsilon": lambda e: 0}, "epsilon = 0"),
         ({"norm": lambda n: "l1"}, "norm = 'l1'"),
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_in_one_line(model, dataset, change, words)
 def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exist(model, dataset):
     images, labels = images_of(dataset.test)
     for asked, words in (
-        (lambda: advml.evaluate(model, images, labels + 9), "label 12 is of no class"),
+        (lambda: advml.evaluate(model, images, labels + 9), "label 12 is out of range"),
         (lambda: advml.evaluate(model, images), "labels are missing"),
         (lambda: advml.evaluate(model, images, labels, overrides=["worst_case.stepz=3"]), "did you mean steps"),
         (lambda: advml.evaluate(model, images, labels, params="cifar11"), "cifar11"),

@@ -106,5 +106,8 @@ def test_what_has_a_margin_has_it_on_both_sides():
     assert {part.name for claim in CLAIMS for part in claim.parts if part.bound == 0} == {
         part
         for label in ("accuracy under threat model II", "worst-case accuracy")
-        for part in (f"CL: {label}, Full-AT minus AT", *(f"the same lift of {label}, CL minus {scheme}" for scheme in ("SL", "SCL")))
+        for part in (
+            f"CL: {label}, Full-AT minus AT",
+            *(f"gain in {label} (Full-AT minus AT), CL minus {scheme}" for scheme in ("SL", "SCL")),
+        )
     }

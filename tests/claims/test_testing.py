@@ -43,7 +43,7 @@ def test_every_effect_is_the_planted_one(planted):
     expected |= {"SL: redundancy, Full-AT minus AT": 0.0, "SCL: redundancy, Full-AT minus AT": 0.02}
     for label, lift, sl, scl in (("accuracy under threat model II", 0.32, 0.3, 0.3), ("worst-case accuracy", 0.43, 0.39, 0.41)):
         expected |= {f"CL: {label}, Full-AT minus AT": lift}
-        expected |= {f"the same lift of {label}, CL minus {scheme}": more for scheme, more in (("SL", sl), ("SCL", scl))}
+        expected |= {f"gain in {label} (Full-AT minus AT), CL minus {scheme}": more for scheme, more in (("SL", sl), ("SCL", scl))}
     expected |= {f"{scheme}: clean-adversarial CKA, AT minus ST": 0.37 for scheme in ("SL", "CL", "SCL")}
     expected |= {f"{scheme}: clean-adversarial CKA of ST": 0.6 for scheme in ("SL", "CL", "SCL")}
     expected |= {f"{scheme}: clean-adversarial CKA of AT": 0.97 for scheme in ("SL", "CL", "SCL")}
@@ -138,7 +138,9 @@ def test_a_claim_names_the_models_that_its_accuracies_cannot_be_trusted_of(plant
     assert not any("doubts" in part for part in planted.parts().values())
     planting.edit(planted.workspace.record("evaluate", "SL-AT-s0"), diagnostics=diagnostics)
     doubted = {name for name, part in planted.parts().items() if part.get("doubts") == {"SL-AT-s0": said}}
-    assert doubted == {f"the same lift of {label}, CL minus SL" for label in ("accuracy under threat model II", "worst-case accuracy")}
+    assert doubted == {
+        f"gain in {label} (Full-AT minus AT), CL minus SL" for label in ("accuracy under threat model II", "worst-case accuracy")
+    }
 
 
 def test_a_flag_of_a_transfer_is_named_too(planted, monkeypatch):
@@ -242,7 +244,7 @@ def test_the_gain_is_from_the_smallest_to_the_largest_epsilon(planting, tmp_path
     for scheme in ("SL", "CL", "SCL"):
         name = f"{scheme}: clean-adversarial CKA of the last quarter, largest minus smallest training epsilon"
         assert parts[name]["effect"] == pytest.approx(0.1, abs=1e-6)
-        assert parts[f"{scheme}: the same gain, last quarter minus first quarter"]["effect"] == pytest.approx(0.05, abs=1e-6)
+        assert parts[f"{scheme}: that gain, last quarter minus first quarter"]["effect"] == pytest.approx(0.05, abs=1e-6)
 
 
 def test_folders_may_be_given_from_the_root_and_the_main_study_is_not_one_of_the_others(planting, tmp_path):

@@ -119,7 +119,7 @@ MISTAKES = {
     "threat_model.norm=l1": "threat_model.norm = 'l1'; choose from linf, l2",
     "grid.schemes=[SL, SimCLR]": f"grid.schemes[1] = 'SimCLR'; choose from {', '.join(SCHEMES)}",
     "grid.schemes=SL": "grid.schemes = 'SL'; must be a list in brackets",
-    "grid.schemes=[]": "grid.schemes = []; must hold at least 1",
+    "grid.schemes=[]": "grid.schemes = []; must have 1 or more entries",
     "grid.schemes=[SL, SL]": 'grid.schemes = ["SL", "SL"]; must not name anything twice',
     "seeds=[0, 0]": "seeds = [0, 0]; must not name anything twice",
     "seeds=[-1]": "seeds[0] = -1; must be at least 0 and below 2147483648",
@@ -137,11 +137,11 @@ MISTAKES = {
     "views.contrastive.flip=1.1": "views.contrastive.flip = 1.1; must be at least 0 and at most 1",
     "views.contrastive.scale=[1.2, 0.8]": "views.contrastive.scale = [1.2, 0.8]; must run from low to high",
     "views.contrastive.scale=[0, 1]": "views.contrastive.scale[0] = 0; must be at least 0.01 and at most 100",
-    "views.contrastive.scale=[1]": "views.contrastive.scale = [1]; must hold at least 2",
-    "views.contrastive.scale=[1, 2, 3]": "views.contrastive.scale = [1, 2, 3]; must hold at most 2",
+    "views.contrastive.scale=[1]": "views.contrastive.scale = [1]; must have 2 or more entries",
+    "views.contrastive.scale=[1, 2, 3]": "views.contrastive.scale = [1, 2, 3]; must have 2 or fewer entries",
     "attack.random_start=maybe": "attack.random_start = 'maybe'; choose from true, false",
     "data.channels=2": "data.channels = 2; choose from 1, 3",
-    "data.path=123": "data.path = 123; must be text; put it in quotes",
+    "data.path=123": "data.path = 123; must be text in quotes",
     "threat_model=0.1": "threat_model = 0.1; must be a section with the keys norm, epsilon",
     "pretrain=null": "pretrain = null; must be a section of `key: value`",
     f"data.name={'x' * 99}": f"data.name = '{'x' * 56}...; choose from digits, cifar10, cifar100, folder",
@@ -154,16 +154,16 @@ MISTAKES = {
     "pretrain.CL.label_smoothing=0.1": "pretrain.CL.label_smoothing = 0.1 has no effect: "
     "the contrastive objective has no cross-entropy; set it to 0",
     "regimes.AT.adversarial_weight=2": "regimes.AT.adversarial_weight = 2 has no effect: "
-    "this regime fine-tunes on clean images alone; set it to 1",
-    "regimes.ST.loss=trades": "regimes.ST.loss = trades has no effect: this regime fine-tunes on clean images alone; set it to two-term",
-    "regimes.AT.epsilon=0.1": "regimes.AT.epsilon = 0.1 has no effect: this regime fine-tunes on clean images alone; set it to null",
+    "this regime fine-tunes on clean images only; set it to 1",
+    "regimes.ST.loss=trades": "regimes.ST.loss = trades has no effect: this regime fine-tunes on clean images only; set it to two-term",
+    "regimes.AT.epsilon=0.1": "regimes.AT.epsilon = 0.1 has no effect: this regime fine-tunes on clean images only; set it to null",
     "regimes.ST.epsilon_warmup=0.5": "regimes.ST.epsilon_warmup = 0.5 has no effect: "
-    "this regime fine-tunes on clean images alone; set it to 0",
-    "regimes.AT.attack_steps=3": "regimes.AT.attack_steps = 3 has no effect: this regime fine-tunes on clean images alone; set it to null",
+    "this regime fine-tunes on clean images only; set it to 0",
+    "regimes.AT.attack_steps=3": "regimes.AT.attack_steps = 3 has no effect: this regime fine-tunes on clean images only; set it to null",
     "regimes.Partial-AT.layer_decay=0.5": "regimes.Partial-AT.layer_decay = 0.5 has no effect: "
-    "this regime learns a head, and the encoder is fixed; set it to 1",
+    "this regime trains the head only, and the encoder is fixed; set it to 1",
     "regimes.Partial-AT.frozen_statistics=true": "regimes.Partial-AT.frozen_statistics = true has no effect: "
-    "this regime learns a head, and the encoder is fixed; set it to false",
+    "this regime trains the head only, and the encoder is fixed; set it to false",
     "pretrain.CL.loss=trades": "pretrain.CL.loss = trades has no effect: "
     "the contrastive objective has no cross-entropy; set it to two-term",
     "pretrain.SL.frozen_statistics=true": "pretrain.SL.frozen_statistics = true has no effect: "
@@ -179,8 +179,8 @@ MISTAKES = {
     # no override at all
     "epsilon": "-S epsilon is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
     "=1": "-S =1 is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
-    "seeds=[0": "-S seeds=[0 is no valid YAML: expected ',' or ']', but got '<stream end>'",
-    "seeds=*other": "-S seeds=*other is no valid YAML: found undefined alias 'other'",
+    "seeds=[0": "-S seeds=[0 is not valid YAML: expected ',' or ']', but got '<stream end>'",
+    "seeds=*other": "-S seeds=*other is not valid YAML: found undefined alias 'other'",
 }
 
 
@@ -274,7 +274,7 @@ def test_corruptions_are_all_none_or_a_list(params: Path, written: str, names: t
         ("corruptions.names=[[fog]]", '[["fog"]]; choose from all, none, gaussian_noise, '),
         ("corruptions.names=[fog, fog]", '["fog", "fog"]; must not name anything twice'),
         ("corruptions.names=3", "3; must be a list in brackets"),
-        ("corruptions.severities=[]", "[]; must hold at least 1"),
+        ("corruptions.severities=[]", "[]; must have 1 or more entries"),
         ("corruptions.severities=[6]", "6; must be at least 1 and at most 5"),
         ("corruptions.severities=[0]", "0; must be at least 1"),
         ("corruptions.severities=[1, 1]", "[1, 1]; must not name anything twice"),
@@ -297,7 +297,7 @@ def test_trades_from_the_image_itself_is_refused(params: Path) -> None:
     assert config.load(params, ["regimes.Full-AT.loss=trades"]).regimes["Full-AT"].loss == "trades"
     assert complaint(params, "regimes.Full-AT.loss=trades", "attack.random_start=false") == (
         "-S regimes.Full-AT.loss=trades: regimes.Full-AT.loss = trades needs attack.random_start = true: "
-        "at the image itself its divergence has no gradient to follow"
+        "at the image itself the gradient of its divergence is zero"
     )
 
 
@@ -326,14 +326,14 @@ def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (without("temperature:"), "temperature is missing; a complete file is printed by: advml preset digits"),
-        (without("  norm:"), "threat_model.norm is missing; a complete file is printed by: advml preset digits"),
-        ("", "holds no mapping of sections; print a complete one with: advml preset digits"),
-        ("- seeds", "holds no mapping of sections; print a complete one with: advml preset digits"),
-        ("a: 1\nb: [1,\n\nc: 2", "is no valid YAML: line 4: expected ',' or ']', but got '<stream end>'"),
-        ("a: 1\na: 2", 'is no valid YAML: line 2: found duplicate key "a" with value "2" (original value: "1")'),
-        ("a: &a [*a]", "is no valid YAML: aliases repeat one another: more than 100000 values, or 30 levels"),
-        ("a: \x01", "is no valid YAML: unacceptable character #x0001: special characters are not allowed"),
+        (without("temperature:"), "temperature is missing; print a complete file with: advml preset digits"),
+        (without("  norm:"), "threat_model.norm is missing; print a complete file with: advml preset digits"),
+        ("", "is not a mapping of sections; print a complete one with: advml preset digits"),
+        ("- seeds", "is not a mapping of sections; print a complete one with: advml preset digits"),
+        ("a: 1\nb: [1,\n\nc: 2", "is not valid YAML: line 4: expected ',' or ']', but got '<stream end>'"),
+        ("a: 1\na: 2", 'is not valid YAML: line 2: found duplicate key "a" with value "2" (original value: "1")'),
+        ("a: &a [*a]", "is not valid YAML: aliases repeat one another: more than 100000 values, or 30 levels"),
+        ("a: \x01", "is not valid YAML: unacceptable character #x0001: special characters are not allowed"),
     ],
 )
 def test_a_broken_file_gets_one_line(params: Path, text: str, line: str) -> None:

@@ -205,7 +205,7 @@ def test_every_key_of_the_schema_has_a_range_a_form_or_a_length() -> None:
         ("tracking.experiment=''", "tracking.experiment", "not empty"),
         ('tracking.uri="a\\nb"', "tracking.uri", "control characters"),
         ("similarity.source=nobody", "similarity.source", "own, or a model's name"),
-        ("similarity.source=CL-AT-s7", "similarity.source", "no model of the grid; choose from own, SL-ST-s0"),
+        ("similarity.source=CL-AT-s7", "similarity.source", "not a model of the grid; choose from own, SL-ST-s0"),
         ("seeds=[2147483648]", "seeds[0]", "below 2147483648"),
         ("seeds=['0; id #']", "seeds[0]", "must be a whole number"),
         ("grid.schemes=['SL; id']", "grid.schemes[0]", "choose from SL, CL, SCL"),
@@ -213,7 +213,7 @@ def test_every_key_of_the_schema_has_a_range_a_form_or_a_length() -> None:
         ("model.options={a: .inf}", "model.options", "finite numbers"),
         ("model.options={a: {b: [1e99]}}", "model.options", "finite numbers"),
         ('model.options={a: "\\e"}', "model.options", "control characters"),
-        ("model.options={a-b: 1}", "model.options", "'a-b' is no name"),
+        ("model.options={a-b: 1}", "model.options", "'a-b' is none"),
         ("model.backbone='resnet 18'", "model.backbone", "a name of timm's"),
         ("tune.attack.space.steps={int: [1, 1e300]}", "tune.attack.space.steps", "at most 1e30"),
         ("tune.attack.space={'a b': {int: [1, 2]}}", "tune.attack.space.a b", "a key, e.g. epsilon"),
@@ -253,5 +253,5 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 def test_yaml_that_would_break_its_reader_gets_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"params\.yaml (is no valid YAML|has more than)"):
+    with pytest.raises(UserError, match=r"params\.yaml (is not valid YAML|has more than)"):
         config.load(tmp_path / "params.yaml")

@@ -534,20 +534,23 @@ def test_images_that_are_not_here_have_no_fingerprint(tmp_path):
 
 
 WRONG_TREES = {
-    "no class folders": ({}, r"holds no class folders; put the images of each class .* e\.g\. .*/cats/1\.jpg"),
-    "one class": ({"a": 9}, r"holds one class only \('a'\)"),
+    "no class folders": ({}, r"contains no class folders; put the images of each class .* e\.g\. .*/cats/1\.jpg"),
+    "one class": ({"a": 9}, r"contains only one class \('a'\)"),
     "few images": ({"a": 9, "b": 2}, r"class 'b' has 2 images; train, validation, test need one each"),
     "one image": ({"a": 9, "b": 1, "c": 1}, r"class 'b' has 1 image \(2 classes are that small\)"),
     "few to share": ({"train/a": 9, "train/b": 1, "test/a": 2, "test/b": 2}, r"class 'b' has 1 image; train, validation need"),
-    "empty class": ({"a": 9, "b": 0}, r"p/b holds no images; add some or remove the folder"),
-    "empty test class": ({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 0}, r"test/b holds no images"),
+    "empty class": ({"a": 9, "b": 0}, r"p/b contains no images; add some or remove the folder"),
+    "empty test class": ({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 0}, r"test/b contains no images"),
     "test lacks": ({"train/a": 9, "train/b": 9, "test/a": 2}, r"class 'b' is in .*train but not in .*test"),
     "test has more": ({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 2, "test/c": 2}, r"class 'c' is in .*test but not in .*train"),
-    "no train": ({"test/a": 9, "val/b": 9}, r"holds 'test' but no 'train' folder"),
-    "classes beside splits": ({"train/a": 9, "train/b": 9, "cats": 3}, r"holds 'cats' beside train; remove it, or, if they are classes"),
+    "no train": ({"test/a": 9, "val/b": 9}, r"contains 'test' but no 'train' folder"),
+    "classes beside splits": (
+        {"train/a": 9, "train/b": 9, "cats": 3},
+        r"contains 'cats' beside train; remove it, or, if all of them are classes",
+    ),
     "two validations": (
         {"train/a": 9, "train/b": 9, "val/a": 3, "valid/a": 3},
-        r"holds 'valid' beside 'val', both names for validation; .*data\.layout=classes",
+        r"contains 'valid' beside 'val', both names for validation; .*data\.layout=classes",
     ),
 }
 
@@ -755,7 +758,7 @@ def test_saving_replaces_an_earlier_dataset_whole(tmp_path, digits):
 
 def test_saving_never_deletes_a_folder_of_something_else(tmp_path, digits):
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"also holds holiday\.jpg"):
+    with pytest.raises(UserError, match=r"also contains holiday\.jpg"):
         save(digits, tmp_path)
     assert (tmp_path / "holiday.jpg").exists()
 
@@ -845,7 +848,7 @@ FAULTS = {
 def test_a_broken_dataset_is_one_line_with_the_command_that_mends_it(tmp_path, digits, fault):
     save(digits, tmp_path / "out")
     FAULTS[fault](tmp_path / "out")
-    with pytest.raises(UserError, match=r"out is broken \(.+\); make it again with: advml prepare$") as error:
+    with pytest.raises(UserError, match=r"out is damaged \(.+\); make it again with: advml prepare$") as error:
         load(tmp_path / "out")
     assert "\n" not in str(error.value)
 

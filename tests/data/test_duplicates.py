@@ -116,7 +116,7 @@ def test_the_digits_have_no_identical_images():
 
 def test_the_sentence_has_the_counts_an_example_and_the_remedy(monkeypatch):
     (kept,), (dropped,) = remarks(made(monkeypatch)), remarks(made(monkeypatch, duplicates="drop"))
-    for part in ("4 pictures", "8 identical", "1 in both train and test", "1 under more than one label", "2 surplus in train"):
+    for part in ("4 pictures", "8 identical", "1 in both train and test", "1 with more than one label", "2 surplus in train"):
         assert part in kept and part in dropped
     assert "data.duplicates=drop" in kept and "5 from train" in dropped and "data.duplicates" not in dropped
     assert "image 2" in kept and "\n" not in kept

@@ -84,13 +84,13 @@ DOUBTFUL = {  # tree -> a part of the line
     "groups, deeper": (("one/a/cats=3", "one/a/dogs=3", "two/b/cats=3"), "data.layout=classes"),
     "groups in splits": (("train/one/cats=3", "train/one/dogs=3", "train/two/cats=3", "train/two/dogs=3"), "data.layout=splits"),
     "masks beside the images": (("a=3", "a/masks=3", "b=3", "b/masks=3"), "data.layout=classes"),
-    "thumbnails beside some images": (("a/thumbs=3", "b=3", "b/Thumbs=3"), "b/Thumbs seems to hold"),
-    "masks in one class": (("cats=3", "cats/masks=3", "dogs=3"), "cats/masks seems to hold masks"),
+    "thumbnails beside some images": (("a/thumbs=3", "b=3", "b/Thumbs=3"), "b/Thumbs seems to contain"),
+    "masks in one class": (("cats=3", "cats/masks=3", "dogs=3"), "cats/masks seems to contain masks"),
     "masks by name": (("cats/1.png", "cats/1_mask.png", "cats/2.png", "dogs=3"), "cats/1_mask.png seems to be a mask"),
-    "several masks of an image": (("a/b (1).png", "a/b (1)_mask_1.png", "a/b (1)_mask_2.png", "c=2"), "as 2 of 3 images"),
+    "several masks of an image": (("a/b (1).png", "a/b (1)_mask_1.png", "a/b (1)_mask_2.png", "c=2"), "like 2 of 3 images"),
     "annotations in a split": (("train/a/1.jpg", "train/a/1-gt.png", "train/b=3", "test/a=1", "test/b=1"), "data.layout=splits"),
-    "masks as a class": (("images=3", "masks=3"), "masks seems to hold masks"),
-    "segmentations as a class": (("JPEGImages=3", "SegmentationClass=3", "SegmentationObject=3"), "and not a class"),
+    "masks as a class": (("images=3", "masks=3"), "masks seems to contain masks"),
+    "segmentations as a class": (("JPEGImages=3", "SegmentationClass=3", "SegmentationObject=3"), "seems to contain masks"),
     "masks in splits": (("train/a=3", "train/a/masks=3", "train/b=3", "train/b/masks=3"), "data.layout=splits"),
     "a split of each class": (("cats/train=3", "cats/test=1", "dogs/train=3", "dogs/test=1"), "data.layout=classes"),
     "splits in one of several": (("pets/train/cats=3", "pets/test/cats=3", "others=4"), "give it alone as data.path"),
@@ -100,15 +100,15 @@ DOUBTFUL = {  # tree -> a part of the line
         "both names for test",
     ),
     "no training split": (("Testing/cats=3", "Testing/dogs=3", "val/cats=1", "val/dogs=1"), "no 'train' folder"),
-    "a class beside splits": (("Training/cats=3", "Training/dogs=3", "owls=3"), "holds 'owls' beside Training"),
+    "a class beside splits": (("Training/cats=3", "Training/dogs=3", "owls=3"), "contains 'owls' beside Training"),
     "one split twice": (("train_images=3", "train_photos=3"), "both names for train"),
-    "flat test images beside classes": (("cats=3", "dogs=3", "test=3"), "holds 'test', a name for test images, beside 'cats'"),
+    "flat test images beside classes": (("cats=3", "dogs=3", "test=3"), "contains 'test', a name for test images, beside 'cats'"),
     "flat validation images beside classes": (("cats=3", "seg_train=3", "Val=3"), "data.layout=classes"),
     "unlabelled images beside classes": (("train=3", "predictions=2", "bus=4"), "beside 'bus'"),
     "flat splits": (("train=3", "test=3"), "data.layout=classes"),
     "flat validation": (("train/cats=3", "train/dogs=4", "val=3"), "val/labels.csv"),
     "a class in one spelling": (("train/cats=3", "train/dogs=3", "test/Cats=3", "test/dogs=3"), "class 'Cats' is in"),
-    "names that differ in spaces": (("Cats=3", "cats=3", "cats =3"), "differ in spaces only"),
+    "names that differ in spaces": (("Cats=3", "cats=3", "cats =3"), "differ only in spaces"),
     "a name that cannot be printed": (("cats=3", "do\x1b[31mgs=3"), "control characters"),
     "flat": (("=5",), "labels.csv"),
     "flat in a folder": (("images=5", "readme.md"), "labels.csv"),
@@ -190,7 +190,7 @@ def said(source) -> str:
 
 def test_what_a_user_may_not_expect_is_said(tmp_path):
     source = read(plant(tmp_path / "p", "box/Training/cats=3", "box/Training/dogs=4", "box/Testing/scans=9", "box/docs/a.txt"))
-    for part in ("box is read", "train = Training", "test: a share of train", "docs is no split", "9 images in", "no labels"):
+    for part in ("box is read", "train = Training", "test: a share of train", "docs is not a split", "9 images in", "no labels"):
         assert part in said(source)
     assert source.ignored == 10
     assert read(plant(tmp_path / "q", "cats=3", "dogs=4")).remarks == ()
@@ -199,7 +199,7 @@ def test_what_a_user_may_not_expect_is_said(tmp_path):
 def test_names_that_differ_in_capitals_only_are_said_and_kept(tmp_path):
     source = read(plant(tmp_path / "p", "a=3", "A=4"))
     assert source.classes == ("A", "a") and counts(source) == {"train": [4, 3]}
-    assert "'A' and 'a' differ in capitals" in said(source)
+    assert "'A' and 'a' differ only in capitals" in said(source)
 
 
 def test_numbers_keep_their_order_as_text_and_the_labels_are_said(tmp_path):
@@ -333,7 +333,7 @@ WRONG = {
     "a box before a number": ("0.png\t1\t2\t3\t4\t0\n1.png\t1\t2\t3\t4\t1\n2.png\t1\t2\t3\t4\t0\n", "'FILE,LABEL'"),
     "two columns of classes": ("file,label,category\n0.png,0,cats\n1.png,1,dogs\n2.png,0,cats\n", "2 of them"),
     "a class with a comma": ("0.png,cats\n1.png,dogs, wild\n2.png,cats\n", "has 3 columns"),
-    "one class": ("0.png,cats\n1.png,cats\n2.png,cats\n", "one class only"),
+    "one class": ("0.png,cats\n1.png,cats\n2.png,cats\n", "only one class"),
 }
 
 

@@ -83,7 +83,7 @@ TREE = {"train/cats": 6, "train/dogs": 6, "unlabelled": 5}
 def test_a_folder_of_unlabelled_images_is_left_out_or_read_beside_the_rest_of_a_budget(tmp_path):
     root = draw(tmp_path / "photos", TREE)
     plain, pool, both = (prepare(of_folder(root, **one)) for one in ({}, {"unlabelled": True}, {"unlabelled": True, "label_budget": 0.5}))
-    assert plain.unlabelled is None and any("unlabelled is no split and is left out" in line for line in plain.remarks)
+    assert plain.unlabelled is None and any("unlabelled is not a split, and is left out" in line for line in plain.remarks)
     assert pool.unlabelled.labels.tolist() == [-1] * 6 and pool.ignored == 0
     assert all(torch.equal(pool.splits[name].images, split.images) for name, split in plain.splits.items())
     assert len(both.train) == len(plain.train) / 2 and sorted(both.unlabelled.labels.tolist())[:6] == [-1] * 6

@@ -82,7 +82,7 @@ def test_logits_that_are_no_numbers_are_wrong(tmp_path):
 @pytest.mark.parametrize("count", [24, 0])
 def test_images_that_cannot_be_of_these_test_images_are_refused(tmp_path, count):
     model = stored(tmp_path, split(23), 0, count=count)
-    with pytest.raises(UserError, match=r"model-0 holds images .*advml evaluate"):
+    with pytest.raises(UserError, match=r"model-0 contains images .*advml evaluate"):
         transfer([model], split(23), CPU, batch_size=8)
 
 

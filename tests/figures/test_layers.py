@@ -63,8 +63,8 @@ def test_every_line_is_its_models_and_every_panel_its_quantity():
             np.testing.assert_allclose(lines(axes)[each.label][0], scale * np.asarray(getattr(each, name)))
     assert [axes.get_title(loc="left").split(",")[0] for axes in figure.axes] == [
         "CKA",
-        "linear probe on clean images",
-        "linear probe on adversarial images",
+        "probe accuracy on clean images",
+        "probe accuracy on adversarial images",
     ]
 
 

@@ -96,7 +96,7 @@ def refusal(*args, **kwargs) -> str:
 
 def test_an_unknown_backbone_names_close_ones():
     message = refusal("resnet81")
-    assert "model.backbone = 'resnet81' is no timm model" in message and "resnet18" in message
+    assert "model.backbone = 'resnet81' is not a timm model" in message and "resnet18" in message
 
 
 def test_an_unknown_backbone_close_to_nothing_names_some():
@@ -133,7 +133,7 @@ def test_options_that_timm_takes_and_fails_with_are_named(options):
     with pytest.raises(UserError) as stopped:
         create_encoder("test_resnet", stem="small", channels=1, image_size=8, options=options)
     message = str(stopped.value)
-    assert f"model.options = {options}" in message and "without model.options it can" in message and "\n" not in message
+    assert f"model.options = {options}" in message and "it can be built without model.options" in message and "\n" not in message
 
 
 def test_a_tag_that_timm_does_not_know_is_refused():
@@ -164,7 +164,9 @@ def test_an_option_that_is_set_elsewhere_is_refused(option):
 
 
 def test_a_small_stem_of_patches_that_a_network_cuts_is_refused():
-    assert "vit_tiny_r_s16_p8_224, whose patches a network cuts; use model.stem = native" in refusal("vit_tiny_r_s16_p8_224", image_size=32)
+    assert "vit_tiny_r_s16_p8_224 with its convolutional patches; use model.stem = native" in refusal(
+        "vit_tiny_r_s16_p8_224", image_size=32
+    )
 
 
 # The table in docs/backbones.md, which docs/backbones.py writes in an hour

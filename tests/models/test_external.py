@@ -292,7 +292,7 @@ def test_logits_are_put_into_the_order_of_the_data_by_name(here, dataset):
     images = torch.rand(3, 1, 8, 8)
     for label, name in enumerate(dataset.classes):
         assert torch.equal(given.network(images)[:, label], plain.network(images)[:, names.index(name)])
-    assert given.classes == names and "order of the data's classes" in given.remarks[0]
+    assert given.classes == names and "reordered to the data's classes" in given.remarks[0]
     assert found("somebodys:reshaping", dataset, classes="ash,birch,cedar,dogwood").origin["behaviour"] == plain.origin["behaviour"]
     with pytest.raises(UserError, match=r"'oak'.*nearest: '"):
         found("somebodys:reshaping", dataset, classes="oak,birch,cedar,dogwood")
@@ -327,7 +327,7 @@ def test_weights_that_do_not_fit_are_one_line(weights, dataset, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(weights[1].read_bytes()[:100])
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
     said = {
-        "cut": "is no safetensors file",
+        "cut": "is not a safetensors file",
         "other": "does not fit test_resnet with 4 classes, 1 channels and stem small; .* -S model.stem=native",
         "missing": "cannot be read: No such file",
     }
@@ -377,7 +377,7 @@ def test_a_name_that_leads_elsewhere_or_is_taken_is_refused(make_study, here, na
     context = study.context()
     given = replace(found("somebodys:good", context.dataset), name=name)
     before = sorted(study.root.rglob("*"))
-    with pytest.raises(UserError, match=r"is no name; use|is a name of this study"):
+    with pytest.raises(UserError, match=r"is not valid; use|is a name of this study"):
         evaluate.run_given(context, given)
     assert sorted(study.root.rglob("*")) == before
 
@@ -428,7 +428,7 @@ def test_our_model_of_the_same_classes_in_another_order_is_measured_by_their_nam
         assert torch.equal(given.network(images)[:, label], network(images)[:, names.index(name)])
     assert given.classes == tuple(names) and given.network.embed(images).shape == (3, 16)  # for threat model I
     order, other_data = given.remarks
-    assert "order of the data's classes" in order and "trained on other data" in other_data
+    assert "reordered to the data's classes" in order and "trained on other data" in other_data
 
 
 def test_names_that_are_not_as_many_as_logits_are_refused(here, dataset, make_network):

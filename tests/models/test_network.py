@@ -305,24 +305,24 @@ def test_damaged_files_stop_with_one_line(tmp_path, damage):
 
 def test_a_folder_without_a_model_stops_with_its_path_and_the_remedy(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError, match=r"holds no model.*dvc repro.*dvc pull") as stopped:
+        with pytest.raises(UserError, match=r"contains no model.*dvc repro.*dvc pull") as stopped:
             advml.load_model(folder)
         assert str(folder) in str(stopped.value)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="contains no model"):
         load(tmp_path / "file")
 
 
 def test_unusable_weights_stop_with_the_reason_and_the_remedy(tmp_path):
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop("encoder.bn1.running_mean"))
-    with pytest.raises(UserError, match=r"holds no usable model: .*encoder\.bn1\.running_mean.*dvc checkout"):
+    with pytest.raises(UserError, match=r"contains no usable model: .*encoder\.bn1\.running_mean.*dvc checkout"):
         load(tmp_path)
 
 
 def test_load_model_refuses_a_pretrained_encoder(tmp_path):
     saved(tmp_path, classes=None)
-    with pytest.raises(UserError, match=r"holds a pretrained encoder, no classifier; choose a model of models/finetune$"):
+    with pytest.raises(UserError, match=r"contains a pretrained encoder without classifier; choose a model of models/finetune$"):
         advml.load_model(tmp_path)
 
 

@@ -102,7 +102,7 @@ def test_a_pickle_is_not_opened_and_the_way_to_convert_it_is_told(tmp_path, name
 
 def test_anything_else_is_one_line(tmp_path):
     (tmp_path / "w.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"w.txt is no safetensors file"):
+    with pytest.raises(UserError, match=r"w.txt is not a safetensors file"):
         read(tmp_path / "w.txt")
     with pytest.raises(UserError, match=r"cannot be read: No such file"):
         read(tmp_path / "none.safetensors")

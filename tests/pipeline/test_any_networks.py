@@ -167,7 +167,7 @@ def test_a_network_that_cannot_be_had_is_one_line(study, place, tmp_path, target
 
 def test_too_few_photos_and_names_that_are_one_are_refused(study, place, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--images .*empty holds 0 images"):
+    with pytest.raises(UserError, match=r"--images .*empty contains 0 images"):
         run(study.context(), [f"{place}:vit"], images=tmp_path / "empty", mean=None, std=None, out=tmp_path / "out")
     with pytest.raises(UserError, match="different names"):
         run(study.context(), ["CL-AT-s0"] * 2, images=None, mean=None, std=None, out=tmp_path / "out")
@@ -200,7 +200,7 @@ def test_the_commands_take_any_network(study, place, tmp_path, monkeypatch):
         assert {"cka.npz", "cka.json", "clean.png"} <= {path.name for path in (study.workspace.reports / folder).iterdir()}
     with pytest.raises(UserError, match="at least two"):
         advml("compare", f"{place}:vit")
-    with pytest.raises(UserError, match="a regime goes with"):
+    with pytest.raises(UserError, match="a regime can only follow a scheme"):
         advml("represent", f"{place}:vit", "AT")
     for command, option in (
         (("represent", "cl-at"), "--seed"),
@@ -209,5 +209,5 @@ def test_the_commands_take_any_network(study, place, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=f"{option} has no meaning for"):
             advml(*command, option, "1")
-    with pytest.raises(UserError, match="CL-AT-s0, CL-AT-s0 know their normalisation"):
+    with pytest.raises(UserError, match="CL-AT-s0, CL-AT-s0 have a known normalisation"):
         advml("compare", "CL-AT-s0", "CL-AT-s0", "--mean", "imagenet")

@@ -89,8 +89,8 @@ def test_the_picture_says_what_happened_in_words() -> None:
     read = texts(attack_figure(cat_or_dog(), cat(), CLASSES, adversary=adversary(26 / 255))[0])
     for words in (
         "The attack makes the model take 'cat' for 'dog'",
-        "taken for 'cat'\n61 % sure",
-        "taken for 'dog'\n62 % sure",
+        "prediction 'cat'\nconfidence 61 %",
+        "prediction 'dog'\nconfidence 62 %",
         "perturbation, 4.9 x",
         "L-infinity size 0.102\nat most 26 of 255 grey levels\ngrey: no change",
     ):
@@ -248,7 +248,7 @@ def test_what_is_no_classifier_is_refused(context: Context, tmp_path: Path) -> N
     encoder = Architecture("test_resnet", "small", {}, 1, 8, (0.3,), (0.4,), None, 100, False, False)
     folder = context.workspace.pretrained("CL-st-s0")
     save(build(encoder, seed=0), folder, {"classes": CLASSES})
-    with pytest.raises(UserError, match="holds a pretrained encoder, no classifier; choose a model of"):
+    with pytest.raises(UserError, match="contains a pretrained encoder without classifier; choose a model of"):
         attack_picture(context, tmp_path / "photo.png", model=str(folder), out=tmp_path / "attack.png")
     assert not (tmp_path / "attack.png").exists()
 

@@ -103,5 +103,5 @@ def test_a_folder_is_written_over_only_if_nothing_but_an_export_is_lost(made, st
         assert export_model(study.workspace, str(tmp_path / "one"), out).files == ("config.json", "model.safetensors")
     (out / "tokenizer.json").write_text("{}")  # of a model from elsewhere, which has a config.json, too
     for taken in (out, out / "tokenizer.json"):
-        with pytest.raises(UserError, match=r"holds tokenizer\.json"):
+        with pytest.raises(UserError, match=r"contains tokenizer\.json"):
             export_model(study.workspace, str(tmp_path / "one"), taken)

@@ -70,7 +70,7 @@ def test_what_was_used_for_what_is_recorded(study, checkpoint):
     ("wishes", "told"),
     [
         (Wishes(classes="a,b"), "--classes names 2"),
-        (Wishes(name="CL-AT-s0"), "name of this study"),
+        (Wishes(name="CL-AT-s0"), "reserved for models of this study"),
         (Wishes(name="../up"), "--name"),
         (Wishes(stem="native"), "stem native"),
         (Wishes(mean="imagenett"), "imagenet"),

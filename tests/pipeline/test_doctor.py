@@ -34,13 +34,13 @@ def test_a_sound_study_has_no_fault_and_passwords_stay_hidden(study):
         (lambda root, monkeypatch: monkeypatch.setattr(doctor.shutil, "which", lambda name: None), "git is not on PATH"),
         (
             lambda root, monkeypatch: monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/other/bin/{name}"),
-            "of another environment",
+            "from another environment",
         ),
         (
             lambda root, monkeypatch: monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library")),
             "no-such-library is not installed",
         ),
-        (lambda root, monkeypatch: (root / "src").mkdir() or (root / LINK).symlink_to(root / "gone"), "mend it with: advml init"),
+        (lambda root, monkeypatch: (root / "src").mkdir() or (root / LINK).symlink_to(root / "gone"), "repair it with: advml init"),
         (lambda root, monkeypatch: monkeypatch.setattr(doctor, "LEAST_FREE", 1e9), "GB are free"),
         (lambda root, monkeypatch: monkeypatch.setitem(sys.modules, "torchvision", None), "torch or torchvision cannot be imported"),
     ],

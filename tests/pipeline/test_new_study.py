@@ -66,9 +66,9 @@ def test_inside_of_a_repository_the_study_is_a_folder_of_it_and_without_git_it_d
     ("files", "words"),
     [
         ({"dvc.yaml": "stages: {}\n"}, "is the pipeline of another project"),
-        ({"dvc.yaml": "# advml\nstages: {}\n"}, "is not the one of the installed version"),
-        ({"src/advml/__init__.py": ""}, "holds sources of advml"),
-        ({"params.yaml": ""}, "params.yaml is there already"),
+        ({"dvc.yaml": "# advml\nstages: {}\n"}, "differs from that of the installed version"),
+        ({"src/advml/__init__.py": ""}, "contains sources of advml"),
+        ({"params.yaml": ""}, "params.yaml exists already"),
     ],
 )
 def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path, files, words):

@@ -103,7 +103,7 @@ def test_layer_decay_of_a_backbone_without_known_blocks_is_refused(make_network,
     configuration = config.changed(CONFIG, {"pretrain.CL.layer_decay": 0.5})
     assert pretraining(configuration, dataset, scheme="CL", phase="at", seed=0).task is not None
     monkeypatch.delattr(type(make_network().encoder), "group_matcher")
-    line = r"pretrain\.CL\.layer_decay = 0\.5 needs the blocks of test_resnet, which timm does not tell; set it to 1"
+    line = r"pretrain\.CL\.layer_decay = 0\.5 needs the blocks of test_resnet, which timm does not define; set it to 1"
     with pytest.raises(UserError, match=f"^{line}$"):
         pretraining(configuration, dataset, scheme="CL", phase="at", seed=0)
 

@@ -86,7 +86,10 @@ def test_stages_overlap_a_failure_keeps_what_is_done_and_the_next_command_goes_o
     with pytest.raises(Failure) as failed:
         repro(tmp_path, jobs=2)
     log = tmp_path / ".scratch" / "repro" / "bad.log"
-    assert str(failed.value) == f"stage bad failed: boom; mend it (whole output: {log}); after mending, the same command goes on"
+    assert (
+        str(failed.value)
+        == f"stage bad failed: boom; mend it (whole output: {log}); fix the cause and repeat the command, which goes on from here"
+    )
     assert "boom" in log.read_text()
     assert "note: odd images" in capsys.readouterr().err.splitlines()
     # What ran beside it was finished and is kept; what needs it was not begun.

@@ -89,7 +89,7 @@ def test_a_plain_file_of_weights_will_do(first, second, tmp_path, capsys):
     save_file({f"module.{key}": value for key, value in weights.items()}, tmp_path / "w.safetensors")
     context = second.context(f"model.init={tmp_path / 'w.safetensors'}", "pretrain.CL.epochs=0")
     assert pretrain.run(context, scheme="CL", phase="st", seed=0)["init"]["taken"] == ["encoder"]
-    assert "holds no normalisation" in capsys.readouterr().err
+    assert "has no normalisation" in capsys.readouterr().err
     folder = second.workspace.pretrained("CL-st-s0")
     assert network.read_record(folder)["architecture"]["mean"] == [0.3]
     finetune.run(context, scheme="CL", regime="ST", seed=0)

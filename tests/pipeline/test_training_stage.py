@@ -36,7 +36,7 @@ def test_what_needs_one_process_is_refused_under_several_and_only_there(monkeypa
     chosen = config.load(PARAMS, overrides)
     check_processes(chosen, phases)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=f"^{named} .*one process"):
+    with pytest.raises(UserError, match=f"^{named} .*several processes"):
         check_processes(chosen, phases)
 
 

@@ -62,11 +62,11 @@ def test_the_page_has_a_section_of_other_models(study):
     figure = f"50.0 [{100 * wilson(20, 40)[0]:.1f}, {100 * wilson(20, 40)[1]:.1f}]"
     for line, name, mark in ((bent, "bent", "!"), (stiff, "stiff", "?")):
         assert line.startswith(f"<tr><td>{linked(name)}</td><td>L2 0.75</td>") and f"<td>{figure} {mark}</td>" in line
-    assert "measured on other data: far" in section and ">far<" not in page
-    doubts = page.partition("<h2>Can these figures be believed?</h2>")[2].partition("<h2>")[0]
+    assert "evaluated on other data: far" in section and ">far<" not in page
+    doubts = page.partition("<h2>Checks of data and gradient masking</h2>")[2].partition("<h2>")[0]
     assert f"<strong>{linked('bent')}</strong>: zeros everywhere. To try: BPDA." in doubts
-    assert f"<strong>{linked('stiff')}</strong> was not judged (no copy of it)" in doubts
-    made = page.partition('<h2 id="how">How each number was made</h2>')[2]
+    assert f"<strong>{linked('stiff')}</strong> was not probed (no copy of it)" in doubts
+    made = page.partition('<h2 id="how">How each number was measured</h2>')[2]
     for name, said in (("bent", "dead_gradients"), ("stiff", "not judged")):
         assert f"<td>{said}</td>" in made.partition(f"<summary>{name} <small>weights bbbbbbbbbbbb</small>")[2].partition("</details>")[0]
 

@@ -33,7 +33,7 @@ def test_seeds_are_averaged_and_flags_are_told():
 def test_what_no_model_exceeds_is_the_most_of_any_seed():
     seeds = [row("EMP", "ST", worst, seed=seed) for seed, worst in enumerate((0.02, 0.06))]
     (only,) = finding(seeds, {"seeds": [0, 1], "claims": []}, threat_model="1")
-    assert only == "Without adversarial training no model has more than 6.0 % of the test images right under all attacks with ε = 1."
+    assert only == "Without adversarial training no model has more than 6.0 % of the test images correct under all attacks with ε = 1."
 
 
 @pytest.mark.parametrize("table", [[], [{"scheme": "SL", "regime": "ST", "seed": 0, "accuracy/clean": 1.0}]])

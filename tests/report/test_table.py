@@ -176,7 +176,7 @@ def test_the_page_opens_with_the_finding_and_links_models_to_their_details(measu
     stage.run(measured.context())
     page = (measured.workspace.reports / "report.html").read_text()
     found = json.loads((measured.workspace.reports / "claims.json").read_text())["finding"]
-    assert found and 0 < page.index(found[0]) < page.index("<img") < page.index("The question")
+    assert found and 0 < page.index(found[0]) < page.index("<img") < page.index("<h2>Questions")
     assert page.count("<figure") == page.count("<figcaption><strong>") and "prefers-color-scheme: dark" in page
 
 

@@ -96,10 +96,10 @@ def test_what_a_proposed_attack_changes_elsewhere_is_said(params, tmp_path, advm
     said = [line for line in told if line.startswith("warning: ")]
     assert len(said) == 2
     assert said[0].startswith("warning: evaluate.steps = 5 is also the number of steps of pgd-margin in worst_case")
-    assert said[1].startswith("warning: evaluate.step_size = 0.05 is a length") and "half of epsilon" in said[1]
+    assert said[1].startswith("warning: evaluate.step_size = 0.05 is an absolute length") and "half of epsilon" in said[1]
     unchanged = {"evaluate.steps": 20, "evaluate.restarts": 2}
     assert not warnings(merge(params, unchanged).changes)
-    with pytest.raises(UserError, match=r"^attack proposes trial 3 alone"):
+    with pytest.raises(UserError, match=r"^attack proposes only trial 3"):
         proposal(Workspace(tmp_path), "attack", trial=4)
 
 
@@ -126,9 +126,9 @@ def test_the_difference_holds_no_line_that_is_the_same_and_patch_can_apply_it(pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"regimes.Full-AT.epochs": 12, "regimes.Full-AT.learning_rate": 0.1}, ["regimes.Full-AT counts for every scheme of the grid"]),
-        ({"pretrain.CL.learning_rate": 0.1, "temperature": 0.3}, ["pretrain.CL counts for both", "temperature = 0.3 counts for every"]),
-        ({"views.contrastive.rotation": 9, "views.contrastive.shift": 0.1}, ["views.contrastive counts for every contrastive scheme"]),
+        ({"regimes.Full-AT.epochs": 12, "regimes.Full-AT.learning_rate": 0.1}, ["regimes.Full-AT is used for every scheme of the grid"]),
+        ({"pretrain.CL.learning_rate": 0.1, "temperature": 0.3}, ["pretrain.CL is used in both", "temperature = 0.3 is used for every"]),
+        ({"views.contrastive.rotation": 9, "views.contrastive.shift": 0.1}, ["views.contrastive is used for every contrastive scheme"]),
         ({"evaluate.restarts": 4}, []),
     ],
 )

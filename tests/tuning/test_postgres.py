@@ -67,7 +67,7 @@ def test_a_server_that_cuts_its_connections_ends_the_command_which_goes_on_when_
     end = sqlalchemy.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
     with engine.connect() as connection:
         connection.execute(end, {"name": sqlalchemy.make_url(url).database})
-    assert re.search(r"the studies' database failed: .+; the same command goes on", first.communicate(timeout=60)[1])
+    assert re.search(r"the searches' database failed: .+; repeat the command", first.communicate(timeout=60)[1])
     second = driver(pause=0, trials=6, storage=url)
     said = second.communicate(timeout=60)[1]
     assert second.returncode == 0 and "[6/6]" in said

@@ -100,7 +100,7 @@ def test_an_mlflow_server_that_is_down_or_refuses_is_said_before_the_search_begi
         asked = replace(chosen, config=config.changed(chosen.config, {"tracking.uri": uri}))
         searching.run(asked, trials=1, workers=1, cluster=None, storage=None, replace=False)
 
-    with pytest.raises(Failure, match="has run to its end"):
+    with pytest.raises(Failure, match="was completed"):
         run("http://127.0.0.1:9")
     assert begun[0].count("warning: no tracking, http://127.0.0.1:9") == 1
 
@@ -117,7 +117,7 @@ def test_an_mlflow_server_that_is_down_or_refuses_is_said_before_the_search_begi
 def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_called(made, kind):
     chosen = search(made, kind, {"finetune": "Full-AT", "pretrain": "at"}[kind], name="mystudy")
     missed = [ended(TrialState.COMPLETE, violation=0.1)]
-    with pytest.raises(UserError, match=rf"^no trial of mystudy keeps the floor .*; lower tune\.{kind}\.clean_floor and search anew"):
+    with pytest.raises(UserError, match=rf"^no trial of mystudy reaches the floor .*; lower tune\.{kind}\.clean_floor and search again"):
         told(outcome(missed), chosen)
 
 
@@ -126,7 +126,7 @@ def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_ca
     [
         ([(TrialState.FAIL, "first"), (TrialState.FAIL, "out of memory")], "all 2 trials failed, the last one: out of memory"),
         ([(TrialState.FAIL, "nan"), (TrialState.PRUNED, None)], "1 of 2 trials failed, others were pruned, the last one: nan"),
-        ([(TrialState.PRUNED, None)], "none of 1 trials has run to its end"),
+        ([(TrialState.PRUNED, None)], "none of 1 trials was completed"),
     ],
 )
 def test_where_no_trial_has_run_to_its_end_the_reason_is_said_and_no_floor_blamed(made, trials, said):

@@ -41,7 +41,7 @@ def test_every_kind_of_range_becomes_the_distribution_of_that_kind():
     ("dimension", "said"),
     [
         ("{log: [0.1, 0.01]}", "must run from low to high"),
-        ("{log: [0, 1]}", "must lie above 0 to be searched in logarithms"),
+        ("{log: [0, 1]}", "must be above 0 for a logarithmic search"),
         ("{int: [1, 2.5]}", "must hold whole numbers"),
         ("{float: [1]}", "must hold two numbers, low and high"),
         ("{float: [0, .inf]}", "must hold finite numbers"),
@@ -68,7 +68,7 @@ def finetuning(root: Path, *overrides: str, regime: str = "Full-AT", scheme: str
     ("override", "said"),
     [
         ("label_smoothing={float: [0, 1]}", "label_smoothing = 1.0; must be at least 0 and below 1"),
-        ("epochs={int: [0, 3]}", "epochs = 0 leaves random weights"),
+        ("epochs={int: [0, 3]}", "epochs = 0 leaves the weights random"),
         ("epochs={float: [1, 3]}", "must be a whole number"),  # both of its ends are
         ("optimizer={choice: [sgd, lion]}", "optimizer = 'lion'; choose from adamw, adam, sgd"),
         ("warmup={float: [0, 0.2]}", "doubles the warm-up of onecycle"),
@@ -261,8 +261,8 @@ def test_a_name_that_could_leave_its_folder_is_refused_before_anything_starts(ma
         lambda: TrainingSearch.of(load(), made, "pretrain", "CL", "at", seed=0, name=name),
     ]
     for ask in asked if name else ():  # without a name the study has one of its own
-        with pytest.raises(UserError, match=r"^--name .* is no name; use letters, digits"):
+        with pytest.raises(UserError, match=r"^--name .* is not valid; use letters, digits"):
             ask()
-    with pytest.raises(UserError, match=r"^the study .* is no name; use letters, digits"):
+    with pytest.raises(UserError, match=r"^the study .* is not valid; use letters, digits"):
         proposal(Workspace(made), name)
     assert AttackSearch.of(load(), made, "CL-AT-s0", name="v1.2_a-b").name == "v1.2_a-b"

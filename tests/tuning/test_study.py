@@ -183,7 +183,7 @@ def test_a_study_whose_creator_was_killed_is_completed(toy, tmp_path, monkeypatc
 
 def test_a_study_that_was_deleted_is_one_line(toy, study, tmp_path):
     optuna.delete_study(study_name="toy", storage=address(None, root=tmp_path))
-    with pytest.raises(Failure, match="the study is gone"), told():
+    with pytest.raises(Failure, match="the search was deleted"), told():
         study.get_trials()
 
 
@@ -193,12 +193,12 @@ def test_a_study_that_was_deleted_is_one_line(toy, study, tmp_path):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("studies.db", "names no database; write sqlite:///optuna.db or postgresql://user@host/name"),
-        ("redis://here", "names no database"),
-        ("postgresql://me:secret@here:port/x", r"'postgresql://me:\*\*\*@here:port/x' names no database"),
-        ("sqlite://", "names no database"),
-        ("sqlite:///", "names no database"),
-        ("sqlite:///:memory:", "names no database"),
+        ("studies.db", "is not a database; write sqlite:///optuna.db or postgresql://user@host/name"),
+        ("redis://here", "is not a database"),
+        ("postgresql://me:secret@here:port/x", r"'postgresql://me:\*\*\*@here:port/x' is not a database"),
+        ("sqlite://", "is not a database"),
+        ("sqlite:///", "is not a database"),
+        ("sqlite:///:memory:", "is not a database"),
     ],
 )
 def test_an_address_that_is_none_is_refused(tmp_path, url, said):

@@ -1,6 +1,6 @@
 """advml from Python: attack, evaluate, compare and train networks on tensors, without files, folders or a command line.
 
-Every function is also an attribute of the package, which imports this module when one of them is asked for:
+Every function is also an attribute of the package `advml`, which imports this module on first use:
 
 >>> import advml, torch
 >>> _ = torch.manual_seed(0)
@@ -8,10 +8,10 @@ Every function is also an attribute of the package, which imports this module wh
 >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
 >>> adversarial = advml.attack(model, images, labels, epsilon=8 / 255)
 
-Common to all of them: images are (N, C, H, W), float in [0, 1] or uint8; labels are int64 (N,). A model is any `torch.nn.Module` that maps
-float images in [0, 1] to logits (N, K), on any device, where the computing happens. Its modes, weights and gradients, the global random
-numbers and torch's settings are afterwards as they were. Nothing is printed unless `progress` asks for it. What the caller can mend
-raises `advml.UserError`, whose text is one line. The commands of the same names call the same functions of the packages below.
+Conventions: images are (N, C, H, W), float in [0, 1] or uint8; labels are int64 (N,). A model is any `torch.nn.Module` that maps float
+images in [0, 1] to logits (N, K); computation happens on its device. The functions restore its modes, weights and gradients, the global
+random-number generators and torch's settings. They print nothing unless `progress` is set. Invalid arguments raise `advml.UserError`
+with a message of one line. The commands of the same names share the implementation.
 """
 
 from __future__ import annotations

@@ -36,27 +36,27 @@ def attack(
 ) -> Tensor:
     """Projected gradient ascent on an objective of the classifier (Madry et al. 2018): x <- project(x + step_size * steepest(gradient)).
 
-    Random starts are each image's own: the result does not depend on the batch, up to rounding.
+    Random starts are drawn per image, so the result for an image does not depend on the batch, up to rounding.
 
     Args:
         model: maps float images in [0, 1] to logits; attacked in eval mode.
         images: (N, C, H, W), float in [0, 1] or uint8.
-        labels: (N,) true classes, from which the attack leads away; None: the classes that the model predicts.
+        labels: (N,) true classes, whose objective is maximised; None: the classes that the model predicts.
         epsilon: radius of the ball, in units of the norm of images in [0, 1]; 8/255 is eight grey levels.
         norm: "linf" or "l2".
-        steps: gradients taken. FGSM is `steps=1, step_size=epsilon, random_start=False`.
+        steps: number of gradient steps. FGSM is `steps=1, step_size=epsilon, random_start=False`.
         step_size: in units of the norm; None: 2.5 * epsilon / steps.
-        random_start: False: from the image itself.
+        random_start: start from a random point of the ball; False: from the image.
         objective: "ce" cross-entropy, "margin", or "dlr" (Croce & Hein 2020).
-        momentum: share of earlier directions in a step.
+        momentum: weight of earlier gradients in a step.
         schedule: of the step size.
-        keep: the best iterate of each image, or the last.
+        keep: the "best" iterate of each image, or the "last".
         seed: of random starts.
-        batch_size: images attacked at a time.
+        batch_size: number of images attacked at a time.
     Returns:
         Adversarial images (N, C, H, W), float32 in [0, 1], on the device of `images`.
     Raises:
-        UserError: images outside of [0, 1], labels that do not fit, or settings that mean nothing.
+        UserError: images outside of [0, 1], labels that do not match the images or the logits, or invalid settings.
 
     Example:
         >>> adversarial = advml.attack(model, images, labels, epsilon=0.1, steps=5)
@@ -84,6 +84,6 @@ def attack(
 
 
 def _predicted(model: nn.Module, split: Split, machine: Machine, batch_size: int) -> Tensor:
-    """The classes (N,) that the model predicts."""
+    """Classes (N,) that the model predicts."""
     with torch.no_grad():
         return torch.cat([model(machine.images(batch)).argmax(1).cpu() for batch in split.images.split(batch_size)])

@@ -1,4 +1,4 @@
-"""The strict protocol of `advml evaluate` on any module and tensors or a DataLoader."""
+"""Run the protocol of `advml evaluate` on any module and tensors or a DataLoader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Interval(NamedTuple):
-    """A share, and the ends of its 95 % interval."""
+    """A proportion with its 95 % interval."""
 
     value: float
     low: float
@@ -40,18 +40,19 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
-    """What `evaluate` has measured; prints as a table.
+    """Result of `evaluate`; prints as a table.
 
     Attributes:
-        figures: accuracies with 95 % intervals (Wilson), by name: `accuracy/clean`, `accuracy/threat_model_2` (PGD end to end), the same
-            with `_half` at half of epsilon, `accuracy/worst_case` (the images that survive all attacks), and what else was asked for.
-        verdicts: a row per image: `label`, `predicted`, `broken_by` (null: it survived), `broken_as`, `distance`, ...
-        flags: reasons not to believe a robust figure (gradient masking, wrong normalisation): `name`, `saw`, `try`.
-        judged: whether the probes behind the flags were run; without them no flag means nothing.
+        figures: accuracies with 95 % intervals (Wilson), by name: `accuracy/clean`, `accuracy/threat_model_2` (PGD end to end), both
+            attacks' names with `_half` at half of epsilon, `accuracy/worst_case` (images that survive all attacks), and further ones
+            that the settings ask for.
+        verdicts: one row per image: `label`, `predicted`, `broken_by` (null: it survived), `broken_as`, `distance`, ...
+        flags: signs that a robust accuracy is too high (gradient masking, wrong normalisation): `name`, `saw`, `try`.
+        judged: whether the probes that raise flags were run; if not, an empty list of flags means nothing.
         images: adversarial images of threat model II, (n, C, H, W) in [0, 1].
-        remarks: what was done to the model to measure it, a line each.
+        remarks: how the model was adapted for the evaluation, one line each.
         metrics: the figures, flat, as in metrics.json.
-        record: how each figure was made: attack, steps, seed, passes.
+        record: how each figure was measured: attack, steps, seed, passes.
     """
 
     figures: Mapping[str, Interval]
@@ -68,7 +69,7 @@ class Evaluation:
         lines = [f"{name:{width}}  {figure}" for name, figure in self.figures.items()]
         lines += [f"! {flag['name']}: {flag['saw']}; to try: {flag['try']}" for flag in self.flags]
         if not self.flags:
-            lines.append("no flag" if self.judged else "not judged: no probes were run")
+            lines.append("no flags" if self.judged else "no probes for gradient masking were run")
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
 
@@ -89,24 +90,26 @@ def evaluate(
     std: str | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """The protocol of `advml evaluate`: PGD, a cascade with AutoAttack's attacks, and probes for gradient masking.
+    """Evaluate by the protocol of `advml evaluate`: PGD, a cascade with AutoAttack's attacks, and probes for gradient masking.
 
     Args:
-        model: maps float images in [0, 1] to logits; measured in eval mode. Normalisation belongs inside, or into `mean` and `std`.
+        model: maps float images in [0, 1] to logits; evaluated in eval mode. It normalises images itself, unless `mean` and `std` are
+            given.
         images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
         labels: (N,) true classes, where `images` is a tensor.
         epsilon: radius of the ball; None: that of `params`, 8/255 by default.
         norm: "linf" or "l2"; None: that of `params`.
-        params: whose settings: a params.yaml, a preset ("cifar10": AutoAttack's standard strength; "digits", "smoke"), or a loaded one.
+        params: the settings: path of a params.yaml, name of a preset ("cifar10": AutoAttack's standard strength; "digits", "smoke"), or
+            a loaded Config.
         overrides: `key=value` strings as after `-S`, such as "worst_case.attacks=[]" or "diagnostics.images=0".
-        corruptions: also the common corruptions that `params` asks for; they need images of 256 grey levels.
-        scheme: of a network of advml with its projection head, such as "CL": threat model I is measured too.
-        validation: (images, labels) by which a wrong normalisation or order of classes is noticed; None: those that are measured.
+        corruptions: measure the common corruptions of `params`, too; they need images of 256 grey levels.
+        scheme: e.g. "CL", for a network of advml with its projection head: threat model I is measured, too.
+        validation: (images, labels) used to detect a wrong normalisation or order of classes; None: `images` and `labels`.
         classes: number or names of classes; None: the number of logits.
         mean, std: of the normalisation that the model expects, as after `--mean` and `--std`: "imagenet", "0.5", ...
-        progress: draw a bar, or print lines, on stderr.
+        progress: show progress on stderr: a bar on a terminal, lines elsewhere.
     Raises:
-        UserError: images, labels or settings do not fit, or the model gives no logit per class.
+        UserError: images, labels or settings are not valid, or the model does not return one logit per class.
 
     Example:
         >>> quick = ["worst_case.attacks=[]", "diagnostics.images=0", "evaluate.steps=5"]
@@ -126,7 +129,7 @@ def evaluate(
         raise UserError(f"scheme = {scheme!r} needs a network of advml with a projection head, which this model is not; leave scheme out")
     test, machine = labelled(images, labels), machine_of(model, chosen.runtime.precision)
     if chosen.corruptions.names and test.images.is_floating_point():
-        raise UserError("corruptions = True needs images of 256 grey levels, and some lie between them; give uint8 images")
+        raise UserError("corruptions = True needs images of 256 grey levels, but some pixels are between two levels; give uint8 images")
     with as_before(model), deterministic_kernels():
         names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or _logits(model, test, machine))]
         dataset = replace(dataset_of(test, test if validation is None else checked(*validation), names), test=test)
@@ -154,7 +157,7 @@ def evaluate(
 
 @torch.no_grad()
 def _logits(model: nn.Module, split: Split, machine: Machine) -> int:
-    """How many classes the model tells apart; one logit tells two."""
+    """Number of classes of the model; a single logit means two classes."""
     output = model(machine.images(split.images[:2]))
     reading = reading_of(output)
     require(reading is not None, f"the model returns {type(output).__name__}, in which logits are looked for as {', '.join(READINGS)}")

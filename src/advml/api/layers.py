@@ -1,4 +1,4 @@
-"""What the layers of any modules have in common, and what can be read from them."""
+"""Compare layers of any modules by CKA, and probe them with linear classifiers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class LayerComparison:
     """Linear CKA of every layer of one model with every layer of another (Nguyen et al. 2021, unbiased, over batches).
 
     Attributes:
-        matrix: (L1, L2), near 1: the same up to rotation and scale, near 0: unrelated; NaN: a layer is constant.
+        matrix: (L1, L2); near 1: equal up to rotation and scale, near 0: unrelated, NaN: a layer is constant.
         rows, columns: names of the layers, in the order in which they execute.
-        images: number of images measured.
+        images: number of images used.
         left_out: number of images in batches of fewer than 4, for which the estimator is not defined.
-        similarity: per batch, for intervals.
+        similarity: the estimator's terms per batch, from which intervals can be computed.
     """
 
     matrix: np.ndarray
@@ -42,13 +42,13 @@ class LayerComparison:
     similarity: cka.Similarity
 
     def plot(self, *, title: str = "CKA between layers", row_label: str = "", column_label: str = "") -> Figure:
-        """The matrix as a heat map from 0 to 1, the first layers below on the left: a matplotlib figure, which notebooks show."""
+        """Draw the matrix as a heat map from 0 to 1 with the first layers at the lower left; returns a matplotlib figure."""
         from advml.figures.layers import Heatmap, heatmaps
 
         return heatmaps([Heatmap(self.matrix, "", self.rows, self.columns, row_label, column_label)], title=title, columns=1, size=4.0)
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows of it."""
+        """PNG of the heat map, which notebooks display."""
         from advml.figures.style import to_png
 
         return to_png(self.plot())
@@ -63,17 +63,17 @@ def compare_layers(
     layers: Sequence[str] = ("all",),
     batch_size: int = 100,
 ) -> LayerComparison:
-    """CKA between the layers of two models, or of one model on two kinds of images.
+    """CKA between the layers of two models, or of one model on two versions of the images.
 
     Args:
-        first: its layers are the rows. Any modules that take the images will do; they need not give logits.
+        first: its layers are the rows. Any module that accepts the images; it need not return logits.
         second: its layers are the columns; may be `first` itself.
         images: (N, C, H, W), or batches of images or of (images, ...).
-        other_images: what `second` sees, the same images in the same order, e.g. attacked; None: the very same.
+        other_images: input of `second`: a version of the same images in the same order, e.g. attacked; None: `images`.
         layers: "all", "blocks" (residual, transformer blocks), or patterns of names such as "layer3.*".
-        batch_size: images per batch of the estimator, at least 4; batches that are given stay as they are.
+        batch_size: images per batch of the estimator, at least 4; ignored if `images` are batches already.
     Raises:
-        UserError: no layer is called so, too few images, or batches of different sizes.
+        UserError: no layer matches `layers`, there are too few images, or the batches of both inputs differ in size.
 
     Example:
         >>> compared = advml.compare_layers(model, model, images, batch_size=20)
@@ -112,20 +112,20 @@ def probe_layers(
     strengths: Sequence[float] = (0.01, 0.1, 1.0),
     batch_size: int = BATCH,
 ) -> dict[str, Probe]:
-    """How well a linear classifier reads the class from each layer, whose features are averaged over space.
+    """Accuracy of a linear classifier on each layer's features, averaged over space.
 
     Args:
-        model: any module that takes images.
+        model: any module that accepts images.
         train: (images, labels) on which each probe is fitted: multinomial logistic regression with an L2 penalty.
-        validation: chooses the penalty.
-        tests: by name, e.g. {"clean": (images, labels), "adversarial": (attacked, labels)}.
+        validation: (images, labels) on which the penalty is chosen.
+        tests: name -> (images, labels), e.g. {"clean": (images, labels), "adversarial": (attacked, labels)}.
         layers: as in `compare_layers`.
         strengths: inverse penalties to choose from.
         batch_size: images in a forward pass.
     Returns:
-        By layer, in the order in which they execute, a `Probe`: `accuracy` by name of the test, and how it was fitted.
+        Name of the layer -> `Probe` (accuracy by name of the test, and its fit), in the order in which layers execute.
     Raises:
-        UserError: no layer is called so, or images and labels do not fit.
+        UserError: no layer matches `layers`, or images and labels are not valid.
 
     Example:
         >>> split = images[:20], labels[:20]

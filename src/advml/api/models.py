@@ -1,4 +1,4 @@
-"""Load a model, and compute with any module without leaving a trace on it."""
+"""Load a trained model; shared parts of the functions of `advml.api`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from advml.models import network
 from advml.models.memory_format import place
 from advml.models.network import Network
 
-BATCH = 512  # images of a forward pass, where nothing else says how many
+BATCH = 512  # default number of images in a forward pass
 
 
 def load_model(path: str | Path) -> Network:
-    """The trained classifier stored in a folder of `models/finetune/`, in eval mode, on the CPU.
+    """Load a trained classifier from a folder of `models/finetune/`, in eval mode, on the CPU.
 
     Args:
-        path: the folder that holds `model.safetensors` and `model.json`.
+        path: the folder with `model.safetensors` and `model.json`.
     Returns:
         A module that maps float images (N, C, H, W) in [0, 1] to logits (N, K).
     Raises:
-        UserError: the folder is no trained classifier, or its files are damaged.
+        UserError: the folder does not contain a trained classifier, or its files are damaged.
 
     Example:
         >>> advml.load_model("models/finetune/CL-Full-AT-s0")                                     # doctest: +SKIP
@@ -39,7 +39,7 @@ def load_model(path: str | Path) -> Network:
 
 
 def config_of(params: str | Path | config.Config, overrides: Sequence[str]) -> config.Config:
-    """The settings of a params.yaml, of a preset, or of a configuration, with overrides applied."""
+    """Configuration from a params.yaml, a preset's name or a Config, with overrides applied."""
     if isinstance(params, config.Config):
         return config.changed(params, dict(map(config.parse_override, overrides)))
     if str(params) in PRESETS:
@@ -51,18 +51,18 @@ def config_of(params: str | Path | config.Config, overrides: Sequence[str]) -> c
 
 
 def machine_of(model: nn.Module, precision: str = "fp32") -> Machine:
-    """Where the model's weights are; a model without weights computes on the CPU."""
+    """Device of the model's weights (the CPU if it has none), with the precision, as a `Machine`."""
     return Machine(next((one.device for one in (*model.parameters(), *model.buffers())), torch.device("cpu")), precision)
 
 
 def bar_if(wanted: bool, title: str, *, total: int) -> AbstractContextManager[Bar | None]:
-    """A bar of progress, or nothing."""
+    """Progress bar, or a null context if it is not wanted."""
     return Bar(title, total=total) if wanted else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Within: the model is in eval mode. After: each of its modules is in the mode that it was in."""
+    """Context manager: the model is in eval mode inside; the mode of each of its modules is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""One scheme and regime on tensors."""
+"""Train one scheme under one regime on tensors, without a study folder."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from advml.training.trainer import fit
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What `train` has made.
+    """Result of `train`: the model and its training curves.
 
     Attributes:
         model: in eval mode; maps float images in [0, 1] to logits (N, K).
         name: e.g. `CL-Full-AT-s0`.
-        pretraining, finetuning: a record per epoch: `epoch`, `train/loss`, `validation/...`; empty where nothing was to be learnt.
+        pretraining, finetuning: one record per epoch: `epoch`, `train/loss`, `validation/...`; empty if the regime skips that phase.
     """
 
     model: Network
@@ -42,7 +42,7 @@ class Trained:
     finetuning: list[dict[str, float]]
 
     def save(self, folder: str | Path) -> None:
-        """Write model.safetensors and model.json into a folder, which `load_model` reads."""
+        """Write model.safetensors and model.json into a folder; `load_model` reads it."""
         network.save(self.model, Path(folder), {"name": self.name})
 
 
@@ -68,16 +68,16 @@ def train(
         regime: a key of `recipes.REGIMES`: "ST", "AT", "Partial-AT" or "Full-AT".
         images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
         labels: (N,) classes, where `images` is a tensor.
-        validation: (images, labels) on which the epoch is selected. There is no test split here: keep one for `evaluate`.
-        classes: number or names; None: one more than the largest label.
-        params: whose settings: a params.yaml, a preset ("digits", "smoke", "cifar10", ...), or a loaded one.
+        validation: (images, labels) that select the best epoch. No test split is used: keep one for `evaluate`.
+        classes: number of classes or their names; None: one more than the largest label.
+        params: the settings: path of a params.yaml, name of a preset ("digits", "smoke", "cifar10", ...), or a loaded Config.
         overrides: `key=value` strings as after `-S`, such as "model.backbone=resnet18" or "pretrain.CL.epochs=5".
         seed: of weights, batches, views and random starts.
         device: "cpu", "cuda", ...
-        folder: keeps the state of unfinished training, so that the same call goes on after an interruption; None: a temporary one.
-        progress: draw bars, or print lines, on stderr.
+        folder: where the state of unfinished training is kept, so that the same call resumes it; None: not kept.
+        progress: show progress on stderr: bars on a terminal, lines elsewhere.
     Raises:
-        UserError: images, labels or settings do not fit, or the backbone cannot be trained on these images.
+        UserError: images, labels or settings are not valid, or the backbone cannot be trained on these images.
         Failure: the loss is not finite.
 
     Example:

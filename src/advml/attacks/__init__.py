@@ -1,1 +1,1 @@
-"""Attacks ascend a per-example objective inside a threat model; they know neither schemes nor labels."""
+"""Attacks: maximise a per-example objective inside a threat model, independently of schemes and labels."""

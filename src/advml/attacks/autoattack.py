@@ -1,9 +1,9 @@
-"""AutoAttack's standard four attacks, through its library (Croce and Hein 2020, "Reliable evaluation of adversarial robustness").
+"""The four attacks of AutoAttack's standard set, by its library (Croce and Hein 2020, "Reliable evaluation of adversarial robustness").
 
-What an image costs that nothing breaks, in (forward, backward) passes at the standard strength for K = 10 and either norm: APGD-CE
-(102, 101), APGD-T (919, 909), FAB-T (1828, 900), Square (5003, 0) or less: queries that change nothing are not put to the model.
-Counted by a network of two linear layers that adds up the rows of every batch that it is given, and of every gradient that reaches
-its logits; its bias for the true class is 100.
+Cost of an image that no attack breaks, in (forward, backward) passes at the standard strength, for K = 10 and either norm: APGD-CE
+(102, 101), APGD-T (919, 909), FAB-T (1828, 900), Square at most (5003, 0), because queries that leave the image unchanged are skipped.
+These were counted with a network of two linear layers whose bias for the true class is 100, as the rows of all batches that it
+received and of all gradients at its logits.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from advml.attacks.per_image_rng import PerImageGenerator, Sample
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.core.errors import Failure, UserError
 
-NORM_NAMES = {"linf": "Linf", "l2": "L2"}  # ours -> the library's
-TOLERANCE = 1e-5  # how far outside of ball or box a library's point may lie through rounding
+NORM_NAMES = {"linf": "Linf", "l2": "L2"}  # key of NORMS -> the library's name
+TOLERANCE = 1e-5  # distance outside of ball or box that rounding in the library may cause
 
-# The library warns of zero gradients through a logger, and without one through `warnings`. This one is not registered, and is silent.
+# Silences the library, which warns of zero gradients through a logger, or through `warnings` if it gets none.
 _SILENT = logging.Logger("advml.attacks.autoattack", level=logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How hard to try; the defaults are AutoAttack's standard.
+    """Budget of the attacks; the defaults are AutoAttack's standard.
 
     Attributes:
         steps: of APGD-CE, and of APGD-T and FAB-T for each target.
-        targets: classes that APGD-T and FAB-T aim at, one after another; at most K - 1.
-        queries: that Square tries; those that change nothing are not put to the model.
+        targets: number of target classes of APGD-T and FAB-T, tried one after another; at most K - 1.
+        queries: of Square, including those that leave the image unchanged and are skipped.
     """
 
     steps: int = 100
@@ -49,12 +49,12 @@ class Strength:
 
 
 class LibraryAttack(Protocol):
-    """What the library's attacks have in common."""
+    """Interface of the library's attacks."""
 
     def perturb(self, x: Tensor, y: Tensor, /) -> Tensor: ...
 
 
-Build = Callable[[nn.Module, Strength, dict[str, Any]], LibraryAttack]  # model, strength (targets <= K - 1), what all attacks take
+Build = Callable[[nn.Module, Strength, dict[str, Any]], LibraryAttack]  # model, strength (targets <= K - 1), arguments of all attacks
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Recipe:
     """One of the library's attacks.
 
     Attributes:
-        library: what the library calls it.
-        classes: how many it needs at least. The targeted DLR loss divides by a difference that involves the fourth largest logit.
-        build: makes it.
+        library: its name in the library.
+        classes: least number of classes: the targeted DLR loss of APGD-T divides by a difference that involves the fourth largest logit.
+        build: constructs it.
     """
 
     library: str
@@ -107,7 +107,7 @@ def _recipe(name: str) -> Recipe:
 
 
 def applicable(name: str, classes: int) -> bool:
-    """Whether the attack works for models of so many classes: APGD-T needs 4, the others 2."""
+    """Whether the attack works with this number of classes: APGD-T needs 4, the others 2."""
     return classes >= _recipe(name).classes
 
 
@@ -116,29 +116,29 @@ def attack(
 ) -> Tensor:
     """Adversarial images of one attack of AutoAttack's standard set.
 
-    Images that the attack breaks come back broken. All others come back as they were: those that it cannot break, those that it
-    has lost to NaN, and those that are misclassified from the start.
+    An image that the attack breaks is returned perturbed. Every other image is returned unchanged: one that it cannot break, one for
+    which it computed NaN, and one that is misclassified from the start.
 
-    Of a model that draws no random numbers and judges each image by itself, what becomes of an image follows from the image and
-    `seed`, up to rounding, and not from the rest of the batch. On the CPU the result is the same every time.
+    If the model is deterministic and processes each image by itself, the result for an image depends on the image and `seed` alone, up
+    to rounding, and not on the rest of the batch. On the CPU the result is reproducible.
 
-    The model is in eval mode and frozen meanwhile. Everything else is as before, also after an error: global generators, modes,
-    `requires_grad`, gradients, grad mode, trace function, warnings, standard output; no file is written.
+    During the attack the model is in eval mode and frozen. Afterwards, also after an error, all state is restored: global generators,
+    modes, `requires_grad`, gradients, grad mode, trace function, warnings, standard output. No file is written.
 
     Args:
         name: a key of ATTACKS.
         model: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
-        images: (N, C, H, W) in [0, 1], contiguous or channels last, which the model then gets too.
+        images: (N, C, H, W) in [0, 1], contiguous or channels last; the model gets the same memory format.
         labels: true classes (N,).
         threat_model: ball and box; L-infinity or L2.
         classes: K.
         strength: steps, targets, queries.
-        seed: of everything random.
+        seed: of all random numbers.
     Returns:
         Images (N, C, H, W), detached, inside the threat model.
     Raises:
-        UserError: there is no such attack, or not for so few classes.
-        Failure: the attack left ball or box by more than rounding, or the model does not return (N, K).
+        UserError: the name is unknown, or the attack needs more classes.
+        Failure: the result is outside of ball or box by more than rounding, or the model does not return (N, K).
         ValueError: if `images` leave [0, 1].
     """
     recipe = _recipe(name)
@@ -149,7 +149,7 @@ def attack(
         return images.detach().clone()
     strength = replace(strength, targets=min(strength.targets, classes - 1))
     common = {"norm": NORM_NAMES[threat_model.norm], "eps": threat_model.epsilon, "seed": seed, "device": images.device}
-    with isolated(model, seed=seed), torch.no_grad():  # the attacks switch gradients on where they need them
+    with isolated(model, seed=seed), torch.no_grad():  # the attacks enable gradients themselves
         found = recipe.build(Logits(model, like=images, classes=classes), strength, common).perturb(inputs, labels.clone())
     found = found.detach().to(images.dtype)
     found = torch.where(found.isfinite().flatten(1).all(1).view(-1, *[1] * (images.ndim - 1)), found, images.detach())
@@ -158,18 +158,18 @@ def attack(
 
 
 def _require_inside(name: str, found: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
-    """Raise unless all images found (N, C, H, W) lie in ball and box, up to rounding; that is measured in double precision."""
+    """Raise Failure unless all images found (N, C, H, W) are in ball and box, up to rounding; computed in double precision."""
     distance = NORMS[threat_model.norm].size(found.double() - images.detach().double())
     outside = torch.stack([distance - threat_model.epsilon, -found.flatten(1).amin(1), found.flatten(1).amax(1) - 1]).amax(0)
-    worst = float(outside.max())  # amax and max hand on NaN, and no comparison with NaN holds
+    worst = float(outside.max())  # NaN if any entry is: amax and max propagate it, and the comparison below is then false
     if not worst <= TOLERANCE:
         ball = f"{threat_model.norm} ball of radius {threat_model.epsilon:g}"
         raise Failure(f"the attack {name} left the {ball} or the box [0, 1] by {worst:g}; leave it out, and report its library's version")
 
 
-# APGD with random starts of each image's own
+# APGD with random starts drawn per image
 
-# What the library draws, by its name of the norm, before it stretches that to the surface of the ball.
+# Distribution of the library's starts, by its name of the norm, before they are scaled to the surface of the ball.
 SAMPLES: dict[str, Sample] = {
     "Linf": NORMS["linf"].sample,
     "L2": lambda like, generator: torch.randn(like.shape, generator=generator),
@@ -177,18 +177,18 @@ SAMPLES: dict[str, Sample] = {
 
 
 class _OwnStarts:
-    """Gives each run of the library's loop the starts that the library would draw for each image alone, one run after another.
+    """Mix-in that draws the random starts of the library's APGD per image, so that they do not depend on the rest of the batch.
 
-    `seed` of the library's attack on an image alone is then `PerImageGenerator(seed).seed_of(image)`. For L-infinity and L2.
+    Equals the library's attack on each image alone with `seed = PerImageGenerator(seed).seed_of(image)`. For L-infinity and L2.
     """
 
     def perturb(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adversarial images (N, C, H, W) of x in [0, 1] with classes y (N,); those that do not break come back as they were."""
+        """Adversarial images (N, C, H, W) of x in [0, 1] with classes y (N,); those that are not broken are returned unchanged."""
         self.draws = PerImageGenerator(self.seed)
         return super().perturb(x, y)
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The library draws a start for the batch as well, and passes it over for this one."""
+        """Run the library's loop from this start instead of the one that it draws for the batch."""
         start = x + self.eps * self.normalize(self.draws.draw(SAMPLES[self.norm], x).to(x))
         return super().attack_single_run(x, y, start)
 
@@ -201,13 +201,13 @@ class TargetedAPGD(_OwnStarts, APGDAttack_targeted):
     """APGD on the targeted DLR loss, one target after another."""
 
 
-# Square (Andriushchenko et al. 2020) without idle queries, for any image size, and through ties
+# Square (Andriushchenko et al. 2020) without queries that leave the image unchanged, for any image size, and for tied logits
 
 
 def _starts(height: int, width: int) -> bool:
-    """Whether the library can lay out its start for L2: it tiles the image with squares of a fifth of the height.
+    """Whether the library's L2 start works for this image size: it tiles the image with squares of a fifth of the height.
 
-    Where the tiles leave the image, it fails: sides of 12, 14, 18, 19 and 24 pixels, and below 5.
+    It fails where tiles reach over the edge: for sides of 12, 14, 18, 19 and 24 pixels, and below 5.
     """
     tile = height // 5
     offset = (height - 5 * tile) // 2
@@ -215,13 +215,13 @@ def _starts(height: int, width: int) -> bool:
 
 
 class Square(SquareAttack):
-    """As the library's on each image alone, for images of any size and for models whose logits tie.
+    """Square attack that equals the library's on each image alone, for images of any size and for models with tied logits.
 
-    Deviation: in L2, images whose size the library cannot take are padded on the right and below to the next side that it can, and
-    cropped before they reach the model. What it spends on the margin is lost: the attack is a little weaker than it could be.
+    Deviation: in L2, images of a size that the library does not support are padded on the right and below to the next size that it
+    does, and cropped before they reach the model. Changes to the padding are wasted, so the attack is a little weaker than possible.
 
-    Deviation: a query that leaves an image as it is, is not put to the model. A model that judges images one by one, and draws nothing,
-    would say the same again; one that draws has fewer chances to err.
+    Deviation: a query that leaves an image unchanged does not reach the model. A deterministic model that processes images one by one
+    would give the same logits again; a random model has fewer chances to err.
     """
 
     _shown: tuple[Tensor, ...] = ()
@@ -239,9 +239,10 @@ class Square(SquareAttack):
             self.predict = whole
 
     def random_choice(self, shape: list[int]) -> Tensor:
-        """Signs of this shape, the same for all images of a batch, as the library's windows are: no image depends on the rest of the batch.
+        """Random signs of this shape, the same for all images of a batch, so that no image depends on the rest of the batch.
 
-        The library asks for (C, 1, 1), which all images get, or for (N, C, ...), and only reads what it gets.
+        The library's windows are the same for all images already. It asks for (C, 1, 1), shared by all images, or for (N, C, ...), and
+        does not write to the result.
         """
         return super().random_choice([1, *shape[1:]]).expand(shape) if len(shape) == 4 else super().random_choice(shape)
 
@@ -253,16 +254,16 @@ class Square(SquareAttack):
             self._shown = ()
 
     def check_shape(self, x: Tensor) -> Tensor:
-        """The library passes here thrice for every query, in this order: the images, the best found for them, what it is about to try."""
+        """Record the last three arguments: for every query, the library checks the images, their best perturbed versions, and the try."""
         self._shown = (*self._shown[-2:], super().check_shape(x))
         return self._shown[-1]
 
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Margins and losses (N,) of the tries (N, C, H, W); one that is the best found already, pixel by pixel, is not put to the model.
+        """Margins and losses (N,) of the tries (N, C, H, W); tries that equal the best found so far do not reach the model.
 
-        Where a window has reached the edge of ball or box, another of the same sign changes nothing: one query in two, late in an attack
-        on grey images in L-infinity, fewer in colour. The library keeps the best unless a loss is smaller or a margin at most 0; here both
-        are too large.
+        At the edge of ball or box, another window of the same sign changes nothing: this concerns one query in two late in an attack on
+        grey images in L-infinity, fewer in colour. Such tries get values that the library rejects: it accepts a try only if its loss is
+        smaller or its margin at most 0.
         """
         if len(self._shown) < 3:  # the start
             return super().margin_and_loss(x, y)
@@ -274,7 +275,7 @@ class Square(SquareAttack):
             margin[new], loss[new] = super().margin_and_loss(x[new], y[new])
         return margin, loss
 
-    # The library goes on with no image at all where the first try leaves ties only; its own two functions cannot take that.
+    # If the first try leaves only ties, the library goes on with an empty batch, which its own versions of these two cannot process.
 
     def lp_norm(self, x: Tensor) -> Tensor:
         return x.flatten(1).norm(dim=1).view(-1, *[1] * self.ndims) if not len(x) else super().lp_norm(x)

@@ -1,4 +1,4 @@
-"""Restores random-number state, modes and gradients around attack libraries, and gives them a model in the form they expect."""
+"""Restore random-number state, modes and gradients around attack libraries, and wrap models in the form they expect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from advml.models.network import under_attack
 
 
 def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """(read, write) of the state of every global generator that is in use."""
+    """Pairs (read, write) of functions for the state of every global random-number generator in use."""
     found: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
         (random.getstate, random.setstate),
         (np.random.get_state, np.random.set_state),
@@ -33,12 +33,12 @@ def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
 
 @contextmanager
 def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
-    """Within: `model` is frozen and in eval mode, and the global generators are seeded. After, or after an error: as it was.
+    """Context manager: freeze `model` in eval mode and seed the global generators; restore everything afterwards, also after an error.
 
-    Attack libraries draw from the global generators, and call `backward()`, which would reach the parameters.
+    Needed because attack libraries draw from the global generators, and call `backward()`, which would reach the parameters.
 
     Args:
-        model: its `requires_grad` and training flags, and its parameters' gradients, are kept.
+        model: its `requires_grad` and training flags and its parameters' gradients are restored.
         seed: of Python's, NumPy's and torch's generators.
     """
     states = [(write, read()) for read, write in _generators()]
@@ -51,22 +51,22 @@ def isolated(model: nn.Module, *, seed: int) -> Iterator[None]:
     finally:
         for write, state in states:
             write(state)
-        if not torch.cuda.is_initialized():  # where CUDA starts later, it starts from the seed that was asked for last: the caller's
+        if not torch.cuda.is_initialized():  # if CUDA starts later, it uses the last seed requested, which is then the caller's
             torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of the model; the model itself if it cannot be copied."""
+    """Deep copy of the model; the model itself if it cannot be copied."""
     try:
-        with torch.no_grad():  # copies of TorchScript's parameters would have a history
+        with torch.no_grad():  # otherwise copies of TorchScript parameters are part of a graph
             return copy.deepcopy(model)
-    except Exception:  # a foreign module may hold anything: a tensor with a history, a handle of the operating system
+    except Exception:  # third-party modules may hold objects that cannot be copied: non-leaf tensors, operating-system handles
         return model
 
 
 @contextmanager
 def frozen_copy(model: nn.Module) -> Iterator[nn.Module]:
-    """Within: a copy of the model in eval mode, frozen. One that cannot be copied lends itself, and is as before afterwards."""
+    """Context manager that yields a frozen copy of the model in eval mode; a model that cannot be copied is used itself, then restored."""
     own = copied(model)
     tensors = [*own.parameters(), *own.buffers()] if own is model else []
     values = [tensor.detach().clone() for tensor in tensors]
@@ -80,16 +80,16 @@ def frozen_copy(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Logits(nn.Module):
-    """A model as libraries expect it: any batch in, logits (N, K) in float32 out, connected to the images.
+    """Wrap a model for attack libraries: float32 logits (N, K) for any batch, always differentiable with respect to the images.
 
-    Libraries work on contiguous float32 images; the model gets the type and memory format of `like`. They write into the
-    logits: these are a copy. They pass empty batches: no model sees one. They ask for the gradient of a model that ignores its
-    images, or rounds them away: it is zero. What of a gradient is not finite is zero too.
+    Libraries work on contiguous float32 images; the model gets the dtype and memory format of `like`. They modify logits in place, so
+    logits are copied. They pass empty batches, which do not reach the model. If the output does not depend on the images, the gradient
+    is zero; entries of a gradient that are not finite are set to zero.
 
     Args:
         model: maps images (N, C, H, W) in [0, 1] to logits (N, K).
-        like: images as the model wants them.
-        classes: K; None: whatever the model returns.
+        like: images in the dtype and memory format that the model expects.
+        classes: K; None: not checked.
     Raises:
         Failure: when called, if the output is not (N, K).
     """
@@ -99,7 +99,7 @@ class Logits(nn.Module):
         self.model, self.classes, self.dtype = model, classes, like.dtype
         last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
         self.memory_format = torch.channels_last if last else torch.contiguous_format
-        self.training = model.training  # of this module alone
+        self.training = model.training  # the flag of this wrapper alone
 
     def forward(self, images: Tensor) -> Tensor:
         if not len(images) and self.classes is not None:
@@ -118,10 +118,10 @@ class Logits(nn.Module):
 
 
 def checked(images: Tensor) -> Tensor:
-    """The images as libraries want them: detached, contiguous, float32.
+    """Images in the form that libraries expect: detached, contiguous, float32.
 
     Raises:
-        ValueError: if an image leaves [0, 1].
+        ValueError: an image leaves [0, 1].
     """
     images = images.detach()
     if len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):

@@ -1,14 +1,14 @@
-"""Attacks that look for the nearest adversarial example, through foolbox, and the security curve that follows from them.
+"""Minimum-norm attacks, which search for the nearest adversarial example (by foolbox), and the security curve of their distances.
 
-What an image costs, in (forward, backward) passes: FMN in L-infinity and DDN (steps + 2, steps); FMN in L2 (2 * steps + 14, 2 * steps),
-or half of that for an image that the first half does not break; CW at most (9 * steps + 2, 9 * steps), and about 550 to 680 each at 100
-steps, 3100 to 5700 at 1000. Two of the forward passes are our own scoring. Counted by a network of two linear layers that adds up the rows
-of every batch that it is given, and of every gradient that reaches its logits; K = 10, images of 8 x 8, both with and without a bias
-of the true class that nothing breaks.
+Cost per image in (forward, backward) passes: FMN in L-infinity and DDN (steps + 2, steps); FMN in L2 (2 * steps + 14, 2 * steps), or
+half of that for an image that its first run does not break; CW at most (9 * steps + 2, 9 * steps), in practice about 550 to 680 each at
+100 steps and 3100 to 5700 at 1000. Two of the forward passes are the final check of the result. Counted with a network of two linear
+layers, as the rows of all batches that it received and of all gradients at its logits; K = 10, images of 8 x 8, with and without a bias
+for the true class that no attack overcomes.
 
-How near they come, at 100 steps on linear models of 192 inputs whose boundary is known: FMN within 0.1 % in L-infinity and 1.1 % in L2;
-DDN within 0.1 % for two classes, but 15 to 21 % too far for four, because it follows the cross-entropy; CW within 2.5 % at 0.09 and
-more, but up to twice too far at 0.03, because its steps are too coarse there. FMN is the one to prefer.
+Accuracy of the distances at 100 steps, on linear models of 192 inputs whose boundary is known: FMN is within 0.1 % in L-infinity and
+1.1 % in L2; DDN within 0.1 % for two classes, but 15 to 21 % too far for four, because it follows the cross-entropy; CW within 2.5 % at
+distances of 0.09 and more, but up to twice too far at 0.03, where its steps are too coarse. Prefer FMN.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from advml.attacks.isolation import Logits, checked, isolated
 from advml.attacks.threat_model import NORMS
 from advml.core.errors import UserError
 
-# (foolbox, its model, images (N, C, H, W), labels (N,), steps) -> images (N, C, H, W), adversarial where it found something
+# (foolbox, its model, images (N, C, H, W), labels (N,), steps) -> images (N, C, H, W), adversarial where the search succeeded
 Search = Callable[[ModuleType, Any, Tensor, Tensor, int], Tensor]
 
 
 def _library(attack: str) -> Search:
-    """foolbox's attack of this name, as it is."""
+    """Search by foolbox's attack of this name, unmodified."""
 
     def search(foolbox: ModuleType, model: Any, images: Tensor, labels: Tensor, steps: int) -> Tensor:
         return getattr(foolbox.attacks, attack)(steps=steps).run(model, images, foolbox.criteria.Misclassification(labels))
@@ -40,11 +40,12 @@ def _library(attack: str) -> Search:
 
 
 def _fmn_l2(foolbox: ModuleType, model: Any, images: Tensor, labels: Tensor, steps: int) -> Tensor:
-    """foolbox's L2 attack, then once more from what it found, with its projection mended.
+    """FMN in L2: foolbox's attack, followed by the same attack with a corrected projection, started from the result.
 
-    foolbox 3.3.4 scales a perturbation by norm / norm, which is 1: once across the boundary, its attack never comes back, and its
-    distances on a linear model are 6 to 23 times the true ones. With the projection mended, the attack may creep towards the
-    boundary and not cross it. So the one finds adversarial examples, and the other the nearest: never further away than foolbox's.
+    The projection of foolbox 3.3.4 scales a perturbation by norm / norm = 1: after crossing the boundary the attack never shrinks its
+    perturbation, and its distances on a linear model are 6 to 23 times the true ones. With the corrected projection alone, the attack
+    may approach the boundary without crossing it. So the first run finds adversarial examples, and the second reduces their distance;
+    the result is never further away than foolbox's.
     """
     import eagerpy
 
@@ -64,7 +65,7 @@ def _fmn_l2(foolbox: ModuleType, model: Any, images: Tensor, labels: Tensor, ste
 
 @dataclass(frozen=True)
 class Minimal:
-    """A minimal-distance attack, and how it is run in each norm that it supports."""
+    """A minimum-norm attack and its search function for each norm that it supports."""
 
     title: str
     norms: dict[str, Search]
@@ -91,27 +92,27 @@ def _foolbox() -> ModuleType:
 def minimal_distances(
     name: str, model: nn.Module, images: Tensor, labels: Tensor, *, norm: str, steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """How far the nearest adversarial example is that an attack finds: an upper bound of the distance to the decision boundary.
+    """Distance to the nearest adversarial example that an attack finds: an upper bound of the distance to the decision boundary.
 
     FMN and DDN draw random numbers only where a gradient vanishes; CW stops when the loss of the whole batch stalls. So the result
-    follows from `seed` and the whole batch, and is the same every time on the CPU. The model is in eval mode and frozen
-    meanwhile; everything else is as before, also after an error (see `isolated`).
+    depends on `seed` and the whole batch, and is reproducible on the CPU. During the attack the model is frozen in eval mode; all state
+    is restored afterwards, also after an error (see `isolated`).
 
     Args:
         name: a key of MINIMAL.
         model: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
-        images: (N, C, H, W) in [0, 1], contiguous or channels last, which the model then gets too.
+        images: (N, C, H, W) in [0, 1], contiguous or channels last; the model gets the same memory format.
         labels: true classes (N,).
         norm: one that MINIMAL[name] supports.
-        steps: gradients; CW takes so many in each of its 9 trials of the constant, or fewer.
-        seed: of everything random.
+        steps: number of gradients; for CW, at most this many in each of its 9 trials of the constant.
+        seed: of all random numbers.
     Returns:
-        Distances (N,) in the norm: 0 for images misclassified already, infinite where nothing was found; and the adversarial
-        images (N, C, H, W) in [0, 1], detached, which are the images themselves in both cases.
+        Distances (N,) in the norm: 0 for images that are misclassified already, infinite if no adversarial example was found; and the
+        adversarial images (N, C, H, W) in [0, 1], detached, which equal the inputs in these two cases.
     Raises:
-        UserError: there is no such attack, not in this norm, or foolbox is not installed.
+        UserError: the name is unknown, the attack does not support the norm, or foolbox is not installed.
         Failure: the model does not return (N, K).
-        ValueError: if `images` leave [0, 1].
+        ValueError: `images` leave [0, 1].
     """
     if name not in MINIMAL:
         raise UserError(f"there is no minimal-distance attack {name!r}; choose from {', '.join(MINIMAL)}")
@@ -128,7 +129,7 @@ def minimal_distances(
         with torch.enable_grad():  # foolbox takes gradients without switching them on
             found = MINIMAL[name].norms[norm](foolbox, target, inputs, labels.clone(), steps)
         found = found.detach().to(images.dtype).clamp(0, 1)
-        # What the library says of its success is not relied on: the images that are handed out count, and not one that is NaN.
+        # Success is judged on the returned images, which must be finite, and not by the library's report.
         broken = correct & found.isfinite().flatten(1).all(1) & (logits(found).argmax(1) != labels)
     adversarial = torch.where(broken.view(-1, *[1] * (images.ndim - 1)), found, images)
     distances = NORMS[norm].size(adversarial - images)

@@ -1,6 +1,7 @@
-"""Random numbers of each image's own: they follow from the image and a seed, and not from the batch that it is in.
+"""Random numbers per image: they depend on the image and a seed, not on the batch.
 
-So an attack does the same to an image whether it is attacked alone, among all others, or among the few that are left, up to rounding.
+So an attack's result for an image is the same, up to rounding, whether it is attacked alone, with all others, or with the few that are
+not broken yet.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Sample = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class PerImageGenerator:
-    """Stands where a generator could stand, and has one for each image. Like a generator, it goes on where the last draw ended.
+    """Replacement of a `torch.Generator` that keeps one generator per image, each of which continues after its last draw.
 
     Args:
-        seed: any number. Together with an image's grey levels it seeds that image's generator; images of equal grey levels (to half
-            a level, where pixels are finer) draw alike.
+        seed: any number. With an image's grey levels it seeds that image's generator; images whose pixels round to the same grey levels
+            draw the same numbers.
     """
 
     def __init__(self, seed: int) -> None:
@@ -31,12 +32,12 @@ class PerImageGenerator:
         self._generators: dict[str, torch.Generator] = {}
 
     def seed_of(self, image: Tensor) -> int:
-        """The seed of the generator of an image (C, H, W) in [0, 1]: the same on every device, in every layout and precision."""
+        """Seed of the generator of an image (C, H, W) in [0, 1]; independent of device, memory format and precision."""
         (name,) = _names(image[None])
         return self._generator(name).initial_seed()
 
     def draw(self, sample: Sample, images: Tensor) -> Tensor:
-        """`sample` for each of the images (N, C, H, W) in [0, 1] -> (N, C, H, W) on the CPU."""
+        """Draw `sample` for each image (N, C, H, W) in [0, 1]; returns (N, C, H, W) on the CPU."""
         names, found = _names(images), {}
         for row, name in enumerate(names):
             if name not in found:
@@ -53,7 +54,7 @@ Randomness = torch.Generator | PerImageGenerator  # one for the whole batch, or 
 
 
 def drawn(sample: Sample, images: Tensor, generator: Randomness) -> Tensor:
-    """What `sample` gives for the images (N, C, H, W), on the generator's device; `PerImageGenerator` draws on the CPU."""
+    """Draw `sample` for images (N, C, H, W) on the generator's device; `PerImageGenerator` draws on the CPU."""
     if isinstance(generator, PerImageGenerator):
         return generator.draw(sample, images)
     whole = images.new_empty(1).expand(ranks.batch_size(len(images)), *images.shape[1:])
@@ -61,6 +62,6 @@ def drawn(sample: Sample, images: Tensor, generator: Randomness) -> Tensor:
 
 
 def _names(images: Tensor) -> list[str]:
-    """A hash of the grey levels of each image. Of those, not of the floats: devices divide by 255 with different rounding."""
+    """Hash of each image's grey levels; not of its floats, because devices round the division by 255 differently."""
     levels = (255 * images.detach().float()).round().clamp(0, 255).to(device="cpu", dtype=torch.uint8).contiguous()
     return [hashlib.blake2b(image.numpy(), digest_size=16).hexdigest() for image in levels]

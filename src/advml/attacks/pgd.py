@@ -1,4 +1,4 @@
-"""Projected gradient ascent: the one loop behind every attack of training and evaluation.
+"""Projected gradient ascent (PGD), for training and evaluation.
 
 FGSM is `steps=1` with `step_size=epsilon`; threat model I and II differ only in the objective.
 """
@@ -22,7 +22,7 @@ Objective = Callable[[Tensor], Tensor]  # images (N, C, H, W) in [0, 1] -> value
 FP16_SCALE = 256.0  # of the objective under fp16, whose smallest number is 6e-8; a power of 2 rounds nothing
 
 
-# Share of the steps done, from 0 to below 1 -> share of the step size. None falls to 0 itself: that step would be wasted.
+# Fraction of the steps done, in [0, 1) -> fraction of the step size. Never exactly 0, which would waste a step.
 STEP_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
@@ -52,8 +52,8 @@ def pgd(
     With momentum m (Dong et al. 2018, eq. 6) the ascent follows v <- m * v + g / mean|g|, per image, instead of the gradient g;
     the paper divides by the sum, which leaves the direction the same. Under a schedule, step k of n is step_size * schedule(k / n) long.
 
-    What of a gradient is not finite is 0. Takes exactly `steps` gradients with respect to the images alone; `keep="best"` costs one more
-    forward pass, for the value of the last iterate. Parameter gradients are neither computed nor touched.
+    Entries of a gradient that are not finite are set to 0. Takes exactly `steps` gradients, with respect to the images alone;
+    `keep="best"` costs one more forward pass, for the value of the last iterate. Parameter gradients are neither computed nor changed.
 
     Args:
         objective: maps images (N, C, H, W) in [0, 1] to values (N,). Values may couple the batch (contrastive).
@@ -95,25 +95,25 @@ def pgd(
 
 
 def finite(gradient: Tensor) -> Tensor:
-    """The gradient with zeros in place of NaN and infinity, which would carry an image out of ball and box."""
+    """Replace NaN and infinity in a gradient by zeros: they would move an image out of ball and box."""
     return gradient.nan_to_num(nan=0, posinf=0, neginf=0)
 
 
 def accumulate(velocity: Tensor | None, gradient: Tensor, *, momentum: float) -> Tensor:
-    """m * v + g / mean|g| (N, C, H, W), the mean over each image; a gradient of zeros adds nothing."""
+    """Momentum update m * v + g / mean|g| (N, C, H, W), with the mean per image; a zero gradient adds nothing."""
     size = gradient.abs().flatten(1).mean(1).clamp(min=torch.finfo(gradient.dtype).tiny)
     direction = gradient / size.view(-1, *[1] * (gradient.ndim - 1))
     return direction if velocity is None else momentum * velocity + direction
 
 
 class Best:
-    """Per image, the iterate with the largest value seen so far."""
+    """Keep, per image, the iterate with the largest value so far."""
 
     images: Tensor
     values: Tensor | None = None
 
     def update(self, images: Tensor, values: Tensor) -> None:
-        """Take over the images (N, C, H, W) whose values (N,) exceed the record."""
+        """Keep those images (N, C, H, W) whose values (N,) exceed the largest so far."""
         if self.values is None:
             self.images, self.values = images, values
             return
@@ -122,17 +122,17 @@ class Best:
         self.images = torch.where(better.view(-1, *[1] * (images.ndim - 1)), images, self.images)
 
 
-# PGD with its settings, aimed at a network: the same adversary trains and evaluates
+# PGD with its settings, applied to a network, in training and in evaluation
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """Everything that defines an attack but its objective.
+    """Settings of a PGD attack, without its objective.
 
     Attributes:
         threat_model: ball and box.
         steps, step_size, random_start, keep: as in `pgd`.
-        mode: of the network while it is attacked; "eval" leaves batch-norm statistics alone.
+        mode: of the network during the attack; "eval" does not update batch-norm statistics.
         momentum, schedule: as in `pgd`.
     """
 
@@ -146,21 +146,21 @@ class Adversary:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def scaled(self, share: float) -> Adversary:
-        """The same attack in a ball of `share` of the radius, with steps as much shorter."""
+        """Copy of this attack with epsilon and step size multiplied by `share`."""
         if share == 1:
             return self
         threat_model = replace(self.threat_model, epsilon=share * self.threat_model.epsilon)
         return replace(self, threat_model=threat_model, step_size=share * self.step_size)
 
     def attack(self, network: nn.Module, objective: Callable[[], Objective], images: Tensor, *, generator: Randomness) -> Tensor:
-        """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG stay as they are.
+        """Adversarial images (N, C, H, W) for `network`; gradients, modes, statistics and global RNG are restored.
 
         Args:
-            network: is frozen and in `mode` while it is attacked.
-            objective: builds the objective; called once, under attack conditions, so that whatever stays
-                constant over the steps (the clean embedding) is computed there, once.
+            network: frozen and in `mode` during the attack.
+            objective: builds the objective; called once, with the network frozen and in `mode`, so that it can compute what is constant
+                over the steps (such as the clean embedding).
             images: (N, C, H, W) in [0, 1].
-            generator: draws the random start for the batch, or `PerImageGenerator` for each image.
+            generator: of the random starts: a `torch.Generator` for the batch, or a `PerImageGenerator`.
         """
         with under_attack(network, mode=self.mode):
             start = self.threat_model.random_start(images, generator=generator) if self.random_start else None
@@ -178,7 +178,7 @@ class Adversary:
 
 
 def training_adversary(spec: config.TrainAttack, threat: config.ThreatModelSection, phase: config.Phase | None = None) -> Adversary:
-    """The attack inside adversarial training: the last iterate of a few steps. A phase may have its own radius and number of steps."""
+    """Attack of adversarial training, which keeps the last iterate; a phase may set its own epsilon and number of steps."""
     epsilon, steps = threat.epsilon, spec.steps
     if phase is not None:
         epsilon, steps = phase.epsilon or epsilon, phase.attack_steps or steps
@@ -193,7 +193,7 @@ def training_adversary(spec: config.TrainAttack, threat: config.ThreatModelSecti
 
 
 def evaluation_adversary(spec: config.EvaluationAttack, threat: config.ThreatModelSection, *, share: float = 1.0) -> Adversary:
-    """The attack of `evaluate` at a share of its epsilon, which is that of training unless params.yaml says otherwise."""
+    """PGD attack of `evaluate`, at `share` times its epsilon, which is `evaluate.epsilon` or else that of training."""
     epsilon = share * (spec.epsilon or threat.epsilon)
     return Adversary(
         threat_model=ThreatModel(threat.norm, epsilon),

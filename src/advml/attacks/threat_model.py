@@ -38,7 +38,7 @@ def _sample_l2(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """What a norm has to say to an attack."""
+    """Operations of a norm that attacks need."""
 
     steepest: Callable[[Tensor], Tensor]  # gradient -> direction of unit norm that ascends fastest
     shrink: Callable[[Tensor, float], Tensor]  # perturbation -> nearest one in the ball
@@ -64,7 +64,7 @@ NORMS: dict[str, Norm] = {
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """All x + d with ||d|| <= epsilon and every pixel in [0, 1].
+    """Threat model: all x + d with ||d|| <= epsilon and every pixel in [0, 1].
 
     Attributes:
         norm: a key of NORMS.
@@ -75,7 +75,7 @@ class ThreatModel:
     epsilon: float
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """The nearest point of the ball, then of the box (N, C, H, W); idempotent, and never outside of either."""
+        """Project (N, C, H, W) onto the ball, then onto the box; idempotent, and the result is inside both."""
         return (images + NORMS[self.norm].shrink(adversarial - images, self.epsilon)).clamp(0, 1)
 
     def ascend(self, adversarial: Tensor, gradient: Tensor, images: Tensor, *, step_size: float) -> Tensor:
@@ -83,7 +83,10 @@ class ThreatModel:
         return self.project(adversarial + step_size * NORMS[self.norm].steepest(gradient), images)
 
     def random_start(self, images: Tensor, *, generator: Randomness) -> Tensor:
-        """A point drawn uniformly from the ball, then clipped to the box. The draw is on the generator's device: one on the CPU gives the
-        same on any device, one on the images' device lets it go on working."""
+        """Draw uniformly from the ball, then clip to the box.
+
+        Numbers are drawn on the generator's device: a CPU generator gives the same numbers on every device, a generator on the images'
+        device needs no transfer.
+        """
         delta = drawn(NORMS[self.norm].sample, images, generator).to(images)
         return self.project(images + self.epsilon * delta, images)

@@ -1,1 +1,1 @@
-"""The claims of arXiv 2302.02502 as hypotheses with effects, intervals and verdicts on the user's own study."""
+"""Test the claims of arXiv 2302.02502 on the user's own study: effects, intervals and verdicts."""

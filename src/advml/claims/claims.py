@@ -1,7 +1,6 @@
-"""The paper's six claims, each as parts that can be measured: a number, the side of a bound it should be on, the paper's figure.
+"""The paper's six claims, each divided into measurable parts: a number, a bound, the side it should be on, and the paper's figure.
 
-The order and the wording follow the paper's; the rule that turns numbers into verdicts comes first. To add a claim,
-add a row to CLAIMS; to add a number, a function of a Study.
+Order and wording follow the paper. To add a claim, add a row to CLAIMS; to add a number, a function of a Study.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from advml.similarity import measures
 from advml.similarity.compare import SCHEME_PAIRS
 from advml.similarity.measures import SCALARS
 
-# The rule by which an effect supports or contradicts what was claimed.
+# Rule by which an effect supports or contradicts a claim.
 #
 # A claim has parts, each a number and a bound, such as "redundancy of AT minus that of ST is above 0".
 #
@@ -29,15 +28,15 @@ from advml.similarity.measures import SCALARS
 # - A part whose models are missing is `not tested`.
 # - A claim is `not tested` if any part is not; else `contradicted` if any part is; `supported` if all are; else `inconclusive`.
 #
-# With one seed the interval is over test images alone, so another training, or the same one on another processor, may end in another
-# verdict: `worded` says "for this seed" in the word itself.
+# With one seed the interval is over test images alone, so another training, or the same one on another processor, may give another
+# verdict; therefore `worded` appends "for this seed".
 
 Verdict = Literal["supported", "contradicted", "inconclusive", "not tested"]
 Side = Literal["above", "below"]
 
 
 def judge(interval: tuple[float, float] | None, side: Side, bound: float) -> Verdict:
-    """The verdict on one part; `interval` None: it could not be tested."""
+    """Verdict on one part from the 95 % interval of its number; None: the part could not be tested."""
     if interval is None:
         return "not tested"
     low, high = interval
@@ -51,7 +50,7 @@ def judge(interval: tuple[float, float] | None, side: Side, bound: float) -> Ver
 
 
 def overall(parts: Sequence[Verdict]) -> Verdict:
-    """The verdict on a claim from those on its parts."""
+    """Verdict on a claim from the verdicts on its parts."""
     for verdict in ("not tested", "contradicted"):
         if verdict in parts:
             return verdict
@@ -59,30 +58,30 @@ def overall(parts: Sequence[Verdict]) -> Verdict:
 
 
 def worded(verdict: Verdict, *, seeds: int) -> str:
-    """The verdict as it is written everywhere, e.g. `supported for this seed`; of two seeds and more, `supported`.
+    """Text of a verdict: `supported for this seed` with one seed, `supported` with more.
 
     Args:
-        seeds: number of trainings that the interval is over.
+        seeds: number of seeds behind the interval.
     """
     return f"{verdict} for this seed" if seeds == 1 and verdict != "not tested" else verdict
 
 
-MARGIN = 0.02  # of CKA: a smaller change counts as none
-AGREE = 0.9  # of CKA: clean and adversarial representations above it agree
+MARGIN = 0.02  # changes of CKA up to this size count as no change
+AGREE = 0.9  # clean and adversarial representations agree if their CKA is above this
 THREAT_MODEL, WORST_CASE = "accuracy/threat_model_2", "accuracy/worst_case"
 
 CROSS = measures.Scalar(measures.mean_off_diagonal, **measures.ADVERSARIAL)
 
-# A number of one study (or, for training epsilons, of several: weakest adversary first) and one seed.
+# A number of one seed, from one study or (for training epsilons) several, smallest epsilon first.
 Effect = Callable[[list[Study]], Measured]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One number that the claim says is above or below a bound. `paper` is the authors' own, None where they give none.
+    """One number that the claim says is above or below a bound. `paper` is the authors' figure; None: they give none.
 
     Attributes:
-        measures: "none": it is of no similarity; "cka": its bound is of CKA's scale; "any": a change, which other measures may confirm.
+        measures: "none": not a similarity; "cka": a bound on the scale of CKA; "any": a change, to be tested under other measures too.
     """
 
     name: str
@@ -96,7 +95,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, in a sentence, and the parts it is tested by."""
+    """A claim of the paper, in one sentence, with the parts that test it."""
 
     key: str
     sentence: str
@@ -105,15 +104,15 @@ class Claim:
 
 @cache
 def paper() -> dict[str, Any]:
-    """The authors' figures, by quantity."""
+    """The paper's figures, by quantity."""
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 
-SCHEMES = tuple(name for name in recipes.SCHEMES if name in paper()["redundancy"])  # those that the paper has studied
+SCHEMES = tuple(name for name in recipes.SCHEMES if name in paper()["redundancy"])  # the paper's schemes
 
 
 def _changed(quantity: str, scheme: str, before: str, after: str, label: str, **rule: Any) -> Part:
-    """A change of one quantity of CKA between two regimes; unless `rule` says otherwise, a rise."""
+    """Part: the change of one quantity of CKA between two regimes; a rise, unless `rule` says otherwise."""
     figures = paper()[quantity][scheme]
 
     def effect(studies: list[Study]) -> Measured:
@@ -132,12 +131,12 @@ def _lift(scheme: str, metric: str) -> Effect:
 
 
 def _lift_parts(label: str, metric: str) -> tuple[Part, ...]:
-    """Of CL's lift of one accuracy: that there is one, and that it is larger than those of SL and SCL."""
+    """Parts on CL's gain in one accuracy, Full-AT minus AT: it is positive, and larger than the gains of SL and SCL."""
 
     def over(scheme: str) -> Effect:
         return lambda studies: difference(_lift("CL", metric)(studies), _lift(scheme, metric)(studies))
 
-    others = (Part(f"the same lift of {label}, CL minus {scheme}", over(scheme)) for scheme in ("SL", "SCL"))
+    others = (Part(f"gain in {label} (Full-AT minus AT), CL minus {scheme}", over(scheme)) for scheme in ("SL", "SCL"))
     return Part(f"CL: {label}, Full-AT minus AT", _lift("CL", metric)), *others
 
 
@@ -165,7 +164,7 @@ def _convergence(first: str, second: str) -> Part:
 
 
 def _gain(quarter: str, scheme: str) -> Effect:
-    """Of clean-adversarial CKA in a quarter of the layers, largest minus smallest training epsilon."""
+    """Gain of clean-adversarial CKA in a quarter of the layers, largest minus smallest training epsilon."""
     scalar = SCALARS[f"clean_adversarial_{quarter}"]
     return lambda studies: change(studies[-1].block(scheme, "AT"), studies[0].block(scheme, "AT"), scalar)
 
@@ -182,7 +181,7 @@ def _epsilon_parts(scheme: str) -> tuple[Part, Part]:
             **rule,
         ),
         Part(
-            f"{scheme}: the same gain, last quarter minus first quarter",
+            f"{scheme}: that gain, last quarter minus first quarter",
             lambda studies: difference(_gain("last_quarter", scheme)(studies), _gain("first_quarter", scheme)(studies)),
             last - first,
             **rule,
@@ -209,7 +208,7 @@ CLAIMS = (
     Claim(
         "full_fine_tuning_robustness",
         "Full adversarial fine-tuning raises CL's robust accuracy, and by more than that of SL and SCL.",
-        # The paper's figure, and the one to quote: what holds against one attack alone does not hold.
+        # The paper's figure, and worst-case accuracy, because robustness against a single attack is not enough.
         (*_lift_parts("accuracy under threat model II", THREAT_MODEL), *_lift_parts("worst-case accuracy", WORST_CASE)),
     ),
     Claim(

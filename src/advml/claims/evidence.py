@@ -1,6 +1,6 @@
 """Measurements of a study, read from its files and checked against its models and its parameters.
 
-A measurement of other weights than the model's, or at another epsilon than the study's, is no evidence: it counts as missing.
+A measurement that was made with other weights than the model has now, or at another epsilon than the study's, counts as missing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ from advml.similarity.cka import Similarity
 from advml.similarity.measures import Scalar
 from advml.similarity.statistics import Estimate
 
-# Numbers that claims are made of: an estimate, what it is of, and the conditions under which it was measured.
-#
-# Two numbers are subtracted, or averaged over seeds, only if their conditions are the same: data, images, batches, layers, attack.
+# The numbers that claims use: an estimate with its name and the conditions of its measurement (data, images, batches, layers, attack).
+# Two numbers are subtracted, or averaged over seeds, only if their conditions are the same.
 
 
 class Missing(Exception):
-    """A number that a claim needs is missing: a model is not trained or measured, or not in the same way as another. Says what to do."""
+    """A number that a claim needs is missing, because a model was not trained or measured, or not like another; names the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A number. `conditions` by name, None where it is not known. `doubts`: the flags of its models, by name."""
+    """A measured number.
+
+    Attributes:
+        name: of the model, or models, that it describes.
+        conditions: name -> value; None where it is not known.
+        doubts: model -> summary of its flags of gradient masking.
+    """
 
     name: str
     estimate: Estimate
@@ -46,7 +51,7 @@ class Measured:
 
 
 def require_alike(first: Measured | Block, second: Measured | Block) -> None:
-    """Raise Missing unless both were measured under the same conditions."""
+    """Raise Missing unless both numbers were measured under the same conditions."""
     for key in first.conditions.keys() | second.conditions.keys():
         ours, theirs = first.conditions.get(key), second.conditions.get(key)
         if ours is not None and theirs is not None and ours != theirs:
@@ -54,7 +59,7 @@ def require_alike(first: Measured | Block, second: Measured | Block) -> None:
 
 
 def difference(first: Measured, second: Measured) -> Measured:
-    """first - second; errors that both share cancel."""
+    """Difference first - second, whose interval uses that errors common to both cancel."""
     require_alike(first, second)
     found = statistics.difference(first.estimate, second.estimate)
     return Measured(f"{first.name} minus {second.name}", found, first.conditions, {**first.doubts, **second.doubts})
@@ -69,11 +74,11 @@ def over_seeds(found: Sequence[Measured]) -> Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The layers of a model that count, against themselves or against those of another one: what scalars of CKA are made of.
+    """Similarities between the counted layers of a model and its own, or those of a second model, from which scalars are computed.
 
     Attributes:
-        first, second: names of models in `similarity`.
-        rows, columns: (L1,), (L2,) bool: the layers of each that count.
+        first, second: names of the models in `similarity`.
+        rows, columns: (L1,), (L2,) bool: the layers of each that are counted in scalars.
     """
 
     name: str
@@ -85,34 +90,34 @@ class Block:
     conditions: Mapping[str, Any]
 
     def scalar(self, scalar: Scalar, *, chosen: np.ndarray | None = None) -> Measured:
-        """A scalar; `chosen` (bool, of the layers that count) leaves out more than the dead ones."""
+        """Estimate of a scalar over the living layers; `chosen` (bool, one per counted layer) restricts them further."""
         found = measures.estimate(self.similarity, scalar, self.first, self.second, rows=self.rows, columns=self.columns, chosen=chosen)
         return Measured(self.name, found, self.conditions)
 
     def alive(self, scalar: Scalar) -> np.ndarray:
-        """Which of the layers that count are alive in the kinds of input that the scalar is of."""
+        """Mask (bool, one per counted layer) of the layers that are alive on the kinds of input that the scalar uses."""
         return measures.living(self.similarity, scalar.keys(self.first, self.second), self.rows, self.columns).alive
 
 
 def change(after: Block, before: Block, scalar: Scalar) -> Measured:
-    """What a scalar has changed by, over the layers that are alive in both."""
+    """Change of a scalar, after - before, over the layers that are alive in both."""
     require_alike(after, before)
     both = after.alive(scalar) & before.alive(scalar)
     return difference(after.scalar(scalar, chosen=both), before.scalar(scalar, chosen=both))
 
 
-HALF = "_half"  # metrics at half of the epsilon end in it
+HALF = "_half"  # suffix of metrics at half of epsilon
 REMEDY = "make it again with: dvc repro"
 
 
 class Study:
-    """The measured files of one workspace, for one seed.
+    """Measurements of one workspace for one seed.
 
-    Every method raises Missing where a model has not been measured, or not as this study asks, and UserError where a file is damaged.
+    Every method raises Missing if a model was not measured, or not as the study's settings ask, and UserError if a file is damaged.
 
     Args:
-        attacked: norm and epsilon of the attacks that all models are compared at.
-        epsilon: that of training, of a study beside the main one; None: of the main one.
+        attacked: norm and epsilon of the attacks with which all models are evaluated.
+        epsilon: the epsilon of training, for a study of `pipelines/epsilon`; None: not checked.
     """
 
     def __init__(self, attacked: ThreatModelSection, workspace: Workspace, seed: int, *, epsilon: float | None = None) -> None:
@@ -121,13 +126,13 @@ class Study:
         self.block = cache(self._block)
 
     def under(self, measure: str) -> Study:
-        """The same study, whose layers are compared by another measure."""
+        """Copy of this study whose layers are compared by another measure of similarity."""
         other = copy(self)
         other.measure, other.block = measure, cache(other._block)
         return other
 
     def accuracy(self, metric: str, scheme: str, regime: str) -> Measured:
-        """An accuracy, and on which test images: differences between models are paired by image."""
+        """Accuracy of a model, with the digest of its test images, by which differences between models are paired."""
         name = model_name(scheme, regime, self.seed)
         record = self._record("evaluate", name)
         figure = record.get("figures", {}).get(metric)
@@ -141,7 +146,7 @@ class Study:
         return Measured(name, found, conditions, {} if said == NONE else {name: said})
 
     def _by_image(self, name: str, metric: str, record: dict[str, Any]) -> tuple[Estimate, str]:
-        """A figure from samples.parquet, if that is the file of the record; and the digest of the test images."""
+        """Estimate of an accuracy from samples.parquet, which must agree with the record, and the digest of the test images."""
         path, figure, again = self.workspace.samples(name), record["figures"][metric], "measure again with: dvc repro"
         if not path.is_file():
             raise Missing(f"{path}, without which accuracies cannot be paired image by image; restore it with: dvc pull, or {again}")
@@ -158,7 +163,7 @@ class Study:
         return statistics.share(right), images
 
     def _block(self, scheme: str, regime: str) -> Block:
-        """A model's layers against themselves."""
+        """Similarities between the layers of one model."""
         name = model_name(scheme, regime, self.seed)
         record = self._record("represent", name)
         try:
@@ -173,7 +178,7 @@ class Study:
         return Block(name, similarity, own, own, counted, counted, conditions)
 
     def cross(self, regime: str, first: str, second: str) -> Block:
-        """The layers of one scheme's model against those of another's, each on its own adversarial images."""
+        """Similarities between the layers of two schemes' models, each on adversarial images crafted on itself."""
         names = [model_name(scheme, regime, self.seed) for scheme in (first, second)]
         pair = f"{names[0]} with {names[1]}"
         found = self._comparison
@@ -200,7 +205,7 @@ class Study:
         return Block(pair, found.compared.by_measure[self.measure], *names, rows, columns, conditions)
 
     def _measured(self, name: str, how: Mapping[str, Any]) -> dict[str, Any]:
-        """By which measure, and if not by CKA on how many images."""
+        """Conditions of measures other than CKA: the measure and its number of images."""
         if self.measure == "cka":
             return {}
         about = how.get("measures", {})
@@ -217,7 +222,7 @@ class Study:
         return compare.stored(self.workspace)
 
     def _record(self, stage: str, name: str) -> dict[str, Any]:
-        """The record of a measurement of the present weights."""
+        """Record of a measurement; raises Missing if it was made with other weights than the model has now."""
         record = records.read(self.workspace, stage, name)
         if record is None:
             raise Missing(name)
@@ -235,7 +240,7 @@ class Study:
             )
 
     def _require_attack(self, name: str, attack: dict[str, Any], *, share: float = 1.0) -> None:
-        """An attack at the norm and `share` of the epsilon that params.yaml asks for, which all models are compared at."""
+        """Raise Missing unless the attack used the norm of params.yaml and `share` times its epsilon."""
         if "epsilon" not in attack:
             return
         norm, epsilon = self.attacked.norm, share * self.attacked.epsilon
@@ -247,19 +252,19 @@ class Study:
             )
 
     def _model(self, name: str) -> dict[str, Any]:
-        """model.json; nothing where records alone are here, as after a partial `dvc pull`."""
+        """Content of model.json; empty if the model is not on disk, as after a partial `dvc pull`."""
         path = self.workspace.model(name) / "model.json"
         return read_json(path, remedy=REMEDY) if path.exists() else {}
 
 
 def _attacks(figure: dict[str, Any]) -> list[dict[str, Any]]:
-    """How a figure was attacked. Of a cascade its steps too, but for threat model I, which the schemes without a projection head lack."""
+    """Settings of a figure's attack and of its cascade's steps, without threat model I, which schemes without projection head lack."""
     steps = [step for step in figure.get("cascade", ()) if step.get("objective") != "contrastive"]
     return [represent.settings(attack) for attack in (figure, *steps)]
 
 
 def _conditions(how: dict[str, Any], *, data: Any, layers: list[str], attacks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What must be the same before two similarities are compared."""
+    """Conditions that two similarities must share before they are compared."""
     return {
         "data": data,
         "estimators": [how["estimator"], how["gram"]],

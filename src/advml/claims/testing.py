@@ -1,4 +1,4 @@
-"""Testing the claims on a study: effects, intervals, verdicts, as in `claims.json`."""
+"""Test the claims on a study: effects, intervals and verdicts, the content of `claims.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from advml.core.paths import Workspace, model_name, pretraining_name
 
 @dataclass(frozen=True)
 class Found:
-    """The main study (`beside` is None), or one beside it, and the epsilon that its AT models were trained at."""
+    """The main study (`beside` is None) or another one, with the epsilon of its adversarial training."""
 
     workspace: Workspace
     epsilon: float
@@ -26,14 +26,14 @@ class Found:
 
 
 def find(workspace: Workspace, *, epsilon: float, others: str | None, seed: int) -> list[Found]:
-    """The main study and those beside it, one of each training epsilon, smallest first.
+    """Find the main study and others of different training epsilons: one per epsilon, smallest first.
 
     Args:
         workspace: of the main study.
-        epsilon: its training epsilon.
-        others: pattern of the other studies' folders (`similarity.epsilon_studies`), relative to the workspace's; those without AT
-            models are left out.
-        seed: of the model whose epsilon is read.
+        epsilon: training epsilon of the main study.
+        others: pattern of the other studies' folders (`similarity.epsilon_studies`), relative to the workspace; folders without AT
+            models are ignored.
+        seed: of the model from which the epsilon is read.
     """
     found = [Found(workspace, epsilon, None)]
     for name in sorted(glob.glob(others, root_dir=workspace.root)) if others else []:
@@ -45,7 +45,7 @@ def find(workspace: Workspace, *, epsilon: float, others: str | None, seed: int)
 
 
 def _trained_epsilon(workspace: Workspace, seed: int) -> float | None:
-    """The training epsilon of a study's AT models, from the first one found."""
+    """Training epsilon of a study, read from the first AT model found; None: there is none."""
     for scheme in SCHEMES:
         for folder in (workspace.model(model_name(scheme, "AT", seed)), workspace.pretrained(pretraining_name(scheme, "at", seed))):
             path = Path(folder) / "model.json"
@@ -59,15 +59,15 @@ EPSILONS = "python pipelines/epsilon/run.py 0.05 0.3"
 RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
     "inconclusive: the bound is within the interval, or there are too few batches for an interval. "
-    "One seed is one training, which can neither support nor contradict a paper: its verdicts are 'for this seed'. "
+    "One seed is one training, which can neither support nor contradict a paper, so its verdicts say 'for this seed'. "
     "A claim is contradicted if any part is, supported if all are; not tested if a model is missing, or was measured in another way. "
-    f"Two bounds are ours: a change of CKA by {MARGIN:g} counts as none, so a rise is above {MARGIN:g}, a fall below -{MARGIN:g}, "
-    f"and no fall above -{MARGIN:g}; and representations agree above {AGREE:g}, which is between the paper's ST (0.59 to 0.79) "
+    f"Two bounds are not the paper's: a change of CKA up to {MARGIN:g} counts as none, so a rise is above {MARGIN:g}, a fall below "
+    f"-{MARGIN:g}, no fall above -{MARGIN:g}; and representations agree above {AGREE:g}, which is between the paper's ST (0.59 to 0.79) "
     "and AT networks (0.98 to 0.99)."
 )
 OVER_IMAGES = "jackknife over batches for CKA; differences of accuracies paired by image"
 INTERVALS = {
-    1: f"over test images alone ({OVER_IMAGES}), not over what another training would give",
+    1: f"over test images alone ({OVER_IMAGES}); the variation between trainings is not included",
     2: f"over two seeds, a t interval of one degree of freedom, which is very wide unless they agree, and over test images ({OVER_IMAGES})",
     3: f"over seeds, a t interval, and over test images ({OVER_IMAGES})",
 }
@@ -82,15 +82,13 @@ def check(
     others: str | None = None,
     measures: Sequence[str] = ("cka",),
 ) -> dict[str, Any]:
-    """The content of claims.json.
-
-    Effects are means over seeds; what their intervals are made of is in `intervals`.
+    """Content of claims.json. Effects are means over seeds; `intervals` says how their intervals are computed.
 
     Args:
         epsilon: of training.
         attacked: norm and epsilon of the evaluation's attacks.
         others: see `find`.
-        measures: under which claims on similarity are tested, CKA first.
+        measures: measures of similarity under which claims are tested, CKA first.
     """
     found = find(workspace, epsilon=epsilon, others=others, seed=seeds[0])
     studies = [[Study(attacked, each.workspace, seed, epsilon=each.beside) for each in found] for seed in seeds]
@@ -112,9 +110,9 @@ def _test(claim: Claim, seeds: list[list[Study]], others: str | None) -> dict[st
 
 
 def _under_measures(claim: Claim, seeds: list[list[Study]], others: str | None, names: Sequence[str]) -> dict[str, Any]:
-    """`measures`: the claim's changes of similarity under every measure, if there is another one than CKA.
+    """Verdicts on a claim's changes of similarity under every measure (`measures`), if there are others than CKA.
 
-    `cka_alone`: CKA supports or contradicts them, and no other measure comes to the same verdict.
+    `cka_alone` is true if CKA supports or contradicts them, and no other measure gives the same verdict.
     """
     parts = [part for part in claim.parts if part.measures == "any"]
     if not parts or len(names) < 2:
@@ -144,7 +142,7 @@ def _on_claimed_side(part: Part, effect: float) -> bool:
 
 
 def _worded(verdict: Verdict, seeds: int) -> dict[str, Any]:
-    """A verdict as claims.json has it, and the number of seeds behind it."""
+    """Entries of claims.json for a verdict: its text and the number of seeds behind it."""
     return {"verdict": worded(verdict, seeds=seeds), "seeds": 0 if verdict == "not tested" else seeds}
 
 
@@ -168,14 +166,14 @@ def _test_part(part: Part, seeds: list[list[Study]], others: str | None) -> tupl
 
 
 def _needed(part: Part, found: list[Study], others: str | None) -> list[Study]:
-    """The main study alone, or all of them in the order of their training epsilons."""
+    """Studies that a part needs: the main one, or all in the order of their training epsilons."""
     if not part.several_epsilons:
         return [study for study in found if study.epsilon is None]
     if len(found) < 2:
-        state = f"{others!r}, which holds no AT models of another epsilon" if others else "null"
+        state = f"{others!r}, where no AT models of another epsilon are found" if others else "null"
         raise Missing(
             f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
-            "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. After later changes of theirs: advml report"
+            "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. If those studies change later: advml report"
         )
     return found
 

@@ -1,6 +1,6 @@
-"""The command line: one command per DVC stage, and commands beside the pipeline.
+"""The command line: one command per DVC stage, and further commands.
 
-Nothing heavy is imported up here: `advml --help` must answer at once. Commands import what they need.
+Heavy modules are imported inside commands, so that `advml --help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Beside the pipeline"
+STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Other commands"
 
 for panel, commands in (
     (STAGES, stages.COMMANDS),
@@ -47,34 +47,34 @@ QUIET, VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    quiet: Annotated[bool, typer.Option(*QUIET, help="Print results, warnings and errors only; also behind a command.")] = False,
-    verbose: Annotated[bool, typer.Option(*VERBOSE, help="Print the resolved settings too, and the traceback of an error.")] = False,
+    quiet: Annotated[bool, typer.Option(*QUIET, help="Print only results, warnings and errors. May follow any command.")] = False,
+    verbose: Annotated[bool, typer.Option(*VERBOSE, help="Print the resolved settings, and tracebacks. May follow any command.")] = False,
 ) -> None:
     if quiet or verbose:
         os.environ[OUTPUT] = "quiet" if quiet else "verbose"
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
-    """`train CL AT -q` -> `-q train CL AT`: -q and -v are options of every command, and so of none."""
+    """Move -q and -v to the front: `train CL AT -q` -> `-q train CL AT`. They are defined once, and accepted after every command."""
     flags = [argument for argument in arguments if argument in (*QUIET, *VERBOSE)]
     return [*flags, *(argument for argument in arguments if argument not in flags)]
 
 
 def _check_torchrun() -> None:
-    """Several processes that torchrun has started train a model together; of anything else they would do the same at once."""
+    """Refuse a command other than training under torchrun, whose processes would all do the same work at once."""
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     if os.environ.get("WORLD_SIZE", "1") != "1" and command not in ("train", "pretrain", "finetune"):
         raise UserError("torchrun is for train, pretrain and finetune; start other commands without it")
 
 
 def main() -> None:
-    """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
+    """Entry point of `advml`: prints foreseeable errors as one line; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
     sys.excepthook = print_fault
-    if parent := os.environ.get("ADVML_PARENT"):  # engine.parent.PARENT; imported only where it is set, because psutil takes time
+    if parent := os.environ.get("ADVML_PARENT"):  # core.processes.PARENT, not imported here because psutil is slow to import
         from advml.core.processes import end_with
 
         end_with(int(parent))
-    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, one speaks
+    if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end
     guarded(lambda: _check_torchrun() or app(args=_flags_first(sys.argv[1:]) or ["--help"], standalone_mode=False))

@@ -1,4 +1,4 @@
-"""Models from elsewhere and for elsewhere: `import` and `export`. Commands import what they need: nothing heavy up here."""
+"""The commands `import` and `export`. Heavy modules are imported inside commands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from advml.core.paths import Workspace
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="A safetensors file, or one of torch.save (.pt, .pth).", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Checkpoint: a safetensors file, or one of torch.save (.pt, .pth).", show_default=False)],
     backbone: Annotated[str, typer.Option(help="The timm name of its architecture, e.g. resnet18.", show_default=False)],
     stem: Annotated[str | None, typer.Option(help="Stem of the backbone: small or native.", show_default="the one that fits")] = None,
-    image_size: Annotated[int | None, typer.Option(min=4, help="Side of its images.", show_default="of the prepared data")] = None,
-    mean: Annotated[str | None, mean_option("what its buffers say, else none")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=4, help="Side of its images, in pixels.", show_default="of the prepared data")
+    ] = None,
+    mean: Annotated[str | None, mean_option("that in the checkpoint's buffers, else none")] = None,
     std: Std = None,
-    classes: Annotated[str | None, typer.Option(help="Names of its logits, in their order: a,b,c or a file with one per line.")] = None,
-    without: Annotated[list[str] | None, typer.Option(help="Tensors to leave out, e.g. 'momentum_*'; may be repeated.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model.", show_default="of the file")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class names of its logits, in order: a,b,c or a file with one per line.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Tensors to ignore, e.g. 'momentum_*'; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the imported model.", show_default="name of the file")] = None,
     params: Place = PARAMS,
 ) -> None:
-    """Convert a published checkpoint, every tensor accounted for.
+    """Convert a published checkpoint to a model of advml; refuses missing tensors and tensors without a use.
 
     Writes models/imported/<NAME>/: model.safetensors, model.json. Next: advml evaluate models/imported/NAME
     """
@@ -36,7 +38,7 @@ def import_(
     for remark in made.remarks:
         tell(f"note: {remark}")
     train = f"advml train CL AT -S model.init={made.folder} -S pretrain.CL.epochs=0   (fine-tune it)"
-    say(str(made.folder), f"advml evaluate {made.folder}   (measure it), or: {train}" if made.architecture.classes else train)
+    say(str(made.folder), f"advml evaluate {made.folder}   (evaluate it), or: {train}" if made.architecture.classes else train)
 
 
 def export(
@@ -44,9 +46,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="models/exported/<MODEL>")] = None,
     params: Place = PARAMS,
 ) -> None:
-    """Write a model for other tools: weights that plain timm loads in three lines, and ONNX, both checked against the model.
+    """Write a model for other tools: weights for timm, and ONNX; the outputs of both are compared with the model's.
 
-    Writes models/exported/<MODEL>/: model.safetensors, config.json, model.onnx. Next: the three lines that it prints
+    Writes models/exported/<MODEL>/: model.safetensors, config.json, model.onnx. Next: load it with the three lines that it prints
     """
     from advml.pipeline.checkpoint_export import export_model
 

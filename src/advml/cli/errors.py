@@ -1,4 +1,4 @@
-"""One line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
+"""Print foreseeable errors as one line; exit code 2 for the user's mistakes, 1 for failures."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from advml.core.errors import Failure, UserError
 from advml.core.messages import is_verbose, tell
 from advml.core.passwords import masked
 
-OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # errors that may come without the file's name
+OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # disk errors that may lack a file name
 
 
 def guarded(command: Callable[[], Any]) -> None:
-    """Run `command`; foreseeable errors are printed as one line on stderr."""
+    """Run `command`, and print foreseeable errors as one line on stderr."""
     interrupted = "interrupted; the same command continues from the last finished epoch"
     try:
         code = command()
-    except typer.TyperException as error:  # a wrong argument or option; pydantic, which typer asks, puts two words in front
+    except typer.TyperException as error:  # a wrong argument or option; the message of pydantic has a prefix of two words
         _fail(error.format_message().replace("Value error, ", ""), code=error.exit_code)
     except UserError as error:
         _fail(str(error), code=2)
@@ -48,7 +48,7 @@ def print_fault(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def _known(error: Exception) -> str | None:
-    """A line for errors of the machine that surface under several types."""
+    """Message for an error of the machine (memory, disk), which libraries raise as different types; None: another error."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
@@ -56,8 +56,8 @@ def _known(error: Exception) -> str | None:
         return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
     if isinstance(error, OSError) and (error.filename or error.errno in OF_THE_DISK):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or text}; once that is mended, the same command goes on"
-    if type(error).__name__ == "SafetensorError":  # an OSError in the words of another language
+        return f"{where}{error.strerror or text}; fix this and repeat the command, which goes on from here"
+    if type(error).__name__ == "SafetensorError":  # an I/O error in the Rust code of safetensors
         return f"tensors cannot be read or written: {text}"
     return None
 

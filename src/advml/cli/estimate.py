@@ -1,4 +1,4 @@
-"""The command `estimate`."""
+"""The command `estimate`, which predicts the cost of a study."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from advml.core.errors import UserError
 
 
 def estimate(
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of stages at a time.")] = 2,
     machine: Annotated[
         str | None,
         typer.Option(
-            help="Another machine, by arithmetic alone: t4, v100, a100, rtx4090, h100 or h200.", show_default="this one, tried out"
+            help="Estimate for another GPU from its published speed, without trials: t4, v100, a100, rtx4090, h100 or h200.",
+            show_default="this machine, by short trials",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Every stage, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every stage as JSON.")] = False,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Say what the study in params.yaml will cost: gradient steps, FLOPs, memory and hours, by short trials.
+    """Estimate the cost of the study in params.yaml by short trials: gradient steps, FLOPs, memory and hours.
 
     Writes nothing. Next: advml repro
     """
@@ -50,5 +51,5 @@ def estimate(
         memory = max(cost.memory for cost in costs)
         table.add_row(kind, str(len(costs)), f"{steps:,.0f}", f"{flops / 1e12:.3g}", f"{memory / 2**30:.1f} GiB" if memory else "-", told)
     Console(width=None).print(table)
-    print(f"in all: {found.seconds:.0f} s ({found.seconds / 3600:.2f} hours), {found.total.flops / 1e12:.3g} TFLOP\nnext: advml repro")
+    print(f"total: {found.seconds:.0f} s ({found.seconds / 3600:.2f} hours), {found.total.flops / 1e12:.3g} TFLOP\nnext: advml repro")
     return None

@@ -1,4 +1,4 @@
-"""The command `evaluate`, for models of the study and from elsewhere."""
+"""The command `evaluate`, for models of the study and other models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from advml.core.paths import Workspace, model_name
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
 
-# What there is to evaluate -> the options that mean something for it.
+# Kind of target -> options that it accepts.
 OPTIONS = {
     SCHEME: ("--seed", "--name"),
     FOLDER: ("--classes", "--name"),
@@ -44,18 +44,20 @@ def evaluate(
     seed: OptionalSeed = None,
     weights: Annotated[Path | None, typer.Option(help="Weights of a timm model: a safetensors file with timm's own names.")] = None,
     mean: Annotated[
-        str | None, mean_option("none; timm of a timm model", more=", data (of the training images), timm (of a timm model)")
+        str | None,
+        mean_option("none; for a timm model: timm", more=", data (of the training images), timm (published for a timm model)"),
     ] = None,
     std: Std = None,
     classes: Annotated[
         str | None,
         typer.Option(
-            help="Names of the model's logits, in their order: a,b,c, a file with one per line, or natural (1, 2, 10).",
+            help="Class names of the model's logits, in order: a,b,c, a file with one per line, or natural (numeric order: 1, 2, 10).",
             show_default="the order of the data's classes",
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name for the files of a model from elsewhere, or to measure one of the study anew beside it.")
+        str | None,
+        typer.Option(help="Name for the reports of this model; lets a model of the study be evaluated again beside its own results."),
     ] = None,
     as_json: AsJson = False,
     overrides: Overrides = None,
@@ -63,7 +65,7 @@ def evaluate(
 ) -> None:
     """Measure clean, robust and worst-case accuracy on the test split.
 
-    Writes reports/<MODEL>/metrics.json and samples.parquet; how they were made stands in records/evaluate/<MODEL>.json.
+    Writes reports/<MODEL>/metrics.json and samples.parquet, and the attacks' settings into records/evaluate/<MODEL>.json.
     Next: advml show MODEL
     """
     workspace = Workspace(params.parent)
@@ -86,7 +88,7 @@ def evaluate(
 
 
 def tell_result(model: str, metrics: dict[str, float], written: str, context: Context, *, as_json: bool) -> None:
-    """Print a model's metrics and flags, for people or as JSON."""
+    """Print a model's metrics and flags, as text or as JSON."""
     made = context.workspace.record("evaluate", model)
     if as_json:
         from advml.core.io import read_json

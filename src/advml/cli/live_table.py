@@ -1,4 +1,4 @@
-"""What `advml tune` shows while it searches: the best trials and those at work on a terminal, a line per finished trial elsewhere."""
+"""Progress display of `advml tune`: a table of best and running trials on a terminal, one line per finished trial elsewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from advml.tuning.search import Search
 from advml.tuning.space import show
 from advml.tuning.study import LATEST, REASON, FrozenTrial, finished, name_of, ranked, running
 
-SHOWN = 8  # of the best trials
+SHOWN = 8  # number of best trials in the table
 
 
 class LiveTable(Redrawn):
-    """`with LiveTable(search, total=40) as table: tune(search, ..., watch=table.show)`; it writes to stderr.
+    """Display of a running search, on stderr: `with LiveTable(search, total=40) as table: tune(search, ..., watch=table.show)`.
 
     Args:
-        total: finished trials wanted.
+        total: number of finished trials at which the search ends.
     """
 
     def __init__(self, search: Search, *, total: int) -> None:
@@ -28,7 +28,7 @@ class LiveTable(Redrawn):
         self.told: set[int] | None = None
 
     def show(self, trials: Sequence[FrozenTrial]) -> None:
-        """Bring the display up to date."""
+        """Update the display."""
         ended = sorted((trial for trial in trials if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
         if self.told is None:  # trials of earlier commands get no line
             self.told = {trial.number for trial in ended}
@@ -44,7 +44,7 @@ class LiveTable(Redrawn):
             tell(f"[{len(finished(known))}/{self.total}] trial {trial.number}: {self.outcome(trial)}  {show(trial.params)}{best}")
 
     def outcome(self, trial: FrozenTrial) -> str:
-        """`robust 0.812`, `pruned at 9`, `failed: out of memory`, ..."""
+        """Result of a trial in words: `robust 0.812`, `pruned at 9`, `failed: out of memory`, ..."""
         state = name_of(trial)
         if state == "complete":
             broken = [name for name, violation in trial.constraints.items() if violation > 0]
@@ -56,7 +56,7 @@ class LiveTable(Redrawn):
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.search.metrics, trial.values, strict=True))
 
     def table(self, trials: Sequence[FrozenTrial]) -> Any:
-        """The best trials, and those at work."""
+        """Table of the best and the running trials."""
         from rich.table import Table
 
         count, seconds = f"{len(finished(trials))} of {self.total} trials", time.monotonic() - self.started
@@ -70,7 +70,7 @@ class LiveTable(Redrawn):
 
 
 def reached(trial: FrozenTrial) -> str:
-    """`, at 3: robust=0.41 clean=0.98`, or '' before the first report."""
+    """Latest intermediate result of a trial: `, at 3: robust=0.41 clean=0.98`, or '' before the first report."""
     if not trial.intermediate_values:
         return ""
     value = trial.intermediate_values[trial.last_step]

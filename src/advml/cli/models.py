@@ -1,4 +1,4 @@
-"""Commands beside the pipeline. Each imports what it runs, so that `advml --help` answers at once."""
+"""Commands that are no stages of the pipeline. Each imports what it runs, so that `advml --help` answers at once."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from advml.core.paths import Workspace, model_name
 def train(
     scheme: Scheme, regime: Regime, seed: Seed = 0, as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS
 ) -> None:
-    """Do for one model what prepare, pretrain, finetune and evaluate do; what is up to date is not done again.
+    """Run prepare, pretrain, finetune and evaluate for one model, skipping what is up to date.
 
-    Writes what those stages write. Next: advml show MODEL
+    Writes the files of these stages. Next: advml show MODEL
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import train as everything
@@ -38,12 +38,12 @@ def train(
 def show(
     model: Annotated[
         str,
-        typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the name of one that evaluate was given.", show_default=False),
+        typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the --name that evaluate was given.", show_default=False),
     ],
     params: Place = PARAMS,
     as_json: AsJson = False,
 ) -> None:
-    """Print a model's record: what it was made from, how, and how well it does.
+    """Print a model's record: data, settings, training and measurements.
 
     Writes nothing. Next: advml attack IMAGE --model MODEL
     """
@@ -60,13 +60,13 @@ def show(
 def attack(
     image: Annotated[Path, typer.Argument(help="Any image file.", show_default=False)],
     model: Annotated[str, typer.Option(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("attack.png"),
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("attack.png"),
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Attack one image and draw what happened: original, perturbation, adversarial image, predictions.
+    """Attack one image and draw the result: original, perturbation, adversarial image, predictions.
 
-    Writes attack.png. Next: the same image against a model of another regime
+    Writes attack.png. Next: try the same image with a model of another regime
     """
     context = context_of(params, overrides)
     from advml.pipeline.attack_demo import attack_picture
@@ -82,10 +82,10 @@ def preset(
         str, typer.Option(help="Protocol of the settings: corrected (ours), paper (CIFAR) or quick (digits).")
     ] = "corrected",
     quick: Quick = False,
-    full: Annotated[bool, typer.Option("--full", help="Print all keys, also those that keep their neutral defaults.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print all keys, including those left at their defaults.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Print a params.yaml to start from.
+    """Print the params.yaml of a preset.
 
     Writes to standard output. Next: advml preset cifar10 > params.yaml && dvc repro
     """
@@ -95,7 +95,7 @@ def preset(
 
 
 def schema() -> None:
-    """Print the JSON schema of params.yaml, by which editors explain and complete its keys.
+    """Print the JSON schema of params.yaml, which lets editors explain and complete its keys.
 
     Writes to standard output. Next: advml schema > params.schema.json
     """
@@ -105,7 +105,7 @@ def schema() -> None:
 
 
 def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Rebuild MLflow runs that are missing, and bring others up to date, from files: after dvc pull, a run-cache hit, or an outage.
+    """Rebuild missing or outdated MLflow runs from the study's files: after dvc pull, a hit in DVC's run cache, or an outage.
 
     Writes to the MLflow store only. Next: make ui
     """
@@ -134,24 +134,24 @@ def link(
 
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the local server.")] = 5000,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: on all networks, for everyone in them.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all networks, without a password.")] = "127.0.0.1",
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Open MLflow on this study's runs until Ctrl-C, and print the link to their table when it answers.
+    """Serve MLflow with this study's runs until Ctrl-C, and print the link to their table.
 
-    Writes nothing. Next: the link, in a browser
+    Writes nothing. Next: open the link in a browser
     """
     from advml.config import load
     from advml.config.store import locate
     from advml.servers import mlflow_ui
 
     place, local = locate(load(params, overrides or []).tracking, root=params.parent), {"host": host, "port": port}
-    command = mlflow_ui.command(place, **local)  # before the store is opened, which quietens MLflow
+    command = mlflow_ui.command(place, **local)  # first, because opening the store silences MLflow's messages
     if command is not None:
         mlflow_ui.require_free(**local)
         if host not in mlflow_ui.LOOPBACK:
-            tell(f"note: no password protects these runs: all that reach {host}:{port} can delete them; advml server asks for one")
+            tell(f"note: no password protects these runs: whoever reaches {host}:{port} can delete them; advml server asks for passwords")
     link = f"MLflow: {mlflow_ui.link(place, **local)}"
     if command is None:
         print(f"{link}\nthis is a server's address: open it in a browser")
@@ -161,21 +161,23 @@ def ui(
 
 
 def repro(
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Stages at a time.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of stages at a time.")] = 2,
     cluster: ClusterOption = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Write seeds 0 to N - 1 into params.yaml first.", show_default="its own")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Write seeds 0 to N - 1 into params.yaml first.", show_default="unchanged")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which stages would run, and why; run none.")] = False,
     as_json: AsJson = False,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Run what has changed, as dvc repro does, several stages at a time; end with the table.
+    """Run outdated stages like dvc repro, but several at a time; then print the table of results.
 
-    Writes what the stages write. Next: make ui
+    Writes the files of the stages. Next: make ui
     """
     if overrides or params.name != PARAMS.name:
         raise UserError(
-            "advml repro runs the pipeline, and DVC reads params.yaml: edit that, or try a variation with: dvc exp run -S key=value"
+            "advml repro takes no -S, because DVC reads params.yaml: edit that file, or try a variant with: dvc exp run -S key=value"
         )
     if as_json and not dry_run:
         raise UserError("--json goes with --dry-run; the results of a run are in reports/summary.csv and reports/*/metrics.json")
@@ -187,7 +189,7 @@ def repro(
 
     if seeds:
         write_seeds(params, seeds)
-    configuration = load(params)  # a mistake in it should not wait for the first stage that reads it
+    configuration = load(params)  # report mistakes in the file before any stage runs
     check_starting_points(configuration, Workspace(params.parent))
     if dry_run:
         return _would_run(reasons(params.parent), as_json=as_json)
@@ -202,7 +204,7 @@ def repro(
     print("next: open reports/report.html     the whole study on one page")
     print("      make ui                      compare the runs in MLflow")
     if rows:
-        print(f"      advml show {rows[-1]['model']:18}what a model was made from, and how well it does")
+        print(f"      advml show {rows[-1]['model']:18}data, settings and measurements of a model")
     print("      dvc plots show               training curves and the result chart as a page")
 
 
@@ -216,7 +218,7 @@ def write_seeds(params: Path, count: int) -> None:
     merged = merge(params, {"seeds": list(range(count))})
     if merged.changes:
         print(merged.difference, end="")
-        write_atomically(params.resolve(), merged.text.encode())  # it may be a link to a file that several studies share
+        write_atomically(params.resolve(), merged.text.encode())  # params.yaml may be a link to a file that several studies share
 
 
 def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
@@ -229,12 +231,12 @@ def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
 
 
 def trust(
-    epochs: Annotated[int, typer.Option(help="Epochs of a training; some trainings are shorter.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Epochs of the longest training.")] = 8,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 2,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Train small networks of which it is known which are more alike, and see which measures of similarity find it on the prepared data.
+    """Score the measures of similarity: train small networks whose order of similarity is known, and test which measures find it.
 
     Writes records/trust/measures.json, which the report shows. Next: advml report
     """

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what `--params` and `--set` lead to."""
+"""Arguments and options shared by several commands, and the context made from `--params` and `--set`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Params = Annotated[Path, typer.Option("--params", help="The configuration file."
 
 
 def one_of(names: Any) -> Callable[[str], str]:
-    """A parser of an argument that names one of a `Literal`'s values, in upper or lower case."""
+    """Parser of an argument that names one value of a `Literal`, in upper or lower case."""
     known = {name.lower(): name for name in get_args(names)}
 
     def parse(text: str) -> str:
@@ -37,7 +37,7 @@ def one_of(names: Any) -> Callable[[str], str]:
 
 
 def choice(names: Any, help: str) -> Any:
-    """An argument that names one of a `Literal`'s values; shells complete it."""
+    """Argument that names one value of a `Literal`, with shell completion."""
     values = list(get_args(names))
     return typer.Argument(parser=one_of(names), autocompletion=lambda: values, help=help, show_default=False)
 
@@ -58,21 +58,23 @@ ClusterOption = Annotated[
 PARAMS = Path("params.yaml")
 PRESETS = "digits, smoke, semi_supervised, cifar10, cifar100 or folder"
 Quick = Annotated[bool, typer.Option("--quick", help="The digits study in a third of its time: --protocol quick.")]
-Place = Annotated[Path, typer.Option("--params", help="The configuration file beside the models' folder; only its place counts.")]
+Place = Annotated[
+    Path, typer.Option("--params", help="Configuration file of the study; only its folder is used, to find models and reports.")
+]
 
-# Of `evaluate` and `represent`, which take a model of the grid or one from elsewhere.
+# Options of `evaluate` and `represent`, which take a model of the study's grid or one from elsewhere.
 OptionalRegime = Annotated[str | None, choice(RegimeName, "Regime of the scheme's model.")]
 OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the scheme's model.", show_default="0")]
 
 
 def target_argument(others: str) -> Any:
-    """A scheme, to go with a regime, or one of `others`."""
+    """First argument of a command: a scheme, which a regime follows, or a model described by `others`."""
     text = f"A scheme with a regime: {', '.join(SCHEMES)}. Or {others}."
     return typer.Argument(metavar="SCHEME|MODEL", help=text, show_default=False)
 
 
 def mean_option(default: str, *, more: str = "") -> Any:
-    """`--mean`, whose names are those of `advml.models.normalization.KNOWN` and `more`."""
+    """Option `--mean`, which accepts the names of `advml.models.normalization.KNOWN` and `more`."""
     text = (
         "Mean of the normalisation that the model expects: one number or one per channel, or a name for mean and std: none, imagenet, "
         f"half (-1 to 1), clip, cifar10, cifar100, mnist, levels (0 to 255){more}."
@@ -86,13 +88,13 @@ Std = Annotated[
 
 
 def context_of(params: Path, overrides: list[str] | None) -> Context:
-    """Read params.yaml, say how overrides were understood, and take the folder around it for the study's."""
+    """Read params.yaml, print the overridden values, and return the context of the study in its folder."""
     from advml.config import flatten, load
 
     configuration = load(params, overrides or [])
     values = flatten(configuration.model_dump(mode="json")) if overrides or is_verbose() else {}
     for name in [""] if is_verbose() else [override.partition("=")[0].strip(" +") for override in overrides or []]:
-        for key in (key for key in values if not name or f"{key}.".startswith(f"{name}.")):  # of a section, everything in it
+        for key in (key for key in values if not name or f"{key}.".startswith(f"{name}.")):  # a section prints all its keys
             tell(f"# {key} = {values[key]}")
     from advml.pipeline.context import Context
 

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Output shared by several commands."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def say(outputs: str, next_command: str) -> None:
-    """The last two lines of a command: what it has written, and what to do next."""
+    """Print the last two lines of a command: the files written, and the next command."""
     if not is_quiet():
         print(f"wrote {outputs}\nnext: {next_command}", flush=True)
 
 
 def say_json(content: Any) -> None:
-    """Print one JSON object, in which what could not be measured is null."""
+    """Print one JSON object, with null for values that are not finite."""
     from advml.core.io import to_json
 
     print(to_json(content).decode(), end="", flush=True)
 
 
 def percent(metrics: dict[str, float]) -> str:
-    """The accuracies among a model's metrics, on one line."""
+    """Accuracies of a model's metrics in %, on one line."""
     shown = {
         name.removeprefix("accuracy/").replace("corruption/mean", "corrupted"): value
         for name, value in metrics.items()
@@ -53,7 +53,7 @@ def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, An
     from advml.report.table import COLUMNS, cell, footnote, grid_rows, with_means
 
     norm, epsilon = NORM_NAMES[configuration.threat_model.norm], configuration.attacked_epsilon
-    title = f"Accuracy in %, 95 % intervals; threat models I and II, and the worst case over all attacks, at {norm} epsilon {epsilon:.4g}"
+    title = f"Accuracy in % with 95 % intervals; threat models I and II and worst case over all attacks at {norm} epsilon {epsilon:.4g}"
     shown = Table(title=title)
     for header in ("model", *COLUMNS):
         shown.add_column(header, justify="left" if header == "model" else "right")

@@ -1,4 +1,4 @@
-"""Runs a search for the commands of `advml tune`, and prints its result."""
+"""Run a search for the commands of `advml tune`, and print its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(search: Search, *, trials: int | None, workers: int, cluster: str | None, storage: str | None, replace: bool) -> None:
-    """Search until so many trials have finished (None: as many as params.yaml says), then print what was found."""
+    """Search until `trials` trials have finished (None: the number in params.yaml), then print the result."""
     from advml.cli.live_table import LiveTable
     from advml.config.store import locate
     from advml.tracking import warn_if_unusable
@@ -22,7 +22,7 @@ def run(search: Search, *, trials: int | None, workers: int, cluster: str | None
     warn_if_unusable(locate(search.config.tracking, root=search.root))
     if missed := search.missed():
         listed = ", ".join(f"{key} = {value}" for key, value in missed.items())
-        tell(f"the space does not reach params.yaml's own {listed}: there will be no default to compare with")
+        tell(f"warning: the search space does not contain the values of params.yaml, {listed}: no default is measured for comparison")
     trials = trials or search.spec.trials
     options = {"storage": storage, "trials": trials, "slots": workers, "cluster": cluster, "replace": replace}
     with LiveTable(search, total=trials) as table:
@@ -31,11 +31,11 @@ def run(search: Search, *, trials: int | None, workers: int, cluster: str | None
 
 
 def told(outcome: Outcome, search: Search) -> list[str]:
-    """What the command prints in the end.
+    """Lines that the command prints at its end.
 
     Raises:
-        Failure: no trial has run to its end.
-        UserError: none keeps the floor.
+        Failure: no trial was completed.
+        UserError: no trial reaches the floor of clean accuracy.
     """
     from advml.tuning.space import show
     from advml.tuning.study import default_of
@@ -61,15 +61,15 @@ def told(outcome: Outcome, search: Search) -> list[str]:
 
 
 def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:
-    """Why there is nothing to propose: no trial has run to its end, or none keeps the floor."""
+    """Error of a search without a winner: no trial was completed, or none reaches the floor of clean accuracy."""
     from advml.tuning.study import REASON, name_of
 
     failed, total = [trial for trial in outcome.trials if name_of(trial) == "failed"], len(outcome.trials)
     if any(name_of(trial) == "complete" for trial in outcome.trials):
-        remedy = f"lower tune.{search.kind}.clean_floor and search anew, with --replace or under another --name"
-        return UserError(f"no trial of {search.name} keeps the floor of clean accuracy; {remedy}")
+        remedy = f"lower tune.{search.kind}.clean_floor and search again, with --replace or under another --name"
+        return UserError(f"no trial of {search.name} reaches the floor of clean accuracy; {remedy}")
     if not failed:
-        return Failure(f"{search.name}: none of {total} trials has run to its end")
+        return Failure(f"{search.name}: none of {total} trials was completed")
     count = f"all {total} trials failed" if len(failed) == total else f"{len(failed)} of {total} trials failed, others were pruned"
     return Failure(f"{search.name}: {count}, the last one: {failed[-1].user_attrs[REASON]}")
 
@@ -79,14 +79,14 @@ def _figure(found: dict[str, Any]) -> str:
         return f"{100 * found['accuracy']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f}, n = {found['n']})"
     winner, default = found["broken_by_winner_only"], found["broken_by_default_only"]
     told = f"{winner} images broken by the winner only, {default} by the default only, p = {found['p']:.2g}"
-    if "difference" not in found:  # confirmed by an older version
+    if "difference" not in found:  # a record of an older version
         return told
     ends = " to ".join(f"{100 * found[end]:+.1f}" for end in ("low", "high"))
     return f"winner minus default {100 * found['difference']:+.1f} points ({ends}); {told}"
 
 
 def further(confirmed: dict[str, Any]) -> list[str]:
-    """What is printed of `advml.tuning.training_trial.compare`."""
+    """Lines that summarise the result of `advml.tuning.training_trial.compare`."""
     lines = []
     for split in ("validation", "test") if confirmed else ():
         found = confirmed[split]

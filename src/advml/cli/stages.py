@@ -1,4 +1,4 @@
-"""One command per kind of stage of dvc.yaml. Each imports what it runs, so that `advml --help` answers at once."""
+"""Commands of the pipeline's stages. Each imports what it runs, so that `advml --help` answers at once."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from advml.recipes import REGIMES
 if TYPE_CHECKING:
     from advml.pipeline.context import Context
 
-Images = Annotated[Path | None, typer.Option("--images", help="Folder of photos.", show_default="the prepared test images")]
-Mean = Annotated[str | None, mean_option("none; of module:function alone")]
-# What there is to represent -> the options that mean something for it.
+Images = Annotated[Path | None, typer.Option("--images", help="Folder of images to use.", show_default="the prepared test images")]
+Mean = Annotated[str | None, mean_option("none; only for module:function")]
+# Kind of target -> options that it accepts.
 OPTIONS = {SCHEME: ("--seed",), FOLDER: ("--images",), FUNCTION: ("--images", "--mean", "--std"), TIMM: ("--images",)}
 
 
 def check(params: Params = PARAMS) -> None:
     """Validate params.yaml.
 
-    Writes data/checked, on which all other stages depend. Next: advml prepare
+    Writes data/checked, which all other stages depend on. Next: advml prepare
     """
     from advml.pipeline.stages import check as stage
 
@@ -51,7 +51,7 @@ def check(params: Params = PARAMS) -> None:
 
 
 def prepare(as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Turn images of any source into tensors with fixed splits.
+    """Convert the dataset to tensors with fixed splits.
 
     Writes data/prepared/ ({train,validation,test}.safetensors, dataset.json). Next: advml pretrain SL st
     """
@@ -72,9 +72,9 @@ def prepare(as_json: AsJson = False, overrides: Overrides = None, params: Params
 
 
 def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Train an encoder with its scheme's own head, with or without an adversary.
+    """Train an encoder with the head of its scheme, on clean images (st) or under attack (at).
 
-    Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and its curves in reports/. Next: advml finetune SCHEME REGIME
+    Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and training curves in reports/. Next: advml finetune SCHEME REGIME
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import pretrain as stage
@@ -85,9 +85,9 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
 
 
 def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Make a classifier from a pretrained encoder.
+    """Train a classifier on a pretrained encoder.
 
-    Writes models/finetune/<SCHEME>-<REGIME>-s<SEED>/ and its curves in reports/. Next: advml evaluate SCHEME REGIME
+    Writes models/finetune/<SCHEME>-<REGIME>-s<SEED>/ and training curves in reports/. Next: advml evaluate SCHEME REGIME
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import finetune as stage
@@ -97,7 +97,7 @@ def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Override
 
 
 def represent(
-    target: Annotated[str, target_argument("any network, as `compare` takes it")],
+    target: Annotated[str, target_argument("any network, in the notation of `advml compare`")],
     regime: OptionalRegime = None,
     seed: OptionalSeed = None,
     images: Images = None,
@@ -106,9 +106,9 @@ def represent(
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Measure how alike a model's layers are (CKA), clean and attacked, and what linear probes read from them.
+    """Measure the similarity of a model's layers (CKA) on clean and adversarial images, and the accuracy of linear probes on them.
 
-    Of any other network its layers on clean images, in reports/compare-MODEL/.
+    For networks that advml has neither trained nor imported, only CKA on clean images is written, to reports/compare-MODEL/.
 
     Writes reports/<MODEL>/: cka.npz, cka.json, cka.png, layers.png, metrics.json. Next: advml compare
     """
@@ -137,8 +137,8 @@ def compare(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Networks, each compared with each: models that advml has trained, by name or folder, module:function, or a timm name "
-            "with its weights (resnet18=FILE.safetensors); none: the panels of the paper.",
+            help="Two or more networks, compared pairwise: models trained by advml (name or folder), module:function, or a timm name with "
+            "weights (resnet18=FILE.safetensors). Without any: the pairs of the paper.",
             show_default=False,
         ),
     ] = None,
@@ -149,9 +149,9 @@ def compare(
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Measure how alike the layers of networks are (CKA, and `similarity.measures`), on clean and on adversarial images.
+    """Measure the similarity of layers of different networks (CKA, and `similarity.measures`), on clean and adversarial images.
 
-    Models that advml has trained for the prepared data are attacked, too; others, and all with --images, are compared on clean images.
+    Only models that advml has trained on the prepared data are compared on adversarial images, and only without --images.
 
     Writes reports/compare/: cka.npz, cka.json, clean.png, adversarial.png, map.png. Next: advml report
     """
@@ -160,7 +160,7 @@ def compare(
 
     if images or mean or std or (models and not stage.are_alike(context, models)):
         if len(models or ()) < 2:
-            raise UserError("compare needs at least two networks; of one: advml represent")
+            raise UserError("compare needs at least two networks; for the layers of one, use: advml represent")
         return _any_networks(context, models, images, mean, std, out)
     out = out or context.workspace.reports / _folder(models)
     if stage.run(context, chosen=tuple(models or ()), out=out) is None:
@@ -169,7 +169,7 @@ def compare(
 
 
 def _folder(models: list[str] | None) -> str:
-    """In reports/, of a comparison."""
+    """Name of a comparison's folder in reports/."""
     return "compare" + "".join(f"-{re.sub('[^A-Za-z0-9_.-]+', '-', Path(model.partition('=')[0]).name)}" for model in models or ())
 
 
@@ -182,7 +182,7 @@ def _any_networks(context: Context, models: list[str], images: Path | None, mean
 
 
 def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Score the adversarial images of each model of the grid on every other model of its seed.
+    """Measure transfer: accuracy of each model on the adversarial images of every other model of the same seed.
 
     Writes reports/transfer/: transfer.json, transfer.csv, transfer.png. Next: advml report
     """
@@ -193,13 +193,13 @@ def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
     blocks = stage.run(context)
     for block in blocks:
         flagged = ", ".join(flag["model"] for flag in block["flags"]) or "none"
-        print(f"seed {block['seed']}: {len(block['models'])} models; flagged because of others' images: {flagged}")
+        print(f"seed {block['seed']}: {len(block['models'])} models; flagged, because images of other models break them: {flagged}")
     files = ", ".join(TRANSFER_FILES) if blocks else f"{TRANSFER_FILES[0]} ({NO_PAIRS})"
     say(f"{context.workspace.report('transfer')}/{files}", "advml report")
 
 
 def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Gather all measured models into a table, test the paper's claims on them, and write a page with all figures.
+    """Write the study's table, tests of the paper's claims, and a page with all figures.
 
     Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: make ui
     """
@@ -216,26 +216,26 @@ def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
 
 def stage(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="As dvc.yaml makes it, e.g. finetune_at@CL-Full-AT-0.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of the stage in dvc.yaml, e.g. finetune_at@CL-Full-AT-0.", show_default=False)],
 ) -> int | None:
-    """Run a stage of one model by its name in dvc.yaml.
+    """Run one model's stage by its name in dvc.yaml.
 
-    DVC puts the name into the environment, so that the shell does not read what params.yaml says.
+    For dvc.yaml, which passes the name as "$DVC_STAGE", so that the shell never interprets text from params.yaml.
 
-    Writes what that stage writes. Next: dvc repro
+    Writes the files of that stage. Next: dvc repro
     """
     return context.parent.command.main(stage_arguments(name), standalone_mode=False)
 
 
 def stage_arguments(name: str) -> list[str]:
-    """finetune_at@CL-Full-AT-0 -> finetune CL Full-AT --seed 0
+    """Arguments of a stage's command: finetune_at@CL-Full-AT-0 -> finetune CL Full-AT --seed 0.
 
     Raises:
-        UserError: the name has no such form.
+        UserError: the name does not have this form.
     """
     parts = re.fullmatch(
         r"([a-z]+)_(st|at)@([^-]+)-(?:(.+)-)?(\d+)", name.rpartition("dvc.yaml:")[2]
-    )  # DVC adds the file of another folder
+    )  # in another folder, DVC puts the path of dvc.yaml before the name
     if not parts:
         raise UserError(f"{name!r} is not the name of a model's stage, such as finetune_at@CL-Full-AT-0 or pretrain_st@SL-0")
     kind, phase, scheme, regime, seed = parts.groups()

@@ -1,4 +1,4 @@
-"""Begin a study, and say what is wrong with it. Commands import what they need: nothing heavy up here."""
+"""The commands `init` and `doctor`. Heavy modules are imported inside commands."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ def init(
     quick: Quick = False,
     overrides: Overrides = None,
 ) -> None:
-    """Begin a study in an empty folder, or mend one that was cloned; files that are there stay.
+    """Create a study in an empty folder, or complete one that was cloned; existing files are not changed.
 
-    Writes params.yaml, dvc.yaml, .dvcignore, .gitignore, README.md, a link to the package, and begins git and DVC. Next: dvc repro
+    Writes params.yaml, dvc.yaml, .dvcignore, .gitignore, README.md and a link to the package, and initialises git and DVC.
+    Next: dvc repro
     """
     from advml.pipeline.new_study import new_study
 
     written = new_study(folder, name, protocol="quick" if quick else "corrected", overrides=overrides or ())
     there = "" if folder == Path() else f"cd {folder} && "
     first = "set data.path and data.image_size in params.yaml, then: " if name == "folder" else ""
-    say(", ".join(written) or "nothing: all is there", f"{first}{there}dvc repro")
+    say(", ".join(written) or "nothing: all files exist", f"{first}{there}dvc repro")
 
 
 def doctor(as_json: AsJson = False, params: Params = PARAMS) -> int | None:
-    """Print what is installed, which device computes, which stores are used, and what is wrong; exit code 1 if something is.
+    """Print installed versions, device, MLflow and DVC stores, and problems; exit code 1 if there are any.
 
-    Writes nothing. Next: what its last lines say
+    Writes nothing. Next: follow its last lines
     """
     from advml.pipeline.doctor import examine
 
@@ -43,7 +44,7 @@ def doctor(as_json: AsJson = False, params: Params = PARAMS) -> int | None:
         for section in ("installed", "device", "stores"):
             width = max(map(len, found[section]))
             print("\n".join([section, *(f"  {name:{width}}  {value}" for name, value in found[section].items())]))
-        print("\n".join(f"! {line}" for line in found["wrong"]) or "nothing is wrong")
+        print("\n".join(f"! {line}" for line in found["wrong"]) or "no problems found")
     return 1 if found["wrong"] else None
 
 

@@ -1,4 +1,4 @@
-"""`advml tune`: the command line of the searches. Nothing heavy is imported up here."""
+"""The commands of `advml tune`, for searches. Heavy modules are imported inside commands."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from advml.core.messages import tell
 from advml.core.paths import Workspace
 
 app = typer.Typer(
-    help="Search for stronger attacks and better training, as section tune of params.yaml says. "
-    "The same command goes on where an earlier one was stopped or killed.",
+    help="Search for stronger attacks and better training; section tune of params.yaml sets the search spaces. "
+    "After an interruption, repeat the command: it goes on from there.",
     no_args_is_help=True,
 )
 
 Trials = Annotated[
     int | None,
-    typer.Option(min=1, help="Number of finished trials in all, those of repeated commands included.", show_default="as in params.yaml"),
+    typer.Option(min=1, help="Total number of finished trials, including those of earlier commands.", show_default="as in params.yaml"),
 ]
 Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Number of trials at a time.")]
 Storage = Annotated[
     str | None,
     typer.Option(
         envvar="ADVML_STORAGE",
-        help="Database of the studies: sqlite:///file.db, postgresql://user@host/name or mysql+pymysql://...",
+        help="Database of the searches: sqlite:///file.db, postgresql://user@host/name or mysql+pymysql://...",
         show_default="sqlite:///optuna.db",
     ),
 ]
-Name = Annotated[str | None, typer.Option(help="Name of the study.", show_default="says what is tuned")]
-Replace = Annotated[bool, typer.Option("--replace", help="Throw away a study of this name that searched something else.")]
-Pareto = Annotated[bool, typer.Option("--pareto", help="Find the front of robust and clean accuracy, instead of keeping a floor.")]
+Name = Annotated[str | None, typer.Option(help="Name of the search.", show_default="made from what is tuned")]
+Replace = Annotated[bool, typer.Option("--replace", help="Delete an earlier search of this name that had other settings.")]
+Pareto = Annotated[
+    bool, typer.Option("--pareto", help="Find the Pareto front of robust and clean accuracy, without a floor on clean accuracy.")
+]
 
 
 @app.command()
@@ -44,14 +46,14 @@ def attack(
     cluster: ClusterOption = None,
     storage: Storage = None,
     name: Name = None,
-    autoattack: Annotated[bool, typer.Option(help="Measure the model under AutoAttack on test, beside the winner.")] = True,
+    autoattack: Annotated[bool, typer.Option(help="Also measure the model under AutoAttack on the test split, for comparison.")] = True,
     replace: Replace = False,
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Find the attack that breaks a model most, within a fixed number of forward and backward passes.
+    """Find the strongest attack on a model within a fixed number of forward and backward passes.
 
-    Searches on validation; the winner is measured on test once, beside the default attack.
+    Searches on validation; the best attack and the default one are measured on test once.
     Writes reports/tune/attack-<MODEL>/. Next: advml tune apply attack-<MODEL>
     """
     from advml.config import load
@@ -76,9 +78,9 @@ def finetune(
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Find the fine-tuning that is most robust without giving up clean accuracy.
+    """Find the fine-tuning parameters with the highest robust accuracy, given a floor on clean accuracy.
 
-    Searches on validation, from the pretrained encoder; tune.finetune.clean_floor is kept.
+    Searches on validation, from the pretrained encoder. tune.finetune.clean_floor sets the floor.
     Writes reports/tune/finetune-<SCHEME>-<REGIME>-s<SEED>/. Next: advml tune apply finetune-<SCHEME>-<REGIME>-s<SEED>
     """
     _train("finetune", scheme, regime, seed, trials, workers, cluster, storage, name, pareto, replace, overrides, params)
@@ -99,9 +101,9 @@ def pretrain(
     overrides: Overrides = None,
     params: Params = PARAMS,
 ) -> None:
-    """Find the pretraining whose encoder, under a linear classifier, is most robust without giving up clean accuracy.
+    """Find the pretraining parameters with the highest robust accuracy of a linear classifier, given a floor on clean accuracy.
 
-    Searches on validation; tune.pretrain.clean_floor is kept.
+    Searches on validation. tune.pretrain.clean_floor sets the floor.
     Writes reports/tune/pretrain-<SCHEME>-<PHASE>-s<SEED>/. Next: advml tune apply pretrain-<SCHEME>-<PHASE>-s<SEED>
     """
     _train("pretrain", scheme, phase, seed, trials, workers, cluster, storage, name, pareto, replace, overrides, params)
@@ -109,12 +111,14 @@ def pretrain(
 
 @app.command()
 def apply(
-    name: Annotated[str, typer.Argument(help="Name of the study: a folder of reports/tune/.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(min=0, help="Trial to take of a front, that of --pareto.", show_default="the best")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the difference, change nothing.")] = False,
+    name: Annotated[str, typer.Argument(help="Name of the search: a folder of reports/tune/.", show_default=False)],
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="Number of the trial to apply; needed after --pareto.", show_default="the best")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the difference without writing it.")] = False,
     params: Params = PARAMS,
 ) -> None:
-    """Put a study's best values into params.yaml, keeping its comments, and print the difference.
+    """Write a search's best values into params.yaml, keeping its comments, and print the difference.
 
     Writes params.yaml. Next: advml repro
     """
@@ -123,7 +127,7 @@ def apply(
     from advml.core.io import write_atomically
     from advml.tuning.apply import proposal, warnings
 
-    load(params)  # a mistake that the file has already is reported as the file's
+    load(params)  # report existing mistakes of the file before changing it
     values = proposal(Workspace(params.parent), name, trial=trial)
     merged = merge(params, values)
     if not merged.changes:
@@ -141,7 +145,7 @@ def apply(
 
 @app.command(hidden=True)
 def worker() -> None:
-    """Run trials for a command that has started this one: see `advml.engine.process_task`."""
+    """Run trials as a process started by another command; see `advml.engine.process_task`."""
     from advml.engine.process_task import serve
 
     serve()
@@ -167,5 +171,5 @@ def _train(
 
     search = TrainingSearch.of(load(params, overrides or []), params.parent, kind, scheme, which, seed=seed, pareto=pareto, name=name)
     if search.left_out:
-        tell(f"left out, without effect here: {', '.join(search.left_out)}")
+        tell(f"note: keys of the space without effect here are left out: {', '.join(search.left_out)}")
     run(search, trials=trials, workers=workers, cluster=cluster, storage=storage, replace=replace)

@@ -1,12 +1,12 @@
-"""params.yaml as frozen pydantic models: the one source of every parameter.
+"""The configuration: params.yaml as frozen pydantic models.
 
     >>> config = load("params.yaml", overrides=["threat_model.epsilon=8/255", "seeds=[0, 1, 2]"])
     >>> config.threat_model.epsilon
     0.03137254901960784
     >>> print(dump(config))          # the resolved configuration, as YAML
 
-An unknown key, a wrong value or a combination that cannot work raises `UserError` with one line that
-names the key, the value and the choices.
+An unknown key, an invalid value or an impossible combination raises `UserError` with one line that names the key, the value and the
+choices.
 """
 
 from __future__ import annotations

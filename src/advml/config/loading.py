@@ -1,4 +1,4 @@
-"""Reads params.yaml with overrides, checks it, explains mistakes in one line; prints, changes and fingerprints configurations."""
+"""Read params.yaml with overrides, validate it, and explain mistakes in one line; print, change and fingerprint configurations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from advml.core.errors import UserError
 from advml.core.io import to_yaml
 from advml.core.passwords import masked, remember
 
-LONGEST = 1_000_000  # characters of a params.yaml
-MOST_VALUES = 100_000  # in it, and in all that its aliases stand for
-DEEPEST = 30  # levels of sections and lists
+LONGEST = 1_000_000  # most characters of a params.yaml
+MOST_VALUES = 100_000  # most values in it, with aliases expanded
+DEEPEST = 30  # most levels of nested sections and lists
 
 
 def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -54,17 +54,17 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
 
 
 def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "params.yaml") -> dict[str, Any]:
-    """The mapping in a YAML text, with `key=value` overrides applied; not validated yet."""
+    """Parse a YAML text and apply `key=value` overrides; returns a mapping that is not validated yet."""
     raw = _parse_yaml(text, source=source)
     if not isinstance(raw, dict):
-        raise UserError(f"{source} holds no mapping of sections; print a complete one with: advml preset digits")
+        raise UserError(f"{source} is not a mapping of sections; print a complete one with: advml preset digits")
     for override in overrides:
         put(raw, dict([parse_override(override)]), prefix="-S ")
     return raw
 
 
 def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Turn a plain mapping, to which `overrides` were applied, into a Config, or raise UserError with one line."""
+    """Convert a mapping, to which `overrides` were applied, to a Config; raises UserError with one line if it is not valid."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -73,13 +73,13 @@ def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: lis
 
 
 def _culprit(line: str, overrides: list[str] | tuple[str, ...]) -> str | None:
-    """The last override of the key that an explanation begins with."""
+    """Last override of the key that an error message begins with; None: the key was not overridden."""
     key = line.removeprefix("unknown key '")
     return next((f"-S {one}" for one in reversed(overrides) if re.match(rf"{re.escape(one.partition('=')[0].strip(' +'))}\b", key)), None)
 
 
 def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.yaml") -> Config:
-    """The configuration with other values under these dotted keys; checked like a file.
+    """Configuration with these values (by dotted keys) replaced; validated like a file.
 
     Raises:
         UserError: one line naming key, value and choices.
@@ -88,39 +88,39 @@ def changed(config: Config, values: Mapping[str, Any], *, source: str = "params.
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of params.yaml."""
+    """YAML of the resolved configuration, in the order of params.yaml."""
     return to_yaml(config.model_dump(mode="json"))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; lists stay values."""
+    """Flatten nested mappings: {'a': {'b': 1}} -> {'a.b': 1}; lists stay values."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
 def digest(*parts: Any) -> str:
-    """A short, stable fingerprint of JSON-like values and pydantic models (16 hex digits)."""
+    """Stable fingerprint (16 hex digits) of JSON-like values and pydantic models."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=64)  # a params.yaml takes 15 ms, and a command may load it several times
 def _as_json(text: str) -> str:
-    """The YAML text as JSON: there aliases do not share one object, so that an override would reach them all; dates become text."""
+    """Convert YAML text to JSON: aliases become copies, so that an override changes only one of them, and dates become text."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     _check_depth(text)
     try:
-        found = YAML(typ="safe").load(text)  # libyaml, where it is installed: four times as fast
-    except YAMLError:  # which does not know {uri: http://...}, and says less of what is wrong
+        found = YAML(typ="safe").load(text)  # uses libyaml if installed, which is four times as fast
+    except YAMLError:  # libyaml does not accept {uri: http://...}, and explains errors less well
         found = YAML(typ="safe", pure=True).load(text)
     return json.dumps(_plain(found, left=itertools.count(1)))
 
 
 def _check_depth(text: str) -> None:
-    """Refuse what is nested too deeply before it is loaded: libyaml recurses for every level, which would crash the process."""
+    """Raise if the text is nested too deeply, before it is loaded: libyaml recurses per level, and would crash the process."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -131,15 +131,15 @@ def _check_depth(text: str) -> None:
             depth += name.endswith("StartEvent") - name.endswith("EndEvent")
             if depth > DEEPEST:
                 raise ValueError(f"nested more than {DEEPEST} levels deep")
-    except YAMLError:  # loading says what is wrong; what has been read so far is not deep
+    except YAMLError:  # loading will report the error; the part before it is not too deep
         pass
 
 
 def _plain(value: Any, *, left: Iterator[int], depth: int = 0) -> Any:
-    """Dictionaries, lists and plain values; of an alias, a copy.
+    """Copy a parsed YAML value as plain dictionaries, lists and scalars, with aliases expanded.
 
     Raises:
-        ValueError: there are too many of them, or one contains itself: some lines of aliases can stand for more than fits into memory.
+        ValueError: there are too many values, or one contains itself; a few lines of aliases can expand beyond the memory.
     """
     if next(left) > MOST_VALUES or depth > DEEPEST:
         raise ValueError(f"aliases repeat one another: more than {MOST_VALUES} values, or {DEEPEST} levels")
@@ -156,17 +156,18 @@ def _plain(value: Any, *, left: Iterator[int], depth: int = 0) -> Any:
 def _parse_yaml(text: str, *, source: str) -> Any:
     try:
         return json.loads(_as_json(text))
-    except Exception as error:  # of a value that its tag does not allow, ruamel.yaml raises anything: KeyError, OverflowError, ...
+    except Exception as error:  # ruamel.yaml raises KeyError, OverflowError, ... for a value that does not match its tag
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark and "\n" in text else ""
         reason = (getattr(error, "problem", None) or str(error)).partition("\n")[0]
         reason = reason if " " in reason else f"{type(error).__name__} {reason}"
-        raise UserError(f"{source} is no valid YAML: {place}{reason}") from None
+        raise UserError(f"{source} is not valid YAML: {place}{reason}") from None
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """`a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML. `dvc exp run -S` needs a `+` before keys that params.yaml does not
-    write; here it changes nothing.
+    """Parse an override: `a.b=[1, 2]` -> ("a.b", [1, 2]); the value is read as YAML.
+
+    A leading `+`, which `dvc exp run -S` needs for keys missing from params.yaml, is ignored.
     """
     key, equals, value = override.partition("=")
     if not equals or not key.strip(" +"):
@@ -175,10 +176,10 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def put(raw: dict[str, Any], values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Set dotted keys of a mapping, written or not; returns it. Sections that it leaves out are begun, if the schema knows them.
+    """Set dotted keys of a mapping in place, and return it; missing sections are created if the schema has them.
 
     Raises:
-        UserError: a section is unknown. Whether the last part is a key, and its value right, is for `validate` to say.
+        UserError: a section is unknown. The last part of a key, and its value, are checked later, by `validate`.
     """
     for key, value in values.items():
         _put(raw, key, value, prefix)
@@ -199,25 +200,25 @@ def _put(raw: dict[str, Any], key: str, value: Any, prefix: str) -> None:
 
 
 def _names(schema: Any) -> tuple[str, ...]:
-    """The keys of a section, where the schema lists them."""
+    """Keys of a section; empty if the schema allows any."""
     if isinstance(schema, type) and issubclass(schema, Section):
         return tuple(schema.model_fields)
     return get_args(get_args(schema)[0]) if get_args(schema) else ()
 
 
 def _below(schema: Any, name: str) -> Any:
-    """The type of a key of a section; None: there is no such key."""
+    """Type of a key of a section; None if the section has no such key."""
     if isinstance(schema, type) and issubclass(schema, Section):
         return schema.model_fields[name].annotation if name in schema.model_fields else None
     if get_origin(schema) is dict and get_origin(get_args(schema)[0]) is Literal:
         return get_args(schema)[1] if name in _names(schema) else None
-    return dict  # of any keys
+    return dict  # a section of any keys
 
 
 def parts_of(key: str) -> list[str]:
-    """`tune.pretrain.space.view.shift` -> tune, pretrain, space, view.shift: the keys of a search's space hold dots themselves.
+    """Split a dotted key; keys of a search space contain dots: `tune.pretrain.space.view.shift` -> tune, pretrain, space, view.shift.
 
-    The last part of `tune.pretrain.space.view.shift.float` is a kind of range again.
+    A last part that is a kind of range, as in `tune.pretrain.space.view.shift.float`, is separate again.
     """
     parts = key.split(".")
     if len(parts) < 5 or parts[0] != "tune" or parts[2] != "space":
@@ -226,9 +227,9 @@ def parts_of(key: str) -> list[str]:
     return [*parts[:3], ".".join(parts[3 : len(parts) - len(kind)]), *kind]
 
 
-# What is wrong, in one line that names key, value and choices
+# Error messages: one line that names key, value and choices
 
-# pydantic's kinds of error -> what the value should be; {names} come from the error's context.
+# pydantic's kind of error -> requirement on the value; {names} are filled from the error's context.
 REMEDIES = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -239,17 +240,17 @@ REMEDIES = {
     "finite_number": "must be finite",
     "bool_type": "choose from true, false",
     "bool_parsing": "choose from true, false",
-    "string_type": "must be text; put it in quotes",
+    "string_type": "must be text in quotes",
     "string_unicode": "must be text",
     "tuple_type": "must be a list in brackets",
     "dict_type": "must be a section of `key: value`",
-    "too_short": "must hold at least {min_length:g}",
-    "too_long": "must hold at most {max_length:g}",
-    "string_too_long": "must hold at most {max_length:g} characters",
+    "too_short": "must have {min_length:g} or more entries",
+    "too_long": "must have {max_length:g} or fewer entries",
+    "string_too_long": "must have at most {max_length:g} characters",
     **dict.fromkeys(("greater_than", "greater_than_equal", "less_than", "less_than_equal"), "must be {range}"),
     "string_pattern_mismatch": "must be {form}",
 }
-# Words of a range -> what a bound of that kind is called by pydantic and by JSON schemas.
+# Wording of a bound -> its name in pydantic and in JSON schema.
 BOUNDS = {
     "at least {:.10g}": ("ge", "minimum"),
     "above {:.10g}": ("gt", "exclusiveMinimum"),
@@ -259,27 +260,27 @@ BOUNDS = {
 
 
 def first(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The error to report: an unknown key before a missing one, which it may be meant for."""
+    """Error to report: an unknown key before a missing one, since it may be a misspelling of it."""
     return next((error for error in errors if error["type"] == "extra_forbidden" or "[key]" in error["loc"]), errors[0])
 
 
 def unknown(key: str, choices: Iterable[str]) -> str:
-    """A key that is not known, the one that is spelt most like it, and all."""
+    """Message for an unknown key: the most similar key, and all choices."""
     choices = list(choices)
     near = difflib.get_close_matches(key.rpartition(".")[2], choices, n=1)
     return f"unknown key '{key}'; {f'did you mean {near[0]}? ' if near else ''}choose from {', '.join(choices) or 'none'}"
 
 
 def explain(error: dict[str, Any], root: type[BaseModel]) -> str:
-    """One line for one of pydantic's errors (an item of `ValidationError.errors()`) about a `root` model."""
+    """Message of one line for one pydantic error (an item of `ValidationError.errors()`) about a `root` model."""
     location = tuple(part for part in error["loc"] if part != "[key]")
     key, kind, context = _dotted(location), error["type"], error.get("ctx", {})
-    if kind == "value_error":  # a validator of ours has written the whole line
+    if kind == "value_error":  # from one of the schema's own validators, which write the whole line
         return str(context["error"])
     if kind == "missing" and isinstance(location[-1], int):
-        return f"{_dotted(location[:-1])} = {_shown(error)}; must hold at least {location[-1] + 1}"
+        return f"{_dotted(location[:-1])} = {_shown(error)}; must have {location[-1] + 1} or more entries"
     if kind == "missing":
-        return f"{key} is missing; a complete file is printed by: advml preset digits"
+        return f"{key} is missing; print a complete file with: advml preset digits"
     if kind == "extra_forbidden":
         return unknown(key, _section(location[:-1], root).model_fields)
     if kind == "literal_error":
@@ -293,7 +294,7 @@ def explain(error: dict[str, Any], root: type[BaseModel]) -> str:
 
 
 def _schema(location: tuple[int | str, ...], root: dict[str, Any], last: str | None) -> dict[str, Any]:
-    """The JSON schema at an error's location, or of the keys there."""
+    """JSON schema at an error's location, or of the keys there."""
     current = root
     for part in location[:-1] if last else location:
         current = _resolved(current, root)
@@ -305,7 +306,7 @@ def _schema(location: tuple[int | str, ...], root: dict[str, Any], last: str | N
 
 
 def _resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    """Without references, and of alternatives the one that is not null."""
+    """Resolve references, and reduce alternatives to the one that is not null."""
     schema = schema["anyOf"][0] if "anyOf" in schema else schema
     return root["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
@@ -315,18 +316,18 @@ def _range(schema: dict[str, Any]) -> str:
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """('views', 'supervised', 'scale', 1) -> views.supervised.scale[1]"""
+    """Dotted key of a location: ('views', 'supervised', 'scale', 1) -> views.supervised.scale[1]."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
 def _shown(error: dict[str, Any]) -> str:
-    """The value as YAML writes it, cut short: it may be a whole section."""
+    """YAML of the rejected value, shortened, since it may be a whole section."""
     value = error["input"]
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
-    text = masked(text[:10_000])  # much more than is shown, so that no password is cut in the midst there
+    text = masked(text[:10_000])  # mask passwords before shortening, so that none is cut and thus missed
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _section(location: tuple[int | str, ...], root: type[BaseModel]) -> type[BaseModel]:
-    """The model class at an error's location."""
+    """Class of the section at an error's location."""
     return functools.reduce(_below, location, root)

@@ -1,4 +1,4 @@
-"""The training of params.yaml: the attack inside it, its phases, and which keys of a phase do nothing in it."""
+"""Training sections of params.yaml: the attack of adversarial training, the phases, and keys without effect in a phase."""
 
 from __future__ import annotations
 
@@ -15,54 +15,56 @@ AttackKind = Literal["pgd", "free", "fast"]
 
 
 class TrainAttack(Section):
-    """The attack inside training. Without `step_size` a step is 2.5 * epsilon / steps; of free training epsilon, of fast 1.25 epsilon."""
+    """Attack of adversarial training. Default step size: 2.5 * epsilon / steps for pgd, epsilon for free, 1.25 * epsilon for fast."""
 
     kind: AttackKind = means(
         "pgd; free: `steps` replays of a batch update weights and perturbation at once; fast: one step from a random start", "pgd"
     )
     steps: Steps = means("of PGD; free: replays of a batch; fast: of the PGD that validates")
     step_size: StepSize | None = means("null: 2.5 * epsilon / steps", None)
-    random_start: bool = means("false: from the image itself; free starts at 0 once, and keeps its perturbation", True)
-    batch_norm: Literal["eval", "train"] = means("mode of the model while it is attacked: eval, train", "eval")
+    random_start: bool = means("false: start at the image; free starts at 0 once, and keeps its perturbation", True)
+    batch_norm: Literal["eval", "train"] = means("mode of the model during the attack: eval, train", "eval")
 
 
 class Phase(Section):
-    """One training phase: how long, with which optimiser, and what is kept."""
+    """One training phase: duration, optimiser, loss, and selection of the weights."""
 
     epochs: Annotated[Whole, Field(ge=0, le=100_000)] = means(
-        "passes over the training images; of pretrain 0: model.init as it is; free training divides them by its replays"
+        "passes over the training images; pretrain, 0: use model.init unchanged; free training divides them by its replays"
     )
     batch_size: Annotated[Whole, Field(ge=2, le=2**20)] = means("images in a batch")
     optimizer: Literal["adamw", "adam", "sgd"] = means("adamw, adam, sgd")
     learning_rate: Annotated[Number, Field(ge=1e-30, le=1e30)] = means(
-        "highest of the schedule"
-    )  # optimisers multiply it, and float32 ends at 3e38
-    weight_decay: Annotated[Number, Field(ge=0, le=1000)] = means("of all weights that learn")
+        "maximum of the schedule"
+    )  # bounded so that products inside optimisers stay below the largest float32
+    weight_decay: Annotated[Number, Field(ge=0, le=1000)] = means("on all trained weights")
     schedule: Literal["constant", "cosine", "onecycle"] = means("of the learning rate: constant, cosine, onecycle")
-    warmup: Share = means("share of all steps, linear from 0; onecycle has its own", 0.0)
-    layer_decay: PositiveShare = means("block k from the top learns at layer_decay^k of the rate; 1: all alike", 1.0)
+    warmup: Share = means("share of all steps in which the learning rate rises linearly from 0; onecycle has its own", 0.0)
+    layer_decay: PositiveShare = means("the learning rate of block k from the top is multiplied by layer_decay^k; 1: all equal", 1.0)
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = means("of cross-entropy; CL and SCL have none", 0.0)
     loss: Literal["two-term", "trades"] = means(
         "adversarial term: two-term (cross-entropy), trades (divergence from x); CL and SCL have their own", "two-term"
     )
-    clean_weight: Annotated[Number, Field(ge=0, le=1e6)] = means("of the clean term beside the attacked one; 0: it is not computed", 1.0)
-    adversarial_weight: Annotated[Number, Field(ge=0, le=1e6)] = means("of the attacked term beside the clean one", 1.0)
-    weight_annealing: Epochs | None = means("DynACL: every so many epochs the attacked term gains weight; null: constant weights", None)
+    clean_weight: Annotated[Number, Field(ge=0, le=1e6)] = means("of the clean term of the loss; 0: it is not computed", 1.0)
+    adversarial_weight: Annotated[Number, Field(ge=0, le=1e6)] = means("of the adversarial term of the loss", 1.0)
+    weight_annealing: Epochs | None = means("DynACL: epochs between increases of the adversarial weight; null: constant weights", None)
     attacked: Literal["image", "views"] | None = means(
         "what is perturbed: image, views (CL: ACL's dual stream); null: views of EMP, else the image", None
     )
     epsilon: Epsilon | None = means("radius of the attack in this phase; null: threat_model.epsilon", None)
-    epsilon_warmup: Share = means("share of all steps over which the radius, and the step with it, rises from 0", 0.0)
+    epsilon_warmup: Share = means("share of all steps in which epsilon, and the step size with it, rises from 0", 0.0)
     attack_kind: AttackKind | None = means("null: attack.kind", None)
     attack_steps: Steps | None = means("null: attack.steps", None)
-    views: Annotated[Whole, Field(ge=2, le=1000)] | None = means("of an image in a batch; null: CL and SCL 2, EMP 16", None)
-    averaged_crops: Literal[1, 5] = means("what the classifier sees: 1: the image; 5: mean features of its centre and corners", 1)
-    view_annealing: Epochs | None = means("DynACL: every so many epochs the views weaken; null: full strength throughout", None)
-    frozen_statistics: bool = means("batch norms keep the statistics of pretraining, their weights learn; Full-AT alone", False)
+    views: Annotated[Whole, Field(ge=2, le=1000)] | None = means("number of views per image; null: CL and SCL 2, EMP 16", None)
+    averaged_crops: Literal[1, 5] = means("input of the classifier: 1: the image; 5: mean features of its centre and corners", 1)
+    view_annealing: Epochs | None = means("DynACL: epochs between steps that weaken the views; null: full strength throughout", None)
+    frozen_statistics: bool = means(
+        "true: batch norms keep the statistics of pretraining, only their weights are trained; Full-AT only", False
+    )
     gradient_clip: Annotated[Number, Field(ge=1e-9, le=1e9)] | None = means("largest norm of the gradient; null: any", None)
-    average: Literal["none", "ema", "swa"] = means("of the weights, which is what is validated and kept: none, ema, swa", "none")
-    average_decay: Annotated[Number, Field(gt=0, lt=1)] = means("ema: share of the old average at every step", 0.99)
-    average_start: Annotated[Number, Field(ge=0, lt=1)] = means("swa: share of all epochs before the first one that counts", 0.75)
+    average: Literal["none", "ema", "swa"] = means("average of the weights that is validated and kept: none, ema, swa", "none")
+    average_decay: Annotated[Number, Field(gt=0, lt=1)] = means("ema: weight of the old average at every step", 0.99)
+    average_start: Annotated[Number, Field(ge=0, lt=1)] = means("swa: share of all epochs that are left out of the average", 0.75)
     keep: Literal["best", "last"] = means("epoch whose weights are kept: best on validation, last", "best")
 
 
@@ -73,14 +75,14 @@ OF_THE_ATTACK = (
 
 
 def _without_effect() -> dict[str, dict[str, str]]:
-    """Phase -> the keys that it has no use for, and why; they must keep their defaults."""
+    """Phase -> keys that have no effect in it -> reason; these keys must keep their defaults."""
     from_scratch = {"frozen_statistics": "pretraining starts without statistics to keep"}
-    from_scratch |= {"averaged_crops": "the classifiers of the study are made in fine-tuning"}
+    from_scratch |= {"averaged_crops": "crops are averaged in fine-tuning only"}
     no_classifier = dict.fromkeys(("label_smoothing", "loss"), "the contrastive objective has no cross-entropy")
-    clean = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images alone")
-    head_only = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime learns a head, and the encoder is fixed")
-    one_view = {"views": "cross-entropy is of one view of an image"}
-    unaugmented = dict.fromkeys(("attacked", "views", "view_annealing"), "fine-tuning learns on the images themselves")
+    clean = dict.fromkeys(OF_THE_ATTACK, "this regime fine-tunes on clean images only")
+    head_only = dict.fromkeys(("layer_decay", "frozen_statistics"), "this regime trains the head only, and the encoder is fixed")
+    one_view = {"views": "cross-entropy uses one view of an image"}
+    unaugmented = dict.fromkeys(("attacked", "views", "view_annealing"), "fine-tuning uses the images without augmentation")
     pretrain = {
         f"pretrain.{name}": from_scratch | ({} if "classifier" in scheme.heads else no_classifier) | ({} if scheme.groups else one_view)
         for name, scheme in SCHEMES.items()
@@ -98,7 +100,7 @@ OF_TWO_TERMS = dict.fromkeys(
 
 
 class Phases(dict[str, Phase]):
-    """The phases of a study by scheme or regime. A phase that params.yaml leaves out is an error only where it is used."""
+    """Phases by scheme or regime; a phase missing from params.yaml is an error only when it is used."""
 
     def __init__(self, kind: str, phases: dict[str, Phase]) -> None:
         super().__init__(phases)

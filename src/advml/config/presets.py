@@ -1,9 +1,10 @@
-"""params.yaml files to start from: digits, smoke, semi_supervised, cifar10, cifar100, folder.
+"""Presets of params.yaml: digits, smoke, semi_supervised, cifar10, cifar100, folder.
 
     >>> print(preset("cifar10", protocol="paper"))
 
-A preset is the values that its study chooses, by dotted key; comments and order are the schema's. The params.yaml of the repository is
-`preset("digits")`; those of pipelines/smoke and pipelines/semi_supervised are the presets of these names. To add one, add a row to PRESETS.
+A preset lists the values that its study chooses, by dotted key; comments and order come from the schema. The params.yaml of the
+repository is `preset("digits")`; those of pipelines/smoke and pipelines/semi_supervised are the presets of these names. To add one, add
+a row to PRESETS.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from advml.recipes import REGIMES
 
 @dataclass(frozen=True)
 class Preset:
-    """The first lines of a params.yaml, its values by dotted key, and comments in place of the schema's."""
+    """A preset: first line of the file, values by dotted key, and comments that replace those of the schema."""
 
     title: str
     values: dict[str, Any]
     remarks: dict[str, str] = field(default_factory=dict)
-    schema: str = "params.schema.json"  # path of the JSON schema, from the file
+    schema: str = "params.schema.json"  # path of the JSON schema, relative to the file
 
 
 HEADER = """\
-# Only choices are written here; `advml preset {command} --full` prints all keys, their meaning and neutral defaults.
-# Change a key and run `dvc repro`: only what depends on it runs again. Or for one command: `advml train CL AT -S temperature=0.1`;
-# with `dvc exp run`, a key that is not written here takes a plus: `-S +evaluate.restarts=5`. Numbers may be fractions (8/255).
+# Keys that are missing here have neutral defaults; `advml preset {command} --full` prints all keys with their meanings.
+# Change a key and run `dvc repro`: only the stages that depend on it run again. For one command: `advml train CL AT -S temperature=0.1`;
+# with `dvc exp run`, a key that is missing here needs a plus: `-S +evaluate.restarts=5`. Numbers may be fractions (8/255).
 # The next line is for editors; outside of the repository: `advml schema > params.schema.json`.
 # yaml-language-server: $schema={schema}
 
@@ -40,11 +41,11 @@ HEADER = """\
 
 HEADS = ("regimes.ST", "regimes.AT", "regimes.Partial-AT")
 HYBRIDS = ("CLxSL", "CLxSCL", "SCLxSL")
-PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *(f"regimes.{name}" for name in REGIMES))  # of the paper
+PHASES = ("pretrain.SL", "pretrain.CL", "pretrain.SCL", *(f"regimes.{name}" for name in REGIMES))  # the paper's phases
 
 
 def _phase(*sections: str, **values: Any) -> dict[str, Any]:
-    """The same training phase in several sections."""
+    """Values of one training phase, repeated for several sections."""
     return {section: dict(values) for section in sections}
 
 
@@ -54,7 +55,7 @@ ADAMW = {"optimizer": "adamw", "weight_decay": 0.01}
 HEAD = {"optimizer": "adamw", "weight_decay": 0.0, "schedule": "cosine"}
 GREY_LEVELS = "eight grey levels of 255; images live in [0, 1]"
 
-# What all studies have in common: what is trained, measured and searched, not how long or how strongly.
+# Values common to all studies: what is trained, measured and searched, without durations and strengths.
 COMMON = {
     "seeds": [0],
     "grid": {"schemes": ["SL", "CL", "SCL"], "standard_regimes": ["ST"], "adversarial_regimes": ["AT", "Partial-AT", "Full-AT"]},
@@ -143,7 +144,7 @@ QUICK_DIGITS = DIGITS | {
 
 QUICK_REMARKS = {"attack.kind": "free: a batch is replayed, and each replay moves weights and perturbation"}
 
-# Every kind of stage in about a minute: SL and CL under AT and Full-AT, a hundredth of the steps.
+# Every kind of stage in about a minute: SL and CL under AT and Full-AT, with a hundredth of the gradient steps.
 SMOKE = DIGITS | {
     "grid": {"schemes": ["SL", "CL"], "standard_regimes": [], "adversarial_regimes": ["AT", "Full-AT"]},
     "data.max_train": 300,
@@ -160,8 +161,8 @@ SMOKE = DIGITS | {
     "tracking.experiment": "smoke",
 }
 
-# A tenth of the labels: what SL makes of them alone, CL of all images, and the hybrids of both. In batches of 32, three times as many
-# epochs on 126 images are as many steps as in the digits study.
+# A tenth of the labels: SL trains on these alone, CL on all images, the hybrids on both. With batches of 32, three times as many epochs on
+# 126 images give the number of steps of the digits study.
 SEMI_SUPERVISED = DIGITS | {
     "grid": {"schemes": ["SL", "CL", *HYBRIDS], "standard_regimes": ["ST"], "adversarial_regimes": ["AT", "Full-AT"]},
     "data.label_budget": 0.1,
@@ -177,7 +178,7 @@ STRICT = {"worst_case.restarts": 5, "worst_case.steps": 100, "worst_case.targets
 
 
 def _searched(*, finetune: dict[str, Any], pretrain: dict[str, Any], floor: float) -> dict[str, Any]:
-    """The searches of `advml tune`: what all larger studies share, and ranges that depend on their optimiser."""
+    """Sections of `advml tune` for the larger studies, with search ranges that depend on the optimiser."""
     threat = {"adversarial_weight": {"log": [0.5, 8]}, "epsilon": {"float": ["4/255", "12/255"]}}
     return {
         "tune.finetune.clean_floor": floor,
@@ -249,10 +250,10 @@ FOLDER = LARGER | {
     ),
 }
 FOLDER_REMARKS = {
-    "data.path": "1. your images: photos/cats/1.jpg, or photos/{train,test}/cats/1.jpg",
-    "data.image_size": "2. side in pixels: images are resized and cropped; twice the side, four times the work",
+    "data.path": "1. folder of your images: photos/cats/1.jpg, or photos/{train,test}/cats/1.jpg",
+    "data.image_size": "2. side in pixels: images are resized and cropped; twice the side costs four times the work",
     "data.max_train": "3. for a first look: 1000 images, stratified; null: all",
-    "model.stem": "4. small: keeps the resolution, for images under about 64 pixels; here 15 times the arithmetic",
+    "model.stem": "4. small: keeps the resolution, for images under about 64 pixels; costs 15 times the arithmetic here",
     "threat_model.epsilon": f"5. {GREY_LEVELS}",
 }
 
@@ -286,16 +287,16 @@ PAPER_REMARKS = CIFAR_REMARKS | {
     "threat_model.epsilon": "of training; the paper attacks at 4/255, half of it: read accuracy/threat_model_*_half",
     "model.options": "timm starts the last batch norm of every block at zero; the paper's network does not",
     "attack.step_size": "fixed, whatever epsilon is",
-    "attack.random_start": "false: from the image, where the positive pair has no gradient yet",
-    "attack.batch_norm": "train: batch statistics are used, and moved, by every step of the attack",
-    "evaluate.step_size": "64 % of the radius of 4/255 per step: it overshoots, so figures flatter",
+    "attack.random_start": "false: from the image, where the gradient of the positive pair is zero",
+    "attack.batch_norm": "train: every step of the attack uses and updates batch statistics",
+    "evaluate.step_size": "64 % of the radius of 4/255 per step: overshoots, so accuracies are too high",
     "evaluate.restarts": "one run: no restart",
 }
 
 
 def _cifar(key: str, name: str) -> dict[str, Preset]:
     paper = f"{name} under the protocol of arXiv 2302.02502, for comparison with its figures.\n"
-    paper += "# What no parameter brings back: there, the heads of ST and AT learn on raw logits, and the last 16 test images are dropped."
+    paper += "# Not reproduced by any parameter: the paper trains the heads of ST and AT on raw logits, and drops the last 16 test images."
     return {
         "corrected": Preset(f"{name}, ResNet-18, L-infinity 8/255. Meant for a GPU.", CIFAR | {"data.name": key}, CIFAR_REMARKS),
         "paper": Preset(paper, PAPER | {"data.name": key}, PAPER_REMARKS),
@@ -305,30 +306,28 @@ def _cifar(key: str, name: str) -> dict[str, Preset]:
 # name -> protocol -> preset
 PRESETS: dict[str, dict[str, Preset]] = {
     "digits": {
-        "corrected": Preset("The study of scikit-learn's digits.", DIGITS),
-        "quick": Preset("The study of scikit-learn's digits in a third of its time.", QUICK_DIGITS, QUICK_REMARKS),
+        "corrected": Preset("Study on scikit-learn's digits.", DIGITS),
+        "quick": Preset("Study on scikit-learn's digits in a third of the time.", QUICK_DIGITS, QUICK_REMARKS),
     },
     "smoke": {"corrected": Preset("Every kind of stage on a few digits, in about a minute.", SMOKE, schema="../../params.schema.json")},
-    "semi_supervised": {"corrected": Preset("The digits with a tenth of the labels.", SEMI_SUPERVISED, schema="../../params.schema.json")},
+    "semi_supervised": {"corrected": Preset("Digits with a tenth of the labels.", SEMI_SUPERVISED, schema="../../params.schema.json")},
     "cifar10": _cifar("cifar10", "CIFAR-10"),
     "cifar100": _cifar("cifar100", "CIFAR-100"),
-    "folder": {
-        "corrected": Preset("Your own images. What to change first is numbered, 1 to 5; the rest can wait.", FOLDER, FOLDER_REMARKS)
-    },
+    "folder": {"corrected": Preset("Study on your own images. Start with the keys numbered 1 to 5.", FOLDER, FOLDER_REMARKS)},
 }
 PROTOCOLS = ("corrected", "paper", "quick")
 
 
 def preset(name: str, *, protocol: str = "corrected", overrides: Sequence[str] = (), full: bool = False) -> str:
-    """A params.yaml with comments.
+    """Text of a preset's params.yaml, with comments.
 
     Args:
         name: a key of PRESETS.
         protocol: "corrected"; for CIFAR also "paper", the settings of arXiv 2302.02502, flaws included; for digits also "quick".
         overrides: `key=value` strings, checked as on the command line and written into the text.
-        full: also the keys that keep their defaults.
+        full: write all keys, with their defaults.
     Raises:
-        UserError: unknown name or protocol, or a protocol that the preset does not have.
+        UserError: name or protocol are unknown, or the preset does not have this protocol.
     """
     for key, value, choices in (("preset", name, PRESETS), ("protocol", protocol, PROTOCOLS)):
         if value not in choices:

@@ -1,4 +1,4 @@
-"""Change values in a YAML text and leave all else of it, comments included, as it is; and show what has changed."""
+"""Change values in a YAML text, keeping comments and layout, and show the difference."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from advml.config.loading import apply, flatten, parts_of, validate
 
 
 def rewrite(text: str, values: dict[str, Any]) -> str:
-    """Put values behind the dotted keys of a YAML text.
+    """Set the values of dotted keys in a YAML text.
 
-    A mapping replaces all keys of a section. A key that the text does not have is added at the end of its section; whether there is
-    such a key is for the caller to check.
+    A mapping replaces all keys of a section. A key that is missing in the text is added at the end of its section; the caller checks
+    that the schema has it.
     """
     yaml, apart = _yaml(), re.findall(r"^\n(\w+):", text, re.MULTILINE)
     document, absent = yaml.load(text), {}
@@ -29,21 +29,21 @@ def rewrite(text: str, values: dict[str, Any]) -> str:
             absent[key] = value
     text = _text(yaml, document)
     for key, value in absent.items():
-        document = yaml.load(text)  # anew: the key before may have made the section of this one
+        document = yaml.load(text)  # again, because the previous key may have created the section of this one
         text = _text(yaml, document) if _put(document, key, value) else _with_line(text, key, value)
-    for section in apart:  # ruamel takes an empty line for a part of the line above, which may have gone
+    for section in apart:  # restore empty lines: ruamel attaches them to the line above, which may have been removed
         text = re.sub(rf"(?<!\n)\n(?={section}:)", "\n\n", text)
     return text
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A params.yaml with other values in it.
+    """A params.yaml with changed values.
 
     Attributes:
-        text: comments and all else as they were.
-        changes: the keys that get another value, with it.
-        difference: of the texts, for review; '' without changes.
+        text: the new text, with comments and layout kept.
+        changes: changed key -> new value.
+        difference: unified diff of the texts; '' without changes.
     """
 
     text: str
@@ -52,21 +52,21 @@ class Merged:
 
 
 def merge(params: Path, values: dict[str, Any]) -> Merged:
-    """params.yaml with the values of a proposal; nothing is written.
+    """Merge proposed values into params.yaml, without writing the file.
 
     Raises:
-        UserError: one of the keys is unknown, or the values do not go together.
+        UserError: a key is unknown, or the resulting configuration is not valid.
     """
     before = params.read_text(encoding="utf-8")
     given = flatten(apply(before, [], source=str(params)))
-    changes = {key: value for key, value in values.items() if given.get(key, given) != value}  # an absent key is like no value
+    changes = {key: value for key, value in values.items() if given.get(key, given) != value}  # `given` itself stands for a missing key
     after = rewrite(before, changes) if changes else before
     validate(apply(after, [], source=str(params)), source=f"{params} with the proposal")
     return Merged(after, changes, difference(before, after, str(params)))
 
 
 def difference(before: str, after: str, name: str) -> str:
-    """A unified diff with a line of context. difflib's own takes lines that are frequent in a long text, as `epochs: 2`, for noise."""
+    """Unified diff with one line of context; difflib.unified_diff would treat frequent lines, such as `epochs: 2`, as junk."""
     old, new = before.splitlines(), after.splitlines()
     lines = [f"--- {name}", f"+++ {name} (proposed)"]
     for group in difflib.SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(1):
@@ -94,7 +94,7 @@ def _text(yaml: YAML, document: Any) -> str:
 
 
 def _place(document: CommentedMap, key: str) -> tuple[CommentedMap, list[str]]:
-    """The innermost section that is there, and what remains of the key's parts."""
+    """Innermost section of a key that exists, and the remaining parts of the key."""
     *parents, leaf = parts_of(key)
     for done, name in enumerate(parents):
         if not isinstance(document.get(name), CommentedMap):
@@ -108,7 +108,7 @@ def _nested(parts: list[str], value: Any) -> Any:
 
 
 def _put(document: CommentedMap, key: str, value: Any) -> bool:
-    """Set a key that is there, or in a section on one line; False for one that needs a line of its own."""
+    """Set a key that exists, or whose section is on one line; returns False for a key that needs a new line."""
     section, rest = _place(document, key)
     if not (rest[0] in section or section.fa.flow_style() or not section):
         return False
@@ -117,9 +117,9 @@ def _put(document: CommentedMap, key: str, value: Any) -> bool:
 
 
 def _set(section: CommentedMap, key: str, value: Any) -> None:
-    if not section:  # {} stays in its line
+    if not section:  # {} stays on its line
         section.fa.set_flow_style()
-    if isinstance(section.get(key), CommentedMap) and isinstance(value, dict):  # filled in place: its style and the comments around it stay
+    if isinstance(section.get(key), CommentedMap) and isinstance(value, dict):  # in place, to keep its style and comments
         section[key].clear()
         section[key].update(value)
     else:
@@ -127,7 +127,7 @@ def _set(section: CommentedMap, key: str, value: Any) -> None:
 
 
 def _in_a_line(value: Any) -> Any:
-    """[0, 1] or {a: 1} behind its key, so that the key's comment stays behind it too."""
+    """Convert a list or mapping to YAML's flow style ([0, 1], {a: 1}), which keeps the key's comment on its line."""
     if not isinstance(value, (list, dict)):
         return value
     found = CommentedSeq(value) if isinstance(value, list) else CommentedMap({key: _in_a_line(inner) for key, inner in value.items()})
@@ -136,7 +136,7 @@ def _in_a_line(value: Any) -> Any:
 
 
 def _with_line(text: str, key: str, value: Any) -> str:
-    """The text with one more key at the end of its section, before the comments and blank lines that lead to the next one."""
+    """Add a key to the text at the end of its section, before comments and blank lines that belong to the next one."""
     section, rest = _place(_yaml().load(text), key)
     column, first = section.lc.col, min(line for line, *_ in section.lc.data.values())
     lines = text.splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Where MLflow's history is kept, and how its client is set: what params.yaml, the environment or the defaults say."""
+"""Location of MLflow's store, from params.yaml, the environment or the default, and settings of its client."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from advml.config.schema import Tracking
 from advml.core.passwords import remember
 
 DEFAULT_URI = "sqlite:///mlflow.db"
-# A dead server must cost seconds: MLflow's own settings make it 120 s per attempt and 7 retries.
-# The user's own settings win. The last four keep MLflow off stdout, stderr and the internet.
+# Environment variables for MLflow, unless the user has set them. The first ones make a dead server cost seconds (MLflow's defaults are
+# 120 s per attempt and 7 retries); the last four keep MLflow off stdout, stderr and the internet.
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -28,14 +28,14 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where the history of the study in `root` is kept."""
+    """MLflow store of the study in `root`."""
 
     uri: str
     experiment: str
     root: Path
     database: Path | None = None  # SQLite only
     artifacts: Path | None = None  # None: a server decides
-    refused: str | None = None  # why MLflow writes nothing there, and what to do
+    refused: str | None = None  # why MLflow cannot use this store, with the remedy
 
     @property
     def is_server(self) -> bool:
@@ -43,9 +43,9 @@ class Place:
 
 
 def locate(tracking: Tracking, *, root: Path) -> Place:
-    """The store that params.yaml, the environment or the default names; relative paths start at the root, in a DVC stage at DVC_ROOT."""
+    """Store named by params.yaml, the environment or the default; relative paths start at the root, in a DVC stage at DVC_ROOT."""
     root = Path(root).resolve()
-    base = Path(os.environ.get("DVC_ROOT") or root).resolve()  # a queue worker's own folder is temporary
+    base = Path(os.environ.get("DVC_ROOT") or root).resolve()  # because a queue worker runs in a temporary folder
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     remember(uri)
     experiment = tracking.experiment
@@ -59,12 +59,12 @@ def locate(tracking: Tracking, *, root: Path) -> Place:
 
 
 def sqlite_uri(database: Path) -> str:
-    """The address of a database file; SQLAlchemy unquotes the path and takes what follows a question mark for options."""
+    """SQLAlchemy address of a database file, with the path quoted (SQLAlchemy unquotes it, and reads options after a question mark)."""
     return "sqlite:///" + database.as_posix().replace("%", "%25").replace("?", "%3F")
 
 
 def _refused(uri: str, setting: str, remedy: str) -> str | None:
-    """Folders of files, as MLflow kept its runs in before it had databases: it reads and writes none by now."""
+    """Error for an address that is a folder: current MLflow no longer supports its old file store; None for other addresses."""
     scheme, colon, path = uri.partition(":")
     is_folder = scheme == "file" if colon else not uri.startswith(("databricks", "uc"))
     if not is_folder or os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
@@ -75,7 +75,7 @@ def _refused(uri: str, setting: str, remedy: str) -> str | None:
 
 
 def prepare() -> None:
-    """Set MLflow's environment; best before mlflow is imported, which reads some of it only then."""
+    """Set MLflow's environment variables; call before mlflow is imported, which reads some of them only then."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())

@@ -1,4 +1,4 @@
-"""The kinds of values in params.yaml, each with its range or form, and what all its sections have in common."""
+"""Types of values in params.yaml, each with its range or form, and the base class of its sections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _no_switch(value: Any) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """`8/255` and `'1e-3'` are strings in YAML; anything that is no number is left to pydantic."""
+    """Convert text such as `8/255` or `1e-3` to a number; other values are returned unchanged, for pydantic to check."""
     if not isinstance(value, str):
         return value
     for read in (float, Fraction):
@@ -35,38 +35,38 @@ def _rising(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Twice the same name would be twice the same stage, written to the same place."""
+    """Refuse repeated names, which would be stages that write the same files."""
     if len(set(values)) < len(values):
         raise PydanticCustomError("distinct", "must not name anything twice")
     return values
 
 
-LARGEST = 1e30  # of the numbers that have no range of their own: options of a backbone, ends and choices of a search
+LARGEST = 1e30  # bound on numbers without a range of their own: options of a backbone, ends and choices of a search
 
 
 def plain_value(value: Any) -> Any:
-    """A number, a text or a list of a search or of timm: finite, and in one line."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= LARGEST:  # true of nan, too
+    """Check a value of a search space or a timm option: finite numbers, texts of one line, and lists of these."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) <= LARGEST:  # also true for nan
         raise PydanticCustomError("plain", "must hold finite numbers of at most 1e30")
     if isinstance(value, str) and (len(value) > 1000 or not value.isprintable()):
-        raise PydanticCustomError("plain", "must hold texts without control characters, of at most 1000")
+        raise PydanticCustomError("plain", "must hold texts of at most 1000 characters, without control characters")
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
         plain_value(inner)
     return value
 
 
 def checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a library; their names and kinds of values are checked here, the rest by the library."""
+    """Check keyword arguments for a library: their names, and the types of their values; the library checks the rest."""
     if unfit := next((key for key in options if not key.isidentifier()), None):
-        raise PydanticCustomError("option", "must name options, and {key} is no name", {"key": repr(unfit)})
+        raise PydanticCustomError("option", "must have names of options as keys, and {key} is none", {"key": repr(unfit)})
     return plain_value(options)
 
 
-# Every number has a range, every text a form, every list a length: values beyond them are mistakes.
+# Types with bounds: every number has a range, every text a form, every list a greatest length.
 Number = Annotated[float, BeforeValidator(as_number), BeforeValidator(_no_switch), Field(allow_inf_nan=False)]
 Epsilon = Annotated[Number, Field(ge=1e-6, le=1e4)]  # float32 resolves 6e-8 near 1; the L2 diameter of 3 x 4096 x 4096 pixels is 7,094
 StepSize = Annotated[Number, Field(ge=1e-12, le=1e4)]
-Strength = Annotated[Number, Field(ge=0, le=100)]  # of a change of brightness, contrast or saturation
+Strength = Annotated[Number, Field(ge=0, le=100)]  # strength of a change of brightness, contrast or saturation
 Share = Annotated[Number, Field(ge=0, le=1)]
 PositiveShare = Annotated[Number, Field(ge=1e-4, le=1)]
 Zoom = Annotated[tuple[Annotated[Number, Field(ge=0.01, le=100)], Annotated[Number, Field(ge=0.01, le=100)]], AfterValidator(_rising)]
@@ -94,12 +94,12 @@ Options = Annotated[dict[str, Any], Field(max_length=100), AfterValidator(checke
 
 
 def means(explanation: str, default: Any = ..., **more: Any) -> Any:
-    """A key, what it means, and its neutral value if it has one."""
+    """Define a key with its explanation, and its neutral default if it has one."""
     return Field(default, description=explanation, **more)
 
 
 class Section(BaseModel):
-    """A section of params.yaml. Unknown keys are errors; values cannot change after loading."""
+    """Base class of the sections of params.yaml. Unknown keys are errors; values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # built on first use: `--help` needs no schema
 
@@ -128,12 +128,12 @@ MeasureName = Literal["cka", "cka-pooled", "cka-rbf", "procrustes", "shape", "rs
 
 
 def _one_or_many(value: Any) -> Any:
-    """`layers: blocks` and `layers: "*.act2"` name one thing; inside, there is always a list."""
+    """Convert a single word, as in `layers: blocks`, to a list."""
     return (value,) if isinstance(value, str) else value
 
 
 def _all_or_none(value: Any) -> Any:
-    """`names: all` and `names: none` stand for lists, and so does a single name."""
+    """Convert `all`, `none` or a single name to a list of corruptions."""
     known = get_args(CorruptionName)
     value = {"all": known, "none": ()}.get(value, (value,)) if isinstance(value, str) else value
     if isinstance(value, (list, tuple)) and any(name not in known for name in value):
@@ -151,7 +151,7 @@ SPACE_KINDS = ("float", "log", "int", "choice")
 
 
 def _dimension(value: Any) -> dict[str, list[Any]]:
-    """`{log: [1e-4, 1e-1]}`, `{float: [0, 1]}`, `{int: [5, 20]}` or `{choice: [two-term, trades]}`; numbers as everywhere."""
+    """Check a range of a search: `{log: [1e-4, 1e-1]}`, `{float: [0, 1]}`, `{int: [5, 20]}` or `{choice: [two-term, trades]}`."""
     if not isinstance(value, dict) or len(value) != 1 or not {*value} <= {*SPACE_KINDS}:
         raise PydanticCustomError(
             "dimension", "must be one of {{float: [low, high]}}, {{log: [low, high]}}, {{int: [low, high]}}, {{choice: [...]}}"
@@ -164,7 +164,7 @@ def _dimension(value: Any) -> dict[str, list[Any]]:
         if any(isinstance(end, (list, dict)) for end in chosen) or len({repr(end) for end in chosen}) < len(chosen):
             raise PydanticCustomError("dimension", "must list plain values, each once")
         if len(chosen) > 1000:
-            raise PydanticCustomError("dimension", "must hold at most 1000")
+            raise PydanticCustomError("dimension", "must hold at most 1000 values")
         for end in chosen:
             plain_value(end)
         return {kind: chosen}
@@ -176,14 +176,14 @@ def _dimension(value: Any) -> dict[str, list[Any]]:
     if numbers[0] >= numbers[1]:
         raise PydanticCustomError("dimension", "must run from low to high")
     if kind == "log" and numbers[0] <= 0:
-        raise PydanticCustomError("dimension", "must lie above 0 to be searched in logarithms")
+        raise PydanticCustomError("dimension", "must be above 0 for a logarithmic search")
     if kind == "int" and not all(float(end).is_integer() for end in numbers):
         raise PydanticCustomError("dimension", "must hold whole numbers")
     return {kind: [int(end) if kind == "int" else float(end) for end in numbers]}
 
 
 def _as_plain(value: Any) -> Any:
-    """Choices may be words or numbers: of text, only what is meant as a number becomes one."""
+    """Convert a choice of a search: text that reads as a number becomes one, other text stays."""
     number = as_number(value)
     return number if isinstance(value, str) and isinstance(number, float) else value
 

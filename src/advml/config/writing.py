@@ -1,13 +1,11 @@
-"""A params.yaml from values: order and comments are the schema's.
+"""Write values as a params.yaml, with the order and comments of the schema, and write the JSON schema for editors.
 
-    >>> print(write({"seeds": [0], "threat_model": {"norm": "linf", "epsilon": "8/255"}}))
-    seeds: [0]                      # one model per scheme, regime and seed
-    <BLANKLINE>
-    threat_model:                   # the ball that bounds every perturbation
-      norm: linf                    # linf, l2
-      epsilon: 8/255                # images live in [0, 1]
-
-And the JSON schema by which editors explain and complete the keys.
+>>> print(write({"seeds": [0], "threat_model": {"norm": "linf", "epsilon": "8/255"}}))
+seeds: [0]                      # one model per scheme, regime and seed
+<BLANKLINE>
+threat_model:                   # the ball that bounds every perturbation
+  norm: linf                    # linf, l2
+  epsilon: 8/255                # images live in [0, 1]
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ WIDTH = 140
 
 
 def write(raw: Mapping[str, Any], remarks: Mapping[str, str] | None = None, *, full: bool = False) -> str:
-    """The text of a params.yaml.
+    """Text of a params.yaml.
 
     Args:
-        raw: a valid mapping as YAML gives it, or part of one; `8/255` may be text.
-        remarks: comments by dotted key, in place of the schema's.
-        full: also the keys that keep their defaults; else those of `raw` alone.
+        raw: a valid configuration, or part of one, as parsed from YAML; fractions may be text ("8/255").
+        remarks: comments by dotted key, which replace those of the schema.
+        full: write all keys, with their defaults; else only those of `raw`.
     """
     return "\n".join(_Writer(remarks or {}, full).section(Config, raw)).lstrip("\n") + "\n"
 
@@ -44,7 +42,7 @@ class _Writer:
     explained: set[type] = field(default_factory=set)
 
     def section(self, model: type[Section], values: Mapping[str, Any], path: str = "") -> Iterator[str]:
-        """The lines inside of a section. Keys that several sections share are explained in the first one of them."""
+        """Lines of a section's keys. Of several sections of one kind, only the first has comments."""
         explained, indent = model in self.explained, "  " * path.count(".")
         self.explained.add(model)
         for name, about in model.model_fields.items():
@@ -65,7 +63,7 @@ class _Writer:
                 yield _line(f"{indent}{name}: {_flow(value)}", comment)
 
     def entry(self, model: type[Section], key: str, values: Mapping[str, Any], comment: str) -> Iterator[str]:
-        """A section inside of another one has a line, where it fits; others have a line for each key."""
+        """Lines of a section with its name: one line for a nested section that is short enough, else one per key."""
         path, _, name = key.rpartition(".")
         code = f"{'  ' * key.count('.')}{name}:"
         line = f"{code} {_flow({one: values[one] for one in model.model_fields if one in values})}"
@@ -77,7 +75,7 @@ class _Writer:
 
 
 def _kinds(annotation: Any) -> tuple[type[Section] | None, type[Section] | None]:
-    """The class of a section; of a section of named sections, such as `pretrain`, that of each of them."""
+    """(class of a section, None); or (None, class of each entry) for a section of named sections, such as `pretrain`."""
     inner = get_args(annotation)[-1] if get_origin(annotation) is dict else annotation
     found = inner if isinstance(inner, type) and issubclass(inner, Section) else None
     return (None, found) if get_origin(annotation) is dict else (found, None)
@@ -88,7 +86,7 @@ def _line(code: str, comment: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value in one line of YAML."""
+    """YAML of a value in one line."""
     return to_yaml({"": value}, flow=True).strip().partition(": ")[2][:-1]
 
 
@@ -100,7 +98,7 @@ ONE_WORD = (("Similarity", "layers"), ("Corruptions", "names"))  # lists that ma
 
 
 def editor_schema() -> str:
-    """The JSON schema of params.yaml, a definition a line. What a file may write counts: fractions, words in place of lists."""
+    """JSON schema of params.yaml, one definition per line. It accepts all notations of the file: fractions, a word instead of a list."""
     schema = _for_editors(Config.model_json_schema())
     for section, key in ONE_WORD:
         found = schema["$defs"][section]["properties"][key]
@@ -115,7 +113,7 @@ def editor_schema() -> str:
 
 
 def _for_editors(schema: Any) -> Any:
-    """In the words of JSON schema alone; named sections listed, so that an editor proposes them; numbers also as fractions."""
+    """Convert pydantic's schema to plain JSON schema: lists the names of sections, for completion, and accepts fractions as numbers."""
     if isinstance(schema, list):
         return [_for_editors(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -126,8 +124,8 @@ def _for_editors(schema: Any) -> Any:
         found |= {"properties": dict.fromkeys(names, found["additionalProperties"]), "additionalProperties": False}
     for key in ("title", "form", "max_length"):
         found.pop(key, None)
-    if isinstance(found.get("type"), str):  # a schema, and no section with a key called `type`
-        if r"\p" in found.get("pattern", ""):  # not every editor's regular expressions know Unicode's classes
+    if isinstance(found.get("type"), str):  # a schema, not a section that has a key called `type`
+        if r"\p" in found.get("pattern", ""):  # some editors' regular expressions lack Unicode classes
             del found["pattern"]
         if found["type"] == "number":
             said = {key: found.pop(key) for key in ("description", "default") if key in found}

@@ -1,1 +1,1 @@
-"""Files, paths, devices, progress and messages, which all other packages use."""
+"""Basic parts used by all other packages: files, paths, devices, progress, messages."""

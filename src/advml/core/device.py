@@ -1,4 +1,4 @@
-"""The machine and its randomness: device, threads, precision, seeds."""
+"""Device, threads, precision and random seeds of computations."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from advml.core import memory, ranks
 from advml.core.errors import UserError
 from advml.core.messages import tell
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> type in which autocast computes convolutions and products
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of convolutions and products under autocast
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how precisely to compute.
+    """Device and precision of computations.
 
     Attributes:
-        precision: fp32, tf32, bf16 or fp16; images, and so ball and box, and objectives are in float32 under all of them.
-        compile: whether a training compiles its encoder.
-        micro_batch: images of a training that pass the encoder at once; None: the whole batch.
+        precision: fp32, tf32, bf16 or fp16; images (hence ball and box) and objectives stay in float32 under all of them.
+        compile: whether training compiles the encoder.
+        micro_batch: images per pass of the encoder in training; None: the whole batch.
     """
 
     device: torch.device
@@ -36,22 +36,22 @@ class Machine:
     micro_batch: int | None = None
 
     def autocast(self, *, training: bool = False) -> AbstractContextManager[object]:
-        """Autocast under `precision: bf16`, and in training under `fp16`: gradients of an attack that are scaled by nobody would vanish."""
+        """Context of autocast: for `bf16`, and in training for `fp16` (elsewhere, unscaled fp16 gradients of an attack would underflow)."""
         half = HALVES.get(self.precision) if training or self.precision != "fp16" else None
         return torch.autocast(self.device.type, dtype=half) if half else nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss of a training under `fp16`; does nothing under the other precisions."""
+        """Scaler of the training loss under `fp16`; disabled under other precisions."""
         scales = self.precision == "fp16"
         return torch.amp.GradScaler(self.device.type if scales else "cpu", enabled=scales)
 
     def images(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W), or float in [0, 1] -> float in [0, 1] on the device; channels last, which convolutions prefer."""
+        """Convert images (N, C, H, W), uint8 or float in [0, 1], to float in [0, 1] on the device, channels last (fast convolutions)."""
         images = images.to(self.device, non_blocking=True)
         return (images.float() if images.is_floating_point() else images.float() / 255).to(memory_format=torch.channels_last)
 
     def free_memory(self) -> int:
-        """Bytes that the device, or on a CPU this process, can still take."""
+        """Free bytes of the device; on a CPU, bytes that this process can still allocate."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         if self.device.type == "mps":
@@ -60,22 +60,22 @@ class Machine:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the device, or the host, has no memory left."""
+    """Whether an error means that device or host are out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("out of memory", "DefaultCPUAllocator"))
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device that `runtime.device` names; `auto` prefers a GPU, NVIDIA's or AMD's to Apple's."""
+    """Device that `runtime.device` names; `auto` takes an NVIDIA or AMD GPU, else Apple's, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device(name)
 
 
 def machine(runtime: config.Runtime) -> Machine:
-    """Set up this process as params.yaml says: threads, kernels, device.
+    """Apply the `runtime` section to this process (threads, kernels), and return its `Machine`.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist on this machine.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -84,7 +84,7 @@ def machine(runtime: config.Runtime) -> Machine:
     try:
         device = chosen_device(runtime.device)
         if device.type == "cuda" and runtime.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the device is first used
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before the device is first used
             torch.use_deterministic_algorithms(True, warn_only=True)
         device = ranks.join(device)
         torch.empty(1, device=device)
@@ -93,17 +93,17 @@ def machine(runtime: config.Runtime) -> Machine:
         raise UserError(
             f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
         ) from None
-    # The passes of parts are not the same ones in every process, and batch norms would wait for each other
+    # With micro-batches the number of passes differs between processes, so that synchronised batch norms would deadlock
     parts = {f"runtime.micro_batch = {runtime.micro_batch}": runtime.micro_batch is not None}
     ranks.need_one_process({"runtime.compile = true": runtime.compile} | parts)
     if device.type == "cuda" and ranks.count() == 1 and (seen := torch.cuda.device_count()) > 1:
-        tell(f"note: {seen} GPUs are visible and one is used; to train a model on all: torchrun --nproc-per-node {seen} -m advml train ...")
+        tell(f"note: {seen} GPUs are visible, one is used; to train a model on all: torchrun --nproc-per-node {seen} -m advml train ...")
     return Machine(device, runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
 
 
 @contextlib.contextmanager
 def deterministic_kernels() -> Iterator[None]:
-    """Within: cuDNN takes the same kernels for the same shapes. After: its settings are as they were."""
+    """Context manager: cuDNN uses deterministic kernels; restores its settings afterwards."""
     settings = torch.backends.cudnn
     before = settings.deterministic, settings.benchmark
     settings.deterministic, settings.benchmark = True, False
@@ -114,20 +114,20 @@ def deterministic_kernels() -> Iterator[None]:
 
 
 def derived_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on every part, so that no two purposes share random numbers."""
+    """63-bit seed that depends on every part, so that no two purposes share random numbers."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def generator_for(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on the device, seeded by `derived_seed`; kinds of devices draw different numbers from one seed."""
+    """Generator on the device, seeded by `derived_seed`; CPU and GPU draw different numbers from one seed."""
     return torch.Generator(device).manual_seed(derived_seed(*parts))
 
 
 @contextlib.contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: models that draw from the global RNG, on the CPU or on `device`, draw from `seed`. After: the RNG is as it was.
+    """Context manager: seed the global RNGs of the CPU and of `device`, for models that draw from them; restore them afterwards.
 
-    Other devices are neither seeded nor saved: `torch.manual_seed` would reseed all of them.
+    Other devices are neither seeded nor saved, whereas `torch.manual_seed` would reseed all of them.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _own_randomness_of_mps(seed) if device.type == "mps" else nullcontext():
@@ -140,7 +140,7 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_randomness_of_mps(seed: int) -> Iterator[None]:
-    """For Apple's GPU, of which there is one; `fork_rng` does not know it."""
+    """Variant of `own_randomness` for Apple's GPU, which `fork_rng` does not support."""
     state = torch.mps.get_rng_state()
     torch.mps.manual_seed(seed)
     try:

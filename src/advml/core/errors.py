@@ -1,11 +1,11 @@
-"""The two kinds of foreseeable errors; `cli` prints either as one line, without a traceback."""
+"""The two kinds of foreseeable errors, which `cli` prints as one line, without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """The user can mend this: a wrong key, value, path or combination. Exit code 2."""
+    """A mistake that the user can fix: a wrong key, value, path or combination. Exit code 2."""
 
 
 class Failure(Exception):
-    """The work broke although the request was fine: NaN loss, full disk, corrupt file. Exit code 1."""
+    """A failure of a valid request: NaN loss, full disk, corrupt file. Exit code 1."""

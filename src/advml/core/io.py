@@ -1,4 +1,4 @@
-"""Files: atomic writes, sha256, and JSON, YAML and CSV, with one line for a file that is damaged."""
+"""Files: atomic writes, sha256, and JSON, YAML and CSV, with error messages of one line for damaged files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from advml.core.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a kill sees the old content or the new one, never half.
+    """Write a file atomically: a reader, or a kill, sees the old content or the new one, never a part.
 
-    A link in place of the file is replaced, and its target left alone: links to files are DVC's, into its cache (`cache.type
-    symlink`), whose files must never change. Links to folders, above the file or given to `replace_folder`, are the user's and stay.
+    If the path is a symbolic link, the link is replaced and its target unchanged: links to files are made by DVC, into its cache
+    (`cache.type symlink`), whose files must never change. Links to folders, above the file or given to `replace_folder`, are made by
+    users, and are followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -34,12 +35,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder beside `folder`, then put it in its place: a kill leaves the old folder, none or the new one, never half of one.
+    """Context manager: yields a temporary folder to fill, which then replaces `folder`; a kill leaves the old one, none, or the new one.
 
-    Where `folder` is a link, to a larger disk for instance, all this happens to its target, on the target's file system; the link stays.
+    If `folder` is a link, for instance to a larger disk, its target is replaced, on the target's file system, and the link stays.
 
     Raises:
-        UserError: the folder is the root of a file system, which no other one can take the place of.
+        UserError: the folder is a mount point, which cannot be replaced.
     """
     given, folder = folder, Path(os.path.realpath(folder))
     if os.path.ismount(folder):
@@ -52,7 +53,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         discard(old)
         if folder.is_dir():
-            os.replace(folder, old)  # aside: deleting file by file would leave half of it for a moment
+            os.replace(folder, old)  # moved, because deleting file by file would leave a partial folder for a moment
         os.replace(temporary, folder)
     finally:
         discard(temporary)
@@ -60,30 +61,30 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder; a missing one is fine, and of a link only the link goes."""
+    """Delete a folder if it exists; of a link, only the link."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def sha256(*contents: Path | bytes) -> str:
-    """sha256 (hex) of a file or of bytes; of several, over the digests of each."""
+    """sha256 (hex) of a file or of bytes; of several contents, the sha256 of their digests."""
     each = [hashlib.sha256(one if isinstance(one, bytes) else one.read_bytes()).hexdigest() for one in contents]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def modified(path: Path) -> int:
-    """When a file was written, in ms since 1970."""
+    """Modification time of a file, in ms since 1970."""
     return int(1000 * path.stat().st_mtime)
 
 
 def to_json(content: Any, *, indent: int = 2) -> bytes:
-    """A result as the text of its file. JSON has no NaN and no infinity: what could not be measured is null."""
+    """Encode a result as JSON; NaN and infinity, which JSON lacks, become null."""
     return (json.dumps(without_nan(content), indent=indent, allow_nan=False) + "\n").encode()
 
 
 def without_nan(value: Any) -> Any:
-    """Plain containers; numbers that are not finite become None."""
+    """Copy as plain containers in which numbers that are not finite are None."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -92,19 +93,19 @@ def without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type = dict) -> Any:
-    """The content of a JSON or YAML file, by its suffix.
+    """Content of a JSON or YAML file, by its suffix.
 
     Args:
-        needs: keys that it must have.
-        remedy: what to do about a file that is missing or damaged.
-        kind: dict, or list.
+        needs: required keys.
+        remedy: how to restore a missing or damaged file, for the error.
+        kind: required type of the content: dict or list.
     Raises:
-        UserError: the file cannot be read, or its content is another than that.
+        UserError: the file cannot be read, is of another type, or lacks a key.
     """
     try:
         content = (_parse_yaml if path.suffix == ".yaml" else json.loads)(path.read_text(encoding="utf-8"))
         if not isinstance(content, kind):
-            raise ValueError(f"it holds no {kind.__name__}")
+            raise ValueError(f"it contains no {kind.__name__}")
         if missing := [key for key in needs if key not in content]:
             raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError, RecursionError) as error:
@@ -114,7 +115,7 @@ def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type 
 
 
 def to_yaml(content: Any, *, flow: bool | None = None) -> str:
-    """A value as YAML, in its own order; `flow`: in one line (True), in a line per value (False), innermost lists in one line (None)."""
+    """Encode a value as YAML, keeping its order; `flow`: one line (True), a line per value (False), innermost lists in one line (None)."""
     from ruamel.yaml import YAML
 
     yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
@@ -134,7 +135,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as the text of a CSV file, a column per key; a key that a row lacks is an empty cell."""
+    """Encode rows as CSV with one column per key; a key missing in a row gives an empty cell."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -143,7 +144,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file, numbers as numbers, without empty cells."""
+    """Rows of a CSV file, with numbers converted and empty cells left out."""
 
     def value(text: str) -> Any:
         try:

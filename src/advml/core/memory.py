@@ -1,6 +1,6 @@
-"""Memory: what is left on this machine or in this container, and whether data are kept in it or in a file.
+"""Available memory of this machine or container, and the choice between keeping data in memory or in a file.
 
-Linux grants more memory than there is and kills a process that uses it; an error has to come before.
+Linux grants more memory than there is, and kills a process that uses it; so sizes are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from advml.core.errors import UserError
 from advml.core.messages import tell
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-SHARE = 0.5  # of the available memory, up to which data are kept there
-# Version of control groups -> limit, use, and the lines of memory.stat that count cached files, which give way.
+SHARE = 0.5  # largest share of the available memory that data may take; larger data are kept in a file
+# Version of control groups -> file of the limit, file of the use, and lines of memory.stat that count cached files (Linux can drop these).
 FILES = {
     2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -24,19 +24,19 @@ FILES = {
 
 
 def available() -> int:
-    """Bytes that this process can take without swapping: of the machine, and of every control group (container) around it."""
+    """Bytes that this process can allocate without swapping: the least that the machine and every enclosing control group have left."""
     return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def has_room(need: int, *, what: str, folder: Path, remedy: str) -> bool:
-    """Whether `need` bytes are kept in memory: those that take at most SHARE of it. If not, a line says so.
+    """Whether `need` bytes fit into SHARE of the available memory; if not, print a note that they are kept in a file.
 
     Args:
-        what: the start of the line, e.g. "60000 images of 3x32x32".
-        folder: where a file would be, and later a second one.
-        remedy: what makes the need smaller.
+        what: the data, as the note's first words, e.g. "60000 images of 3x32x32".
+        folder: the folder of that file, and later of a second one.
+        remedy: how to need less, for the error.
     Raises:
-        UserError: there is no room for a file either.
+        UserError: the disk has no room for the two files either.
     """
     left = available()
     if need <= SHARE * left:
@@ -44,7 +44,7 @@ def has_room(need: int, *, what: str, folder: Path, remedy: str) -> bool:
     line, disk = f"{what} need {_size(need)}, and {_size(left)} of memory are available here", shutil.disk_usage(folder).free
     if 2 * need > disk:
         raise UserError(f"{line}; in files they need {_size(2 * need)}, and the disk of {folder} has {_size(disk)}; {remedy}")
-    tell(f"note: {line}; they are kept in a file, and read from there as they are needed")
+    tell(f"note: {line}; they are kept in a file and read from it as needed")
     return False
 
 
@@ -60,7 +60,7 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def _groups() -> Iterator[tuple[int, Path]]:
-    """The control groups of this process, with those around them. In a container its own one is the root."""
+    """Version and folder of the control groups of this process and of all that enclose them; in a container, its own is the root."""
     try:
         lines = OWN.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux

@@ -1,4 +1,4 @@
-"""Paths of a study's files, and names of its models, which are the same in paths, stages, MLflow runs and tables."""
+"""Paths of a study's files, and names of its models, as used in paths, stages, MLflow runs and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advml.recipes import PhaseName, RegimeName, SchemeName
 
 
 def pretraining_name(scheme: str, phase: str, seed: int) -> str:
-    """`CL-at-s0`: the contrastive scheme, adversarially pretrained, seed 0."""
+    """Name of a pretraining, e.g. `CL-at-s0`: scheme CL, adversarial, seed 0."""
     return f"{scheme}-{phase}-s{seed}"
 
 
@@ -24,8 +24,9 @@ def model_name(scheme: str, regime: str, seed: int) -> str:
 
 
 def canonical(model: str) -> str:
-    """`cl-full-at` -> `CL-Full-AT-s0`: a study's model in any case, of seed 0 where none is named; anything else, also the name of a
-    pretraining (`CL-at-s0`), stays as it is.
+    """Complete the name of a study's model, written in any case: `cl-full-at` -> `CL-Full-AT-s0` (the default seed is 0).
+
+    Other text, such as the name of a pretraining (`CL-at-s0`), is returned unchanged.
     """
     regimes = "|".join(sorted(get_args(RegimeName), key=len, reverse=True))
     parts = re.fullmatch(rf"({'|'.join(get_args(SchemeName))})-({regimes})(?:-s(\d+))?", model, flags=re.IGNORECASE)
@@ -37,19 +38,19 @@ def canonical(model: str) -> str:
 
 
 def checked_name(name: str, *, option: str = "--name") -> str:
-    """The name, which is to be part of a path and so must not lead out of its folder.
+    """Check a name that becomes part of a path, and return it.
 
     Raises:
-        UserError: it is not made of letters, digits, `_`, `.` and `-`, the first one a letter or digit.
+        UserError: the name has characters other than letters, digits, `_`, `.` and `-`, or does not begin with a letter or digit.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
-        raise UserError(f"{option} {name!r} is no name; use letters, digits, '_', '.' and '-', beginning with a letter or digit")
+        raise UserError(f"{option} {name!r} is not valid; use letters, digits, '_', '.' and '-', beginning with a letter or digit")
     return name
 
 
-# In reports/, beside a folder per model: files of `report`, folders of other commands.
+# Names in reports/, beside a folder per model: files of `report`, folders of other commands.
 REPORT_FILES = ("summary.md", "summary.csv", "summary.png", "claims.json", "report.html")
-DVC_FILES = ("results.json", "training.csv", "cka.png")  # of `report`, too: what `dvc metrics` and `dvc plots` show
+DVC_FILES = ("results.json", "training.csv", "cka.png")  # written by `report` for `dvc metrics` and `dvc plots`
 TRANSFER_FILES = ("transfer.json", "transfer.csv", "transfer.png")  # in reports/transfer/
 SEARCH_FILES = ("best.yaml", "trials.csv")  # in reports/tune/NAME/
 FOLDERS = ("compare", "transfer", "tune")
@@ -59,8 +60,10 @@ OF_THE_STUDY = re.compile(rf"({'|'.join(get_args(SchemeName))})-({'|'.join((*get
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a model from elsewhere may not have this name: it is one of the study's models and pretrainings, or something else has it in
-    `reports/`; in lower case, as some disks see no difference."""
+    """Whether a name is reserved, so that an external model must not use it: for models and pretrainings of the study, or in `reports/`.
+
+    Compared in lower case, because some file systems ignore case.
+    """
     return (
         bool(OF_THE_STUDY.fullmatch(name)) or name.lower() in (*REPORT_FILES, *DVC_FILES, *FOLDERS) or name.lower().startswith("compare-")
     )
@@ -68,7 +71,7 @@ def is_reserved(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder tree of one study; `root` holds params.yaml and dvc.yaml."""
+    """Folders of one study; params.yaml and dvc.yaml are in `root`."""
 
     root: Path = Path()
 
@@ -82,7 +85,7 @@ class Workspace:
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """Folders that the stages write, none of which is a place for a user's images."""
+        """Folders that the stages write, where users must not put images."""
         return (*(self.root / name for name in ("models", "reports", "records", ".scratch", "data/adversarial")), self.prepared)
 
     @property
@@ -109,44 +112,46 @@ class Workspace:
         return self.reports / name
 
     def adversarial(self, name: str) -> Path:
-        """The adversarial test images of a model."""
+        """File of a model's adversarial test images."""
         return self.root / "data" / "adversarial" / f"{name}.safetensors"
 
     def samples(self, name: str) -> Path:
-        """The outcome of an evaluation for every test image."""
+        """File of an evaluation's results per test image."""
         return self.report(name) / "samples.parquet"
 
     def record(self, stage: str, name: str) -> Path:
-        """How a stage made its figures: settings, counts, seeds. The report depends on this folder."""
+        """File that records how a stage measured its figures: settings, counts, seeds. The report depends on its folder."""
         return self.root / "records" / stage / f"{name}.json"
 
     def older_evaluations(self, name: str) -> tuple[Path, ...]:
-        """Where older versions kept the record of a model from elsewhere, the newest last."""
+        """Files in which older versions kept the evaluation record of an external model, newest version last."""
         return self.report(name) / "evaluation.json", self.record("given", name)
 
     def evaluations_of_given(self) -> dict[str, Path]:
-        """The records of `evaluate` of models that are not of the study, by name; of an older version where there is no newer one."""
+        """Evaluation records of models outside of the study, by name; of older versions only if there is no newer one."""
         older = {path.parent.name: path for path in sorted(self.reports.glob("*/evaluation.json"))}
         older |= {path.stem: path for path in sorted(self.record("given", "").parent.glob("*.json"))}
         found = {path.stem: path for path in sorted(self.record("evaluate", "").parent.glob("*.json"))}
-        trained = {name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()}  # the latter: of an earlier regime
+        trained = {
+            name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()
+        }  # the second: models of regimes that were removed
         return older | {name: path for name, path in found.items() if name not in trained}
 
     @property
     def verified(self) -> Path:
-        """Which files of `prepared` have been found to have their digest."""
+        """File that lists the files of `prepared` whose digests were verified."""
         return self.scratch("prepare") / "verified.json"
 
     def scratch(self, stage: str) -> Path:
-        """State of an unfinished stage, outside of DVC; `stage` is e.g. `pretrain-CL-at-s0`."""
+        """Folder for the state of an unfinished stage, e.g. `pretrain-CL-at-s0`, which DVC does not track."""
         return self.root / ".scratch" / stage
 
 
 def find_model(workspace: Workspace, model: str) -> Path:
-    """The folder of a model that advml has trained or imported, by name (CL-Full-AT-s0) or by folder; pretrained encoders count too.
+    """Folder of a model (or pretrained encoder) that advml has trained or imported, given by name (CL-Full-AT-s0) or by folder.
 
     Raises:
-        UserError: naming the models that exist.
+        UserError: there is no such model; lists those that exist.
     """
     for folder in (
         Path(model),
@@ -162,12 +167,12 @@ def find_model(workspace: Workspace, model: str) -> Path:
     meant = f"did you mean {near[0]}? " if near else ""
     choices = f"{meant}choose from {', '.join(names)}" if names else "train one with: advml train CL Full-AT"
     elsewhere = model in workspace.evaluations_of_given()
-    only = " that advml has trained or imported (name a model from elsewhere as `advml evaluate` took it)" if elsewhere else ""
+    only = " trained or imported by advml (give an external model in the form that `advml evaluate` accepts)" if elsewhere else ""
     raise UserError(f"there is no model {model!r}{only}; {choices}")
 
 
 def home_of(folder: Path) -> tuple[Workspace, str] | None:
-    """The study whose `models/finetune/` holds this folder, and its name there, also through links; None: no study does."""
+    """Study whose `models/finetune/` contains this folder (links resolved), and the model's name there; None: no study does."""
     for path in (Path(os.path.abspath(folder)), folder.resolve()):
         if path.parts[-3:-1] == ("models", "finetune"):
             return Workspace(path.parents[2]), path.name
@@ -175,7 +180,9 @@ def home_of(folder: Path) -> tuple[Workspace, str] | None:
 
 
 def given_path(path: str) -> Path:
-    """A path of params.yaml. A relative one that is not here starts at DVC_ROOT: a queue worker runs in a copy, without untracked data.
+    """Resolve a path of params.yaml; a relative one that does not exist here starts at DVC_ROOT.
+
+    DVC's queue workers run in a copy of the study without untracked data.
 
     Raises:
         UserError: it begins with the home folder of a user that does not exist.

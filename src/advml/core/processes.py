@@ -1,4 +1,4 @@
-"""Ends a process together with its parent, and names processes so that no later one has the same name."""
+"""End a process together with its parent, and give processes names that are never reused."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import time
 
 import psutil
 
-PARENT = "ADVML_PARENT"  # process id of the worker that started this stage, through DVC and a shell
+PARENT = "ADVML_PARENT"  # environment variable: process id of the worker that started this stage, through DVC and a shell
 
 
 def end_with(parent: int) -> None:
-    """Send this process SIGTERM as soon as process `parent` has ended, so that a killed worker leaves no stage at work.
+    """Send this process SIGTERM when process `parent` has ended, so that a killed worker leaves no stage running.
 
-    Returns at once; a thread looks twice a second.
+    Returns at once; a thread checks twice a second.
     """
 
     def watch() -> None:
@@ -32,15 +32,15 @@ def end_with(parent: int) -> None:
 
 
 def this_process() -> str:
-    """host:pid:start, the last one in hundredths of a second since the boot, which no setting of the clock changes."""
+    """Unique name of this process: host:pid:start, with the start in 1/100 s since boot, which does not depend on the clock."""
     return _name(psutil.Process())
 
 
 def has_ended(process: str) -> bool:
-    """Whether a process of this host is gone; of other hosts, and of names that are none, nothing is known."""
+    """Whether a named process of this host has ended; False for other hosts and invalid names, where this cannot be known."""
     name, _, start = process.rpartition(":")
     name, _, pid = name.rpartition(":")
-    if name.partition(":")[0] != platform.node() or not pid.isdecimal():  # earlier versions wrote more behind the host
+    if name.partition(":")[0] != platform.node() or not pid.isdecimal():  # earlier versions used another format
         return False
     try:
         found = psutil.Process(int(pid))

@@ -1,4 +1,4 @@
-"""Progress on stderr: drawn on a terminal, a line now and then elsewhere. A stage of `advml repro` has a bar on that command's board."""
+"""Progress on stderr: bars on a terminal, lines elsewhere. Stages of `advml repro` report to that command's board of bars."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 
 from advml.core.messages import is_quiet, tell
 
-BOARD = "ADVML_BOARD"  # a file: a stage under `advml repro` reports there instead of drawing
+BOARD = "ADVML_BOARD"  # environment variable: file to which a stage under `advml repro` reports, instead of drawing
 
 
-BAR, TITLE = 16, 28  # columns: least of a bar, most of a title; with the times they fit into 80
-UNFINISHED = 0.99  # the largest share that is shown before the end: what follows the last unit, such as writing files, is work too
+BAR, TITLE = 16, 28  # least width of a bar, largest width of a title; with the times they fit into 80 columns
+UNFINISHED = 0.99  # largest share shown before the end, because work such as writing files follows the last unit
 
 
 def _terminal() -> Any:
-    """A console on stderr; None where that is no terminal, or under --quiet."""
+    """Rich console on stderr; None if stderr is not a terminal, or under --quiet."""
     if not sys.stderr.isatty() or is_quiet():
         return None
     from rich.console import Console
@@ -32,9 +32,9 @@ def _terminal() -> Any:
 
 
 class Redrawn(contextlib.ExitStack):
-    """A picture that is drawn anew, on a terminal alone, at most every EVERY seconds.
+    """Display on a terminal that is redrawn at most every EVERY seconds; does nothing elsewhere.
 
-    Without a thread of its own: a Ctrl-C cannot come while one draws.
+    It uses no thread, so that Ctrl-C cannot interrupt a thread that is drawing.
     """
 
     EVERY = 0.5
@@ -48,14 +48,14 @@ class Redrawn(contextlib.ExitStack):
             self.live = self.enter_context(Live(console=console, auto_refresh=False, transient=True))
 
     def draw(self, render: Callable[[], Any]) -> None:
-        """Draw what `render` returns, if it is time."""
+        """Draw the result of `render`, unless the last drawing was less than EVERY seconds ago."""
         if self.live and time.monotonic() - self.drawn > self.EVERY:
             self.drawn = time.monotonic()
             self.live.update(render(), refresh=True)
 
 
 def _bars() -> Any:
-    """Bars on a terminal; None without one."""
+    """Rich progress bars on a terminal; None without one."""
     if (console := _terminal()) is None:
         return None
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,14 +63,14 @@ def _bars() -> Any:
     from rich.text import Text
 
     class Share(ProgressColumn):
-        """Rounded down: 100 % is all of it."""
+        """Percentage, rounded down, so that 100 % means finished."""
 
         def render(self, task: Any) -> Text:
             return Text(f"{int(task.percentage):>3} %")
 
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=TITLE)),
-        BarColumn(bar_width=None, table_column=Column(ratio=1, width=BAR)),  # of columns with a ratio, rich takes `width` for the least
+        BarColumn(bar_width=None, table_column=Column(ratio=1, width=BAR)),  # with a ratio, rich treats `width` as the minimum
         Share(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -81,17 +81,17 @@ def _bars() -> Any:
 
 
 class Bar:
-    """`with Bar("pretrain CL-at-s0", total=400) as bar: bar.reach(1, "loss 1.23")`.
+    """Progress bar: `with Bar("pretrain CL-at-s0", total=400) as bar: bar.reach(1, "loss 1.23")`.
 
-    It shows 100 % when the block is left without an error, and never before.
+    It shows 100 % only when the block is left without an error.
 
     Args:
-        title: what is being done, e.g. stage and model.
-        total: units of work.
-        brief: without a terminal, say nothing at the end.
+        title: description of the work, e.g. stage and model.
+        total: number of units of work.
+        brief: print no line at the end if there is no terminal.
     """
 
-    LINE_EVERY = 15.0  # seconds between lines where no terminal shows a bar
+    LINE_EVERY = 15.0  # seconds between lines if there is no terminal
     DRAW_EVERY = 0.2
     READ_EVERY = 1.0
 
@@ -120,16 +120,16 @@ class Bar:
 
     @property
     def shown(self) -> float:
-        """Units that are shown as finished while the work goes on."""
+        """Number of units to show as finished, below the total while work goes on."""
         return min(self.done, UNFINISHED * self.total)
 
     def reach(self, done: int, note: str | Callable[[], str] | None = None) -> None:
-        """Say that `done` units are finished and show `note` (e.g. the running loss) behind the bar.
+        """Show `done` units as finished, with a note (e.g. the running loss) after the bar.
 
-        A function is called for the note when it is shown, READ_EVERY seconds at most, for it may have to wait for a device.
+        A note may be a function, which is called at most every READ_EVERY seconds, since it may have to wait for a GPU.
         """
         if self.already is None:
-            self.already = done  # what an interrupted process had finished says nothing about this one's speed
+            self.already = done  # units finished before an interruption are excluded from the speed
         self.done, now = done, time.monotonic()
         self._note = self._note if note is None else note
         if self.bars:
@@ -137,7 +137,7 @@ class Bar:
         elif self.board and now - self.last_drawn > self.DRAW_EVERY:
             self.last_drawn = now
             self._read(now)
-            with contextlib.suppress(OSError), open(self.board, "w", encoding="utf-8") as file:  # a torn read shows nothing for a frame
+            with contextlib.suppress(OSError), open(self.board, "w", encoding="utf-8") as file:  # a partial read skips one redraw
                 json.dump({"title": self.title, "done": self.shown, "total": self.total, "note": self.note}, file)
         elif now - self.last_line > self.LINE_EVERY:
             self._line(now)
@@ -147,7 +147,7 @@ class Bar:
         self.reach(self.done + units, note)
 
     def begin(self, part: str) -> None:
-        """Say which part of the work begins, where a unit is a part: those begun before it are finished."""
+        """Show the name of the next part, if each unit is a part; counts the previous part as finished."""
         self.reach(self.begun, part)
         self.begun += 1
 
@@ -166,13 +166,11 @@ class Bar:
 
 
 class Board:
-    """The board of `advml repro`: a bar for the whole pipeline and one for every stage at work.
-
-    Without a terminal it prints a line per finished stage.
+    """Display of `advml repro`: a bar for the pipeline and one per running stage; without a terminal, a line per finished stage.
 
     Args:
         total: number of stages.
-        folder: where each reports, to STAGE.progress.
+        folder: of the files STAGE.progress, in which stages report.
     """
 
     def __init__(self, *, total: int, folder: Path) -> None:
@@ -192,19 +190,19 @@ class Board:
             self.bars.stop()
 
     def show(self, name: str) -> None:
-        """Draw what a running stage has reported."""
+        """Update the bar of a running stage from its file."""
         self.begun.setdefault(name, time.monotonic())
         if not self.bars:
             return
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=None, note="starting")
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # it has just ended, or is writing
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the stage has just ended, or is writing
             state = json.loads((self.folder / f"{name}.progress").read_text(encoding="utf-8"))
             fields = {"description": state["title"], "total": state["total"], "completed": state["done"], "note": state["note"]}
             self.bars.update(self.tasks[name], **fields)
 
     def finish(self, name: str, *, ok: bool) -> None:
-        """Take a stage off the board and leave a line behind."""
+        """Remove a stage's bar, and print a line with its result."""
         self.finished += 1
         seconds = time.monotonic() - self.begun.pop(name)
         line = f"[{self.finished}/{self.total}] {name}: {'done' if ok else 'FAILED'} in {seconds:.0f} s"

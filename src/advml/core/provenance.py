@@ -1,4 +1,4 @@
-"""Where a result comes from: git commit, DVC stage, and digests of a stage's sources and first weights, which decide what is resumed."""
+"""Origin of a result: git commit, DVC stage, and digests of sources and initial weights, which decide whether work is resumed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from advml.core.errors import UserError
 from advml.core.io import sha256
 from advml.core.paths import given_path
 
-PACKAGE = Path(__file__).resolve().parents[1]  # also where `src` is a link: one dvc.yaml lists the sources
+PACKAGE = Path(__file__).resolve().parents[1]  # resolved, because `src` may be a link
 LOCKS = ":(exclude,top,glob)**/dvc.lock"
 
 
 @functools.cache
 def git_commit(root: Path) -> str | None:
-    """The last commit at `root` that changed anything, with `-dirty` behind it if tracked files differ; None outside of git.
+    """Last commit at `root` that changed more than dvc.lock, with suffix `-dirty` if tracked files differ; None outside of git.
 
-    dvc.lock does not count: DVC changes it after every stage, and it is committed when the study is done. A stage that is run again
-    would name another commit, although nothing that it depends on has changed.
+    dvc.lock is ignored because DVC changes it after every stage, and it is committed when the study is done: a repeated stage would
+    name another commit although none of its inputs has changed.
     """
     try:
         commit = _git(root, "log", "-1", "--format=%H", "--", ":/", LOCKS) or _git(root, "rev-parse", "HEAD")
@@ -38,16 +38,15 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def dvc_stage() -> str | None:
-    """The stage that DVC runs in this process, as it is addressed (`finetune_at@CL-AT-0`); None without DVC."""
+    """Name of the stage that DVC runs in this process, e.g. `finetune_at@CL-AT-0`; None without DVC."""
     return os.environ.get("DVC_STAGE") or None
 
 
 @functools.cache
 def source_digest(stage: str | None = None) -> str:
-    """sha256 over sources: of the package, or of what dvc.yaml lists under the `deps` of a kind of stage, e.g. `finetune`.
+    """sha256 of source files: of the whole package, or of those under `deps` of a kind of stage in dvc.yaml, e.g. `finetune`.
 
-    A stage is not resumed, and its result not taken as it is, after these have changed: DVC and the stage itself agree on what is
-    up to date.
+    When these change, the stage is neither resumed nor its result reused, so that advml and DVC agree on what is up to date.
     """
     listed = _sources(stage) if stage else [PACKAGE]
     files = {file for path in listed for file in (path.rglob("*") if path.is_dir() else [path])}
@@ -57,7 +56,7 @@ def source_digest(stage: str | None = None) -> str:
 
 
 def init_digest(init: str) -> str:
-    """sha256 of the weights that `model.init`, a model's folder or a file, names now."""
+    """sha256 of the present weights of `model.init`, a model's folder or a file."""
     path = given_path(init)
     try:
         return sha256(path / "model.safetensors" if path.is_dir() else path)
@@ -66,12 +65,13 @@ def init_digest(init: str) -> str:
 
 
 def check_init(init: str | None, pretrained: Mapping[str, Any]) -> None:
-    """DVC sees the name that `model.init` gives, not the weights: compare them with those that a pretraining has started from.
+    """Check that the weights of `model.init` are still those that a pretraining has started from (DVC compares only the path).
 
     Args:
-        pretrained: its model.json.
+        init: the value of `model.init`.
+        pretrained: model.json of the pretraining.
     Raises:
-        UserError: they are others.
+        UserError: the weights have changed.
     """
     if init and (now := init_digest(init)) != (then := pretrained.get("init", {}).get("digest")):
         scheme, phase, seed = (pretrained[key] for key in ("scheme", "phase", "seed"))
@@ -82,13 +82,13 @@ def check_init(init: str | None, pretrained: Mapping[str, Any]) -> None:
 
 
 def pipeline_file() -> Path:
-    """The dvc.yaml of these sources: that of a wheel is in the package, that of a checkout at its root."""
+    """Path of the dvc.yaml that belongs to these sources: inside the package in a wheel, at the root in a checkout."""
     installed = PACKAGE / "dvc.yaml"
     return installed if installed.exists() else PACKAGE.parents[1] / "dvc.yaml"
 
 
 def _sources(stage: str) -> list[Path]:
-    """Files and folders of the package under the `deps` of a kind of stage; all, where dvc.yaml lacks it. Both of a pair have the same."""
+    """Source files and folders under `deps` of a kind of stage (the same for its _st and _at variants); all if dvc.yaml lacks it."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 

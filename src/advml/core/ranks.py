@@ -1,8 +1,8 @@
-"""One training on several processes: torchrun starts them, each has a device, and a part of every batch.
+"""Train one model with several processes, started by torchrun; each has a device, and processes a part of every batch.
 
-A batch is split by its images. Every process draws the random numbers of the whole batch and takes its part of them, so numbers do not
-depend on how many processes there are. What couples images (contrastive objectives, batch norms) exchanges what it needs; gradients are
-summed before a step. Without torchrun everything here does nothing.
+A batch is split by images. Every process draws the random numbers of the whole batch and uses its part of them, so the numbers do not
+depend on the number of processes. Computations that couple images (contrastive objectives, batch norms) exchange data; gradients are
+summed before a step. Without torchrun, the functions here have no effect.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from torch.overrides import TorchFunctionMode
 
 from advml.core.errors import UserError
 
-_total: int | None = None  # images of the batch at hand, while it is shared
+_total: int | None = None  # number of images of the current batch, while it is shared
 
 
 def count() -> int:
-    """Processes of this training."""
+    """Number of processes of this training."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def number() -> int:
-    """Of this process, from 0."""
+    """Number (rank) of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Whether this process writes files, logs and shows progress."""
+    """Whether this process is the first, which alone writes files, logs, and shows progress."""
     return number() == 0
 
 
 def started_by_torchrun() -> bool:
-    """Whether there are several processes."""
+    """Whether torchrun has started several processes."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
@@ -48,28 +48,28 @@ def need_one_process(settings: Mapping[str, bool]) -> None:
     """Refuse settings that several processes do not support.
 
     Args:
-        settings: `key = value` -> whether it is in use.
+        settings: `key = value` -> whether it is set.
     Raises:
-        UserError: one is, and torchrun has started several processes.
+        UserError: one is set, and torchrun has started several processes.
     """
     for setting in (name for name, used in settings.items() if used and started_by_torchrun()):
-        raise UserError(f"{setting} is not supported under several processes; run it in one process, without torchrun, or change it")
+        raise UserError(f"{setting} is not supported with several processes; start without torchrun, or change this setting")
 
 
 def join(device: torch.device) -> torch.device:
-    """Meet the other processes, if torchrun has started some; returns the device of this one."""
+    """Join the process group, if torchrun has started several processes; returns the device of this one."""
     if not started_by_torchrun():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():  # days: the others wait while the first one prepares the data
+    if not dist.is_initialized():  # a timeout of days, because the others wait while the first one prepares the data
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     return device
 
 
 def leave() -> None:
-    """Wait for the other processes; this one then goes on alone."""
+    """Wait for the other processes, then leave the process group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -82,12 +82,12 @@ def barrier() -> None:
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether it holds in one of the processes."""
+    """Whether the flag is set in any process."""
     return bool(summed(torch.tensor(float(flag), device=device)) > 0)
 
 
 def need_images(total: int) -> None:
-    """Raises UserError if a batch has fewer images than there are processes."""
+    """Raise UserError if a batch has fewer images than there are processes."""
     if total < count():
         told = f"a batch of {total} images cannot be shared by {count()} processes"
         raise UserError(f"{told}; start fewer: torchrun --nproc-per-node {total}, or choose another batch_size")
@@ -95,7 +95,7 @@ def need_images(total: int) -> None:
 
 @contextlib.contextmanager
 def shared(total: int) -> Iterator[slice]:
-    """Within: a batch of `total` images is shared. Gives the rows of this process, whose images alone are to be passed on.
+    """Context manager that shares a batch of `total` images; yields the rows that this process computes.
 
     Raises:
         UserError: there are more processes than images.
@@ -114,7 +114,7 @@ def shared(total: int) -> Iterator[slice]:
 
 
 def rows() -> slice:
-    """Of the shared batch, those of this process: parts are equal but for one image."""
+    """Rows of the shared batch that this process computes; parts differ by at most one image."""
     each, more = divmod(_total, count())
     rank = dist.get_rank()
     start = rank * each + min(rank, more)
@@ -122,37 +122,34 @@ def rows() -> slice:
 
 
 def batch_size(own: int) -> int:
-    """Images of the whole batch, of which `own` are here."""
+    """Size of the whole batch, of which this process has `own` images."""
     return own if _total is None else _total
 
 
 def own(values: Tensor, dim: int = 0) -> Tensor:
-    """This process's part of something that has an entry per image of the batch."""
+    """Part of this process of a tensor with one entry per image of the batch."""
     return values if _total is None else values.narrow(dim, rows().start, rows().stop - rows().start)
 
 
 def everyones(part: Tensor) -> Tensor:
-    """Entries (N, ...) of all images of the batch, of which the entries (n, ...) of this process's images are given.
-
-    Gradients come back from all processes, summed.
-    """
+    """Gather the entries (N, ...) of the whole batch from the parts (n, ...) of all processes; gradients are summed over processes."""
     return part if _total is None else _Everyones.apply(part)
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean over the batch (a number); of a shared one, this process's part of it: all parts add up to the mean."""
+    """Mean over the batch (a scalar); for a shared batch, this process's summand: the sum over processes is the mean."""
     return values.mean() if _total is None else values.sum() / _total
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sum over all processes, in place."""
     if count() > 1:
         dist.all_reduce(values)
     return values
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Gradients of all processes are added up."""
+    """Replace gradients by their sums over all processes."""
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -162,7 +159,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 class _Everyones(torch.autograd.Function):
-    """A sum of parts that are zero in the rows of others: parts may differ in size."""
+    """Gather parts of different sizes, as a sum of tensors that are zero outside of their own rows."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -177,7 +174,7 @@ class _Everyones(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """`summed`, with gradients."""
+    """Differentiable version of `summed`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -189,9 +186,9 @@ class _Summed(torch.autograd.Function):
 
 
 class _SharedBatchNorm(TorchFunctionMode):
-    """Within: batch norms in train mode take mean and variance over the whole batch. Layers, weights and files stay as they are.
+    """Context in which batch norms in train mode use mean and variance of the whole batch, without a change of layers.
 
-    `nn.SyncBatchNorm` does the same, on GPUs alone, and replaces layers.
+    `nn.SyncBatchNorm` does the same, but only on GPUs, and replaces layers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -208,7 +205,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As `F.batch_norm`: (x - mean) / sqrt(var + eps) * weight + bias per channel; in train mode over the images of all processes."""
+    """Batch norm like `F.batch_norm`, (x - mean) / sqrt(var + eps) * weight + bias, in train mode over the images of all processes."""
     if not training:
         return F.batch_norm(features, running_mean, running_var, weight, bias, training, momentum, eps)
     x = features.float()

@@ -1,4 +1,4 @@
-"""Results of the parts of a long job, on disk: an interrupted job does not compute them again."""
+"""Cache of a long job's partial results on disk, so that an interrupted job does not recompute them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ Parts = dict[str, Tensor]
 
 
 class Memo:
-    """`memo("threat_model_2/batch 3", compute)`: what `compute` gives, computed once however often the process is killed.
+    """Cache on disk: `memo("threat_model_2/batch 3", compute)` returns the stored result of `compute`, or computes and stores it.
 
     Args:
-        folder: of this very job, whose inputs are part of its name, so that a job of other inputs cannot read its parts; None: remembers
-            nothing.
-        apart: first word of a part's name -> folder, for parts that depend on something else than the others.
+        folder: of one job; its name contains a digest of the job's inputs, so that other jobs cannot read it. None: nothing is stored.
+        apart: first word of a part's name -> folder, for parts with other inputs than the rest.
     """
 
     def __init__(self, folder: Path | None = None, *, apart: Mapping[str, Path] | None = None) -> None:
         self.folder, self.apart = folder, apart or {}
 
     def __call__(self, part: str, compute: Callable[[], Parts]) -> Parts:
-        """Tensors by name, on the CPU. A damaged file counts as none."""
+        """Tensors of a part by name, on the CPU; recomputed if the stored file is damaged."""
         path = self._path(part, "safetensors") if self.folder else None
         try:
             if path:
@@ -44,7 +43,7 @@ class Memo:
         return found
 
     def json(self, part: str, compute: Callable[[], Any]) -> Any:
-        """The same for what JSON can hold."""
+        """Part whose result is a JSON value instead of tensors."""
         if self.folder is None:
             return compute()
         path = self._path(part, "json")
@@ -60,10 +59,10 @@ class Memo:
 
 
 def forget(folder: Path, tensor: str) -> None:
-    """Take the tensors of this name, and what killed processes have left half written, out of all parts below `folder`; others stay."""
+    """Remove the tensor of this name from all parts below `folder`, and partial files of killed processes."""
     for leftover in folder.rglob("*.part"):
         leftover.unlink(missing_ok=True)
     for path in folder.rglob("*.safetensors"):
-        with contextlib.suppress(SafetensorError):  # a damaged part counts as none
+        with contextlib.suppress(SafetensorError):  # a damaged part is recomputed later
             if tensor in (parts := load_file(path)):
                 write_atomically(path, save({name: value for name, value in parts.items() if name != tensor}))

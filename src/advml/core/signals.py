@@ -1,4 +1,4 @@
-"""Signals that end a command: the first one ends it in order, and those that follow at once do not disturb the end."""
+"""Signal handling: the first signal ends a command in order; further ones shortly after it are ignored."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-# Sent to every process of a terminal: by Ctrl-C, and when it is closed. There is no SIGHUP on Windows.
+# Signals sent to every process of a terminal: by Ctrl-C, and when it is closed. Windows has no SIGHUP.
 TERMINAL = tuple(signal.Signals[name] for name in ("SIGINT", "SIGHUP") if name in signal.Signals.__members__)
 ENDING = (*TERMINAL, signal.SIGTERM)
-GRACE = 10.0  # seconds
+GRACE = 10.0  # seconds after the first signal in which others are ignored
 
 
 def obey() -> None:
     """Turn ENDING into exceptions in the main thread: KeyboardInterrupt for Ctrl-C, SystemExit(128 + number) for the others.
 
-    What is open is closed in order then: an MLflow run is ended, a transaction rolled back. A second exception in the middle would
-    leave a run RUNNING for ever, and several signals are common: from Docker and from DVC, from a terminal and from its shell. So
-    within GRACE seconds of the first one, others are the same request; a later one counts again. Signals that are ignored (`nohup`,
-    commands in the background) stay so.
+    The exception closes what is open: it ends an MLflow run and rolls back a transaction. A second exception meanwhile would leave the
+    run RUNNING for ever, and repeated signals are common: from Docker and DVC, from a terminal and its shell. So signals within GRACE
+    seconds of the first are ignored; a later one raises again. A signal that was ignored at the start (`nohup`, commands in the
+    background) stays ignored.
     """
     until = 0.0
 
@@ -42,9 +42,9 @@ def obey() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Signals that arrive within are obeyed at the end.
+    """Context manager that delays signals until its end.
 
-    An exception in the middle of a transaction leaves the database locked, and the run could not even be ended.
+    An exception in the middle of a transaction would leave the database locked, so that the run could not be ended.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,7 +1,7 @@
-"""What a model's training took: gradient steps per image, which follow from the settings, and seconds, which do not.
+"""Cost of a model's training: gradient steps per image, and seconds.
 
-Gradient steps are part of model.json. Seconds lie in a file of their own that is no output of a stage: DVC would call the same weights
-modified because they took a second more. A clone that pulls the models has no seconds; the table shows a dash.
+Gradient steps follow from the settings, and are part of model.json. Seconds vary, and are kept in a file that is not an output of a
+stage, because DVC would report equal weights as modified. A clone that pulls the models has no seconds; the table then shows a dash.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ STEPS, SECONDS = "cost/gradient_steps", "cost/seconds"
 
 
 def write_seconds(workspace: Workspace, name: str, *, digest: str, seconds: float) -> None:
-    """Note how long the epochs of one phase took, until its weights, with this sha256, were made; a killed epoch does not count."""
+    """Store the training time of one phase, for weights with this sha256; epochs that were killed are not included."""
     write_atomically(workspace.report(name) / "seconds.json", to_json({"digest": digest, "seconds": round(seconds, 3)}))
 
 
 def training_cost(workspace: Workspace, record: dict[str, Any]) -> dict[str, float]:
-    """`cost/gradient_steps` and `cost/seconds` of all phases behind a model.json; what is not known of every one of them is left out."""
+    """Metrics `cost/gradient_steps` and `cost/seconds`, summed over a model's phases; left out if unknown for one of them."""
     phases = [record, record["pretraining"]] if "pretraining" in record else [record]
     found = {STEPS: [one.get("gradient_steps") for one in phases], SECONDS: [_seconds(workspace, one) for one in phases]}
     return {key: sum(parts) for key, parts in found.items() if None not in parts}
 
 
 def cost_of(workspace: Workspace, model: str) -> dict[str, float]:
-    """The same of a model's name; nothing where its model.json is missing or damaged, which other commands say."""
+    """Cost metrics of a model by name; empty if model.json is missing or damaged, which other commands report."""
     try:
         return training_cost(workspace, read_json(workspace.model(model) / "model.json", remedy="restore it with: dvc checkout"))
     except (UserError, OSError, TypeError, AttributeError):
@@ -36,7 +36,7 @@ def cost_of(workspace: Workspace, model: str) -> dict[str, float]:
 
 
 def _seconds(workspace: Workspace, phase: dict[str, Any]) -> float | None:
-    """Of the weights that are meant, not of others of that name."""
+    """Seconds of a phase, if they were stored for the same weights; else None."""
     try:
         noted = read_json(workspace.report(phase["name"]) / "seconds.json", remedy="")
         return float(noted["seconds"]) if noted["digest"] == phase["digest"] else None

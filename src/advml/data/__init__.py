@@ -1,1 +1,1 @@
-"""Images: where they come from (`datasets`), and how they are varied during training (`augment`)."""
+"""Images: datasets and splits (`datasets`), batches, augmentation (`augment`), corruptions."""

@@ -1,4 +1,4 @@
-"""Adversarial test images of a model, stored once by `evaluate` for everything that looks at them later."""
+"""Adversarial test images of a model, stored by `evaluate` for later stages."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from advml.core.io import write_atomically
 
 @dataclass(frozen=True, eq=False)
 class AdversarialImages:
-    """The first n images of the test split, attacked.
+    """Adversarial versions of the first n test images.
 
     Attributes:
         images: float32 (n, C, H, W) in [0, 1].
-        record: the attack, as in the evaluation's record, and `model`, `digest`: whom it was aimed at.
+        record: the attack, as in the evaluation's record, with `model` and `digest` of the attacked model.
     """
 
     images: Tensor
@@ -31,16 +31,16 @@ class AdversarialImages:
 
 
 def write(adversarial: AdversarialImages, path: Path) -> None:
-    """Store them, whole or not at all."""
+    """Write the images to a file, atomically."""
     tensors = {"images": adversarial.images.float().contiguous(memory_format=torch.contiguous_format)}
     write_atomically(path, save(tensors, metadata={"record": json.dumps(adversarial.record)}))
 
 
 def read(path: Path, *, digest: str) -> AdversarialImages:
-    """Those of the weights with this sha256.
+    """Read the adversarial images of the model whose weights have this sha256.
 
     Raises:
-        UserError: there are none, they are damaged, or were aimed at other weights.
+        UserError: the file is missing or damaged, or was made for other weights.
     """
     again = "measure again with: dvc repro, or advml evaluate"
     try:
@@ -51,5 +51,5 @@ def read(path: Path, *, digest: str) -> AdversarialImages:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {again}") from None
     if found.record.get("digest") != digest:
-        raise UserError(f"{path} was aimed at other weights of {found.record.get('model')}; {again}")
+        raise UserError(f"{path} was made for other weights of {found.record.get('model')}; {again}")
     return found

@@ -3,9 +3,9 @@
     >>> generator = torch.Generator().manual_seed(0)
     >>> view(images, config.views.contrastive, generator=generator)  # (N, C, H, W) in [0, 1]
 
-The whole geometry is one resampling, so an image is interpolated once however many parts are on; colour follows, as
-in SimCLR. `draw` takes all random numbers on the generator's device: one on the CPU gives the same views wherever the images are, one
-on the images' own device lets no device wait. How many it takes depends on the spec and the number of images only.
+All geometric transforms are one resampling, so that an image is interpolated only once; colour follows, as in SimCLR. `draw` draws all
+random numbers on the generator's device: a CPU generator gives the same views on every device, a generator on the images' device avoids
+waiting for transfers. The number of draws depends only on the spec and the number of images.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from torch.nn.functional import grid_sample
 from advml.config import View
 from advml.core import ranks
 
-# Colour changes with a strength per image, in torchvision's definitions.
+# Colour changes with a strength per image, by torchvision's definitions.
 #
-# Brightness, contrast, saturation and grey come from kornia, which takes a factor per image and defines these four
-# functions as torchvision does. (Its `adjust_brightness`, `adjust_contrast` and `adjust_saturation` are other things.)
+# Brightness, contrast, saturation and grey use those functions of kornia that take a factor per image and agree with torchvision.
+# (kornia's `adjust_brightness`, `adjust_contrast` and `adjust_saturation` have other definitions.)
 
 
 def recolour(images: Tensor, spec: View, *, factors: Tensor, jitter: Tensor, grey: Tensor) -> Tensor:
-    """Jitter the images drawn for it, then turn some grey.
+    """Jitter the colours of the images under the mask `jitter`, then convert those under `grey` to grey.
 
     Args:
-        images: float (N, C, H, W) in [0, 1]; without three channels, saturation, hue and grey leave them alone.
-        spec: a part with strength zero is skipped.
+        images: float (N, C, H, W) in [0, 1]; saturation, hue and grey apply only to images of three channels.
+        spec: changes of strength zero are skipped.
         factors: (4, N) brightness, contrast and saturation factors, and hue in turns.
         jitter, grey: (N,) bool.
     """
@@ -50,15 +50,16 @@ def recolour(images: Tensor, spec: View, *, factors: Tensor, jitter: Tensor, gre
 
 
 def _replace(images: Tensor, mask: Tensor, changed: Tensor, *, share: float) -> Tensor:
-    """The changed images under the mask (N,), which covers this share of them on average; the others stay bitwise the same.
+    """Select changed images under the mask (N,), and original ones elsewhere, bit for bit.
 
-    All images are changed before: to pick some of them, the host would have to wait for the mask.
+    All images are changed before the selection: to change only some, the host would have to wait for the mask. `share` is the mean of
+    the mask; 1 skips the selection.
     """
     return changed if share == 1 else torch.where(mask[:, None, None, None], changed, images)
 
 
 def _jitter(images: Tensor, spec: View, factors: Tensor) -> Tensor:
-    # Deviation: torchvision draws the order of the four for every image; a batch needs one, so it is fixed.
+    # Deviation: torchvision draws the order of the four changes per image; here it is fixed, because a batch needs one order.
     brightness, contrast, saturation, hue = factors
     if spec.brightness:
         images = adjust_brightness_accumulative(images, brightness)
@@ -75,8 +76,8 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Turn the hue of RGB images (N, 3, H, W) by `turns` (N,), keeping HSV saturation and value.
 
     With h in sixths of a turn and chroma = max - min, a channel of HSV is
-    `min + chroma * clamp(|(h + offset) mod 6 - 3| - 1, 0, 1)`, offset 0, 4, 2 for R, G, B. Without a table of sextants
-    this takes a third of the time of kornia's adjust_hue, which is why it is written here.
+    `min + chroma * clamp(|(h + offset) mod 6 - 3| - 1, 0, 1)`, offset 0, 4, 2 for R, G, B. This needs no table of sextants, and a
+    third of the time of kornia's adjust_hue.
     """
     red, green, blue = images.unbind(1)
     low, top = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
@@ -90,18 +91,18 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     return result.mul_(chroma[:, None]).add_(low[:, None])
 
 
-# Batched augmentation: one random view of every image, computed on the images' device.
+# Random views
 
 SHRINKING = ("rotation", "shift", "brightness", "contrast", "saturation", "hue", "jitter", "grey")  # parts that are off at 0
-CROP_CANDIDATES = 10  # as torchvision's RandomResizedCrop
+CROP_CANDIDATES = 10  # number of tries, as in torchvision's RandomResizedCrop
 LOG_ASPECT = math.log(4 / 3)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random parameters of N views. Pairs are (x, y); coordinates run from -1 to 1 over the image."""
+    """Random parameters of N views. Pairs are (x, y); coordinates run from -1 to 1 over the image."""
 
-    rotation: Tensor  # (N,) degrees, clockwise to the eye
+    rotation: Tensor  # (N,) degrees, clockwise as seen
     scale: Tensor  # (N,) zoom
     shift: Tensor  # (2, N) shares of the sides
     offset: Tensor  # (2, N) whole pixels, from pad and crop
@@ -109,29 +110,29 @@ class Draws:
     crop_size: Tensor  # (2, N) shares of the sides
     flip: Tensor  # (N,) bool
     factors: Tensor  # (4, N) brightness, contrast, saturation factors; hue in turns
-    jitter: Tensor  # (N,) bool: do the factors apply
+    jitter: Tensor  # (N,) bool: whether the factors apply
     grey: Tensor  # (N,) bool
 
     def own(self, device: torch.device) -> Draws:
-        """Those of this process's images, on a device."""
+        """Parameters of this process's images, on a device."""
         return Draws(**{name: ranks.own(values, dim=-1).to(device) for name, values in vars(self).items()})
 
 
 @torch.no_grad()
 def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
-    """One random view per image: crop, rotate and zoom, shift, flip; brightness, contrast, saturation, hue; grey.
+    """Draw one random view per image: crop, rotate and zoom, shift, flip; brightness, contrast, saturation, hue; grey.
 
-    Each part does what torchvision's transform of that name does, but for the Deviations noted here and above.
-    Saturation, hue and grey leave images without three channels as they are. No gradient flows through a view.
+    Each change equals torchvision's transform of that name, except for the comments marked "Deviation" in this file.
+    Saturation, hue and grey apply only to images of three channels. Views have no gradient.
 
     Args:
-        images: float (N, C, H, W) in [0, 1]; left as they are.
-        spec: which parts are on, and how strong.
+        images: float (N, C, H, W) in [0, 1]; not modified.
+        spec: the transforms and their strengths.
         generator: on the CPU or on the images' device.
     Returns:
         New images (N, C, H, W) in [0, 1] with the dtype and device of `images`.
     Raises:
-        TypeError: if `images` are not floating point.
+        TypeError: `images` are not floating point.
     """
     if not images.is_floating_point():
         raise TypeError(f"view needs float images in [0, 1], not {images.dtype}; divide them by 255 first")
@@ -143,9 +144,9 @@ def view(images: Tensor, spec: View, *, generator: torch.Generator) -> Tensor:
 
 
 def weakened(spec: View, strength: float) -> View:
-    """The views of a spec at a share s of its strength: ranges, and the probabilities of colour changes, shrink towards the image itself.
+    """Scale the strength of views by s in [0, 1]: ranges and probabilities of colour changes shrink, and s = 0 gives the image itself.
 
-    [low, high] of a crop's area becomes [1 - s (1 - low), 1 - s (1 - high)] (DynACL, Luo et al. 2023, sec. 4.1); flips stay.
+    [low, high] of a crop's area becomes [1 - s (1 - low), 1 - s (1 - high)] (DynACL, Luo et al. 2023, sec. 4.1); flips do not change.
     """
     if strength == 1:
         return spec
@@ -157,7 +158,7 @@ def weakened(spec: View, strength: float) -> View:
 
 
 def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:
-    """The parameters of one view for each of `shape` = (N, C, H, W) images, uniform in the spec's ranges."""
+    """Draw the parameters of one view per image of `shape` = (N, C, H, W), uniform in the spec's ranges."""
     count, _, height, width = shape
     low, high = _ranges(spec, device := generator.device)
     values = torch.lerp(low, high, torch.rand(len(low), count, generator=generator, device=device))
@@ -169,7 +170,7 @@ def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:
         rotation=values[0],
         scale=values[1],
         shift=values[2:4],
-        offset=values[4:6].floor().clamp(max=2 * spec.pad) - spec.pad,  # rounding may reach the open end: clamp
+        offset=values[4:6].floor().clamp(max=2 * spec.pad) - spec.pad,  # clamp, because rounding may reach the open end
         crop_centre=(2 * values[6:8] - 1) * (1 - crop_size),
         crop_size=crop_size,
         factors=values[8:12],
@@ -179,28 +180,28 @@ def draw(spec: View, shape: torch.Size, *, generator: torch.Generator) -> Draws:
     )
 
 
-@cache  # a copy to a device makes the host wait
+@cache  # because a copy to a device makes the host wait
 def _ranges(spec: View, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Low and high ends (15, 1) of the uniform distributions that a view draws from."""
+    """Low and high ends (15, 1) of the uniform distributions of a view's parameters."""
     ranges = (
         (-spec.rotation, spec.rotation),
         spec.scale,
         *2 * [(-spec.shift, spec.shift)],
         *2 * [(0, 2 * spec.pad + 1)],
-        *2 * [(0, 1)],  # place of the resized crop
+        *2 * [(0, 1)],  # position of the resized crop
         *[(max(0, 1 - strength), 1 + strength) for strength in (spec.brightness, spec.contrast, spec.saturation)],
         (-spec.hue, spec.hue),
-        *3 * [(0, 1)],  # flip, jitter, grey: below their probability means yes
+        *3 * [(0, 1)],  # flip, jitter, grey: applied if below their probability
     )
     low, high = torch.tensor(ranges, dtype=torch.float32, device=device).T[..., None]
     return low, high
 
 
 def _crop_size(area: tuple[float, float], aspect: float, uniform: Tensor) -> Tensor:
-    """Sides (2, N), as shares, of the first of ten boxes that fits into the image; the whole image if none does.
+    """Sides (2, N), as shares of the image's, of the first of ten random boxes that fits into the image; the whole image if none does.
 
-    Deviation: torchvision rounds boxes to whole pixels and centres its last resort. Here a crop may begin between
-    pixels, and the rim is interpolated with the neighbour outside the box where torchvision repeats the rim.
+    Deviation: torchvision rounds boxes to whole pixels, and crops the centre if no box fits. Here a crop may begin between pixels, and
+    its border is interpolated with pixels outside of the box, where torchvision repeats the border.
     """
     areas = area[0] + (area[1] - area[0]) * uniform[0]
     ratios = torch.exp((2 * uniform[1] - 1) * LOG_ASPECT)  # width / height, in pixels
@@ -211,10 +212,10 @@ def _crop_size(area: tuple[float, float], aspect: float, uniform: Tensor) -> Ten
 
 
 def resample(images: Tensor, spec: View, draws: Draws) -> Tensor:
-    """Crop, rotate and zoom about the centre, shift, flip: composed and looked up backwards, once.
+    """Crop, rotate and zoom about the centre, shift and flip, by one resampling.
 
-    The view at p = (x, y) shows the image at `crop_centre + 2 offset / side + crop_size * R(F p - 2 shift) / scale`,
-    where F mirrors x and R rotates back. What lies outside the image is black.
+    The view at p = (x, y) takes the image at `crop_centre + 2 offset / side + crop_size * R(F p - 2 shift) / scale`,
+    where F mirrors x and R rotates back. Points outside of the image are black.
     """
     moves = spec.rotation or spec.shift or spec.scale != (1, 1)
     if not (moves or spec.resized_crop or spec.pad or spec.flip):
@@ -222,7 +223,7 @@ def resample(images: Tensor, spec: View, draws: Draws) -> Tensor:
     height, width = images.shape[-2:]
     angle = torch.deg2rad(draws.rotation)
     cosine, sine = angle.cos() / draws.scale, angle.sin() / draws.scale
-    along_x = draws.crop_size * torch.stack([cosine, -sine * (width / height)])  # (2, N): where a step along x leads
+    along_x = draws.crop_size * torch.stack([cosine, -sine * (width / height)])  # (2, N): step in the image per step along x
     along_y = draws.crop_size * torch.stack([sine * (height / width), cosine])
     start = draws.crop_centre + torch.stack([2 * offset / side for offset, side in zip(draws.offset, (width, height), strict=True)])
     start = start - 2 * draws.shift[0] * along_x - 2 * draws.shift[1] * along_y
@@ -231,10 +232,10 @@ def resample(images: Tensor, spec: View, draws: Draws) -> Tensor:
     along_x, along_y, start = torch.stack([along_x, along_y, start]).mT[:, :, None, None].to(images)  # (N, 1, 1, 2) each
     sides = (torch.arange(side, device=images.device, dtype=images.dtype) for side in (width, height))
     x, y = ((2 * side + 1) / len(side) - 1 for side in sides)  # centres of the pixels
-    # affine_grid would multiply matrices here: slower, and inexact under autocast or TF32.
+    # Not affine_grid, whose matrix products are slower, and inexact under autocast or TF32.
     grid = (start + y[:, None, None] * along_y) + x[:, None] * along_x  # (N, H, W, 2)
-    # Pad, crop and flip alone land on the centres of pixels, where "nearest" copies the very values.
+    # Pad, crop and flip alone map pixel centres to pixel centres, where "nearest" copies values exactly.
     mode = "bilinear" if moves or spec.resized_crop else "nearest"
-    # A resized crop alone never leaves the image; black would only creep half a pixel into its rim.
+    # A resized crop alone never leaves the image; zero padding would only darken its outermost half pixel.
     padding = "border" if spec.resized_crop and not (moves or spec.pad) else "zeros"
     return grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)

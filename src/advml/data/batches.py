@@ -1,6 +1,6 @@
-"""Batches of a split on the device: gathered there where the images fit, else on the host, ahead of time.
+"""Batches of a split on the device: gathered there if the images fit, else on the host, ahead of time.
 
-Prepared images are mapped from their file: of what is not read for long, the system takes the memory back.
+Prepared images are memory-mapped, so that the operating system can reclaim the memory of parts that are not in use.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from advml.core import memory, ranks
 from advml.core.device import Machine
 from advml.data.prepared import Split
 
-AHEAD = 4  # batches that are gathered on the host before they are asked for
+AHEAD = 4  # number of batches that are gathered on the host in advance
 
 
 class Feed:
-    """The images of a split, kept on the device as uint8 if they take at most memory.SHARE of what it has left.
+    """Source of batches of a split, whose images stay on the device as uint8 if they need at most memory.SHARE of its free memory.
 
     Args:
         split: images and labels on the host.
-        machine: whose device the batches are for.
+        machine: its device receives the batches.
     """
 
     def __init__(self, split: Split, machine: Machine) -> None:
@@ -33,10 +33,10 @@ class Feed:
         self.labels = split.labels.to(machine.device)
 
     def __call__(self, order: Tensor, *, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Images (n, C, H, W) in [0, 1], labels (n,) and indices (n,), all on the device, of `size` images at a time.
+        """Yield batches of `size` images: images (n, C, H, W) in [0, 1], labels (n,) and indices (n,), all on the device.
 
         Args:
-            order: indices (N,) on the device. Of each batch, a process that shares it (`core.ranks`) gets its own part.
+            order: indices (N,) on the device. If processes share batches (`core.ranks`), each gets its part of every batch.
         """
         parts = []
         for batch in order.split(size):
@@ -46,12 +46,12 @@ class Feed:
             yield self.machine.images(images), self.labels[index], index
 
     def in_order(self, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of the whole split, from its first image to its last."""
+        """Yield images and labels of the whole split, in order."""
         order = torch.arange(len(self.labels), device=self.machine.device)
         yield from ((images, labels) for images, labels, _ in self(order, size=size))
 
     def _gathered(self, indices: list[Tensor]) -> Iterator[Tensor]:
-        """uint8 images of each batch: on the device, or in memory from which a copy does not make the host wait."""
+        """Yield uint8 images of each batch, on the device, or in pinned memory, for copies that do not make the host wait."""
         if self.fits:
             yield from (self.images[index] for index in indices)
             return

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: found on disk or downloaded, checked and extracted."""
+"""CIFAR-10 and CIFAR-100: find on disk or download, verify, extract and read."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from advml.data.splits import Source
 # CIFAR-10 and CIFAR-100 in their binary and python versions. (Krizhevsky 2009; https://www.cs.toronto.edu/~kriz/cifar.html)
 #
 # Binary: a record is one label byte (CIFAR-100: coarse, then fine), then 3072 bytes of red, green and blue, each 32 x 32
-# row by row. Python: pickled dicts of an array of such rows (`data`) and a list of labels, which are read without loading
-# a pickle (see `pickled`). Both hold the same images in the same order; the binary version is the one that is downloaded.
+# row by row. Python: pickled dicts with an array of such rows (`data`) and a list of labels, read without unpickling
+# (see `cifar_pickle`). Both have the same images in the same order; the binary version is the one that is downloaded.
 
 PIXELS = 3 * 32 * 32
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The download of the binary version: its name and content."""
+    """Archive of the binary version: its name and content."""
 
     name: str
     md5: str
@@ -49,7 +49,7 @@ class Archive:
         return {**dict.fromkeys(self.train, self.train_rows), self.test: self.test_rows}
 
     def is_complete(self, folder: Path) -> bool:
-        """Whether all files are there in full length; an extraction that was killed leaves a short one."""
+        """Whether all files exist in full length; a killed extraction leaves a shorter one."""
         sizes = {name: rows * (self.label_bytes + PIXELS) for name, rows in self.rows.items()}
         present = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
         return present and (folder / self.class_names).is_file()
@@ -64,12 +64,12 @@ class Archive:
 
 @dataclass(frozen=True)
 class PythonArchive(Archive):
-    """The download of the python version; `keys` are those of class names and of labels in its dicts."""
+    """Archive of the python version; `keys`: the dict keys of class names and of labels."""
 
     keys: tuple[str, str] = ("label_names", "labels")
 
     def is_complete(self, folder: Path) -> bool:
-        """Whether all files are there, each at least as large as its pixels."""
+        """Whether all files exist, each at least as large as its pixels."""
         sizes = {name: rows * PIXELS for name, rows in self.rows.items()} | {self.class_names: 1}
         return all((folder / name).is_file() and (folder / name).stat().st_size > size for name, size in sizes.items())
 
@@ -78,10 +78,10 @@ class PythonArchive(Archive):
             return tuple(read_pickle(path.read_bytes())[self.keys[0]])
 
     def read(self, path: Path, *, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """As of the binary version.
+        """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one file.
 
         Raises:
-            UserError: the file is damaged, or holds anything else than plain values and arrays of uint8.
+            UserError: the file is damaged, or contains anything but plain values and uint8 arrays.
         """
         with _blaming(path):
             content = read_pickle(path.read_bytes())
@@ -106,7 +106,7 @@ def read_records(path: Path, *, label_bytes: int, classes: int) -> tuple[np.ndar
     """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one binary file.
 
     Raises:
-        UserError: if the file does not consist of whole records with labels below `classes`.
+        UserError: the file does not consist of whole records with labels below `classes`.
     """
     values = np.fromfile(path, dtype=np.uint8)
     if len(values) % (label_bytes + PIXELS):
@@ -162,21 +162,21 @@ CIFAR100_PYTHON = PythonArchive(
 )
 
 
-# CIFAR-10 and CIFAR-100: found on disk or downloaded, checked and extracted.
+# Finding, downloading and extracting an archive
 
 BASE_URL = "https://www.cs.toronto.edu/~kriz"
-TIMEOUT = 30  # seconds without an answer, after which the network counts as absent
+TIMEOUT = 30  # seconds without an answer after which a download fails
 
 
 def cifar(data: Data, *archives: Archive) -> Source:
-    """CIFAR below `data.path` (default data/raw), downloaded if it is not there; its test split is kept.
+    """CIFAR from `data.path` (default data/raw), downloaded if missing; its own test split is used.
 
-    `data.path` may hold an archive, its extracted folder, or be that folder itself.
+    `data.path` may contain an archive or its extracted folder, or be that folder itself.
 
     Args:
         archives: versions of the same data; the first one is downloaded.
     Raises:
-        UserError: it can be neither found nor downloaded; the line says which file to put where.
+        UserError: it can be neither found nor downloaded; names the file to get and its folder.
         Failure: the disk is full.
     """
     root = given_path(data.path or "data/raw")
@@ -194,8 +194,8 @@ def cifar(data: Data, *archives: Archive) -> Source:
 
 
 def _fetch(root: Path, archives: tuple[Archive, ...]) -> tuple[Archive, Path]:
-    """Extract an archive in `root` whose checksum is right, or download the first one; returns it and its folder."""
-    from torchvision.datasets.utils import check_integrity, download_and_extract_archive  # costs seconds, needed once
+    """Extract an archive in `root` whose checksum is correct, or download the first one; returns the archive and its folder."""
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive  # slow to import, and rarely needed
 
     damaged = [archive.name for archive in archives if (root / archive.name).exists()]
     try:
@@ -217,7 +217,7 @@ def _fetch(root: Path, archives: tuple[Archive, ...]) -> tuple[Archive, Path]:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """A full disk or a folder without the right to write, rather than the network (whose errors are OSErrors as well)."""
+    """Whether an OSError is due to a full disk or missing permission, not to the network."""
     if not isinstance(error, OSError) or isinstance(error, URLError):
         return False
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -225,7 +225,7 @@ def _is_of_the_disk(error: Exception) -> bool:
 
 @contextmanager
 def _network_timeout() -> Iterator[None]:
-    """A firewall that swallows packets would otherwise hold the stage for ever: torchvision sets no limit."""
+    """Context manager that sets a network timeout; without one, torchvision may wait for ever behind a firewall."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

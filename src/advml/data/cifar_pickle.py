@@ -1,8 +1,8 @@
-"""Reads the pickles of CIFAR's python archive without `pickle`: nothing is imported and nothing is called.
+"""Read the pickles of CIFAR's python archive without `pickle`, so that nothing is imported or called.
 
-A pickle is a program for a stack machine. The operations that those files consist of build plain values here (dicts,
-lists, tuples, text, whole numbers) and uint8 arrays; any other operation, name or array is refused. The files come from
-Python 2's cPickle, protocol 2. (https://docs.python.org/3/library/pickletools.html)
+A pickle is a program for a stack machine. Here, the operations that occur in those files (Python 2's cPickle, protocol 2) are
+interpreted: they build plain values (dicts, lists, tuples, text, integers) and uint8 arrays. Any other operation, name or array is
+refused. (https://docs.python.org/3/library/pickletools.html)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LITERALS = ("BININT", "BININT1", "BININT2", "BINUNICODE", "BINSTRING", "SHORT_BI
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-NAMES = {  # old and new NumPy
+NAMES = {  # allowed names, of old and new NumPy
     **dict.fromkeys(("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct"), "reconstruct"),
     "numpy ndarray": "ndarray",
     "numpy dtype": "dtype",
@@ -24,23 +24,23 @@ NAMES = {  # old and new NumPy
 
 
 class Name(NamedTuple):
-    """A name of NAMES in place of what it names."""
+    """Placeholder of an object that a pickle names."""
 
     name: str
 
 
 class Call(NamedTuple):
-    """A call that is not made."""
+    """Placeholder of a call in a pickle, which is not executed."""
 
     function: Any
     arguments: Any
 
 
 def read_pickle(content: bytes) -> Any:
-    """The value in a pickle of plain values and uint8 arrays; bytes become text, each byte a character (latin-1).
+    """Value of a pickle of plain values and uint8 arrays; bytes are decoded as latin-1.
 
     Raises:
-        ValueError: it holds anything else, or is damaged.
+        ValueError: the pickle contains anything else, or is damaged.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -51,8 +51,8 @@ def read_pickle(content: bytes) -> Any:
                 return stack[-1]
             _step(operation.name, argument, stack, marks, memo)
     except (LookupError, TypeError) as error:
-        raise ValueError(f"no sound pickle: {error}") from None
-    raise ValueError("no sound pickle: it does not end")
+        raise ValueError(f"damaged pickle: {error}") from None
+    raise ValueError("damaged pickle: it does not end")
 
 
 def _step(name: str, argument: Any, stack: list[Any], marks: list[int], memo: dict[int, Any]) -> None:
@@ -97,10 +97,10 @@ def _step(name: str, argument: Any, stack: list[Any], marks: list[int], memo: di
 
 
 def _built(call: Any, state: Any) -> Any:
-    """What NumPy makes of its two calls: the type uint8, or an array of it."""
+    """Result of one of the two calls of NumPy that are interpreted: the dtype uint8, or an array of it."""
     match call, state:
         case Call(Name("dtype"), ("u1", *_)), (3, "|", None, None, None, -1, -1, 0):
             return np.uint8
         case Call(Name("reconstruct"), (Name("ndarray"), (0,), "b")), (1, tuple(shape), np.uint8, bool(by_columns), str(values)):
             return np.frombuffer(values.encode("latin-1"), np.uint8).reshape(shape, order="F" if by_columns else "C")
-    raise ValueError("an object that is no array of uint8 is refused: no pickle is ever loaded")
+    raise ValueError("an object other than a uint8 array is refused: no pickle is ever loaded")

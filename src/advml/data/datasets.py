@@ -5,7 +5,7 @@
     (torch.Size([1258, 1, 8, 8]), ('0', '1', '2'))
     >>> save(dataset, "data/prepared")
 
-A new dataset is a function from the `data` section to a `Source`, and a row of DATASETS (and its name in `config.Data`).
+To add a dataset: a function from the `data` section to a `Source`, a row of DATASETS, and its name in `config.Data`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepar
 def digits(data: Data) -> Source:
     """scikit-learn's 1,797 scans of handwritten digits, 8 x 8, grey values 0 .. 16 scaled to 0 .. 255.
 
-    (Alpaydin and Kaynak 1998, the test part of UCI's optical recognition of handwritten digits.)
+    Source: Alpaydin and Kaynak 1998, the test part of UCI's optical recognition of handwritten digits.
     """
-    from sklearn.datasets import load_digits  # costs seconds, and only `prepare` needs it
+    from sklearn.datasets import load_digits  # slow to import, and only `prepare` needs it
 
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
@@ -53,18 +53,18 @@ DATASETS: dict[str, Callable[[Data], Source]] = {
     "cifar100": lambda data: cifar(data, CIFAR100, CIFAR100_PYTHON),
     "folder": folder,
 }
-# Of datasets that may change under the same parameters: what tells that they have.
+# Datasets whose content may change while their parameters do not: a function whose result changes with the content.
 FINGERPRINTS: dict[str, Callable[[Data], str | None]] = {"folder": fingerprint}
 
 
 def prepare(data: Data) -> Dataset:
     """Read the dataset that the `data` section names and divide it.
 
-    It is divided before pixels are read: `max_train` saves the time and memory of the rest, and an unreadable image
-    that is skipped changes no other image's split.
+    Splits are drawn before pixels are read: images beyond `max_train` are never read, and a skipped unreadable image does not change
+    the split of any other.
 
     Raises:
-        UserError: if the data are missing, cannot be divided, or hold unreadable images and `data.skip_corrupt` is false.
+        UserError: the data are missing, cannot be divided, or contain unreadable images while `data.skip_corrupt` is false.
     """
     source = DATASETS[data.name](data)
     parts = divide(source, data)
@@ -96,7 +96,7 @@ def prepare(data: Data) -> Dataset:
 
 
 def remarks(dataset: Dataset) -> list[str]:
-    """What a user may not expect: of the folder, labels, the range of the pixels and identical images; without capital and full stop."""
+    """Notes for the user on folder, labels, bit depth and duplicates, each starting in lower case and without full stop."""
     white, said = dataset.parameters.get("white_level"), list(dataset.remarks)
     if not dataset.classes:
         said.append("no image has a label: only a scheme that needs none can learn from them, e.g. advml pretrain CL st")
@@ -115,37 +115,37 @@ def remarks(dataset: Dataset) -> list[str]:
 
 
 def channel_statistics(*parts: Tensor, batch: int | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every channel of uint8 images (N, C, H, W), all parts together, in [0, 1] units.
+    """Mean and standard deviation per channel of uint8 images (N, C, H, W), over all parts together, in [0, 1] units.
 
-    From sums of whole numbers, so exact and the same on every machine, and without a float copy. A constant channel
-    gets one grey level, 1/255, instead of 0, so that a model may divide by it.
+    Computed from integer sums, hence exact, equal on every machine, and without a float copy. The deviation of a constant channel is
+    set to one grey level, 1/255, so that a model can divide by it.
     """
-    batch = batch or max(1, 2**24 // parts[0][0].numel())  # 64 MiB of whole numbers at a time
+    batch = batch or max(1, 2**24 // parts[0][0].numel())  # 64 MiB of integers at a time
     total = torch.zeros(parts[0].shape[1], dtype=torch.int64)
     squares = torch.zeros_like(total)
     for levels in (some.to(torch.int32) for images in parts for some in images.split(batch)):
         total += levels.sum((0, 2, 3))
         squares += levels.square_().sum((0, 2, 3))
     pixels = sum(images.numel() // images.shape[1] for images in parts)
-    sums = list(zip(total.tolist(), squares.tolist(), strict=True))  # Python's whole numbers do not overflow
+    sums = list(zip(total.tolist(), squares.tolist(), strict=True))  # Python's integers do not overflow
     mean = tuple(t / pixels / 255 for t, _ in sums)
     std = tuple(max((pixels * s - t * t) ** 0.5 / pixels, 1.0) / 255 for t, s in sums)
     return mean, std
 
 
 def _check_classes(splits: dict[str, Split], classes: tuple[str, ...]) -> None:
-    """Every class was there before unreadable images and duplicates were left out."""
+    """Raise UserError if a class has no image left in a split, now that unreadable images and duplicates are left out."""
     for name, split in splits.items():
         numbers = count(split.labels, classes)
         if name != UNLABELLED and 0 in numbers:
             raise UserError(
-                f"class '{classes[numbers.index(0)]}' has no image left in {name} without unreadable ones and duplicates; "
-                "mend its images or remove the class"
+                f"class '{classes[numbers.index(0)]}' has no image left in {name} after leaving out unreadable images and duplicates; "
+                "add images, repair unreadable ones, or remove the class"
             )
 
 
 def _list_unreadable(data: Data, unreadable: tuple[str, ...], *, shown: int = 3) -> str:
-    """One line for the screen; a long list goes to a file."""
+    """Error message that lists unreadable images; a long list is written to a file."""
     paths = [str(Path(data.path or "") / line) for line in unreadable]
     listed = "; ".join(paths[:shown])
     if len(paths) > shown:
@@ -154,4 +154,4 @@ def _list_unreadable(data: Data, unreadable: tuple[str, ...], *, shown: int = 3)
         report.write_text("\n".join(paths) + "\n", encoding="utf-8", errors="backslashreplace")
         listed += f"; and {len(paths) - shown} more, listed in {report}"
     plural = "image cannot" if len(paths) == 1 else "images cannot"
-    return f"{len(paths)} {plural} be read: {listed}. Mend or remove, or leave out with -S data.skip_corrupt=true"
+    return f"{len(paths)} {plural} be read: {listed}. Repair or remove them, or leave them out with -S data.skip_corrupt=true"

@@ -1,7 +1,7 @@
-"""Images with exactly the same pixels: in two splits, under two labels, or twice in one split.
+"""Find images with identical pixels: in two splits, with two labels, or twice in one split.
 
-A test image that was trained on measures memory, and one picture under two labels has a wrong label. Pixels are
-compared as they are prepared (decoded, resized and cropped), by the sha256 of each image's tensor.
+A test image that was also trained on measures memorisation, and a picture with two labels has a wrong one. Pixels are compared after
+preparation (decoded, resized and cropped), by the sha256 of each image's tensor.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from advml.data.prepared import NAMES, SPLITS, UNLABELLED
 from advml.data.splits import Rows, Source
 
-EXAMPLES = 10  # pictures whose copies dataset.json lists
-PRECEDENCE = ("test", "validation", "train", UNLABELLED)  # which copy stays
+EXAMPLES = 10  # number of pictures whose copies are listed in dataset.json
+PRECEDENCE = ("test", "validation", "train", UNLABELLED)  # the copy in the first of these splits is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Copies:
     """Images grouped by their pixels.
 
     Attributes:
-        split, label, picture: (N,), for each image the number of its split in `names`, its label or -1, the number of its group.
+        split, label, picture: (N,), for each image the index of its split in `names`, its label or -1, the index of its group.
         names: of the splits.
     """
 
@@ -37,13 +37,13 @@ class Copies:
 
     @property
     def counts(self) -> np.ndarray:
-        """(pictures, splits): how often each picture occurs in each split."""
+        """Number of occurrences of each picture in each split (pictures, splits)."""
         shape = (self.picture.max(initial=-1) + 1, len(self.names))
         return np.bincount(self.picture * shape[1] + self.split, minlength=shape[0] * shape[1]).reshape(shape)
 
     @property
     def contradictory(self) -> np.ndarray:
-        """(pictures,): whether a picture stands under more than one label."""
+        """Mask (pictures,) of pictures with more than one label."""
         labels, known = self.label.max(initial=0) + 1, self.label >= 0
         pairs = np.unique(self.picture[known] * labels + self.label[known])
         return np.bincount(pairs // labels, minlength=self.picture.max(initial=-1) + 1) > 1
@@ -57,11 +57,11 @@ def find(images: np.ndarray, *, labels: np.ndarray, split: np.ndarray, names: tu
 
 
 def describe(copies: Copies) -> dict[str, Any]:
-    """Numbers for dataset.json.
+    """Summary for dataset.json.
 
     Returns:
-        `pictures`: different pictures that occur more than once; `images`: all their occurrences; `between`: pictures
-        that two splits share; `labels`: pictures under more than one label; `within`: surplus occurrences in a split.
+        `pictures`: number of different pictures that occur more than once; `images`: number of all their occurrences; `between`: number
+        of pictures that two splits share; `labels`: number of pictures with more than one label; `within`: surplus occurrences in a split.
     """
     counts = copies.counts
     repeated = counts.sum(1) > 1
@@ -78,7 +78,7 @@ def describe(copies: Copies) -> dict[str, Any]:
 
 
 def examples(copies: Copies) -> list[np.ndarray]:
-    """Positions of all occurrences of a few repeated pictures: those under two labels first, then those in several splits."""
+    """Positions of all occurrences of a few repeated pictures: first pictures with two labels, then pictures in several splits."""
     counts = copies.counts
     repeated = np.flatnonzero(counts.sum(1) > 1)
     rank = 2 * copies.contradictory + ((counts > 0).sum(1) > 1)
@@ -87,10 +87,10 @@ def examples(copies: Copies) -> list[np.ndarray]:
 
 
 def unique(copies: Copies) -> np.ndarray:
-    """Whether each image stays, bool (N,), if no picture may occur twice.
+    """Mask (N,) of the images to keep so that no picture occurs twice.
 
-    The copy in test stays, else the one in validation, else the one in train, else an unlabelled one; within a split, the first. A picture
-    under two labels goes altogether, because nothing says which label is right.
+    The copy in test is kept, else that in validation, else that in train, else an unlabelled one; within a split, the first. A picture
+    with two labels is removed altogether, because it is not known which label is right.
     """
     order = np.array([PRECEDENCE.index(name) for name in copies.names])[copies.split].argsort(kind="stable")
     _, first = np.unique(copies.picture[order], return_index=True)
@@ -100,7 +100,7 @@ def unique(copies: Copies) -> np.ndarray:
 
 
 def treat(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, Any]]:
-    """The rows, without duplicates if they are to be dropped, and what dataset.json says of them. Labels of `unlabelled` are not read."""
+    """Rows, without duplicates if `drop` is true, and the entry on duplicates for dataset.json. Labels of `unlabelled` are ignored."""
     names = NAMES if len(SPLITS) in rows.split else SPLITS
     labels = np.where(rows.split < len(SPLITS), source.labels[rows.indices], -1)
 
@@ -117,9 +117,9 @@ def treat(rows: Rows, source: Source, *, drop: bool) -> tuple[Rows, dict[str, An
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """The `duplicates` of dataset.json in words, where there are some, without capital and full stop."""
+    """Note on the `duplicates` of dataset.json, in lower case and without full stop."""
     parts = [f"{count} in both {pair}" for pair, count in found["between"].items() if count]
-    parts += [f"{found['labels']} under more than one label"] if found["labels"] else []
+    parts += [f"{found['labels']} with more than one label"] if found["labels"] else []
     parts += [f"{count} surplus in {name}" for name, count in found["within"].items() if count]
     first, second = ("".join(letter if letter.isprintable() else "?" for letter in one["image"]) for one in found["examples"][0][:2])
     dropped = [f"{count} from {name}" for name, count in found["dropped"].items() if count]

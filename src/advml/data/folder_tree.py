@@ -1,4 +1,4 @@
-"""Lists a folder and everything below it, once: images, text files that may hold labels, links that lead nowhere."""
+"""List a folder and everything below it, once: images, text files that may contain labels, dangling links."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from advml.core.errors import UserError
 from advml.data.images import SUFFIXES
 
-# Names of folders and files among images that are neither classes nor images of the user.
+# Names of folders and files that are neither classes nor images of the user.
 #
-# What systems and programs leave is left out at every depth, whatever it holds: the thumbnails of a network drive would count each image
-# twice. What seems to be made from other images, as a mask is, is for the caller to refuse: `masks` may be a class.
+# Folders made by systems and programs are skipped at every depth: the thumbnails of a network drive would count each image twice. Names
+# that suggest derived images, such as masks, are left to the caller to refuse, because `masks` may be a class.
 
-# Folders, compared without regard to case. Hidden ones need no row: `.ipynb_checkpoints`, `.thumbnails`, `.Trash-1000`, `.AppleDouble`.
+# Skipped folders, compared without regard to case. Hidden folders (`.ipynb_checkpoints`, `.Trash-1000`, ...) are skipped in any case.
 FOLDERS = frozenset(
     name.casefold()
     for name in (
@@ -34,11 +34,11 @@ FOLDERS = frozenset(
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a folder or file of this name is hidden (`._photo.jpg`), or a folder that a system or a program makes."""
+    """Whether a folder or file of this name is skipped: hidden (`._photo.jpg`), or a folder made by a system or program."""
     return name.startswith(".") or name.casefold() in FOLDERS
 
 
-# Words for pictures made from other pictures: `12_mask.png` or `12-seg_1.png` beside `12.png`, folders called `masks` or `seg_maps`.
+# Words for images derived from other images: `12_mask.png` or `12-seg_1.png` beside `12.png`, folders called `masks` or `seg_maps`.
 DERIVED = (
     *("mask", "matte", "alpha", "trimap", "seg", "segm", "segmentation", "segmented", "contour", "outline"),
     *("gt", "groundtruth", "ground_truth", "anno", "annot", "annotation", "annotated", "label", "labelled", "labeled", "bbox", "box"),
@@ -51,7 +51,7 @@ _DERIVED = re.compile(
 
 
 def original_of(name: str) -> str | None:
-    """What a file or folder, named without suffix, seems to be made from; None if its name does not say so.
+    """Name of the original from which a file or folder (without suffix) seems to be derived; None if the name does not suggest it.
 
     >>> [original_of(name) for name in ("12_mask", "benign (3)-seg_1", "masks", "SegmentationClass", "masked")]
     ['12', 'benign (3)', '', '', None]
@@ -60,21 +60,21 @@ def original_of(name: str) -> str | None:
     return (found[1] or found[2] or "") if found else None
 
 
-# Lists a folder and everything below it, once: images, text files that may hold labels, links that lead nowhere.
+# The listing
 
 TABLES = frozenset((".csv", ".tsv", ".txt"))
 
 
 @dataclass(eq=False)
 class Folder:
-    """A folder and what lies directly in it, sorted by name, without clutter.
+    """A folder and its direct content, sorted by name, without skipped names.
 
     Attributes:
-        images: files with an image's suffix; a link that leads nowhere may be among them.
+        images: files with an image's suffix, dangling links included.
         tables: text files.
         lost: links to folders that do not exist.
-        others: number of all other files, clutter included.
-        twin: another path of the same folder, under which it is listed already; then everything above is empty.
+        others: number of all other files, skipped ones included.
+        twin: another path of this folder, under which it was listed already; then all other attributes are empty.
     """
 
     path: Path
@@ -87,7 +87,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """In Unicode's composed form: a tree that was packed on a Mac spells `é` in two characters."""
+        """Name in Unicode's composed form, because archives made on a Mac spell `é` with two characters."""
         return composed(self.path.name)
 
     @property
@@ -96,13 +96,13 @@ class Folder:
 
     @property
     def subfolders(self) -> list[Folder]:
-        """Those that may be a split or a class each.
+        """Subfolders that may be splits or classes.
 
         Raises:
-            UserError: one of them is missing, or is by a link the same as another one.
+            UserError: one is a dangling link, or a link to another one.
         """
         if self.lost:
-            raise UserError(f"{self.lost[0]} is a link to something that does not exist; mend or remove it")
+            raise UserError(f"{self.lost[0]} is a link to something that does not exist; repair or remove it")
         for folder in self.folders:
             if folder.twin:
                 raise folder.twin_error
@@ -113,7 +113,7 @@ class Folder:
         return UserError(f"{self.path} and {self.twin} are the same folder, so its images would count twice; remove the link")
 
     def below(self) -> Iterator[Folder]:
-        """This folder and all below it."""
+        """Yield this folder and all folders below it."""
         waiting = [self]
         while waiting:
             yield (folder := waiting.pop())
@@ -122,11 +122,11 @@ class Folder:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """What `list_tree` found.
+    """Result of `list_tree`.
 
     Attributes:
-        left_out: name of a folder that is clutter -> how many there are.
-        errors: of folders that cannot be listed.
+        left_out: name of skipped folders -> their number.
+        errors: errors of folders that cannot be listed.
     """
 
     root: Folder
@@ -139,7 +139,7 @@ def composed(name: str) -> str:
 
 
 def list_tree(place: Path) -> Tree:
-    """Follow links, but list no folder twice."""
+    """List a folder and everything below it; follows links, and lists no folder twice."""
     root = Folder(place)
     tree, listed, seen = Tree(root, Counter(), []), {str(place): root}, {os.path.realpath(place): place}
     for parent, folders, files in os.walk(place, followlinks=True, onerror=tree.errors.append):
@@ -169,7 +169,7 @@ def _sort_in(folder: Folder, name: str) -> None:
         folder.images.append(path)
     elif suffix in TABLES:
         folder.tables.append(path)
-    elif not re.search("[a-z]", suffix) and not path.exists():  # `v1.0` may be a folder's name
+    elif not re.search("[a-z]", suffix) and not path.exists():  # a suffix without letters, as in `v1.0`: probably a folder
         folder.lost.append(path)
     else:
         folder.others += 1

@@ -1,4 +1,4 @@
-"""Any folder of images with a folder per class (torchvision's ImageFolder layout), flat or below split folders: see `folder_layout`."""
+"""Dataset from a folder of images with one folder per class (as torchvision's ImageFolder), with or without splits: see `folder_layout`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from advml.data.splits import Source
 
 
 def folder(data: Data) -> Source:
-    """The tree at `data.path`; images are decoded to `data.image_size`, in RGB unless `data.channels` is 1.
+    """Source of the images at `data.path`, decoded to `data.image_size`, in RGB unless `data.channels` is 1.
 
     Raises:
-        UserError: the tree is missing, cannot be listed, is no tree of at least two classes, or may be meant in several ways.
+        UserError: the folder is missing, cannot be listed, has fewer than two classes, or its meaning is ambiguous.
     """
     root = given_path(data.path)
-    if not os.path.isdir(root):  # which, unlike Path.is_dir, takes what cannot be a path as missing
+    if not os.path.isdir(root):  # False, unlike Path.is_dir, for text that cannot be a path
         problem = "is a file; unpack it if it is an archive, and" if os.path.isfile(root) else "does not exist;"
         raise UserError(f"data.path = {data.path!r} {problem} name the folder of images in params.yaml, or with -S data.path=FOLDER")
     tree = list_tree(root)
     for error in tree.errors:
-        raise UserError(f"data.path: {error.filename} cannot be listed ({error.strerror}); give the right to read it")
+        raise UserError(f"data.path: {error.filename} cannot be listed ({error.strerror}); make it readable")
     return _source(root, data, tree, read_layout(tree.root, data.layout, unlabelled=data.unlabelled))
 
 
 def fingerprint(data: Data) -> str | None:
-    """Of names, sizes and times of the images at `data.path`, none of which is opened, and of files with labels.
+    """Fingerprint of the names, sizes and times of the images at `data.path`, which are not opened, and of files with labels.
 
-    What cannot be listed or read counts as such, so that it hides no change of the others. None: there is no folder.
+    Unreadable folders and files enter as such, so that changes of the others are still noticed. None: the folder does not exist.
     """
     root = given_path(data.path)
     if not os.path.isdir(root):
@@ -72,7 +72,9 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
         given[split] = np.arange(start, len(paths))
     paths += layout.unlabelled
     if data.unlabelled and not layout.unlabelled:
-        raise UserError(f"data.unlabelled = true, but {root} holds no folder called unlabelled beside train; add it, or set it to false")
+        raise UserError(
+            f"data.unlabelled = true, but {root} has no folder unlabelled beside train; add it, or set data.unlabelled to false"
+        )
     if not classes:
         given = {}
     elif layout.unlabelled:
@@ -102,4 +104,4 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
 def _left_out(tree: Tree) -> list[str]:
     names = [f"{name} ({count})" if count > 1 else name for name, count in sorted(tree.left_out.items())]
     shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return [f"left out as hidden, or made by a system or a program: {shown}"] if names else []
+    return [f"folders left out, hidden or made by a system or program: {shown}"] if names else []

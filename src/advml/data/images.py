@@ -1,9 +1,9 @@
-"""Pictures of any format, mode and size -> uint8 arrays of one size.
+"""Decode image files of any format, mode and size to uint8 arrays of one size.
 
-Everything goes through Pillow, whose resampling is integer arithmetic: the same bytes on every machine. A picture
-is turned upright (EXIF), brought to 8 bits (see `bit_depth`), laid on white where it is transparent, turned grey (ITU-R 601 luma) or
-RGB (CMYK without colour profile), scaled so that its shorter side fits (bilinear with antialias), and cropped at
-its centre. Of animations and multi-page files the first frame counts.
+Pillow does all the work; its resampling is integer arithmetic, so the bytes are the same on every machine. An image is turned upright
+(EXIF), converted to 8 bits (see `bit_depth`), put on white where it is transparent, converted to grey (ITU-R 601 luma) or RGB (CMYK
+without colour profile), scaled so that its shorter side fits (bilinear with antialias), and cropped at its centre. Of animations and
+multi-page files, the first frame is used.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from advml.core.paths import Workspace
 from advml.core.progress import Bar
 from advml.data.bit_depth import FULL, GREY, Depth, Largest, eight_bits, is_deep, largest, settle
 
-# Opens picture files: which formats, how large, and the right way up.
+# Opening files: formats, memory, orientation
 
-# Pillow goes by content, not by name. EPS and the like stay out: they would start an interpreter.
+# Pillow recognises formats by content, not by name. EPS and similar ones are excluded, because they would start an interpreter.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 LARGE = 2**25  # pixels from which pictures are decoded one at a time
-BYTES_PER_PIXEL = 16  # while a picture is decoded, turned and converted
+BYTES_PER_PIXEL = 16  # memory while a picture is decoded, rotated and converted
 
-# Pillow's limits are meant for servers. These are the user's own files: memory bounds a picture here (`_room_for`).
+# Pillow's limits protect servers from uploads; these files are the user's own, and are limited by the available memory (`_room_for`).
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes of text in a PNG file
 
@@ -46,7 +46,7 @@ _one_at_a_time = threading.Lock()
 
 @contextmanager
 def opened(path: Path, *, size: int) -> Iterator[tuple[Image.Image, bool]]:
-    """The picture at `path`, decoded and upright, and whether it is deep (see `bit_depth`)."""
+    """Context manager: the picture at `path`, decoded and upright, and whether it has more than 8 bits per channel (see `bit_depth`)."""
     if path.stat().st_size == 0:
         raise ValueError("empty file")
     with Image.open(path, formats=_formats()) as image:
@@ -60,7 +60,7 @@ def opened(path: Path, *, size: int) -> Iterator[tuple[Image.Image, bool]]:
 
 @contextmanager
 def _room_for(image: Image.Image) -> Iterator[None]:
-    """Lets one large picture at a time into memory, and none that does not fit."""
+    """Context manager that admits one large picture at a time, and raises ValueError for one that does not fit into memory."""
     pixels = image.width * image.height
     if pixels <= LARGE:
         yield
@@ -74,35 +74,35 @@ def _room_for(image: Image.Image) -> Iterator[None]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with; it stumbles over others."""
+    """Those of FORMATS that the installed Pillow supports; it raises an error for others."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _turn_upright(image: Image.Image) -> None:
-    with suppress(Exception):  # pixels can be sound while their EXIF block is not: then taken as upright, as viewers do
+    with suppress(Exception):  # pixels may be readable while EXIF is damaged: then, as in viewers, no rotation
         ImageOps.exif_transpose(image, in_place=True)
 
 
-# Pictures of any format, mode and size -> uint8 arrays of one size.
+# Decoding to arrays of one size
 
-# A file with one of these names is meant to be a picture: if it cannot be read (HEIC among them), that is said.
+# Files with these suffixes count as images; unreadable ones (such as HEIC) are reported.
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
-CHUNK = 64  # pictures per task: enough to make its overhead vanish
-SMALL = 2.5e-4  # seconds per picture below which threads only wait for each other (measured: 32 x 32 JPEGs, 30 % slower with two)
+CHUNK = 64  # pictures per task, so that the overhead of a task is negligible
+SMALL = 2.5e-4  # seconds per picture below which threads do not pay (measured: 32 x 32 JPEGs, 30 % slower with two)
 
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """Images as they were read.
+    """Decoded images.
 
     Attributes:
         images: uint8, (n, C, H, W).
-        unreadable: `{position: reason}` of those that could not be read; their pixels mean nothing.
-        depth: of the images that had more than 8 bits per channel.
+        unreadable: position -> reason, for images that could not be read; their pixels are undefined.
+        depth: statistics of the images with more than 8 bits per channel.
     """
 
     images: np.ndarray
@@ -111,12 +111,12 @@ class Pixels:
 
 
 def read_files(paths: Sequence[Path], *, size: int, channels: int, white: float | None) -> Pixels:
-    """The pictures at `paths`, brought to one size.
+    """Decode the pictures at `paths` to one size.
 
     Args:
-        white: `data.white_level`; None: pictures with more than 8 bits are read twice, first to find the range in use.
+        white: `data.white_level`; None: pictures with more than 8 bits are read twice, first to find their range of values.
     Raises:
-        UserError: they do not fit into memory, or colours of 16 bits cannot be stretched as `white` asks.
+        UserError: they do not fit into memory, or 16-bit colour images cannot be scaled to `white`.
     """
     found: dict[int, Largest] = {}
 
@@ -138,10 +138,10 @@ def read_files(paths: Sequence[Path], *, size: int, channels: int, white: float 
 
 
 def decode(path: Path, *, size: int, channels: int, white: float | None = None) -> np.ndarray:
-    """The picture at `path` as uint8 (size, size, channels); raises whatever Pillow raises if it is broken.
+    """Decode the picture at `path` to uint8 (size, size, channels); for a broken file, raises any error of Pillow.
 
     Args:
-        white: value of white if it is grey with more than 8 bits; None: by the range in use, as for a data set.
+        white: value of white for a grey image with more than 8 bits; None: from its range of values, as for a dataset.
     """
     with opened(path, size=size) as (image, deep):
         unknown = deep and image.mode in GREY
@@ -150,7 +150,7 @@ def decode(path: Path, *, size: int, channels: int, white: float | None = None) 
 
 
 def fit(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
-    """An 8-bit picture as uint8 (size, size, channels)."""
+    """Convert an 8-bit picture to uint8 (size, size, channels)."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -161,7 +161,7 @@ def fit(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
 
 
 def fit_arrays(images: np.ndarray, *, size: int | None, channels: int | None) -> np.ndarray:
-    """uint8 (N, C, H, W) -> uint8 (N, channels, size, size); None leaves as it is."""
+    """Convert uint8 (N, C, H, W) to uint8 (N, channels, size, size); None keeps channels or size."""
     native, side = images.shape[1], images.shape[2]
     size, channels = size or side, channels or native
     if (channels, size) == (native, side):
@@ -178,10 +178,10 @@ def read_all(read: Callable[[int], np.ndarray], count: int, *, size: int, channe
     """Call `read` for 0 .. count-1 in a thread pool, with a progress bar if stderr is a terminal.
 
     Returns:
-        Images (uint8, count x channels x size x size) and `{index: reason}` of those that could not be read.
+        Images (uint8, count x channels x size x size), and index -> reason for those that could not be read.
     Raises:
-        UserError: they fit neither into memory nor on the disk.
-        Failure: the memory was refused nevertheless.
+        UserError: the images fit neither into memory nor on the disk.
+        Failure: the memory could not be allocated nevertheless.
     """
     need, remedy = count * channels * size**2, "lower data.image_size or set data.max_train"
     try:
@@ -192,7 +192,7 @@ def read_all(read: Callable[[int], np.ndarray], count: int, *, size: int, channe
 
 
 def room_for_all(shape: tuple[int, int, int, int], remedy: str) -> np.ndarray:
-    """An empty array (uint8) in memory or, if it would take much of it, in a file without a name, which ends with the process."""
+    """Empty uint8 array in memory or, if it is too large, in an anonymous file, which disappears with the process."""
     count, *side = shape
     workspace, what = Workspace(), f"{count} images of {'x'.join(map(str, side))}"
     if memory.has_room(math.prod(shape), what=what, folder=workspace.root, remedy=remedy):
@@ -203,7 +203,7 @@ def room_for_all(shape: tuple[int, int, int, int], remedy: str) -> np.ndarray:
 
 
 def _fill(images: np.ndarray, read: Callable[[int], np.ndarray], indices: Sequence[int]) -> dict[int, str]:
-    """Write `read(index)` to `images[index]`; returns `{index: reason}` of those that could not be read."""
+    """Write `read(index)` to `images[index]`; returns index -> reason for those that could not be read."""
     unreadable: dict[int, str] = {}
 
     def work(start: int) -> int:
@@ -218,7 +218,7 @@ def _fill(images: np.ndarray, read: Callable[[int], np.ndarray], indices: Sequen
         return len(chunk)
 
     with warnings.catch_warnings(), Bar("reading images", total=len(indices), brief=True) as bar:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+        warnings.simplefilter("ignore")  # Pillow warns of unusual metadata
         began = time.perf_counter()
         bar.advance(work(0))
         small = time.perf_counter() - began < SMALL * CHUNK
@@ -226,13 +226,13 @@ def _fill(images: np.ndarray, read: Callable[[int], np.ndarray], indices: Sequen
         try:
             for done in pool.map(work, range(CHUNK, len(indices), CHUNK)):
                 bar.advance(done)
-        finally:  # after Ctrl-C, do not decode the rest first
+        finally:  # after Ctrl-C, skip the remaining tasks
             pool.shutdown(cancel_futures=True)
     return dict(sorted(unreadable.items()))
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "no image, or of a format that Pillow cannot read"
+        return "not an image, or of a format that Pillow cannot read"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:120] or type(error).__name__

@@ -1,12 +1,13 @@
-"""Labels of images that lie in one folder, from a text file beside them: a line for each image, its file name first.
+"""Read labels of images in one folder from a text file with one line per image, which begins with the file name.
 
     1.jpg,cats                                        labels.csv, with or without a header
     filename,width,height,class,xmin,...              a header that names the column of the class (`LABEL_WORDS`)
     val_0.JPEG	n03444034	0	32	44	62            Tiny-ImageNet's val/val_annotations.txt
     1,cats    or    train/1.jpg,cats             also beside the folders of splits: labels.csv for all of them, train.csv for one
 
-Separated by tabs, commas, semicolons, or the first blank of a line. More than two columns without a header that names one of
-them are refused, Tiny-ImageNet's form excepted: the second may be a coordinate, a size, or one of several 0/1 columns.
+Columns are separated by tabs, commas, semicolons, or the first blank of a line. A file with more than two columns is refused unless it
+has Tiny-ImageNet's form or a header that names the class column: the second column may be a coordinate, a size, or one of several 0/1
+columns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from advml.core.errors import UserError
 from advml.data.folder_tree import composed
 from advml.data.split_names import split_of
 
-# Headers of the column that holds the class, in small letters and without anything else.
+# Headers of the class column, reduced to lower-case letters.
 LABEL_WORDS = frozenset(
     (
         *("class", "classes", "classname", "classid", "classlabel", "classindex"),
@@ -31,22 +32,22 @@ LABEL_WORDS = frozenset(
         *("target", "targets", "groundtruth", "species", "breed", "diagnosis"),
     )
 )
-SHOWN = 12  # columns in a message
-Known = dict[str, Path | None]  # what a table may call an image -> the image; None: of another split
+SHOWN = 12  # number of columns in a message
+Known = dict[str, Path | None]  # name of an image in a table -> the image; None: it is in another split
 NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?\s*")
 
 
 def read_labels(tables: list[Path], images: list[Path], *, others: Sequence[Path] = ()) -> tuple[Path, dict[str, list[Path]]] | None:
-    """The text file that names the images, and the images of each class; None if no file names any of them.
+    """Find the text file that names the images, and read the images of each class; None if no file names any of them.
 
     Args:
-        others: images of other splits, which a file beside the splits may name as well, unless it is called after one (`train.csv`).
+        others: images of other splits, which a file beside the splits may also name, unless it has the name of one split (`train.csv`).
     Raises:
-        UserError: several files do, or the one that does leaves an image out, names one that is not there, or gives one two classes.
+        UserError: several files name the images; or the file lacks an image, names one that does not exist, or gives one two classes.
     """
     naming = [(table, rows, known) for table in tables if (rows := _rows(table)) and (known := _known(table, rows, images, others))]
     if len(naming) > 1:
-        raise UserError(f"{naming[0][0]} and {naming[1][0].name} both name the images beside them; keep the one that holds their classes")
+        raise UserError(f"{naming[0][0]} and {naming[1][0].name} both name the images beside them; keep the one with their classes")
     return (naming[0][0], _by_class(*naming[0], images)) if naming else None
 
 
@@ -58,7 +59,7 @@ def _by_class(table: Path, rows: list[list[str]], known: Known, images: list[Pat
     for row in rows:
         name, label = row[0], composed(row[column].strip()) if len(row) > column else ""
         if name not in known:
-            raise UserError(f"{table} names '{name}', and there is not one image of that name; write a line 'FILE,CLASS' for each image")
+            raise UserError(f"{table} names '{name}', which no image or more than one is called; write a line 'FILE,CLASS' for each image")
         if (image := known[name]) is None:
             continue
         if not label:
@@ -74,7 +75,7 @@ def _by_class(table: Path, rows: list[list[str]], known: Known, images: list[Pat
 
 
 def _label_column(table: Path, rows: list[list[str]], *, header: bool) -> int:
-    """The position of the class in a row: after the file name, or where the header says."""
+    """Index of the class column: the second one, or that named by the header."""
     width = max(map(len, rows))
     named = [at for at, cell in enumerate(rows[0]) if at and re.sub("[^a-z]", "", cell.lower()) in LABEL_WORDS] if header else []
     if width <= 2 or (not header and all(_is_tiny_imagenet(row) for row in rows)):
@@ -83,19 +84,22 @@ def _label_column(table: Path, rows: list[list[str]], *, header: bool) -> int:
         what = f"{len(named)} of them" if named else "none of them"
         cells = ", ".join(" ".join(cell.split()) for cell in rows[0][:SHOWN]) + (", ..." if len(rows[0]) > SHOWN else "")
         raise UserError(
-            f"{table} has {width} columns ({cells}), and {what} can be told by a header to be the class; "
-            f"write a line 'FILE,LABEL' for each image, call the column of the class 'class', and no other like it, or remove the file"
+            f"{table} has {width} columns ({cells}), and {what} has a header that means the class; "
+            f"write a line 'FILE,LABEL' for each image, give only the column of the class the header 'class', or remove the file"
         )
     return named[0]
 
 
 def _is_tiny_imagenet(row: list[str]) -> bool:
-    """A file, a class that is no number, and the four numbers of a box."""
+    """Whether a row has Tiny-ImageNet's form: a file, a class that is not a number, and four numbers of a box."""
     return len(row) == 6 and not NUMBER.fullmatch(row[1]) and all(map(NUMBER.fullmatch, row[2:]))
 
 
 def _known(table: Path, rows: list[list[str]], images: list[Path], others: Sequence[Path]) -> Known:
-    """By path from the table's folder, and by name where that is unique; by name without suffix if it names all images so; or nothing."""
+    """Images by the names a table uses: paths from its folder and unique file names, or names without suffix if all rows use these.
+
+    Empty if the table names no images.
+    """
     cells = {row[0] for row in rows if len(row) > 1}
     shared = not split_of(table.stem)[0]
     places = {other: None for other in others if shared and table.parent in other.parents} | {image: image for image in images}
@@ -112,17 +116,17 @@ def _unique(places: dict[Path, Path | None], part: str) -> Known:
 
 
 def _rows(table: Path) -> list[list[str]]:
-    """Not empty ones, without empty cells at their ends; nothing if the file is no text."""
+    """Rows of a table that are not empty, without trailing empty cells; none if the file is not text."""
     try:
         text = table.read_text(encoding="utf-8-sig")
         first = text.lstrip().partition("\n")[0]
         if separator := next((mark for mark in "\t,;" if mark in first), None):
             rows = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-        else:  # the name of a class may have blanks in it
+        else:  # a class name may contain blanks
             rows = ([cell.strip().strip('"') for cell in line.split(maxsplit=1)] for line in io.StringIO(text))
         return [[composed(row[0].strip()), *_filled(row[1:])] for row in rows if row and row[0].strip()]
     except OSError as error:
-        raise UserError(f"{table} cannot be read ({error.strerror}); mend or remove it") from None
+        raise UserError(f"{table} cannot be read ({error.strerror}); repair or remove it") from None
     except (UnicodeDecodeError, csv.Error):
         return []
 

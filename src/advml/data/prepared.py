@@ -1,8 +1,8 @@
-"""A prepared dataset in memory and on disk.
+"""Prepared dataset in memory and on disk.
 
-`data/prepared/` holds `{train,validation,test}.safetensors` with `images` (uint8, N x C x H x W) and `labels`
-(int64, N; -1 where there is none), where there are training images without a label to learn from also
-`unlabelled.safetensors`, and `dataset.json` with everything else. No pickle, and never a half-written folder.
+`data/prepared/` contains `{train,validation,test}.safetensors` with `images` (uint8, N x C x H x W) and `labels` (int64, N; -1: none),
+`unlabelled.safetensors` if there are training images without a usable label, and `dataset.json` with everything else. It is written
+atomically and without pickle.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from advml.core.io import replace_folder, write_atomically
 
 SPLITS = ("train", "validation", "test")
 UNLABELLED = "unlabelled"
-NAMES = (*SPLITS, UNLABELLED)  # of all splits that a dataset may have
+NAMES = (*SPLITS, UNLABELLED)  # names of all splits that a dataset may have
 FILES = frozenset({"dataset.json", *(f"{name}.safetensors" for name in NAMES)})
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images (uint8, N x C x H x W) and their labels (int64, N); -1: none."""
+    """Images (uint8, N x C x H x W) and their labels (int64, N); label -1: none."""
 
     images: Tensor
     labels: Tensor
@@ -43,20 +43,20 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint splits, each with every class, and further training images whose labels are not to be used.
+    """Three disjoint splits, each with every class, and further training images without usable labels.
 
     Attributes:
-        classes: names; a label is an index into them. None at all: no image has a label.
-        source: where the images come from, for people.
-        digest: sha256 (hex) of class names, shapes, pixels and labels; the same on every machine and under every path.
+        classes: class names; a label is an index into them. Empty: no image has a label.
+        source: description of the images' origin.
+        digest: sha256 (hex) of class names, shapes, pixels and labels; independent of machine and path.
         mean, std: per channel over the training images, in [0, 1] units.
-        skipped: `path: reason` of the images left out because they could not be read.
-        ignored: number of files that are no images, or lie where no class is.
-        remarks: what a user may not expect of these data, a line each.
-        duplicates: images with equal pixels, as `duplicates.describe` counts them, `dropped` per split, and `examples`.
+        skipped: `path: reason` of images that could not be read.
+        ignored: number of files that are not images, or are outside of classes.
+        remarks: notes for the user, one line each.
+        duplicates: images with equal pixels: counts of `duplicates.describe`, `dropped` per split, and `examples`.
         depth: of images with more than 8 bits per channel: `images`, `largest`, `median`, `white_level`.
-        parameters: the `data` section that made it.
-        unlabelled: training images beyond the label budget, whose labels only a scheme that says so may read, and those without any.
+        parameters: the `data` section from which it was prepared.
+        unlabelled: training images without a label, and those beyond the label budget, whose labels must not be used.
     """
 
     train: Split
@@ -70,14 +70,14 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     ignored: int = 0
     remarks: tuple[str, ...] = ()
-    duplicates: Mapping[str, Any] | None = None  # None: written by an older version, which did not look
+    duplicates: Mapping[str, Any] | None = None  # None: written by an older version, which did not search for duplicates
     depth: Mapping[str, Any] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     unlabelled: Split | None = None
 
     @property
     def splits(self) -> dict[str, Split]:
-        """Those that there are, by name."""
+        """Splits that exist, by name."""
         return {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
 
     @property
@@ -87,13 +87,13 @@ class Dataset:
 
 
 def require_labels(dataset: Dataset, reader: str) -> None:
-    """Raises UserError if no image has a label, which `reader` needs."""
+    """Raise UserError if no image has a label; `reader` names the work that needs labels."""
     if not dataset.classes:
-        raise UserError(f"{reader} needs labels, and no image of data/prepared has one; give images by class, or pretrain CL alone")
+        raise UserError(f"{reader} needs labels, and no image of data/prepared has one; sort images by class, or only pretrain CL")
 
 
 def digest(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
-    """sha256 (hex) over class names and all tensors; little-endian, so that it is the same on every machine."""
+    """sha256 (hex) of class names and all tensors (little-endian, so that it is the same on every machine)."""
     total = hashlib.sha256(json.dumps(classes).encode())
     for name in (name for name in NAMES if name in splits):
         split = splits[name]
@@ -107,14 +107,14 @@ def save(dataset: Dataset, folder: str | Path) -> None:
     """Write `dataset` into `folder`, replacing an earlier one; a crash leaves the old folder or the new one.
 
     Raises:
-        UserError: if `folder` holds files that are not a prepared dataset.
-        Failure: if the disk is full or the folder cannot be written.
+        UserError: `folder` contains files that do not belong to a prepared dataset.
+        Failure: the disk is full or the folder cannot be written.
     """
     folder = Path(folder)
     try:
         foreign = sorted({entry.name for entry in folder.iterdir()} - FILES) if folder.is_dir() else []
         if foreign:
-            raise UserError(f"{folder} also holds {foreign[0]}, which is no prepared data; move it away and run advml prepare again")
+            raise UserError(f"{folder} also contains {foreign[0]}, which is not prepared data; move it away and run advml prepare again")
         with replace_folder(folder) as fresh:
             for name, split in dataset.splits.items():
                 save_file({"images": split.images.contiguous(), "labels": split.labels.contiguous()}, fresh / f"{name}.safetensors")
@@ -124,12 +124,12 @@ def save(dataset: Dataset, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, *, verified: Path | None = None) -> Dataset:
-    """Read what `save` wrote and verify shapes, types, counts and digest. Images are mapped: they are read when they are used.
+    """Load a dataset written by `save`, and verify shapes, types, counts and digest. Images are memory-mapped.
 
     Args:
-        verified: a file that remembers which files had the digest, by size, time and inode; None: all of them are read for it.
+        verified: file that lists files whose digest was verified before, by size, time and inode; None: verify all again.
     Raises:
-        UserError: if it is missing or broken; the line names the command that makes it anew.
+        UserError: the dataset is missing or damaged; names the command that prepares it again.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -142,7 +142,7 @@ def load(folder: str | Path, *, verified: Path | None = None) -> Dataset:
         plain = {key: about[key] for key in ("source", "digest", "ignored", "parameters")}
         return Dataset(**splits, **lists, **plain, duplicates=about.get("duplicates"), depth=about.get("depth"))
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} is broken ({_reason(error)}); make it again with: advml prepare") from None
+        raise UserError(f"{folder} is damaged ({_reason(error)}); make it again with: advml prepare") from None
 
 
 def _verify(folder: Path, splits: Mapping[str, Split], about: Mapping[str, Any], verified: Path | None) -> None:
@@ -163,7 +163,7 @@ def _read_split(path: Path, count: int, shape: list[int]) -> Split:
     images, labels = tensors["images"], tensors["labels"]
     expected = ((torch.uint8, (count, *shape)), (torch.int64, (count,)))
     if tuple((tensor.dtype, tuple(tensor.shape)) for tensor in (images, labels)) != expected:
-        raise ValueError(f"{path.name} is not as dataset.json describes it")
+        raise ValueError(f"{path.name} does not match dataset.json")
     return Split(images, labels)
 
 
@@ -188,7 +188,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def count(labels: Tensor, classes: tuple[str, ...]) -> list[int]:
-    """How many images each class has, those without a label left out."""
+    """Number of images of each class, without unlabelled ones."""
     return torch.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
 
 

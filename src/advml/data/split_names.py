@@ -1,17 +1,17 @@
-"""Names under which people keep the splits of a data set: `train`, `Testing`, `val_images`, `seg_train`, ..."""
+"""Recognise usual folder names of splits: `train`, `Testing`, `val_images`, `seg_train`, ..."""
 
 from __future__ import annotations
 
 import re
 
-# split -> words for it, written without separators. `unlabelled` is no split: such a folder beside splits is left out.
+# Split -> words for it, without separators. `unlabelled` is not a split: such a folder beside splits is left out.
 WORDS = {
     "train": ("train", "training", "trn", "trainval"),
     "validation": ("validation", "validate", "validating", "valid", "val", "dev", "devel", "development", "publictest"),
     "test": ("test", "testing", "tests", "tst", "eval", "evaluation", "evaluating", "holdout", "heldout", "privatetest"),
     "unlabelled": ("unlabelled", "unlabeled", "pred", "predict", "prediction", "predictions", "inference", "submission"),
 }
-# What may stand before or after such a word, digits included, and adds nothing.
+# Words (besides digits) that may precede or follow such a word without changing its meaning.
 DECORATION = (
     *("set", "sets", "data", "dataset", "split", "splits", "folder", "dir", "directory", "part", "fold"),
     *("image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos"),
@@ -24,14 +24,14 @@ _WORD = re.compile(rf"(?:{_DECORATIONS})*+({'|'.join(sorted(_SPLIT_OF_WORD, key=
 
 
 def split_of(name: str) -> tuple[str | None, str]:
-    """The split that a folder's name speaks of, and the words of the name that do not.
+    """Split that a folder's name means (None: none), and the remaining words of the name.
 
         >>> split_of("Training Images"), split_of("seg_test"), split_of("trainset2017"), split_of("contest"), split_of("train-or-test")
         (('train', ''), ('test', 'seg'), ('train', ''), (None, 'contest'), (None, 'train or test'))
 
-    The rest tells names of one data set's splits (`seg_train`, `seg_test`) from classes in which a word for a split occurs (`toy train`).
+    Splits of one dataset have the same remaining words (`seg_train`, `seg_test`), unlike classes such as `toy train`.
     """
-    parts = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)  # CamelCase is two words
+    parts = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)  # CamelCase counts as two words
     words = [part.casefold() for part in parts]
     if whole := _WORD.fullmatch("".join(words)):  # hold-out, PublicTest
         return _SPLIT_OF_WORD[whole[1]], ""

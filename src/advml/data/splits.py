@@ -1,9 +1,9 @@
 """Seeded, stratified, disjoint splits.
 
-The order of images comes from the raw bits of PCG64, a stream that NumPy guarantees (unlike its shuffles and
-permutations, which may change between releases): a seed gives the same splits on every machine, for good. Each
-class is dealt out in that order: first to test, then to validation, the rest to train. So a smaller `max_train`
-keeps a subset of what a larger one keeps, and moves nothing in validation and test.
+The order of images comes from the raw bits of PCG64, a stream that NumPy guarantees (unlike its shuffles and permutations, which may
+change between releases), so a seed always gives the same splits. Each class is distributed in that order: first to test, then to
+validation, the rest to train. So a smaller `max_train` keeps a subset of the training images of a larger one, and does not change
+validation and test.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from advml.data.prepared import NAMES, UNLABELLED, Split
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Images before they are divided: labels are known, pixels are read when it is clear which are needed.
+    """Images before they are split: labels are known, pixels are read later, for the images that are used.
 
     Attributes:
-        name: where they come from, for people.
+        name: description of the images' origin.
         labels: int64, (N,): indices into `classes`; -1: none.
-        read: indices (n,) -> the pixels of these images.
-        given: the splits the data come with, as indices; without `train`, all labelled images are divided, or all if there is no class.
-        ignored: number of files that are no images, or lie where no class is.
-        remarks: what a user may not expect, a line each.
-        title: index -> what people know an image by, e.g. its path below `data.path`.
+        read: function from indices (n,) to the pixels of these images.
+        given: splits that the data come with, as indices; without `train`, all labelled images are split, or all if there are no classes.
+        ignored: number of files that are not images, or are outside of classes.
+        remarks: notes for the user, one line each.
+        title: function from an index to the name of an image, e.g. its path below `data.path`.
     """
 
     name: str
@@ -46,21 +46,21 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Images with their indices in the source and the numbers of their splits in NAMES, in ascending order."""
+    """Images with their indices in the source and the indices of their splits in NAMES, in ascending order of splits."""
 
     images: np.ndarray
     indices: np.ndarray
     split: np.ndarray
 
     def keep(self, stays: np.ndarray) -> Rows:
-        """Those that stay (bool, (N,)), moved to the front in place: for a copy there may be no memory."""
+        """Keep the rows under the mask `stays` (N,), by moving them to the front in place, since a copy may not fit into memory."""
         kept = np.flatnonzero(stays)
         for row in np.flatnonzero(kept != np.arange(len(kept))):
             self.images[row] = self.images[kept[row]]
         return Rows(self.images[: len(kept)], self.indices[stays], self.split[stays])
 
     def divided(self, labels: np.ndarray) -> dict[str, Split]:
-        """The splits that have images, in the memory of `images`; `labels` are those of the whole source."""
+        """Splits that have images, as views of `images`; `labels` are those of the whole source."""
         ends = np.searchsorted(self.split, np.arange(1, len(NAMES)))
         parts = zip(NAMES, np.split(self.images, ends), np.split(labels[self.indices], ends), strict=True)
         splits = {name: Split(torch.from_numpy(images), torch.from_numpy(own)) for name, images, own in parts}
@@ -68,16 +68,16 @@ class Rows:
 
 
 def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
-    """Indices of the images of train, validation and test, and of those of `unlabelled` if there are some.
+    """Divide images into train, validation and test (and `unlabelled`, if there are any); returns indices by split.
 
-    A split the source comes with is taken as it is (cut to `max_test`); `data.validation` and `data.test` are
-    shares of the images that are left to divide: all of them, or those of the source's training split. Class
-    proportions are kept as nearly as whole images allow; every split gets at least one image of every class. The label
-    budget is dealt out last: a smaller one keeps a subset of the labels of a larger one, and what it leaves is unlabelled.
-    Each split is stored in the seeded order: a batch of one class would change what a contrastive attack sees.
+    A split that the source comes with is used as it is (cut to `max_test`). `data.validation` and `data.test` are shares of the images
+    to divide: all of them, or those of the source's training split. Class proportions are kept as closely as possible, and every split
+    gets at least one image of every class. The label budget is applied last: a smaller one keeps a subset of the labels of a larger one,
+    and the other images are unlabelled. Each split is stored in the seeded order, because a batch of a single class would change
+    contrastive attacks.
 
     Raises:
-        UserError: if a class has too few images, or `max_train`, `max_test` are below the number of classes.
+        UserError: a class has too few images, or `max_train` or `max_test` are below the number of classes.
     """
     order = np.argsort(np.random.PCG64(data.seed).random_raw(len(source.labels)), kind="stable")
 
@@ -108,10 +108,10 @@ def divide(source: Source, data: Data) -> dict[str, np.ndarray]:
 
 
 def _labelled(train: list[np.ndarray], data: Data, *, classes: tuple[str, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The training images of each class whose labels are used, `data.label_budget` of them all, and the others.
+    """Training images by class whose labels are used (a share of `data.label_budget`), and the remaining ones.
 
     Raises:
-        UserError: there are fewer such images than classes, or no labels.
+        UserError: there are no labels, or the budget has fewer images than classes.
     """
     counts = _sizes(train)
     total = int(np.floor(data.label_budget * counts.sum() + 0.5))
@@ -144,9 +144,9 @@ def _at_most(maximum: int | None, groups: list[np.ndarray], key: str) -> list[np
 
 
 def _allocate(counts: np.ndarray, total: int, limits: np.ndarray) -> np.ndarray:
-    """Whole numbers that add up to `total`, as near to the proportions of `counts` as `1 <= size <= limits` allows.
+    """Integers with sum `total`, as close to the proportions of `counts` as `1 <= size <= limits` allows.
 
-    Largest remainders: round down, then step the class that is furthest from its quota; ties go to the first class.
+    Largest-remainder method: round down, then add one to the class that is furthest below its quota; ties go to the first class.
     """
     quotas = counts * (total / counts.sum())
     sizes = np.clip(np.floor(quotas).astype(np.int64), 1, limits)

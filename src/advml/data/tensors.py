@@ -1,4 +1,4 @@
-"""Images and labels that a caller holds in memory, checked and put into the form of a prepared dataset."""
+"""Check images and labels in memory, and convert them to the form of a prepared dataset."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 def checked(images: Tensor, labels: Tensor | None = None) -> Split:
-    """Images (N, C, H, W), as uint8 where they are grey levels, and labels (N,), zeros where there are none; on the CPU.
+    """Check images (N, C, H, W) and labels (N,), and return them as a split on the CPU.
+
+    Images become uint8 if all values are grey levels; missing labels become zeros.
 
     Raises:
-        UserError: they do not fit one another, or leave their range.
+        UserError: shapes or types do not match, or values are out of range.
     """
     require(
         isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0, f"images must be a tensor (N, C, H, W), not {_kind(images)}"
@@ -35,7 +37,7 @@ def checked(images: Tensor, labels: Tensor | None = None) -> Split:
         require(images.is_floating_point(), f"images are {images.dtype}; give floats in [0, 1], or uint8")
         images = images.float()
         low, high = float(images.min()), float(images.max())
-        require(low >= 0 and high <= 1, f"images reach from {low:g} to {high:g}; they must lie in [0, 1], before any normalisation")
+        require(low >= 0 and high <= 1, f"images range from {low:g} to {high:g}; give them in [0, 1], before any normalisation")
         levels = (255 * images).round()
         if torch.equal(levels / 255, images):
             images = levels.to(torch.uint8)
@@ -44,7 +46,7 @@ def checked(images: Tensor, labels: Tensor | None = None) -> Split:
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool and labels.shape == (len(images),)
     require(whole, f"labels must be whole numbers ({len(images)},), not {_kind(labels)}")
     labels = labels.detach().cpu().long()
-    require(int(labels.min()) >= 0, f"labels reach down to {int(labels.min())}; classes are numbered from 0")
+    require(int(labels.min()) >= 0, f"the smallest label is {int(labels.min())}; classes are numbered from 0")
     return Split(images, labels)
 
 
@@ -53,11 +55,11 @@ def _kind(value: object) -> str:
 
 
 def labelled(images: Tensor | Batches, labels: Tensor | None) -> Split:
-    """From tensors, or from batches of (images, labels)."""
+    """Checked split from tensors, or from batches of (images, labels)."""
     if isinstance(images, Tensor):
-        require(labels is not None, "labels are missing; give them beside the images, or batches of (images, labels)")
+        require(labels is not None, "labels are missing; give them with the images, or give batches of (images, labels)")
         return checked(images, labels)
-    require(labels is None, "labels stand in the batches already; give images as one tensor, or no labels")
+    require(labels is None, "labels are given twice: the batches contain them already; leave out labels, or give images as one tensor")
     batches = list(images)
     pairs = all(isinstance(batch, Sequence) and len(batch) >= 2 for batch in batches)
     require(bool(batches) and pairs, "images must be a tensor, or batches of (images, labels)")
@@ -65,7 +67,7 @@ def labelled(images: Tensor | Batches, labels: Tensor | None) -> Split:
 
 
 def images_of(images: Tensor | Batches, batch_size: int) -> Iterator[Tensor]:
-    """Images in batches; of batches that are given, what comes first in each."""
+    """Yield batches of images: from a tensor, or the first element of each given batch."""
     if isinstance(images, Tensor):
         require(batch_size >= 1, f"batch_size = {batch_size} must be at least 1")
         yield from checked(images).images.split(batch_size)
@@ -74,9 +76,9 @@ def images_of(images: Tensor | Batches, batch_size: int) -> Iterator[Tensor]:
 
 
 def dataset_of(train: Split, validation: Split, classes: Sequence[str]) -> Dataset:
-    """The splits as the packages below take them; validation stands in for a test split, which nothing here selects by."""
+    """Dataset of two splits; the validation split also fills the place of the test split, which training does not use."""
     names, largest = tuple(classes), int(max(train.labels.max(), validation.labels.max()))
-    require(largest < len(names), f"label {largest} is of no class: there are {len(names)}, numbered from 0")
+    require(largest < len(names), f"label {largest} is out of range: there are {len(names)} classes, numbered from 0")
     levels = train.images if train.images.dtype == torch.uint8 else (255 * train.images).round().to(torch.uint8)
     mean, std = channel_statistics(levels)
     found = digest({"train": train, "validation": validation, "test": validation}, names)

@@ -1,4 +1,4 @@
-"""Slots to run stages in: on this machine, with a running Dask scheduler, or as jobs of a cluster's queue."""
+"""Slots for stages: on this machine, on a running Dask scheduler, or as jobs of a cluster's queue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from advml.engine.stage_task import FOLDER, require_shared, token_file
 if TYPE_CHECKING:
     from distributed import Client
 
-# --cluster NAME -> the class of dask_jobqueue, and what it calls the account and a job's number of cores.
+# --cluster NAME -> class of dask_jobqueue, and its names for the account and for a job's number of cores.
 QUEUES = {
     "slurm": ("SLURMCluster", "account", "job_cpu"),
     "pbs": ("PBSCluster", "account", None),
@@ -33,23 +33,23 @@ QUEUES = {
     "lsf": ("LSFCluster", "project", "ncpus"),
     "oar": ("OARCluster", "project", None),
     "htcondor": ("HTCondorCluster", None, None),
-    "local": ("LocalCluster", None, None),  # jobs are processes of this machine: to try the section `cluster`
+    "local": ("LocalCluster", None, None),  # jobs are processes of this machine, to test the section `cluster`
 }
-LOCALHOST = "127.0.0.1:0"  # of Dask's pages about itself, which it cannot do without; any free port
-# Dask's own settings, here as environment variables.
+LOCALHOST = "127.0.0.1:0"  # address of Dask's status page, which cannot be switched off; any free port
+# Dask's settings of certificates, as environment variables.
 CERTIFICATES = ", ".join(f"DASK_DISTRIBUTED__COMM__TLS__{name}" for name in ("CA_FILE", "CLIENT__CERT", "CLIENT__KEY"))
-MOST_LOSSES = 10  # jobs that a stage may lose
+MOST_LOSSES = 10  # jobs that a stage may lose before it fails
 PATIENCE = 30.0  # seconds to wait for a running scheduler
-REMINDER = 60.0  # seconds after which it is said again that there is no worker
+REMINDER = 60.0  # seconds between messages that there is no worker
 
 
 @dataclass
 class Slots:
-    """Where stages run.
+    """Slots in which stages run.
 
     Attributes:
-        token: names a file in the study's folder, by which a worker knows that it sees the folder.
-        refusals: what the queue has said against jobs.
+        token: part of the name of a file in the study's folder, by which workers check that they share the folder.
+        refusals: messages of a queue that has refused jobs.
     """
 
     client: Client
@@ -58,16 +58,16 @@ class Slots:
     _told: float = -math.inf
 
     def count(self) -> int:
-        """Stages that can run at once now: one per thread of each worker. 0: there is none, which is said once a minute.
+        """Number of stages that can run at once now: one per thread of each worker. If it is 0, a message says so once a minute.
 
         Raises:
-            Failure: the last one is lost, and the queue has refused another job.
+            Failure: the last worker is lost, and the queue has refused another job.
         """
         if count := sum(self.client.nthreads().values()):
             return count
         if self.refusals:
             raise Failure(
-                f"no worker is left, and the queue refuses another job: {self.refusals[-1]}; once it takes jobs, the same command goes on"
+                f"no worker is left, and the queue refuses another job: {self.refusals[-1]}; repeat the command when it accepts jobs again"
             )
         if (now := time.monotonic()) - self._told > REMINDER:
             self._told = now
@@ -77,16 +77,16 @@ class Slots:
 
 @contextlib.contextmanager
 def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> Iterator[Slots]:
-    """Slots for the stages of the study in `root`, until the context ends.
+    """Context manager that yields slots for the stages of the study in `root`.
 
     Args:
         where: None: this machine, in this process; an address such as tcp://host:8786: the scheduler there and its workers;
-            a name in `QUEUES`: jobs that are submitted to that queue now and end with the context.
-        jobs: number of slots; a running scheduler has its own.
+            a name in `QUEUES`: jobs that are submitted to that queue now, and end with the context.
+        jobs: number of slots; ignored for a running scheduler, whose workers determine it.
         options: the section `cluster` of params.yaml, for jobs of a queue.
     Raises:
-        UserError: there is no such place.
-        Failure: a worker does not see `root`, or lacks advml or has another one.
+        UserError: the scheduler cannot be reached, or the queue is unknown or refuses the job.
+        Failure: a worker does not see `root`, lacks advml, or has another version of it.
     """
     from distributed import Client, LocalCluster, Security
     from distributed.comm import CommClosedError
@@ -95,7 +95,7 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
         logging.getLogger(name).setLevel(logging.CRITICAL)  # advml itself reports lost workers and cancelled tasks
     refusals, token = [], uuid.uuid4().hex
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    token_file(root, token).write_text(source_digest() if where else "")  # sources may be edited while this machine runs stages
+    token_file(root, token).write_text(source_digest() if where else "")  # no check on this machine, where sources may be edited meanwhile
     with contextlib.ExitStack() as stack:
         stack.callback(token_file(root, token).unlink, missing_ok=True)
         if where is None:
@@ -107,7 +107,7 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
             target = stack.enter_context(_jobs(where, root=root, jobs=jobs, options=options, refusals=refusals))
         try:
             if target == where and where.startswith("tls:") and not Security().get_connection_args("client")["ssl_context"]:
-                raise ValueError(f"it asks for certificates: name yours in {CERTIFICATES}")
+                raise ValueError(f"it needs certificates: name your files in {CERTIFICATES}")
             client = stack.enter_context(Client(target, timeout=PATIENCE, set_as_default=False))
         except (OSError, ValueError) as error:
             raise UserError(f"--cluster {where}: cannot be used ({one_line(error)})") from None
@@ -119,16 +119,16 @@ def connect(where: str | None, *, root: Path, jobs: int, options: Cluster) -> It
                     raise Failure(f"worker {worker} cannot run stages ({one_line(error)}); start it in an environment with this advml")
             yield Slots(client, token, refusals)
         except CommClosedError:
-            raise Failure(f"the Dask scheduler ({where}) is gone; once it is back, the same command goes on") from None
+            raise Failure(f"the Dask scheduler ({where}) is gone; start it and repeat the command, which goes on from here") from None
 
 
 def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[str]) -> Any:
-    """A cluster whose workers are jobs of a queue; lost jobs are submitted again.
+    """Cluster whose workers are jobs of a queue; lost jobs are submitted again.
 
     Args:
-        refusals: gets what the queue says against jobs, one line each.
+        refusals: list to which the queue's error messages are appended, one line each.
     Raises:
-        UserError: no such queue, or the section `cluster` does not fit it.
+        UserError: the queue is unknown, or the section `cluster` is not valid for it.
     """
     from distributed import Status
 
@@ -143,7 +143,7 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
         "job_extra_directives": [f"--gres=gpu:{options.gpus}"] if options.gpus and name == "slurm" else None,
     }
     if options.gpus and name != "slurm" and "job_extra_directives" not in options.options:
-        raise UserError(f"cluster.gpus = {options.gpus}: for {name}, ask for them in cluster.options.job_extra_directives")
+        raise UserError(f"cluster.gpus = {options.gpus} works for slurm only; for {name}, use cluster.options.job_extra_directives")
     logs = root / FOLDER / "jobs"
     logs.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -154,7 +154,7 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
         "log_directory": str(logs.resolve()),
         "scheduler_options": {"dashboard_address": LOCALHOST, "allowed_failures": MOST_LOSSES},
         "worker_extra_args": ["--dashboard-address", LOCALHOST],
-        # Certificates of this command alone: nothing else that reaches the port can run code.
+        # With certificates made for this command, so that others who reach the port cannot run code.
         "protocol": "tls://",
         "security": True,
         "shared_temp_directory": str(logs.resolve()),
@@ -163,7 +163,7 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
     }
     before = signal.getsignal(signal.SIGINT)
     make = getattr(importlib.import_module(f"dask_jobqueue.{name}"), kind)
-    signal.signal(signal.SIGINT, before)  # the import makes Ctrl-C a silent end of the process with exit code 0
+    signal.signal(signal.SIGINT, before)  # the import replaces the handler by a silent exit with code 0
     known = {key for part in (*make.job_cls.__mro__, *make.__mro__) for key in inspect.signature(part.__init__).parameters}
     if strange := settings.keys() - known:
         raise UserError(f"params.yaml: cluster.options has {min(strange)!r}, which dask_jobqueue.{kind} does not take")
@@ -172,7 +172,7 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
         async def start(self) -> None:
             try:
                 await super().start()
-            except (OSError, RuntimeError, ValueError) as error:  # dask-jobqueue logs it, and waits for the job for ever
+            except (OSError, RuntimeError, ValueError) as error:  # dask-jobqueue would log it, and wait for the job for ever
                 refusals.append(one_line(error))
                 self.status = Status.running
 
@@ -180,9 +180,9 @@ def _jobs(name: str, *, root: Path, jobs: int, options: Cluster, refusals: list[
     try:
         cluster = make(**settings, job_cls=Job)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--cluster {name}: the section `cluster` of params.yaml does not fit: {one_line(error)}") from None
+        raise UserError(f"--cluster {name}: the section `cluster` of params.yaml is not valid for it: {one_line(error)}") from None
     cluster.scale(jobs=wanted_jobs)
-    cluster.sync(lambda: cluster)  # awaits it: then all jobs are submitted
+    cluster.sync(lambda: cluster)  # waits until all jobs are submitted
     if refusals:
         cluster.close()
         raise UserError(f"--cluster {name} refuses the job that the section `cluster` of params.yaml describes: {refusals[0]}")

@@ -1,4 +1,4 @@
-"""One GPU for each stage, as long as there are enough of them."""
+"""Reserve a GPU for each stage, as long as there are enough."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _turns = itertools.count()
 
 @contextlib.contextmanager
 def one_device() -> Iterator[dict[str, str]]:
-    """Reserve a GPU of this host; yields the environment variable that shows a process this GPU alone, or {} without GPUs.
+    """Context manager that reserves a GPU of this host; yields the environment variable that limits a process to it, or {} without GPUs.
 
-    A lock file per GPU, which the operating system releases when a process dies, keeps a user's workers of one host apart, whatever
-    started them. With more stages than GPUs, stages share them in turn.
+    Each GPU has a lock file, which the operating system releases when a process dies; it separates all workers of a user on one host.
+    With more stages than GPUs, stages share GPUs in turn.
     """
     devices = _visible()
     if not devices:
         yield {}
         return
-    folder = Path(tempfile.gettempdir()) / f"advml-devices-{os.getuid()}"  # users of containers may have no name
+    folder = Path(tempfile.gettempdir()) / f"advml-devices-{os.getuid()}"  # not the name, which users in containers may lack
     folder.mkdir(exist_ok=True)
     for device, identity in devices.items():
-        lock = FileLock(folder / identity.replace("/", "-"), thread_local=False)  # threads may end what others have begun
+        lock = FileLock(folder / identity.replace("/", "-"), thread_local=False)  # another thread may release it
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -42,9 +42,9 @@ def one_device() -> Iterator[dict[str, str]]:
 
 
 def _visible() -> dict[str, str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, and a name of each that all processes of the host share.
+    """GPUs that this process may use: name for CUDA_VISIBLE_DEVICES -> identity, the same in all processes of the host.
 
-    Inside a job of a cluster, numbers may begin at 0 in every job: where nvidia-smi answers, its UUIDs tell GPUs apart.
+    The identity is nvidia-smi's UUID if available, because in jobs of a cluster, numbers may begin at 0 in every job.
     """
     try:
         answer = subprocess.run(

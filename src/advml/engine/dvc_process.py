@@ -1,7 +1,7 @@
-"""DVC, which takes a second to import, in a process of its own.
+"""Use DVC in a process of its own, because its import takes a second.
 
-`python -m advml.engine.dvc_process plan` prints as JSON what DVC would run, `changes` why. `run STAGE` is `dvc repro --single-item STAGE`,
-but for one thing: a kill leaves no half dvc.lock.
+`python -m advml.engine.dvc_process plan` prints as JSON the stages that DVC would run, `changes` the reasons. `run STAGE` equals
+`dvc repro --single-item STAGE`, except that a kill leaves no partial dvc.lock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from networkx import descendants
 
 
 def plan() -> dict[str, list[str]]:
-    """Stages of dvc.yaml that have changed, with everything behind them, in order -> all stages that each needs, directly or not."""
+    """Changed stages of dvc.yaml, and all that depend on them, in order -> all stages that each needs, directly or indirectly."""
     with Repo() as repo:
         graph, changed = repo.index.graph, set(repo.status(targets=["dvc.yaml"]))
         needs = {stage.addressing: [one.addressing for one in descendants(graph, stage)] for stage in repo.stage.collect("dvc.yaml")}
@@ -29,7 +29,7 @@ def plan() -> dict[str, list[str]]:
 
 
 def changes() -> dict[str, list[str]]:
-    """Stages of dvc.yaml that have changed themselves -> what of each: `params.yaml attack.steps modified`, `data/prepared deleted`, ..."""
+    """Changed stages of dvc.yaml -> their changes: `params.yaml attack.steps modified`, `data/prepared deleted`, ..."""
     with Repo() as repo:
         found = {name: [line for entry in entries for line in _lines(entry)] for name, entries in repo.status(targets=["dvc.yaml"]).items()}
         ran = {stage.addressing for stage in repo.stage.collect("dvc.yaml") if any(out.hash_info for out in stage.outs)}
@@ -37,7 +37,7 @@ def changes() -> dict[str, list[str]]:
 
 
 def _lines(entry: object, path: str = "") -> list[str]:
-    """Of `changed command`, or of {"changed deps": {"params.yaml": {"attack.steps": "modified"}}}."""
+    """Lines for an entry of DVC's status: `changed command`, or {"changed deps": {"params.yaml": {"attack.steps": "modified"}}}."""
     if isinstance(entry, dict):
         below = [(path if key.startswith("changed ") else f"{path} {key}".strip(), value) for key, value in entry.items()]
         return [line for name, value in below for line in _lines(value, name)]
@@ -46,7 +46,7 @@ def _lines(entry: object, path: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def modify_at_once(path: str, **_: object) -> Iterator[dict]:
-    """DVC's `modify_yaml`, which takes 0.7 s to write the dvc.lock of 78 stages, as one replacement of the file."""
+    """Replacement of DVC's `modify_yaml` that writes atomically; DVC's takes 0.7 s to write the dvc.lock of 78 stages in place."""
     file, whole = Path(path), Path(f"{path}.part")
     content = parse_yaml_for_update(file.read_text(encoding="utf-8"), path) if file.exists() else {}
     yield content

@@ -1,6 +1,7 @@
-"""One command at a time: the operating system releases the lock when its holder dies, and a file beside it names that process.
+"""Locks that let one command at a time work on a study or search.
 
-On a database server the lock is a session's, which the server ends with its client.
+In a folder: a file lock, which the operating system releases when its process dies, and a file that names this process. On a database
+server: a lock of a session, which the server ends when the client is gone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 _MYSQL = ("SET SESSION wait_timeout = 100", "SELECT GET_LOCK(CONCAT('advml-', :key), 0)")
-# The last statement takes a lock that ends with the session, and returns 1 or true if it is given; those before make the server notice
-# within two minutes that the machine of a session is gone.
+# Per kind of server: the last statement takes a lock that ends with the session, and returns 1 or true if it was free; the statements
+# before it make the server notice within two minutes that a client's machine is gone.
 SESSION_LOCKS = {
     "postgresql": (
         *("SET tcp_keepalives_idle = 30", "SET tcp_keepalives_interval = 10", "SET tcp_keepalives_count = 3"),
@@ -35,16 +36,16 @@ SESSION_LOCKS = {
 
 @contextlib.contextmanager
 def exclusive(path: Path, *, work: str) -> Iterator[None]:
-    """Hold the lock `path`.lock.
+    """Hold the file lock `path`.lock.
 
     Args:
-        work: what the holder does and where, for the error: "advml repro is at work in /home/me/study".
+        work: the work that the lock protects, for the error: "advml repro is at work in /home/me/study".
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(f"{path}.lock"), Path(f"{path}.holder")
-    Path(lock.lock_file).touch()  # FileLock takes a file that it cannot make for one that is locked
+    Path(lock.lock_file).touch()  # raises if the file cannot be made; FileLock would report a held lock instead
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -58,7 +59,7 @@ def exclusive(path: Path, *, work: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def session_lock(engine: Engine, name: str) -> Iterator[Connection | None]:
-    """A session of a database server that holds the lock `name` until it ends; None: another session has it."""
+    """Open a session of a database server that holds the lock `name` until it ends; None if another session holds it."""
     from sqlalchemy import text
 
     *before, take = SESSION_LOCKS[engine.url.get_backend_name()]
@@ -70,10 +71,10 @@ def session_lock(engine: Engine, name: str) -> Iterator[Connection | None]:
 
 
 def at_work(work: str, holder: str) -> str:
-    """The error's line."""
+    """Error message for a lock that another process holds."""
     return f"{work} already ({holder}); wait for it, or end it"
 
 
 def this_process() -> str:
-    """`process 123 on host`."""
+    """Description of this process: `process 123 on host`."""
     return f"process {os.getpid()} on {platform.node()}"

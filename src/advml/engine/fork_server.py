@@ -1,8 +1,8 @@
-"""Imports once for many processes: `advml repro` forks stages, and `advml tune` trials, from one process that has imported torch.
+"""Fork server: `advml repro` forks stages, and `advml tune` trials, from one process that has imported torch.
 
-Importing torch, timm and mlflow takes seconds, and dozens of stages need them. The server imports them once and listens on a Unix
-socket, whose path is in ADVML_FORK_SERVER. `python -m advml ...` connects, hands over its arguments, environment and open files, and
-ends with the exit code of the fork that does the work. It passes signals on; if it is killed, the fork is killed too.
+Importing torch, timm and mlflow takes seconds, and dozens of stages need them. The server imports them once, and listens on a Unix
+socket whose path is in ADVML_FORK_SERVER. `python -m advml ...` connects, sends its arguments, environment and open files, and exits
+with the code of the fork that runs the command. It forwards signals; if it is killed, the fork is killed too.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ MODULES = ("advml.cli", *(f"advml.pipeline.stages.{stage}" for stage in STAGES),
 
 @contextlib.contextmanager
 def server(root: Path, modules: Sequence[str] = MODULES) -> Iterator[dict[str, str]]:
-    """Run a server that imports `modules` while the context lasts; yields the environment variable by which processes find it."""
+    """Context manager that runs a server with `modules` imported; yields the environment variable by which processes find it."""
     with tempfile.TemporaryDirectory(prefix="advml-") as folder:
         command = [sys.executable, "-m", "advml.engine.fork_server", address := os.path.join(folder, "socket"), *modules]
-        # In a session of its own, the terminal's Ctrl-C does not reach it; it ends when its standard input does.
+        # In a session of its own, so that the terminal's Ctrl-C does not reach it; it ends when its standard input is closed.
         with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, start_new_session=True):
             yield {ADDRESS: address}
 
 
 def forward(address: str, arguments: list[str]) -> int | None:
-    """Have the server run `advml ARGUMENTS`; returns the exit code, or None if the server is gone or has imported other sources.
+    """Let the server run `advml ARGUMENTS`; returns the exit code, or None if the server is gone or has imported other sources.
 
-    DVC records the sources as they are when a stage ends, so a stage must not run older ones.
+    DVC records the digests of sources when a stage ends, so a stage must not run older ones.
     """
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as answers:
         try:
@@ -55,7 +55,7 @@ def forward(address: str, arguments: list[str]) -> int | None:
         except OSError:
             return None
         for number in signals.ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # in the background, Ctrl-C is ignored
+            if signal.getsignal(number) is not signal.SIG_IGN:  # commands in the background ignore Ctrl-C
                 signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
         with contextlib.suppress(OSError):
             if code := answers.readline():
@@ -69,10 +69,10 @@ class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
 
 
 class Command(socketserver.StreamRequestHandler):
-    """In the child: a client's command."""
+    """Handler in the forked child, which runs a client's command."""
 
     def handle(self) -> None:
-        """Take over the client's files, folder and environment, run the command, answer with its exit code."""
+        """Adopt the client's files, folder and environment, run the command, and send its exit code."""
         self.server.socket.close()
         files = socket.recv_fds(self.connection, 1, 3)[1]
         if not (request := self.rfile.readline()):  # the client was killed
@@ -89,9 +89,9 @@ class Command(socketserver.StreamRequestHandler):
         from advml.cli import main
 
         torch, threads = sys.modules.get("torch"), environment.get("OMP_NUM_THREADS", "").partition(",")[0]
-        if torch and threads:  # torch has read the server's own
+        if torch and threads:  # torch has read the server's setting
             torch.set_num_threads(int(threads))
-        for number in signals.ENDING:  # what the server ignores is not what its client does
+        for number in signals.ENDING:  # the server may ignore other signals than its client
             signal.signal(number, signal.SIG_DFL)
         self.wfile.write(b"begun\n")
         threading.Thread(target=self._obey, daemon=True).start()
@@ -100,7 +100,7 @@ class Command(socketserver.StreamRequestHandler):
             main()
         except SystemExit as leaving:
             code = leaving.code
-        except BaseException:  # what an interpreter prints on its own
+        except BaseException:  # print the traceback, as an interpreter would
             sys.excepthook(*sys.exc_info())
         sys.stdout.flush()
         sys.stderr.flush()
@@ -108,7 +108,7 @@ class Command(socketserver.StreamRequestHandler):
         os._exit(code)
 
     def _obey(self) -> None:
-        """Take the signals that the client passes on; end when it does."""
+        """Raise the signals that the client forwards; end when the client ends."""
         with contextlib.suppress(ConnectionError):
             while number := self.rfile.read(1):
                 os.kill(os.getpid(), number[0])
@@ -121,10 +121,10 @@ def serve(address: str, *modules: str) -> None:
     waiting = Server(address, Command)
     from advml.tracking.store import prepare
 
-    prepare()  # before the import of mlflow, which reads some of its settings then
+    prepare()  # before importing mlflow, which reads some of its settings then
     for module in modules:
         importlib.import_module(module)
-    source_digest()  # of the sources just imported, not of later edits; it is kept
+    source_digest()  # cached now, so that it describes the imported sources, not later edits
     waiting.serve_forever()
 
 

@@ -1,13 +1,13 @@
-"""Functions that run in processes of a Dask worker's machine, and exchange messages with the driver.
+"""Run functions in processes on a Dask worker's machine, which exchange messages with the driver.
 
     >>> call = Call(pool, run_trial, search, values)       # driver: a free slot's process calls run_trial(search, values)
     >>> answer = ask(report)                               # that function sends a message, and waits for the answer
     >>> call.take()                                        # driver: the message, or what the function returned
     >>> call.answer(False)                                 # driver: the function goes on
 
-Every exchange is one task. Processes are kept for the next call, because imports and data cost seconds. A process that is killed costs its
-call alone: `Call.take` raises `Lost`. Nothing outlives the driver: a running call ends when Dask withdraws its task, a process that
-waits gives up after `PATIENCE`; on the driver's own machine both end at once.
+Every exchange is one Dask task. Processes are reused for the next call, because imports and data cost seconds. If a process is killed,
+only its call fails: `Call.take` raises `Lost`. No process outlives the driver: a running call ends when Dask withdraws its task, a
+waiting process gives up after `PATIENCE`; on the driver's own machine both end at once.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
     from advml.engine.cluster import Slots
 
-COMMAND = ("tune", "worker")  # of advml: calls `serve`
+COMMAND = ("tune", "worker")  # the command of advml that calls `serve`
 PATIENCE = 120.0  # seconds that a process waits for the driver
-GONE = (EOFError, OSError)  # of a connection whose other end is
+GONE = (EOFError, OSError)  # errors of a connection whose other end is closed
 
 
 class Lost(Failure):
     """The process was killed, or its worker is gone."""
 
-    def __init__(self, text: str = "a process at work was killed (out of memory?); the same command goes on") -> None:
+    def __init__(self, text: str = "a process was killed (out of memory?); repeat the command, which goes on from here") -> None:
         super().__init__(text)
 
 
@@ -56,7 +56,7 @@ _driver: Connection | None = None
 
 
 def serve() -> None:
-    """Call the functions that arrive on standard input, a socket, and send back what they return; until it is closed."""
+    """Call the functions that arrive on standard input (a socket), and send back their results, until it is closed."""
     global _driver
     _driver = Connection(os.dup(0))
     with open(os.devnull) as nothing:
@@ -77,7 +77,7 @@ def _called(message: bytes) -> tuple[str, Any]:
 
 
 def ask(message: Any) -> Any:
-    """Send the driver a message, and return its answer. Without a driver the process ends."""
+    """Send a message to the driver and return its answer; if the driver is gone, the process ends."""
     try:
         _driver.send(("message", message))
         if _driver.poll(PATIENCE):
@@ -88,7 +88,7 @@ def ask(message: Any) -> Any:
 
 
 def described(error: BaseException) -> str:
-    """An error in one line; an internal error also names file and line."""
+    """Description of an error in one line; for an internal error, with file and line."""
     text = one_line(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory"
@@ -105,8 +105,8 @@ class Process:
     """A process that runs `serve`.
 
     Attributes:
-        token: of the driver that it works for: another may run other sources.
-        call: that it works on; None: it is free.
+        token: of the driver that it works for, since other drivers may have other sources.
+        call: key of its current call; None: it is free.
     """
 
     def __init__(self, environment: Mapping[str, str], *, reserve: bool = False, token: str = "", call: str | None = None) -> None:
@@ -119,7 +119,7 @@ class Process:
                 [sys.executable, "-m", "advml", *COMMAND],
                 stdin=theirs,
                 stdout=2,
-                start_new_session=True,  # Ctrl-C is the driver's to handle
+                start_new_session=True,  # only the driver handles Ctrl-C
                 env={**os.environ, PARENT: str(os.getpid()), **device, **environment},
             )
         self._connection = Connection(ours.detach())
@@ -128,10 +128,10 @@ class Process:
         return self._process.poll() is None
 
     def exchange(self, message: Any, *, until: Callable[[], bool] = lambda: False) -> tuple[str, Any]:
-        """Send a message; returns the kind and value of what comes back, or raises it.
+        """Send a message; returns kind and value of the reply, or raises it if it is an error.
 
         Raises:
-            Lost: the process is killed, or `until()` holds first.
+            Lost: the process is killed, or `until()` becomes true first.
         """
         try:
             self._connection.send(message)
@@ -146,10 +146,10 @@ class Process:
         return kind, value
 
     def end(self) -> None:
-        """Kill it, and wait until it has ended."""
+        """Kill the process, and wait until it has ended."""
         self._process.kill()
         with contextlib.suppress(*GONE):
-            while self._connection.poll(5):  # until the end of the process that the fork server has forked
+            while self._connection.poll(5):  # wait for the end of the forked process
                 self._connection.recv_bytes()
         self._process.wait()
         self._connection.close()
@@ -157,7 +157,7 @@ class Process:
 
 
 def call_here(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a process of this machine, without a slot, which ends with it."""
+    """Call `function(*arguments)` in a new process of this machine, outside of the slots, and end the process."""
     process = Process(environment)
     try:
         return process.exchange((function, arguments))[1]
@@ -165,14 +165,15 @@ def call_here(environment: Mapping[str, str], function: Callable[..., Any], *arg
         process.end()
 
 
-_processes: set[Process] = set()  # of this worker
-_choosing = threading.Lock()  # a worker's slots are threads
+_processes: set[Process] = set()  # processes of this worker
+_choosing = threading.Lock()  # needed because a worker's slots are threads
 
 
 def advance(key: str, message: Any, *, root: str, token: str, environment: Mapping[str, str], reserve: bool) -> tuple[str, str, Any] | None:
-    """The task: give the process of the call `key` a message, the first one to a free process; the worker's address and the reply.
+    """Dask task: send a message to the process of the call `key` (the first one to a free process).
 
-    None: the process has been killed.
+    Returns:
+        The worker's address, and kind and value of the reply; None if the process was killed.
     """
     from dask.system import CPU_COUNT
     from distributed.worker import get_worker
@@ -195,13 +196,13 @@ def advance(key: str, message: Any, *, root: str, token: str, environment: Mappi
         _discard(process)
         return None
     finally:
-        if kind != "message":  # else it waits for an answer
+        if kind != "message":  # the call has ended; after a message it waits for an answer
             process.call = None
     return get_worker().address, kind, value
 
 
 def _chosen(key: str, token: str, *, or_free: bool) -> Process | None:
-    """The process that works on the call `key`, or else one that is free; those that were killed, or gave up waiting, are forgotten."""
+    """Process that works on the call `key`, or else a free one; processes that have ended are forgotten."""
     with _choosing:
         for process in list(_processes):
             if not process.is_alive():
@@ -231,12 +232,12 @@ def end_processes(token: str) -> None:
 
 @dataclass
 class Pool:
-    """The slots of a cluster, and how processes are started there.
+    """Slots of a cluster, with the settings of processes started there.
 
     Attributes:
-        environment: variables of the processes, beside those of the worker.
-        reserve: whether every process gets a GPU of its own, where there are any.
-        news: set when a call has something to take.
+        environment: variables added to those of the worker.
+        reserve: whether every process gets a GPU of its own, if there are any.
+        news: event that is set when a call has a message or a result.
     """
 
     slots: Slots
@@ -251,7 +252,7 @@ class Pool:
 
 
 class Call:
-    """`function(*arguments)` in a process of the pool."""
+    """A call of `function(*arguments)` in a process of the pool."""
 
     _count = itertools.count()
 
@@ -262,7 +263,7 @@ class Call:
         self._send((function, arguments))
 
     def answer(self, answer: bool) -> None:
-        """Answer the message that was taken."""
+        """Answer the message that `take` has returned."""
         self._send(answer)
 
     def _send(self, message: Any) -> None:
@@ -282,19 +283,19 @@ class Call:
         self._future.add_done_callback(lambda _: self._pool.news.set())
 
     def is_ready(self, workers: Mapping[str, int]) -> bool:
-        """Whether there is something to take.
+        """Whether a message or result is available.
 
         Args:
-            workers: address -> slots of the cluster's workers now: a task that only a lost one could do would never end.
+            workers: address -> slots of the cluster's present workers, to detect tasks that wait for a lost one.
         """
         return self._future.done() or bool(self._worker and self._worker not in workers)
 
     def take(self) -> Any:
-        """The message that the function has sent, or, if `is_finished` is true now, what it has returned.
+        """Message that the function has sent, or its result if `is_finished` is true afterwards.
 
         Raises:
             Lost: the process was killed.
-            UserError, Failure: what the function has raised; in one line, whatever it was.
+            UserError, Failure: the function has raised an error of any type; its description in one line.
         """
         status = self._future.status
         error = self._future.exception() if status == "error" else None
@@ -311,5 +312,5 @@ class Call:
         return value
 
     def cancel(self) -> None:
-        """Withdraw the task; its process is ended."""
+        """Withdraw the task, which ends its process."""
         self._future.cancel()

@@ -1,4 +1,4 @@
-"""One stage as a task of a Dask worker: `dvc repro --single-item NAME` in a process of its own."""
+"""Run one stage as a task of a Dask worker: `dvc repro --single-item NAME` in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from advml.engine.devices import one_device
 
 FOLDER = Path(".scratch") / "repro"  # in the study: logs and progress of stages
 GRACE = 15.0  # seconds for a stage to end its MLflow run after SIGTERM
-# DVC's words for a command that a signal has ended (137 and 143: through a shell), and ours.
+# Messages of DVC (137 and 143: through a shell) and of advml about a command that a signal has ended.
 KILLED = re.compile(r"exited with (-9|137|-15|143)\b|process killed")
-MOST_KILLED = 3  # times that a stage which is killed is started: mostly for want of memory, and then it will be killed again
-MOST_BLOCKED = 11  # times that a stage is started while a process of a lost worker still holds its files
-PAUSE = 1.0  # seconds before that
-SENT = ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")  # variables of the driver that replace those of workers
-_at_work: set[int] = set()  # processes of this worker
+MOST_KILLED = 3  # starts of a stage that gets killed; few, because out of memory is the usual cause and will recur
+MOST_BLOCKED = 11  # starts of a stage while a process of a lost worker still holds its files
+PAUSE = 1.0  # seconds between two starts
+SENT = ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")  # environment variables of the driver that replace those of workers
+_at_work: set[int] = set()  # ids of the DVC processes that this worker has started and that still run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended.
+    """Result of a stage's task.
 
     Attributes:
-        failure: the line that says why, or None.
-        ran: whether DVC ran its command, which else was found up to date.
-        notes: notes and warnings of the stage.
+        failure: one line with the reason; None: success.
+        ran: whether DVC ran the stage's command; False: it was up to date.
+        notes: lines of the stage's output that start with "note: " or "warning: ".
     """
 
     failure: str | None
@@ -51,10 +51,10 @@ class Outcome:
 
 
 def sent_environment(*, remark: bool = False) -> dict[str, str]:
-    """Variables of this process for those on workers; none with a password, which Dask does not hide.
+    """Environment variables that the driver sends to workers; none that hold a password, because Dask shows them in plain text.
 
     Args:
-        remark: whether to say which one is left out.
+        remark: print a note for each variable that is left out.
     """
     found = {name: os.environ[name] for name in SENT if name in os.environ}
     sent = {name: value for name, value in found.items() if masked(value) == value}
@@ -64,12 +64,14 @@ def sent_environment(*, remark: bool = False) -> dict[str, str]:
 
 
 def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], reserve: bool) -> Outcome:
-    """Bring one stage up to date. Its output goes to a log file, its progress to another one.
+    """Bring one stage up to date; its output goes to a log file, its progress to a file beside it.
 
     Args:
-        token: names the driver's token file, which shows that this machine sees the study's folder.
-        environment: variables for the stage, beside those of this worker. Without OMP_NUM_THREADS, a stage gets its share of the cores.
-        reserve: whether the stage gets a GPU of its own, where there are any.
+        name: of the stage.
+        root: the study's folder.
+        token: part of the name of the driver's token file; see `token_file`.
+        environment: variables added to those of this worker. Without OMP_NUM_THREADS, a stage gets its share of the cores.
+        reserve: whether the stage gets a GPU of its own, if the machine has any.
     Raises:
         Failure: this machine does not see the folder, or has other sources of advml than the driver.
     """
@@ -92,12 +94,12 @@ def run_stage(name: str, *, root: str, token: str, environment: dict[str, str], 
 
 
 def last_line(output: str) -> str:
-    """Where DVC says what went wrong."""
+    """Last line of DVC's output that is not empty, where DVC states the error."""
     return next((line.removeprefix("ERROR: ") for line in reversed(output.splitlines()) if line.strip()), "no output")
 
 
 def _run_dvc(name: str, *, root: str, log: Path, environment: dict[str, str]) -> int:
-    """Run one stage in a session of its own; returns DVC's exit code."""
+    """Run one stage in a process session of its own; returns DVC's exit code."""
     from dask.system import CPU_COUNT
     from distributed.worker import get_worker
 
@@ -130,30 +132,33 @@ def _run_dvc(name: str, *, root: str, log: Path, environment: dict[str, str]) ->
 
 
 async def wait_for_stages() -> None:
-    """Return when this worker runs no stage any more."""
+    """Wait until this worker runs no stage."""
     while _at_work:
         await asyncio.sleep(0.05)
 
 
 def token_file(root: str | Path, token: str) -> Path:
-    """A file that shows workers the study's folder, as long as the driver lives. It holds the digest of the sources that they need."""
+    """Path of the driver's token file, which holds the digest of the driver's sources.
+
+    A worker that can read it shares the study's folder with the driver, which removes it at its end.
+    """
     return Path(root, FOLDER, f"token-{token}")
 
 
 def require_shared(root: str, token: str) -> None:
-    """Raises Failure if this machine does not see the study's folder and the driver's token file in it, or has other sources of advml."""
+    """Raise Failure if this machine cannot read the driver's token file in the study's folder, or has other sources of advml."""
     host = os.uname().nodename
     try:
         wanted = token_file(root, token).read_text()
     except FileNotFoundError:
         raise Failure(f"{host} does not see {root}: all workers need the study's folder under this path (NFS, Lustre, ...)") from None
-    if wanted and wanted != source_digest.__wrapped__():  # as they are now: a stage imports them anew
+    if wanted and wanted != source_digest.__wrapped__():  # not the cached digest: a stage imports the sources as they are now
         where = Path(__file__).parents[1]
         raise Failure(f"{host} has other sources of advml ({where}) than this command had at its start; make them the same and repeat it")
 
 
 def is_cancelled() -> bool:
-    """Whether the task that this thread runs was withdrawn: the driver was interrupted or has died, or the scheduler has."""
+    """Whether the task of this thread was cancelled: the driver was interrupted, or driver or scheduler have died."""
     from distributed import Status
     from distributed.worker import get_worker, thread_state
 
@@ -162,7 +167,7 @@ def is_cancelled() -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End DVC, its shell and the stage, and wait until they are gone."""
+    """Terminate DVC, its shell and the stage (SIGKILL after GRACE seconds), and wait until they are gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE
         with contextlib.suppress(ProcessLookupError):
@@ -173,7 +178,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_alive(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of the stage's session still works: zombies do not, which may stay where nothing waits for orphans."""
+    """Whether a process of the stage's session still runs; zombies do not count, since in a container they may never be reaped."""
     process.poll()
     for member in psutil.process_iter(["status"]):
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,1 +1,1 @@
-"""Accuracy under attack and corruption, with intervals and a record of how it was measured."""
+"""Accuracy under attack and corruption, with intervals and records of the measurement."""

@@ -1,9 +1,9 @@
-"""The attacks of an evaluation, in this order, as data: a list of `AttackSpec`.
+"""Attacks of an evaluation, as a list of `AttackSpec`, in this order:
 
-`accuracy/threat_model_1`: PGD on the contrastive objective of encoder and projection head, then classify.
+`accuracy/threat_model_1`: PGD on the contrastive objective of encoder and projection head; the result is then classified.
 `accuracy/threat_model_2`: PGD end to end on an objective of the classifier, by default cross-entropy.
-Each at `evaluate.epsilon` (by default that of training) and, under the suffix `_half`, at half of it.
-Then the cascade: attacks from cheap to expensive, each aimed at what all before it have left standing. An image counts for
+Each at `evaluate.epsilon` (by default that of training) and, with the suffix `_half`, at half of it.
+Then the cascade: attacks from cheap to expensive, each on the images that survive all earlier ones. An image counts for
 `accuracy/worst_case` only if it survives every attack of the list.
 """
 
@@ -26,26 +26,26 @@ from advml.training.tasks import classification_objective, contrastive_objective
 
 # (network, images, labels, random numbers) -> adversarial images
 Craft = Callable[[nn.Module, Tensor, Tensor, PerImageGenerator], Tensor]
-# (network, images, labels) -> objective; built anew for every batch of images.
+# (network, images, labels) -> objective; called for every batch of images.
 MakeObjective = Callable[[Network, Tensor, Tensor], Objective]
 
 SHARES = {"": 1.0, "_half": 0.5}  # suffix of a threat model's metric -> share of epsilon
-PGD_LOSSES = {"pgd-ce": "ce", "pgd-margin": "margin"}  # our own attacks of the cascade, and their objectives
-RECORDED = {"ce": "cross-entropy"}  # names of objectives in records, where they differ
+PGD_LOSSES = {"pgd-ce": "ce", "pgd-margin": "margin"}  # PGD attacks of the cascade -> their objectives
+RECORDED = {"ce": "cross-entropy"}  # objective -> its name in records, if that differs
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One attack of an evaluation with its settings, and how its outcome counts. `craft=None`: the clean images.
+    """One attack of an evaluation, with its settings. `craft=None`: clean images.
 
     Attributes:
-        name: of the metric, or under `worst_case/` of a step of the cascade. Its random numbers follow from it.
-        again: what repetitions do; None: the same. An attack that begins at the image begins at random then, or it would repeat itself.
+        name: of the metric; for a step of the cascade `worst_case/...`. Also seeds its random numbers.
+        again: variant of `craft` for restarts; None: `craft`. An attack without a random start gets one, since it would repeat itself.
         settings: of the attack, for the record.
-        restarts: the attack is repeated on what it has left over.
-        coupled: the objective couples the batch: images must not leave it.
-        kept: its adversarial images are stored, for `represent` and `compare`.
-        left_only: aimed at the images that no attack before has broken; else at all.
+        restarts: number of runs, each on the images that survive the earlier ones.
+        coupled: whether the objective couples the images of a batch, so that broken ones must stay in it.
+        kept: whether its adversarial images are stored, for `represent` and `compare`.
+        left_only: attack only images that survive all earlier attacks; else all images.
     """
 
     name: str
@@ -72,13 +72,13 @@ def attack_suite(
     classes: int,
     note: str = "",
 ) -> list[AttackSpec]:
-    """Everything that is measured on a model: clean images and threat models, each on all images, then the cascade.
+    """List of the attacks on a model: clean images and threat models, each on all images, then the cascade.
 
     Args:
-        scheme: without one, or with one without a projection head (SL), there is no threat model I.
+        scheme: of the model; threat model I is left out for None, and for schemes without projection head (SL).
         temperature: of the contrastive objective.
-        classes: of the model.
-        note: on the projection head, for the record.
+        classes: number of classes.
+        note: remark on the projection head, for the record.
     """
     attacks = [CLEAN_IMAGES]
     for suffix in SHARES:
@@ -97,7 +97,7 @@ def threat_model_1(
     temperature: float,
     note: str = "",
 ) -> AttackSpec:
-    """PGD on the scheme's loss of embeddings, of encoder and projection head, between an image and its adversarial example."""
+    """Threat model I: PGD that maximises the scheme's loss between the embeddings of an image and its adversarial example."""
 
     def make(network: Network, images: Tensor, labels: Tensor) -> Objective:
         return contrastive_objective(network, images, scheme.groups(labels), temperature=temperature, loss=scheme.loss)
@@ -108,7 +108,7 @@ def threat_model_1(
 
 
 def threat_model_2(spec: config.EvaluationAttack, threat: config.ThreatModelSection, *, suffix: str = "") -> AttackSpec:
-    """PGD end to end on an objective of the classifier."""
+    """Threat model II: PGD end to end on an objective of the classifier."""
     adversary, loss = evaluation_adversary(spec, threat, share=SHARES[suffix]), RECORDED.get(spec.objective, spec.objective)
     attack = pgd_attack(f"accuracy/threat_model_2{suffix}", adversary, classification(spec.objective), loss=loss)
     return replace(attack, restarts=spec.restarts, kept=not suffix)
@@ -117,9 +117,9 @@ def threat_model_2(spec: config.EvaluationAttack, threat: config.ThreatModelSect
 def cascade(
     spec: config.EvaluationAttack, threat: config.ThreatModelSection, worst_case: config.WorstCase, *, classes: int
 ) -> list[AttackSpec]:
-    """The attacks of `worst_case.attacks` that exist for so many classes, each on what is left; without any there is no cascade.
+    """Attacks of `worst_case.attacks` that exist for this number of classes, each on the images that are left; empty if there are none.
 
-    PGD on cross-entropy and on the margin are always among the attacks: what neither threat model II nor the list has comes first.
+    An evaluation always includes PGD on cross-entropy and on the margin: those missing in threat model II and the list are put first.
     """
     asked, adversary = worst_case.attacks, evaluation_adversary(spec, threat)
     strength = autoattack.Strength(steps=worst_case.steps, targets=worst_case.targets, queries=worst_case.queries)
@@ -148,7 +148,7 @@ def library_attack(name: str, threat_model: ThreatModel, *, classes: int, streng
 
 
 def pgd_attack(name: str, adversary: Adversary, make: MakeObjective, *, loss: str, note: str = "") -> AttackSpec:
-    """Our own PGD on the objective that `make` builds; `loss` is its name in the record."""
+    """PGD on the objective that `make` builds; `loss` is its name in the record."""
 
     def crafting(adversary: Adversary) -> Craft:
         return lambda network, images, labels, generator: adversary.attack(
@@ -163,10 +163,10 @@ def pgd_attack(name: str, adversary: Adversary, make: MakeObjective, *, loss: st
 
 
 def ball(threat_model: ThreatModel) -> dict[str, Any]:
-    """The ball and the box, for the record."""
+    """Ball and box of a threat model, for the record."""
     return {**asdict(threat_model), "box": [0, 1]}
 
 
 def classification(loss: str) -> MakeObjective:
-    """An objective of the classifier by name: ce, margin, dlr."""
+    """Builder of an objective of the classifier, by name: ce, margin, dlr."""
     return lambda network, images, labels: classification_objective(network, labels, loss)

@@ -4,7 +4,7 @@
     >>> metrics(rights)["corruption/mean"]
 
 `corruption/<name>`: mean accuracy over the severities. `corruption/mean`: mean over the corruptions. (Hendrycks & Dietterich 2019;
-their mCE divides errors by AlexNet's, which exist for ImageNet alone.)
+their mCE divides by the errors of AlexNet, which exist only for ImageNet.)
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def one(
     batch_size: int,
     published: Published | None = None,
 ) -> Tensor:
-    """Which images are classified right under one corruption: bool (S, N), a row per severity of `spec`.
+    """Mask (S, N) of the images that are classified correctly under one corruption, with a row per severity of `spec`.
 
     Args:
         split: clean images; the first `spec.images` of them are corrupted.
-        published: the published files; a corruption that has one is read instead of computed.
+        published: published files, which are read instead of computing the corruption.
     Raises:
-        UserError: a published file is damaged, or of other classes.
+        UserError: a published file is damaged, or has other labels.
     """
     network.eval()
     rows = []
@@ -63,12 +63,12 @@ def one(
 
 
 def _images(split: Split, spec: Corruptions, name: str, severity: int, published: Published | None) -> Split:
-    """The first images of the split, clean, or corrupted if the published files have them."""
+    """First images of the split: corrupted ones from the published files if available, else clean ones."""
     if published and name in published:
         found = published.read(name, severity)
         if not torch.equal(found.labels, split.labels):
             folder = published.folder
-            raise UserError(f"{folder} holds other labels than the test images; is it of another data set? See corruptions.folder")
+            raise UserError(f"{folder} has other labels than the test images; set corruptions.folder to the files of this dataset, or null")
         split = found
     return Split(split.images[: spec.images], split.labels[: spec.images])
 
@@ -76,8 +76,8 @@ def _images(split: Split, spec: Corruptions, name: str, severity: int, published
 def metrics(results: Mapping[str, Tensor]) -> dict[str, float]:
     """Flat metrics: accuracies, and the ends of their 95 % intervals.
 
-    The same images recur at every severity and in every corruption, so an image counts once, with its share of right answers:
-    see `clustered`. The interval covers other test images, not other draws of the noise.
+    The same images recur at every severity and in every corruption, so each image counts once, with its share of correct answers (see
+    `clustered`). The interval covers the choice of test images, not the random numbers of the corruptions.
 
     Args:
         results: name -> bool (S, N), N the same for all.
@@ -93,12 +93,12 @@ def metrics(results: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _interval(right: Tensor) -> tuple[float, float]:
-    """Of bool (looks, N)."""
+    """95 % interval of a mean accuracy from answers (looks, N)."""
     return clustered(right.double().mean(0).tolist(), looks=len(right))
 
 
 def describe(results: Mapping[str, Tensor], spec: Corruptions, *, published: Published | None = None) -> dict[str, dict[str, Any]]:
-    """The record of each figure: everything needed to measure it again. JSON-able."""
+    """Record of each figure, with everything needed to repeat the measurement; can be stored as JSON."""
     computed = {
         "source": "computed",
         "library": f"advml {__version__}",

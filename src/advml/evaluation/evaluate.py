@@ -1,4 +1,4 @@
-"""The whole evaluation of one model: threat models, worst case, diagnostics, corruptions; resumable in small parts."""
+"""Evaluate one model: threat models, worst case, diagnostics and corruptions, resumable in small parts."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from advml.models.network import Network
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured on a model, and how: params.yaml, resolved by the stage for this model and these data.
+    """Settings of an evaluation, resolved from params.yaml for one model and dataset.
 
     Attributes:
-        attacks: as `attack_suite` lists them; exactly one is `kept`.
+        attacks: the list of `attack_suite`; exactly one is `kept`.
         batch_size, seed: of attacks, diagnostics and corruptions.
-        keep: adversarial images to keep of the `kept` attack; None: all.
-        published: files of corrupted images, read instead of computed; None: there are none.
+        keep: number of adversarial images to store of the `kept` attack; None: all.
+        published: published files of corrupted images; None: corruptions are computed.
     """
 
     attacks: tuple[AttackSpec, ...]
@@ -50,18 +50,18 @@ class EvaluationSettings:
 
     @property
     def kept(self) -> AttackSpec:
-        """The attack whose images are stored: threat model II at full epsilon."""
+        """Attack whose images are stored: threat model II at full epsilon."""
         (found,) = (attack for attack in self.attacks if attack.kept)
         return found
 
     @property
     def threat_model(self) -> ThreatModel:
-        """The ball of the evaluation."""
+        """Threat model of the evaluation."""
         return self.kept.threat_model
 
     @property
     def parts(self) -> int:
-        """Passes over the test images, for a bar: one per attack, and one for diagnostics and one for all corruptions, if any."""
+        """Number of parts for a progress bar: one per attack, one for diagnostics and one for all corruptions, if any."""
         return len(self.attacks) + bool(self.diagnostics.images) + bool(self.corruptions.names)
 
 
@@ -72,7 +72,7 @@ class Subject:
     Attributes:
         digest: sha256 of its weights.
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
-        flags: raised before it is measured.
+        flags: flags raised before the evaluation.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` has measured.
+    """Result of `evaluate`.
 
     Attributes:
-        metrics: flat, under the contract's names.
-        record: `figures` (how each accuracy was made), and whatever else explains the metrics.
-        samples: a row per test image.
+        metrics: flat, with the names used in metrics.json.
+        record: `figures` (how each accuracy was measured), and everything else that explains the metrics.
+        samples: one row per test image.
         images, kept: the adversarial images of threat model II, and the record of their attack.
     """
 
@@ -108,15 +108,15 @@ def evaluate(
     memo: Memo,
     on_progress: Callable[[int, str], None] = lambda done, note: None,
 ) -> Evaluation:
-    """Measure a model on the test split; where memory ends, again from the part at hand, with half as many images at a time.
+    """Evaluate a model on the test split; when memory is exhausted, repeat the current part with half as many images per pass.
 
-    Batches stay what they are, and pass the encoder, or a module from elsewhere, in parts: up to rounding, no figure depends on it.
+    Batches stay the same, and pass the network in smaller parts, so that figures do not depend on it, up to rounding.
 
     Args:
-        memo: remembers finished parts.
-        on_progress: called with how many of `settings.parts` * N images are done, and the worst case so far.
+        memo: stores finished parts.
+        on_progress: called with the number of images done, out of `settings.parts` * N, and a note on the worst case so far.
     Raises:
-        Failure: there is no memory for one image.
+        Failure: the memory does not suffice for one image.
     """
     network, images = subject.network, settings.batch_size
     while True:
@@ -126,9 +126,9 @@ def evaluate(
             if not out_of_memory(error):
                 raise
         if images == 1:
-            raise Failure(f"{machine.device} has no memory to attack {subject.name} with one image; free some")
+            raise Failure(f"the memory of {machine.device} does not suffice to attack one image of {subject.name}; free some memory")
         images //= 2
-        tell(f"note: {subject.name} needs more memory than {machine.device} has; goes on with {images} images at a time")
+        tell(f"note: {subject.name} needs more memory than {machine.device} has; going on with {images} images at a time")
         if isinstance(network, Network):
             network.micro_batch = images
         else:
@@ -189,7 +189,7 @@ def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes
     """Check output shape and gradients of a copy of the network, on all images (N, C, H, W) and on the first alone.
 
     Raises:
-        UserError: it does not give a logit per class and image, for batches of any size.
+        UserError: the network does not return one logit per class and image for batches of any size.
     """
     for batch in (images, images[:1]):
         with own_randomness(0, images.device), frozen_copy(network) as own, torch.enable_grad():
@@ -206,7 +206,7 @@ def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes
 
 
 def _number_of_flags(diagnosis: dict[str, Any]) -> dict[str, int]:
-    """Of a model that was not judged, only where there are some: the absence of a number is not the absence of flags."""
+    """Metric of the number of flags; left out if probes were not run and there are no flags, because 0 would mean that there are none."""
     return {"diagnostics/flags": len(diagnosis["flags"])} if diagnosis["flags"] or "skipped" not in diagnosis else {}
 
 
@@ -218,10 +218,10 @@ def _samples(subject: Subject, test: Split, outcomes: dict[str, Outcome], threat
 def _corrupted(
     untouched: nn.Module, test: Split, settings: EvaluationSettings, machine: Machine, memo: Memo, on_share: Callable[[float], None]
 ) -> dict[str, Tensor]:
-    """Which images are right under each corruption, (severities, images) by name.
+    """Correct images under each corruption: name -> bool (severities, images).
 
-    Each is scored by a copy of its own of the model that no attack has touched: nothing that the model remembers of an attack, or of
-    another corruption, changes it.
+    Each corruption uses a fresh copy of the model as it was before all attacks, so that state changed by an attack or another corruption
+    has no effect.
     """
     spec, rights = settings.corruptions, {}
     about = {"machine": machine, "batch_size": settings.batch_size, "published": settings.published}

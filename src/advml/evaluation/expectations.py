@@ -1,8 +1,8 @@
-"""Checks whether a model from elsewhere expects another normalisation, or another order of the classes, than it is measured with.
+"""Check whether an external model expects another normalisation, or another order of classes, than it is evaluated with.
 
-A model that is given the wrong ones is right about as often as chance, and nothing in its accuracy says why. So, before it is measured, it
-classifies validation images under every normalisation of a table, and its answers are compared with the labels under every order of the
-classes that could be meant. One that is far better than what it is measured with raises a flag, which names it.
+With wrong ones, a model is about as accurate as chance, and its accuracy does not show the reason. So before the evaluation, the model
+classifies validation images under every normalisation of a table, and its predictions are compared with the labels under every
+plausible order of the classes. A combination that is far better than the one in use raises a flag that names it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from advml.evaluation.run_attacks import predict
 from advml.models.class_names import ORDERS
 from advml.models.normalization import KNOWN, Constants
 
-IMAGES = 512  # of validation, at most
-FAR = 0.05  # a gain in accuracy below which no flag is raised
+IMAGES = 512  # largest number of validation images
+FAR = 0.05  # smallest gain in accuracy that raises a flag
 GIVEN, FITTED = "as given", "fitted"
 
 
 @dataclass(frozen=True)
 class Expectations:
-    """What was found.
+    """Result of `check_expectations`.
 
     Attributes:
-        flags: none, `other_normalization`, `other_class_order`, or both.
-        record: validation accuracy under each normalisation and order, JSON-able; `classes`, the names of the logits in the order that a
-            flag is about.
+        flags: `other_normalization`, `other_class_order`, both, or none.
+        record: for JSON: validation accuracy under each normalisation and order, and `classes`, the names of the logits in the order
+            that a flag proposes.
     """
 
     flags: tuple[Flag, ...]
@@ -53,12 +53,12 @@ def check_expectations(
     classes: Sequence[str] | None = None,
     batch_size: int = 512,
 ) -> Expectations:
-    """Compare the model as it is measured with other normalisations and orders of classes, on validation images.
+    """Compare the normalisation and class order in use with others, on validation images.
 
     Args:
-        network: maps images in [0, 1] to logits, having normalised them by `constants`; is copied where it can be.
-        constants: a number per channel.
-        classes: names in the order of the model's own logits, where they were given; None: the data's.
+        network: maps images in [0, 1] to logits after normalising them by `constants`; copied if possible.
+        constants: mean and std of the normalisation in use, per channel.
+        classes: given names in the order of the model's own logits; None: the data's order.
     """
     chosen = torch.randperm(len(dataset.validation), generator=generator_for("expectations"))[:IMAGES]
     images, labels = dataset.validation.images[chosen], dataset.validation.labels[chosen]
@@ -69,7 +69,7 @@ def check_expectations(
         for order, fixed in orders.items():
             places[normalization, order], right[normalization, order] = fixed, _mapped(guessed, fixed) == labels
         places[normalization, FITTED], right[normalization, FITTED] = _fitted(guessed, labels, count=len(dataset.classes))
-    best = max(right, key=lambda how: int(right[how].sum()))  # the first of equals: what is given
+    best = max(right, key=lambda how: int(right[how].sum()))  # on a tie the first one, which is in use
     normalization, order = best
     flags, record = [], {"images": len(labels), "accuracy": _accuracies(right)}
     if _far_better(right[best], right[GIVEN, order], of=len(guesses)):
@@ -82,7 +82,7 @@ def check_expectations(
 
 
 def _candidates(constants: Constants, dataset: Dataset) -> dict[str, Constants]:
-    """Normalisations by name, a number per channel; first the given one, which occurs once."""
+    """Candidate normalisations by name, the one in use first, without repetition."""
     known = KNOWN | {"data": Constants(dataset.mean, dataset.std)}
     channels = dataset.shape[0]
     return {GIVEN: constants} | {name: found for name in known if (found := known[name].of_channels(channels)) != constants}
@@ -92,9 +92,9 @@ def _candidates(constants: Constants, dataset: Dataset) -> dict[str, Constants]:
 def _guesses(
     network: nn.Module, images: Tensor, machine: Machine, constants: Constants, candidates: Mapping[str, Constants], batch_size: int
 ) -> dict[str, Tensor]:
-    """The predicted classes (N,) under each candidate; of one on which the network fails there are none.
+    """Predicted classes (N,) under each candidate; candidates on which the network fails are left out.
 
-    The network normalises by m0, s0: it sees images that are normalised by m, s when it is given s0 (x - m) / s + m0.
+    The network normalises by m0, s0; the input s0 (x - m) / s + m0 makes it see images normalised by m, s.
     """
     found = {}
     m0, s0 = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in constants)
@@ -115,20 +115,20 @@ def _guesses(
 
 
 def _places(classes: Sequence[str], order: Callable[[Sequence[str]], Sequence[str]]) -> Tensor:
-    """For each logit the label that it stands for, if logits are in another order of the classes."""
+    """Label of each logit, if logits are in another order of the classes."""
     return torch.tensor([classes.index(name) for name in order(classes)])
 
 
 def _mapped(guessed: Tensor, places: Tensor) -> Tensor:
-    """Predictions under another order; NOT_FINITE stays."""
+    """Predictions under another order of classes; NOT_FINITE stays."""
     return torch.where(guessed < 0, guessed, places[guessed])
 
 
 def _fitted(guessed: Tensor, labels: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """The one-to-one assignment of logits to labels that is right most often, and whether (N,) it is right when fitted on other images.
+    """One-to-one assignment of logits to labels with the highest accuracy, and a mask (N,) of correct images in cross-validation.
 
-    Each half of the images is judged by the assignment that fits the other half: fitted and judged on the same images, many classes and
-    few images would always find one that looks good. Where images do not decide, a logit keeps its label.
+    Each half of the images is judged by the assignment fitted on the other half; fitting and judging on the same images would always
+    find a good assignment for many classes and few images. A logit keeps its label if images do not decide.
     """
 
     def assignment(rows: slice) -> Tensor:
@@ -143,23 +143,23 @@ def _fitted(guessed: Tensor, labels: Tensor, *, count: int) -> tuple[Tensor, Ten
 
 
 def _far_better(one: Tensor, other: Tensor, *, of: int) -> bool:
-    """Of the same images `one` (N,) has FAR more right than `other`, and more than chance makes of the best of `of` candidates.
+    """Whether `one` (N,) is correct on FAR more of the same images than `other`, beyond the chance of the best of `of` candidates.
 
-    One-sided sign test on the images that only one of them has right, corrected for the number of candidates (Bonferroni).
+    One-sided sign test on the images that only one of them classifies correctly, with Bonferroni's correction for the candidates.
     """
     more, fewer = int((one & ~other).sum()), int((~one & other).sum())
     return more - fewer >= FAR * len(one) and binomial_tail(more, more + fewer, share=0.5) * of < SIGNIFICANCE
 
 
 def _holds_for_the_moved(places: Tensor, right: Tensor, labels: Tensor) -> bool:
-    """Most images of the classes that change places are right: a poor model's most frequent mistakes are no order."""
+    """Whether most images of the reassigned classes become correct; excludes the frequent mistakes of an inaccurate model."""
     moved = places[places != torch.arange(len(places))]
     rows = torch.isin(labels, moved)
     return bool(rows.any()) and bool(right[rows].double().mean() > 0.5)
 
 
 def _accuracies(right: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, float]]:
-    """By normalisation, then by order."""
+    """Accuracies by normalisation, then by order."""
     found: dict[str, dict[str, float]] = {}
     for (normalization, order), values in right.items():
         found.setdefault(normalization, {})[order] = float(values.double().mean())
@@ -176,7 +176,7 @@ def _normalization_flag(helping: Mapping[str, Tensor], given: Tensor, candidates
     shares = ", ".join(f"{_percent(helping[name])} with {name}" for name in ranked[:3])
     return Flag(
         "other_normalization",
-        f"of {len(given)} validation images {_percent(given)} are right as the model is given them, {shares}: it expects other input",
+        f"of {len(given)} validation images {_percent(given)} are right with the normalisation in use, {shares}: it expects another one",
         f"advml evaluate again with --mean {ranked[0]} (mean {mean}; std {std})",
     )
 
@@ -189,7 +189,7 @@ def _order_flag(order: str, names: Sequence[str], better: Tensor, given: Tensor,
         if order in ORDERS
         else listed
         if short
-        else "FILE with the names that its record (records/evaluate/) holds under expected.classes"
+        else "FILE with the names listed under expected.classes in its record (records/evaluate/)"
     )
     return Flag(
         "other_class_order",

@@ -1,4 +1,4 @@
-"""Names of a model's flags, from the record of its diagnostics and from a transfer. Torch-free, as tracking reads it."""
+"""Names of a model's flags, from the record of its diagnostics and from a transfer. Does not import torch, for `tracking`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ NONE, UNJUDGED = "none", "not judged"
 
 
 def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Names of the flags; `none`, or `not judged` where the probes were not run.
+    """Names of a model's flags; `none`, or `not judged` if the probes were not run.
 
     Args:
-        diagnostics: of the record of `evaluate`.
-        transferred: the model's flags of `transfer_flags`.
+        diagnostics: the entry of that name in the record of `evaluate`.
+        transferred: the model's entry in the result of `transfer_flags`.
     """
     flags = [flag["name"] for flag in (*diagnostics.get("flags", ()), *transferred)]
     return ", ".join(flags) or (NONE if "evidence" in diagnostics else UNJUDGED)
 
 
 def transfer_flags(found: Mapping[str, Any] | None) -> dict[str, list[dict[str, str]]]:
-    """Flags by model, of a transfer as `read_transfer` gives it."""
+    """Flags by model, from the result of `read_transfer`."""
     flags: dict[str, list[dict[str, str]]] = {}
     for block in (found or {"seeds": ()})["seeds"]:
         for flag in block["flags"]:

@@ -1,6 +1,6 @@
-"""Confidence intervals of shares, and how likely a count is by chance.
+"""Confidence intervals of proportions, and binomial tail probabilities.
 
-Of a difference of shares of the same images: `advml.similarity.statistics.share`.
+For differences between proportions of the same images, see `advml.similarity.statistics.share`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from scipy.special import bdtrc
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % Wilson score interval of a share (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+    """95 % Wilson score interval of a proportion (Wilson 1927): ((p + z^2/2n) +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
 
-    Numbers need not be whole, as SciPy's must be: see `clustered`.
+    Unlike SciPy's function, it accepts numbers that are not integers, which `clustered` needs.
     """
     z, share = 1.959963984540054, successes / n
     centre = share + z * z / (2 * n)
@@ -23,27 +23,27 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 
 
 def clustered(shares: Sequence[float], *, looks: int) -> tuple[float, float]:
-    """95 % interval of a mean over images, each of which was looked at several times.
+    """95 % interval of a mean accuracy over images that were each classified several times.
 
-    Looks at one image are correlated, so they are no independent trials. Wilson's interval is taken of as many trials n as would
-    have the variance that the images show: p (1 - p) / n = s^2 / N (Kish 1965; Dean & Pagano 2015, doi:10.1093/jssam/smv024).
-    n is N where the looks at an image all agree, and at most the number of all looks, as if they were independent.
+    The answers for one image are correlated, so they are not independent trials. Wilson's interval is used with the effective number of
+    trials n that gives the observed variance between images: p (1 - p) / n = s^2 / N (Kish 1965; Dean & Pagano 2015,
+    doi:10.1093/jssam/smv024). n is N if all answers for an image agree, and at most the number of all answers.
 
     Args:
-        shares: for each of N images, its share of right answers.
-        looks: at each image.
+        shares: (N,) share of correct answers for each image.
+        looks: number of answers per image.
     """
     count, mean = len(shares), math.fsum(shares) / len(shares)
     squares = math.fsum((share - mean) ** 2 for share in shares)
-    # If all images have the same share, the correlation is unknown: the N images are the trials.
+    # If all images have the same share, the correlation is unknown, and n = N.
     alike = squares < 1e-12 * count
     trials = count if alike else min(count * looks, mean * (1 - mean) * count**2 / squares)
     return wilson(mean * trials, trials)
 
 
 def binomial_tail(successes: int, n: int, *, share: float) -> float:
-    """P(X >= successes) of a binomial with 0 < share <= 1: how likely chance alone gives that many.
+    """Tail probability P(X >= successes) of a binomial with n trials and 0 < share <= 1.
 
-    With share 1/2 and n the pairs that disagree it is the one-sided sign test.
+    With share 1/2 and n the number of disagreeing pairs, it is the p-value of the one-sided sign test.
     """
     return float(bdtrc(successes - 1, n, share)) if successes > 0 else 1.0

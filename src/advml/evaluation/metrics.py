@@ -1,4 +1,4 @@
-"""Accuracies with intervals from the outcomes of an evaluation, and a record of how each was made."""
+"""Accuracies with intervals from the outcomes of an evaluation, and a record of each measurement."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from advml.evaluation.samples import PASSES, WORST, Outcome
 
 
 def survivors(outcomes: Mapping[str, Outcome]) -> Tensor:
-    """Which images no attack has broken: bool (N,)."""
-    standing = next(iter(outcomes.values())).right.clone()  # of the clean images, which are all there
+    """Mask (N,) of the images that no attack has broken."""
+    standing = next(iter(outcomes.values())).right.clone()  # the first outcome is that of all clean images
     for outcome in outcomes.values():
         standing[outcome.rows] &= outcome.right
     return standing
 
 
 def metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """Flat metrics under the contract's names: share right, and the ends of its 95 % interval."""
+    """Flat metrics with the names of metrics.json: each accuracy and the ends of its 95 % interval."""
     flat: dict[str, float] = {}
     right = {name: outcome.right for name, outcome in outcomes.items() if name.startswith("accuracy/")}
     for name, mask in (right | {WORST: survivors(outcomes)}).items():
@@ -32,7 +32,7 @@ def metrics(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
 
 
 def describe(attacks: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], *, seed: int, batch_size: int) -> dict[str, dict[str, Any]]:
-    """The record of each accuracy: everything needed to measure it again, and what it took. The cascade is that of the worst case."""
+    """Record of each accuracy: everything needed to repeat the measurement, and its passes. The worst case lists the cascade."""
     run, threat_model = {"seed": seed, "batch_size": batch_size}, next(attack.threat_model for attack in attacks if attack.kept)
     described = {}
     for attack in (attack for attack in attacks if not attack.left_only):
@@ -43,14 +43,14 @@ def describe(attacks: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], *, 
 
 
 def describe_kept(attack: AttackSpec, count: int, *, seed: int, batch_size: int) -> dict[str, Any]:
-    """The record of stored adversarial images: those of the first restart."""
+    """Record of the stored adversarial images, which are those of the first restart."""
     return {"n": count, **attack.settings, "restarts": 1, "seed": seed, "batch_size": batch_size}
 
 
 def _worst_case(
     attacks: Sequence[AttackSpec], outcomes: Mapping[str, Outcome], threat_model: ThreatModel, run: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The cascade, how many images each attack was aimed at, and how many it was the first to break."""
+    """Record of the cascade: for each attack, the number of images attacked, and the number that it was the first to break."""
     standing = survivors({attacks[0].name: outcomes[attacks[0].name]})
     steps = []
     for attack in attacks[1:]:
@@ -68,5 +68,5 @@ def _counts(right: Tensor) -> dict[str, Any]:
 
 
 def _passes(outcome: Outcome) -> dict[str, int]:
-    """Passes of single images, over all of them."""
+    """Forward and backward passes, summed over images."""
     return {name: round(float(getattr(outcome, name).double().sum())) for name in PASSES}

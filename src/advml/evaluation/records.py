@@ -1,6 +1,6 @@
-"""Records of measurements: how a stage made its figures, and the figures. `records/<stage>/<MODEL>.json`.
+"""Records of measurements, `records/<stage>/<MODEL>.json`: a stage's figures, and how it measured them.
 
-`reports/<MODEL>/metrics.json` is put together from them, so each of the stages that measure a model may write it.
+`reports/<MODEL>/metrics.json` is assembled from them, so every stage that measures a model can write it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from advml.core.errors import UserError
 from advml.core.io import read_json, sha256, to_csv, to_json, write_atomically
 from advml.core.paths import Workspace
 
-MEASURING = ("evaluate", "represent")  # stages, in the order of their metrics
+MEASURING = ("evaluate", "represent")  # stages with records, in the order of their metrics
 
 
 def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str, float]:
-    """Write a model's record, and its metrics.json anew; returns the latter.
+    """Write a model's record, and update its metrics.json; returns the content of the latter.
 
     Args:
-        record: `model`, `digest` (of the weights), `inputs` (fingerprint), `metrics` (flat), and whatever explains them.
+        record: `model`, `digest` (of the weights), `inputs` (fingerprint), `metrics` (flat), and explanations of them.
     """
     path = workspace.record(stage, record["model"])
     write_atomically(path, to_json(record))
@@ -28,14 +28,14 @@ def write(workspace: Workspace, stage: str, record: dict[str, Any]) -> dict[str,
 
 
 def publish(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
-    """Put a model's metrics.json together from its records; returns it. Also for records that are reused: a kill may have come between."""
+    """Assemble a model's metrics.json from its records, and return it; also called for reused records, after which a kill may have come."""
     metrics = metrics_of(workspace, model, digest=digest)
     write_atomically(workspace.report(model) / "metrics.json", to_json(metrics))
     return metrics
 
 
 def read(workspace: Workspace, stage: str, model: str) -> dict[str, Any] | None:
-    """A model's record, or None if there is none.
+    """Read a model's record; None if there is none.
 
     Raises:
         UserError: the file is damaged.
@@ -48,14 +48,14 @@ def read(workspace: Workspace, stage: str, model: str) -> dict[str, Any] | None:
 
 
 def metrics_of(workspace: Workspace, model: str, *, digest: str) -> dict[str, float]:
-    """All metrics measured on the weights with this sha256. What could not be measured is left out."""
+    """All metrics measured on the weights with this sha256, without those that are null."""
     found = [read(workspace, stage, model) for stage in MEASURING]
     parts = [record["metrics"] for record in found if record and record.get("digest") == digest]
     return {name: value for part in parts for name, value in part.items() if value is not None}
 
 
 def reusable(workspace: Workspace, stage: str, model: str, *, inputs: str) -> dict[str, Any] | None:
-    """The record that the very same inputs have given, or None."""
+    """Record that was made from the same inputs; None if there is none."""
     try:
         record = read(workspace, stage, model)
     except UserError:
@@ -63,16 +63,16 @@ def reusable(workspace: Workspace, stage: str, model: str, *, inputs: str) -> di
     return record if record and record.get("inputs") == inputs else None
 
 
-# The transfer between models: transfer.json, transfer.csv, and the record that the report depends on
+# Transfer between models: transfer.json, transfer.csv, and the record on which the report depends
 
 TRANSFER, MATRIX = "transfer", "matrix"
-NO_PAIRS = "transfer needs two trained and evaluated models of one seed; the grid has none"
+NO_PAIRS = "transfer needs two trained and evaluated models per seed; the grid has none"
 
 Block = dict[str, Any]
 
 
 def transfer_rows(blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    """A row per pair."""
+    """Rows of transfer.csv: one per pair of source and target."""
     return [
         {
             "seed": block["seed"],
@@ -95,8 +95,8 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
     """Write the files into `reports/transfer/`, and the record last.
 
     Args:
-        rule: of the flags, in words.
-        picture: a PNG, where there are blocks.
+        rule: description of the rule that raises flags.
+        picture: a PNG; None if there are no blocks.
         made_by: parameters and git commit, for the MLflow run.
     """
     folder = workspace.report(TRANSFER)
@@ -106,7 +106,7 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
         if data:
             write_atomically(folder / name, data)
         else:
-            (folder / name).unlink(missing_ok=True)  # an earlier one would show what is no longer there
+            (folder / name).unlink(missing_ok=True)  # an earlier file would be outdated
     write_atomically(folder / "transfer.json", text)
     digests = {name: digest for block in blocks for name, digest in block["digests"].items()}
     record = {"digests": digests, "transfer": sha256(text)}
@@ -114,10 +114,10 @@ def write_transfer(workspace: Workspace, blocks: Sequence[Block], *, rule: str, 
 
 
 def read_transfer(workspace: Workspace) -> dict[str, Any] | None:
-    """`rule`, and the blocks `seeds`, if they are of the weights that `evaluate` has measured; None if not, or if there are none.
+    """Read a transfer: `rule`, and the blocks `seeds`; None if there are none, or if they were made with other weights than `evaluate`.
 
     Raises:
-        UserError: the files are damaged, or transfer.json is not the one of the record.
+        UserError: the files are damaged, or transfer.json does not match the record.
     """
     path, made = workspace.report(TRANSFER) / "transfer.json", workspace.record(TRANSFER, MATRIX)
     if not made.exists():

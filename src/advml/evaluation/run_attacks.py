@@ -1,4 +1,4 @@
-"""Runs the attacks of an evaluation on a model, and records the outcome of every image."""
+"""Run the attacks of an evaluation on a model, and record the outcome of every image."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from advml.evaluation.samples import PASSES, Outcome
 from advml.models.micro_batches import recomputing
 from advml.models.network import Network
 
-NOTED = ("right", "predicted", "distance", *PASSES)  # of every image
-ROUNDING = 1e-5  # how far beyond the ball float32 may carry an honest attack
-NOT_FINITE = -1  # the predicted class where the logits are not finite: no label, so a wrong one
+NOTED = ("right", "predicted", "distance", *PASSES)  # recorded for every image
+ROUNDING = 1e-5  # distance beyond the ball that float32 rounding can cause
+NOT_FINITE = -1  # predicted class if logits are not finite; equals no label, so it counts as wrong
 
 
 def run_attacks(
@@ -39,19 +39,19 @@ def run_attacks(
     memo: Memo | None = None,
     on_batch: Callable[[int, float], None] = lambda done, standing: None,
 ) -> dict[str, Outcome]:
-    """The outcome of every attack, by name; the first one must be the clean images.
+    """Run all attacks; returns their outcomes by name. The first "attack" must be the clean images.
 
-    Images that are broken leave an attack's next restart, and images broken by any attack leave those with `left_only`: but only
-    where the objective is per sample. A contrastive one couples the batch. Random numbers of attacks are each image's own
-    (`PerImageGenerator`): what one on a per-sample objective does to an image does not depend on the rest of the batch, up to rounding.
+    Broken images are left out of an attack's later restarts, and of later attacks with `left_only`, except for objectives that couple
+    the batch (contrastive ones). Random numbers are drawn per image (`PerImageGenerator`), so the result for an image under a per-sample
+    objective does not depend on the rest of the batch, up to rounding.
 
     Args:
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
-        scorer: decides, with a copy of the network that was made before any attack.
+        scorer: judges success, with a copy of the network that was made before any attack.
         seed: of all random numbers.
-        keep: adversarial images to keep of an attack with `kept`; None: all.
-        memo: remembers every restart of every batch of every attack.
-        on_batch: called after each batch with how many of len(attacks) * N images are done, and the share that stands so far.
+        keep: number of adversarial images to store of an attack with `kept`; None: all.
+        memo: stores every restart of every batch of every attack.
+        on_batch: called after each batch with the number of images done, out of len(attacks) * N, and the worst-case accuracy so far.
     Raises:
         Failure: an attack left its ball or the box.
     """
@@ -77,15 +77,15 @@ def run_attacks(
 def kept_images(
     network: nn.Module, split: Split, attack: AttackSpec, machine: Machine, *, batch_size: int, seed: int, keep: int | None
 ) -> Tensor:
-    """The adversarial images that `evaluate` stores of this attack, without the rest of the evaluation."""
-    whole = None if keep is None else batch_size * math.ceil(keep / batch_size)  # whole batches: others would round differently
+    """Adversarial images of this attack, identical to those that `evaluate` stores, without the rest of the evaluation."""
+    whole = None if keep is None else batch_size * math.ceil(keep / batch_size)  # whole batches, because others round differently
     some, once = Split(split.images[:whole], split.labels[:whole]), replace(attack, restarts=1)
     asked = (network, Scorer.of(network, machine), some, [CLEAN_IMAGES, once])
     return run_attacks(*asked, batch_size=batch_size, seed=seed, keep=keep)[once.name].images
 
 
 def _joined(rows: Tensor, parts: list[Parts]) -> Outcome:
-    if not parts:  # nothing was left to be attacked
+    if not parts:  # no images were left to attack
         nothing = torch.empty(0)
         return Outcome(rows, nothing.bool(), nothing.long(), nothing, nothing, nothing)
     joined = {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
@@ -94,7 +94,7 @@ def _joined(rows: Tensor, parts: list[Parts]) -> Outcome:
 
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor, machine: Machine) -> Tensor:
-    """The class (N,) of each image, NOT_FINITE where the logits are not finite."""
+    """Predicted class (N,) of each image; NOT_FINITE if its logits are not finite."""
     with machine.autocast():
         logits = network(images)
     return torch.where(logits.isfinite().all(1), logits.argmax(1), NOT_FINITE)
@@ -102,7 +102,7 @@ def predict(network: nn.Module, images: Tensor, machine: Machine) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Decides whether an adversarial example counts, by a copy of the model that was made before any attack.
+    """Judges adversarial examples with a copy of the model that was made before any attack.
 
     A model that cannot be copied is used itself, and gets the flag `not_copied`.
     """
@@ -112,7 +112,7 @@ class Scorer:
 
     @classmethod
     def of(cls, network: nn.Module, machine: Machine) -> Scorer:
-        """A copy of the network, in eval mode as the network then is."""
+        """Scorer with a copy of the network; switches the network to eval mode, too."""
         return cls(copied(network.eval()), machine)
 
     def predict(self, images: Tensor) -> Tensor:
@@ -120,23 +120,23 @@ class Scorer:
         return predict(self.network, images, self.machine)
 
     def judge(self, attack: str, adversarial: Tensor, images: Tensor, *, threat_model: ThreatModel) -> tuple[Tensor, Tensor]:
-        """The predicted classes (N,) of adversarial images (N, C, H, W), and their distances (N,) from the images.
+        """Predicted classes (N,) of adversarial images (N, C, H, W), and their distances (N,) from the images.
 
         Raises:
-            Failure: one of them lies outside of ball or box.
+            Failure: an image is outside of ball or box.
         """
         size, epsilon = NORMS[threat_model.norm].size(adversarial - images), threat_model.epsilon
         if not (size.max() <= epsilon + ROUNDING and adversarial.min() >= 0 and adversarial.max() <= 1):
             raise Failure(
                 f"{attack} left its threat model: perturbations up to {float(size.max()):g} for epsilon {epsilon:g}, "
-                f"pixels from {float(adversarial.min()):g} to {float(adversarial.max()):g}; its figures would mean nothing"
+                f"pixels from {float(adversarial.min()):g} to {float(adversarial.max()):g}; its result is invalid"
             )
         return self.predict(adversarial), size
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """One batch of one attack."""
+    """One batch of images under one attack."""
 
     network: nn.Module
     scorer: Scorer
@@ -149,10 +149,10 @@ class _Batch:
     number: int
 
     def remembered(self, memo: Memo) -> Parts:
-        """The outcome after all restarts. Each is a part of its own, so that the end of a process costs one of them at most."""
+        """Outcome after all restarts, each of which is stored, so that a killed process loses at most one."""
         part = f"{self.attack.name} batch {self.number}"
         found = memo(part, lambda: self._alone(0, None))
-        if self._wanted() and "images" not in found:  # deleted once an earlier evaluation was written; its outcomes are kept
+        if self._wanted() and "images" not in found:  # images are deleted when an evaluation is written, outcomes are kept
             found["images"] = self._alone(0, None)["images"]
         for restart in range(1, self.attack.restarts):
             if not (self.attack.coupled or found["right"].any()):
@@ -161,13 +161,13 @@ class _Batch:
         return found
 
     def _alone(self, restart: int, before: Parts | None) -> Parts:
-        """`measure`, with random numbers of its own for models that draw some: the same wherever an interrupted evaluation goes on."""
+        """Call `measure` with a global RNG seeded for this restart, so that random models give the same result after an interruption."""
         device = self.scorer.machine.device
         with own_randomness(derived_seed("model", self.attack.name, self.seed, self.number, restart), device):
             return self.measure(restart, before)
 
     def measure(self, restart: int, before: Parts | None) -> Parts:
-        """One restart, on what those before it have left over."""
+        """Run one restart on the images that survive the earlier ones."""
         machine, attack = self.scorer.machine, self.attack
         images, labels = machine.images(self.split.images[self.rows]), self.split.labels[self.rows].to(machine.device)
         if attack.craft is None or self.clean is None:
@@ -189,8 +189,8 @@ class _Batch:
         return found
 
     def _wanted(self) -> int:
-        """How many of this batch's adversarial images are to be kept."""
-        if not self.attack.kept or self.attack.craft is None or self.clean is None:  # the latter two: clean images
+        """Number of this batch's adversarial images to store."""
+        if not self.attack.kept or self.attack.craft is None or self.clean is None:  # the last two mean clean images
             return 0
         return len(self.rows) if self.keep is None else min(len(self.rows), max(0, self.keep - int(self.rows[0])))
 
@@ -213,7 +213,7 @@ class _Batch:
 
 @contextlib.contextmanager
 def counted(network: nn.Module) -> Iterator[dict[str, int]]:
-    """Within: the images that pass forward through the network's encoder, and the gradients that come back."""
+    """Context manager that counts the images that pass forward through the network's encoder, and the gradients that come back."""
     passes = dict.fromkeys(PASSES, 0)
 
     def backward(gradient: Tensor) -> None:

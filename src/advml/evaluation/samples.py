@@ -1,19 +1,19 @@
-"""`samples.parquet`: the outcome of an evaluation, a row per test image.
+"""`samples.parquet`: results of an evaluation, one row per test image.
 
 | column | |
 |---|---|
-| index | place in the test split |
-| label, predicted | true class, and the model's on the clean image |
-| broken_by | the first attack that changed a right prediction; `clean`: it was wrong already; null: it survived all |
-| broken_as, distance | the class it was then taken for, and the size of the perturbation in the threat model's norm |
-| forward, backward | passes that the attacks have spent on it: of each batch of an attack, divided evenly |
+| index | position in the test split |
+| label, predicted | true class, and predicted class of the clean image |
+| broken_by | the first attack that changed a correct prediction; `clean`: misclassified already; null: survived all attacks |
+| broken_as, distance | predicted class under that attack, and size of the perturbation in the threat model's norm |
+| forward, backward | passes spent by the attacks on the image: those of each batch, divided evenly |
 | right/<figure> | whether it survived that figure's attack, for figures that attack all images |
 
-Within a batch, images leave some attacks of libraries earlier than others (Square, as soon as they are broken), or are left alone where
-a query changes nothing, and no library tells which: the sum over all images is exact, the share of a single one is not. Passes of the
-diagnostics are in their record.
+The sum of passes over all images is exact, the share of a single image is not: within a batch, library attacks drop some images earlier
+than others (Square, as soon as they are broken), or skip queries, without reporting which. Passes of the diagnostics are in their
+record.
 
-The file's metadata hold the model, its weights' digest, the digest of the test images and labels, and the threat model.
+The file's metadata contain the model, the digests of its weights and of the test images and labels, and the threat model.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ PASSES = ("forward", "backward")
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one figure did to each of the n images that it was aimed at.
+    """Result of one attack for each of the n images attacked.
 
     Attributes:
-        rows: (n,) places in the split.
-        right: (n,) bool, still classified right.
-        predicted: (n,) class of the example that broke the image, of the clean image where none did; NOT_FINITE.
-        distance: (n,) size of the perturbation that broke it; NaN where none did.
-        forward, backward: (n,) passes that the attack has spent on it; of its batch, divided evenly.
-        images: (m, C, H, W) adversarial images of the first m, where they are kept.
+        rows: (n,) positions in the split.
+        right: (n,) bool, whether the image is still classified correctly.
+        predicted: (n,) predicted class of the example that broke the image, else of the clean image; or NOT_FINITE.
+        distance: (n,) size of the perturbation that broke it; NaN if it was not broken.
+        forward, backward: (n,) passes spent on it: those of its batch, divided evenly.
+        images: (m, C, H, W) adversarial versions of the first m images, if they are stored.
     """
 
     rows: Tensor
@@ -63,14 +63,14 @@ class Outcome:
 
 
 def digest_of(split: Split) -> str:
-    """sha256 over the pixels and labels of the test split, in their order: which images the indices mean."""
+    """sha256 of the pixels and labels of the test split in order, which identifies the images behind the indices."""
     content = hashlib.sha256(split.images.contiguous().numpy())
     content.update(split.labels.contiguous().numpy().tobytes())
     return content.hexdigest()
 
 
 def table(outcomes: Mapping[str, Outcome], split: Split, *, about: Mapping[str, Any]) -> pa.Table:
-    """The table of an evaluation; `about` goes into its metadata."""
+    """Table of an evaluation's results; `about` is stored in its metadata."""
     clean = outcomes[CLEAN]
     columns: dict[str, Any] = {
         "index": pa.array(range(len(split.labels)), pa.int64()),
@@ -87,7 +87,7 @@ def table(outcomes: Mapping[str, Outcome], split: Split, *, about: Mapping[str, 
 
 
 def _breaks(outcomes: Mapping[str, Outcome]) -> dict[str, pa.Array]:
-    """Which attack broke each image first, in the order of the attacks."""
+    """Columns on the attack that broke each image first, in the order of the attacks."""
     number = len(outcomes[CLEAN].right)
     by = np.full(number, None, dtype=object)
     broken_as, distance = np.full(number, -1), np.full(number, np.nan)
@@ -114,25 +114,25 @@ def _spent(outcomes: Mapping[str, Outcome], name: str) -> np.ndarray:
 
 
 def write(samples: pa.Table, path: Path) -> None:
-    """Store the table, whole or not at all; the same table gives the same bytes."""
+    """Write the table atomically; the same table gives the same bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(samples, sink)
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def right(samples: pa.Table, figure: str) -> np.ndarray:
-    """Which test images a figure counts as right: bool (N,), in the order of the test split.
+    """Mask (N,) of the test images that a figure counts as correct, in the order of the test split.
 
     Args:
         figure: CLEAN, WORST, or the accuracy under an attack on all images, e.g. `accuracy/threat_model_2`.
     Raises:
         KeyError: the table lacks a column.
-        ValueError: its rows are not the N images of a test split, each once.
+        ValueError: the rows are not the N images of a test split, each once.
     """
     index = samples["index"].to_numpy()
     order = np.argsort(index)
     if not np.array_equal(index[order], np.arange(len(index))):
-        raise ValueError("its index does not name every test image once")
+        raise ValueError("its index does not contain every test image once")
     if figure == CLEAN:
         found = samples["predicted"].to_numpy() == samples["label"].to_numpy()
     elif figure == WORST:
@@ -143,7 +143,7 @@ def right(samples: pa.Table, figure: str) -> np.ndarray:
 
 
 def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and what it is about.
+    """Read the table and its metadata.
 
     Raises:
         UserError: the file is missing or damaged.

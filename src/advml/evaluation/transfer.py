@@ -1,7 +1,7 @@
-"""Adversarial examples of each model, scored on every other.
+"""Transfer of adversarial examples: accuracy of each model (target) on those of every other (source).
 
-An image counts as right for a target if the target has it right both clean and as the source's adversarial image, as under the target's
-own attack: so the diagonal is threat model II, and no figure is above the target's clean accuracy.
+An image counts as correct for a target if the target classifies both the clean image and the source's adversarial image correctly. So the
+diagonal equals threat model II, and no figure exceeds the target's clean accuracy.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from advml.evaluation.run_attacks import predict
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """An evaluated model, as target and as source.
+    """An evaluated model, used as target and as source.
 
     Attributes:
         digest: sha256 of its weights.
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K).
         stored: the file of its adversarial images.
-        clean: (N,) bool, which test images it has right.
-        survived: (N,) bool, which of them no attack of its own evaluation has broken.
+        clean: (N,) bool, test images that it classifies correctly.
+        survived: (N,) bool, those that no attack of its own evaluation has broken.
         threat: norm and epsilon of those attacks.
     """
 
@@ -51,7 +51,11 @@ class Evaluated:
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """`right[s][t]`: (n_s,) bool, whether model t has the first n_s images right, clean and attacked on model s; `attacks[s]`: how."""
+    """Result of `transfer`.
+
+    `right[s][t]`: (n_s,) bool, whether model t classifies the first n_s images correctly, clean and attacked on model s; `attacks[s]`:
+    record of the attack.
+    """
 
     models: Sequence[Evaluated]
     attacks: Sequence[dict[str, Any]]
@@ -59,21 +63,21 @@ class Transfer:
 
 
 def evaluated_models(grid: Grid, workspace: Workspace, seed: int) -> list[str]:
-    """The names of a seed's trained models that `evaluate` has measured, in the grid's order."""
+    """Names of a seed's models that are trained and evaluated, in the grid's order."""
     names = [model_name(scheme, regime, seed) for scheme in grid.schemes for regime in grid.regimes]
     return [name for name in names if (workspace.model(name) / "model.json").exists() and records.read(workspace, "evaluate", name)]
 
 
 def evaluated(workspace: Workspace, name: str, network: nn.Module, test: Split, *, digest: str) -> Evaluated:
-    """The outcome of `evaluate` for the model with this name and these weights.
+    """Read the results of `evaluate` for the model with this name and these weights.
 
     Raises:
-        UserError: its samples.parquet is missing, damaged, or of other weights or images.
+        UserError: its samples.parquet is missing or damaged, or was made with other weights or images.
     """
     path = workspace.samples(name)
     table, about = samples.read(path)
     if about.get("digest") != digest or about.get("test_digest") != samples.digest_of(test):
-        raise UserError(f"{path} is of other weights or test images than {name} has now; measure again with: dvc repro, or advml evaluate")
+        raise UserError(f"{path} is of other weights or test images than {name} has now; evaluate again with: dvc repro, or advml evaluate")
     try:
         clean, survived = (torch.tensor(samples.right(table, figure)) for figure in (samples.CLEAN, samples.WORST))
         threat = str(about["norm"]), float(about["epsilon"])
@@ -85,21 +89,21 @@ def evaluated(workspace: Workspace, name: str, network: nn.Module, test: Split, 
 def transfer(
     models: Sequence[Evaluated], test: Split, machine: Machine, *, batch_size: int, on_pair: Callable[[str, str], None] = lambda s, t: None
 ) -> Transfer:
-    """Score the stored adversarial images of every model on every model.
+    """Classify the stored adversarial images of every model with every model.
 
-    The images of one source at a time are in memory. Batches are those of `evaluate`, so that rounding is the same.
+    Only one source's images are in memory at a time. Batches are those of `evaluate`, so that rounding is the same.
 
     Args:
-        on_pair: called with the names of source and target when a pair is done.
+        on_pair: called with the names of source and target after each pair.
     Raises:
-        UserError: adversarial images are missing, damaged, of other weights, or do not fit the test images.
+        UserError: adversarial images are missing or damaged, or do not match the weights or the test images.
     """
     attacks, right = [], []
     for source in models:
         found = adversarial.read(source.stored, digest=source.digest)
         if found.images.shape[1:] != test.images.shape[1:] or not 0 < len(found.images) <= len(test):
             shapes = f"{tuple(found.images.shape)}, the test images {tuple(test.images.shape)}"
-            raise UserError(f"{source.stored} holds images {shapes}; measure again with: dvc repro, or advml evaluate")
+            raise UserError(f"{source.stored} contains images {shapes}; evaluate again with: dvc repro, or advml evaluate")
         attacks.append(found.record)
         right.append([])
         for target in models:
@@ -115,29 +119,29 @@ def _right(target: Evaluated, images: Tensor, test: Split, machine: Machine, bat
     return (predicted == test.labels[: len(images)]) & target.clean[: len(images)]
 
 
-# Accuracies with their intervals, and flags.
+# Accuracies with intervals, and flags
 #
-# Images that survive all of a model's own attacks and that another model's adversarial examples break are images that the white-box attacks
-# have missed: a sign of masked gradients (Athalye et al. 2018, sec. 3.1). A few of them are none: every attack stops short of some images
-# near the boundary, more so the fewer attacks there were, and models that share an encoder attack one another almost as themselves. PGD of
-# 20 steps alone leaves up to 2 % on the honest models of digits, none of which this rule flags.
+# If another model's adversarial examples break images that survive all of a model's own attacks, the white-box attacks have missed these:
+# a sign of masked gradients (Athalye et al. 2018, sec. 3.1). A few such images are not: every attack misses some images near the boundary,
+# and models that share an encoder attack one another almost as well as themselves. PGD of 20 steps alone misses up to 2 % on the unmasked
+# models of digits, none of which this rule flags.
 
 FLAG = "transfer_stronger"
-FEWEST = 3  # images; one or two may be chance, however few survive
+FEWEST = 3  # least number of images for a flag, because one or two may be chance
 RULE = (
-    f"A model is flagged where adversarial images of others break at least {FEWEST} of the images that survive all of its own attacks, and "
-    f"more than chance makes of {100 * TOLERATED:g} % of them (binomial tail below {SIGNIFICANCE:g}): every attack stops short of a few."
+    f"A model is flagged if adversarial images of other models break at least {FEWEST} of the images that survive its own attacks, and "
+    f"significantly more than {100 * TOLERATED:g} % of them (binomial tail below {SIGNIFICANCE:g}), since every attack misses a few."
 )
 
 
 @dataclass(frozen=True)
 class Breaks:
-    """Of one target.
+    """Images of one target that transferred examples break.
 
     Attributes:
-        survived: images that some source has attacked and that survive all of the target's own attacks.
-        broken: how many of them the examples of any source break.
-        sources: how many of them those of each source break, most first; without those that break none.
+        survived: number of images that some source has attacked and that survive all of the target's own attacks.
+        broken: number of these that the examples of any source break.
+        sources: source -> number of these that its examples break, largest first, without zeros.
     """
 
     target: str
@@ -147,7 +151,7 @@ class Breaks:
 
     @property
     def flag(self) -> Flag | None:
-        """Raised under RULE."""
+        """Flag by RULE; None: no flag."""
         if self.broken < FEWEST or binomial_tail(self.broken, self.survived, share=TOLERATED) >= SIGNIFICANCE:
             return None
         listed = ", ".join(f"{name} {count}" for name, count in self.sources.items())
@@ -155,12 +159,12 @@ class Breaks:
             FLAG,
             f"adversarial images of other models break {self.broken} of {self.survived} images that survive all of its own attacks: "
             f"{listed}",
-            "the worst case is at most what those images leave; attack harder (the whole cascade, more restarts and steps), also from them",
+            "the true worst case is lower: use stronger attacks (all of worst_case, more restarts and steps), also from those images",
         )
 
 
 def breaks(found: Transfer, target: int) -> Breaks:
-    """Of the target with this number. Only sources attacked at the norm and epsilon of its own evaluation count."""
+    """Count a target's images that transferred examples break, from sources attacked with the norm and epsilon of its evaluation."""
     model = found.models[target]
     survived, broken = torch.zeros_like(model.survived), torch.zeros_like(model.survived)
     counts = {}
@@ -181,7 +185,7 @@ def _same(first: tuple[str, float], second: tuple[str, float]) -> bool:
 
 
 def describe(found: Transfer, *, seed: int) -> dict[str, Any]:
-    """One seed. `accuracy`, `correct` and `intervals` (95 % Wilson) are indexed [source][target], `n` and `attacks` by source."""
+    """Block of transfer.json for a seed: `accuracy`, `correct`, `intervals` (95 % Wilson) by [source][target], `n`, `attacks` by source."""
     correct = [[int(right.sum()) for right in row] for row in found.right]
     n = [len(row[0]) for row in found.right]
     broken = [breaks(found, target) for target in range(len(found.models))]

@@ -1,1 +1,1 @@
-"""All pictures: one file per kind, one style for all."""
+"""All figures: one file per kind of figure, and a common style."""

@@ -1,4 +1,4 @@
-"""The chart of the study: clean, attacked and worst-case accuracy of all models.
+"""Chart of the study's results: clean, attacked and worst-case accuracy of all models.
 
 >>> to_png(accuracy_chart(rows))       # bytes of a PNG, 1600 pixels wide
 """
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measure:
-    """One bar of a model: its metric, its name, and the colours of the bar and of the value written on it."""
+    """One bar of a model: metric, name, and colours of the bar and of the value written on it."""
 
     metric: str
     label: str
@@ -37,20 +37,19 @@ MEASURES = (
     Measure(WORST, "worst case over all attacks", FULL, "white"),
 )
 BAR = 0.29
-SMALL = 12  # a bar of so few per cent has no room for its value
+SMALL = 12  # %; shorter bars have no room for their value
 
 
 @styled
 def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
-    """Accuracy of every model, clean, under threat model II and in the worst case: a panel per scheme, a group per regime.
+    """Draw the accuracy of every model, clean, under threat model II and in the worst case: a panel per scheme, a group per regime.
 
-    One seed: bars with 95 % intervals. Several: bars are means, points are the seeds. The worst case, the figure to quote, carries the
-    `mark` of its models.
+    One seed: bars with 95 % intervals. Several: bars are means, points are seeds. The worst case has the `mark` of its models.
 
     Args:
         rows: one per model, with `scheme`, `regime`, `seed` and flat metrics (`accuracy/clean`, `accuracy/clean/low`, ...).
             Metrics and models that are missing are left out.
-        threat_model: what epsilon is, for the legend, e.g. "8/255 (L-infinity)".
+        threat_model: epsilon and norm, for the legend, e.g. "8/255 (L-infinity)".
     """
     schemes, regimes = (_in_order(table, [row[key] for row in rows]) for table, key in ((SCHEMES, "scheme"), (REGIMES, "regime")))
     figure = Figure(figsize=(max(5.6, 0.8 + 2.4 * len(schemes)), 3.6), layout="constrained")
@@ -75,26 +74,26 @@ def accuracy_chart(rows: list[Row], *, threat_model: str = "") -> Figure:
 
 
 def _worst_mark(models: list[Row]) -> str:
-    """The most serious mark of a group."""
+    """Most serious mark of a group of models."""
     found = {mark(row) for row in models}
     return next((sign for sign in MEANING if sign in found), "")
 
 
 def _draw_mark(axes: Axes, x: float, top: float | None, sign: str) -> None:
-    """A mark above what a bar has drawn."""
+    """Draw a mark above a bar and its interval."""
     if sign and top is not None:
         style = {"ha": "center", "fontsize": 10, "fontweight": "bold", "color": ADVERSARIAL}
         axes.annotate(sign, (x, top), (0, 10 if top < SMALL else 2), textcoords="offset points", annotation_clip=False, **style)
 
 
 def _in_order(table: Iterable[str], names: list[str]) -> list[str]:
-    """Distinct names in the order of the table, then those that it lacks."""
+    """Distinct names in the order of the table, followed by names that it lacks."""
     return [name for name in dict.fromkeys((*table, *names)) if name in names]
 
 
 def _style_axes(axes: Axes, title: str, regimes: list[str]) -> None:
     axes.set_title(title, loc="left")
-    axes.set_xlabel("regime of training")
+    axes.set_xlabel("training regime")
     axes.set_xticks(range(len(regimes)), [regime.replace("-", "-\n") for regime in regimes])
     axes.tick_params(axis="both", length=0)
     axes.set_xlim(-0.5, max(1, len(regimes)) - 0.5)
@@ -105,7 +104,7 @@ def _style_axes(axes: Axes, title: str, regimes: list[str]) -> None:
 
 
 def _bar(axes: Axes, x: float, models: list[Row], measure: Measure) -> float | None:
-    """One bar, its value written at its foot; a 95 % interval for one model, points for several. Returns where it ends, if there is one."""
+    """Draw one bar with its value; a 95 % interval for one model, points for several. Returns its upper end; None: there is no value."""
     models = [row for row in models if math.isfinite(row.get(measure.metric, math.nan))]
     values = [100 * row[measure.metric] for row in models]
     if not values:
@@ -118,11 +117,11 @@ def _bar(axes: Axes, x: float, models: list[Row], measure: Measure) -> float | N
         top = max(values)
     elif f"{measure.metric}/low" in models[0]:
         low, high = (100 * models[0][f"{measure.metric}/{end}"] for end in ("low", "high"))
-        arms = [[max(0, mean - low)], [max(0, high - mean)]]  # at 0 and 100 % rounding may put an end inside of the bar
+        arms = [[max(0, mean - low)], [max(0, high - mean)]]  # max: at 0 and 100 %, rounding may put an end inside of the bar
         axes.errorbar(x, mean, arms, color=INK, linewidth=0.9, capsize=1.6, capthick=0.9)
         top = high
     place, colour = (0, measure.on_top) if min(values) > SMALL else (top, INK)
     text = f"{mean:.0f}"
-    size = 7.2 if len(text) < 3 else 6  # the bar is that narrow
+    size = 7.2 if len(text) < 3 else 6  # to fit the width of the bar
     axes.annotate(text, (x, place), (0, 3), textcoords="offset points", ha="center", fontsize=size, color=colour)
     return top

@@ -1,4 +1,4 @@
-"""Effects behind the claims, with their intervals and the paper's figures."""
+"""Figure of the effects behind the claims, with intervals and the paper's figures."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from matplotlib.lines import Line2D
 
 from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
-# By how the word of a verdict begins: that of one seed goes on with "for this seed".
+# First word of a verdict -> colour; a verdict may continue with "for this seed".
 COLOURS = {"supported": "#009e73", "contradicted": ADVERSARIAL, "inconclusive": QUIET}
 LINE = 0.27  # inches per part
-EDGE = 0.01  # share of the figure's width left of the titles
+EDGE = 0.01  # left margin of the titles, as a share of the figure's width
 
 
 @styled
 def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel per tested claim, one line per part: effect, 95 % interval, the bound it is held against, the paper's figure.
+    """Draw one panel per tested claim, one line per part: effect, 95 % interval, bound, the paper's figure.
 
     Args:
         claims: of claims.json; parts that were not tested are left out.
@@ -45,7 +45,7 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _label(part: Mapping[str, Any]) -> str:
-    """`supported (3 seeds)`."""
+    """Label of a part: `supported (3 seeds)`."""
     return f"{part['verdict']} ({part['seeds']} seed{'s' if part['seeds'] > 1 else ''})"
 
 
@@ -54,7 +54,7 @@ def _colour(verdict: str) -> str:
 
 
 def _align_titles(figure: Figure) -> None:
-    """Put the titles at the figure's left edge: a sentence is longer than its panel, whose left edge depends on the names of the parts."""
+    """Put the titles at the figure's left edge, because sentences are longer than their panels."""
     FigureCanvasAgg(figure)
     figure.draw_without_rendering()
     for axes in figure.axes:

@@ -1,4 +1,4 @@
-"""Layer by layer, as curves: CKA of clean with adversarial inputs, and what linear probes read."""
+"""Curves over layers: CKA between clean and adversarial images, and accuracy of linear probes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, regime_colours, s
 
 
 def _apart(begins: list[tuple[int, str]], distance: float) -> list[tuple[int, str]]:
-    """Without the stages that the next one would write over."""
+    """Drop stages whose labels would overlap with the next one."""
     following = [start for start, _ in begins[1:]] + [float("inf")]
     return [(start, stage) for (start, stage), after in zip(begins, following, strict=True) if after - start > distance]
 
@@ -23,12 +23,12 @@ def _apart(begins: list[tuple[int, str]], distance: float) -> list[tuple[int, st
 def layer_curves(
     names: Sequence[str], clean_adversarial: np.ndarray, probes: Mapping[str, Sequence[float]], *, title: str, chance: float
 ) -> Figure:
-    """What the attack does to each layer: CKA of clean with adversarial inputs, and what a linear probe still reads.
+    """Draw the effect of the attack on each layer: CKA between clean and adversarial images, and accuracy of linear probes.
 
     Args:
         names: of the L layers, in execution order.
-        clean_adversarial: (L,) CKA of each layer with itself.
-        probes: accuracies (L,) under `clean` and `adversarial`.
+        clean_adversarial: (L,) CKA of each layer between clean and adversarial images.
+        probes: accuracies (L,) on `clean` and `adversarial` images.
         chance: accuracy of guessing.
     """
     figure = Figure(figsize=(8, 3.1), layout="constrained")
@@ -36,7 +36,7 @@ def layer_curves(
     left, right = figure.subplots(1, 2)
     depth = range(len(names))
     left.plot(depth, clean_adversarial, color=INK, marker="o", markersize=2.5)
-    left.set_title("CKA, clean with adversarial images", loc="left")
+    left.set_title("CKA between clean and adversarial images", loc="left")
     right.plot(depth, [100 * value for value in probes["clean"]], color=FULL, marker="o", markersize=2.5, label="clean images")
     right.plot(depth, [100 * value for value in probes["adversarial"]], color=ADVERSARIAL, marker="o", markersize=2.5, label="adversarial")
     right.axhline(100 * chance, color=QUIET, linestyle=":", linewidth=0.9)
@@ -56,7 +56,7 @@ def layer_curves(
 
 @dataclass(frozen=True)
 class Curve:
-    """One model in a grid of curves: its regime, names of its layers, their CKA and the accuracies of their probes as shares."""
+    """One model in a grid of curves: regime, names of layers, their CKA, and accuracies of their probes in [0, 1]."""
 
     label: str
     names: Sequence[str]
@@ -66,12 +66,12 @@ class Curve:
 
 
 def _along(curve: Curve) -> np.ndarray:
-    """Places of a curve's layers: from 0 to 1, as networks of different depth stand on one axis."""
+    """Positions of a curve's layers from 0 to 1, so that networks of different depth share one axis."""
     return np.linspace(0, 1, len(curve.names)) if len(curve.names) > 1 else np.zeros(1)
 
 
 def _depth_axis(axes: Axes, networks: Sequence[Sequence[str]]) -> None:
-    """Stages below the axis if all networks have the same layers, else the share of the depth."""
+    """Label the axis with stages if all networks have the same layers, else with relative depth."""
     axes.set_xlim(-0.02, 1.02)
     if len({tuple(names) for names in networks}) != 1:
         axes.set_xlabel("depth")
@@ -83,21 +83,21 @@ def _depth_axis(axes: Axes, networks: Sequence[Sequence[str]]) -> None:
 
 
 def _lowest(curves: Sequence[np.ndarray], *, margin: float) -> float:
-    """Where an axis begins: below 0, and below every value."""
+    """Lower end of an axis: below 0, and below every value."""
     return min([0.0, *(float(np.nanmin(values)) for values in curves if np.isfinite(values).any())]) - margin
 
 
 @styled
 def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
-    """A row per scheme, a line per regime: clean-adversarial CKA and probe accuracies, layer by layer.
+    """Draw clean-adversarial CKA and probe accuracies over layers, with a row per scheme and a line per regime.
 
     Args:
-        groups: models by scheme. A regime has one colour, whichever others are there.
+        groups: models by scheme. A regime keeps its colour, whichever other regimes are drawn.
     """
     figure = Figure(figsize=(9.6, 2.3 * len(groups) + 0.7), layout="constrained")
     grid = figure.subplots(len(groups), 3, squeeze=False)
     colours = regime_colours(curve.label for curves in groups.values() for curve in curves)
-    titles = ("CKA, clean with adversarial images", "linear probe on clean images, %", "linear probe on adversarial images, %")
+    titles = ("CKA, clean with adversarial images", "probe accuracy on clean images, %", "probe accuracy on adversarial images, %")
     for line, (group, curves) in zip(grid, groups.items(), strict=True):
         for axes, values in zip(line, ("clean_adversarial", "clean", "adversarial"), strict=True):
             scale = 1 if values == "clean_adversarial" else 100

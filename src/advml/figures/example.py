@@ -1,4 +1,4 @@
-"""One adversarial example: original, perturbation, result, and the confidences before and after."""
+"""Picture of one adversarial example: original, perturbation, result, and the confidences before and after."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
 WHEN = ("before", "after")
 BEFORE, AFTER = FULL, ADVERSARIAL
-TOP = 3  # predictions shown, before and after
-LEAST = 0.005  # a confidence below that is not worth a bar
+TOP = 3  # number of predictions shown, before and after each
+LEAST = 0.005  # least confidence that gets a bar
 LONGEST_NAME = 16  # letters of a class name that fit beside its bars
-SMALL = 160  # pixels; a side below that is enlarged, and every pixel should stay visible
+SMALL = 160  # pixels; images with shorter sides are enlarged without interpolation, so that every pixel stays visible
 
 
 @styled
 def draw(original: Tensor, adversarial: Tensor, names: list[str], before: Tensor, after: Tensor, result: dict[str, Any]) -> Figure:
-    """Original + perturbation = adversarial image, with the confidences before and after.
+    """Draw original + perturbation = adversarial image, with the confidences before and after.
 
     Args:
         original, adversarial: (1, C, H, W) in [0, 1].
         names: of the K classes.
         before, after: probabilities (K,).
-        result: what `picture.attack_figure` returns beside the figure.
+        result: the dict that `attack_demo.attack_figure` returns.
     """
     with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $5
         figure = Figure(figsize=(8, 2.75), layout="constrained")
@@ -36,7 +36,7 @@ def draw(original: Tensor, adversarial: Tensor, names: list[str], before: Tensor
         difference = adversarial - original
         scale = 0.5 / (float(difference.abs().max()) or 0.5)
         size = result["size"].replace(", ", "\n") + "\ngrey: no change"
-        taken = [f"taken for {quoted(result[f'prediction_{when}'])}\n{_percent(result[f'confidence_{when}'])} sure" for when in WHEN]
+        taken = [f"prediction {quoted(result[f'prediction_{when}'])}\nconfidence {_percent(result[f'confidence_{when}'])}" for when in WHEN]
         _image(first, original, "original", taken[0], BEFORE)
         _image(second, 0.5 + scale * difference, f"perturbation, {scale:.2g} x", size, INK)
         _image(third, adversarial, "adversarial", taken[1], AFTER)
@@ -58,7 +58,7 @@ def _image(axes: Axes, image: Tensor, title: str, caption: str, colour: str) -> 
 
 
 def _bars(axes: Axes, names: list[str], before: Tensor, after: Tensor) -> None:
-    """Confidences before and after, of the classes that lead before or after."""
+    """Draw the confidences before and after the attack, for the classes that are among the TOP in either."""
     first, then = (probabilities.topk(min(TOP, len(names))).indices.tolist() for probabilities in (before, after))
     leading = [index for index in dict.fromkeys(first + then) if max(before[index], after[index]) >= LEAST] or first
     for row, index in enumerate(leading):
@@ -75,7 +75,7 @@ def _bars(axes: Axes, names: list[str], before: Tensor, after: Tensor) -> None:
 
 
 def _percent(share: float) -> str:
-    """`98 %`; nothing that is not certain is called 0 or 100 %."""
+    """Percentage as text: `98 %`; values near the ends are `> 99 %` and `< 1 %`, never 100 % or 0 %."""
     return "> 99 %" if share >= 1 - LEAST else "< 1 %" if share < LEAST else f"{100 * share:.0f} %"
 
 

@@ -1,7 +1,7 @@
-"""Layers of one model, and layers of two models: CKA, or another measure, as heatmaps.
+"""Heatmaps of CKA, or another measure, between the layers of one or two models.
 
-All heatmaps share one scale, from 0 to 1, and have their origin below on the left, like the figures of the paper.
-Along the axes stand stages (`layer3`, `blocks.2`, the heads), not layers: fifty names would be unreadable.
+All heatmaps share one scale, from 0 to 1, and have their origin at the lower left, like the figures of the paper. The axes are labelled
+with stages (`layer3`, `blocks.2`, the heads), because the names of fifty layers would be unreadable.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from advml.figures.style import styled
 
 COLOURS = "magma"
-LONGEST = 10  # letters of a stage's name
+LONGEST = 10  # most letters of a stage's name
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One matrix and what stands around it. `rows` and `columns` are names of layers."""
+    """One matrix with title and labels. `rows` and `columns` are names of layers."""
 
     matrix: np.ndarray
     title: str
@@ -32,7 +32,7 @@ class Heatmap:
 
 
 def stages(names: Sequence[str]) -> list[tuple[int, str]]:
-    """Where each stage begins: [(0, 'stem'), (3, 'layer1'), ...]. Layers before the first stage are the stem."""
+    """First layer and name of each stage: [(0, 'stem'), (3, 'layer1'), ...]. Layers before the first stage are the stem."""
     found: list[tuple[int, str]] = []
     for number, name in enumerate(names):
         stage = _stage(name)
@@ -55,7 +55,7 @@ def _stage(name: str) -> str:
 
 @styled
 def heatmaps(panels: Sequence[Heatmap | None], *, title: str = "", columns: int = 3, size: float = 3.0, measure: str = "CKA") -> Figure:
-    """Matrices side by side in rows of `columns`; None leaves a place empty. Values outside of 0..1 are drawn as the ends."""
+    """Draw matrices in rows of `columns`; None leaves a place empty. Values outside of 0..1 get the colours of the ends."""
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(size * columns + 0.9, (size + 0.25) * lines + (0.35 if title else 0)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11) if title else None
@@ -88,13 +88,13 @@ def _heatmap(axes: Axes, panel: Heatmap, *, distance: float) -> object:
 
 
 def _ticks(axes: Axes, which: str, names: Sequence[str], distance: float) -> None:
-    """A line where a stage begins, its name in the middle of it; names stand apart by a share `distance` of the axis."""
+    """Draw a line at the start of each stage and its name in the middle; names are at least a share `distance` of the axis apart."""
     begins = stages(names)
     ends = [start for start, _ in begins[1:]] + [len(names)]
     for start, _ in begins[1:]:
         (axes.axhline if which == "y" else axes.axvline)(start - 0.5, color="white", linewidth=0.6, alpha=0.7)
     middles = [(start + end - 1) / 2 for (start, _), end in zip(begins, ends, strict=True)]
-    following = [*middles[1:], float("inf")]  # a name that the next one would write over is left out
+    following = [*middles[1:], float("inf")]  # drop names that would overlap with the next one
     shown = [
         stage[:LONGEST] if after - middle > distance * len(names) else ""
         for (_, stage), middle, after in zip(begins, middles, following, strict=True)

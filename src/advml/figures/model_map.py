@@ -1,4 +1,4 @@
-"""A map of models: multidimensional scaling of the distances between their representations, clean and attacked."""
+"""Map of models: multidimensional scaling of the distances between their representations, clean and attacked."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from sklearn.manifold import smacof
 
 from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
-MOST_NAMES = 15  # written beside their points; more models have numbers, and a key beside the map
-KEY_ROWS = 24  # of the key's columns
+MOST_NAMES = 15  # up to this number, names are written beside points; beyond it, numbers with a key
+KEY_ROWS = 24  # rows per column of the key
 
 
 def positions(distances: np.ndarray) -> tuple[np.ndarray, float]:
-    """Places (K, 2) in the plane whose distances come near `distances` (K, K), and Kruskal's stress: 0 exact, 0.2 poor.
+    """Positions (K, 2) in the plane whose distances approximate `distances` (K, K), and Kruskal's stress: 0 exact, 0.2 poor.
 
-    SMACOF (de Leeuw 1977) from the classical solution (Torgerson 1952): no random start, the same map every time. Axes mean nothing;
-    the first point is on the left, the second below, unless on a line.
+    SMACOF (de Leeuw 1977), started from the classical solution (Torgerson 1952) and hence deterministic. The orientation has no meaning;
+    it is fixed by putting the first point on the left, the second below (unless all are on a line).
     """
     count = len(distances)
     centring = np.eye(count) - 1 / count
     values, vectors = np.linalg.eigh(-centring @ np.square(distances) @ centring / 2)
     start = (vectors[:, :-3:-1] if count > 1 else np.zeros((1, 2))) * np.sqrt(np.clip(values[:-3:-1], 0, None))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on defaults that are given here
+        warnings.simplefilter("ignore")  # scikit-learn warns of changing defaults, all of which are set here
         found, _ = smacof(distances, n_components=2, init=start, n_init=1, normalized_stress=False)
     found = found - found.mean(0)
     found = found * np.where(found[0] > 0, -1, 1)
@@ -39,11 +39,11 @@ def positions(distances: np.ndarray) -> tuple[np.ndarray, float]:
 
 @styled
 def model_map(points: Sequence[tuple[str, str]], distances: np.ndarray, *, title: str) -> Figure | None:
-    """A point per model and kind of input, clean and attacked joined by a line; None with fewer than three that have distances.
+    """Draw a point per model and kind of input, with a line from clean to attacked; None if fewer than three points have distances.
 
     Args:
         points: (model, kind of input), in the order of rows and columns.
-        distances: (K, K); NaN of a dead layer.
+        distances: (K, K); NaN for dead layers.
     """
     whole = np.isfinite(distances).any(1)
     kept = [point for point, yes in zip(points, whole, strict=True) if yes]
@@ -67,10 +67,10 @@ def model_map(points: Sequence[tuple[str, str]], distances: np.ndarray, *, title
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.2)
     axes.set_title(title, loc="left")
-    axes.set_xlabel(f"radians; stress {stress:.2f}")
+    axes.set_xlabel(f"distance in radians; stress {stress:.2f}")
     axes.tick_params(labelsize=7)
     axes.legend(loc="best", fontsize=8)
-    together: dict[tuple[float, ...], list[str]] = {}  # models whose clean points are one, as encoders that fine-tuning has left alone
+    together: dict[tuple[float, ...], list[str]] = {}  # models with the same clean point, as with a frozen encoder
     for model in models:
         place = places.get((model, "clean"), places.get((model, "adversarial")))
         together.setdefault(tuple(place.round(6)), []).append(labels[model])
@@ -81,7 +81,7 @@ def model_map(points: Sequence[tuple[str, str]], distances: np.ndarray, *, title
 
 
 def _name(axes: Axes, names: dict[str, np.ndarray], points: list[np.ndarray]) -> None:
-    """Labels as near to their points as they stand free, joined to them by a line where that is not at once."""
+    """Place labels as near to their points as possible without overlap; distant ones are joined to their points by lines."""
     x, y = np.transpose(points)
     height = 0.028 * max(np.ptp(x), 1.3 * np.ptp(y), 1e-9)
     boxes = [(px - height / 4, py - height / 4, px + height / 4, py + height / 4) for px, py in points]

@@ -1,4 +1,4 @@
-"""Accuracy against epsilon, and accuracy under common corruptions, of all models of a study."""
+"""Figures of accuracy against epsilon, and of accuracy under common corruptions, for all models of a study."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def security_curves(
     nearest: Mapping[str, Mapping[str, Sequence[Point]]] | None = None,
     attack: str = "",
 ) -> Figure:
-    """Accuracy against the attack's epsilon: a panel per scheme, a line per regime.
+    """Draw accuracy against the attack's epsilon, with a panel per scheme and a line per regime.
 
     Args:
         models: scheme -> regime -> points with `epsilon`, `accuracy`, `low`, `high`.
-        epsilon: of the study, marked.
-        chance: accuracy of guessing, to which every honest curve falls.
-        nearest: the same of minimal distances, without intervals; drawn as crosses.
-        attack: what they were found by.
+        epsilon: of the study, marked by a line.
+        chance: accuracy of guessing, to which the curve of an unmasked model falls.
+        nearest: like `models`, from minimal distances, without intervals; drawn as crosses.
+        attack: the attack that found the minimal distances.
     """
     figure = Figure(figsize=(max(5.6, 0.8 + 2.6 * len(models)), 3.2), layout="constrained")
     panels = figure.subplots(1, max(1, len(models)), sharey=True, squeeze=False)[0]
@@ -40,7 +40,7 @@ def security_curves(
     for axes, (scheme, regimes) in zip(panels, models.items(), strict=True):
         for regime, points in regimes.items():
             at = np.array([point["epsilon"] for point in points])
-            place = np.sqrt(at / epsilon)  # epsilon itself at 1, room for the small ones, the whole box still in sight
+            place = np.sqrt(at / epsilon)  # a scale with epsilon at 1 that shows both small epsilons and the whole box
             low, middle, high = (100 * np.array([point[key] for point in points]) for key in ("low", "accuracy", "high"))
             axes.fill_between(place, low, high, color=colours[regime], alpha=0.15, linewidth=0)
             axes.plot(place, middle, marker="o", markersize=3, color=colours[regime], label=regime)
@@ -66,7 +66,7 @@ def security_curves(
 
 @styled
 def corruption_matrix(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy in % of every model (row) under every corruption (column), the mean last.
+    """Draw accuracy in % of every model (row) under every corruption (column), with the mean in the last column.
 
     Args:
         rows: one per model, with `model` and metrics `corruption/<name>`, `corruption/mean`.

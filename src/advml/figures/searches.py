@@ -1,4 +1,4 @@
-"""Optuna's figures of a search, with room for what stands on them."""
+"""Optuna's figures of a search, enlarged so that their labels fit."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PANEL, KEY, LEAST, HEIGHT = 2.6, 1.3, 8.0, 5.0  # inches
 
 
 def draw(study: Study, folder: Path, *, metrics: Sequence[str]) -> list[Path]:
-    """Write the figures that there are enough trials for, e.g. `slice.png`; returns the files.
+    """Write the figures for which there are enough trials, e.g. `slice.png`; returns the files.
 
     Args:
-        metrics: names of the objectives; with two or more, their front is drawn too.
+        metrics: names of the objectives; with two or more, the Pareto front is drawn, too.
     """
     complete, written = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]), []
     if len({tuple(trial.values) for trial in complete}) < 2:
         return written
-    matplotlib.use("agg")  # Optuna draws by pyplot, which would open windows
+    matplotlib.use("agg")  # Optuna uses pyplot, which would open windows
     first = {"target": lambda trial: trial.values[0], "target_name": metrics[0]}
     drawings = {
         "history": (plots.plot_optimization_history, first),
@@ -41,24 +41,24 @@ def draw(study: Study, folder: Path, *, metrics: Sequence[str]) -> list[Path]:
     keys, title = len({key for trial in complete for key in trial.params}), f"{study.study_name}, {len(complete)} complete trials"
     for name, (plot, options) in drawings.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Optuna: that it may change its figures; of matplotlib: that it cannot lay them out
-            figure = legible(np.ravel(plot(study, **options))[0].figure, keys=keys, title=title)  # of the first axes: it may return many
+            warnings.simplefilter("ignore")  # Optuna: experimental figures; matplotlib: layouts that fail
+            figure = legible(np.ravel(plot(study, **options))[0].figure, keys=keys, title=title)  # `plot` may return several axes
             written.append(folder / f"{name}.png")
             written[-1].write_bytes(to_png(figure, dpi=120, whole=True))
     return written
 
 
 def legible(figure: Figure, *, keys: int, title: str) -> Figure:
-    """The same figure wide enough for its keys: Optuna makes all of one size, however many there are and however long their names.
+    """Widen a figure for its number of keys and the length of their names; Optuna's figures all have one size.
 
     Args:
-        keys: how many the search has.
-        title: in place of Optuna's own.
+        keys: number of keys of the search.
+        title: replaces Optuna's title.
     """
     panels = len({round(axes.get_position().x0, 3) for axes in figure.axes}) - 1  # the last one is a colour bar
     figure.set_size_inches(max(LEAST, PANEL * panels if panels > 2 else KEY * keys), HEIGHT)
     for axes in figure.axes:
-        axes.xaxis.set_minor_formatter(NullFormatter())  # of logarithmic axes, whose labels would lie on one another
+        axes.xaxis.set_minor_formatter(NullFormatter())  # minor labels of logarithmic axes would overlap
         axes.tick_params(axis="x", labelrotation=60 if keys > 3 else 0)
         axes.set_title("")
     figure.suptitle(title, fontsize=11)

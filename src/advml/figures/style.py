@@ -1,7 +1,7 @@
-"""The style of all figures. Nothing here uses pyplot: no global state, no window.
+"""Style of all figures: matplotlib settings, colours, marks and PNG output, without pyplot (no global state, no window).
 
-Colours are Okabe and Ito's (2008), and differ in lightness too: they stay apart for every kind of colour vision and
-in print. The background is white, also on a dark page.
+The colours are those of Okabe and Ito (2008), which also differ in lightness: they can be told apart with any colour vision and in
+print. The background is white, also on a dark page.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MEANING = {FLAGGED: "diagnostics raised flags", UNJUDGED: "not judged by diagnos
 
 
 def mark(row: Mapping[str, Any]) -> str:
-    """`!` for a model with flags, `?` for an attacked one without diagnostics, else nothing.
+    """Mark of a model: `!` if it has flags, `?` if it was attacked and diagnostics were not run, else nothing.
 
     Args:
-        row: a model's flat metrics.
+        row: the model's flat metrics.
     """
     if row.get("diagnostics/flags") or row.get("transfer/flags"):
         return FLAGGED
@@ -67,17 +67,17 @@ STYLE = {
 }
 
 
-# Of lines, a regime each, in the order of REGIMES.
+# Colours of the regimes' lines, in the order of REGIMES.
 PALETTE = (QUIET, "#e69f00", ATTACKED, FULL, "#cc79a7", "#009e73", ADVERSARIAL, "#f0e442")
 
 
 def regime_colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for every regime; a row of REGIMES has the same one whichever others are drawn."""
+    """Colour of every regime; a row of REGIMES keeps its colour, whichever other regimes are drawn."""
     return dict(zip(dict.fromkeys((*REGIMES, *names)), itertools.cycle(PALETTE), strict=False))
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in STYLE; matplotlib's settings are afterwards as they were."""
+    """Decorator: draw in STYLE, and restore matplotlib's settings afterwards."""
 
     @functools.wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -88,7 +88,11 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def to_png(figure: Figure, *, dpi: float | None = None, whole: bool = False) -> bytes:
-    """The figure as a PNG file; the same figure gives the same bytes. `whole`: as large as labels that stick out of it need."""
+    """Bytes of the figure as a PNG file; the same figure gives the same bytes.
+
+    Args:
+        whole: enlarge the picture until labels that reach over its edge are inside.
+    """
     stream = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         canvas = FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""The curves of training: pretraining and fine-tuning of a model."""
+"""Training curves: pretraining and fine-tuning of a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ CURVES = {"train": "-", "validation": "--"}
 
 @styled
 def training_curves(phases: Mapping[str, tuple[Sequence[Record], int | None]]) -> Figure:
-    """Loss, accuracy (where it is the validation score) and learning rate over the epochs of a model's phases, side by side.
+    """Draw loss, accuracy (if it is the validation score) and learning rate over the epochs of a model's phases, side by side.
 
     Args:
-        phases: name, e.g. of the pretraining and of the model, -> epoch records as in `history.json` (`epoch`, `learning_rate`,
-            `train/loss`, `validation/accuracy` or `validation/loss`, and the same of adversarial images, `train/adversarial_loss`, ...),
-            and the epoch whose weights were kept, marked by a line.
+        phases: name of a phase -> its epoch records, as in `history.json` (`epoch`, `learning_rate`, `train/loss`,
+            `validation/accuracy` or `validation/loss`, `train/adversarial_loss`, ...), and the epoch whose weights were kept.
     """
     figure = Figure(figsize=(7.4 * len(phases), 3), layout="constrained")
     shown: dict[str, Any] = {}
@@ -37,7 +36,7 @@ def training_curves(phases: Mapping[str, tuple[Sequence[Record], int | None]]) -
 
 
 def _phase(figure: SubFigure, history: Sequence[Record], selected: int | None) -> list[Axes]:
-    """Draw one phase; returns the panels without that of the learning rate."""
+    """Draw one phase; returns its panels, except that of the learning rate."""
     names = {name for record in history for name in record}
     quantities = [quantity for quantity in ("loss", "accuracy") if any(name.endswith(quantity) for name in names)]
     *panels, rate = figure.subplots(1, len(quantities) + 1, width_ratios=[3] * len(quantities) + [1.8], squeeze=False)[0]
@@ -66,7 +65,7 @@ def _curves(axes: Axes, history: Sequence[Record], quantity: str) -> None:
 
 
 def _line(axes: Axes, history: Sequence[Record], name: str, **style: Any) -> None:
-    """The curve of one metric, over the epochs that have it; a point if there is only one."""
+    """Draw one metric over the epochs that have it; a point if there is only one."""
     points = [(record["epoch"], record[name]) for record in history if name in record]
     if points:
         axes.plot(*zip(*points, strict=True), marker="o" if len(points) == 1 else "", markersize=4, **style)

@@ -1,4 +1,4 @@
-"""Adversarial examples of each model on every other: a matrix per seed, with its numbers in the cells."""
+"""Figure of transfer: accuracy of each model on adversarial examples of every other, a matrix of numbers per seed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ CLEAN = "clean images"
 
 @styled
 def transfer_matrices(blocks: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy in % of the model of the column on images attacked on the model of the row; below, on clean images.
+    """Draw the accuracy in % of the column's model on images attacked on the row's model; last row: on clean images.
 
-    Framed: a model's own images. In orange: models flagged because others' images break what survives their own attacks.
+    Framed: a model on its own adversarial images. Orange: flagged models, because images of others break images that survive their own
+    attacks.
 
     Args:
-        blocks: a seed each: `seed`, `models` (M names), `accuracy` (M x M shares, [source][target]), `clean` (M),
+        blocks: one per seed: `seed`, `models` (M names), `accuracy` (M x M in [0, 1], [source][target]), `clean` (M),
             `attacks` (M records with `norm`, `epsilon`), `flags` (each with `model`).
     """
     most = max(len(block["models"]) for block in blocks)
     figure = Figure(figsize=(max(5.4, CELL * most + 2.4), (CELL * (most + 1) + 1.75) * len(blocks) + 0.75), layout="constrained")
-    title = f"Do attacks transfer? Accuracy in % of each column's model\non images attacked on each row's model ({_threat(blocks)})"
+    title = f"Transfer of attacks: accuracy in % of each column's model\non images attacked on each row's model ({_threat(blocks)})"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
     for axes, block in zip(figure.subplots(len(blocks), 1, squeeze=False)[:, 0], blocks, strict=True):
         _matrix(axes, block)
@@ -64,12 +65,12 @@ def _matrix(axes: Axes, block: Mapping[str, Any]) -> None:
         if name in flagged:
             label.set(color=ADVERSARIAL, fontweight="bold")
     axes.set_ylabel("attacked model (source)")
-    axes.set_xlabel("scored model (target); framed: its own images" + ("; orange: flagged" if flagged else ""), color=QUIET)
+    axes.set_xlabel("classifying model (target); framed: its own images" + ("; orange: flagged" if flagged else ""), color=QUIET)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8)
 
 
 def ink(colours: Colormap, share: float) -> str:
-    """White on dark cells, dark on light ones."""
+    """Colour of text on a cell: white on dark cells, dark on light ones."""
     red, green, blue, _ = colours(share)
     return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"

@@ -1,1 +1,1 @@
-"""Networks: any timm backbone behind a normalisation layer, with a classifier and a projection head."""
+"""Networks: a normalisation layer, any timm backbone, a classifier and a projection head; import, export and adaptation of models."""

@@ -1,4 +1,4 @@
-"""Makes a foreign module give logits (N, K) of images in [0, 1] in the order of the data's classes, and gradients for attacks."""
+"""Adapt a third-party module: logits (N, K) of images in [0, 1] in the order of the data's classes, with gradients for attacks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from advml.models import class_names
 from advml.models.network import Normalize
 from advml.models.normalization import Constants
 
-# As attacks need it: there is always a gradient, and what goes wrong in the module is one line.
+# Wrapper for attacks: gradients always exist, and errors of the module have one line
 
 
 class Foreign(nn.Module):
-    """Anyone's module behind a wall. It gets images of its own, contiguous ones unless told otherwise; its logits come back on the
-    images' device, in their type.
+    """Wrapper that isolates a third-party module.
 
-    Where it is not differentiable, or its backward pass raises an error, the gradient is zero: attacks fail instead of breaking off,
-    and diagnostics say why.
+    The module gets a copy of the images; its logits are returned on the images' device, in their dtype. If it is not differentiable, or
+    its backward pass raises an error, the gradient is zero: attacks then fail without an error, and diagnostics report the reason.
 
     Attributes:
         module: maps images (N, C, H, W) to logits (N, K).
-        name: for errors.
-        memory_format: of the images that it gets.
-        gradient_error: why a gradient could not be computed, in its own words; None if every one could.
+        name: for error messages.
+        memory_format: of the images that the module gets.
+        gradient_error: message of the first error in computing a gradient; None if there was none.
     Raises:
         UserError: when called, if the module raises an error.
     """
@@ -46,11 +45,11 @@ class Foreign(nn.Module):
         return _Walled.apply(images, self) if images.requires_grad and torch.is_grad_enabled() else self._logits(images)
 
     def connected(self, images: Tensor) -> Tensor:
-        """Logits (N, K) with whatever history they have; without any where the module cannot keep one, as if it calls numpy()."""
+        """Logits (N, K) with their autograd graph; without one if the module cannot provide it, e.g. because it calls numpy()."""
         try:
             with torch.enable_grad():
                 return self._called(images)
-        except (torch.OutOfMemoryError, UserError):  # the first says nothing about the model
+        except (torch.OutOfMemoryError, UserError):  # out of memory is not an error of the model
             raise
         except Exception as error:
             self.gradient_error = _first_line(error)
@@ -62,30 +61,30 @@ class Foreign(nn.Module):
             return self._called(images)
         except (torch.OutOfMemoryError, UserError):
             raise
-        except Exception as error:  # somebody's code may fail in any way; it is no failure of ours
+        except Exception as error:  # third-party code may raise anything
             raise failed(self.name, images, error) from None
 
     def _called(self, images: Tensor) -> Tensor:
         logits = self.module(images.clone(memory_format=self.memory_format))
-        if not isinstance(logits, Tensor):  # perhaps with gradients only, as models with auxiliary heads
+        if not isinstance(logits, Tensor):  # some models with auxiliary heads return tuples only when gradients are enabled
             raise UserError(f"{self.name} gives {type(logits).__name__} for {len(images)} images; attacks need a tensor of logits")
         return logits.to(images)
 
 
 class _Walled(torch.autograd.Function):
-    """A foreign module, whose history stays inside: whoever asks for the gradient gets one."""
+    """Autograd function around a third-party module, which always provides a gradient."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, foreign: Foreign) -> Tensor:
         ctx.foreign, ctx.images = foreign, images.detach().requires_grad_()
         ctx.logits = foreign.connected(ctx.images)
-        return ctx.logits.detach().clone()  # clone: what was made in inference mode takes part in no backward pass
+        return ctx.logits.detach().clone()  # clone, because tensors of inference mode cannot be part of a backward pass
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         gradient = None
         try:
-            if ctx.logits.requires_grad:  # retain: the graph goes with the logits, and until then is anyone's to ask twice
+            if ctx.logits.requires_grad:  # retain, because gradients may be requested twice; the graph is freed with the logits
                 (gradient,) = torch.autograd.grad(ctx.logits, ctx.images, slope, retain_graph=True, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
@@ -95,7 +94,7 @@ class _Walled(torch.autograd.Function):
 
 
 def failed(name: str, images: Tensor, error: Exception) -> UserError:
-    """One line for an error that a module has raised on images (N, C, H, W)."""
+    """Error of one line for an exception that a module has raised on images (N, C, H, W)."""
     return UserError(f"{name} fails on a batch of {'x'.join(map(str, images.shape))} images: {_first_line(error)}")
 
 
@@ -104,9 +103,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-# Images in [0, 1] in, logits (N, K) in the data's order out.
+# Adapter from images in [0, 1] to logits (N, K) in the data's order
 
-# Name -> where the logits are in what a module returns. The first one that fits is taken.
+# Name -> function that finds the logits in a module's output. The first that returns a tensor is used.
 READINGS: dict[str, Callable[[Any], Any]] = {
     "output": lambda output: output,
     "output.logits": lambda output: output.logits,
@@ -117,7 +116,7 @@ READINGS: dict[str, Callable[[Any], Any]] = {
 
 
 def reading_of(output: Any) -> str | None:
-    """The first of READINGS that finds a tensor; None: none does."""
+    """Name of the first of READINGS that finds a tensor; None: none does."""
     for name, read in READINGS.items():
         try:
             if isinstance(read(output), Tensor):
@@ -129,15 +128,15 @@ def reading_of(output: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What stands between a module and its use. Fields at their defaults change nothing.
+    """Adaptation of a module's input and output. Fields at their defaults change nothing.
 
     Attributes:
         constants: of a normalisation in front of the module.
-        dtype: that the module computes in.
-        reading: of READINGS.
-        binary: the module gives one logit z, of the second of two classes. The logits (0, z) stand for it: their softmax is
-            (1 - sigmoid(z), sigmoid(z)), and their cross-entropy is the binary one.
-        positions: of the logits of the data's classes among the module's.
+        dtype: in which the module computes.
+        reading: a key of READINGS.
+        binary: the module returns a single logit z, for the second of two classes. It is converted to the logits (0, z), whose softmax
+            is (1 - sigmoid(z), sigmoid(z)), and whose cross-entropy is the binary one.
+        positions: position of each data class among the module's logits.
     """
 
     constants: Constants | None = None
@@ -147,17 +146,17 @@ class Adapter:
     positions: tuple[int, ...] | None = None
 
     def as_record(self) -> dict[str, Any]:
-        """`dtype`, `reading` and `binary` where they change something; JSON-able."""
+        """Record for JSON: those of `dtype`, `reading` and `binary` that change something."""
         found = {"dtype": str(self.dtype), "reading": self.reading, "binary": self.binary}
         return {name: value for name, value in found.items() if getattr(self, name) != getattr(Adapter, name)}
 
     def around(self, module: nn.Module) -> nn.Module:
-        """The module, adapted; itself where nothing is to be changed."""
+        """Adapted module; the module itself if nothing needs to be changed."""
         return module if self == Adapter() else Adapted(module, self)
 
 
 class Adapted(nn.Module):
-    """`module` behind an `Adapter`: maps float images (N, C, H, W) in [0, 1] to logits (N, K)."""
+    """`module` with an `Adapter`: maps float images (N, C, H, W) in [0, 1] to logits (N, K)."""
 
     def __init__(self, module: nn.Module, adapter: Adapter) -> None:
         super().__init__()
@@ -165,11 +164,11 @@ class Adapted(nn.Module):
         self.normalize = Normalize(*adapter.constants) if adapter.constants else nn.Identity()
 
     def output(self, images: Tensor) -> Any:
-        """What the module itself returns."""
+        """Output of the module itself."""
         return self.module(self.normalize(images).to(self.adapter.dtype))
 
     def forward(self, images: Tensor) -> Any:
-        """Logits (N, K); where the module gives something else this time, that."""
+        """Logits (N, K); the module's output unchanged if no logits are found in it."""
         logits = READINGS[self.adapter.reading](self.output(images))
         if not isinstance(logits, Tensor):
             return logits
@@ -179,26 +178,26 @@ class Adapted(nn.Module):
         return logits if self.adapter.positions is None else logits[:, list(self.adapter.positions)]
 
 
-# What must be adapted: where the logits are, of what type, in which order.
+# Finding the adapter of a module: position, dtype and order of the logits
 
 _HOOK = "def wrapped(): model = make(); model.register_forward_hook(lambda model, inputs, output: {}); return model"
 WRAP = _HOOK.format("output['scores']")
-REORDERED = "{}: logits were put into the order of the data's classes, by their names"
-LOOKED_AT = 256  # validation images that show whether a single output is a probability
+REORDERED = "{}: logits were reordered to the data's classes by their names"
+LOOKED_AT = 256  # validation images used to detect whether a single output is a probability
 
 
 def fit(
     module: nn.Module, name: str, *, constants: Constants, names: Sequence[str] | None, dataset: Dataset, device: torch.device | str
 ) -> tuple[Adapter, list[str]]:
-    """The adapter that makes the module give logits (N, K) of the prepared data, and a line for each thing that is not plain.
+    """Find the adapter with which a module returns logits (N, K) for the prepared data, and notes for the user on each adaptation.
 
     Args:
         module: in eval mode, on the device.
-        name: for the lines.
-        constants: of the normalisation that it expects, a number per channel.
-        names: of its logits, in their order; None: as the data have them.
+        name: of the model, for the notes.
+        constants: of the normalisation that it expects, per channel.
+        names: class names of its logits, in order; None: the data's order.
     Raises:
-        UserError: it fails on the images, no logits are found in what it returns, or the names are not those of the data.
+        UserError: the module fails on the images, its output contains no logits, or the names are not those of the data.
     """
     tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
     types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
@@ -215,11 +214,11 @@ def fit(
     if len(dataset.classes) == 2 and READINGS[reading](output).shape in ((2,), (2, 1)):
         adapter = replace(adapter, binary=True)
         _check_logit(READINGS[reading](_output(module, adapter, _spread(dataset.validation.images).to(device), name)), name)
-        lines.append(f"{name}: its one logit z is taken for that of class {(names or dataset.classes)[-1]!r}; logits are (0, z)")
+        lines.append(f"{name}: its single logit z is used for class {(names or dataset.classes)[-1]!r}; logits are (0, z)")
     natural = natural_order(dataset.classes)
     if names is None and natural != list(dataset.classes):
         here, there = (", ".join(order[:3]) for order in (dataset.classes, natural))
-        lines.append(f"{name}: classes are in the order {here}, ...; if its logits are in the order {there}, ..., say --classes natural")
+        lines.append(f"{name}: classes are in the order {here}, ...; if its logits are in the order {there}, ..., add --classes natural")
     if names is not None:
         order = tuple(class_names.positions(names, dataset.classes, of="--classes", logits=_width(READINGS[reading](output), adapter)))
         if order != tuple(sorted(order)):
@@ -229,30 +228,29 @@ def fit(
 
 
 def _output(module: nn.Module, adapter: Adapter, images: Tensor, name: str) -> Any:
-    """What the module itself returns for uint8 images."""
+    """Output of the module itself for uint8 images."""
     images = images.float() / 255
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             return Adapted(module, adapter).output(images)
-    except Exception as error:  # somebody's code may fail in any way; it is no failure of ours
+    except Exception as error:  # third-party code may raise anything
         raise failed(name, images, error) from None
 
 
 def _width(logits: Tensor, adapter: Adapter) -> int | None:
-    """Of logits (N, K) K; of another shape None, which is refused elsewhere."""
+    """K of logits (N, K); None for another shape, which is refused elsewhere."""
     return 2 if adapter.binary else logits.shape[1] if logits.ndim == 2 else None
 
 
 def _spread(images: Tensor) -> Tensor:
-    """LOOKED_AT of the images at most, from beginning to end: classes may come one after another."""
+    """At most LOOKED_AT images, spread over the whole split, since images may be sorted by class."""
     return images[:: -(-len(images) // LOOKED_AT)]
 
 
 def _check_logit(values: Tensor, name: str) -> None:
-    """Raises UserError for what a sigmoid gives: taken for logits, probabilities would all mean the second class."""
+    """Raise UserError if the single output is a probability; read as a logit, it would always mean the second class."""
     if values.min() >= 0 and values.min() < 0.5 < values.max() <= 1:
         logit = _HOOK.format("torch.logit(output, 1e-7)")
         raise UserError(
-            f"{name} gives one number per image between 0 and 1, a probability: return the logit, which the sigmoid is taken of, "
-            f"or wrap it: {logit}"
+            f"{name} gives one number per image between 0 and 1, a probability: return the logit, before the sigmoid, or wrap it: {logit}"
         )

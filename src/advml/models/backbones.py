@@ -1,9 +1,9 @@
-"""Encoders: any timm backbone, with a stem that small images survive.
+"""Build encoders: any timm backbone, optionally with a stem for small images.
 
-A stock stem shrinks an image fourfold before the first block, which leaves nothing of 8 or 32 pixels.
-`stem: small` keeps the resolution: a 3x3 convolution of stride 1 and no pooling (He et al. 2016, sec. 4.2),
-or small patches for transformers. SMALL_STEMS says how, family by family; anything else is refused.
-`stem: native` takes any timm network that can be built for the size of the images.
+A usual stem reduces the side of an image to a quarter before the first block, which leaves too little of 8 or 32 pixels.
+`stem: small` keeps the resolution: a 3x3 convolution of stride 1 and no pooling (He et al. 2016, sec. 4.2), or small patches for
+transformers. SMALL_STEMS implements it family by family; other families are refused.
+`stem: native` accepts any timm network that can be built for the size of the images.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _resnet(model: nn.Module, channels: int) -> None:
 def _convnext(model: nn.Module, channels: int) -> None:
     model.stem[0] = _conv3x3(channels, model.stem[0].out_channels)
     for layer in model.stem[1:]:
-        if isinstance(layer, nn.Conv2d):  # an overlapping stem (`_ols`) has a second strided convolution
+        if isinstance(layer, nn.Conv2d):  # overlapping stems (`_ols`) have a second strided convolution
             layer.stride = (1, 1)
 
 
@@ -54,7 +54,7 @@ def _regnet(model: nn.Module, channels: int) -> None:
     model.stem.conv.stride = (1, 1)
 
 
-# Family -> surgery on the finished model (convolutional families).
+# Convolutional family -> function that replaces the stem of a model in place.
 SMALL_STEMS: dict[type[nn.Module], Callable[[nn.Module, int], None]] = {
     ResNet: _resnet,
     ConvNeXt: _convnext,
@@ -65,7 +65,7 @@ SMALL_STEMS: dict[type[nn.Module], Callable[[nn.Module, int], None]] = {
 
 
 UNTRAINED = "encoders start from random weights"
-# Options of timm.create_model that are not the user's to set -> why.
+# Options of timm.create_model that users must not set -> reason.
 SET_ELSEWHERE = {
     "checkpoint_path": f"no pickle is ever loaded, and {UNTRAINED}",
     "cache_dir": UNTRAINED,
@@ -79,12 +79,12 @@ SET_ELSEWHERE = {
 }
 
 
-# Sides in pixels that are tried, to say which ones a network takes.
+# Image sizes (sides in pixels) that are tried, to name those that a network accepts.
 SIZES = (28, 32, 36, 48, 64, 72, 96, 120, 128, 160, 192, 224, 240, 256, 288, 384, 512)
 
 
 def _patches(image_size: int) -> dict[str, Any]:
-    """An 8 x 8 grid of patches where the side allows it: 4 pixels for 32, 1 pixel for 8."""
+    """Arguments for an 8 x 8 grid of patches if the side allows it: patches of 4 pixels for 32, 1 pixel for 8."""
     return {"patch_size": next(size for size in range(max(1, image_size // 8), 0, -1) if image_size % size == 0)}
 
 
@@ -94,22 +94,22 @@ def create_encoder(
     """Build a timm encoder that maps normalised images (N, C, S, S) to features (N, D); random weights.
 
     Args:
-        backbone: a name that `timm.list_models()` knows.
-        stem: "native" (as timm builds it for images of that size) or "small" (resolution-keeping; see SMALL_STEMS).
+        backbone: a name in `timm.list_models()`.
+        stem: "native" (as timm builds it for images of that size) or "small" (keeps the resolution; see SMALL_STEMS).
         channels, image_size: of the input.
         options: further keyword arguments of `timm.create_model`.
-        classes: 0, or how many logits timm's own classifier gives instead of features.
+        classes: number of logits of timm's own classifier, which are then returned instead of features; 0: features.
     Returns:
         The encoder and its feature size D.
     Raises:
-        UserError: an unknown name, options that timm does not take, a family without a small stem, or a network that cannot be built
-            for such images; the line names sizes that it can be built for.
+        UserError: the name is unknown, timm does not accept the options, the family has no small stem, or the network cannot be built for
+            such images; then the message names possible sizes.
     """
     _check_names(backbone, options)
     what = f"model.backbone = {backbone!r}" + (f" with model.options = {options}" if options else "")
     try:
         family = _family(backbone)
-    except Exception as error:  # an unknown tag behind the name, for instance
+    except Exception as error:  # e.g. an unknown tag after the name
         raise UserError(f"{what} cannot be built ({_reason(error)}); choose another model.backbone") from None
     arguments = timm_arguments(backbone, stem=stem, channels=channels, image_size=image_size, options=options, classes=classes)
     try:
@@ -117,11 +117,11 @@ def create_encoder(
         if stem == "small" and family in SMALL_STEMS:
             SMALL_STEMS[family](encoder, channels)
         elif stem == "small" and isinstance(encoder.patch_embed, HybridEmbed):
-            raise UserError(f"model.stem = 'small' is not known for {backbone}, whose patches a network cuts; use model.stem = native")
+            raise UserError(f"model.stem = 'small' is not available for {backbone} with its convolutional patches; use model.stem = native")
         features = _features(encoder, torch.zeros(1, channels, image_size, image_size))
     except UserError:
         raise
-    except Exception as error:  # timm's networks fail in their own ways
+    except Exception as error:  # timm's networks raise various errors
         images = f"{channels} x {image_size} x {image_size} images"
         remedy = _remedy(backbone, family, stem=stem, channels=channels, image_size=image_size, options=options)
         raise UserError(f"{what} cannot be built with model.stem = {stem} for {images} ({_reason(error)}); {remedy}") from None
@@ -132,10 +132,10 @@ def create_encoder(
 
 
 def _check_names(backbone: str, options: dict[str, Any]) -> None:
-    """Whether timm knows the name, and the options are the user's to set."""
+    """Raise UserError if timm does not know the name, or an option must not be set by users."""
     if not timm.is_model(backbone):
         close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]
-        raise UserError(f"model.backbone = {backbone!r} is no timm model; did you mean {', '.join(close)}?")
+        raise UserError(f"model.backbone = {backbone!r} is not a timm model; did you mean {', '.join(close)}?")
     for key in options:
         if key in SET_ELSEWHERE or str(key).startswith("pretrained"):
             raise UserError(f"model.options.{key} = {options[key]!r} is refused: {SET_ELSEWHERE.get(key, UNTRAINED)}; leave it out")
@@ -147,19 +147,19 @@ def _family(backbone: str) -> type[nn.Module]:
 
 
 def _small_stem(backbone: str, family: type[nn.Module], image_size: int) -> dict[str, Any]:
-    """What timm's constructor is told for `stem: small`; convolutional families are changed afterwards."""
+    """Arguments of timm's constructor for `stem: small`; convolutional families are changed afterwards instead."""
     if issubclass(family, VisionTransformer):
         return _patches(image_size)
     if family not in SMALL_STEMS:
         known = ", ".join(sorted(kind.__name__ for kind in (*SMALL_STEMS, VisionTransformer)))
-        raise UserError(f"model.stem = 'small' is not known for {backbone} ({family.__name__}); use model.stem = native, or one of {known}")
+        raise UserError(f"model.stem = 'small' is not available for {backbone} ({family.__name__}); use model.stem = native, or: {known}")
     return {}
 
 
 def timm_arguments(
     backbone: str, *, stem: str, channels: int, image_size: int, options: dict[str, Any], classes: int = 0
 ) -> dict[str, Any]:
-    """What `timm.create_model` is told: the size of the images only by a family that asks; most convolutional ones do not."""
+    """Arguments of `timm.create_model`; the size of the images only for families that need it (most convolutional ones do not)."""
     family = _family(backbone)
     asks = any("img_size" in inspect.signature(kind.__init__).parameters for kind in family.__mro__)
     sized = _small_stem(backbone, family, image_size) if stem == "small" else {}
@@ -167,7 +167,7 @@ def timm_arguments(
 
 
 def _features(encoder: nn.Module, images: Tensor) -> Any:
-    """One forward pass: an encoder that does not take its images should say so before training."""
+    """Features from one forward pass, so that an encoder that does not accept its images fails before training."""
     encoder.eval()
     try:
         with torch.no_grad():
@@ -181,10 +181,10 @@ def _reason(error: Exception) -> str:
 
 
 def _remedy(backbone: str, family: type[nn.Module], *, stem: str, channels: int, image_size: int, options: dict[str, Any]) -> str:
-    """What to change: the options if the network can be built without them, else the size of the images."""
+    """Remedy for the error message: change the options if the network can be built without them, else the size of the images."""
 
     def fits(size: int) -> bool:
-        """Tried on the meta device, without memory and arithmetic."""
+        """Whether the network can be built for this size, tried on the meta device, without memory and arithmetic."""
         arguments = timm_arguments(backbone, stem=stem, channels=channels, image_size=size, options={})
         try:
             with torch.device("meta"):
@@ -195,7 +195,7 @@ def _remedy(backbone: str, family: type[nn.Module], *, stem: str, channels: int,
         return True
 
     if options and fits(image_size):
-        return f"without model.options it can; see the arguments of timm's {family.__name__}"
+        return f"it can be built without model.options; see the arguments of timm's {family.__name__}"
     nearest = sorted(set(SIZES) - {image_size}, key=lambda size: abs(size - image_size))
     sizes = sorted(islice(filter(fits, nearest), 4))
-    return (f"it takes data.image_size = {', '.join(map(str, sizes))}; or " if sizes else "") + "choose another model.backbone"
+    return (f"it accepts data.image_size = {', '.join(map(str, sizes))}; or " if sizes else "") + "choose another model.backbone"

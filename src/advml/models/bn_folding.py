@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, while statistics and parameters are constant, as they are under attack."""
+"""Fold batch norms into the convolutions before them, while statistics and parameters are constant, as during an attack."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from advml.models.layers import DualBatchNorm, batch_norms
 
 Layer = Callable[[Tensor], Tensor]
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
-Names = list[tuple[str, str]]  # of pairs
+Names = list[tuple[str, str]]  # (convolution, batch norm) of each pair
 
-# Kind of batch norm -> what is left of it once its convolution has taken over the norm. Others stay as they are.
+# Kind of batch norm -> the rest of its forward pass after folding. Other kinds are not folded.
 LEFT: dict[type[nn.Module], Callable[[nn.Module], Layer]] = {
     nn.BatchNorm2d: lambda norm: lambda features: features,
     BatchNormAct2d: lambda norm: lambda features: norm.act(norm.drop(features)),
 }
 
-# Module -> its layers when its pairs were found, and their names: finding them takes as long as an attack on a small network.
+# Cache: module -> its layers when pairs were searched, and the pairs' names. A search takes as long as an attack on a small network.
 _known: WeakKeyDictionary[nn.Module, tuple[list[tuple[str, type]], Names]] = WeakKeyDictionary()
 
 
 @contextmanager
 def folded(module: nn.Module, shape: Sequence[int]) -> Iterator[None]:
-    """Within: every batch norm in eval mode that follows a convolution is part of it: w' = w * scale, b' = b * scale + shift.
+    """Context manager that folds batch norms in eval mode into preceding convolutions: w' = w * scale, b' = b * scale + shift.
 
-    The same function up to rounding. A gradient with respect to the images costs a fifth less on a ResNet than with PyTorch's batch
-    norm, whose backward pass on the CPU also sums up the gradients of weight and bias, wanted or not. Parameters and buffers stay;
-    neither may change within, and no gradient reaches those of the pairs.
+    The function stays the same up to rounding. A gradient with respect to the images costs a fifth less on a ResNet, because PyTorch's
+    batch norm on the CPU also computes gradients of weight and bias, needed or not. Parameters and buffers are not modified, and must
+    not change inside; parameters of folded pairs get no gradient.
 
-    Left as they are: batch norms in train mode, dual ones, which may change sides within, those that follow no convolution, or one that
-    something else looks at, a hook included, and all of a module that `torch.fx` cannot trace, or traces wrongly.
+    Not folded: batch norms in train mode; dual ones, which may switch statistics inside; those that do not follow a convolution, or one
+    whose output is also used elsewhere, e.g. by a hook; and all of a module that `torch.fx` cannot trace, or traces wrongly.
 
     Args:
         module: maps images (N, C, H, W) to features.
@@ -55,14 +55,14 @@ def folded(module: nn.Module, shape: Sequence[int]) -> Iterator[None]:
 
 
 def _free(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether nobody watches a pair, or has changed its ways. The weight of one under `weight_norm` or `prune` is made by a hook."""
+    """Whether a pair has no hooks and no replaced `forward`; `weight_norm` and `prune` compute weights in hooks."""
     watched = conv._forward_hooks or norm._forward_pre_hooks or "weight" not in conv._parameters
     return not (watched or norm.training or "forward" in vars(conv) or "forward" in vars(norm))
 
 
 @contextmanager
 def _fold(pairs: Sequence[Pair]) -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():  # constants that were made in inference mode could not be part of a backward pass
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode cannot be part of a backward pass
         constants = [_fused(conv, norm) for conv, norm in pairs]
     try:
         for (conv, norm), (weight, bias) in zip(pairs, constants, strict=True):
@@ -76,7 +76,7 @@ def _fold(pairs: Sequence[Pair]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Override:
-    """What a layer does meanwhile. A copy of the layer does what the layer did before: its weights are its own."""
+    """Temporary `forward` of a layer. A deep copy gets the original `forward`, because it has weights of its own."""
 
     layer: nn.Module
     act: Layer
@@ -102,24 +102,24 @@ def _names(module: nn.Module, shape: Sequence[int]) -> Names:
 
 
 class _Tracer(fx.Tracer):
-    """Sees a batch norm as one piece, timm's with an activation and dual ones too."""
+    """Tracer that treats batch norms as single nodes, including timm's with an activation, and dual ones."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm | DualBatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _found(module: nn.Module, shape: Sequence[int]) -> Names:
-    """The pairs of a module, looked for and tried out in a copy: tracing leaves things behind, and calls hooks."""
+    """Search and test the pairs of a module in a copy, because tracing has side effects and calls hooks."""
     try:
         tried = _stranger(module)
         names = _traced(tried)
         return names if _same(tried, names, shape) else []
-    except Exception:  # control flow that depends on the images, and whatever else a model may do to a tracer, or to a copy
+    except Exception:  # e.g. control flow that depends on the images, or a model that cannot be copied
         return []
 
 
 def _stranger(module: nn.Module) -> nn.Module:
-    """A copy without hooks, in double precision, whose batch norms all change what they get."""
+    """Copy of a module without hooks, in double precision, with batch norms that all differ from the identity."""
     generator = torch.Generator().manual_seed(0)
     tried = copy.deepcopy(module).cpu().double().eval()
     for layer in tried.modules():
@@ -132,9 +132,9 @@ def _stranger(module: nn.Module) -> nn.Module:
 
 
 def _traced(module: nn.Module) -> Names:
-    """Convolutions whose output goes into a batch norm and nowhere else; each of the two is used once."""
+    """Pairs of a convolution and a batch norm, each used once, where the convolution's output only goes into the batch norm."""
     optional = list(inspect.signature(module.forward).parameters.values())[1:]
-    given = {each.name: each.default for each in optional if each.default is not each.empty}  # as in a call with the images alone
+    given = {each.name: each.default for each in optional if each.default is not each.empty}  # defaults, as in a call with the images only
     calls = [node for node in _Tracer().trace(module, concrete_args=given).nodes if node.op == "call_module"]
     used = [module.get_submodule(node.target) for node in calls]
     layers = dict(zip(calls, used, strict=True))
@@ -150,7 +150,7 @@ def _traced(module: nn.Module) -> Names:
 
 @torch.no_grad()
 def _same(module: nn.Module, names: Names, shape: Sequence[int]) -> bool:
-    """Whether the module, in double precision, does the same with its pairs folded: a tracer may have followed another path."""
+    """Whether the module's output, in double precision, is the same with folded pairs; the tracer may have followed another path."""
     images = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = module(images)
     with _fold([(module.get_submodule(conv), module.get_submodule(norm)) for conv, norm in names]):

@@ -1,4 +1,4 @@
-"""Published checkpoints: their names of weights mapped onto those of an encoder, every tensor accounted for or refused by name.
+"""Map the weights of a published checkpoint to an encoder; tensors that are missing or without a use are refused by name.
 
     tensors = read_checkpoint(Path("model.pth"))                    # the only place that opens a pickle, with weights_only=True
     converted = convert(tensors, encoder.state_dict(), width=512, channels=3)
@@ -33,8 +33,8 @@ from advml.core.errors import UserError
 from advml.models.normalization import POSSIBLE, Constants
 from advml.models.weights import PICKLES, endings, prefix_of, read
 
-NESTED = ("state_dict", "model_state_dict", "model", "net", "simclr_state")  # where a file keeps its weights
-# Pattern -> what it is called in timm; a rule holds where the encoder itself has no such name.
+NESTED = ("state_dict", "model_state_dict", "model", "net", "simclr_state")  # keys under which files keep their weights
+# Pattern of a name -> name in timm; applied unless the encoder itself has the original name.
 RENAMED = (
     (r"\bshortcut\.", "downsample."),
     (r"\bdownsample\.conv\.", "downsample.0."),
@@ -42,25 +42,34 @@ RENAMED = (
     (r"\.bn_list\.0\.", ".clean."),
     (r"\.bn_list\.1\.", ".adversarial."),
 )
-BRANCH = re.compile(r"\.(clean|adversarial)\.(?=\w+$)")  # of a two-branch batch norm, as `DualBatchNorm` calls them
-WRAPPERS = ("module", "model", "backbone", "encoder", "encoder_q", "base_encoder", "attacker", "net")  # parts before a head's name
+BRANCH = re.compile(r"\.(clean|adversarial)\.(?=\w+$)")  # branches of a batch norm, by the names of `DualBatchNorm`
+WRAPPERS = (
+    "module",
+    "model",
+    "backbone",
+    "encoder",
+    "encoder_q",
+    "base_encoder",
+    "attacker",
+    "net",
+)  # parts that may precede a head's name
 CLASSIFIERS = ("fc", "linear", "classifier", "head", "head.fc")
 HEADS = (*CLASSIFIERS, "projection_head", "proj_head", "projector", "linear_projector", "predictor", "prototypes", "projection")
 CONSTANT = re.compile(r"(?:^|\.)(?:normali\w+\.)?(?:new_)?(?:(?P<mean>mu|mean)|(?P<std>sigma|std))$")
-SHOWN = 3  # names in a message
+SHOWN = 3  # number of names in a message
 
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """A checkpoint by the names of an encoder.
+    """A checkpoint converted to the names of an encoder.
 
     Attributes:
-        encoder: its state dict; counters of batches may be missing.
-        classifier: `weight` (K, D) and `bias` (K,) of its one linear head; empty: it has none that fits the encoder.
-        constants: of the normalisation that its buffers hold; None: it has none.
+        encoder: state dict of the encoder; counters of batches may be missing.
+        classifier: `weight` (K, D) and `bias` (K,) of the single linear head; empty: no head matches the encoder.
+        constants: of the normalisation in the checkpoint's buffers; None: there is none.
         prefix: of the encoder's names in the file.
-        classifier_name: in the file.
-        left_out: names in the file that are not used: other heads, copies, the clean branch where one is wanted, what was asked for.
+        classifier_name: name of the classifier in the file.
+        left_out: names in the file that are not used: other heads, copies, the clean branch of batch norms, and those of `without`.
     """
 
     encoder: dict[str, Tensor]
@@ -72,7 +81,7 @@ class Converted:
 
 
 class Unaccounted(ValueError):
-    """A checkpoint does not fit; `count`: faults, to find the architecture that fits it best."""
+    """A checkpoint does not fit an encoder; `count`: number of mismatches, used to find the closest architecture."""
 
     def __init__(self, reason: str, count: int) -> None:
         super().__init__(reason)
@@ -83,20 +92,20 @@ class Unaccounted(ValueError):
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a safetensors file or a file of torch.save, which is unpickled by its weights alone.
+    """Read the named tensors of a safetensors file, or of a torch.save file with `weights_only=True`.
 
     Raises:
-        UserError: it cannot be read, holds other objects than weights, or no named tensors.
+        UserError: the file cannot be read, contains other objects than weights, or no named tensors.
     """
     content: Any = safetensors.torch.load(read(path)) if not _is_pickle(path) else _unpickled(path)
     while isinstance(content, Mapping) and (inner := next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), None)):
         content = inner
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not named weights; save model.state_dict() instead")
+        raise UserError(f"{path} contains a {type(content).__name__}, not named weights; save model.state_dict() instead")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) < len(content):
         other = next((str(name) for name in content if name not in tensors), "nothing at all")
-        raise UserError(f"{path} holds {other} among its weights, which is no tensor; keep the weights under one of {', '.join(NESTED)}")
+        raise UserError(f"{path} has {other} among its weights, which is not a tensor; put the weights under one of {', '.join(NESTED)}")
     return tensors
 
 
@@ -109,15 +118,15 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _unpickled(path: Path) -> Any:
-    """Tensors, numbers and containers; of classes only argparse's Namespace, in which training scripts keep their options."""
+    """Unpickle tensors, numbers and containers only, and argparse.Namespace, in which training scripts keep their options."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zip and pickle fail in their own ways
+    except Exception as error:  # torch, zip and pickle raise various errors
         refused = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)|class ([\w.]+)", str(error))
-        reason = f"it holds {next(filter(None, refused.groups()))}" if refused else type(error).__name__
+        reason = f"it contains {next(filter(None, refused.groups()))}" if refused else type(error).__name__
         raise UserError(
-            f"{path} is no file of weights alone ({reason}), and nothing else is unpickled; where you trust it, keep its state dict: "
+            f"{path} does not contain weights only ({reason}), and other objects are not unpickled; if you trust it, save its state dict: "
             "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from None
 
@@ -130,8 +139,8 @@ def convert(
 ) -> Converted:
     """Find each weight of an encoder in a checkpoint, and a use for each tensor of the checkpoint.
 
-    What most names have in front of an encoder's name is the prefix. Two-branch batch norms go to an encoder with single ones by their
-    adversarial branch, which inference uses; single ones to both branches.
+    The prefix is the text that most names have before an encoder's name. From two-branch batch norms, an encoder with single ones gets
+    the adversarial branch, which inference uses; single ones are copied to both branches.
 
     Args:
         tensors: by the checkpoint's names.
@@ -140,8 +149,8 @@ def convert(
         channels: of its images.
         without: patterns of names to leave out, e.g. "momentum_*".
     Raises:
-        Unaccounted: a tensor that nothing accounts for, a weight that is missing, or one of another shape; the first three of each, with
-            the nearest name on the other side.
+        Unaccounted: a tensor has no use, or a weight is missing or has another shape; names the first three of each, with the most similar
+            name on the other side.
     """
     left_out = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in without)]
     names = {raw: _renamed(raw, wanted) for raw in tensors if raw not in left_out}
@@ -179,7 +188,7 @@ def convert(
 
 
 def two_branches(names: Iterable[str]) -> bool:
-    """Whether they are of two-branch batch norms, by their own names or by ours."""
+    """Whether names belong to two-branch batch norms, in the checkpoint's naming or that of `DualBatchNorm`."""
     return any(BRANCH.search(_renamed(name, ())) for name in names)
 
 
@@ -195,7 +204,7 @@ def _equal(tensors: Mapping[str, Tensor], raw: str, other: str | None) -> bool:
 
 
 def _heads(rest: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
-    """Names without wrappers -> names in the file of heads' tensors, and further names in the file of equal ones."""
+    """Tensors of heads (name without wrappers -> name in the file), and names of their copies in the file."""
     found: dict[str, str] = {}
     copies = []
     for raw, name in rest.items():
@@ -210,7 +219,7 @@ def _heads(rest: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[dict
 
 
 def _unwrapped(name: str) -> str:
-    """module.head.0.weight -> head.0.weight; also where a wrapper follows the head's name, as in head.module.0.weight."""
+    """Remove wrappers from a name: module.head.0.weight -> head.0.weight, head.module.0.weight -> head.0.weight."""
     parts = name.split(".")
     while parts[0] in WRAPPERS:
         del parts[0]
@@ -218,7 +227,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _constants(rest: Mapping[str, str], tensors: Mapping[str, Tensor], channels: int) -> tuple[Constants | None, list[str]]:
-    """The normalisation that buffers hold, and their names in the file."""
+    """Normalisation in the checkpoint's buffers, and the buffers' names in the file."""
     found: dict[str, list[str]] = {"mean": [], "std": []}
     for raw, name in rest.items():
         if (match := CONSTANT.search(name)) and tensors[raw].numel() in (1, channels):
@@ -232,12 +241,12 @@ def _constants(rest: Mapping[str, str], tensors: Mapping[str, Tensor], channels:
     constants = Constants(*(next(iter(each)) for each in values.values())).of_channels(channels)
     for kind, numbers in zip(("--mean", "--std"), constants, strict=True):
         if not all(map(POSSIBLE[kind], numbers)):
-            raise Unaccounted(f"the normalisation {', '.join(raws)} holds {numbers}, which images in [0, 1] cannot have", 1)
+            raise Unaccounted(f"the normalisation {', '.join(raws)} is {numbers}, which images in [0, 1] cannot have", 1)
     return constants, raws
 
 
 def _classifier(heads: Mapping[str, str], tensors: Mapping[str, Tensor], width: int) -> tuple[str, dict[str, Tensor]]:
-    """The linear head on the features, by its name without wrappers; "" if there is none."""
+    """Name (without wrappers) and tensors of the linear head on the features; name "" if there is none."""
     found = {}
     for name in CLASSIFIERS:
         parts = {inner.removeprefix(f"{name}."): tensors[raw] for inner, raw in heads.items() if inner.startswith(f"{name}.")}
@@ -250,9 +259,9 @@ def _classifier(heads: Mapping[str, str], tensors: Mapping[str, Tensor], width: 
 
 
 def _check(stray: Sequence[str], missing: Sequence[str], shapes: Sequence[str], *, file: Mapping[str, str], encoder: Iterable[str]) -> None:
-    """Raises Unaccounted if there is anything; `file`: names without the prefix -> in full."""
+    """Raise Unaccounted if any list is not empty; `file`: name without the prefix -> full name."""
     told = {
-        "nothing accounts for": [file[name] + _nearest(name, encoder) for name in stray],
+        "there is no use for": [file[name] + _nearest(name, encoder) for name in stray],
         "it lacks": [name + _nearest(name, file) for name in missing],
         "of other shapes are": shapes,
     }

@@ -1,4 +1,4 @@
-"""Order of a model's logits, when the names of their classes are known: by name, never by number."""
+"""Match a model's logits to the classes of the data by class name."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 from advml.core.errors import UserError
 from advml.data.folder_layout import natural_order
 
-# Name -> an order of the data's classes that models come in.
+# Named orders that `--classes` accepts: name -> function from the data's classes to the order of the logits.
 ORDERS: dict[str, Callable[[Sequence[str]], list[str]]] = {"natural": natural_order}
 
 
 def read(text: str, classes: Sequence[str]) -> list[str]:
-    """The names that `--classes` gives, in the order of the model's logits: a file with one per line, "a,b,c", or a name of ORDERS.
+    """Class names in the order of the model's logits, from the value of `--classes`.
 
     Args:
-        classes: of the data.
+        text: a file with one name per line, "a,b,c", or a key of ORDERS.
+        classes: class names of the data, which an order of ORDERS sorts.
     """
     if text in ORDERS:
         return ORDERS[text](classes)
-    try:  # names may be longer than a path can be, for which Path.is_file raises
+    try:  # os.path, because Path.is_file raises on a text longer than a path may be
         given = Path(text).read_text(encoding="utf-8-sig").splitlines() if os.path.isfile(text) else text.split(",")
     except (OSError, UnicodeError) as error:
         raise UserError(f"--classes {text} cannot be read ({error}); give a text file in UTF-8 with one class name per line") from None
@@ -31,15 +32,15 @@ def read(text: str, classes: Sequence[str]) -> list[str]:
 
 
 def positions(names: Sequence[str], classes: Sequence[str], *, of: str, logits: int | None = None) -> list[int]:
-    """For each class of the data the position of its logit: `logits[:, positions(...)]` are in the data's order.
+    """Position of each data class among the model's logits: `logits[:, positions(...)]` are in the data's order.
 
     Args:
-        names: of the classes, in the order of the model's logits; compared as Unicode, composed (NFC).
-        classes: of the data, in their order.
-        of: whose names they are, for errors.
-        logits: that the model gives, where that is known.
+        names: class names in the order of the model's logits; compared in Unicode's composed form (NFC).
+        classes: class names of the data, in the data's order.
+        of: name of the model, for error messages.
+        logits: number of logits of the model, if known.
     Raises:
-        UserError: there are not as many names as logits, a name occurs twice, or the names are not those of the data.
+        UserError: the numbers of names and logits differ, a name occurs twice, or the names are not those of the data.
     """
     known, wanted = ([unicodedata.normalize("NFC", name) for name in given] for given in (names, classes))
     if twice := [name for name in known if known.count(name) > 1]:

@@ -1,4 +1,4 @@
-"""A network of ours for others' tools: a folder that plain timm loads, and an ONNX file."""
+"""Export a network for other tools: a folder that timm loads without advml, and an ONNX file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from advml.models.backbones import create_encoder, timm_arguments
 from advml.models.checkpoints import BRANCH
 from advml.models.network import Network
 
-TOLERANCE = 1e-4  # between logits of two engines; relative, and absolute
+TOLERANCE = 1e-4  # relative and absolute difference of logits between two engines
 WEIGHTS, GRAPH = "model.safetensors", "model.onnx"
 FILES = {WEIGHTS, GRAPH, "config.json"}
 
@@ -23,16 +23,16 @@ FILES = {WEIGHTS, GRAPH, "config.json"}
 def to_timm(network: Network, folder: Path, images: Tensor) -> list[str]:
     """Write model.safetensors and timm's config.json; returns the three lines of Python that load them.
 
-    The loaded network gives the logits (features without a classifier) of (images - mean) / std, as timm's networks do: lines end with
-    these constants. Dual batch norms become single ones, by the adversarial branch, which inference uses.
+    Like all networks of timm, the loaded network expects (images - mean) / std; the lines end with these constants. It returns logits,
+    or features if there is no classifier. Dual batch norms become single ones with the adversarial branch, which inference uses.
 
     Args:
         network: in eval mode.
-        folder: exists.
-        images: (N, C, H, W) in [0, 1], on which the two are compared.
+        folder: an existing folder.
+        images: (N, C, H, W) in [0, 1], on which both networks are compared.
     Raises:
-        UserError: timm's own classifier of this family is no linear layer on the features.
-        Failure: the networks differ.
+        UserError: timm's classifier of this family is not a linear layer on the features.
+        Failure: the outputs of the networks differ.
     """
     a = network.architecture
     about = {"stem": a.stem, "channels": a.channels, "image_size": a.image_size, "options": a.options, "classes": a.classes or 0}
@@ -64,7 +64,7 @@ def to_timm(network: Network, folder: Path, images: Tensor) -> list[str]:
 
 
 def _surgery(wanted: nn.Module, built: nn.Module) -> list[str]:
-    """Statements that turn `built` into `wanted`, layer by layer where they print differently."""
+    """Python statements that convert `built` to `wanted`, for each layer whose printed form differs."""
     statements = []
     for name, layer in wanted.named_modules():
         if any(layer.children()) or repr(layer) == repr(built.get_submodule(name)):
@@ -77,14 +77,14 @@ def _surgery(wanted: nn.Module, built: nn.Module) -> list[str]:
 
 
 def to_onnx(network: Network, folder: Path, images: Tensor) -> None:
-    """Write model.onnx: `images` (N, C, H, W) in [0, 1], any N -> `logits` (N, K), checked against torch on all images.
+    """Write model.onnx, from `images` (N, C, H, W) in [0, 1] with any N to `logits` (N, K), and compare it with torch on all images.
 
     Raises:
         ImportError: the extra `onnx` is not installed.
         Failure: ONNX Runtime gives other logits.
     """
     import onnxruntime
-    import onnxscript  # noqa: F401 - torch's exporter needs it, and says so less plainly
+    import onnxscript  # noqa: F401 - needed by torch's exporter, whose own error is less clear
 
     network = network.cpu()
     inputs, path = images[:2].cpu(), folder / GRAPH
@@ -108,6 +108,6 @@ def to_onnx(network: Network, folder: Path, images: Tensor) -> None:
 
 
 def check_equal(found: Tensor, wanted: Tensor, *, what: str) -> None:
-    """Raises Failure if outputs (N, K) differ by more than rounding."""
+    """Raise Failure if outputs (N, K) differ by more than rounding."""
     if not torch.allclose(found.float(), wanted.float(), rtol=TOLERANCE, atol=TOLERANCE):
         raise Failure(f"{what} gives other outputs than the model, by up to {(found - wanted).abs().max():.3g}; nothing was exported")

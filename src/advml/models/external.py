@@ -1,4 +1,4 @@
-"""Anyone's model, for `advml evaluate`: a folder of ours, a timm name with a safetensors file, or a Python function."""
+"""Load a model for `advml evaluate`: from a folder of advml, a timm name with a safetensors file, or a Python function."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from advml.models.normalization import KNOWN, NONE, Constants, constants, publis
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """A model that somebody brought along.
+    """A model to be evaluated.
 
     Attributes:
-        name: for files and runs.
+        name: for files and MLflow runs.
         network: maps float images (N, C, H, W) in [0, 1] to logits (N, K) in the order of the data's classes, in eval mode.
         digest: sha256 of its weights.
-        origin: where it came from, and what was put between it and its use, for the record.
-        scheme: of ours; None: unknown.
+        origin: for the record: where it was loaded from, and how its input and output are adapted.
+        scheme: a key of `recipes.SCHEMES`; None: unknown.
         data: digest of the data it was trained on; None: unknown.
-        constants: of the normalisation in front of it; None: a network that we have trained, which knows its own.
-        classes: names of the logits in the model's own order, where they are known.
-        remarks: what its user should know, a line each.
+        constants: of the normalisation in front of it; None: a network trained by advml, which normalises images itself.
+        classes: names of the logits in the model's own order; None: unknown.
+        remarks: notes for the user, one line each.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is known of a model beside the model itself.
+    """The user's options on how to load and use a model.
 
     Attributes:
-        weights: of a timm model, a safetensors file with the names of timm or these behind a prefix.
-        mean, std: of the normalisation that it expects, as `normalization.constants` reads them, "data" (of the training images) and
-            "timm" (those published for a timm model, whose default they are) among the names.
-        classes: names of its logits, as `class_names.read` reads them.
+        weights: safetensors file for a timm model; its names are timm's, possibly behind a prefix.
+        mean, std: of the normalisation that the model expects, in the notation of `normalization.constants`; further names are "data"
+            (of the training images) and "timm" (published for the timm model, and its default).
+        classes: names of its logits, in the notation of `class_names.read`.
     """
 
     weights: Path | None = None
@@ -76,15 +76,15 @@ class Wishes:
 
 
 def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset: Dataset, device: torch.device | str = "cpu") -> Given:
-    """The model that `target` names, in eval mode, on the device.
+    """Load the model that `target` names, in eval mode, onto the device.
 
     Args:
-        target: a folder with model.json; a timm name, with `weights`; or `module:function`, importable from here, whose call without
-            arguments returns a torch module.
+        target: a folder with model.json; a timm name, with `weights`; or `module:function`, importable from the current folder, which
+            returns a torch module when called without arguments.
         spec: `stem` and `options` of the timm model.
-        dataset: the prepared data, on which it will be measured.
+        dataset: the prepared data for the evaluation.
     Raises:
-        UserError: there is no such model, or it does not map the prepared images to a logit per class.
+        UserError: the model does not exist, or does not map the prepared images to one logit per class.
     """
     if (Path(target) / "model.json").is_file():
         given = _ours(Path(target), wishes, dataset)
@@ -105,10 +105,12 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
 def of_module(
     network: nn.Module, wishes: Wishes = Wishes(), *, name: str = "model", dataset: Dataset, device: torch.device | str = "cpu"
 ) -> Given:
-    """The same of a module in memory, which stays as it is but for eval mode, device and, of a network of ours, the layout of its weights.
+    """Wrap a torch module in memory for evaluation.
+
+    The module is switched to eval mode and moved to the device; a network of advml also gets the memory format of that device.
 
     Raises:
-        UserError: it does not map the images to a logit per class.
+        UserError: the module does not map the images to one logit per class.
     """
     ours = isinstance(network, Network)
     given = Given(name, place(network, device) if ours else network, _digest(network), {"module": type(network).__qualname__})
@@ -116,7 +118,7 @@ def of_module(
 
 
 def _fitted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
-    """The model as it will be measured."""
+    """Move the model to the device, adapt it to the data where needed, and record its behaviour."""
     given = _placed(given, device)
     if given.constants is not None and "folder" not in given.origin:
         given = _adapted(given, wishes, dataset, device)
@@ -124,8 +126,10 @@ def _fitted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device
 
 
 def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
-    """A network that we have trained or imported; logits of the same classes in another order are put into the data's, in the classifier
-    itself. Of an imported one the normalisation is what somebody has said."""
+    """Load a network that advml has trained or imported, with the classifier's rows permuted to the data's order of classes.
+
+    `constants` is set for imported models only, whose normalisation was given by the user.
+    """
     record, network = read_record(folder), load_classifier(folder)
     name, data = Path(os.path.abspath(folder)).name, record.get("data", {}).get("digest")
     classes, remarks = class_names.read(wishes.classes, dataset.classes) if wishes.classes is not None else record.get("classes"), []
@@ -139,7 +143,7 @@ def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
         shapes = [" x ".join(map(str, shape)) for shape in (theirs, dataset.shape)]
         remarks.append(f"{name} was trained on {shapes[0]} images; those of the prepared data are {shapes[1]}")
     if data and data != dataset.digest:
-        remarks.append(f"{name} was trained on other data: test images may be among those it has learnt from")
+        remarks.append(f"{name} was trained on other data, which may contain test images of this study")
     names = tuple(classes) if classes else None
     expects = Constants(network.architecture.mean, network.architecture.std) if "origin" in record else None
     about = {"constants": expects, "classes": names, "remarks": tuple(remarks)}
@@ -165,10 +169,10 @@ def _timm(name: str, file: Path, spec: config.Model, dataset: Dataset) -> Given:
 
 
 def from_function(target: str) -> Given:
-    """What `module:function` returns, as it is.
+    """Call `module:function` and return its model, without adaptation.
 
     Raises:
-        UserError: nothing, or no module that can be used.
+        UserError: the call fails, or does not return a torch module with initialised parameters.
     """
     module, _, function = target.partition(":")
     here = str(Path.cwd())
@@ -176,8 +180,8 @@ def from_function(target: str) -> Given:
     try:
         make: Callable[[], Any] = getattr(importlib.import_module(module), function)
         network = make()
-    except (Exception, SystemExit) as error:  # somebody's code may fail in any way; it is no failure of ours
-        where = f" (it may lie in {here})" if isinstance(error, ModuleNotFoundError) else ""
+    except (Exception, SystemExit) as error:  # third-party code may raise anything, and that is a mistake of its author
+        where = f" (modules are also looked for in {here})" if isinstance(error, ModuleNotFoundError) else ""
         raise UserError(f"{target} gives no model: {type(error).__name__}: {' '.join(str(error).split())}{where}") from None
     finally:
         sys.path.remove(here)
@@ -187,21 +191,21 @@ def from_function(target: str) -> Given:
         raise UserError(f"{target} returns a model with uninitialised parameters; call it on some images before it is returned")
     if any(isinstance(value, Tensor) and value.is_meta for value in network.state_dict().values()):
         raise UserError(f"{target} returns a model whose parameters have no values (device meta); load its weights before it is returned")
-    origin = {"function": target, "mode": "training" if network.training else "eval"}  # that it came in; it is measured in eval mode
+    origin = {"function": target, "mode": "training" if network.training else "eval"}  # it is evaluated in eval mode
     return Given(target.replace(":", "-").replace(".", "-"), network, _digest(network), origin, constants=NONE)
 
 
 def _placed(given: Given, device: torch.device | str) -> Given:
-    """In eval mode, on the device."""
+    """Switch the model to eval mode and move it to the device."""
     try:
         given.network.eval()
         return replace(given, network=given.network.to(device))
-    except Exception as error:  # of somebody's code, or weights that lie nowhere (meta)
+    except Exception as error:  # raised by third-party code, or for weights without values (device meta)
         raise UserError(f"{given.name} cannot be moved to {device}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _adapted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
-    """Somebody's module behind what it lacks, which goes into the record."""
+    """Wrap a third-party module with normalisation, class order and other adaptations, and add these to the record."""
     known = KNOWN | {"data": Constants(dataset.mean, dataset.std)} | ({"timm": given.constants} if "timm" in given.origin else {})
     channels, name = dataset.shape[0], given.origin.get("function", given.name)
     before = (constants(wishes.mean, wishes.std, known=known, channels=channels) or given.constants).of_channels(channels)
@@ -227,21 +231,21 @@ def _digest(network: nn.Module) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """Also of a single number, such as a batch norm's count of batches."""
+    """Bytes of a tensor of any shape, scalars included (such as a batch norm's count of batches)."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _behaviour(given: Given, dataset: Dataset, device: torch.device | str) -> str:
-    """A digest of the logits of two images: the same weights under other code are another model.
+    """Digest of the logits of two images, which tells apart models with equal weights and different code.
 
     Raises:
-        UserError: the model does not take the images, or gives no logit per class.
+        UserError: the model does not accept the images, or does not return one logit per class.
     """
     images = (dataset.test.images[:2].float() / 255).to(device)
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             logits = given.network(images)
-    except UserError:  # of somebody's code: it says so itself
+    except UserError:  # raised by the adapter, with a message of its own
         raise
     except Exception as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A published checkpoint as a network of ours: its stem, channels and branches found by shape, its head, its normalisation."""
+"""Convert a published checkpoint to a `Network`: stem, channels and batch-norm branches by shape, classifier, normalisation."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def network_of(
     given: Constants | None = None,
     without: Sequence[str] = (),
 ) -> tuple[Network, Converted]:
-    """Build the one network that a checkpoint fits, and fill it.
+    """Build the network that a checkpoint fits, and load its weights.
 
     Args:
-        tensors: by the checkpoint's names; `file`, where they are from, for errors.
+        tensors: by the checkpoint's names; `file`: their file, for errors.
         backbone: a timm name.
-        image_size: in pixels, of the images that it will get.
+        image_size: side in pixels of the input images.
         stem: "small" or "native"; None: the one that fits.
         options: further keyword arguments of `timm.create_model`.
-        given: the normalisation that it expects; None: what its buffers hold, else none.
+        given: the normalisation that it expects; None: that of the checkpoint's buffers, else none.
         without: patterns of names to leave out.
     Raises:
-        UserError: no such network has a use for every tensor and finds every weight, or both stems do.
+        UserError: no network has a use for every tensor and gets every weight, or both stems do.
     """
     two, found, faults = two_branches(tensors), [], []
     for architecture, encoder, width in _candidates(backbone, image_size, stem, options or {}):
@@ -53,9 +53,9 @@ def network_of(
         except Unaccounted as error:
             faults.append((error.count, f"{_described(architecture)} ({error})"))
     if not found:
-        raise UserError(f"{file} does not fit {min(faults)[1]}; name what is to be left out: --without PATTERN")
+        raise UserError(f"{file} does not fit {min(faults)[1]}; leave tensors out with: --without PATTERN")
     if len(found) > 1:
-        raise UserError(f"{file} fits {' and '.join(_described(one) for one, _ in found)} alike; say which: --stem small or --stem native")
+        raise UserError(f"{file} fits {' and '.join(_described(one) for one, _ in found)}; choose: --stem small or --stem native")
     architecture, converted = found[0]
     constants = _agreed(file, converted.constants, given).of_channels(architecture.channels)
     classes = len(converted.classifier["weight"]) if converted.classifier else None
@@ -67,7 +67,7 @@ def network_of(
 
 
 def _candidates(backbone: str, image_size: int, stem: str | None, options: dict[str, Any]) -> Iterator[tuple[Architecture, nn.Module, int]]:
-    """What the checkpoint could be of, with encoder (without memory) and width; stems that this backbone does not have are passed over."""
+    """Yield possible architectures, each with its encoder (on the meta device) and width; stems that the backbone lacks are skipped."""
     usual = {"options": options, "projection_size": None, "normalize_logits": False, "dual_batch_norm": False, "classes": None}
     refusals = []
     for one, channels in product(STEMS if stem is None else (stem,), (3, 1)):
@@ -89,7 +89,7 @@ def _described(architecture: Architecture) -> str:
 
 
 def _agreed(file: Path, held: Constants | None, given: Constants | None) -> Constants:
-    """The normalisation of the file and the one that is asked for must be the same where there are both."""
+    """Normalisation of the file or of the user; raises UserError if both exist and differ."""
     if held is not None and given is not None and held != given.of_channels(len(held.mean)):
-        raise UserError(f"{file} holds the normalisation mean {held.mean}, std {held.std}; leave --mean and --std out")
+        raise UserError(f"{file} contains the normalisation mean {held.mean}, std {held.std}; leave out --mean and --std")
     return held or given or NONE

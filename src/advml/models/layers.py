@@ -1,4 +1,4 @@
-"""Layers that training treats apart: dual batch norms, batch norms in general, blocks by their depth."""
+"""Layers with special treatment in training: dual batch norms, batch norms in general, blocks by depth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class DualBatchNorm(nn.Module):
-    """Two sets of statistics: one for clean batches, one for adversarial batches and for inference (Xie et al. 2020)."""
+    """Batch norm with two sets of statistics: for clean batches, and for adversarial batches and inference (Xie et al. 2020)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def dual(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def clean_statistics(network: nn.Module) -> Iterator[None]:
-    """Within: dual batch norms use (and update) the clean statistics. Nothing to do for single ones."""
+    """Context manager: dual batch norms use (and update) the clean statistics; single ones are unaffected."""
     duals = [module for module in network.modules() if isinstance(module, DualBatchNorm)]
     for module in duals:
         module.use_clean = True
@@ -46,7 +46,7 @@ def clean_statistics(network: nn.Module) -> Iterator[None]:
             module.use_clean = False
 
 
-# By kind and by depth.
+# Layers by kind and by depth
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
@@ -55,15 +55,15 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 
 
 def knows_blocks(encoder: nn.Module) -> bool:
-    """Whether timm can tell the blocks of this encoder, as `depths` needs."""
+    """Whether timm defines the blocks of this encoder, as needed by `depths`."""
     return hasattr(encoder, "group_matcher")
 
 
 def depths(encoder: nn.Module) -> dict[nn.Parameter, int]:
-    """How far from the top each parameter of a timm encoder lies: 1 in its last block (and what follows it), more below.
+    """Depth from the top of each parameter of a timm encoder: 1 in its last block (and layers after it), more in earlier blocks.
 
-    Blocks are timm's own: residual blocks, transformer layers; stem and embeddings lie at the bottom.
+    Blocks are defined by timm: residual blocks, transformer layers; stem and embeddings come first.
     """
-    blocks = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)  # name -> number, from the bottom
+    blocks = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)  # name -> block number, from the input
     top = max(blocks.values(), default=0)
     return {parameter: 1 + top - blocks[name] for name, parameter in encoder.named_parameters()}

@@ -1,4 +1,4 @@
-"""Passes a batch through an encoder in parts, so that memory holds the activations of one part; losses see the whole batch."""
+"""Pass a batch through an encoder in parts, to save memory of activations; losses use the whole batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from advml.models.layers import DualBatchNorm, batch_norms
 
 
 def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, layers: nn.Module) -> Tensor:
-    """Features (N, D) of images (N, C, H, W), `size` at a time; a backward pass computes each part's activations again.
+    """Features (N, D) of images (N, C, H, W), `size` at a time; the backward pass recomputes each part's activations.
 
-    So a contrastive loss of thousands of images costs the memory of `size`, and a second forward pass (Gao et al. 2021, GradCache). Batch
-    norms in train mode see `size` images at a time, and count them once. Parts are alike in size. Where a batch norm is in train mode they
-    have two images at least, as it cannot normalise a single value: of three images at size 2 there is one part.
+    So a contrastive loss of thousands of images needs the memory of `size` images, and a second forward pass (Gao et al. 2021, GradCache).
+    Batch norms in train mode see `size` images at a time, and update their statistics once. Parts have nearly equal sizes; if a batch norm
+    is in train mode, at least two images, because it cannot normalise a single value: three images at size 2 are one part.
 
     Args:
         encode: maps images to features.
@@ -33,7 +33,7 @@ def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, l
 
 
 class InParts(nn.Module):
-    """A module of images that gets `size` of them at a time."""
+    """Wrapper that passes images through a module `size` at a time."""
 
     def __init__(self, module: nn.Module, size: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ _recomputing = 0
 
 
 def recomputing() -> bool:
-    """Whether a part passes the encoder for the second time."""
+    """Whether the current pass recomputes a part for the backward pass."""
     return _recomputing > 0
 
 
@@ -55,7 +55,7 @@ Modes = tuple[dict[nn.Module, bool], dict[DualBatchNorm, bool]]
 
 
 def _modes(layers: nn.Module) -> Modes:
-    """Batch norms that are in train mode, and the sides that dual ones use."""
+    """Batch norms in train mode, and the statistics that dual ones use."""
     duals = {layer: layer.use_clean for layer in layers.modules() if isinstance(layer, DualBatchNorm)}
     return {layer: layer.training for layer in batch_norms(layers)}, duals
 
@@ -69,7 +69,7 @@ def _set(modes: Modes) -> None:
 
 @contextlib.contextmanager
 def _again(layers: nn.Module, modes: Modes) -> Iterator[None]:
-    """Within: batch norms are in the modes of the first pass, and their statistics stay."""
+    """Context manager: batch norms are in the modes of the first pass, and do not update their statistics."""
     now, learning = _modes(layers), [layer for layer, training in modes[0].items() if training and layer.track_running_stats]
     momentum, counts = [layer.momentum for layer in learning], [layer.num_batches_tracked.clone() for layer in learning]
     global _recomputing

@@ -1,6 +1,6 @@
 """Networks: Normalize -> timm encoder -> heads. Images live in [0, 1]; normalisation is the first layer.
 
-So epsilon means the same thing in every file, and an exported model attacks correctly in anyone's tool.
+So epsilon has the same meaning in every file, and exported models can be attacked correctly with other tools.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from advml.models.layers import batch_norms, dual
 from advml.models.memory_format import memory_format
 from advml.models.micro_batches import in_parts
 
-CPU = torch.device("cpu")  # where weights are drawn
+CPU = torch.device("cpu")  # device on which random weights are drawn
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Architecture:
     projection_size: int | None  # outputs of the projection head; None: no projection head
     normalize_logits: bool
     dual_batch_norm: bool
-    averaged_crops: int = 1  # over whose features the classifier's are averaged; 1: the image itself
+    averaged_crops: int = 1  # number of crops over which the classifier's features are averaged; 1: the image itself
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel. The constants are buffers: they travel with the weights."""
+    """Normalisation layer: (x - mean) / std per channel. The constants are buffers, saved with the weights."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class Network(nn.Module):
         encoder, width = create_encoder(a.backbone, stem=a.stem, channels=a.channels, image_size=a.image_size, options=a.options)
         self.encoder = dual(encoder) if a.dual_batch_norm else encoder
         self.memory_format = memory_format(self.encoder)
-        self.compiled = False  # whether the encoder runs as torch.compile makes it, at the first images of each shape and mode
-        self.micro_batch: int | None = None  # images that pass the encoder at once; None: all
+        self.compiled = False  # whether torch.compile compiles the encoder, at the first images of each shape and mode
+        self.micro_batch: int | None = None  # images per pass of the encoder; None: all
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -86,11 +86,11 @@ class Network(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the network is for."""
+        """(C, H, W) of the input images."""
         return self.architecture.channels, self.architecture.image_size, self.architecture.image_size
 
     def attach_classifier(self, classes: int, *, seed: int) -> None:
-        """Put a fresh linear classifier on the encoder; its weights depend on `seed` alone."""
+        """Add a new linear classifier to the encoder; its weights depend only on `seed`."""
         self.architecture = replace(self.architecture, classes=classes)
         with own_randomness(seed, CPU):
             self.classifier = nn.Linear(self.width, classes)
@@ -98,7 +98,7 @@ class Network(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Encoder output (N, D)."""
         images = self.normalize(images)
-        if self.memory_format is torch.contiguous_format:  # clone: strides of one channel fit both layouts, others would keep them
+        if self.memory_format is torch.contiguous_format:  # clone, because the strides of one-channel images are valid in both formats
             images = images.clone(memory_format=self.memory_format)
         encode = partial(_compiled if self.compiled else _encode, self.encoder)
         if self.micro_batch is None or len(images) <= self.micro_batch:
@@ -106,7 +106,7 @@ class Network(nn.Module):
         return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, K); of unit length under `normalize_logits`, as in the paper's protocol."""
+        """Logits (N, K) of features (N, D); of unit length if `normalize_logits`, as in the paper's protocol."""
         logits = self.classifier(features)
         return F.normalize(logits.float(), dim=1) if self.architecture.normalize_logits else logits
 
@@ -115,7 +115,7 @@ class Network(nn.Module):
         return F.normalize(self.projection_head(self.features(images)).float(), dim=1)
 
     def classifier_features(self, images: Tensor) -> Tensor:
-        """What the classifier gets (N, D): features of the images, or their mean over fixed crops, through which gradients pass."""
+        """Input of the classifier (N, D): features of the images, or their (differentiable) mean over fixed crops."""
         if (count := self.architecture.averaged_crops) == 1:
             return self.features(images)
         return self.features(torch.cat(five_crops(images))).unflatten(0, (count, -1)).mean(0)
@@ -124,7 +124,7 @@ class Network(nn.Module):
         return self.classify(self.classifier_features(images))
 
     def run_all(self, images: Tensor) -> None:
-        """One pass of the encoder and of every head that there is: for those who watch the layers."""
+        """Run the encoder and all heads, to record activations."""
         features = self.features(images)
         for head in (self.projection_head, self.classifier):
             if head is not None:
@@ -132,7 +132,7 @@ class Network(nn.Module):
 
 
 def five_crops(images: Tensor) -> list[Tensor]:
-    """Centre and corners of the images (N, C, H, W), of three quarters of their side, at the size of the images."""
+    """Crop centre and corners of the images (N, C, H, W), with three quarters of their side, enlarged to the size of the images."""
     size = images.shape[-2:]
     height, width = (max(1, 3 * side // 4) for side in size)
     bottom, right = size[0] - height, size[1] - width
@@ -145,24 +145,24 @@ def _encode(encoder: nn.Module, images: Tensor) -> Tensor:
     return encoder(images)
 
 
-# A function of the encoder, so that a copy of a network runs with its own weights. Shapes are fixed: graphs for any size are slower.
+# Compiles a function of the encoder, so that a copy of a network uses its own weights; with static shapes, which are faster.
 _compiled = torch.compile(_encode, dynamic=False)
 
 
 def build(architecture: Architecture, *, seed: int) -> Network:
-    """A network with random weights that depend on `seed` alone; the global RNG is left as it was."""
+    """Build a network with random weights that depend only on `seed`; the global RNG is not changed."""
     with own_randomness(seed, CPU):
         return Network(architecture)
 
 
 @contextlib.contextmanager
 def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
-    """Within: the network's parameters take no gradient. After: everything is as it was.
+    """Context manager for attacks: parameters are frozen and dropout is off inside; everything is restored afterwards.
 
-    In mode "eval" batch-norm statistics cannot move. Mode "train", the paper's protocol, leaves batch norms as they are:
-    of a network that learns they move, of a frozen encoder or a network in validation they do not. Dropout and stochastic
-    depth are off in both: an attack draws from its own generator alone. Batch norms that cannot move are `folded`, in a `Network`:
-    of anyone else's module nothing is known. A compiled encoder would be compiled again for every folding.
+    In mode "eval", batch-norm statistics are constant. In mode "train", the paper's protocol, batch norms keep their modes: they update in
+    a network under training, but not in a frozen encoder or in validation. Dropout and stochastic depth are off in both modes, so that
+    an attack uses no random numbers but its own. Constant batch norms of a `Network` are `folded`, unless its encoder is compiled, which
+    would have to be repeated for every folding.
     """
     modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -183,10 +183,10 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
 
 
 def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
-    """Write model.safetensors and model.json into `folder`; return the sha256 of the weights."""
+    """Write model.safetensors and model.json into `folder`; returns the sha256 of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
-    # clone: tensors of one storage (views, tied weights) are refused by safetensors
+    # clone, because safetensors refuses tensors that share storage (views, tied weights)
     weights.write_bytes(safetensors.torch.save({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}))
     digest = sha256(weights)
     record = {**record, "architecture": asdict(network.architecture), "digest": digest}
@@ -195,15 +195,15 @@ def save(network: Network, folder: Path, record: dict[str, Any]) -> str:
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """model.json of a model's folder, or a UserError that says how to get the model."""
+    """Read model.json of a model's folder; raises UserError with the way to get the model if it is missing."""
     folder = Path(folder)
     if not (folder / "model.json").exists():
-        raise UserError(f"{folder} holds no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull")
+        raise UserError(f"{folder} contains no model (model.json is missing); train it with: dvc repro, or fetch it with: dvc pull")
     return read_json(folder / "model.json", remedy="restore it with: dvc checkout, or train it again with: dvc repro")
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds a model.json and the weights that it describes."""
+    """Whether `folder` contains a model.json and the weights that it describes."""
     try:
         return sha256(folder / "model.safetensors") == read_record(folder).get("digest")
     except (OSError, UserError):
@@ -211,14 +211,14 @@ def is_whole(folder: Path) -> bool:
 
 
 def load_classifier(folder: str | Path) -> Network:
-    """`load`, for those who want logits.
+    """Load a network (see `load`), which must have a classifier.
 
     Raises:
-        UserError: also if the network has no classifier.
+        UserError: it cannot be loaded, or has no classifier.
     """
     network = load(folder)
     if network.classifier is None:
-        raise UserError(f"{folder} holds a pretrained encoder, no classifier; choose a model of {Workspace().models}")
+        raise UserError(f"{folder} contains a pretrained encoder without classifier; choose a model of {Workspace().models}")
     return network
 
 
@@ -226,7 +226,7 @@ def load(folder: str | Path) -> Network:
     """Rebuild a network from model.json and model.safetensors; every tensor must match.
 
     Raises:
-        UserError: the folder holds no model, or its files are damaged or do not fit together.
+        UserError: the folder contains no model, or its files are damaged or do not match each other.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -240,6 +240,6 @@ def load(folder: str | Path) -> Network:
     except (KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{folder} holds no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro"
+            f"{folder} contains no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro"
         ) from None
     return network

@@ -1,4 +1,4 @@
-"""Normalisation constants: those that published models expect, and reading them from a command line."""
+"""Normalisation constants of published models, and their notation on the command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from advml.core.errors import UserError
 
 
 class Constants(NamedTuple):
-    """A model expects (x - mean) / std per channel, of images x in [0, 1]."""
+    """Normalisation that a model expects: (x - mean) / std per channel, for images x in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def of_channels(self, channels: int) -> Constants:
-        """One number per channel. Published constants are of RGB; for images of other channels their mean is taken."""
+        """Constants with one number per channel; for images that are not RGB, the mean of published RGB constants."""
         return Constants(*(values if len(values) == channels else (sum(values) / len(values),) * channels for values in self))
 
 
@@ -38,29 +38,30 @@ KNOWN: dict[str, Constants] = {
 
 
 def published(network: nn.Module) -> Constants:
-    """Of a timm network's pretrained weights; ImageNet's where timm names none."""
+    """Constants published for a timm network's pretrained weights; those of ImageNet if timm has none."""
     return Constants(*(tuple(network.default_cfg.get(key) or usual) for key, usual in KNOWN["imagenet"]._asdict().items()))
 
 
 def constants(mean: str | None, std: str | None, *, known: Mapping[str, Constants], channels: int) -> Constants | None:
-    """What `--mean` and `--std` ask for, a number per channel; None if neither is given.
+    """Constants from `--mean` and `--std`, with a number per channel; None if neither is given.
 
-    Each is a name among `known`, one number, or one per channel ("0.485, 0.456, 0.406"). A name stands for both constants where the other
+    Each option is a name among `known`, one number, or one per channel ("0.485, 0.456, 0.406"). A name sets both constants if the other
     option is not given.
 
     Raises:
-        UserError: an unknown name, a wrong number of numbers, one that no images in [0, 1] have, or numbers of one constant alone.
+        UserError: a name is unknown, the number of values is wrong, a value is impossible for images in [0, 1], or only one constant is
+            given as numbers.
     """
     if mean is None and std is None:
         return None
     texts = {"--mean": std if mean is None else mean, "--std": mean if std is None else std}
     if None in (mean, std) and texts["--mean"] not in known:
         has, lacks = ("--mean", "--std") if std is None else ("--std", "--mean")
-        raise UserError(f"{has} {texts[has]} needs {lacks} beside it, or name both at once: {', '.join(known)}")
+        raise UserError(f"{has} {texts[has]} needs {lacks} as well, or a name that sets both: {', '.join(known)}")
     return Constants(*(_values(option, texts[option], known=known, channels=channels) for option in texts))
 
 
-# Option -> whether images in [0, 1] can have such a constant.
+# Option -> whether a constant is possible for images in [0, 1].
 POSSIBLE = {"--mean": lambda value: 0 <= value <= 1, "--std": lambda value: 0 < value <= 1}
 
 
@@ -72,11 +73,11 @@ def _values(option: str, text: str, *, known: Mapping[str, Constants], channels:
     except ValueError:
         close = get_close_matches(text, known, n=1)
         meant = f"did you mean {close[0]}? C" if close else "c"
-        raise UserError(f"{option} {text!r} is no number and no name; {meant}hoose from {', '.join(known)}") from None
+        raise UserError(f"{option} {text!r} is neither a number nor a known name; {meant}hoose from {', '.join(known)}") from None
     if len(values) not in (1, channels):
         raise UserError(
             f"{option} {text!r} has {len(values)} numbers, but images have {channels} channels; give one number, or one per channel"
         )
     if not all(map(POSSIBLE[option], values)):
-        raise UserError(f"{option} {text!r} is of no images in [0, 1]; constants of grey levels from 0 to 255 are to be divided by 255")
+        raise UserError(f"{option} {text!r} is impossible for images in [0, 1]; divide constants for grey levels from 0 to 255 by 255")
     return values * (channels // len(values))

@@ -1,4 +1,4 @@
-"""What MLflow calls to load a classifier of its store: weights by path and sha256, no pickle.
+"""Loader that MLflow calls for a classifier in its registry: finds weights by path and sha256, without pickle.
 
 >>> model = mlflow.pyfunc.load_model("models:/advml@best")
 >>> logits = model.predict(images)     # (N, K) of a float array (N, C, H, W) in [0, 1]
@@ -18,7 +18,7 @@ from advml.models.network import Network, is_whole, load_classifier, read_record
 
 
 class Classifier:
-    """What `mlflow.pyfunc` wraps."""
+    """Classifier with the interface that `mlflow.pyfunc` wraps."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -31,10 +31,10 @@ class Classifier:
 
 
 def _load_pyfunc(path: str) -> Classifier:
-    """The classifier of a weights.json (`path`, `root`, `sha256`): in the study that has logged it, or at that path below this folder.
+    """Load the classifier of a weights.json (`path`, `root`, `sha256`) from the study that has logged it, or from that path below here.
 
     Raises:
-        UserError: neither holds the weights of this sha256.
+        UserError: neither place has weights with this sha256.
     """
     weights = read_json(Path(path), needs=("path", "root", "sha256"), remedy="rebuild the run with: advml sync")
     for root in (weights["root"], Path.cwd()):
@@ -42,4 +42,4 @@ def _load_pyfunc(path: str) -> Classifier:
         if is_whole(folder) and read_record(folder)["digest"] == weights["sha256"]:
             return Classifier(load_classifier(folder).eval())
     told = f"no {weights['path']} with weights of sha256 {weights['sha256'][:16]} in {weights['root']} or here"
-    raise UserError(f"{told}; fetch them with: dvc pull {weights['path']}, in a checkout of the commit that the model's run names")
+    raise UserError(f"{told}; in a checkout of the commit named in the model's run, fetch them with: dvc pull {weights['path']}")

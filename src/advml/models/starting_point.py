@@ -1,4 +1,4 @@
-"""`model.init`: weights that a pretraining starts from, of a model's folder or a safetensors file, instead of random ones."""
+"""`model.init`: start a pretraining from the weights of a model's folder or a safetensors file instead of random ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from advml.models.weights import read as read_weights
 
 @dataclass(frozen=True, eq=False)
 class StartingPoint:
-    """Weights by the names of their file, its sha256, and model.json if they are of a model's folder."""
+    """Weights by their names in the file, the file's sha256, and the content of model.json (empty for a bare safetensors file)."""
 
     path: str
     digest: str  # sha256
@@ -30,10 +30,10 @@ class StartingPoint:
 
 
 def read(init: str) -> StartingPoint:
-    """What `model.init` names.
+    """Read the weights that `model.init` names.
 
     Raises:
-        UserError: there is no such folder or file, it is damaged, or a pickle.
+        UserError: the folder or file does not exist, is damaged, or is a pickle.
     """
     path, digest, record = given_path(init), init_digest(init), {}
     if path.is_dir():
@@ -45,12 +45,13 @@ def read(init: str) -> StartingPoint:
 
 
 def start_from(network: Network, start: StartingPoint, *, classes: Sequence[str]) -> dict[str, Any]:
-    """Fill the encoder, strictly; also each head of the network that the file has in its shape. Returns what was taken, for the record.
+    """Load the weights of a starting point into a network; returns the names of the loaded parts, for the record.
 
-    The normalisation comes along. A classifier is taken only where the file's model tells the same classes apart, in the same order.
+    The encoder must fit exactly. The normalisation is taken over if the file has one, the projection head if its shape matches, the
+    classifier if shape and class names (in order) match.
 
     Raises:
-        UserError: it is of another architecture; the key of `model`, or the names of the weights, are told.
+        UserError: the architecture differs; names the key of `model` or the weights.
     """
     architecture, theirs = network.architecture, start.record.get("architecture", {})
     for key in ("backbone", "stem", "options"):
@@ -70,7 +71,7 @@ def start_from(network: Network, start: StartingPoint, *, classes: Sequence[str]
             getattr(network.normalize, name).copy_(torch.tensor(values).view(1, -1, 1, 1))
         taken.append("normalization")
     else:
-        tell(f"warning: model.init = {start.path} holds no normalisation; that of the data is used: advml import --mean sets another one")
+        tell(f"warning: model.init = {start.path} has no normalisation; that of the data is used; to set another, use: advml import --mean")
     heads = {"projection_head": {name: start.tensors[name] for name in found.left_out if name.startswith("projection_head.")}}
     if list(start.record.get("classes", ())) == list(classes):
         heads["classifier"] = {f"classifier.{name}": value for name, value in found.classifier.items()}

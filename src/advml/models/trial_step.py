@@ -1,4 +1,4 @@
-"""A trial step before training."""
+"""Check by a trial step that a network can be trained."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from advml.models.network import Network
 
 
 def try_step(network: Network, *, count: int, cpu_bfloat16: bool = False) -> None:
-    """One attacked training step of a copy: forward in train mode, gradients with respect to the images and to the weights.
+    """Try one adversarial training step on a copy: forward in train mode, gradients with respect to images and weights.
 
     Args:
-        count: images in the smallest batch of the training, at least 1.
-        cpu_bfloat16: whether the training computes in bfloat16 on a CPU.
+        count: images in the smallest training batch, at least 1.
+        cpu_bfloat16: whether training computes in bfloat16 on a CPU.
     Raises:
-        UserError: some layer does not work in it, such as a batch norm that gets one value per channel, or computes wrong gradients.
+        UserError: a layer fails, such as a batch norm with one value per channel, or computes wrong gradients.
     """
     device = next(network.parameters()).device
     images = torch.full((count, *network.image_shape), 0.5, device=device, requires_grad=True)
@@ -35,7 +35,7 @@ def try_step(network: Network, *, count: int, cpu_bfloat16: bool = False) -> Non
             features = tried.features(images)
             outputs = [head(features) for head in (tried.projection_head, tried.classifier) if head is not None]
             torch.autograd.grad(sum(output.square().sum() for output in outputs), wanted, allow_unused=True)
-    except Exception as error:  # timm's networks fail in their own ways
+    except Exception as error:  # timm's networks raise various errors
         architecture = network.architecture
         shape = " x ".join(map(str, images.shape))
         more = "; use a batch_size of 2 or more, or larger images" if count == 1 else ""
@@ -45,12 +45,15 @@ def try_step(network: Network, *, count: int, cpu_bfloat16: bool = False) -> Non
         ) from None
     if cpu_bfloat16 and beyond:
         raise UserError(
-            f"runtime.precision = bf16: on CPUs, PyTorch computes wrong gradients of {beyond[0]}, whose input is narrower than its stride "
+            f"runtime.precision = bf16: on CPUs, PyTorch computes wrong gradients for {beyond[0]}, whose input is narrower than its stride "
             "at this image size; use fp32, model.stem = small, or larger images"
         )
 
 
 def _note_narrow(found: list[str], name: str, layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
-    """In bfloat16, oneDNN's weight gradients of such convolutions were infinite, or wrong by up to a factor of 10^7 (PyTorch 2.15)."""
+    """Hook that records convolutions whose input is narrower than their stride.
+
+    In bfloat16, oneDNN's weight gradients of these were infinite, or wrong by up to a factor of 10^7 (PyTorch 2.15).
+    """
     if any(side < stride for side, stride in zip(inputs[0].shape[-2:], layer.stride, strict=True)):
         found.append(name)

@@ -1,4 +1,4 @@
-"""Any network to look into: its name, the size of its images, and the normalisation that they get. Its outputs may be anything."""
+"""Load any network for a comparison of layers, with the size and normalisation of its images; its outputs may have any form."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from advml.models.memory_format import place
 from advml.models.network import load, read_record
 from advml.models.normalization import KNOWN, NONE, Constants, constants, published
 
-COMMON = (224, 32)  # pixels, tried where a network does not say what it takes
+COMMON = (224, 32)  # image sizes in pixels, tried for a network that does not state its own
 
 
 @dataclass(frozen=True, eq=False)
 class Viewed:
-    """A network, in eval mode.
+    """A network in eval mode, whose layers are compared.
 
     Attributes:
-        shape: (C, H, W) of the images that it is given.
+        shape: (C, H, W) of its input images.
         digest: sha256 of its weights.
-        origin: where it came from.
-        constants: of the normalisation that its images get; None: it normalises itself.
+        origin: folder, function or file that it was loaded from.
+        constants: mean and std by which images are normalised before the network; None: it normalises them itself.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Viewed:
     constants: Constants | None = None
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Images (n, C, H, W) in [0, 1], as the network takes them: normalised, in the type of its weights."""
+        """Convert images (n, C, H, W) in [0, 1] to the network's input: normalised, in the dtype of its weights."""
         if self.constants is None:
             return images
         mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in self.constants)
@@ -55,22 +55,23 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def is_folder(target: str) -> bool:
-    """Whether `target` of `view` names a model's folder, and neither a function nor weights of timm."""
+    """Whether `target` of `view` names a model's folder, as opposed to a function or a timm network."""
     return Path(target).exists() or not {":", "="} & set(target)
 
 
 def view(
     target: str, workspace: Workspace, *, shape: tuple[int, int, int] | None, mean: str | None, std: str | None, device: torch.device
 ) -> Viewed:
-    """The network that `target` names, on the device.
+    """Load the network that `target` names onto the device.
 
     Args:
         target: a model that advml has trained, by name or folder; `module:function`; or a timm name with its weights,
             resnet18=FILE.safetensors.
-        shape: of the study's images, for networks that do not say what they take; None: there are none.
-        mean, std: of the normalisation that networks of functions expect, see `normalization.constants`; a timm network knows its own.
+        shape: of the study's images, for networks that do not state their input size; None: no prepared images.
+        mean, std: of the normalisation that a network from a function expects, see `normalization.constants`; ignored for timm
+            networks, whose published constants are used.
     Raises:
-        UserError: there is no such network, or it fails on images of every size that was tried.
+        UserError: the network does not exist, or fails on images of every size that was tried.
     """
     if is_folder(target):
         folder = find_model(workspace, target)
@@ -89,7 +90,7 @@ def view(
 
 
 def _timm(name: str, file: str) -> Viewed:
-    """With as many outputs and input channels as the weights have."""
+    """Load a timm network, with as many outputs and input channels as the weights in the file have."""
     if not timm.is_model(name):
         raise UserError(f"there is no timm model {name!r}, as in {name}={file}")
     path = Path(file)
@@ -110,7 +111,7 @@ def _timm(name: str, file: str) -> Viewed:
 
 
 def _sizes(network: nn.Module, shape: tuple[int, int, int] | None) -> Sequence[int]:
-    """Pixels per side that the network may take, the likeliest first: its own word, the study's images, common sizes."""
+    """Image sizes to try, in pixels per side, the likeliest first: stated by the network, of the study's images, common ones."""
     config = getattr(network, "config", None)  # of Hugging Face
     said = (
         getattr(network, "image_size", None),  # of torchvision's transformers
@@ -123,7 +124,7 @@ def _sizes(network: nn.Module, shape: tuple[int, int, int] | None) -> Sequence[i
 
 
 def _sized(viewed: Viewed, sizes: Sequence[int], device: torch.device) -> Viewed:
-    """With the first size at which the network gives something."""
+    """Set `shape` to the first of the sizes at which the network runs without error."""
     reasons = []
     for size in sizes:
         shape = (viewed.shape[0], size, size)
@@ -131,6 +132,6 @@ def _sized(viewed: Viewed, sizes: Sequence[int], device: torch.device) -> Viewed
             with torch.no_grad(), own_randomness(0, device):
                 viewed.network(viewed.prepared(torch.full((2, *shape), 0.5, device=device)))
             return replace(viewed, shape=shape)
-        except Exception as error:  # somebody's code may fail in any way
+        except Exception as error:  # third-party code may raise anything
             reasons.append(f"{'x'.join(map(str, shape))}: {' '.join(str(error).split())[:100]}")
     raise UserError(f"{viewed.name} takes no images of the sizes tried ({'; '.join(reasons)}); give it an attribute image_size")

@@ -1,4 +1,4 @@
-"""Weights that others have saved, under the names of a network: read, stripped of a prefix, or refused by name. Only safetensors."""
+"""Load safetensors files of other projects into a network: removes a prefix of names, and refuses mismatches by name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
 
 
 def read(path: Path) -> bytes:
-    """The content of a safetensors file.
+    """Content of a safetensors file.
 
     Raises:
-        UserError: it cannot be read, or is of another format; of a pickle, which runs code when it is loaded, with the way to convert it.
+        UserError: the file cannot be read or has another format; for a pickle, which can run code, with the way to convert it.
     """
     try:
         content = path.read_bytes()
@@ -29,24 +29,24 @@ def read(path: Path) -> bytes:
     except SafetensorError as error:
         if path.suffix.lower() in PICKLES or content[:2] == b"PK" or content[:1] == b"\x80":
             raise UserError(how_to_convert(path)) from None
-        raise UserError(f"{path} is no safetensors file ({error}); write one with safetensors.torch.save_file") from None
+        raise UserError(f"{path} is not a safetensors file ({error}); write one with safetensors.torch.save_file") from None
     return content
 
 
 def how_to_convert(path: Path) -> str:
-    """One line on what to do with a file of torch.save."""
-    return f"a pickle can run code when it is opened and is not loaded here; convert it once: advml import {path} --backbone TIMM_NAME"
+    """Message on how to convert a file of torch.save."""
+    return f"a pickle can run code when it is opened, and is not loaded; convert it once with: advml import {path} --backbone TIMM_NAME"
 
 
 def fill(network: nn.Module, content: bytes) -> str:
-    """Load weights into a network; returns the prefix that their names had beyond the network's, mostly "".
+    """Load weights into a network; returns the prefix by which their names were longer than the network's, usually "".
 
     DataParallel, Lightning and others save a network as `module.fc.weight`, `model.module.fc.weight`, `state_dict.fc.weight`, ...
 
     Args:
         content: of a safetensors file.
     Raises:
-        ValueError: names or shapes are not the network's; the message names the first three of each kind.
+        ValueError: names or shapes differ from the network's; names the first three of each kind.
     """
     given, wanted = safetensors.torch.load(content), network.state_dict()
     prefix = prefix_of(given, wanted)
@@ -59,7 +59,7 @@ def fill(network: nn.Module, content: bytes) -> str:
 
 
 def prefix_of(names: Iterable[str], wanted: Iterable[str]) -> str:
-    """The beginning without which most names are wanted, the shortest of several; "" if none ever is. Only whole parts are cut off.
+    """Prefix whose removal makes most names match `wanted` (the shortest of several); "" if none does. Removes whole parts only.
 
     >>> prefix_of(["module.a.w", "module.b.w"], ["a.w", "b.w"])
     'module.'
@@ -70,14 +70,14 @@ def prefix_of(names: Iterable[str], wanted: Iterable[str]) -> str:
 
 
 def endings(name: str) -> list[str]:
-    """a.b.c -> a.b.c, b.c, c"""
+    """All endings of a dotted name: a.b.c -> a.b.c, b.c, c."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The first three names that are too many, missing, or of another shape; "" if there are none."""
-    counters = [name for name in wanted if name.endswith("num_batches_tracked")]  # older files lack them, and torch fills them in
+    """Message with the first three names that are surplus, missing, or of another shape; "" if there are none."""
+    counters = [name for name in wanted if name.endswith("num_batches_tracked")]  # missing in older files, and filled in by torch
     kinds = {
         "it has beyond the network": sorted(name for name in given if name not in wanted),
         "it lacks": [name for name in wanted if name not in given and name not in counters],

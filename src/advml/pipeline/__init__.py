@@ -1,1 +1,1 @@
-"""What the commands do: its stages (`stages/`), what they share, and how `advml repro` runs them."""
+"""Implementation of the commands: stages (`stages/`), their shared parts, and `advml repro`."""

@@ -1,6 +1,6 @@
-"""`compare` and `represent` of any networks: on the study's test images or a folder of photos, each network at its own size.
+"""Run `compare` and `represent` for any networks, on the study's test images or a folder of photos, each at its own image size.
 
-Clean images alone: an attack needs a classifier of the prepared data's classes. Probes need labels, and are left out too.
+Only clean images are used, because attacks need a classifier of the prepared data's classes; probes need labels, and are left out.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from advml.similarity.compare import Comparison, Panel, all_pairs
 from advml.similarity.layers import left_out
 from advml.similarity.represent import CLEAN, ESTIMATOR, View
 
-MOST = 2048  # photos
-SHOWN = 3  # names of modules that are left out
+MOST = 2048  # largest number of photos
+SHOWN = 3  # number of names in a note on modules left out
 
 
 def run(context: Context, targets: Sequence[str], *, images: Path | None, mean: str | None, std: str | None, out: Path) -> Comparison:
-    """Compare the layers of every network with those of every other one, or of a single one with its own; writes into `out`.
+    """Compare the layers of every pair of networks, or of a single network with itself; writes into `out`.
 
     Args:
         targets: see `view`.
         images: a folder of photos; None: the prepared test images.
         mean, std: see `view`.
     Raises:
-        UserError: a network or the images cannot be had, two networks have one name, or no network needs `mean` and `std`.
+        UserError: a network or the images cannot be loaded, two networks have the same name, or no network needs `mean` and `std`.
     """
     if (mean or std) and all(is_folder(target) or "=" in target for target in targets):
-        raise UserError(f"--mean and --std are for module:function, and {', '.join(targets)} know their normalisation; leave them out")
+        raise UserError(f"--mean and --std are for module:function; {', '.join(targets)} have a known normalisation; leave them out")
     spec, device = context.config.similarity, context.machine.device
     shape = None if images else context.dataset.shape
     viewed = [view(target, context.workspace, shape=shape, mean=mean, std=std, device=device) for target in targets]
     names = [each.name for each in viewed]
     if len(set(names)) < len(names):
-        raise UserError(f"networks need different names to be compared, these are {', '.join(names)}")
+        raise UserError(f"networks in a comparison need different names, but these are {', '.join(names)}")
     source = _Photos(images) if images else _Prepared(context)
     pixels = {each.shape[0::2]: source.read(*each.shape[0::2]) for each in viewed}
     kept = source.whole
@@ -77,16 +77,16 @@ def _view(viewed: Viewed, pixels: Tensor, context: Context) -> View:
 def _say_what_is_left_out(viewed: Viewed, images: Tensor) -> None:
     if missing := left_out(viewed.network, images):
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        tell(f"note: {viewed.name}: no value for each image, and so left out: {', '.join(missing[:SHOWN])}{more}")
+        tell(f"note: {viewed.name}: modules without one output per image are left out: {', '.join(missing[:SHOWN])}{more}")
 
 
 class _Photos:
-    """The images of a folder and its subfolders; of more than MOST a subset, the same every time."""
+    """Images of a folder and its subfolders; a fixed random subset if there are more than MOST."""
 
     def __init__(self, folder: Path) -> None:
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in pictures.SUFFIXES)
         if len(found) < SMALLEST_BATCH:
-            raise UserError(f"--images {folder} holds {len(found)} images; {SMALLEST_BATCH} or more are needed")
+            raise UserError(f"--images {folder} contains {len(found)} images; {SMALLEST_BATCH} or more are needed")
         if len(found) > MOST:
             tell(f"note: {MOST} of the {len(found)} images in {folder} are compared, drawn with seed 0")
             found = sorted(found[place] for place in torch.randperm(len(found), generator=generator_for("photos", 0))[:MOST])
@@ -102,12 +102,12 @@ class _Photos:
 
     @property
     def whole(self) -> list[int]:
-        """Places of those that could be read."""
+        """Indices of the images that could be read."""
         return [place for place in range(len(self.paths)) if place not in self.unreadable]
 
 
 class _Prepared:
-    """The study's test images, scaled to a network's size."""
+    """Test images of the study, scaled to a network's size."""
 
     def __init__(self, context: Context) -> None:
         self.images, self.digest = context.dataset.test.images, context.dataset.digest

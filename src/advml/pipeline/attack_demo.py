@@ -1,4 +1,4 @@
-"""What `advml attack IMAGE --model MODEL` draws: an adversarial example that explains itself."""
+"""Picture of one adversarial example, for `advml attack IMAGE --model MODEL`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from advml.training.losses import cross_entropy
 
 
 def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> str:
-    """Attack the image at `path` as `evaluate` would, write the picture to `out`, and say in a sentence what happened.
+    """Attack the image at `path` as `evaluate` would, write the picture to `out`, and return the result as a sentence.
 
     Args:
         context: gives the threat model, the attack's settings and the machine.
@@ -32,7 +32,7 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
         model: a model's name (CL-Full-AT-s0) or folder.
         out: a PNG file.
     Raises:
-        UserError: no such model or image, or `out` is no place for a PNG file.
+        UserError: model or image do not exist, or `out` is a folder or does not end in .png.
     """
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name the picture, e.g. --out {out / 'attack.png'}")
@@ -43,19 +43,19 @@ def attack_picture(context: Context, path: Path, *, model: str, out: Path) -> st
     architecture = network.architecture
     image = load_image(path, channels=architecture.channels, size=architecture.image_size, white=record.get("white_level"))
     adversary = evaluation_adversary(context.config.evaluate, context.config.threat_model)
-    classes = record.get("classes") or [str(number) for number in range(architecture.classes)]  # an imported one may not know their names
+    classes = record.get("classes") or [str(number) for number in range(architecture.classes)]  # imported models may lack class names
     figure, result = attack_figure(network, image, classes, adversary=adversary, seed=context.config.evaluate.seed)
     write_atomically(out, to_png(figure))
     return f"{result['headline']}: {result['size']}"
 
 
 def load_image(path: str | Path, *, channels: int, size: int, white: float | None = None) -> Tensor:
-    """An image file as a dataset would hold it: float (1, C, size, size) in [0, 1].
+    """Read an image file as `prepare` would: float (1, C, size, size) in [0, 1].
 
     Args:
-        white: value of white in an image of more than 8 bits, of the model's training data; None: by the image's own range.
+        white: value of white in images of more than 8 bits, as in the model's training data; None: from the image's own range.
     Raises:
-        UserError: if there is no such file, or it is no image.
+        UserError: the file does not exist or is not an image.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,19 +70,19 @@ def load_image(path: str | Path, *, channels: int, size: int, white: float | Non
 def attack_figure(
     network: nn.Module, image: Tensor, classes: list[str], *, adversary: Adversary, label: int | None = None, seed: int = 0
 ) -> tuple[Figure, dict[str, Any]]:
-    """Attack one image, untargeted (away from `label`, or from what the network takes it for), and draw what happened.
+    """Attack one image, untargeted (away from `label`, or from the network's prediction), and draw the result.
 
     Args:
         network: maps images (N, C, H, W) in [0, 1] to logits (N, K).
         image: (1, C, H, W) in [0, 1].
         classes: K names.
         adversary: threat model and attack.
-        label: the true class, if it is known.
+        label: number of the true class, if it is known.
         seed: of the random start.
     Returns:
         The figure, and a dict: `label`, `prediction_before`, `prediction_after` (names), `confidence_before`,
-        `confidence_after` (of those predictions), `linf`, `l2` (sizes of the perturbation), `success` (the prediction
-        was right, or the network's own, and is now another), `headline` and `size` (sentences).
+        `confidence_after` (of those predictions), `linf`, `l2` (norms of the perturbation), `success` (the prediction was `label`, if
+        one is given, and has changed), `headline` and `size` (sentences).
     """
     image = image.to(next((parameter.device for parameter in network.parameters()), image.device))
     before = _probabilities(network, image)
@@ -106,7 +106,7 @@ def attack_figure(
 
 @torch.no_grad()
 def _probabilities(network: nn.Module, image: Tensor) -> Tensor:
-    """(1, C, H, W) -> (K,), in eval mode; the network's mode stays."""
+    """Class probabilities (K,) of an image (1, C, H, W) in eval mode; restores the network's mode."""
     with under_attack(network):
         return network(image).float().softmax(1)[0]
 
@@ -121,5 +121,5 @@ def _headline(result: dict[str, Any]) -> str:
 
 
 def _size(norm: str, sizes: dict[str, float]) -> str:
-    """What the perturbation measures, in the threat model's norm and in words."""
+    """Size of the perturbation in the threat model's norm and in grey levels, as a phrase."""
     return f"{NORM_NAMES[norm]} size {sizes[norm]:.3g}, at most {255 * sizes['linf']:.3g} of 255 grey levels"

@@ -1,4 +1,4 @@
-"""`advml export MODEL`: a folder that plain timm and ONNX runtimes load, checked against the model on test images."""
+"""`advml export MODEL`: write a folder for timm and ONNX runtimes, and compare its outputs with the model's on test images."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from advml.data import prepared
 from advml.models import export
 from advml.models.network import Network, load
 
-CHECKED = 512  # test images, at most
+CHECKED = 512  # largest number of test images for the comparison
 
 
 @dataclass(frozen=True)
 class Exported:
     folder: Path
     files: tuple[str, ...]
-    lines: tuple[str, ...]  # of Python, that load it with timm
+    lines: tuple[str, ...]  # Python code that loads it with timm
     remarks: tuple[str, ...]
 
 
 def export_model(workspace: Workspace, model: str, out: Path | None = None) -> Exported:
-    """Write the folder anew; without a classifier features are exported, and no ONNX.
+    """Write the folder, replacing an earlier export; a model without classifier is exported as features, without ONNX.
 
     Raises:
-        UserError: there is no such model, or timm has no such classifier.
-        Failure: what was written gives other outputs than the model.
+        UserError: the model does not exist, or timm's network of this family has another kind of classifier.
+        Failure: the exported model gives other outputs than the model.
     """
     source = find_model(workspace, model)
     network = load(source).eval()
@@ -39,16 +39,16 @@ def export_model(workspace: Workspace, model: str, out: Path | None = None) -> E
     out = out or workspace.exported(source.name)
     there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     if others := sorted(there - export.FILES):
-        raise UserError(f"--out {out} holds {others[0]}, which is of no export and would be lost; give a new folder")
+        raise UserError(f"--out {out} contains {others[0]}, which does not belong to an export and would be lost; give a new folder")
     with replace_folder(out) as folder:
         lines = export.to_timm(network, folder, images)
         if network.classifier is None:
-            remarks.append(f"{source} has no classifier: timm's network gives features, and no ONNX was written")
+            remarks.append(f"{source} has no classifier: timm's network returns features, and no ONNX was written")
         else:
             remarks += _onnx(network, folder, images)
         files = tuple(sorted(path.name for path in folder.iterdir()))
     if network.architecture.normalize_logits:
-        remarks.append("timm's network gives logits before their normalisation to unit length: the same predictions, other confidences")
+        remarks.append("timm's network returns logits before their normalisation to unit length: same predictions, other confidences")
     return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), tuple(remarks))
 
 
@@ -61,8 +61,8 @@ def _onnx(network: Network, folder: Path, images: Tensor) -> list[str]:
 
 
 def _images(workspace: Workspace, network: Network) -> tuple[Tensor, list[str]]:
-    """Test images in [0, 1], or random ones where there are none of the network's shape."""
+    """Test images in [0, 1], or random ones if the prepared data have another shape; with notes for the user."""
     if workspace.prepared.is_dir() and (dataset := prepared.load(workspace.prepared)).shape == network.image_shape:
         return dataset.test.images[:CHECKED].float() / 255, []
     images = torch.rand(CHECKED // 16, *network.image_shape, generator=torch.Generator().manual_seed(0))
-    return images, [f"{workspace.prepared} holds no test images of this shape; the export was checked on random ones"]
+    return images, [f"{workspace.prepared} has no test images of this shape; the export was checked on random images"]

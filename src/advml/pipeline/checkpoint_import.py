@@ -1,4 +1,4 @@
-"""`advml import FILE --backbone NAME`: a published checkpoint becomes a model's folder, which holds no pickle."""
+"""`advml import FILE --backbone NAME`: convert a published checkpoint to a model's folder, without pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from advml.models.normalization import KNOWN, constants
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is known of a checkpoint beside its backbone. None: found in the file, or of the prepared data (`image_size`)."""
+    """The user's options on a checkpoint, besides its backbone. None: taken from the file, or from the prepared data (`image_size`)."""
 
     name: str | None = None
     stem: str | None = None
@@ -37,14 +37,14 @@ class Imported:
 
 
 def import_checkpoint(workspace: Workspace, file: Path, backbone: str, wishes: Wishes = Wishes()) -> Imported:
-    """Write `models/imported/<NAME>/` with model.safetensors and model.json, which says what each tensor of the file was used for.
+    """Write `models/imported/<NAME>/` with model.safetensors and model.json, which records the use of each tensor of the file.
 
     Raises:
-        UserError: the file cannot be read, or does not fit the backbone tensor by tensor; the names are told.
+        UserError: the file cannot be read, or a tensor does not fit the backbone; names the tensors.
     """
     name = checked_name(wishes.name or file.stem.replace(" ", "_"))
     if is_reserved(name):
-        raise UserError(f"{name} is a name of this study's own; choose another: --name")
+        raise UserError(f"the name {name} is reserved for models of this study; choose another with --name")
     tensors = read_checkpoint(file)
     given = constants(wishes.mean, wishes.std, known=KNOWN, channels=3)
     size = wishes.image_size or _size_of_data(workspace)
@@ -71,18 +71,18 @@ def import_checkpoint(workspace: Workspace, file: Path, backbone: str, wishes: W
 
 def _size_of_data(workspace: Workspace) -> int:
     if not workspace.prepared.is_dir():
-        raise UserError(f"the size of the images is not known, as {workspace.prepared} does not exist; say it: --image-size 32")
+        raise UserError(f"the image size is unknown, as {workspace.prepared} does not exist; add it, e.g. --image-size 32")
     return prepared.load(workspace.prepared).shape[1]
 
 
 def _remarks(file: Path, converted: Converted, *, normalized: bool) -> list[str]:
-    head = f"{converted.classifier_name} is its classifier" if converted.classifier else "no linear head on the features, an encoder alone"
+    head = f"{converted.classifier_name} is its classifier" if converted.classifier else "no linear head on the features: an encoder only"
     found = [f"{file}: {head}"]
     if converted.left_out:
         found.append(f"{file}: left out: {', '.join(dict.fromkeys(name.rpartition('.')[0] or name for name in converted.left_out))}")
     if not normalized:
         found.append(
-            f"{file} holds no normalisation: its images in [0, 1] go in as they are; if it was trained with one, import it again with "
+            f"{file} has no normalisation: images in [0, 1] are passed to it unchanged; if it was trained with one, import it again with "
             "--mean cifar10, --mean imagenet, ..."
         )
     return found

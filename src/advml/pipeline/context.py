@@ -1,4 +1,4 @@
-"""What every stage needs: configuration, folders, device, data."""
+"""Context of a stage: configuration, folders, device, data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from advml.models import network
 from advml.models.memory_format import place
 from advml.models.network import Network
 
-FEWEST = 4  # images that CKA's estimator needs
+FEWEST = 4  # least number of images for CKA's estimator
 
 
 @dataclass(frozen=True)
 class Context:
-    """Handed to every stage by the command line."""
+    """Configuration, folders, device and data, which the command line passes to every stage."""
 
     config: Config
     workspace: Workspace
@@ -42,16 +42,16 @@ class Context:
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        """The prepared data; values of params.yaml that do not fit them are refused now, and not after hours of training."""
+        """Prepared data; raises UserError if values of params.yaml do not fit them, before hours of training."""
         dataset = datasets.load(self.workspace.prepared, verified=self.workspace.verified)
         check_fit(self.config, dataset)
         return dataset
 
     def load_network(self, folder: Path) -> tuple[dict[str, Any], Network]:
-        """The record and, on the device, the network of a model trained on the prepared data.
+        """Record and network (on the device) of a model that was trained on the prepared data.
 
         Raises:
-            UserError: it was trained on other data: its training images may be among today's test images.
+            UserError: it was trained on other data, whose training images may be among the present test images.
         """
         record, here = network.read_record(folder), self.dataset.digest
         if (there := record.get("data", {}).get("digest")) != here:
@@ -59,19 +59,19 @@ class Context:
                 f"pretrain {record['scheme']} {record['phase']}" if "phase" in record else f"train {record['scheme']} {record['regime']}"
             )
             raise UserError(
-                f"{folder} was trained on other data ({str(there)[:16]}) than {self.workspace.prepared} holds ({here[:16]}); "
+                f"{folder} was trained on other data ({str(there)[:16]}) than those in {self.workspace.prepared} ({here[:16]}); "
                 f"run: dvc repro, or: advml {again} --seed {record['seed']}"
             )
         return record, place(network.load(folder), self.machine.device)
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences on the data, e.g. on identical images."""
+        """Notes on the data as sentences, e.g. on identical images."""
         return datasets.remarks(self.dataset)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a model was made from, for model.json."""
+        """Origin of a model (commit, data, ...), for model.json."""
         data = self.dataset
         counts = {name: len(split) for name, split in data.splits.items()}
         return {
@@ -84,7 +84,7 @@ class Context:
         }
 
     def parameters(self, *sections: str) -> dict[str, Any]:
-        """The named sections (`pretrain.CL` reaches into one) of the resolved configuration, nested as in params.yaml."""
+        """Named sections of the resolved configuration, or parts of them (`pretrain.CL`), nested as in params.yaml."""
         everything, chosen = self.config.model_dump(mode="json"), {}
         for section in sections:
             head, _, tail = section.partition(".")
@@ -97,12 +97,13 @@ class Context:
     def made_by(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Git commit and parameters for the file of a result, from which its MLflow run can be rebuilt.
 
-        Nothing that depends on how the stage was started (by DVC or by hand, when, where): DVC would call the same result modified.
+        Excludes everything that depends on how the stage was started (by DVC or by hand, when, where), because DVC would then report the
+        same result as modified.
         """
         return {"git_commit": git_commit(self.workspace.root), "parameters": parameters}
 
     def fingerprint(self, stage: str, *parts: Any) -> str:
-        """Of everything that determines a stage's result: its sources, machine settings, parts (parameters, upstream digests)."""
+        """Fingerprint of everything that determines a stage's result: sources, machine settings, and `parts` (parameters, digests)."""
         return digest(self.parameters("runtime"), source_digest(stage), stage, *parts)
 
 
@@ -116,7 +117,7 @@ def check_fit(configuration: Config, dataset: datasets.Dataset) -> None:
     for kind in ("supervised", "contrastive"):
         if (pad := getattr(configuration.views, kind).pad) >= min(height, width):
             raise UserError(
-                f"views.{kind}.pad = {pad} can push a whole image of {height} x {width} pixels out; choose 0 to {min(height, width) - 1}"
+                f"views.{kind}.pad = {pad} can shift {height} x {width} images out of view; choose 0 to {min(height, width) - 1}"
             )
     diameter = (channels * height * width) ** 0.5
     phases = {f"{key}.epsilon": phase.epsilon for key, phase in configuration.phases.items()}

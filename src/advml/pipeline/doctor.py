@@ -1,4 +1,4 @@
-"""`advml doctor`: what is installed, which device computes, where results and runs are kept, and what is wrong."""
+"""`advml doctor`: list installed versions, device and stores, and find problems."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from advml.pipeline.new_study import LINK
 
 LIBRARIES = ("torch", "torchvision", "timm", "mlflow", "dvc", "optuna", "pyautoattack")
 OPTIONAL = {"foolbox": "distances", "psycopg": "server", "boto3": "server"}  # library -> the extra that installs it
-LEAST_FREE = 1.0  # GB on the study's disk
+LEAST_FREE = 1.0  # GB on the study's disk, below which doctor reports a problem
 
 
 def examine(params: Path) -> dict[str, Any]:
-    """Sections `installed`, `device` and `stores`, each of texts by name, and `wrong`: a line for each fault, with its remedy."""
+    """Examine this environment and study.
+
+    Returns:
+        Sections `installed`, `device` and `stores` (name -> text), and `wrong`: one line per problem, with its remedy.
+    """
     wrong: list[str] = []
     return {"installed": _installed(wrong), "device": _device(wrong), "stores": _stores(params, wrong), "wrong": wrong}
 
@@ -50,7 +54,7 @@ def _installed(wrong: list[str]) -> dict[str, str]:
         if where is None:
             wrong.append(f"{program} is not on PATH; {'install it' if program == 'git' else 'activate the environment of advml'}")
         elif program != "git" and Path(where).parent.resolve() != Path(sys.executable).parent.resolve():
-            wrong.append(f"{program} on PATH is {where}, of another environment than {sys.executable}; activate one of them")
+            wrong.append(f"{program} on PATH is {where}, from another environment than {sys.executable}; activate one of them")
     return found
 
 
@@ -58,9 +62,9 @@ def _device(wrong: list[str]) -> dict[str, str]:
     found = {"processor": f"{os.cpu_count()} cores, {platform.machine()}"}
     try:
         import torch
-        import torchvision  # noqa: F401 - whether it fits torch shows when it is imported
+        import torchvision  # noqa: F401 - its import fails if it does not match torch
     except Exception as error:  # a broken installation may raise anything
-        wrong.append(f"torch or torchvision cannot be imported ({' '.join(str(error).split())[:200]}); install both again, from one source")
+        wrong.append(f"torch or torchvision cannot be imported ({' '.join(str(error).split())[:200]}); install both again, from one index")
         return found | {"device": "none"}
     found |= {"threads": str(torch.get_num_threads()), "built for CUDA": torch.version.cuda or "no"}
     if torch.cuda.is_available():
@@ -69,8 +73,8 @@ def _device(wrong: list[str]) -> dict[str, str]:
             found[f"cuda:{number}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
         return found | {"device": "cuda (runtime.device: auto)"}
     if Path("/dev/nvidiactl").exists():
-        wrong.append("there is an NVIDIA GPU, and torch cannot use it; install a build of torch for its driver (see nvidia-smi)")
-    mps = " (runtime.device: auto; mps can be asked for)" if torch.backends.mps.is_available() else " (runtime.device: auto)"
+        wrong.append("there is an NVIDIA GPU, but torch cannot use it; install a build of torch for its driver (see nvidia-smi)")
+    mps = " (runtime.device: auto; mps is available)" if torch.backends.mps.is_available() else " (runtime.device: auto)"
     return found | {"device": f"cpu{mps}"}
 
 
@@ -79,12 +83,12 @@ def _stores(params: Path, wrong: list[str]) -> dict[str, str]:
     free = shutil.disk_usage(root if root.is_dir() else Path()).free / 1e9
     found = {"study": str(root.resolve()), "free disk": f"{free:.1f} GB", "git commit": git_commit(root) or "none"}
     if free < LEAST_FREE:
-        wrong.append(f"only {free:.1f} GB are free at {root.resolve()}; make room before training")
+        wrong.append(f"only {free:.1f} GB are free at {root.resolve()}; free disk space before training")
     link = root / LINK
     if link.is_symlink() and Path(os.path.realpath(link)) != PACKAGE:
-        wrong.append(f"{link} does not lead to the installed package; mend it with: advml init")
+        wrong.append(f"{link} does not link to the installed package; repair it with: advml init")
     if not (root / "dvc.yaml").exists():
-        found["pipeline"] = "none (advml init digits begins a study here)"
+        found["pipeline"] = "none (create a study here with: advml init digits)"
     found["DVC remotes"] = _remotes(root, wrong)
     try:
         chosen = config.load(params)
@@ -106,11 +110,11 @@ def _noted(wrong: list[str], line: str) -> str:
 
 
 def _remotes(root: Path, wrong: list[str]) -> str:
-    """The remotes of .dvc/config and .dvc/config.local, without passwords in their addresses."""
+    """DVC remotes in .dvc/config and .dvc/config.local, with passwords masked."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read([root / ".dvc" / "config", root / ".dvc" / "config.local"], encoding="utf-8")
     except configparser.Error as error:
-        return _noted(wrong, f"{root / '.dvc' / 'config'} cannot be read ({' '.join(str(error).split())}); mend it")
+        return _noted(wrong, f"{root / '.dvc' / 'config'} cannot be read ({' '.join(str(error).split())}); correct it")
     named = {section.split('"')[1]: parser[section].get("url", "") for section in parser.sections() if '"' in section}
     return ", ".join(f"{name} ({masked(url)})" for name, url in named.items()) or "none"

@@ -1,9 +1,9 @@
-"""What a study will cost, before anything of it runs: gradient steps, FLOPs, memory and time, stage by stage.
+"""Estimate the cost of a study before it runs: gradient steps, FLOPs, memory and time, stage by stage.
 
-Each kind of work is tried at a small size by the code that will do it, and counted and timed; a stage is that, times how often it happens.
-The stages are then put on so many slots in the order in which `advml repro` starts them. Evaluations are the uncertain part: how long
-the cascade takes depends on how many images stand (see STANDING), which nobody knows before. Nothing of the test split decides anything:
-its images are attacked under the labels that an untrained network gives them.
+Each kind of work is tried at a small size by the code that will do it, counted and timed; the cost of a stage is that, multiplied by the
+number of repetitions. The stages are then scheduled on the slots in the order in which `advml repro` starts them. Evaluations are the
+uncertain part: the time of the cascade depends on the number of images that survive (see STANDING), which is not known beforehand. The
+labels of the test split are not used: its images are attacked under the labels that an untrained network predicts.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from advml.training.trainer import Plan, fit
 
 PHASES = get_args(PhaseName)
 STANDING = {"st": 0.05, "at": 0.75}  # share of test images that survive the attacks, after standard and adversarial pretraining
-BATCHES, SIZES = 4, (16, 64)  # timed: of a training; test images of an evaluation and a representation
-# Seconds, measured on two cores of an Intel Xeon with the digits study: of every stage beside its work (DVC, the process, MLflow), of the
-# command itself, and of work that hardly grows with the study.
+BATCHES, SIZES = 4, (16, 64)  # sizes of trials: batches of a training; test images of an evaluation and a representation
+# Seconds, measured on two cores of an Intel Xeon with the digits study: overhead of every stage (DVC, process, MLflow), start of the
+# command itself, and stages whose time hardly grows with the study.
 OVERHEAD, START = 1.9, 8.0
 SMALL = {"check": 0.2, "prepare": 1.0, "transfer": 2.0, "report": 6.0}
-FIGURES = 1.5  # of a representation
-# Peak of a named machine in fp32, FLOP/s without sparsity, by the vendor's data sheet, and the share of it that convolutions reach.
+FIGURES = 1.5  # seconds for the figures of a representation
+# Peak of a GPU in fp32, FLOP/s without sparsity, by the vendor's data sheet, and the share of it that convolutions reach.
 MACHINES = {"t4": 8.1e12, "v100": 15.7e12, "a100": 19.5e12, "rtx4090": 82.6e12, "h100": 66.9e12, "h200": 66.9e12}
 REACHED = 0.3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time in s, images times gradient steps through the encoder, FLOPs, and memory of the process (or GPU) in bytes."""
+    """Cost of work: time in s, images times gradient steps through the encoder, FLOPs, and memory of the process (or GPU) in bytes."""
 
     seconds: float = 0.0
     gradient_steps: float = 0.0
@@ -73,13 +73,13 @@ class Cost:
         return Cost(self.seconds * times, self.gradient_steps * times, self.flops * times, self.memory)
 
     def on(self, machine: str | None) -> Cost:
-        """On one of MACHINES, by arithmetic alone; None: here."""
+        """Cost on one of MACHINES, from its FLOP/s; None: unchanged, as measured on this machine."""
         return replace(self, seconds=self.flops / (MACHINES[machine] * REACHED)) if machine else self
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the pipeline, with the stages that it waits for."""
+    """A stage of the pipeline with its cost, and the stages that it waits for."""
 
     name: str
     cost: Cost
@@ -90,13 +90,13 @@ class Stage:
 class Estimate:
     stages: tuple[Stage, ...]
     jobs: int
-    seconds: float  # from the command to its end
+    seconds: float  # total duration of the command
     total: Cost
 
 
 @dataclass(frozen=True)
 class _Pilot(Context):
-    """A study on data in memory."""
+    """Context of a study whose data are in memory."""
 
     data: Dataset
 
@@ -106,11 +106,11 @@ class _Pilot(Context):
 
 
 def estimate(context: Context, *, jobs: int, machine: str | None = None) -> Estimate:
-    """Try everything at a small size, and add it up.
+    """Estimate the cost of a study from small trials of each kind of work.
 
     Args:
-        jobs: stages at a time.
-        machine: a key of MACHINES; None: this one.
+        jobs: number of stages at a time.
+        machine: a key of MACHINES; None: this machine.
     """
     data = context.dataset if context.workspace.prepared.is_dir() else datasets.prepare(context.config.data)
     pilot = _Pilot(context.config, context.workspace, data)
@@ -121,7 +121,7 @@ def estimate(context: Context, *, jobs: int, machine: str | None = None) -> Esti
 
 
 def makespan(stages: Sequence[Stage], jobs: int) -> float:
-    """Seconds until all are done, `jobs` at a time; of those that are ready the first one starts."""
+    """Seconds until all stages are done, `jobs` at a time, starting ready stages in order."""
     waiting, ended, running, now = list(stages), set(), [], 0.0
     while waiting or running:
         for stage in [stage for stage in waiting if ended.issuperset(stage.needs)][: jobs - len(running)]:
@@ -133,12 +133,12 @@ def makespan(stages: Sequence[Stage], jobs: int) -> float:
 
 
 def _stages(context: _Pilot) -> Iterator[Stage]:
-    """In the order of dvc.yaml."""
+    """Yield all stages with their costs, in the order of dvc.yaml."""
     grid, seeds, small = context.config.grid, context.config.seeds, {name: Cost(seconds=some) for name, some in SMALL.items()}
     yield Stage("check", small["check"])
     yield Stage("prepare", small["prepare"], ("check",))
     trained, models, evaluations = _trained(context), [], {}
-    for phase, scheme, seed in product(PHASES, grid.schemes, seeds):  # both, as the pipeline does even where no regime begins with one
+    for phase, scheme, seed in product(PHASES, grid.schemes, seeds):  # both phases, like the pipeline, even if no regime needs one of them
         yield Stage(f"pretrain_{phase}@{scheme}-{seed}", trained[scheme, phase][0], ("prepare",))
     for phase in PHASES:
         models += [one for one in product(grid.schemes, grid.regimes, seeds) if REGIMES[one[1]].pretraining == phase]
@@ -165,7 +165,7 @@ def _stages(context: _Pilot) -> Iterator[Stage]:
 
 
 def _trained(context: _Pilot) -> dict[tuple[str, str], tuple[Cost, Network]]:
-    """(scheme, phase) and (scheme, regime) -> what the training costs, and its network after a few steps."""
+    """(scheme, phase) or (scheme, regime) -> cost of that training, and its network after a few steps."""
     found, settings = {}, (context.config, context.dataset)
     for scheme, phase in product(context.config.grid.schemes, PHASES):
         make = partial(pretraining, *settings, scheme=scheme, phase=phase, seed=0)
@@ -181,7 +181,7 @@ def _trained(context: _Pilot) -> dict[tuple[str, str], tuple[Cost, Network]]:
 
 
 def _training(make: Any, context: _Pilot, *, frozen: bool) -> tuple[Cost, Network]:
-    """Of all epochs; `frozen`: its task begins with the features of all training images."""
+    """Cost of all epochs of a training, and its network; `frozen`: the task first computes the features of all training images."""
     plan = make()
     if plan.task is None:
         return Cost(), place(plan.network, context.machine.device)
@@ -202,7 +202,7 @@ def _difference(later: Cost, earlier: Cost) -> Cost:
 
 
 def _epoch(plan: Plan, context: _Pilot, *, batches: int, counting: bool = False) -> list[Cost]:
-    """What has been spent before the first batch, after each, and after validation, in one epoch of so many batches."""
+    """Accumulated costs in an epoch of `batches` batches: before the first batch, after each one, and after validation."""
     size, data = plan.phase.batch_size, plan.dataset
     few = replace(data, train=_first(data.train, size * batches), validation=_first(data.validation, size))
     if data.unlabelled is not None:
@@ -221,7 +221,7 @@ def _epoch(plan: Plan, context: _Pilot, *, batches: int, counting: bool = False)
 
 
 def _evaluation(context: _Pilot, network: Network, scheme: str) -> tuple[Cost, Cost, Cost]:
-    """Of all test images while all stand, of all after all are broken, and of the diagnostics."""
+    """Costs of an evaluation: if no test image is broken, if all are broken at once, and of the diagnostics."""
     network, machine, total = copy.deepcopy(network), context.machine, len(context.dataset.test)
     if network.classifier is None:
         network.attach_classifier(len(context.dataset.classes), seed=0)
@@ -259,7 +259,7 @@ def _evaluation(context: _Pilot, network: Network, scheme: str) -> tuple[Cost, C
 
 
 def _representation(context: _Pilot, network: Network) -> Cost:
-    """Of one model, by two sizes."""
+    """Cost of `represent` for one model, extrapolated from two sizes."""
     network, data, total = copy.deepcopy(network), context.dataset, len(context.dataset.test)
     if network.classifier is None:
         network.attach_classifier(len(data.classes), seed=0)
@@ -276,7 +276,7 @@ def _representation(context: _Pilot, network: Network) -> Cost:
 
 
 def _line(costs: Sequence[Cost], sizes: Sequence[int], total: int) -> float:
-    """Seconds at `total` on the line through two measurements, which never falls."""
+    """Seconds at `total` by linear extrapolation from two measurements, never with a negative slope."""
     (low, high), (few, more) = (cost.seconds for cost in costs), (min(size, total) for size in sizes)
     slope = max(0.0, (high - low) / (more - few)) if more > few else 0.0
     return high + slope * (total - more)
@@ -287,15 +287,15 @@ def _first(split: Split, count: int) -> Split:
 
 
 class _NoModules(contextlib.nullcontext):
-    """In place of FlopCounterMode's count by modules, whose hooks fail where an attack asks for the gradient of a network's images."""
+    """Replaces FlopCounterMode's count by modules, whose hooks fail when an attack computes gradients of images."""
 
     parents = frozenset({"Global"})
 
 
 class _Meter:
-    """Within: what has been spent since. On one thread of a CPU the process's own time counts, which other processes do not change.
+    """Context manager that measures the cost of the code inside. With one CPU thread, it measures CPU time instead of elapsed time.
 
-    `counting` costs time: such a run is not to be timed.
+    `counting` FLOPs takes time, so such a run must not be timed.
     """
 
     def __init__(self, network: Network, machine: Machine, *, counting: bool) -> None:

@@ -1,8 +1,8 @@
-"""`advml init`: the files of a study in an empty folder, beside an installed package.
+"""`advml init`: create the files of a study in an empty folder, for an installed package.
 
-dvc.yaml lists sources under src/advml as dependencies, so that a stage reruns when the code that makes its result has changed. In a study
-outside of the repository `src/advml` is a link to the installed package: after an upgrade DVC finds out by itself which stages are
-affected, and dvc.lock holds the same paths and digests on every machine. The link is not committed; `advml init` makes it anew.
+dvc.yaml lists sources under src/advml as dependencies, so that a stage runs again when its code has changed. In a study outside of the
+repository, `src/advml` is a link to the installed package: after an upgrade, DVC reruns the affected stages, and dvc.lock has the same
+paths and digests on every machine. The link is not committed; `advml init` creates it again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LINK = Path("src") / "advml"
 README = """\
 # A study by advml
 
-Settings are in params.yaml; `advml preset {name} --full` explains every key. `dvc repro`, or `advml repro -j 4`, runs what has changed.
-Results are in reports/report.html, `advml show CL-Full-AT-s0` and `advml ui`.
-In a clone, or in another environment, `advml init` comes first: it links src/advml, by which DVC sees new versions of the code.
+Settings are in params.yaml; `advml preset {name} --full` explains every key. `dvc repro`, or `advml repro -j 4`, runs outdated stages.
+See the results in reports/report.html, or with `advml show CL-Full-AT-s0` and `advml ui`.
+In a clone, or in another environment, first run `advml init`: it links src/advml, through which DVC notices new versions of the code.
 """
 GIT_IGNORED = """\
 # Made by stages, and versioned by DVC
@@ -48,15 +48,16 @@ DVC_SETTINGS = "[core]\n    analytics = false\n    check_update = false\n"
 
 
 def new_study(root: Path, name: str, *, protocol: str = "corrected", overrides: Sequence[str] = ()) -> list[str]:
-    """Write what a study lacks; returns what was written. Files that are there stay as they are.
+    """Write the missing files of a study, without changing existing ones; returns the names of those written.
 
     Args:
-        root: a folder, made where it is missing.
+        root: the study's folder, created if missing.
         name, protocol: of a preset.
         overrides: `key=value` strings, written into params.yaml.
     Raises:
-        UserError: no such preset, the folder holds another pipeline or sources of its own, or params.yaml is there and overrides are given.
-        Failure: git or DVC cannot begin a repository here.
+        UserError: the preset is unknown, the folder contains another pipeline or other sources, or overrides are given for an existing
+            params.yaml.
+        Failure: git or DVC cannot create a repository here.
     """
     files = {
         "params.yaml": preset(name, protocol=protocol, overrides=overrides),
@@ -66,7 +67,7 @@ def new_study(root: Path, name: str, *, protocol: str = "corrected", overrides: 
         "README.md": README.format(name=name),
     }
     if overrides and (root / "params.yaml").exists():
-        raise UserError(f"{root / 'params.yaml'} is there already, and -S would change it; edit it, or choose another folder")
+        raise UserError(f"{root / 'params.yaml'} exists already, and -S would change it; edit it, or choose another folder")
     _check(root, files["dvc.yaml"])
     missing = [one for one in files if not (root / one).exists()]
     for one in missing:
@@ -75,18 +76,20 @@ def new_study(root: Path, name: str, *, protocol: str = "corrected", overrides: 
 
 
 def _check(root: Path, pipeline: str) -> None:
-    """Raises UserError for a folder in which this pipeline would run something else."""
+    """Raise UserError for a folder that contains another pipeline, or other sources."""
     theirs, sources = root / "dvc.yaml", root / LINK
     if theirs.exists() and "advml" not in theirs.read_text(encoding="utf-8"):
         raise UserError(f"{theirs} is the pipeline of another project; choose an empty folder: advml init digits --folder study")
     if sources.is_dir() and not sources.is_symlink():
-        raise UserError(f"{sources} holds sources of advml: this is its repository, which has a study at its root; choose another folder")
+        raise UserError(f"{sources} contains sources of advml: its repository already has a study at its root; choose another folder")
     if theirs.exists() and theirs.read_text(encoding="utf-8") != pipeline:
-        raise UserError(f"{theirs} is not the one of the installed version; compare it with {pipeline_file()}, or move it away and repeat")
+        raise UserError(
+            f"{theirs} differs from that of the installed version; compare it with {pipeline_file()}, or move it away and repeat"
+        )
 
 
 def _begin_repositories(root: Path) -> list[str]:
-    """`git init` and `dvc init`, where neither this folder nor one above it is such a repository."""
+    """Run `git init` and `dvc init`, unless this folder or one above it is such a repository already."""
     begun = []
     if shutil.which("git") and _run(root, "git", "rev-parse", "--git-dir").returncode:
         _must(root, "git", "init", "--quiet")
@@ -114,7 +117,7 @@ def _must(root: Path, *command: str) -> None:
 
 
 def _link(root: Path) -> list[str]:
-    """Point src/advml to this very package; an older link, of an environment that is gone, gives way."""
+    """Link src/advml to the installed package, replacing a link to another environment."""
     link = root / LINK
     if link.is_symlink() and Path(os.path.realpath(link)) == PACKAGE:
         return []

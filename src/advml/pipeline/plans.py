@@ -1,9 +1,9 @@
-"""What a phase of a study trains, resolved from params.yaml: network, task, adversary and seed.
+"""Resolve params.yaml to the plan of a training phase: network, task, adversary and seed.
 
     plan = finetuning(configuration, dataset, machine, network, scheme="CL", regime="Full-AT", seed=0)
     network, history = fit(plan, machine, checkpoint=Checkpoint(folder, fingerprint))
 
-The stages write what comes of it into the study's folders; a search asks for the same phase under other values.
+Stages write the results into the study's folders; a search trains the same phases with other values.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from advml.training.trainer import Plan
 
 
 def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, phase: str, seed: int) -> Plan:
-    """The plan of `pretrain SCHEME PHASE`, on a network of the weights of `model.init`, or random ones by scheme and seed alone.
+    """Plan of `pretrain SCHEME PHASE`, on a network with the weights of `model.init`, or random ones that depend on scheme and seed only.
 
     Args:
-        configuration: its sections model, temperature, views, pretrain.SCHEME; if attacked also threat_model and attack. The
-            backbone is checked for what the grid's regimes will ask of it, too.
-        dataset: gives the network its shape, and the training what the scheme may see of it (`learnt_from`).
+        configuration: uses the sections model, temperature, views and pretrain.SCHEME; if attacked, also threat_model and attack. The
+            backbone is also checked against the requirements of the grid's regimes.
+        dataset: determines the network's shape; the scheme trains on the part of it that it may use (`learnt_from`).
         scheme: a key of SCHEMES.
         phase: "st" or "at".
         seed: of weights, batches, views and random starts.
     Raises:
-        UserError: the backbone cannot be built, or not trained, for these images, the scheme needs other images or labels, or `model.init`
-            does not fit the network.
+        UserError: the backbone cannot be built or trained for these images, the scheme needs other images or labels, or `model.init` does
+            not fit the network.
     """
     row, attacked, section = SCHEMES[scheme], phase == "at", configuration.pretrain[scheme]
     check_images(row, dataset, batch_size=section.batch_size)
@@ -47,7 +47,7 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
     init = _start(configuration, dataset, network, scheme) if configuration.model.init else None
     _check(f"pretrain.{scheme}", section, network)
     check_regimes(configuration, network)
-    views = min((section.views or part.views) if part.groups else 1 for part in row.parts)  # of each image, in one batch
+    views = min((section.views or part.views) if part.groups else 1 for part in row.parts)  # per image in a batch
     if section.epochs:
         try_step(network, count=views * _smallest_batch(section, dataset), cpu_bfloat16=_cpu_bfloat16(configuration))
     return Plan(
@@ -62,10 +62,10 @@ def pretraining(configuration: config.Config, dataset: Dataset, *, scheme: str, 
 
 
 def _start(configuration: config.Config, dataset: Dataset, network: Network, scheme: str) -> dict[str, Any]:
-    """Fill the network from `model.init`; a head that nothing is going to train is taken from there, or there is none."""
+    """Load `model.init` into the network; without training, a classifier must come from there, and a missing projection head is removed."""
     init = start_from(network, read(configuration.model.init), classes=dataset.classes)
     if not configuration.pretrain[scheme].epochs and SCHEMES[scheme].head == "classifier" and "classifier" not in init["taken"]:
-        remedy = "train it: 1 or more, or tell its classes: advml import --classes"
+        remedy = "set epochs to 1 or more, or name the classes of the checkpoint: advml import --classes"
         told = f"pretrain.{scheme}.epochs = 0 needs a classifier of {', '.join(dataset.classes[:3])}, ..."
         raise UserError(f"{told}, which model.init = {configuration.model.init} does not have; {remedy}")
     if not configuration.pretrain[scheme].epochs and "projection_head" not in init["taken"]:
@@ -74,7 +74,7 @@ def _start(configuration: config.Config, dataset: Dataset, network: Network, sch
 
 
 def _task(configuration: config.Config, dataset: Dataset, network: Network, *, scheme: Scheme, phase: config.Phase) -> Task:
-    """What a scheme's pretraining learns."""
+    """Task of a scheme's pretraining."""
     views, temperature = configuration.views, configuration.temperature
     if scheme.terms:
         sizes = shares(len(dataset.train), len(dataset.unlabelled), batch_size=phase.batch_size)
@@ -85,14 +85,14 @@ def _task(configuration: config.Config, dataset: Dataset, network: Network, *, s
 def finetuning(
     configuration: config.Config, dataset: Dataset, machine: Machine, network: Network, *, scheme: str, regime: str, seed: int
 ) -> Plan:
-    """The plan of `finetune SCHEME REGIME`, on a pretrained network, which it changes.
+    """Plan of `finetune SCHEME REGIME`, on a pretrained network, which is modified.
 
     Args:
-        configuration: its section regimes.REGIME; if attacked also threat_model and attack.
-        dataset: has the classes, and the training images of which a fixed encoder's features are taken.
-        machine: computes those.
-        network: a pretrained one; gets a new classifier where the regime fits one.
-        scheme: a key of SCHEMES, the one of the pretraining.
+        configuration: uses the section regimes.REGIME; if attacked, also threat_model and attack.
+        dataset: provides the classes, and training images for the features of a fixed encoder.
+        machine: computes these features.
+        network: the pretrained network; gets a new classifier if the regime trains one.
+        scheme: a key of SCHEMES, that of the pretraining.
         regime: a key of REGIMES.
         seed: of the new classifier, of batches and of random starts.
     """
@@ -104,7 +104,7 @@ def finetuning(
     if plan.finetunes(row):
         network.architecture = replace(network.architecture, averaged_crops=phase.averaged_crops)
     if plan.encoder_learns:
-        alone = 2 if phase.frozen_statistics else _smallest_batch(phase, dataset)  # statistics that stay need no second image
+        alone = 2 if phase.frozen_statistics else _smallest_batch(phase, dataset)  # frozen statistics need no second image
         try_step(network, count=alone, cpu_bfloat16=_cpu_bfloat16(configuration))
     return Plan(
         network=network,
@@ -117,26 +117,28 @@ def finetuning(
 
 
 def check_regimes(configuration: config.Config, network: Network) -> None:
-    """What the grid's regimes will ask of the backbone, so that it is not refused after hours of pretraining.
+    """Check the requirements of the grid's regimes on the backbone before pretraining, which may take hours.
 
     Raises:
-        UserError: this one does not have it.
+        UserError: the backbone does not fulfil one.
     """
     for regime in (name for name in configuration.grid.regimes if REGIMES[name].encoder_learns):
         _check(f"regimes.{regime}", configuration.regimes[regime], network)
 
 
 def _check(key: str, phase: config.Phase, network: Network) -> None:
-    """What a phase asks of the backbone, before anything is trained.
+    """Check the requirements of a phase on the backbone.
 
     Raises:
-        UserError: this one does not have it.
+        UserError: the backbone does not fulfil one.
     """
     backbone = network.architecture.backbone
     if phase.frozen_statistics and not batch_norms(network.encoder):
         raise UserError(f"{key}.frozen_statistics = true has no effect: {backbone} has no batch norm; set it to false")
     if phase.layer_decay < 1 and not knows_blocks(network.encoder):
-        raise UserError(f"{key}.layer_decay = {phase.layer_decay:g} needs the blocks of {backbone}, which timm does not tell; set it to 1")
+        raise UserError(
+            f"{key}.layer_decay = {phase.layer_decay:g} needs the blocks of {backbone}, which timm does not define; set it to 1"
+        )
 
 
 def _cpu_bfloat16(configuration: config.Config) -> bool:
@@ -145,12 +147,12 @@ def _cpu_bfloat16(configuration: config.Config) -> bool:
 
 
 def _smallest_batch(phase: config.Phase, dataset: Dataset) -> int:
-    """Images in a batch of the training; of two or more, two will do for a trial."""
+    """Size of the smallest training batch, at most 2, which is enough for a trial step."""
     return min(phase.batch_size, len(dataset.train), 2)
 
 
 def architecture(configuration: config.Config, dataset: Dataset, *, heads: set[str], attacked: bool) -> Architecture:
-    """The network of a pretraining; `dual` batch norm only where there are adversarial batches."""
+    """Architecture of a pretraining; `dual` batch norm is used only with adversarial batches."""
     model, (channels, size, _) = configuration.model, dataset.shape
     return Architecture(
         backbone=model.backbone,

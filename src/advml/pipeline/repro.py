@@ -1,6 +1,6 @@
-"""`advml repro`: what `dvc repro` does, several stages at a time, on one machine or many, with one board of progress bars.
+"""`advml repro`: like `dvc repro`, but several stages at a time, on one machine or many, with progress bars.
 
-Every stage whose inputs are ready runs as its own `dvc repro --single-item`, so DVC alone decides what is up to date and records results.
+Each stage whose inputs are ready runs as `dvc repro --single-item`, so DVC alone decides what is up to date, and records results.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from advml.engine.fork_server import server
 from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, sent_environment, wait_for_stages
 from advml.recipes import PhaseName
 
-REMEDIES = {  # what DVC says -> what to do
-    "is not a git repository": "; say: git init, or, to do without git: dvc config --local core.no_scm true",
+REMEDIES = {  # part of DVC's error message -> remedy
+    "is not a git repository": "; run: git init, or, to work without git: dvc config --local core.no_scm true",
     "RWLock-file": "; DVC was killed while it wrote this file: remove it",
 }
 
@@ -37,13 +37,13 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
     """Bring the pipeline in `root` up to date; returns the stages that ran.
 
     Args:
-        jobs: stages at a time.
+        jobs: number of stages at a time.
         cluster: see `advml.engine.cluster.connect`.
         options: the section `cluster` of params.yaml.
-        reserve: whether every stage gets a GPU of its own, where there are any.
+        reserve: whether every stage gets a GPU of its own, if there are any.
     Raises:
-        UserError: there is no pipeline here, dvc.yaml is wrong, the cluster cannot be used, or another command runs this study.
-        Failure: a stage failed; those already running are finished first, so that their work is kept.
+        UserError: the folder has no pipeline, dvc.yaml is not valid, the cluster cannot be used, or another command runs this study.
+        Failure: a stage failed; raised after the stages that were running have finished, so that their work is kept.
     """
     plan = _plan(root)
     if not plan:
@@ -60,12 +60,12 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
         tell(note)  # it would otherwise stay in the stage's log
     for name, outcome in ended.items():
         if outcome.failure:
-            raise Failure(f"stage {name} failed: {outcome.failure}; after mending, the same command goes on")
+            raise Failure(f"stage {name} failed: {outcome.failure}; fix the cause and repeat the command, which goes on from here")
     return [name for name, outcome in ended.items() if outcome.ran]
 
 
 def check_starting_points(configuration: Config, workspace: Workspace) -> None:
-    """See `advml.core.provenance.check_init`, of all pretrainings that have started from what `model.init` names."""
+    """Check every pretraining that has started from the weights of `model.init`; see `advml.core.provenance.check_init`."""
     for seed, scheme, phase in product(configuration.seeds, configuration.grid.schemes, get_args(PhaseName)):
         made = workspace.pretrained(pretraining_name(scheme, phase, seed)) / "model.json"
         record = read_json(made, remedy="restore it with: dvc checkout") if configuration.model.init and made.exists() else {}
@@ -74,17 +74,17 @@ def check_starting_points(configuration: Config, workspace: Workspace) -> None:
 
 
 def reasons(root: Path) -> dict[str, list[str]]:
-    """The stages that `repro` would run, in order, each with what has changed, or with the stages that run before it.
+    """Stages that `repro` would run, in order, each with its changed inputs, or with the stages that must run before it.
 
     Raises:
-        UserError: there is no pipeline here, or dvc.yaml is wrong.
+        UserError: the folder has no pipeline, or dvc.yaml is not valid.
     """
     plan, changed = _plan(root), _ask(root, "changes")
     return {name: changed.get(name) or [f"after {', '.join(one for one in needs if one in changed)}"] for name, needs in plan.items()}
 
 
 def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any) -> dict[str, Outcome]:
-    """Run the stages of the plan, as many at a time as there are slots; after a failure, wait for those at work only."""
+    """Run the stages of the plan, as many at a time as there are slots; after a failure, start no more and wait for running ones."""
     waiting, running, ended = list(plan), {}, {}
     try:
         while running or waiting:
@@ -100,7 +100,7 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
                 del running[name]
                 try:
                     ended[name] = future.result()
-                except Exception as error:  # too many workers were lost, or one does not see the folder, or its disk is full
+                except Exception as error:  # e.g. too many workers were lost, or a worker cannot read the folder or has a full disk
                     ended[name] = Outcome(one_line(error))
                 board.finish(name, ok=not ended[name].failure)
                 if ended[name].failure:
@@ -112,15 +112,15 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
 
 
 def _plan(root: Path) -> dict[str, list[str]]:
-    """See `advml.engine.dvc_process.plan`."""
+    """Stages to run, each with the stages it needs; see `advml.engine.dvc_process.plan`."""
     return _ask(root, "plan")
 
 
 def _ask(root: Path, what: str) -> dict[str, list[str]]:
-    """What a function of `advml.engine.dvc_process` returns."""
+    """Result of a function of `advml.engine.dvc_process`, which runs in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "advml.engine.dvc_process", what], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode < 0:
-        raise Failure("DVC was killed; the same command goes on")
+        raise Failure("DVC was killed; repeat the command, which goes on from here")
     if done.returncode:
         reason = last_line(done.stderr)
         raise UserError(f"dvc: {reason}{''.join(remedy for words, remedy in REMEDIES.items() if words in reason)}")

@@ -1,4 +1,4 @@
-"""One training phase from start to files, shared by `pretrain` and `finetune`: resume, train, track, write."""
+"""Run one training phase for `pretrain` and `finetune`: resume, train, track, write files."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from advml.training.trainer import Plan, Record, fit
 
 @dataclass(frozen=True)
 class Job:
-    """One phase of one model, and where it goes."""
+    """One training phase of one model, with the folder of its result."""
 
     stage: str  # "pretrain" or "finetune"
     name: str
     folder: Path
     plan: Plan
     identity: dict[str, Any]  # kind, scheme, phase or regime, seed, pretraining
-    parameters: dict[str, Any]  # the sections of params.yaml that have a say
+    parameters: dict[str, Any]  # the sections of params.yaml that affect the result
 
 
 def check_processes(config: Config, phases: Mapping[str, bool]) -> None:
-    """Refuse, before anything is trained, what several processes cannot train together.
+    """Refuse settings that do not support training with several processes, before anything is trained.
 
     Args:
-        phases: key, `pretrain.CL` or `regimes.Full-AT`, of each phase that is to run -> whether it is attacked.
+        phases: section (`pretrain.CL` or `regimes.Full-AT`) of each phase to run -> whether it is attacked.
     Raises:
         UserError: torchrun has started several processes, and a phase needs one.
     """
     for key, attacked in phases.items():
         section, name = key.split(".")
         phase, scheme = getattr(config, section)[name], SCHEMES.get(name)
-        kind = (phase.attack_kind or config.attack.kind) if attacked else "pgd"  # DVC tracks `attack` for attacked phases alone
+        kind = (phase.attack_kind or config.attack.kind) if attacked else "pgd"  # `attack` has no effect on other phases
         of_views = scheme is not None and (phase.attacked or scheme.attacked) == "views"
         ranks.need_one_process(
             {
@@ -60,11 +60,11 @@ def check_processes(config: Config, phases: Mapping[str, bool]) -> None:
 
 
 def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
-    """Train `job`, continuing an interrupted process; write its folder and history; log its run. Returns model.json.
+    """Train `job`, resuming an interrupted training; write its folder and history, and log its run. Returns the content of model.json.
 
-    With `reuse`, a folder that the very same inputs have made is taken as it is.
+    With `reuse`, a folder that was made from the same inputs is kept.
     """
-    device = context.machine.device  # where the processes of a training meet
+    device = context.machine.device  # device of the process group
     if not ranks.is_first():
         return _follow(context, job)
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
@@ -95,7 +95,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
 
 def _follow(context: Context, job: Job) -> dict[str, Any]:
-    """The part of the other processes of a training; the first one writes, and knows whether there is anything to do."""
+    """Train in a process other than the first, which writes all files, and decides whether there is anything to train."""
     if not ranks.any_of(False, context.machine.device):
         if job.plan.task:
             scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
@@ -121,7 +121,7 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
 
 
 def _work(context: Context, job: Job) -> int:
-    """Batches of all epochs, those of validation included."""
+    """Number of batches in all epochs, with those of validation."""
     if not job.plan.task:
         return 0
     validation = -(-len(context.dataset.validation) // job.plan.phase.batch_size)
@@ -129,6 +129,6 @@ def _work(context: Context, job: Job) -> int:
 
 
 def _scores(history: list[Record]) -> str:
-    """The last validation scores, for the progress bar."""
+    """Latest validation scores, for the progress bar."""
     last = history[-1] if history else {}
     return "".join(f"  {key} {value:.3f}" for key, value in last.items() if key.startswith("validation/"))

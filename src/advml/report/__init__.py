@@ -1,1 +1,1 @@
-"""The result table and the HTML page of a study."""
+"""Result table, HTML page and text records of a study."""

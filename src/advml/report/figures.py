@@ -1,4 +1,4 @@
-"""The figures of the page, from the files of the study's models."""
+"""Figures of the HTML page, from the files of the study's models."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def flags(evaluated: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def unjudged(evaluated: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Models without diagnostics, and the reason."""
+    """Models without diagnostics -> the reason."""
     found = {name: record.get("diagnostics", {}) for name, record in evaluated.items() if record}
     return {name: about.get("skipped", "it was measured by an older version") for name, about in found.items() if "evidence" not in about}
 
 
 def security(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[str, Any]], *, seed: int) -> Figure | None:
-    """Security curves of a seed's models, by PGD and by minimal distances where there are any; None where diagnostics were off."""
+    """Security curves of a seed's models, by PGD and (if measured) by minimal distances; None if there were no diagnostics."""
     found: dict[str, dict[str, Any]] = {}
     nearest: dict[str, dict[str, Any]] = {}
     about: dict[str, Any] = {}
@@ -46,7 +46,9 @@ def security(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[
         evidence, minimal = seen.get("evidence"), seen.get("minimal")
         if evidence and row["seed"] == seed:
             found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
-            guessing = max(1 / evidence["classes"], evidence.get("largest_class", 0))  # the rule's; older records lack the second
+            guessing = max(
+                1 / evidence["classes"], evidence.get("largest_class", 0)
+            )  # chance as in `curve_above_chance`; older records lack largest_class
             about |= {"epsilon": evidence["epsilon"], "chance": guessing}
             if minimal:
                 nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]
@@ -55,25 +57,25 @@ def security(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[
 
 
 def corruptions(rows: list[dict[str, Any]]) -> Figure | None:
-    """Accuracy under each corruption; None where none was measured."""
+    """Figure of the accuracy under each corruption; None if none was measured."""
     measured = [row for row in rows if "corruption/mean" in row]
     return corruption_matrix(measured) if measured else None
 
 
 def matrices(grid: Grid, workspace: Workspace, name: str, *, seed: int) -> Figure | None:
-    """One matrix (a key of MATRICES) of every model of a seed: a line per scheme, a column per regime. None without any."""
+    """Heatmaps of one matrix (a key of MATRICES) for every model of a seed: rows are schemes, columns regimes; None if there are none."""
     panels, (rows, columns) = [], MATRICES[name]
     for scheme in grid.schemes:
         for regime in grid.regimes:
             found = _read(workspace, model_name(scheme, regime, seed))
-            left, below = regime == grid.regimes[0], scheme == grid.schemes[-1]  # axes at the edge of the grid are named
+            left, below = regime == grid.regimes[0], scheme == grid.schemes[-1]  # only axes at the edge of the grid are labelled
             labels = f"layer, {rows} images" if left else "", f"layer, {columns} images" if below else ""
             panels.append(None if found is None else Heatmap(found[1][name], f"{scheme} {regime}", *[_names(found[0])] * 2, *labels))
     return heatmaps(panels, columns=len(grid.regimes), size=2.3) if any(panels) else None
 
 
 def curves(grid: Grid, workspace: Workspace, *, seed: int) -> Figure | None:
-    """Clean-adversarial CKA and probes of every layer of every model of a seed; None without any."""
+    """Curves of clean-adversarial CKA and probes over the layers of every model of a seed; None if there are none."""
     groups: dict[str, list[Curve]] = {}
     for scheme in grid.schemes:
         for regime in grid.regimes:
@@ -84,7 +86,7 @@ def curves(grid: Grid, workspace: Workspace, *, seed: int) -> Figure | None:
 
 
 def panels(workspace: Workspace) -> dict[str, Path]:
-    """The figures that `compare` has drawn of the grid's present models, by kind of input, and `map`; none if they are of others."""
+    """Files of `compare`'s figures by kind of input, and `map`; empty if they were made with other weights than the grid's models have."""
     found = stored(workspace)
     if found is None or not all(is_of_model(workspace, name, digest) for name, digest in found.digests.items()):
         return {}
@@ -93,7 +95,7 @@ def panels(workspace: Workspace) -> dict[str, Path]:
 
 
 def shown(workspace: Workspace) -> str:
-    """The adversarial images that `compare` has used, from its record: each network's own, or those of the models named."""
+    """Description of the adversarial images that `compare` has used: each network's own, or those of named models."""
     found = stored(workspace)
     sources = {} if found is None else {name: about["model"] for name, about in found.described["adversarial_source"].items()}
     return (
@@ -104,14 +106,14 @@ def shown(workspace: Workspace) -> str:
 
 
 def trust(workspace: Workspace, digest: str) -> dict[str, Any] | None:
-    """What `advml trust` has found on these data; None if nothing."""
+    """Result of `advml trust` on these data; None if there is none."""
     path = workspace.record("trust", "measures")
     found = read_json(path, needs=("scores", "orders", "data"), remedy="measure again with: advml trust") if path.exists() else None
     return found | {"table": table(found["scores"])} if found and found["data"] == digest else None
 
 
 def is_of_model(workspace: Workspace, name: str, digest: str | None) -> bool:
-    """Whether these are the model's present weights; yes where the model is not here, as after a partial `dvc pull`."""
+    """Whether a digest is that of the model's present weights; True if the model is not on disk, as after a partial `dvc pull`."""
     folder = workspace.model(name)
     return not (folder / "model.json").exists() or read_record(folder).get("digest") == digest
 
@@ -127,7 +129,7 @@ def _names(described: dict[str, Any]) -> Sequence[str]:
 
 
 def _read(workspace: Workspace, model: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """cka.json and the matrices of a model; None if its present weights have not been measured."""
+    """Read cka.json and the matrices of a model; None if its present weights have not been measured."""
     folder, record = workspace.report(model), records.read(workspace, "represent", model)
     if record is None or not is_of_model(workspace, model, record.get("digest")):
         return None

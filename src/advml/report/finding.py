@@ -1,4 +1,4 @@
-"""What a study has found, in two sentences made from its table and claims: they open the report and describe its MLflow run."""
+"""Summary of a study in up to three sentences, from its table and claims, for the report and the description of its MLflow run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Group = tuple[str, str]  # scheme and regime
 
 
 def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: str) -> list[str]:
-    """How robust the models are; what adversarial fine-tuning of everything adds, and how many of the claims hold.
+    """Sentences on the models' robustness, the effect of full adversarial fine-tuning, and the number of supported claims.
 
-    Models of several seeds are averaged. What was not measured is not told, so that there may be one sentence or none.
+    Models of several seeds are averaged. Sentences on missing measurements are left out.
 
     Args:
         table: rows of the grid.
@@ -37,7 +37,7 @@ def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: st
 
 
 def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterator[str]:
-    where = f" of the test images right under all attacks with ε = {threat_model}"
+    where = f" of the test images correct under all attacks with ε = {threat_model}"
     robust = {group: rows for group, rows in groups.items() if _attacked(REGIMES[group[1]])}
     plain = [row[WORST] for group, rows in groups.items() if group not in robust for row in rows]
     if plain:
@@ -51,7 +51,7 @@ def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterato
 
 
 def _lifts(groups: Mapping[Group, list[Row]]) -> Iterator[str]:
-    """`adversarial fine-tuning of encoder and head (Full-AT) adds to AT 28.1 points for CL, ...`."""
+    """Sentence on the gain of full adversarial fine-tuning, by scheme."""
     full = next((name for name, regime in REGIMES.items() if regime.attacked and regime.encoder_learns), None)
     base = next((name for name, regime in REGIMES.items() if regime.pretraining == "at" and not regime.attacked), None)
     schemes = [scheme for scheme, regime in groups if regime == full and (scheme, base) in groups]
@@ -63,7 +63,7 @@ def _lifts(groups: Mapping[Group, list[Row]]) -> Iterator[str]:
 
 
 def _verdicts(claims: Mapping[str, Any]) -> Iterator[str]:
-    """`of the paper's six claims three are supported and two contradicted, by one seed`."""
+    """Sentence on verdicts: `of the paper's six claims three are supported and two contradicted, by one seed`."""
     verdicts = [claim["verdict"].removesuffix(" for this seed") for claim in claims.get("claims", ())]
     if verdicts:
         counts = sorted(Counter(verdicts).items(), key=lambda count: VERDICTS.index(count[0]))
@@ -81,7 +81,7 @@ def _mean(rows: Sequence[Row], metric: str) -> float:
 
 
 def _spread(rows: Sequence[Row]) -> str:
-    """The 95 % interval of one model, or the lowest and the highest of several seeds."""
+    """Text of the 95 % interval of one model, or of mean and range over several seeds."""
     if len(rows) > 1:
         values = [row[WORST] for row in rows]
         return f" (mean of {len(rows)} seeds, {100 * min(values):.1f} to {100 * max(values):.1f})"
@@ -98,5 +98,5 @@ def _number(count: int) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Enumeration in words: `a, b and c`."""
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

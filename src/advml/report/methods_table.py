@@ -1,11 +1,11 @@
-"""How each accuracy was made, from the records: a table per model, and one of its corruptions."""
+"""Tables of how each accuracy was measured, from the records: one per model, and one of its corruptions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-# Column -> how a figure's record fills it. A record without the key leaves the cell empty.
+# Column -> key or function that fills it from a figure's record; empty if the record lacks the key.
 COLUMNS: dict[str, Any] = {
     "attack": lambda r: f"{r['attack']}, {r['objective']}" if "objective" in r else r["attack"],
     "norm": lambda r: r["norm"],
@@ -35,26 +35,26 @@ CORRUPTION_HEADERS = ("figure", *CORRUPTED)
 
 
 def rows(figures: dict[str, dict[str, Any]], *, flags: str = "") -> list[list[Any]]:
-    """A row per figure, and under the worst case one per attack of its cascade: how many it left of how many it was aimed at.
+    """Rows per figure; below the worst case, one per attack of its cascade, with the numbers of images attacked and survived.
 
     Args:
-        flags: of the model, which stand with its attacked figures.
+        flags: of the model, shown with its attacked figures.
     """
     return [row for name, record in figures.items() for row in _rows(name, record, flags)]
 
 
 def corruptions(figures: dict[str, dict[str, Any]]) -> list[list[Any]]:
-    """A row per corruption, under CORRUPTION_HEADERS."""
+    """Rows per corruption, with the columns CORRUPTION_HEADERS."""
     return [[name, *(_cell(fill, record) for fill in CORRUPTED.values())] for name, record in figures.items()]
 
 
 def steps(figures: dict[str, dict[str, Any]]) -> list[str]:
-    """The attacks of a model's worst case beyond the threat models."""
+    """Names of the attacks in a model's worst case, besides the threat models."""
     return [step["name"] for record in figures.values() for step in record.get("cascade", ()) if f"accuracy/{step['name']}" not in figures]
 
 
 def cascade(models: list[dict[str, Any]]) -> list[str]:
-    """The attacks of all models' worst cases, in their order."""
+    """Names of the attacks in all models' worst cases, in order."""
     return list(dict.fromkeys(name for model in models for name in model["cascade"]))
 
 

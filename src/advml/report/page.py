@@ -1,4 +1,4 @@
-"""`reports/report.html`: the whole study on one page that needs no other file."""
+"""`reports/report.html`: all results of a study on one self-contained page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from advml.report import figures, published
 from advml.report import methods_table as how_made
 from advml.report.table import COLUMNS, Row, cell, footnote, given_records, given_row, with_means
 
-REPRESENTATION = {  # column -> metric, and its number of digits
+REPRESENTATION = {  # column -> metric and number of digits
     "redundancy": "cka/redundancy",
     "clean-adv. CKA": "cka/clean_adversarial",
     "effective layers": "cka/effective_layers",
@@ -52,13 +52,13 @@ class Settings:
 
 
 def render(settings: Settings, workspace: Workspace, table: list[Row], claims: Mapping[str, Any], *, provenance: Mapping[str, Any]) -> str:
-    """The HTML of the page.
+    """Render the HTML page.
 
     Args:
         settings: of the study.
-        table: the grid's rows.
+        table: rows of the grid's models.
         claims: the content of claims.json.
-        provenance: `data`, `digest`, `remarks` on the data, `commit` (None: made outside of git), `version`.
+        provenance: `data`, `digest`, `remarks` on the data, `commit` (None: outside of git), `version`.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
@@ -66,7 +66,9 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
     drawings = _figures(settings, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
     given = given_records(workspace)
-    shown = {name: record for name, record in given.items() if record["data_digest"] == provenance["digest"]}  # others saw other images
+    shown = {
+        name: record for name, record in given.items() if record["data_digest"] == provenance["digest"]
+    }  # only those evaluated on the same images
     made = _how(workspace, evaluated | shown, flags=transfer_flags(found))
     drawings |= {"security": figures.security(table, evaluated, seed=settings.seeds[0]), "corruptions": figures.corruptions(table)}
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None
@@ -114,7 +116,7 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _number(row: Row, metric: str) -> str:
-    """`0.828 [0.817, 0.839]`, or a dash."""
+    """Metric with its interval: `0.828 [0.817, 0.839]`, or a dash."""
     if metric not in row:
         return "-"
     digits = 3 if row[metric] < 10 else 1
@@ -139,7 +141,7 @@ def _embedded(png: bytes) -> str:
 
 
 def _how(workspace: Workspace, evaluated: Mapping[str, Any], *, flags: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How each figure of each model was made, from the records; `flags` of a transfer, by model."""
+    """Tables of how each figure of each model was measured, from the records; `flags`: those of transfer, by model."""
     found = []
     for name, record in ((name, record) for name, record in evaluated.items() if record):
         represented = records.read(workspace, "represent", name)

@@ -1,4 +1,4 @@
-"""`advml show MODEL`: a model's record as text."""
+"""`advml show MODEL`: print a model's record as text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from advml.core.io import read_json
 from advml.core.paths import Workspace, find_model
 from advml.core.training_cost import SECONDS, STEPS, training_cost
 
-CHOSEN = {"best": "the best on validation", "last": "the last"}  # by `keep`
+CHOSEN = {"best": "the best on validation", "last": "the last"}  # value of `keep` -> description
 
 
 def record_of(workspace: Workspace, model: str) -> str:
-    """What the model was made from, how, and how well it does, as text.
+    """Text of a model's data, settings, training cost and measurements.
 
     Args:
-        model: name or folder of a trained model, or the name of a model from elsewhere that `evaluate` has measured.
+        model: name or folder of a trained model, or name of an external model that was evaluated.
     """
     if given := workspace.evaluations_of_given().get(model):
         return _given(given)
@@ -37,8 +37,9 @@ def record_of(workspace: Workspace, model: str) -> str:
 
 
 def records_of(workspace: Workspace, model: str) -> dict[str, Any]:
-    """The same as data: `model` (model.json; None of a model from elsewhere), and the records `evaluate` and `represent`, None where
-    there is none of these weights.
+    """Records of a model as data: `model` (model.json; None for an external model), `evaluate` and `represent`.
+
+    The latter two are None if the model's present weights were not measured.
     """
     if given := workspace.evaluations_of_given().get(model):
         with _reading(given, again="measure again with: advml evaluate") as record:
@@ -63,7 +64,7 @@ def _given(made: Path) -> str:
 
 @contextlib.contextmanager
 def _reading(path: Path, *, again: str = "restore it with: dvc checkout") -> Iterator[dict[str, Any]]:
-    """The content of a JSON file; a key that is missing or wrong, found within the block, is one error line."""
+    """Context manager that yields a JSON file's content, and converts errors about missing or wrong keys to a UserError of one line."""
     try:
         yield read_json(path, remedy=again)
     except (KeyError, TypeError, ValueError) as error:
@@ -76,7 +77,7 @@ def _origin(record: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "data": f"{data['source']}, {', '.join(f'{count} {split}' for split, count in data['counts'].items())}",
         "data digest": data["digest"][:16],
-        "git commit": record["git_commit"] or "none: made outside of git",
+        "git commit": record["git_commit"] or "none: outside of git",
         "weights": record["digest"][:16],
     }
     if "pretraining" in record:
@@ -124,7 +125,7 @@ def _passes(figure: dict[str, Any]) -> str:
 
 
 def _corruptions(evaluation: dict[str, Any]) -> list[str]:
-    """Their mean, and each by itself, the worst first."""
+    """Lines on the accuracy under corruptions: the mean, then each one, worst first."""
     found = evaluation.get("corruptions")
     if not found:
         return []
@@ -138,12 +139,12 @@ def _corruptions(evaluation: dict[str, Any]) -> list[str]:
 
 
 def flags_of(evaluation: dict[str, Any]) -> list[str]:
-    """A line per flag; then one if the probes were not run, or if there is no flag."""
+    """Lines on flags: one per flag, and one if the probes were not run or there are no flags."""
     diagnostics = evaluation.get("diagnostics", {})
     lines = [_flag(flag) for flag in diagnostics.get("flags", ())]
     if "skipped" in diagnostics:
         return [*lines, f"  diagnostics: not judged ({diagnostics['skipped']})"]
-    return lines or (["  diagnostics: no flag"] if "evidence" in diagnostics else [])
+    return lines or (["  diagnostics: no flags"] if "evidence" in diagnostics else [])
 
 
 def _flag(flag: dict[str, str]) -> str:
@@ -151,7 +152,7 @@ def _flag(flag: dict[str, str]) -> str:
 
 
 def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[str]:
-    """The same for what `advml transfer` has found of these weights."""
+    """Lines on flags that `advml transfer` has raised for these weights."""
     made = workspace.report("transfer") / "transfer.json"
     if not made.is_file():
         return []
@@ -162,18 +163,18 @@ def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[st
 
 
 def _cascade(figure: dict[str, Any]) -> list[str]:
-    """What each attack of the worst case has broken that all before it had not."""
+    """Lines per attack of the worst case: number of images broken, of those that survive all earlier attacks."""
     return [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of the phase that selected the epoch."""
+    """Parameters of the phase that selected the epoch."""
     parameters = record["parameters"]
     return parameters["regimes"][record["regime"]] if record["kind"] == "model" else parameters["pretrain"][record["scheme"]]
 
 
 def _runs(restarts: int) -> str:
-    """`restarts: 1` attacks once."""
+    """Number of runs in words."""
     return "one run" if restarts == 1 else f"worst of {restarts} runs"
 
 
@@ -200,7 +201,7 @@ def _finite(value: float | None) -> str:
 
 
 def _why_not_finite(how: dict[str, Any]) -> list[str]:
-    """The reasons for missing numbers, from the record."""
+    """Line with the reasons for missing numbers, from the record."""
     dead = {layer for layers in how.get("dead_layers", {}).values() for layer in layers}
     reasons = [f"intervals of CKA: {how['intervals']['cka']}"] if "intervals" in how else []
     reasons += [f"constant layers, which have no CKA: {', '.join(sorted(dead))}"] if dead else []

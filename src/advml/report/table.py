@@ -1,4 +1,4 @@
-"""The result table: one row per model, from `reports/<MODEL>/metrics.json`."""
+"""Result table: one row per model, from `reports/<MODEL>/metrics.json`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ COLUMNS: dict[str, str] = {
     "gradient steps": STEPS,  # of training, per image
     "seconds": SECONDS,
 }
-PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # as DVC's page sorts them
+PRETRAINING, FINE_TUNING = "1 pretraining", "2 fine-tuning"  # numbered because DVC's page sorts names
 NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 
 def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Row]:
-    """A row per evaluated model of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat.
+    """Rows of the evaluated models of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat.
 
     Raises:
         UserError: a metrics.json is damaged.
@@ -59,13 +59,13 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
 
 
 def slim(table: list[Row]) -> dict[str, dict[str, float]]:
-    """Of all figures those that say how a study has come out, by name and model: for `dvc metrics` and `dvc exp show`."""
+    """Main figures of a study by name and model, for `dvc metrics` and `dvc exp show`."""
     names = {metric.partition("/")[2]: metric for metric in (COLUMNS["worst case"], COLUMNS["II"], COLUMNS["clean"])}
     return {name: {row["model"]: round(row[metric], 4) for row in table if metric in row} for name, metric in names.items()}
 
 
 def training_rows(table: list[Row], workspace: Workspace) -> list[Row]:
-    """A row per epoch of every model of the table and of its pretraining: `model`, `scheme`, `regime`, `phase`, and the epoch's record."""
+    """Rows per epoch of every model's pretraining and fine-tuning: `model`, `scheme`, `regime`, `phase`, and the epoch's record."""
     runs = {(row["model"], row["scheme"], row["regime"], FINE_TUNING) for row in table}
     phases = {(REGIMES[row["regime"]].pretraining, row["scheme"], row["seed"]) for row in table}
     runs |= {(pretraining_name(scheme, phase, seed), scheme, phase, PRETRAINING) for phase, scheme, seed in phases}
@@ -78,11 +78,11 @@ def training_rows(table: list[Row], workspace: Workspace) -> list[Row]:
 
 
 def with_means(table: list[Row]) -> list[Row]:
-    """The rows, and in front of them the mean over seeds of every scheme and regime that several were measured of.
+    """Rows, preceded by the means over seeds of every scheme and regime with several seeds.
 
     A mean has `/sd`, the standard deviation over its S seeds, and an interval of half width sqrt(a^2 + b^2): a = t sd / sqrt(S), with
-    S - 1 degrees of freedom, is what another training may differ by; b, the mean half width of the seeds' own intervals, is the error
-    that all seeds share, as they see the same test images (the same sum as `similarity.statistics.over_seeds`). Flags are those of all.
+    S - 1 degrees of freedom, covers the variation between trainings; b, the mean half width of the seeds' own intervals, covers the error
+    that all seeds share, because they use the same test images (as in `similarity.statistics.over_seeds`). Flags of all seeds are added.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in (row for row in table if "seed" in row):
@@ -102,16 +102,18 @@ def _mean(scheme: str, regime: str, rows: list[Row]) -> Row:
             found[f"{metric}/{end}"] = min(1.0, max(0.0, value)) if metric in COLUMNS.values() else value
     found |= {key: statistics.fmean(row[key] for row in rows) for key in (STEPS, SECONDS) if all(key in row for row in rows)}
     flags = {key: sum(row.get(key, 0) for row in rows) for key in ("diagnostics/flags", "transfer/flags")}
-    return found | {key: count for key, count in flags.items() if count or all(key in row for row in rows)}  # else one is not judged
+    return found | {
+        key: count for key, count in flags.items() if count or all(key in row for row in rows)
+    }  # a zero only if all seeds were judged
 
 
 def _is_measured(row: Row, metric: str) -> bool:
-    """With an interval; what could not be measured is None."""
+    """Whether a metric and its interval exist and are not null."""
     return all(isinstance(row.get(f"{metric}{end}"), int | float) for end in ("", "/low", "/high"))
 
 
 def given_records(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """The records of models from elsewhere that `advml evaluate` has measured, by name.
+    """Records of external models that were evaluated, by name.
 
     Raises:
         UserError: a file is damaged.
@@ -124,15 +126,17 @@ def given_records(workspace: Workspace) -> dict[str, dict[str, Any]]:
 
 
 def given_row(name: str, record: Mapping[str, Any]) -> Row:
-    """The row of a model from elsewhere: its metrics, and the norm and epsilon that it was attacked with."""
+    """Row of an external model: its metrics, and norm and epsilon of its attacks."""
     attacked = record["figures"].get("accuracy/worst_case", {})
     threat = {key: attacked[key] for key in ("norm", "epsilon") if key in attacked}
     return {"model": name, **threat} | {key: value for key, value in record["metrics"].items() if value is not None}
 
 
 def cell(row: Row, metric: str) -> str:
-    """`97.5 [95.3, 98.7]`: a percentage with its 95 % interval, a cost as `1,234`, or a dash;
-    of a mean over seeds `97.5 ± 0.4 [95.3, 98.7]`, with their standard deviation. Attacked figures bear the `mark` of their model."""
+    """Cell of the table: a percentage with its 95 % interval (`97.5 [95.3, 98.7]`), a cost (`1,234`), or a dash.
+
+    A mean over seeds also has their standard deviation: `97.5 ± 0.4 [95.3, 98.7]`. Attacked figures have the `mark` of their model.
+    """
     if metric not in row:
         return "-"
     if metric in (STEPS, SECONDS):
@@ -143,14 +147,14 @@ def cell(row: Row, metric: str) -> str:
 
 
 def footnote(table: list[Row]) -> str:
-    """What the marks say, a line for each that a figure bears."""
+    """Explanation of the marks that occur in the table, one line each."""
     marked = {sign: [row["model"] for row in table if mark(row) == sign] for sign in (FLAGGED, UNJUDGED)}
     return "\n".join(f"{sign} {MEANING[sign]}: see advml show {models[0]}" for sign, models in marked.items() if models)
 
 
 def to_markdown(table: list[Row]) -> str:
-    """The table for a README: accuracies in percent with 95 % intervals, means over seeds first."""
+    """Table in Markdown: accuracies in percent with 95 % intervals, means over seeds first."""
     lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {row['model']} | " + " | ".join(cell(row, metric) for metric in COLUMNS.values()) + " |" for row in with_means(table)]
-    notes = [f"\n{note}" for note in footnote(table).splitlines()]  # each a paragraph of its own
+    notes = [f"\n{note}" for note in footnote(table).splitlines()]  # one paragraph per note
     return "\n".join(lines + notes) + "\n"

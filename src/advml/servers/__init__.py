@@ -1,1 +1,1 @@
-"""MLflow as processes beside ours: its UI opened on a study, and a server that a group shares."""
+"""Run MLflow's UI for a study, and an MLflow server for a group."""

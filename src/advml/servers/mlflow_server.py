@@ -1,6 +1,6 @@
-"""An MLflow server that a group shares: runs in PostgreSQL, artifacts through the server, users with passwords.
+"""MLflow server that a group shares: runs in PostgreSQL, artifacts through the server, users with passwords.
 
-All of it is MLflow's own (`mlflow server --app-name basic-auth`); here are its arguments, and the refusal of what is not safe.
+The server is MLflow's own (`mlflow server --app-name basic-auth`); this module makes its arguments, and refuses unsafe settings.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from advml.core.passwords import masked, remember
 from advml.servers import mlflow_ui
 
 CONFIGURATION = Path(__file__).with_name("basic_auth.ini")
-USER, USERS = "admin", "basic_auth.db"  # USERS: the database that CONFIGURATION names
+USER, USERS = "admin", "basic_auth.db"  # USERS: the database named in CONFIGURATION
 BACKEND, PASSWORD = "MLFLOW_BACKEND_STORE_URI", "MLFLOW_AUTH_ADMIN_PASSWORD"
-SHORTEST, OLD_DEFAULT = 12, "password1234"  # characters of a password that MLflow takes; one that it refuses
-PATIENCE = 10  # seconds in which a database has to answer
+SHORTEST, OLD_DEFAULT = 12, "password1234"  # least length of a password that MLflow accepts; a password that it refuses
+PATIENCE = 10  # seconds within which a database must answer
 
 
 @dataclass(frozen=True)
 class GroupServer:
-    """What to run, where, and in which words to say so."""
+    """Command, environment and address of the server, and the lines to print."""
 
     command: list[str]
     environment: dict[str, str]
@@ -48,15 +48,15 @@ def prepare(
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
 ) -> GroupServer:
-    """Make the folder and the admin's password, and check all that the server needs.
+    """Create the folder and the admin's password, and check the requirements of the server.
 
     Args:
-        folder: database of users, the admin's password and, by default, runs and artifacts. Nobody else reads its files.
-        backend: SQLAlchemy's address of the runs' database, PostgreSQL or another; None: SQLite in the folder.
+        folder: for the database of users, the admin's password and, by default, runs and artifacts; readable only by its owner.
+        backend: SQLAlchemy address of the runs' database, PostgreSQL or another; None: SQLite in the folder.
         artifacts: a folder or an address such as s3://bucket/path; None: `artifacts` in the folder.
-        host: address to listen on; another than localhost needs a certificate.
+        host: address to listen on; any other than localhost needs a certificate.
     Raises:
-        UserError: something is missing, or a password would be readable for others.
+        UserError: a requirement is missing, or others could read a password.
         Failure: the database does not answer.
     """
     _require_safe(artifacts, host, port, tls_cert, tls_key)
@@ -74,7 +74,7 @@ def prepare(
         **mlflow_ui.environment(_backend(backend, folder)),
         "MLFLOW_AUTH_CONFIG_PATH": str(CONFIGURATION),
         "MLFLOW_AUTH_ADMIN_USERNAME": USER,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),  # of the sign-up form
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(),  # for the sign-up form
         **({PASSWORD: password} if password else {}),
         **mlflow_ui.names(host, port, scheme=scheme),
     }
@@ -106,10 +106,10 @@ def _require_safe(artifacts: str | None, host: str, port: int, tls_cert: Path | 
 
 
 def _admin_password(folder: Path) -> tuple[str | None, str]:
-    """The admin's password, which MLflow takes at the first start only, and where to find it. None: the one that MLflow knows.
+    """Admin password for the first start of MLflow (None: MLflow has one already), and a description of where it is kept.
 
     Raises:
-        UserError: the one given is one that MLflow refuses.
+        UserError: MLflow would refuse the given password.
     """
     file, known = folder / "admin-password", _hash_of_admin(folder)
     password, source = os.environ.get(PASSWORD), PASSWORD
@@ -122,18 +122,18 @@ def _admin_password(folder: Path) -> tuple[str | None, str]:
             fresh.replace(file)
         password = file.read_text().strip() if file.exists() else None
     elif len(password) < SHORTEST or password == OLD_DEFAULT:
-        raise UserError(f"{PASSWORD}: MLflow wants {SHORTEST} characters or more, and not its old default")
+        raise UserError(f"{PASSWORD}: MLflow needs {SHORTEST} characters or more, and refuses its old default")
     if known is not None and password is not None:
         from werkzeug.security import check_password_hash
 
         if not check_password_hash(known, password):
-            tell(f"warning: {source} is not the password of {USER}, which stays as it is; change it in MLflow at /#/account")
+            tell(f"warning: {source} is not the password of {USER}, which is not changed; change it in MLflow at /#/account")
             password = None
     return password, f"in {source}" if password else "as before"
 
 
 def _hash_of_admin(folder: Path) -> str | None:
-    """What MLflow keeps of the admin's password; None before the first start.
+    """Hash of the admin's password in MLflow's database; None before the first start.
 
     Raises:
         UserError: the database of users is damaged.
@@ -147,16 +147,16 @@ def _hash_of_admin(folder: Path) -> str | None:
     except sqlite3.OperationalError:  # no tables yet
         return None
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{file} is damaged ({error}); put a copy in its place, or remove it: all users but {USER} are gone then") from None
+        raise UserError(f"{file} is damaged ({error}); restore a copy, or remove it, which removes all users except {USER}") from None
     return found[0] if found else None
 
 
 def _backend(address: str | None, folder: Path) -> str:
-    """The address of a database that answers.
+    """Check the address of the runs' database, and return it.
 
     Raises:
-        UserError: it is none, its driver is not installed, or its password stands in the list of processes.
-        Failure: it does not answer.
+        UserError: the address is not valid, its driver is not installed, or its password would be visible in the list of processes.
+        Failure: the database does not answer.
     """
     if address is None:
         tell("note: runs are kept in SQLite, for few writers at a time; for a group: --backend postgresql://user@host/name")
@@ -169,12 +169,12 @@ def _backend(address: str | None, folder: Path) -> str:
         options = {"connect_args": {"connect_timeout": PATIENCE}} if "psycopg" in url.get_driver_name() else {}
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **options)
     except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise UserError(f"--backend {masked(address)!r} is no database; write postgresql://user@host/name") from None
+        raise UserError(f"--backend {masked(address)!r} is not a database; write postgresql://user@host/name") from None
     except ImportError as error:
         raise UserError(f"--backend {masked(address)}: {error}; for PostgreSQL: pip install 'advml[server]'") from None
     if masked(address) != address != os.environ.get(BACKEND):
         raise UserError(
-            f"--backend holds a password, which the list of processes shows to all users; set {BACKEND} instead, or use ~/.pgpass"
+            f"--backend contains a password, which the list of processes shows to all users; set {BACKEND} instead, or use ~/.pgpass"
         )
     if url.get_backend_name() == "sqlite":
         file = Path(url.database or "").resolve()

@@ -1,4 +1,4 @@
-"""MLflow's UI: the link to this study's table of results, and a local server for it."""
+"""MLflow's UI: link to the study's table of results, and a local server."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from advml.tracking import view
 from advml.tracking.names import UI_MODE
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-EVERYWHERE = ("0.0.0.0", "::")  # addresses to bind to, of all networks of the machine
+EVERYWHERE = ("0.0.0.0", "::")  # addresses that mean all networks of the machine
 INTERNET = (socket.AF_INET, socket.AF_INET6)
-TRIED = 100  # ports after the one asked for
+TRIED = 100  # number of ports tried after the requested one
 
 
 def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
-    """The address of the experiment's table of results in the UI: a local one on `host` and `port`, or the tracking server's.
+    """Address of the experiment's table of results in the UI, local on `host` and `port` or that of the tracking server.
 
     Raises:
-        UserError: MLflow writes nothing to the store that is configured, or the server does not take user or password.
-        Failure: the store is a local one, and cannot be opened.
+        UserError: MLflow does not support the configured store, or the server refuses user or password.
+        Failure: a local store cannot be opened.
     """
     base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{shown_host(host)}:{port}"
     try:
@@ -46,17 +46,17 @@ def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
         raise
     except Exception as error:
         if not place.is_server:
-            raise Failure(f"{stores.explain(place, error)}; mend the store or name another with -S tracking.uri=...") from error
+            raise Failure(f"{stores.explain(place, error)}; repair the store or name another with -S tracking.uri=...") from error
         stores.give_up(place, error, then="the link is that of the server, not of the experiment")
         return base
     return f"{base}/#/experiments/{store.experiment}/runs?viewStateShareKey={view.KEY}&{UI_MODE}"
 
 
 def command(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:
-    """Command and environment of a local UI on the store that `link` links to; None where a server has one of its own.
+    """Command and environment of a local UI for the store of `link`; None for a tracking server, which has its own UI.
 
     Raises:
-        UserError: MLflow writes nothing to the store that is configured.
+        UserError: MLflow does not support the configured store.
     """
     if place.refused:
         raise UserError(place.refused)
@@ -67,7 +67,7 @@ def command(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> tuple
 
 
 def require_free(host: str, port: int) -> None:
-    """Raises UserError if nothing can listen at this address, naming the next port that is free."""
+    """Raise UserError if a server cannot listen at this address; names the next free port."""
     reason = _obstacle(host, port)
     if reason is None:
         return
@@ -77,15 +77,15 @@ def require_free(host: str, port: int) -> None:
         raise UserError(f"--port {port} is taken on {host}{remedy}")
     if reason == errno.EACCES:
         raise UserError(f"--port {port} is reserved for the system; choose one above 1023: --port {port + 5000}")
-    raise UserError(f"--host {host} is no address of this machine; choose 127.0.0.1 (this machine only) or 0.0.0.0 (all networks)")
+    raise UserError(f"--host {host} is not an address of this machine; choose 127.0.0.1 (this machine only) or 0.0.0.0 (all networks)")
 
 
 def _obstacle(host: str, port: int) -> int | None:
-    """The number of the error that keeps a server from listening there; None: nothing does."""
+    """Number of the error that prevents a server from listening there; None: there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore a server that has just ended
             probe.bind(address)
             probe.listen()
     except OSError as error:
@@ -94,14 +94,14 @@ def _obstacle(host: str, port: int) -> int | None:
 
 
 def shown_host(host: str) -> str:
-    """The host in the link: the machine's name where the server listens on all of its networks."""
+    """Host in the link: the machine's name if the server listens on all networks."""
     return socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
 
 
 def environment(backend: str) -> dict[str, str]:
-    """Settings of every server that we start: no jobs, which want a broker, no reports to MLflow's makers, no warnings about its code.
+    """Environment of a server: disables jobs (which need a broker), telemetry, and warnings about MLflow's own code.
 
-    The database is named here, where its password is less exposed than in a list of processes.
+    It also contains the database's address, because a password would be more exposed in the list of processes.
     """
     return {
         "MLFLOW_BACKEND_STORE_URI": backend,
@@ -112,9 +112,9 @@ def environment(backend: str) -> dict[str, str]:
 
 
 def names(host: str, port: int, *, scheme: str = "http") -> dict[str, str]:
-    """Environment under which MLflow serves browsers that call this machine by its names and addresses; the user's own settings win.
+    """Environment with which MLflow accepts requests to this machine's names and addresses; does not replace the user's settings.
 
-    By itself MLflow refuses names (DNS rebinding), and lets no page but localhost's search runs (CORS).
+    By default MLflow refuses names (against DNS rebinding), and lets only localhost's pages search runs (CORS).
     """
     if host in LOOPBACK:
         return {}
@@ -138,17 +138,17 @@ def serve(
     folder: Path | None = None,
     tls: bool = False,
 ) -> None:
-    """Run the server until it ends or an exception (Ctrl-C, SIGTERM) ends this process; the server and its workers end with it.
+    """Run the server until it ends, or until an exception (Ctrl-C, SIGTERM), which also ends the server and its workers.
 
     Args:
-        folder: where it runs; what it writes there, only the user can read.
-        tls: whether it speaks HTTPS.
+        folder: working folder; files written there are readable only by the user.
+        tls: whether it uses HTTPS.
         on_answer: called once, when the server answers.
     Raises:
         Failure: the server has ended with an error.
     """
     mask = -1 if folder is None else 0o077
-    # In a session of its own: a Ctrl-C in the terminal is ours to handle.
+    # In a session of its own, so that only this process handles Ctrl-C.
     process = subprocess.Popen(command, env=dict(environment), cwd=folder, umask=mask, start_new_session=True)
     try:
         while process.poll() is None and not _answers(host, port, tls=tls):
@@ -156,13 +156,15 @@ def serve(
         if process.poll() is None:
             on_answer()
         if code := process.wait():
-            raise Failure(f"MLflow's server has ended with code {code}; it says why above")
+            raise Failure(f"MLflow's server has ended with code {code}; see its messages above")
     finally:
         _end(process)
 
 
 def _answers(host: str, port: int, *, tls: bool) -> bool:
-    options = {"context": ssl._create_unverified_context()} if tls else {}  # it is our own process, whatever name its certificate has
+    options = (
+        {"context": ssl._create_unverified_context()} if tls else {}
+    )  # unverified, because it is our own process, whatever name its certificate has
     kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
     connection = kind("localhost" if host in EVERYWHERE else host, port, timeout=2, **options)
     try:
@@ -175,7 +177,7 @@ def _answers(host: str, port: int, *, tls: bool) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the server and its workers, then SIGKILL."""
+    """End the server and its workers with SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

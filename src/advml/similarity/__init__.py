@@ -1,1 +1,1 @@
-"""How alike are representations: rows of layers, CKA between them, scalars with intervals, linear probes."""
+"""Similarity of representations: layers, CKA and other measures between them, scalars with intervals, linear probes."""

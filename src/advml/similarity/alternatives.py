@@ -1,16 +1,16 @@
-"""Measures of similarity beside linear CKA, as rows of one table: kernel CKA, shapes, distances, subspaces, neighbours, regression.
+"""Measures of similarity other than linear CKA, in one table: kernel CKA, shapes, distances, subspaces, neighbours, regression.
 
     layers = [compact(features, images) for features in ...]      # pooled features (N, C) of the same images
     found = tables(MEASURES["rsa"], {first: layers, second: others}, [(first, second)])    # keys as in `cka`
     found.matrix(first, second)      # (L1, L2)
 
-All are 1 for the same representation and lower for less alike ones, and none changes when features are rotated, scaled by one number
-or shifted. Features are pooled (see `probes.pooling`) and of at most MOST_IMAGES images: what regression, canonical correlations and
-shapes say of features wider than there are images is 1, or nearly. `cka-pooled` is the paper's measure on those same features: it says
-what pooling alone changes.
+All are 1 for equal representations and lower for less similar ones, and are invariant to rotation, scaling by one number and shift.
+Features are pooled (see `probes.pooling`), because regression, canonical correlations and shapes are (nearly) 1 for features wider than
+the number of images; at most MOST_IMAGES images are used. `cka-pooled` is the paper's measure on the same pooled features, and shows the
+effect of pooling.
 
-All of it is a few lines on NumPy and SciPy: netrep (Williams et al. 2021) is on no package index, rsatoolbox brings an imaging library
-along. Values agree with both, see docs/similarity.md.
+They are implemented here because netrep (Williams et al. 2021) is on no package index, and rsatoolbox depends on an imaging library.
+Values agree with both, see docs/similarity.md.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from scipy.stats import rankdata
 from advml.core.device import generator_for
 from advml.similarity.cka import Key, u_centred
 
-MOST_IMAGES = 512  # of which features are kept: 2 MiB a layer at most
-BLOCKS = 10  # of images, left out one after another
+MOST_IMAGES = 512  # largest number of images whose features are kept, at most 2 MiB per layer
+BLOCKS = 10  # number of blocks of images for the jackknife
 BANDWIDTH = 0.4  # of the Gaussian kernel, in median distances (Kornblith et al. 2019, table 2)
-VARIANCE = 0.99  # kept by SVCCA (Raghu et al. 2017)
-NEIGHBOURS = 10  # as ReSi (Klabunde et al. 2025)
+VARIANCE = 0.99  # share of variance kept by SVCCA (Raghu et al. 2017)
+NEIGHBOURS = 10  # number of nearest neighbours, as in ReSi (Klabunde et al. 2025)
 
 Layers = Sequence[np.ndarray]  # features (n, p) of the same n images; p may differ
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One way to compare representations.
+    """A measure of similarity between representations.
 
     Attributes:
-        prepare: centred features (n, p) -> an array that is kept of a layer.
-        compare: prepared layers, L1 of them and L2 -> values (L1, L2).
-        source: where it comes from.
-        domain: of what it is a function: Gram matrix, features or neighbours.
-        cost: of one pair of layers, beside `prepare`.
-        also_invariant: to more than rotation, one factor and an offset.
-        smooth: an interval by leaving out images is valid; else there is none, as the value jumps, or changes with the number of images.
-        needs: images n, for features of width p.
+        prepare: function from centred features (n, p) to the array that is kept of a layer.
+        compare: function from L1 and L2 prepared layers to values (L1, L2).
+        source: publication.
+        domain: the measure is a function of this: Gram matrix, features or neighbours.
+        cost: of one pair of layers, without `prepare`.
+        also_invariant: invariances beyond rotation, one factor and an offset.
+        smooth: whether jackknife intervals over images are valid; they are not if the value jumps or depends on the number of images.
+        needs: condition on the number of images n, for features of width p.
     """
 
     prepare: Callable[[np.ndarray], np.ndarray]
@@ -67,7 +67,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def _inner(first: Layers, second: Layers) -> np.ndarray:
-    """Products of vectors of unit length."""
+    """Inner products of vectors of unit length."""
     return np.stack(first) @ np.stack(second).T
 
 
@@ -76,55 +76,55 @@ def _pairwise(value: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Lay
 
 
 def _angular(first: Layers, second: Layers) -> np.ndarray:
-    """1 - 2/pi arccos |X^T Y|_*; the arccos is a true distance."""
+    """Shape similarity 1 - 2/pi arccos |X^T Y|_*, where the arccos is a metric."""
     return 1 - 2 / np.pi * np.arccos(np.clip(_pairwise(_nuclear)(first, second), -1, 1))
 
 
 def _linear(features: np.ndarray) -> np.ndarray:
-    """U(X X^T), of unit length."""
+    """Linear Gram matrix U(X X^T), scaled to unit length."""
     return _unit(u_centred(torch.from_numpy(features @ features.T)).numpy())
 
 
 def _gaussian(features: np.ndarray) -> np.ndarray:
-    """U(K), K_ij = exp(-|x_i - x_j|^2 / (2 s^2)), s = BANDWIDTH times the median distance; of unit length."""
+    """Gaussian Gram matrix U(K), scaled to unit length: K_ij = exp(-|x_i - x_j|^2 / (2 s^2)), s = BANDWIDTH times the median distance."""
     distances = pdist(features)
     width = BANDWIDTH * (np.median(distances) or distances.max())
     return _unit(u_centred(torch.from_numpy(squareform(np.exp(-np.square(distances / width) / 2)))).numpy())
 
 
 def _ranks(features: np.ndarray) -> np.ndarray:
-    """Ranks of the distances between images, centred and of unit length: their products are Spearman's correlations."""
+    """Ranks of the distances between images, centred and scaled to unit length, so that inner products are Spearman's correlations."""
     ranks = rankdata(pdist(features))
     return _unit(ranks - ranks.mean())
 
 
 def _singular_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of X^T Y, by the eigenvalues of the smaller product with itself; right to 1e-7."""
+    """Singular values of X^T Y, from the eigenvalues of the smaller of its products with its transpose; accurate to 1e-7."""
     product = first.T @ second
     product = product.T @ product if product.shape[0] > product.shape[1] else product @ product.T
     return np.sqrt(np.clip(np.linalg.eigvalsh(product), 0, None))
 
 
 def _nuclear(first: np.ndarray, second: np.ndarray) -> float:
-    """max over orthogonal Q of <X Q, Y> = |X^T Y|_*."""
+    """Nuclear norm |X^T Y|_*, the maximum of <X Q, Y> over orthogonal Q."""
     return float(_singular_values(first, second).sum())
 
 
 def _directions(features: np.ndarray) -> np.ndarray:
-    """Orthonormal directions (n, k) of the fewest principal components that keep VARIANCE."""
+    """Orthonormal directions (n, k) of the smallest number of principal components that keep VARIANCE."""
     left, values, _ = np.linalg.svd(features, full_matrices=False)
     kept = np.cumsum(values**2) / (values**2).sum()
     return left[:, : int(np.searchsorted(kept, VARIANCE * (1 - 1e-12))) + 1]
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean canonical correlation; NaN where so many directions of so few images must have some in common."""
+    """Mean canonical correlation; NaN if there are too few images, so that some directions necessarily coincide."""
     possible = first.shape[1] + second.shape[1] < len(first)
     return float(_singular_values(first, second).mean()) if possible else np.nan
 
 
 def _neighbours(features: np.ndarray) -> np.ndarray:
-    """(n, n) bool: the nearest images of each."""
+    """Mask (n, n) of each image's nearest neighbours."""
     distances = squareform(pdist(features))
     np.fill_diagonal(distances, np.inf)
     nearest = np.argsort(distances, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(features) - 1)]
@@ -134,12 +134,12 @@ def _neighbours(features: np.ndarray) -> np.ndarray:
 
 
 def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean over images of |A and B| / |A or B|."""
+    """Jaccard index of neighbourhoods, |A and B| / |A or B|, averaged over images."""
     return float(((first & second).sum(1) / (first | second).sum(1)).mean())
 
 
 def _explained(first: Layers, second: Layers) -> np.ndarray:
-    """Adjusted R^2 of the columns' layers, predicted from the rows': 1 - (1 - R^2) (n - 1) / (n - 1 - k), 0 on average for noise."""
+    """Adjusted R^2 of predicting the second layers from the first: 1 - (1 - R^2) (n - 1) / (n - 1 - k), 0 on average for noise."""
     found = np.full((len(first), len(second)), np.nan)
     for row, predictors in enumerate(first):
         left, values, _ = np.linalg.svd(predictors, full_matrices=False)
@@ -151,7 +151,7 @@ def _explained(first: Layers, second: Layers) -> np.ndarray:
 
 
 KORNBLITH, WILLIAMS, RAGHU = "Kornblith et al. 2019", "Williams et al. 2021", "Raghu et al. 2017"
-# Those of `similarity.measures` but for the first, `cka`, which has a pass of its own over whole layers (see `cka`).
+# All values of `similarity.measures` except `cka`, which is computed in a pass of its own, without pooling (see `cka`).
 MEASURES: dict[str, Measure] = {
     "cka-pooled": Measure(_linear, _inner, "Nguyen et al. 2021", "Gram matrix", "n^2"),
     "cka-rbf": Measure(_gaussian, _inner, KORNBLITH, "Gram matrix", "n^2"),
@@ -173,19 +173,19 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-# Which images, and what is kept of their features
+# Choice of images, and compact features
 
 
 def chosen(count: int) -> np.ndarray:
-    """Places of the images whose features are compared: all, or MOST_IMAGES of them, always the same for one count."""
+    """Indices of the images to use: all, or MOST_IMAGES of them, always the same ones for a given count."""
     order = torch.randperm(count, generator=generator_for("similarity", count)).numpy()
     return np.sort(order[:MOST_IMAGES])
 
 
 def compact(features: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Features (N, p) of the images at `places`, float64; where they are wider than there are images, turned into as many columns.
+    """Features (N, p) of the images at `places`, float64, rotated into as many columns as there are images if p is larger.
 
-    Rotations change no measure here, and X = R^T Q^T, of X^T = Q R, is one. Zeros if the layer is dead, i.e. does not tell images apart.
+    The measures are invariant to this rotation, X -> R^T with X^T = Q R. Zeros if the layer is dead, i.e. constant over images.
     """
     found = features[places].astype(np.float64)
     if np.ptp(found, axis=0).max() <= 1e-6 * np.abs(found).max():
@@ -198,17 +198,17 @@ def compact(features: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def blocks(count: int) -> list[np.ndarray]:
-    """Places of as many images in BLOCKS parts, to be left out one after another."""
+    """Indices of `count` images, divided into BLOCKS parts for the jackknife."""
     return np.array_split(np.arange(count), BLOCKS) if count >= 4 * BLOCKS else []
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Values of one measure, as `scalars` are made of.
+    """Values of one measure, from which scalars are computed.
 
     Attributes:
-        tables: for pairs of keys, (1 + B, L1, L2): the values, and those without each block of images. Dead layers are NaN.
-        sizes: images of each block; none where the measure allows no interval.
+        tables: for pairs of keys, (1 + B, L1, L2): the values, and those without each block of images. NaN for dead layers.
+        sizes: number of images in each block; empty if the measure has no intervals.
     """
 
     tables: Mapping[tuple[Key, Key], np.ndarray]
@@ -219,17 +219,17 @@ class Tables:
         return self.tables[first, second][0]
 
     def without_each(self, first: Key, second: Key) -> Iterator[np.ndarray]:
-        """(B, L1, L2), in parts."""
+        """Yield the values without each block (B, L1, L2), in parts."""
         yield self.tables[first, second][1:]
 
     def alive(self, first: Key, second: Key) -> tuple[np.ndarray, np.ndarray]:
-        """Which layers tell images apart, (L1,) and (L2,) bool."""
+        """Masks (L1,) and (L2,) of living layers, which are not constant over images."""
         found = np.isfinite(self.matrix(first, second))
         return found.any(1), found.any(0)
 
 
 def tables(measure: Measure, layers: Mapping[Key, Layers], pairs: Sequence[tuple[Key, Key]], *, intervals: bool = True) -> Tables:
-    """The values of one measure for pairs of keys; of prepared layers those of a few keys alone are kept."""
+    """Values of one measure for pairs of keys; prepared layers are kept only as long as they are needed."""
     count = len(next(iter(layers.values()))[0])
     left_out = blocks(count) if measure.smooth and intervals else []
     found: dict[tuple[Key, Key], list[np.ndarray]] = {pair: [] for pair in pairs}
@@ -246,7 +246,7 @@ def tables(measure: Measure, layers: Mapping[Key, Layers], pairs: Sequence[tuple
 
 
 def without_value(layers: Mapping[Key, Layers], found: Tables) -> tuple[int, int]:
-    """How many pairs of living layers a measure says nothing of, and of how many."""
+    """Number of pairs of living layers for which a measure has no value, and number of all such pairs."""
     alive = {key: sum(map(_is_alive, each)) for key, each in layers.items()}
     total = sum(alive[first] * alive[second] for first, second in found.tables)
     return total - sum(int(np.isfinite(found.matrix(*pair)).sum()) for pair in found.tables), total
@@ -257,15 +257,15 @@ def _is_alive(centred: np.ndarray) -> bool:
 
 
 def _prepared(measure: Measure, layers: Layers, rows: np.ndarray) -> dict[int, np.ndarray]:
-    """The living layers, by number."""
+    """Prepared living layers, by index."""
     parts = {number: layer[rows] - layer[rows].mean(0) for number, layer in enumerate(layers)}
     return {number: measure.prepare(part) for number, part in parts.items() if _is_alive(part)}
 
 
 def describe(names: Sequence[str], count: int) -> dict[str, Any]:
-    """How these measures were made from `count` images, for the record; nothing if there are none."""
+    """Record of how these measures were computed from `count` images; empty if there are none."""
     used = len(chosen(count))
     enough = f"95 %, jackknife over {BLOCKS} blocks of images, t quantiles" if blocks(used) else f"none: {used} images are too few"
-    jumps = "none: it is no smooth function of the images"
+    jumps = "none: it is not a smooth function of the images"
     intervals = {name: enough if MEASURES[name].smooth else jumps for name in names}
     return {"measures": {"features": "pooled over space or tokens", "images": used, "of": count, "intervals": intervals}} if names else {}

@@ -6,9 +6,9 @@ n (n - 3) HSIC_1(K, L) = <U(K), U(L)>. Over batches b, as a ratio of sums:
 
     CKA(X, Y) = sum_b <U_b(K), U_b(L)> / sqrt( sum_b <U_b(K), U_b(K)> * sum_b <U_b(L), U_b(L)> ).
 
-The Gram matrix is made while the layer runs, so no activation is kept and none can be overwritten. All rows of a batch
-(every model, kind of input and layer) are multiplied with one another at once: blocks within a model, between clean
-and adversarial inputs and between models come from the same pass. Per batch only these products are kept.
+The Gram matrix is computed while the layer runs, so that no activation is kept or overwritten. All rows of a batch (every model, kind of
+input and layer) are multiplied with one another at once: blocks within a model, between clean and adversarial inputs and between models
+come from the same pass. Only these products are kept per batch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from advml.similarity.layers import Layer, watching
 
 SMALLEST_BATCH = 4  # HSIC_1 divides by n (n - 3)
-CACHED = 60_000  # numbers, under 256 KiB; with a power of two the rows of a piece would fight for the same lines of the cache
-WIDE = 4096  # narrower layers gain nothing from rounding, and lose: few errors do not cancel
+CACHED = 60_000  # numbers per piece, under 256 KiB; not a power of two, which would cause conflicts between rows in the cache
+WIDE = 4096  # least width for bfloat16: narrower layers are not faster with it, and few rounding errors do not cancel
 GRAM_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Key = tuple[str, str]  # (model, kind of input), e.g. ("CL-AT-s0", "adversarial")
@@ -36,17 +36,17 @@ Key = tuple[str, str]  # (model, kind of input), e.g. ("CL-AT-s0", "adversarial"
 def centred_gram(features: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """U(X X^T) of features (n, ...): the n (n - 1) / 2 entries above the diagonal, float64.
 
-    The mean over the batch is taken off first: the estimator is invariant to it, float32 is not. Features that do not
-    differ between images beyond rounding give zeros. With `dtype` bfloat16 the products of centred features of wide layers are in it,
-    where the device has instructions for that; elsewhere float32 is faster as well as more exact.
+    The mean over the batch is subtracted first; the estimator is invariant to it, but float32 rounding is not. Features that differ between
+    images only by rounding give zeros. With `dtype` bfloat16, products of wide layers' features use it if the device has instructions for
+    it; otherwise float32 is faster and more accurate.
     """
     flat = _flat(features.detach())
     n, width = flat.shape
     gram, unit = _products(flat, dtype), 1.0
     typical, eps = (gram.diagonal().amax() / width).sqrt(), torch.finfo(torch.float32).eps
-    if not max(1e-12, 8 * eps * flat[0].abs().amax()) < typical < 1e12:  # a layer that is dead, tiny or huge
+    if not max(1e-12, 8 * eps * flat[0].abs().amax()) < typical < 1e12:  # the layer is constant, or its values tiny or huge
         size, spread = flat.abs().amax().float(), (flat.float() - flat.float().mean(0)).abs().amax()
-        if spread <= 4 * eps * size:  # what is left is rounding
+        if spread <= 4 * eps * size:  # the differences are rounding errors
             return torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=flat.device)
         gram, unit = _products(flat.float() / spread, dtype), spread.double() ** 2
     return u_centred(gram.double()) * unit
@@ -63,17 +63,17 @@ def u_centred(gram: Tensor) -> Tensor:
 
 
 def _flat(features: Tensor) -> Tensor:
-    """(n, p), in whatever order features lie in memory: with channels last, (n, C, H, W) need not be copied."""
+    """Flatten features to (n, p) in their order in memory, so that channels-last tensors need not be copied."""
     order = sorted(range(1, features.ndim), key=lambda dimension: -features.stride(dimension))
     return features.permute(0, *order).reshape(len(features), -1)
 
 
 def _products(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """X X^T of features (n, p) less their mean, float32; on a processor in pieces that fit in its cache, so nothing large is made."""
+    """X X^T of centred features (n, p), float32; on a CPU in pieces that fit into its cache, without large temporaries."""
     n, width = flat.shape
     rounded = dtype is not torch.float32 and width >= WIDE and _multiplies_bfloat16(flat.device)
     gram = torch.zeros(n, n, device=flat.device)
-    shares = torch.full((1, n), 1 / n, device=flat.device)  # the mean as a product: one sweep over rows that lie far apart
+    shares = torch.full((1, n), 1 / n, device=flat.device)  # the mean as a product, which reads memory only once
     for part in flat.split(width if flat.is_cuda else max(1, CACHED // n), dim=1):
         centred = part.float() - shares @ part.float()
         if rounded:
@@ -86,13 +86,13 @@ def _products(flat: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for it."""
+    """Whether the device has instructions for products in bfloat16."""
     return device.type != "cpu" or any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """Products of rows with one another, batch by batch.
+    """Products of Gram matrices of layers, per batch, from which CKA is computed.
 
     Attributes:
         rows: the layers of each (model, kind of input).
@@ -100,8 +100,8 @@ class Similarity:
             the second, float64, (batches, L1, L2).
         norms: <U_b(K), U_b(K)> of each key's layers, (batches, L).
         sizes: images per batch.
-        left_out: images of batches too small for the estimator.
-        ends: products of one layer of every key with those of all, in the order of `norms`, (batches, K, K); None if none was asked for.
+        left_out: number of images in batches too small for the estimator.
+        ends: products between one layer of each of the K keys, in the order of `norms`, (batches, K, K); None if not requested.
     """
 
     rows: Mapping[Key, tuple[Layer, ...]]
@@ -114,7 +114,7 @@ class Similarity:
     def cka(self, first: Key, second: Key, *, weights: np.ndarray | None = None) -> np.ndarray:
         """CKA between the layers of `first` and of `second`, (L1, L2); or (S, L1, L2) for S weightings (S, batches).
 
-        Never clamped: an unbiased estimate of nothing is negative half of the time. A dead layer is NaN.
+        Not clamped: for unrelated layers, an unbiased estimate is negative half of the time. NaN for dead layers.
 
         Raises:
             KeyError: the pair was not measured.
@@ -130,28 +130,28 @@ class Similarity:
         return result[0] if weights is None else result
 
     def matrix(self, first: Key, second: Key) -> np.ndarray:
-        """(L1, L2), as `cka`."""
+        """CKA (L1, L2); the same as `cka`, for the interface shared with `Tables`."""
         return self.cka(first, second)
 
     def without_each(self, first: Key, second: Key, *, size: int = 100) -> Iterator[np.ndarray]:
-        """CKA without each batch, (B, L1, L2), in parts: a matrix for each would not fit for many layers and batches."""
+        """Yield CKA without each batch (B, L1, L2), in parts, because all of it may not fit into memory."""
         weights = 1 - np.eye(len(self.sizes))
         for start in range(0, len(weights), size):
             yield self.cka(first, second, weights=weights[start : start + size])
 
     def alive(self, first: Key, second: Key) -> tuple[np.ndarray, np.ndarray]:
-        """Which layers tell images apart, (L1,) and (L2,) bool."""
+        """Masks (L1,) and (L2,) of living layers, which are not constant over images."""
         return self.norms[first].sum(0) > 0, self.norms[second].sum(0) > 0
 
     def ends_cka(self) -> np.ndarray:
-        """CKA between the ends, (K, K)."""
+        """CKA (K, K) between the final layers of all keys."""
         total = self.ends.sum(0)
         sizes = np.sqrt(np.diagonal(total))
         with np.errstate(invalid="ignore", divide="ignore"):
             return total / (sizes[:, None] * sizes)
 
     def merged(self, other: Similarity) -> Similarity:
-        """Both shards as one pass over all their batches."""
+        """Merge two shards, as if their batches were measured in one pass."""
         if _names(self) != _names(other):
             raise ValueError("shards of different rows cannot be merged")
         return replace(
@@ -177,17 +177,17 @@ def measure(
     gram: str = "float32",
     ends: Mapping[str, int] | None = None,
 ) -> Similarity:
-    """One pass over paired batches.
+    """Measure the similarity of layers in one pass over paired batches.
 
     Args:
         networks: by name.
-        rows: the layers to record of each.
-        batches: for each batch the images (n, C, H, W) of every (model, kind); the same n images behind every key, in one order.
-        pairs: the blocks to keep; None: all.
-        gram: a key of GRAM_TYPES; bfloat16, with errors below 5e-4, is faster where the device multiplies in it.
-        ends: of each network one row, which all keys are compared in, whatever `pairs` says.
+        rows: layers to record, by network.
+        batches: for each batch, the images (n, C, H, W) of every (model, kind): versions of the same n images in one order.
+        pairs: pairs of keys to keep; None: all.
+        gram: a key of GRAM_TYPES; bfloat16, with errors below 5e-4, is faster if the device supports it.
+        ends: index of one row per network, in which all keys are compared, regardless of `pairs`.
     Raises:
-        ValueError: batches with different keys, or of different sizes under one another's keys, or none large enough.
+        ValueError: keys differ between batches, sizes differ between keys, or no batch is large enough.
     """
     keys: tuple[Key, ...] = ()
     products: list[dict[tuple[Key, Key], np.ndarray]] = []
@@ -224,9 +224,9 @@ def measure(
 
 
 def _grams(network: nn.Module, rows: Sequence[Layer], images: Tensor, dtype: torch.dtype) -> Tensor:
-    """The centred Gram matrix of every row, (len(rows), n (n - 1) / 2)."""
+    """Centred Gram matrix of every row, (len(rows), n (n - 1) / 2)."""
     n = len(images)
-    # A row that this batch does not reach stays NaN: memory as found would pass for a measurement.
+    # NaN for rows that this batch does not reach; uninitialised memory would look like a measurement.
     grams = torch.full((len(rows), n * (n - 1) // 2), math.nan, dtype=torch.float64, device=images.device)
 
     def see(number: int, output: Tensor) -> None:

@@ -1,7 +1,7 @@
 """CKA and other measures between the layers of different models, on clean and on adversarial images.
 
-The panels of the paper: the schemes against each other under ST and under AT, and AT against Full-AT in each scheme. All models
-pass every batch once, however many panels they are in.
+The paper's panels: pairs of schemes under ST and under AT, and AT with Full-AT in each scheme. Every batch passes each model once,
+regardless of the number of panels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from advml.similarity.layers import Layer, layers
 from advml.similarity.probes import pooled_features
 from advml.similarity.represent import CLEAN, KINDS, View, counted_rows, ending_row, further_tables, paired_batches
 
-POOLED = 256  # images of a pass that only pools features
+POOLED = 256  # images per forward pass when only pooled features are needed
 SCHEME_PAIRS = (("SCL", "CL"), ("SL", "CL"), ("SL", "SCL"))  # in the order of the paper's figures
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Layers of one model against those of another. `group` says what is compared: schemes under AT, ..."""
+    """A pair of models whose layers are compared. `group` describes the comparison: schemes under AT, ..."""
 
     group: str
     first: str
@@ -41,7 +41,7 @@ class Panel:
 
 
 def paper_panels(grid: config.Grid, seed: int) -> list[Panel]:
-    """The panels of the paper, as far as the grid has their models, and the same of other schemes."""
+    """Panels of the paper that the grid has models for, extended to its other schemes."""
     known = {frozenset(pair) for pair in SCHEME_PAIRS}
     pairs = [*SCHEME_PAIRS, *(pair for pair in itertools.combinations(grid.schemes, 2) if frozenset(pair) not in known)]
     wanted = [
@@ -54,7 +54,7 @@ def paper_panels(grid: config.Grid, seed: int) -> list[Panel]:
 
 
 def all_pairs(names: Sequence[str]) -> list[Panel]:
-    """Every model against every other."""
+    """Panels of all pairs of models."""
     return [Panel("models", first, second) for first, second in itertools.combinations(names, 2)]
 
 
@@ -63,9 +63,10 @@ class Comparison:
     """Measured panels.
 
     Attributes:
-        counted: the rows of each model that scalars are made of.
-        tables: of the measures beside CKA.
-        ends: values of each measure between what all models end in, of each kind of input, (K, K) in the order of `similarity.norms`.
+        counted: mask, per model, of the rows that are counted in scalars.
+        tables: values of measures other than CKA.
+        ends: per measure, values (K, K) between the final representations of all models and kinds of input, in the order of
+            `similarity.norms`.
     """
 
     panels: tuple[Panel, ...]
@@ -76,12 +77,12 @@ class Comparison:
 
     @property
     def distance(self) -> str:
-        """Measure of `distances`, a key of ANGLES."""
+        """Measure that `distances` uses, a key of ANGLES."""
         return next(name for name in ANGLES if name in self.by_measure)
 
     @property
     def distances(self) -> np.ndarray:
-        """True distances between the ends, (K, K): angles in radians."""
+        """Distances (K, K) between the final representations: angles in radians, which fulfil the triangle inequality."""
         return ANGLES[self.distance][1](self.ends[self.distance])
 
     @property
@@ -95,11 +96,11 @@ class Comparison:
         return {"cka": self.similarity, **self.tables}
 
     def matrix(self, panel: Panel, kind: str, *, measure: str = "cka") -> np.ndarray:
-        """(L1, L2): rows are layers of the panel's first model."""
+        """Values (L1, L2) of a panel; rows are layers of its first model."""
         return self.by_measure[measure].matrix((panel.first, kind), (panel.second, kind))
 
 
-# Measures of which an angle is a true distance -> what it is called, and how it follows from their values.
+# Measure with an angle that is a metric -> name of this distance, and its formula.
 ANGLES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "shape": ("angular Procrustes distance", lambda values: np.pi / 2 * (1 - values)),
     "cka": ("arccos of CKA", lambda values: np.arccos(np.clip(values, -1, 1))),
@@ -115,12 +116,12 @@ def compare(
     *,
     intervals: bool = True,
 ) -> Comparison:
-    """Measure panels in one pass over the images, and in a second one where other measures than CKA are asked for.
+    """Measure panels in one pass over the images, and a second one for measures other than CKA.
 
     Args:
-        networks: by name; what each ends in is compared with all.
-        views: of the first `count` images of an order that all share, by model and kind of input.
-        intervals: whether measures beside CKA are taken without each block of images, too.
+        networks: by name; the final representations of all are compared as well.
+        views: by model and kind of input: function from indices to versions of the first `count` images.
+        intervals: whether measures other than CKA are also computed without each block of images.
     """
     rows = {name: tuple(layers(network, views[name, CLEAN](slice(0, 2)), select=spec.layers)) for name, network in networks.items()}
     lasts = {name: ending_row(found) for name, found in rows.items()}
@@ -140,14 +141,14 @@ def compare(
     return Comparison(tuple(panels), similarity, {name: counted_rows(found) for name, found in rows.items()}, tables, ends)
 
 
-# What is written: matrices and products in cka.npz, layers and how they were measured in cka.json
+# Files: matrices and products in cka.npz, layers and method in cka.json
 
 
 def arrays(compared: Comparison) -> dict[str, np.ndarray]:
-    """What goes into cka.npz: `<first>/<second>/<kind>` (L1, L2), `products/...` per batch, `norms/<model>/<kind>`, `counted/<model>`.
+    """Content of cka.npz: `<first>/<second>/<kind>` (L1, L2), `products/...` per batch, `norms/<model>/<kind>`, `counted/<model>`.
 
-    Of a further measure `<measure>/<first>/<second>/<kind>` (1 + B, L1, L2), values and those without each block of
-    images; `ends/<measure>` (K, K).
+    For other measures `<measure>/<first>/<second>/<kind>` (1 + B, L1, L2), the values and those without each block of images;
+    `ends/<measure>` (K, K).
     """
     similarity = compared.similarity
     found: dict[str, np.ndarray] = {}
@@ -165,23 +166,23 @@ def arrays(compared: Comparison) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """What the `compare` stage has left: panels, how they were measured (cka.json), and of which weights, by model."""
+    """Stored result of the `compare` stage: panels, method (cka.json), and digests of weights by model."""
 
     compared: Comparison
     described: Mapping[str, Any]
     digests: Mapping[str, str]
 
     def counted_layers(self, model: str) -> list[str]:
-        """Names of the rows of a model that scalars are made of."""
+        """Names of a model's layers that are counted in scalars."""
         rows = self.described["layers"][model]
         return [row["name"] for row, counts in zip(rows, self.compared.counted[model], strict=True) if counts]
 
 
 def stored(workspace: Workspace) -> Stored | None:
-    """The panels of the study's grid; None if they have not been measured, or there are none.
+    """Read the stored panels of the study's grid; None if they have not been measured, or there are none.
 
     Raises:
-        UserError: the files are damaged, or not those of the record.
+        UserError: the files are damaged, or do not match the record.
     """
     folder, path = workspace.reports / "compare", workspace.record("compare", "panels")
     if not path.exists():
@@ -203,7 +204,7 @@ def stored(workspace: Workspace) -> Stored | None:
 
 
 def read(file: IO[bytes], described: Mapping[str, Any]) -> Comparison:
-    """What `arrays` has written; `described` is the content of cka.json beside it."""
+    """Inverse of `arrays`; `described` is the content of cka.json beside the file."""
     with np.load(file, allow_pickle=False) as stored:
         panels, kinds = tuple(Panel(**panel) for panel in described["panels"]), described.get("kinds", KINDS)
         rows = {
@@ -228,7 +229,7 @@ def read(file: IO[bytes], described: Mapping[str, Any]) -> Comparison:
 
 
 def describe(compared: Comparison) -> dict[str, Any]:
-    """What goes into cka.json, beside how it was measured."""
+    """Content of cka.json, without the method."""
     return {
         "panels": [asdict(panel) for panel in compared.panels],
         "layers": {

@@ -1,12 +1,12 @@
-"""Which layers a network has, in the order in which they execute, and a look at their outputs while they run.
+"""List the layers of a network in the order in which they execute, and observe their outputs.
 
     rows = layers(network, images[:2], select=["blocks"])
     with watching(network, rows, lambda layer, output: ...) as run:
         run(images)
 
-A module may be called more than once; its second call is the layer `name#2`. Tuples, lists and dictionaries of outputs are looked into:
-`attention:0`, `encoder:last_hidden_state`. Modules that hand on a tensor as they got it (identities, dropout at evaluation,
-containers) are aliases of the layer that made it, not layers. What functions compute between modules is not seen.
+If a module is called more than once, its second call is the layer `name#2`. Tensors in tuples, lists and dictionaries of outputs are
+layers with a key: `attention:0`, `encoder:last_hidden_state`. Modules that return a tensor unchanged (identities, dropout in eval mode,
+containers) are aliases of the layer that computed it. Results of functions between modules are not observed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from advml.core.errors import UserError
 
-PREPROCESSING = "normalize"  # our networks' first module: constants, no representation
-HANDS_ON = (nn.Identity, nn.Dropout)  # nothing of their own, whatever made the tensor that they were given
-ENCODER = "encoder"  # our networks' child of that name; any other module is all encoder
+PREPROCESSING = "normalize"  # first module of a `Network`, which is not a representation
+HANDS_ON = (nn.Identity, nn.Dropout)  # modules that return their input unchanged in eval mode
+ENCODER = "encoder"  # name of the encoder in a `Network`; other networks consist of the encoder only
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Layer:
     """One row of a similarity matrix.
 
     Attributes:
-        name: the module's path, with `#2` behind it for its second call in one pass, and so on, and `:key` for a part of its output.
+        name: the module's path, with suffix `#2` for its second call in a pass, and so on, and `:key` for a part of its output.
         kind: the module's class.
         shape: of its output for one image.
-        aliases: further modules that hand on this very tensor, in execution order.
-        in_encoder: False for the classifier and the projection head; of others' networks, for the linear layer that they end in.
-        is_block: the output of a residual, transformer or other repeated block.
+        aliases: further modules that return the same tensor, in execution order.
+        in_encoder: False for classifier and projection head; in external networks, for a final linear layer.
+        is_block: whether it is the output of a residual, transformer or other repeated block.
     """
 
     name: str
@@ -57,12 +57,12 @@ Run = Callable[[Tensor], object]
 
 
 def _forward(network: nn.Module) -> Run:
-    """A pass through everything the network has: our networks' heads are called one by one, others whole."""
+    """Function that runs all of a network: encoder and every head of a `Network`, or the forward pass of another network."""
     return getattr(network, "run_all", network.__call__)
 
 
 def _parts(name: str, output: object) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a module has returned, with their names."""
+    """Yield the tensors in a module's output, with their names."""
     if isinstance(output, Tensor):
         yield name, output
     elif isinstance(output, Mapping | tuple | list):
@@ -71,13 +71,13 @@ def _parts(name: str, output: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def _module(name: str) -> str:
-    """blocks.0.attention#2:0 -> blocks.0.attention"""
+    """Path of a layer's module: blocks.0.attention#2:0 -> blocks.0.attention."""
     return name.partition(":")[0].partition("#")[0]
 
 
 @contextlib.contextmanager
 def _calls(network: nn.Module, see: Callable[[str, nn.Module, object], None]) -> Iterator[Run]:
-    """Within: `run(images)` is one pass in eval mode, without gradients; `see` gets every call as it returns."""
+    """Context manager that yields `run(images)`, a pass in eval mode without gradients; `see` is called with each module's output."""
     counts: Counter[str] = Counter()
     modes = {module: module.training for module in network.modules()}
 
@@ -90,7 +90,7 @@ def _calls(network: nn.Module, see: Callable[[str, nn.Module, object], None]) ->
 
     def run(images: Tensor) -> object:
         counts.clear()
-        with torch.no_grad():  # not inference mode: the version counter tells a tensor changed in place from one handed on
+        with torch.no_grad():  # not inference mode, which lacks the version counter that reveals in-place changes
             return _forward(network)(images)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name and name != PREPROCESSING]
@@ -108,13 +108,13 @@ def _calls(network: nn.Module, see: Callable[[str, nn.Module, object], None]) ->
 class _Call:
     name: str
     module: nn.Module
-    output: Tensor  # kept alive, so that no later tensor gets its address
+    output: Tensor  # kept, so that no later tensor gets its address
     identity: tuple[int, int, int]  # see `_identity`
 
 
 @dataclass
 class _Trace:
-    """One pass: the outputs that have a value for each image, all modules that were called, and what the network returned."""
+    """Record of one pass: outputs with a value for each image, all called modules, and the network's output."""
 
     calls: list[_Call]
     called: dict[str, nn.Module]
@@ -122,7 +122,7 @@ class _Trace:
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    """Address, version, size: the same for a tensor handed on, not for one changed in place."""
+    """Address, version and size of a tensor: equal if it is returned unchanged, different after a change in place."""
     return tensor.data_ptr(), tensor._version, tensor.numel()
 
 
@@ -142,24 +142,24 @@ def _trace(network: nn.Module, images: Tensor) -> _Trace:
 
 
 def left_out(network: nn.Module, images: Tensor) -> list[str]:
-    """Modules without children that were called and have no value for each image: windows of attention, tables, integers."""
+    """Called modules without children whose output has no value for each image: attention windows, tables, integers."""
     trace, one = _trace(network, images), {_module(call.name) for call in _trace(network, images[1:]).calls}
     seen = {_module(call.name) for call in trace.calls} & one
     return [name for name, module in trace.called.items() if name not in seen and not list(module.children())]
 
 
 def layers(network: nn.Module, images: Tensor, *, select: Sequence[str] = ("blocks",)) -> list[Layer]:
-    """The rows of a similarity matrix, in execution order.
+    """Layers of a network for a similarity matrix, in execution order.
 
     Args:
-        network: ours or any torch module that takes images.
-        images: two or more (N, C, H, W); a pass of them shows the order and the shapes, one of fewer what has a value for each.
-        select: words, each "blocks": the blocks' outputs, the encoder's output and the heads'; "all": every layer that
-            computes something; or a pattern of names such as `layer3.*` or `*.act2` (`encoder.` in front may be left out).
+        network: a `Network`, or any torch module that accepts images.
+        images: two or more (N, C, H, W); a pass of all gives order and shapes, a pass of fewer shows which outputs have a value per image.
+        select: words, each "blocks": outputs of blocks, of the encoder and of the heads; "all": every layer that computes something; or a
+            pattern of names such as `layer3.*` or `*.act2` (the prefix `encoder.` may be left out).
     Raises:
         UserError: a pattern matches nothing, or there are no blocks.
     """
-    per_image = {call.name for call in _trace(network, images[1:]).calls}  # else two attention heads, say, pass for two images
+    per_image = {call.name for call in _trace(network, images[1:]).calls}  # else e.g. two attention heads would be taken for two images
     groups: dict[tuple[int, int, int], list[_Call]] = {}
     trace = _trace(network, images)
     parents = {name.rpartition(".")[0] for name in trace.called}
@@ -171,7 +171,7 @@ def layers(network: nn.Module, images: Tensor, *, select: Sequence[str] = ("bloc
     found = []
     for calls in groups.values():
         block = next((call for call in calls if _module(call.name) in blocks), None)
-        has_leaf = any(_module(call.name) not in parents for call in calls)  # nothing inside of it was called
+        has_leaf = any(_module(call.name) not in parents for call in calls)  # a module inside of which no other was called
         if block or has_leaf or _outputs(network) & {call.name for call in calls}:
             ends = calls[0].identity in trace.returned and any(isinstance(call.module, nn.Linear) for call in calls)
             found.append(_layer(network, calls, block, wide="blocks" in select, ends=ends))
@@ -179,7 +179,7 @@ def layers(network: nn.Module, images: Tensor, *, select: Sequence[str] = ("bloc
 
 
 def _layer(network: nn.Module, calls: list[_Call], block: _Call | None, *, wide: bool, ends: bool) -> Layer:
-    """A row is called by the module that computes it, among blocks by the block or the widest module that ends in it."""
+    """Layer for a group of calls with one output, named after the module that computes it; for `blocks`, after block or widest module."""
     named = (block or calls[-1]) if wide else calls[0]
     return Layer(
         name=named.name,
@@ -192,14 +192,14 @@ def _layer(network: nn.Module, calls: list[_Call], block: _Call | None, *, wide:
 
 
 def _outputs(network: nn.Module) -> set[str]:
-    """What the whole network ends in: encoder and heads."""
+    """Names of the final modules: encoder and heads."""
     return {name for name, _ in network.named_children() if name != PREPROCESSING} if hasattr(network, ENCODER) else set()
 
 
 def _blocks(network: nn.Module, groups: list[list[_Call]]) -> set[str]:
-    """Names of blocks: modules with weights inside, below the top level, whose output no such module inside of them made.
+    """Names of blocks: composite modules with weights, below the top level, whose output was not computed by such a module inside.
 
-    So stages, which end in their last block's output, are no blocks, and neither are stems, plain sequences and norms.
+    So stages, which return their last block's output, are not blocks, nor are stems, plain sequences and norms.
     """
     handed_on: dict[str, set[str]] = {}
     for calls in groups:
@@ -215,7 +215,7 @@ def _blocks(network: nn.Module, groups: list[list[_Call]]) -> set[str]:
         return has_weights and bool(list(module.children())) and not isinstance(module, nn.Sequential | nn.ModuleList)
 
     found: set[str] = set()
-    for name in handed_on:  # in execution order: a block's inner modules return before it, so outer ones are sorted out below
+    for name in handed_on:  # in execution order, in which inner modules return before outer ones
         inside = name.startswith(encoder) and "." in name.removeprefix(encoder)
         inner = {other for other in handed_on[name] if other.startswith(f"{name}.") and is_composite(other)}
         if inside and is_composite(name) and not inner:
@@ -228,11 +228,11 @@ def _select(network: nn.Module, found: list[Layer], select: Sequence[str]) -> li
     for word in select:
         matching = [layer for layer in found if _is_meant(network, layer, word)]
         if not matching and word == "blocks":
-            raise UserError("similarity.layers = 'blocks': this backbone has none; use similarity.layers = all, or patterns of names")
+            raise UserError("similarity.layers = 'blocks': this backbone has no blocks; use similarity.layers = all, or patterns of names")
         if not matching:
             known = [layer.name for layer in found]
             close = difflib.get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
-            raise UserError(f"similarity.layers: no layer is called {word!r}; there are e.g. {', '.join(close)}")
+            raise UserError(f"similarity.layers: no layer matches {word!r}; choose e.g. from {', '.join(close)}")
         chosen |= {layer.name for layer in matching}
     return [layer for layer in found if layer.name in chosen]
 
@@ -250,9 +250,9 @@ def _matches(layer: Layer, pattern: str) -> bool:
 
 @contextlib.contextmanager
 def watching(network: nn.Module, rows: Sequence[Layer], see: Callable[[int, Tensor], None]) -> Iterator[Run]:
-    """Within: `run(images)` calls `see(row number, output)` for every row while it is computed.
+    """Context manager that yields `run(images)`, which calls `see(row number, output)` for every row while it is computed.
 
-    The output is the network's own tensor, which the next layer may overwrite: use it at once, keep nothing of it.
+    The output is the network's own tensor, which the next layer may overwrite: use it at once, or copy it.
     """
     numbers = {layer.name: number for number, layer in enumerate(rows)}
 

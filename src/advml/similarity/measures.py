@@ -1,6 +1,6 @@
-"""Scalars of a model's matrices of CKA, or of another measure, and RankMe, with intervals by a jackknife over batches (see `statistics`).
+"""Scalars of similarity matrices, and RankMe, with jackknife intervals over batches (see `statistics`).
 
-Models measured on the same batches have errors in common, batch by batch, so differences between them are paired.
+Models measured on the same batches share errors per batch, so differences between them are paired.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def mean_off_diagonal(cka: Matrices) -> np.ndarray:
 
 
 def long_range(cka: Matrices) -> np.ndarray:
-    """Mean CKA of layers more than half the depth apart: |i - j| > L / 2, as |i - j| > 8 of 16 blocks."""
+    """Mean CKA of layers more than half of the depth apart: |i - j| > L / 2, e.g. |i - j| > 8 for 16 blocks."""
     places = np.arange(cka.shape[-1])
     return _mean(cka, np.abs(places[:, None] - places) > cka.shape[-1] / 2)
 
 
 def effective_layers(cka: Matrices) -> np.ndarray:
-    """exp of the Shannon entropy of the eigenvalues, divided by their sum: L for unrelated layers, 1 for copies.
+    """Effective number of layers: exp of the Shannon entropy of the normalised eigenvalues; L for unrelated layers, 1 for copies.
 
-    The estimate is unbiased, so eigenvalues near zero may come out negative; they count as zero.
+    The estimate of CKA is unbiased, so eigenvalues near zero may be negative; these count as zero.
     """
     if not np.isfinite(cka).all():
         return np.full(cka.shape[:-2], np.nan)
@@ -42,17 +42,17 @@ def effective_layers(cka: Matrices) -> np.ndarray:
 
 
 def diagonal_mean(cka: Matrices) -> np.ndarray:
-    """Mean of the diagonal: of clean against adversarial inputs, how far the attack leaves layers alone."""
+    """Mean of the diagonal; between clean and adversarial images, the similarity that layers keep under attack."""
     return np.diagonal(cka, axis1=-2, axis2=-1).mean(-1)
 
 
 def diagonal_last_quarter(cka: Matrices) -> np.ndarray:
-    """The same over the last quarter of the layers (rounded up)."""
+    """Mean of the diagonal over the last quarter of the layers (rounded up)."""
     return _last_quarter(np.diagonal(cka, axis1=-2, axis2=-1)).mean(-1)
 
 
 def diagonal_first_quarter(cka: Matrices) -> np.ndarray:
-    """The same over the first quarter of the layers (rounded up)."""
+    """Mean of the diagonal over the first quarter of the layers (rounded up)."""
     return _last_quarter(np.diagonal(cka, axis1=-2, axis2=-1)[..., ::-1]).mean(-1)
 
 
@@ -67,20 +67,20 @@ def _mean(cka: Matrices, chosen: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scalar:
-    """One number of a matrix: CKA of the rows of `first` with those of `second`, both kinds of input."""
+    """A scalar of the matrix between layers on the kinds of input `first` (rows) and `second` (columns)."""
 
     of: Callable[[Matrices], np.ndarray]
     first: str = "clean"
     second: str = "clean"
 
     def keys(self, first: str, second: str) -> tuple[Key, Key]:
-        """What is compared, of two models by name."""
+        """Keys (model, kind of input) of rows and columns, for two models by name."""
         return (first, self.first), (second, self.second)
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of layers that count: places (k,) among the rows and among the columns, and which pairs are alive (k,)."""
+    """Counted pairs of layers: indices (k,) among rows and columns, and mask (k,) of pairs that are alive."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -88,7 +88,7 @@ class Pairs:
 
 
 ADVERSARIAL = {"first": "adversarial", "second": "adversarial"}
-# Name of the metric, `cka/` in front -> what it is.
+# Name of the metric, without the prefix `cka/` -> scalar.
 SCALARS: dict[str, Scalar] = {
     "redundancy": Scalar(mean_off_diagonal),
     "redundancy_adversarial": Scalar(mean_off_diagonal, **ADVERSARIAL),
@@ -105,10 +105,10 @@ SCALARS: dict[str, Scalar] = {
 def living(
     similarity: Similarity | Tables, keys: tuple[Key, Key], rows: np.ndarray | None = None, columns: np.ndarray | None = None
 ) -> Pairs:
-    """The layers that count, in pairs: their places among rows and columns, and which pairs are alive on both sides.
+    """Counted layers, in pairs: their indices among rows and columns, and the pairs that are alive on both sides.
 
     Args:
-        rows, columns: (L1,), (L2,) bool, as many True in the one as in the other; None: all.
+        rows, columns: (L1,), (L2,) bool, with equal numbers of True; None: all.
     """
     alive = similarity.alive(*keys)
     places = [np.flatnonzero(np.ones(len(each), bool) if mask is None else mask) for each, mask in zip(alive, (rows, columns), strict=True)]
@@ -125,12 +125,12 @@ def estimate(
     columns: np.ndarray | None = None,
     chosen: np.ndarray | None = None,
 ) -> Estimate:
-    """A scalar of CKA, or of another measure, between two models' layers (or one model's with itself).
+    """Estimate a scalar between two models' layers, or within one model, from CKA or another measure.
 
     Args:
         first, second: names of models.
-        rows, columns: (L1,), (L2,) bool: the layers of each that count, in pairs; None: all. A pair with a dead layer never counts.
-        chosen: bool, of those pairs the ones to take; None: all that are alive.
+        rows, columns: (L1,), (L2,) bool: the counted layers of each, in pairs; None: all. Pairs with a dead layer are never counted.
+        chosen: bool, the pairs to use; None: all that are alive.
     """
     keys = scalar.keys(first, second)
     pairs = living(similarity, keys, rows, columns)
@@ -140,19 +140,19 @@ def estimate(
         return Estimate(float("nan"), np.full(batches, np.nan))
     place = np.ix_(pairs.rows[alive], pairs.columns[alive])
     value = float(scalar.of(similarity.matrix(*keys)[place]))
-    if not batches:  # of a measure without intervals
+    if not batches:  # a measure without intervals
         return Estimate(value, np.empty(0))
     without = [scalar.of(part[:, place[0], place[1]]) for part in similarity.without_each(*keys)]
     return jackknife(value, np.concatenate(without), similarity.sizes)
 
 
 def rankme(features: np.ndarray) -> float:
-    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the singular values of features (N, D), divided by their sum.
+    """RankMe (Garrido et al. 2023, eq. 1): exp of the entropy of the normalised singular values of features (N, D).
 
     NaN if all are zero.
     """
     values = np.sqrt(np.clip(np.linalg.eigvalsh(features.T.astype(np.float64) @ features), 0, None))
-    return _rank(values[-min(features.shape) :])  # there are no more singular values than images
+    return _rank(values[-min(features.shape) :])  # at most as many singular values as images
 
 
 def rankme_interval(features: np.ndarray, *, blocks: int) -> tuple[float, float]:
@@ -168,7 +168,7 @@ def rankme_interval(features: np.ndarray, *, blocks: int) -> tuple[float, float]
 
 
 def _rank(values: np.ndarray) -> float:
-    if not values.sum() > 0:  # of a dead encoder
+    if not values.sum() > 0:  # a dead encoder
         return float("nan")
     shares = values / values.sum() + 1e-7  # as in the paper
     return float(np.exp(-np.sum(shares * np.log(shares))))

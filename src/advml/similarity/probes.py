@@ -1,11 +1,11 @@
-"""Linear probes: how well a linear classifier reads the class from each layer, on clean and on adversarial images.
+"""Linear probes: accuracy of a linear classifier on each layer's features, for clean and adversarial images.
 
-All layers' features come from one pass per split: pooled over space, standardised with the training images' mean and
-deviation. Each probe is multinomial logistic regression with an L2 penalty, fitted on `train` for every strength in a
-grid, chosen on `validation`, and only then asked about `test`.
+All layers' features come from one pass per split: pooled over space, standardised with mean and deviation of the training images.
+Each probe is multinomial logistic regression with an L2 penalty, fitted on `train` for every strength in a grid; the best one on
+`validation` is evaluated on `test`.
 
-The solver is scikit-learn's L-BFGS. That it has converged is not taken on trust: the gradient of the objective is
-computed again here, in float64, and its largest entry is recorded beside every probe (TOLERANCE is wanted).
+The solver is scikit-learn's L-BFGS. Its convergence is checked: the gradient of the objective is recomputed in float64, and its
+largest entry is recorded with every probe (converged if at most TOLERANCE).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from advml.similarity.layers import Layer, watching
 
-TOLERANCE = 1e-4  # of the objective's gradient (mean cross-entropy + penalty), largest entry
+TOLERANCE = 1e-4  # for the largest entry of the gradient of the objective (mean cross-entropy + penalty)
 MOST_STEPS = 2000
 
 
 def pooling(shape: Sequence[int]) -> str:
-    """What is averaged in a layer of this shape (of one image): `none`, `space` (C, H, W), `space last` (H, W, C), `tokens` (T, C)."""
+    """Axes that are averaged, for a layer's shape per image: `none` (C,), `space` (C, H, W), `space last` (H, W, C), `tokens` (T, C)."""
     if len(shape) == 1:
         return "none"
     if len(shape) == 2:
@@ -36,11 +36,11 @@ def pooling(shape: Sequence[int]) -> str:
 
 
 def pooled(output: Tensor) -> Tensor:
-    """Features (N, C) of a layer's output, float32."""
+    """Pooled features (N, C) of a layer's output, float32."""
     output = output.float()
     match pooling(output.shape[1:]):
         case "none":
-            return output.clone()  # the network may go on to change it in place
+            return output.clone()  # the network may change it in place later
         case "tokens":
             return output.mean(1)
         case "space last":
@@ -50,7 +50,7 @@ def pooled(output: Tensor) -> Tensor:
 
 
 def pooled_features(network: nn.Module, rows: Sequence[Layer], batches: Iterable[Tensor]) -> list[np.ndarray]:
-    """Pooled features (N, C) of every row, in one pass over image batches (n, C, H, W)."""
+    """Pooled features (N, C) of every layer, from one pass over image batches (n, C, H, W)."""
     parts: list[list[Tensor]] = [[] for _ in rows]
     with watching(network, rows, lambda number, output: parts[number].append(pooled(output).cpu())) as run:
         for images in batches:
@@ -60,9 +60,9 @@ def pooled_features(network: nn.Module, rows: Sequence[Layer], batches: Iterable
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe's accuracies and how it was fitted. `strength` is the inverse of the penalty (scikit-learn's C)."""
+    """Accuracies of a fitted probe, and its fit. `strength` is the inverse of the penalty (scikit-learn's C)."""
 
-    accuracy: dict[str, float]  # by what it was tested on: validation, clean, adversarial
+    accuracy: dict[str, float]  # keys: validation, clean, adversarial
     correct: dict[str, int]
     strength: float
     steps: int
@@ -80,12 +80,12 @@ def fit(
     *,
     strengths: Sequence[float],
 ) -> Probe:
-    """The probe of one layer. Every argument is (features (N, C), labels (N,)).
+    """Fit the probe of one layer; `train`, `validation` and each test are pairs (features (N, C), labels (N,)).
 
-    Among equally good strengths the smallest, the most regular probe, is taken.
+    Of several strengths with the best accuracy on validation, the smallest (the strongest penalty) is taken.
     """
     mean, deviation = train[0].mean(0, dtype=np.float64), train[0].std(0, dtype=np.float64)
-    deviation[deviation <= 1e-6 * np.abs(mean) + 1e-12] = 1  # a feature that does not vary says nothing; rounding must not be blown up
+    deviation[deviation <= 1e-6 * np.abs(mean) + 1e-12] = 1  # a constant feature: do not amplify its rounding errors
 
     def standard(features: np.ndarray) -> np.ndarray:
         return (features - mean) / deviation
@@ -95,7 +95,7 @@ def fit(
     best: tuple[float, np.ndarray, np.ndarray, float, int] | None = None
     for strength in sorted(strengths):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # `gradient` says it better
+            warnings.simplefilter("ignore", ConvergenceWarning)  # convergence is judged by `gradient`
             model.set_params(C=strength).fit(features, labels)
         score = float((model.predict(standard(validation[0])) == validation[1]).mean())
         if best is None or score > best[0]:

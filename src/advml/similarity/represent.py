@@ -1,9 +1,9 @@
-"""The representations of one model: CKA of its layers on clean and adversarial images, scalars, RankMe and probes.
+"""Measure the representations of one model: CKA of its layers on clean and adversarial images, scalars, RankMe and probes.
 
-Files of a model, in `reports/<MODEL>/`: `cka.npz` with `clean`, `adversarial`, `clean_adversarial` (L x L; rows of the last are
-clean), per batch the products they were made from (`products_clean`, ..., `norms_clean`, ...), and of every further measure
-`<measure>/clean`, ... (1 + B, L, L), the values and those without each block of images; `cka.json` with the layers in
-execution order, the probes, and how everything was measured.
+Files in `reports/<MODEL>/`: `cka.npz` with `clean`, `adversarial`, `clean_adversarial` (L x L; rows of the last are clean), the products
+per batch from which they are computed (`products_clean`, ..., `norms_clean`, ...), and for every other measure `<measure>/clean`, ...
+(1 + B, L, L), the values and those without each block of images; `cka.json` with the layers in execution order, the probes, and the
+method.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ CLEAN, ADVERSARIAL = "clean", "adversarial"
 KINDS = (CLEAN, ADVERSARIAL)
 # Name of a matrix in cka.npz -> the kinds of input of its rows and columns.
 MATRICES = {"clean": (CLEAN, CLEAN), "adversarial": (ADVERSARIAL, ADVERSARIAL), "clean_adversarial": (CLEAN, ADVERSARIAL)}
-PARTS = ("similarity", "features", "probes")  # of the measurement, in order
-WANTED_BATCHES = 10  # to be drawn from
-FEWEST = 8  # images of a batch, if there are so many
-MODEL = ""  # the name of the only model in a similarity of one
+PARTS = ("similarity", "features", "probes")  # parts of the measurement, in order
+WANTED_BATCHES = 10  # least number of batches for which batch_size is not reduced
+FEWEST = 8  # images per batch below which it is not reduced
+MODEL = ""  # name of the model in a `Similarity` of a single model
 PAIRS = tuple(((MODEL, first), (MODEL, second)) for first, second in MATRICES.values())
 ESTIMATOR = "linear CKA, unbiased HSIC_1 per batch, ratio of sums over batches (Nguyen et al. 2021)"
 
 
 @dataclass(frozen=True, eq=False)
 class Representation:
-    """What `represent` has measured."""
+    """Result of `represent`."""
 
     layers: tuple[Layer, ...]
-    counted: np.ndarray  # (L,) bool: the rows that scalars are made of
+    counted: np.ndarray  # (L,) bool: the rows that are counted in scalars
     similarity: Similarity
     probes: tuple[probes.Probe, ...]
     rankme: tuple[float, float, float]  # value, low, high
-    tested: int  # images
-    tables: Mapping[str, Tables]  # of the measures beside CKA
+    tested: int  # number of test images
+    tables: Mapping[str, Tables]  # values of measures other than CKA
 
     @property
     def last(self) -> int:
-        """The row that RankMe and the probe of the metrics are of."""
+        """Row on which RankMe and the probe in the metrics are measured."""
         return last_of_encoder(self.layers)
 
     def cka(self, first: str, second: str) -> np.ndarray:
-        """(L, L), by kinds of input."""
+        """CKA (L, L) between layers on two kinds of input."""
         return self.similarity.cka((MODEL, first), (MODEL, second))
 
 
 def counted_rows(rows: tuple[Layer, ...]) -> np.ndarray:
-    """The rows that scalars are made of: the blocks if nothing else of the encoder but its output was recorded, else all of the encoder."""
+    """Mask of the rows counted in scalars: blocks, if only these and the encoder's output were recorded; else all rows of the encoder."""
     encoder = [layer for layer in rows if layer.in_encoder]
     others = [layer for layer in encoder if not layer.is_block]
     only_blocks = len(encoder) > len(others) and len(others) <= 1
@@ -78,12 +78,12 @@ def counted_rows(rows: tuple[Layer, ...]) -> np.ndarray:
 
 
 def ending_row(rows: tuple[Layer, ...]) -> int:
-    """The last recorded row of the encoder; of all, if none was recorded."""
+    """Last recorded row of the encoder; the last row of all, if none of the encoder was recorded."""
     return max((number for number, layer in enumerate(rows) if layer.in_encoder), default=len(rows) - 1)
 
 
 def last_of_encoder(rows: tuple[Layer, ...]) -> int:
-    """The last recorded row of the encoder.
+    """Last recorded row of the encoder.
 
     Raises:
         UserError: none was recorded.
@@ -109,10 +109,10 @@ def represent(
     """Measure a network on the first test images and their adversarial examples.
 
     Args:
-        adversarial: (n, C, H, W) in [0, 1], of the first n test images.
-        on_part: called with what is done next, for progress bars.
+        adversarial: (n, C, H, W) in [0, 1], adversarial versions of the first n test images.
+        on_part: called with the name of the next part, for progress bars.
     Raises:
-        UserError: too few images, or no layer of the encoder.
+        UserError: there are too few images, or no layer of the encoder is selected.
     """
     rows = tuple(layers(network, machine.images(dataset.test.images[:2]), select=spec.layers))
     last = last_of_encoder(rows)
@@ -122,7 +122,7 @@ def represent(
     on_part(PARTS[1])
     features = _Features.of(network, rows, dataset, adversarial, spec, machine)
     on_part(PARTS[2])
-    with threadpool_limits(torch.get_num_threads()):  # NumPy's own threads would fight with other stages
+    with threadpool_limits(torch.get_num_threads()):  # else NumPy's threads would compete with other stages
         fitted = tuple(features.probe(number, spec.probe_strengths) for number in range(len(rows)))
         rank = features.test[CLEAN][last]
         rankme = (measures.rankme(rank), *measures.rankme_interval(rank, blocks=len(similarity.sizes)))
@@ -133,7 +133,7 @@ def represent(
 def further_tables(
     features: Mapping[Key, list[np.ndarray]], pairs: Sequence[tuple[Key, Key]], names: Sequence[str], *, intervals: bool = True
 ) -> dict[str, Tables]:
-    """Tables of the measures beside CKA among `names`, from the pooled features (N, C) of every key's rows."""
+    """Tables of those measures in `names` other than CKA, from the pooled features (N, C) of every key's rows."""
     further = [name for name in names if name in MEASURES]
     if not further:
         return {}
@@ -144,16 +144,16 @@ def further_tables(
         found[name] = alternatives.tables(MEASURES[name], kept, pairs, intervals=intervals)
         missing, total = alternatives.without_value(kept, found[name])
         if missing:
-            images = f"{len(places)} images are too few for it, which needs {MEASURES[name].needs}"
-            tell(f"warning: {name} has no value for {missing} of {total} pairs of layers, which count in no mean: {images}")
+            images = f"{len(places)} images are too few (it needs {MEASURES[name].needs})"
+            tell(f"warning: {name} has no value for {missing} of {total} pairs of layers, which are left out of means: {images}")
     return found
 
 
-View = Callable[[slice | Tensor], Tensor]  # images (n, C, H, W) at these places, of an order that all share, as a network takes them
+View = Callable[[slice | Tensor], Tensor]  # indices, in an order that all views share -> input images (n, C, H, W) of a network
 
 
 def views_of_split(adversarial: Mapping[str, Tensor], split: Split, machine: Machine) -> dict[Key, View]:
-    """Of models that take the split's images: those, and as attacked for each."""
+    """Views of a split for models that accept its images: clean, and adversarial for each model."""
 
     def clean(place: slice | Tensor) -> Tensor:
         return machine.images(split.images[place])
@@ -165,19 +165,21 @@ def views_of_split(adversarial: Mapping[str, Tensor], split: Split, machine: Mac
 
 
 def paired_batches(views: Mapping[Key, View], count: int, spec: config.Similarity) -> Iterator[dict[Key, Tensor]]:
-    """Batches of the same images under every key.
+    """Yield batches of the same images for every key.
 
-    Smaller ones than asked for where there would be fewer than WANTED_BATCHES: without them there is no interval.
+    Batches are smaller than `spec.batch_size` if there would be fewer than WANTED_BATCHES, which intervals need.
 
     Raises:
         UserError: there are too few images.
     """
     if count < SMALLEST_BATCH:
-        raise UserError(f"CKA needs {SMALLEST_BATCH} images or more, there are {count}; raise evaluate.adversarial_images or data.max_test")
+        raise UserError(
+            f"CKA needs {SMALLEST_BATCH} images or more, but there are {count}; raise evaluate.adversarial_images or data.max_test"
+        )
     size = min(spec.batch_size, max(FEWEST, count // WANTED_BATCHES))
     for start in range(0, count, size):
         place = slice(start, min(start + size, count))
-        seen: dict[View, Tensor] = {}  # clean images are the same for all
+        seen: dict[View, Tensor] = {}  # clean images are shared by all models
         yield {key: seen[view] if view in seen else seen.setdefault(view, view(place)) for key, view in views.items()}
 
 
@@ -213,7 +215,7 @@ class _Features:
         )
 
     def probe(self, number: int, strengths: tuple[float, ...]) -> probes.Probe:
-        """The probe of one row."""
+        """Fit the probe of one row."""
         return probes.fit(
             (self.train[number], self.labels["train"]),
             (self.validation[number], self.labels["validation"]),
@@ -222,9 +224,9 @@ class _Features:
         )
 
 
-# What is written: scalars as metrics, arrays for cka.npz, and how they were measured for cka.json
+# Files: scalars as metrics, arrays for cka.npz, and the method for cka.json
 
-# Of cka.json, what the record repeats: how the figures were made, and what must be the same before models are compared.
+# Keys of cka.json that are repeated in the record: the method, and conditions that must be equal before models are compared.
 HOW = (
     "estimator",
     "gram",
@@ -240,9 +242,9 @@ HOW = (
 
 
 def metrics(measured: Representation) -> dict[str, float]:
-    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>`, each with /low and /high; NaN where there is no value.
+    """Flat metrics: `cka/<scalar>`, `cka/rankme`, `probe/<clean|adversarial>`, each with /low and /high; NaN if there is no value.
 
-    RankMe and the probe are of the last recorded layer of the encoder. Intervals: jackknife over batches, for probes Wilson.
+    RankMe and the probe use the last recorded layer of the encoder. Intervals: jackknife over batches; Wilson for probes.
     """
     flat: dict[str, float] = {}
     for name, scalar in measures.SCALARS.items():
@@ -264,7 +266,7 @@ def _with_interval(name: str, value: float, interval: Any) -> dict[str, float]:
 
 
 def arrays(measured: Representation) -> dict[str, np.ndarray]:
-    """What goes into cka.npz."""
+    """Content of cka.npz."""
     products = measured.similarity.products
     return (
         {name: measured.cka(*pair) for name, pair in MATRICES.items()}
@@ -280,40 +282,40 @@ def arrays(measured: Representation) -> dict[str, np.ndarray]:
     )
 
 
-# Of the record of an attack, what it was; the rest says what came of it.
+# Keys of an attack's record that describe its settings; the others describe its results.
 SETTINGS = (
     *("attack", "objective", "norm", "epsilon", "box", "steps", "step_size", "random_start", "keep", "mode", "seed", "batch_size"),
-    *("images", "shares"),  # of the diagnostics' probes
+    *("images", "shares"),  # settings of the diagnostics' probes
 )
 
 
 def settings(attack: Mapping[str, Any]) -> dict[str, Any]:
-    """How adversarial images were made, from their record; of clean ones nothing."""
+    """Settings of an attack, from its record; empty for clean images."""
     return {key: attack[key] for key in SETTINGS if key in attack}
 
 
 def content(path: Path, *, digest: str | None) -> io.BytesIO:
-    """A file whose sha256 stands in a record.
+    """Read a file, and compare its sha256 with that in a record.
 
     Raises:
-        UserError: it is missing, or another one: a stage was killed between file and record, or the file was changed since.
+        UserError: the file is missing or differs: a stage was killed between file and record, or the file was changed since.
     """
     try:
         found = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); measure again with: dvc repro") from None
     if sha256(found) != digest:
-        raise UserError(f"{path} is not the file that its record tells of; measure again with: dvc repro, or advml represent and compare")
+        raise UserError(f"{path} is not the file of its record; measure again with: dvc repro, or advml represent and compare")
     return io.BytesIO(found)
 
 
 def read(path: Path, *, digest: str | None, measure: str = "cka") -> tuple[Similarity | Tables, np.ndarray]:
-    """One measure's values in a cka.npz, whose model is called MODEL, and the rows that count in scalars, (L,) bool.
+    """Read one measure's values from a cka.npz, with MODEL as the model's name, and the mask (L,) of rows counted in scalars.
 
     Args:
-        digest: its sha256, from the record.
+        digest: sha256 of the file, from the record.
     Raises:
-        UserError: the file is missing, damaged or another one, or has not this measure.
+        UserError: the file is missing, damaged, or not that of the record, or lacks the measure.
     """
     try:
         with np.load(content(path, digest=digest), allow_pickle=False) as stored:
@@ -328,7 +330,7 @@ def read(path: Path, *, digest: str | None, measure: str = "cka") -> tuple[Simil
 
 
 def describe(measured: Representation, spec: config.Similarity, *, of: dict[str, Any], attack: dict[str, Any]) -> dict[str, Any]:
-    """What goes into cka.json: layers, probes, and how it was measured.
+    """Content of cka.json: layers, probes, and method.
 
     Args:
         of: `model`, `digest` of its weights.
@@ -372,13 +374,13 @@ def _row(layer: Layer, probe: probes.Probe) -> dict[str, Any]:
     return {**asdict(layer), "pooling": probes.pooling(layer.shape), "probe": asdict(probe)}
 
 
-# Arrays in a .npz file whose bytes depend on the arrays alone: NumPy's own writer puts the time of day in
+# .npz files whose bytes depend only on the arrays; NumPy's own writer includes the time of day
 
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that the format knows
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time of the format
 
 
 def to_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The content of a compressed .npz file, which `numpy.load` reads."""
+    """Content of a compressed .npz file for `numpy.load`."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():

@@ -5,9 +5,9 @@
     over N images:         the score interval of a mean, see `share`
     over S seeds:          either of them, and the t interval of the seeds' values, in quadrature  (Howe 1974)
 
-A bootstrap over few batches holds the truth too seldom (5 batches: 83 %, 12: 90 %); the jackknife 94 to 96 %, see
-docs/decisions/0010. For CKA whole batches are left out, never images, which would break the U-statistic of a batch. An accuracy is a mean
-over images: differences of accuracies are paired image by image.
+A bootstrap over few batches has too low a coverage (5 batches: 83 %, 12: 90 %); the jackknife has 94 to 96 %, see docs/decisions/0010.
+For CKA, whole batches are left out, because leaving out images would invalidate the U-statistic of a batch. An accuracy is a mean over
+images: differences of accuracies are paired image by image.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest
 
-FEWEST_BATCHES = 5  # with fewer there is a value, and no interval
+FEWEST_BATCHES = 5  # least number of batches for an interval
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A value and what it may be off by.
+    """A value with the data for its interval.
 
     Attributes:
-        deviations: (B,) of the pseudo-values from their mean, batch by batch: what estimates on the same batches have in common. Of an
-            accuracy image by image, see `share`. NaN where there are too few batches.
-        degrees: of freedom of the variance over batches.
-        bounds: of an accuracy or a difference of accuracies, what an image counts at least and at most, see `share`; else None.
-        spread: half the width of the 95 % interval over seeds; 0 where there is one seed.
+        deviations: (B,) deviations of the pseudo-values from their mean, per batch, which estimates on the same batches share; for an
+            accuracy per image, see `share`. NaN if there are too few batches.
+        degrees: degrees of freedom of the variance over batches.
+        bounds: for an accuracy or a difference of accuracies, the least and largest value of an image, see `share`; else None.
+        spread: half width of the 95 % interval over seeds; 0 with one seed.
     """
 
     value: float
@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %; NaN where there is none."""
+        """Ends of the 95 % interval; NaN if there is none."""
         count = len(self.deviations)
         if count < FEWEST_BATCHES:
             return math.nan, math.nan
@@ -58,36 +58,36 @@ class Estimate:
 
 
 def _score_interval(values: np.ndarray, bounds: tuple[float, float]) -> tuple[float, float]:
-    """The ends of the means m that a score test does not reject, see `share`."""
+    """Ends of the range of means m that a score test does not reject, see `share`."""
     seen, counts = np.unique(values.round(12), return_counts=True)
     weights, least, largest = counts / len(values), min(bounds[0], seen[0]), max(bounds[1], seen[-1])
     return -_upper_end(-seen, weights, -least, count=len(values)), _upper_end(seen, weights, largest, count=len(values))
 
 
 def _upper_end(values: np.ndarray, weights: np.ndarray, largest: float, *, count: int) -> float:
-    """The largest m, for values with shares w_k, which reach up to `largest`.
+    """Upper end of the score interval for values v_k <= `largest` with shares w_k.
 
-    The likeliest distribution of mean m has p_k = w_k / (1 + a (v_k - m)), and what these lack of 1 at `largest`. Its variance is
+    The most likely distribution of mean m has p_k = w_k / (1 + a (v_k - m)), and the rest of the probability at `largest`. Its variance is
     (mean - m) / a, so at the end of the interval a = -c / (m - mean), c = z^2 / N, and one equation is left: sum_k p_k (v_k - m) = 0.
     """
     mean, c = float(weights @ values), float(ndtri(0.975)) ** 2 / count
     if largest - mean < 1e-12:
         return largest
-    first = (mean + c * largest) / (1 + c)  # below it, a p_k would be negative
+    first = (mean + c * largest) / (1 + c)  # below this, a p_k would be negative
 
     def first_moment(m: float) -> float:
         return float((weights * (values - m) / (1 - c * (values - m) / (m - mean))).sum())
 
-    start = first + 1e-12 * (largest - first)  # at `first` itself, an image that counts `largest` divides by 0
+    start = first + 1e-12 * (largest - first)  # at `first` itself, a value of `largest` would divide by 0
     return first if first_moment(start) <= 0 else float(brentq(first_moment, start, largest))
 
 
 def jackknife(value: float, without: np.ndarray, sizes: Sequence[int]) -> Estimate:
-    """The estimate whose value is `value`, and `without[b]` without batch b.
+    """Jackknife estimate with the value `value`, which is `without[b]` if batch b is left out.
 
     Args:
-        sizes: images of each batch. A batch of n counts n (n - 3) in sums of HSIC_1; the degrees of freedom are those of as many
-            equal batches as weigh the same, so a small last batch does not pass for a whole one.
+        sizes: number of images in each batch. A batch of n has weight n (n - 3) in sums of HSIC_1; the degrees of freedom are those of
+            the equivalent number of equal batches, so that a small last batch does not count fully.
     """
     batches, weights = len(without), np.array([size * (size - 3) for size in sizes], dtype=float)
     pseudo = batches * value - (batches - 1) * without
@@ -95,17 +95,17 @@ def jackknife(value: float, without: np.ndarray, sizes: Sequence[int]) -> Estima
 
 
 def share(right: np.ndarray) -> Estimate:
-    """An accuracy, image by image: `difference` of two of them is the paired one, also a difference of such differences.
+    """Estimate of an accuracy that keeps the value of every image, so that `difference` of two accuracies, or differences, is paired.
 
         values (N,), e.g. v_i = first_i - second_i;  interval: all m with (mean(v) - m)^2 <= z^2 variance(m) / N
 
-    variance(m) is that of the likeliest distribution of mean m (Owen 1988, Biometrika 75:237) on the values seen and on `bounds`, which are
-    0 and 1 for an accuracy, -1 and 1 for a difference, whether an image has them or not: two models that agree on every image do not differ
-    by 0 -+ 0. Of one accuracy it is Wilson's interval (1927), of two models' difference Tango's (1998, Stat. Med. 17:891); the same rule
-    serves differences of differences and means over seeds.
+    variance(m) is that of the most likely distribution of mean m (Owen 1988, Biometrika 75:237) on the observed values and on `bounds`,
+    which are 0 and 1 for an accuracy, -1 and 1 for a difference, even if no image has them: so two models that agree on every image do not
+    get the interval 0 -+ 0. For one accuracy this is Wilson's interval (1927), for the difference of two models Tango's (1998, Stat. Med.
+    17:891); the same rule applies to differences of differences and means over seeds.
 
-    Coverage by docs/decisions/0010-coverage.py, 100 to 1000 images, accuracies .4 to .99, correlations 0 to .8: 95.3 % in the mean, 94.2 %
-    at least, above 97 % only where fewer than three images tell the models apart.
+    Coverage by docs/decisions/0010-coverage.py, 100 to 1000 images, accuracies .4 to .99, correlations 0 to .8: 95.3 % on average, at least
+    94.2 %, above 97 % only if the models differ on fewer than three images.
 
     Args:
         right: (N,) bool, whether each image is classified correctly, in the order that all models share.
@@ -114,7 +114,7 @@ def share(right: np.ndarray) -> Estimate:
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """first - second; what befalls both in a batch, or on an image, is taken off.
+    """Paired difference first - second, in which errors shared by both in a batch, or on an image, cancel.
 
     Raises:
         ValueError: they were measured on different numbers of batches.
@@ -131,12 +131,12 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 
 
 def mcnemar(default: np.ndarray, winner: np.ndarray) -> dict[str, Any]:
-    """Two attacks on the same images: those that only one of them breaks, with the two-sided p of McNemar's exact test (McNemar 1947).
+    """Compare two attacks on the same images: numbers of images that only one breaks, and the two-sided p of McNemar's exact test (1947).
 
     `difference`, with the ends of its 95 % interval, is the accuracy under the winner minus that under the default, see `share`.
 
     Args:
-        default, winner: (N,) bool, which images each attack leaves right.
+        default, winner: (N,) bool, images that are still correct under each attack.
     """
     winner_only, default_only = int((default & ~winner).sum()), int((~default & winner).sum())
     p = binomtest(default_only, default_only + winner_only).pvalue if default_only + winner_only else 1.0
@@ -147,11 +147,11 @@ def mcnemar(default: np.ndarray, winner: np.ndarray) -> dict[str, Any]:
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean over S seeds: the t interval of their values (S - 1 degrees of freedom), widened by the error that they share.
+    """Mean over S seeds, with the t interval of their values (S - 1 degrees of freedom) widened by the error that they share.
 
-    All seeds see the same test images, so the error over batches or images does not average out; their deviations are averaged,
-    which counts what is a seed's own twice and so errs on the wide side. One seed has no spread between seeds: its own interval says
-    nothing about another training.
+    All seeds use the same test images, so the error over batches or images does not average out. Deviations are averaged, which counts a
+    seed's own part of the error twice, so that the interval is rather too wide. With one seed, the interval does not cover the variation
+    between trainings.
 
     Raises:
         ValueError: they were measured on different numbers of batches.

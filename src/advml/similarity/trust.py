@@ -1,7 +1,8 @@
-"""Known orders that a measure of similarity should find: the idea of ReSi (Klabunde et al. 2025), on the data at hand.
+"""Score measures of similarity by known orders, after ReSi (Klabunde et al. 2025), on the study's own data.
 
 In each of ORDERS some pairs of representations are known to be more alike than others. A measure is scored by Somers' D of its
-dissimilarity on the known level: concordant minus discordant pairs of pairs, over all whose levels differ; 1 if it never errs, 0 by chance.
+dissimilarity on the known level: the number of concordant minus discordant comparisons, divided by all comparisons of different levels.
+1: the measure is never wrong; 0: chance.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from advml.similarity.cka import Key
 from advml.similarity.compare import Comparison
 from advml.similarity.represent import CLEAN
 
-# Order -> what is known.
+# Name of the order -> the known fact.
 ORDERS = {
     "label noise": "the same network, trained on labels more of which are random, is less like the one trained on the right ones",
     "training length": "the same network, trained for fewer epochs, is less like the one trained to the end",
@@ -28,7 +29,7 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that was trained for the orders. The first noise and the last length of a seed are the reference of the others."""
+    """Settings of a network trained for the orders. The reference of a seed has no label noise and the most epochs."""
 
     architecture: str
     seed: int
@@ -37,12 +38,12 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """`test_resnet-s0-noise0.5-8`."""
+        """Name of the network: `test_resnet-s0-noise0.5-8`."""
         return f"{self.architecture}-s{self.seed}-noise{self.noise:g}-{self.epochs}"
 
 
 def somers_d(levels: Sequence[float], dissimilarity: Sequence[float]) -> float:
-    """Somers' D of `dissimilarity` on `levels`, of those that could be measured; NaN where no two levels are left."""
+    """Somers' D of `dissimilarity` on `levels`, without NaN entries; NaN if fewer than two levels remain."""
     measured = np.isfinite(dissimilarity)
     levels, found = np.asarray(levels, float)[measured], np.asarray(dissimilarity, float)[measured]
     rising = levels[:, None] < levels  # SciPy's function takes minutes for the pairs of forty layers
@@ -50,10 +51,11 @@ def somers_d(levels: Sequence[float], dissimilarity: Sequence[float]) -> float:
 
 
 def scores(compared: Comparison, trained: Sequence[Trained]) -> dict[str, dict[str, Any]]:
-    """Of every measure and order `mean`, and `each`: one per reference; of the architecture's one in all.
+    """Scores of every measure in every order: `each` (one per reference; one in all for "architecture") and their `mean`.
 
     Args:
-        compared: networks by their names, and for the order of depth a panel of each reference with itself.
+        compared: similarities of all networks by name, and for the order "depth" a panel of each reference with itself.
+        trained: settings of these networks.
     """
     places = {key: place for place, key in enumerate(compared.similarity.norms)}
     full = max(each.epochs for each in trained)
@@ -83,19 +85,19 @@ def scores(compared: Comparison, trained: Sequence[Trained]) -> dict[str, dict[s
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """Of those that could be measured: regression on more features than images says nothing."""
+    """Mean of the finite values (regression on more features than images gives NaN); None if there are none."""
     known = [value for value in values if np.isfinite(value)]
     return float(np.mean(known)) if known else None
 
 
 def _value(ends: np.ndarray, places: Mapping[Key, int], first: Trained, second: Trained) -> float:
-    """The mean of both directions, as regression has one."""
+    """Similarity of two networks' last layers, averaged over both directions, because regression is not symmetric."""
     one, other = places[first.name, CLEAN], places[second.name, CLEAN]
     return float(ends[one, other] + ends[other, one]) / 2
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Measure by measure the mean of every order, the best one on average first; in front the header."""
+    """Rows of a table, header first: each measure with its mean score per order, the best measure on average first."""
     rows = {name: [about["mean"] for about in orders.values()] for name, orders in found.items()}
     known = {name: [value for value in values if value is not None] or [-1.0] for name, values in rows.items()}
     ranked = sorted(rows, key=lambda name: -np.mean(known[name]))

@@ -1,1 +1,1 @@
-"""What is learned (schemes, objectives), under which adversary (regimes), and the loop that learns it."""
+"""Training: losses and tasks of schemes, adversarial training, and the training loop."""

@@ -1,13 +1,13 @@
-"""How a phase trains under attack: `attack.kind`.
+"""Kinds of adversarial training (`attack.kind`).
 
 | kind | perturbation of a batch                                       | backward passes of a batch    | source              |
 |------|---------------------------------------------------------------|-------------------------------|---------------------|
 | pgd  | `steps` of PGD                                                | steps, then one for each term | Madry et al. 2018   |
 | fast | one step of 1.25 epsilon from a random start                  | 1, then one for each term     | Wong et al. 2020    |
-| free | kept from batch to batch, moved by each of `steps` replays    | one a replay: weights as well | Shafahi et al. 2019 |
+| free | kept from batch to batch, updated by each of `steps` replays  | one per replay, with weights  | Shafahi et al. 2019 |
 
-Validation attacks by PGD under all three, at the whole radius; under fast and free by STEPS_OF_VALIDATION steps or more of 2.5 epsilon /
-steps, whatever the steps of training are. To add a kind, add a row to KINDS and its name to `config.phases.AttackKind`.
+Validation uses PGD for all kinds, at the full epsilon; for fast and free with at least STEPS_OF_VALIDATION steps of 2.5 epsilon / steps,
+independently of the training's step size. To add a kind, add a row to KINDS and its name to `config.phases.AttackKind`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ STEPS_OF_VALIDATION = 5
 
 @dataclass(frozen=True)
 class AdversarialTraining:
-    """The attacks of a phase.
+    """Attacks of a training phase.
 
     Attributes:
-        training: perturbs batches; of free training its radius and step size count.
-        validation: PGD, by which epochs are compared.
-        replays: of a batch, in free training; 0: batches are attacked, not replayed.
-        guarded: catastrophic overfitting ends the training.
+        training: attack on training batches; free training uses only its epsilon and step size.
+        validation: PGD for the validation of epochs.
+        replays: number of replays of a batch in free training; 0: batches are attacked, not replayed.
+        guarded: whether training ends at catastrophic overfitting.
     """
 
     training: Adversary
@@ -44,7 +44,7 @@ class AdversarialTraining:
     guarded: bool = False
 
     def passes(self, epochs: int) -> int:
-        """Passes over the images: so many epochs, divided by the replays, which keeps the number of optimiser steps."""
+        """Number of passes over the images: epochs divided by replays, so that the number of optimiser steps stays the same."""
         return math.ceil(epochs / max(1, self.replays))
 
 
@@ -63,7 +63,7 @@ def _validating(adversary: Adversary) -> Adversary:
     return replace(adversary, steps=steps, step_size=default_step_size(adversary.threat_model.epsilon, steps))
 
 
-# attack.kind -> the attacks, made from those of PGD and the step size that params.yaml gives, if it does
+# attack.kind -> function that makes the attacks from the PGD settings and attack.step_size
 KINDS: dict[str, Callable[[Adversary, float | None], AdversarialTraining]] = {
     "pgd": lambda adversary, step_size: AdversarialTraining(adversary, adversary),
     "free": _free,
@@ -74,21 +74,21 @@ KINDS: dict[str, Callable[[Adversary, float | None], AdversarialTraining]] = {
 def adversarial_training(
     spec: config.TrainAttack, threat: config.ThreatModelSection, phase: config.Phase | None = None
 ) -> AdversarialTraining:
-    """The attacks that params.yaml asks for; a phase may have a kind, a radius and a number of steps of its own."""
+    """Attacks of a phase, from params.yaml; a phase may set its own kind, epsilon and number of steps."""
     kind = (phase and phase.attack_kind) or spec.kind
     return KINDS[kind](training_adversary(spec, threat, phase), spec.step_size)
 
 
 class FreePerturbation:
-    """The perturbation d of free adversarial training, one slot per place in the batch, 0 before the first batch.
+    """Perturbation d of free adversarial training, one per position in the batch, 0 before the first batch.
 
-    A replay of a batch with views t(x), of which those at the end are perturbed (Shafahi et al. 2019, alg. 1; of SimCLR and EMP-SSL
-    arXiv 2501.03507):
+    Each replay of a batch with views t(x), the last of which are perturbed (Shafahi et al. 2019, alg. 1; for SimCLR and EMP-SSL
+    arXiv 2501.03507), computes
 
         g_w, g_d = grad L(t(x) + d);    d <- project(d + step_size * steepest(g_d))
 
-    onto ball and box. Deviation: the authors leave the box at the first replay of a batch, where d comes from other images; here
-    t(x) + d is projected first.
+    with a projection onto ball and box. Deviation: the authors' images leave the box at the first replay of a batch, where d is from other
+    images; here t(x) + d is projected first.
     """
 
     def __init__(self, adversary: Adversary, machine: Machine) -> None:
@@ -97,7 +97,7 @@ class FreePerturbation:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a resumed training needs of it."""
+        """Tensors that a resumed training restores."""
         return {} if self.values is None else {"perturbation": self.values}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -106,11 +106,11 @@ class FreePerturbation:
             self.values = state["perturbation"].to(self.machine.device)
 
     def replay(self, task: Task, views: Tensor, labels: Tensor, *, share: float) -> Iterator[Tensor]:
-        """Yields the mean loss of one replay, and moves d if the caller has gone backwards from it.
+        """Yield the mean loss of one replay once, then update d if the caller has computed its gradients.
 
         Args:
             views: (V N, C, H, W) in [0, 1], the same in all replays of a batch.
-            share: of the radius and the step.
+            share: factor on epsilon and step size.
         """
         adversary, rows = self.adversary.scaled(share), task.perturbed_rows(len(labels))
         fixed, images = views[:-rows], views[-rows:]
@@ -124,15 +124,15 @@ class FreePerturbation:
             self.values = moved - images
 
 
-# Catastrophic overfitting (Wong et al. 2020, sec. 5.4): within an epoch, robustness against PGD is gone and the training loss falls.
+# Catastrophic overfitting (Wong et al. 2020, sec. 5.4): within an epoch, robustness against PGD is lost while the training loss falls.
 
 WITHSTOOD, COLLAPSED = "validation/withstood", "validation/collapsed"  # keys of an epoch's record
 
 
 def has_collapsed(shares: Sequence[float], *, images: int) -> bool:
-    """Whether the last of the shares of validation images that withstood PGD, epoch by epoch, has fallen below half of the best.
+    """Whether the share of validation images that withstand PGD (one per epoch) has fallen, at last, below half of its best value.
 
-    The fall must also exceed three standard errors of the best share p, sqrt(p (1 - p) / images), which chance alone does not.
+    The fall must also exceed three standard errors of the best share p, sqrt(p (1 - p) / images), to exclude chance.
     """
     *earlier, now = shares
     best = max(earlier, default=0.0)

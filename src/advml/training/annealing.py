@@ -1,4 +1,4 @@
-"""DynACL's schedules (Luo et al. 2023, sec. 4): every K of T epochs the views weaken and the attacked term gains weight; epochs from 1."""
+"""DynACL's schedules (Luo et al. 2023, sec. 4): every K of T epochs, views weaken and the adversarial weight rises; epochs count from 1."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from advml import config
 
 
 def view_strength(period: int | None, *, epoch: int, epochs: int) -> float:
-    """s = 1 - floor((e - 1) / K) K / T, the share of their strength that views have; 1 without a period K."""
+    """Strength of views s = 1 - floor((e - 1) / K) K / T in epoch e; 1 without a period K."""
     return 1 - (epoch - 1) // period * period / epochs if period else 1.0
 
 
 def term_weights(phase: config.Phase, *, epoch: int, epochs: int) -> tuple[float, float]:
-    """Of the clean and the attacked term: (2 - w) / 2 and w / 2, w = min(1 + 2/3 floor(e / K) K / T, 2); or the phase's constants."""
+    """Weights of the clean and the adversarial term: (2 - w) / 2 and w / 2, w = min(1 + 2/3 floor(e / K) K / T, 2); or constants."""
     if not (period := phase.weight_annealing):
         return phase.clean_weight, phase.adversarial_weight
     weight = min(1 + 2 / 3 * (epoch // period) * period / epochs, 2)

@@ -1,13 +1,13 @@
-"""Averages of the weights along the path of training, which are validated, selected and saved in place of the last ones.
+"""Weight averages over training, which are validated, selected and saved instead of the latest weights.
 
 | average | weights                                            | batch-norm statistics                     | source                 |
 |---------|----------------------------------------------------|-------------------------------------------|------------------------|
 | ema     | a <- decay a + (1 - decay) w after every step      | averaged likewise                         | momentum copy, DynACL  |
-| swa     | mean over the ends of all epochs from the first    | re-estimated: plain means over one pass   | Izmailov et al. 2018   |
-|         | that counts, of which there are the last           | of training batches, clean and attacked,  |                        |
-|         | 1 - `average_start` of all                         | through the averaged weights              |                        |
+| swa     | mean of the weights at the ends of the last        | re-estimated: plain means over one pass   | Izmailov et al. 2018   |
+|         | 1 - `average_start` of all epochs                  | of training batches, clean and attacked,  |                        |
+|         |                                                    | through the averaged weights              |                        |
 
-Training itself goes on from its own weights. Both averages are part of the resume state.
+Training continues from the weights w, not from the average. Both averages are part of the resume state.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from advml.training.checkpoint import State, snapshot
 
 
 class Average:
-    """No average: the weights themselves are validated and kept. The base of the others."""
+    """Base class, and the case without an average: the latest weights are validated and kept."""
 
     def __init__(self, network: nn.Module, phase: config.Phase, *, epochs: int) -> None:
         self.network, self.phase = network, phase
-        self.first = 1  # epoch of which there is something to validate
-        self.needs_statistics = False  # whether batch norms must see batches before the average is validated
+        self.first = 1  # first epoch that can be validated
+        self.needs_statistics = False  # whether batch-norm statistics must be re-estimated before the average is validated
         self.values: State = {}
 
     @property
     def state(self) -> State:
-        """What a resumed training needs of it."""
+        """Tensors that a resumed training restores."""
         return {f"average/{key}": value for key, value in self.values.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -45,14 +45,14 @@ class Average:
                 self.values[name] = state[f"average/{name}"].to(own.device)
 
     def after_step(self) -> None:
-        """An optimiser step is done."""
+        """Update the average after an optimiser step."""
 
     def after_epoch(self, epoch: int) -> None:
-        """All steps of an epoch (from 1) are done."""
+        """Update the average after the last step of an epoch (counted from 1)."""
 
     @torch.no_grad()
     def _move(self, share: float) -> None:
-        """a <- a + share (w - a); whole numbers (counts of batches) are taken over."""
+        """a <- a + share (w - a); integers (counts of batches) are copied from w."""
         for key, value in self.network.state_dict().items():
             if value.is_floating_point():
                 self.values[key].lerp_(value, share)
@@ -61,7 +61,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within: the network has the averaged weights. After: its own."""
+        """Context manager: the network has the averaged weights inside, its own again afterwards."""
         if not self.values:
             yield
             return
@@ -74,7 +74,7 @@ class Average:
 
 
 class ExponentialAverage(Average):
-    """a <- decay a + (1 - decay) w after every step, from the weights before the first one."""
+    """Exponential moving average: a <- decay a + (1 - decay) w after every step, from the initial weights."""
 
     def __init__(self, network: nn.Module, phase: config.Phase, *, epochs: int) -> None:
         super().__init__(network, phase, epochs=epochs)
@@ -85,7 +85,7 @@ class ExponentialAverage(Average):
 
 
 class StochasticAverage(Average):
-    """The mean of the weights at the ends of epochs."""
+    """Mean of the weights at the ends of epochs (SWA)."""
 
     def __init__(self, network: nn.Module, phase: config.Phase, *, epochs: int) -> None:
         super().__init__(network, phase, epochs=epochs)
@@ -103,11 +103,14 @@ AVERAGES: dict[str, type[Average]] = {"none": Average, "ema": ExponentialAverage
 
 @contextlib.contextmanager
 def fresh_statistics(network: nn.Module) -> Iterator[int]:
-    """Within: batch norms in train mode, so many, take the plain mean over the batches that they see, whatever they had seen before."""
+    """Context manager that re-estimates batch-norm statistics as plain means over the batches inside it.
+
+    Yields the number of batch norms that are re-estimated: those in train mode that track statistics.
+    """
     layers = {layer: layer.momentum for layer in batch_norms(network) if layer.training and layer.track_running_stats}
     for layer in layers:
         layer.momentum = None
-        layer.num_batches_tracked.zero_()  # the first batch replaces the old statistics, by which it may still be attacked
+        layer.num_batches_tracked.zero_()  # old statistics stay until the first batch replaces them: its attack may need them
     try:
         yield len(layers)
     finally:

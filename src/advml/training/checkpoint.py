@@ -1,9 +1,9 @@
-"""Atomic save and exact resume: a kill at any moment costs at most the current epoch.
+"""Save training state atomically and resume exactly: a kill costs at most the current epoch.
 
-The state of an unfinished stage lies in `.scratch/<stage>/state.safetensors`, outside of DVC: tensors, with
-everything else as JSON in the file's header. A fingerprint of all inputs (parameters, data, pretrained
-weights, source) ties it to one computation: after any change the stage starts afresh. The state of a finished
-stage stays until a later stage, by starting from those very outputs, proves that they were committed.
+The state of an unfinished stage is in `.scratch/<stage>/state.safetensors`, which DVC does not track: tensors, and everything else as
+JSON in the file's header. It has a fingerprint of all inputs (parameters, data, pretrained weights, sources): after any change the stage
+starts from the beginning. The state of a finished stage is kept until a later stage starts from its outputs, which shows that DVC has
+committed them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ State = dict[str, Tensor]
 
 @dataclass
 class Progress:
-    """A training run between two epochs."""
+    """State of a training between two epochs."""
 
     epoch: int = 0  # epochs finished
     network: State = field(default_factory=dict)
@@ -34,18 +34,18 @@ class Progress:
     best_score: float | None = None
     best_epoch: int | None = None
     optimizer: dict[int, State] = field(default_factory=dict)  # parameter index -> its state
-    carried: State = field(default_factory=dict)  # what else goes on from epoch to epoch, e.g. a perturbation or an average
-    seconds: float = 0.0  # that the epochs took
-    scaler: dict[str, float] = field(default_factory=dict)  # of the loss, under fp16
+    carried: State = field(default_factory=dict)  # further state, e.g. a perturbation or an average
+    seconds: float = 0.0  # duration of the epochs
+    scaler: dict[str, float] = field(default_factory=dict)  # state of the loss scaler, under fp16
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 class Checkpoint:
-    """The scratch folder of one stage.
+    """Checkpoint in the scratch folder of one stage.
 
     Args:
         folder: `.scratch/<stage>`.
-        fingerprint: of everything that determines the result; another one discards the old state. None: to read the state alone.
+        fingerprint: of everything that determines the result; a state with another one is discarded. None: only read the state.
     """
 
     def __init__(self, folder: Path, fingerprint: str | None = None) -> None:
@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """Small facts beside the state, e.g. the id of the MLflow run to continue."""
+        """Facts stored beside the state, e.g. the id of the MLflow run to continue."""
         return _read_notes(self.folder)
 
     def note(self, **facts: Any) -> None:
@@ -70,7 +70,7 @@ class Checkpoint:
         write_atomically(self.folder / "notes.json", json.dumps({**self.notes, **facts}).encode())
 
     def save(self, progress: Progress) -> None:
-        """Write the state beside the old one, then swap: a kill leaves one of the two, whole."""
+        """Write the state atomically: a kill leaves the old state or the new one."""
         tensors = {f"network/{key}": value for key, value in progress.network.items()}
         tensors |= {f"best/{key}": value for key, value in progress.best.items()}
         tensors |= {f"carried/{key}": value for key, value in progress.carried.items()}
@@ -79,7 +79,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_suffix(f".{os.getpid()}.part")
         try:
-            # clone: tensors of one storage (views, tied weights) are refused by safetensors
+            # clone, because safetensors refuses tensors that share storage (views, tied weights)
             save_file(
                 {key: value.detach().clone().contiguous() for key, value in tensors.items()}, temporary, {"progress": json.dumps(header)}
             )
@@ -88,7 +88,7 @@ class Checkpoint:
             temporary.unlink(missing_ok=True)
 
     def load(self) -> Progress | None:
-        """The last saved state, or None; a damaged file counts as none."""
+        """Last saved state; None if there is none, or the file is damaged."""
         try:
             with safe_open(self._file, framework="pt") as file:
                 progress = Progress(**json.loads(file.metadata()["progress"]))
@@ -105,7 +105,7 @@ class Checkpoint:
 
 
 def snapshot(network: nn.Module) -> State:
-    """A copy of weights and statistics as they are now."""
+    """Copy of the present weights and statistics."""
     return {key: value.detach().clone() for key, value in network.state_dict().items()}
 
 
@@ -118,16 +118,16 @@ def _read_notes(folder: Path) -> dict[str, Any]:
 
 
 def is_unfinished(folder: Path, fingerprint: str) -> bool:
-    """Whether a process that had begun this very computation was killed before it had done everything."""
+    """Whether a computation with this fingerprint was killed before its end."""
     notes = _read_notes(folder)
     return notes.get("fingerprint") == fingerprint and not notes.get("finished")
 
 
 def discard_finished(folder: Path, fingerprint: str | None) -> None:
-    """Delete the state of the computation whose outputs a later stage uses, and no other: an unfinished one still has to end.
+    """Delete the state of a finished computation, when a later stage uses its outputs; the state of an unfinished one is kept.
 
     Args:
-        fingerprint: what these outputs were made from, as their record says.
+        fingerprint: of the inputs of these outputs, from their record.
     """
     notes = _read_notes(folder)
     if notes.get("finished") and notes.get("fingerprint") == fingerprint:
@@ -135,7 +135,7 @@ def discard_finished(folder: Path, fingerprint: str | None) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, State]:
-    """The optimiser's tensors by parameter index; hyperparameters follow from the configuration."""
+    """State tensors of the optimiser by parameter index; hyperparameters come from the configuration."""
     return {
         index: {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
         for index, state in optimizer.state_dict()["state"].items()

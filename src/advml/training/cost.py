@@ -1,4 +1,4 @@
-"""The cost of a training, counted while it runs: forward and backward passes of the encoder."""
+"""Count the cost of a training while it runs: forward and backward passes of the encoder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GRADIENT_STEPS = "train/gradient_steps"  # key of an epoch's record
 
 @dataclass
 class Count:
-    """Images, views and adversarial examples that went through the encoder forwards and backwards."""
+    """Number of images, views and adversarial examples that passed the encoder forward and backward."""
 
     images: int = 0
 
 
 @contextlib.contextmanager
 def counted(network: Network) -> Iterator[Count]:
-    """Within: counts images whose pass leaves a gradient, with respect to weights of the encoder or to the images themselves."""
+    """Context manager that counts images whose pass has a gradient with respect to the encoder's weights or the images."""
     count = Count()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -31,7 +31,7 @@ def counted(network: Network) -> Iterator[Count]:
         if torch.is_grad_enabled() and (output.requires_grad or learns):
             count.images += len(output)
 
-    handle = network.normalize.register_forward_hook(note)  # not of the encoder, which may be compiled
+    handle = network.normalize.register_forward_hook(note)  # a hook on `normalize`, because the encoder may be compiled
     try:
         yield count
     finally:

@@ -1,4 +1,4 @@
-"""Losses of one example each, what an adversary ascends, and the adversarial term of a classification's training.
+"""Losses per example, objectives of adversaries, and adversarial terms for the training of classifiers.
 
 | loss     | adversarial loss        | the adversary of training ascends | source            |
 |----------|-------------------------|-----------------------------------|-------------------|
@@ -23,12 +23,12 @@ from advml.core.errors import UserError
 from advml.models.layers import clean_statistics
 from advml.models.network import Network
 
-# Every loss returns one value per example; only the trainer takes the mean. The contrastive objective serves CL and SCL
-# alike: SimCLR is SupCon whose labels are the instance ids.
+# Every loss returns one value per example; only the trainer takes the mean. The contrastive objective is used for CL and SCL, because
+# SimCLR equals SupCon with instance ids as labels.
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """-log softmax(logits)[label], in nats.
+    """Cross-entropy -log softmax(logits)[label], in nats.
 
     Args:
         logits: (N, K), any float type; computed in float32.
@@ -41,7 +41,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """max_{k != y} logits[k] - logits[y]; positive exactly where the classifier errs (Carlini & Wagner 2017, f6).
+    """Margin max_{k != y} logits[k] - logits[y]; positive exactly if the classifier errs (Carlini & Wagner 2017, f6).
 
     Args:
         logits: (N, K) with K >= 2.
@@ -58,13 +58,13 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio: -(z_y - max_{k != y} z_k) / (z_1st - z_3rd) (Croce & Hein 2020, eq. 6).
 
-    Blind to shift and scale of the logits, so that a classifier sure of itself does not starve the attack of gradient.
+    Invariant to shift and scale of the logits, so that gradients do not vanish for a confident classifier.
 
     Args:
         logits: (N, K) with K >= 3.
         labels: (N,) int64.
     Returns:
-        Ratios (N,), at least -1; positive exactly where the classifier errs.
+        Ratios (N,), at least -1; positive exactly if the classifier errs.
     Raises:
         UserError: there are fewer than three classes.
     """
@@ -74,12 +74,12 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return margin(logits, labels) / (first - third).clamp(min=1e-12)
 
 
-# What an attack on a classifier may ascend: (logits (N, K), labels (N,)) -> values (N,)
+# Objectives for attacks on a classifier: (logits (N, K), labels (N,)) -> values (N,)
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 def divergence(logits: Tensor, attacked: Tensor) -> Tensor:
-    """KL(p || q) = sum_k p_k (log p_k - log q_k) of softmax distributions p and q, in nats.
+    """KL divergence KL(p || q) = sum_k p_k (log p_k - log q_k) of softmax distributions p and q, in nats.
 
     Args:
         logits: of p (N, K), any float type; computed in float32.
@@ -92,14 +92,13 @@ def divergence(logits: Tensor, attacked: Tensor) -> Tensor:
 
 
 def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
-    """SupCon's L_out per anchor (Khosla et al. 2020, eq. 2); SimCLR's NT-Xent when groups are instance ids.
+    """Contrastive loss per anchor: SupCon's L_out (Khosla et al. 2020, eq. 2), which is SimCLR's NT-Xent if groups are instance ids.
 
         l_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p/t) / sum_{a != i} exp(z_i.z_a/t) )
 
     where P(i) are the other embeddings of i's group. An anchor without positives contributes 0.
 
-    Deviation: the public SupCon code multiplies by t / 0.07; we leave the factor out, as the paper's
-    equation does.
+    Deviation: the public SupCon code multiplies by t / 0.07; this factor is left out, as in the paper's equation.
 
     Args:
         embeddings: (M, D), unit length; the logits are computed in float32 under any autocast.
@@ -112,7 +111,7 @@ def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Te
         z = embeddings.float()
         similarity = z @ z.T / temperature  # (M, M)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    # The smallest float, not -inf: a lone embedding has an empty sum, and 0 * -inf would be NaN.
+    # The smallest float, not -inf: a single embedding has an empty sum, and 0 * -inf would be NaN.
     log_denominator = similarity.masked_fill(itself, torch.finfo(similarity.dtype).min).logsumexp(1)  # (M,)
     positives = (groups[:, None] == groups[None, :]) & ~itself
     count = positives.sum(1)
@@ -121,7 +120,7 @@ def contrastive(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Te
 
 
 def contrastive_views(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
-    """The contrastive objective of N images seen V times: the mean of an image's anchors.
+    """Contrastive loss per image: mean over the anchors of an image's V views.
 
     Args:
         embeddings: (V, N, D), unit length: of V views, or of the clean and the adversarial images.
@@ -134,19 +133,19 @@ def contrastive_views(embeddings: Tensor, groups: Tensor, *, temperature: float)
     return contrastive(embeddings.flatten(0, 1), groups.repeat(views), temperature=temperature).view(views, count).mean(0)
 
 
-INVARIANCE, CODING_ERROR = 200.0, 0.2  # of EMP-SSL's authors; what they call eps is the square of the paper's
+INVARIANCE, CODING_ERROR = 200.0, 0.2  # constants of EMP-SSL's code, whose `eps` is the square of the paper's
 
 
 def emp_ssl(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
-    """EMP-SSL (Tong et al. 2023, eq. 4): crops of an image agree with their mean, and the crops of a batch fill the space.
+    """EMP-SSL loss (Tong et al. 2023, eq. 4): crops of an image agree with their mean, and the crops of a batch fill the space.
 
         -200 mean_i cos(z_i, zbar) + mean_i R(Z_i),    R(Z) = -1/2 logdet(I + D / (N e^2) Z^T Z),    e^2 = 0.2
 
     Args:
         embeddings: (V, N, D), unit length; row i, Z_i, are the i-th crops of N images; zbar is an image's mean over crops.
-        groups, temperature: without effect; there are no negatives to choose.
+        groups, temperature: without effect, because the loss has no negatives.
     Returns:
-        Losses (N,); R couples the batch and counts alike for each image.
+        Losses (N,); R couples the batch and is the same for each image.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         z = embeddings.float()
@@ -160,18 +159,18 @@ def emp_ssl(embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor
 EMBEDDING_LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive_views, "emp-ssl": emp_ssl}
 
 
-# What an adversary ascends, and the adversarial term of a classification's training.
+# Objectives of adversaries, and adversarial terms for the training of classifiers
 
 
 def classification_objective(network: nn.Module, labels: Tensor, loss: str = "ce") -> Objective:
-    """x_adv -> objective of the whole classifier (N,): threat model II, on cross-entropy by default.
+    """Objective of threat model II: x_adv -> loss of the whole classifier (N,), by default cross-entropy.
 
     Args:
         network: maps images (N, C, H, W) to logits (N, K).
         labels: (N,) int64.
         loss: a key of OBJECTIVES.
     Raises:
-        UserError: `loss` is none, or needs more classes.
+        UserError: `loss` is unknown, or needs more classes.
     """
     if loss not in OBJECTIVES:
         raise UserError(f"objective = {loss!r}; choose from {', '.join(OBJECTIVES)}")
@@ -179,10 +178,10 @@ def classification_objective(network: nn.Module, labels: Tensor, loss: str = "ce
 
 
 def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float, loss: str = "contrastive") -> Objective:
-    """x_adv -> loss of embeddings, a key of EMBEDDING_LOSSES, between the images and x_adv (N,): threat model I.
+    """Objective of threat model I: x_adv -> loss of embeddings (a key of EMBEDDING_LOSSES) between the images and x_adv (N,).
 
-    The clean embedding is computed once, here; that is exact because an attacked network has no dropout
-    and its batch statistics do not depend on the other half of the pair. `groups` are those of the whole batch, if it is shared.
+    The clean embedding is computed only once. This is exact, because a network under attack has no dropout, and its batch statistics do
+    not depend on the other half of the pair. `groups` are those of the whole batch, if it is shared by processes.
     """
     with torch.no_grad():
         clean = ranks.everyones(network.embed(images))
@@ -196,9 +195,9 @@ def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, t
 
 
 def divergence_objective(network: Network, images: Tensor) -> Objective:
-    """x_adv -> KL(p(x) || p(x_adv)) (N,), with p(x) computed once, here.
+    """Objective of TRADES: x_adv -> KL(p(x) || p(x_adv)) (N,), with p(x) computed only once.
 
-    It is smallest, and flat, at x itself: the attack needs a random start.
+    Its gradient is zero at x itself, so the attack needs a random start.
     """
     with torch.no_grad(), clean_statistics(network):
         logits = network(images)
@@ -206,14 +205,14 @@ def divergence_objective(network: Network, images: Tensor) -> Objective:
 
 
 def attacked_cross_entropy(network: Network, images: Tensor, adversarial: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
-    """CE(x + d) (N,)."""
+    """Cross-entropy CE(x + d) (N,)."""
     return cross_entropy(network(adversarial), labels, label_smoothing=label_smoothing)
 
 
 def attacked_divergence(network: Network, images: Tensor, adversarial: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
-    """KL(p(x) || p(x + d)) (N,); gradients reach both. Labels, and their smoothing, belong to the clean term alone.
+    """Divergence KL(p(x) || p(x + d)) (N,), with gradients of both; labels and label smoothing are used only by the clean term.
 
-    x passes the network again, unaugmented and apart from x + d, as in the authors' code.
+    x passes the network again, unaugmented and in a batch of its own, as in the authors' code.
     """
     with clean_statistics(network):
         logits = network(images)
@@ -222,10 +221,10 @@ def attacked_divergence(network: Network, images: Tensor, adversarial: Tensor, l
 
 @dataclass(frozen=True)
 class Term:
-    """One row of the table above."""
+    """An adversarial term: one row of the table above."""
 
     loss: Callable[..., Tensor]  # (network, images, adversarial images, labels, label_smoothing=...) -> losses (N,)
-    objective: Callable[[Network, Tensor, Tensor], Objective]  # (network, images, labels) -> what the adversary of training ascends
+    objective: Callable[[Network, Tensor, Tensor], Objective]  # (network, images, labels) -> objective of the adversary of training
 
 
 TERMS: dict[str, Term] = {

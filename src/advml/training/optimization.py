@@ -1,4 +1,4 @@
-"""Learning rates, radii of the attack, and optimisers of a phase."""
+"""Learning-rate schedule, epsilon warm-up and optimiser of a phase."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from advml import config
 from advml.models.layers import depths
 
-# Learning-rate schedules as pure functions of the step: nothing to save, nothing to resume.
+# Learning-rate schedules as pure functions of the step, so that a resumed training needs no state of them
 
 
 def _cosine(progress: float) -> float:
-    """1 -> 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5)."""
+    """Cosine schedule: 1 -> 0 (Loshchilov & Hutter 2017, eq. 5)."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
 def _onecycle(progress: float) -> float:
-    """1/25 -> 1 over the first 30 %, then -> 1/250,000, both along cosines (Smith & Topin 2018, torch's defaults)."""
+    """One-cycle schedule: 1/25 -> 1 over the first 30 %, then -> 1/250,000, along cosines (Smith & Topin 2018, torch's defaults)."""
     start, end, peak = 1 / 25, 1 / 25 / 1e4, 0.3
     if progress < peak:
         return 1 + (start - 1) * _cosine(progress / peak)
@@ -38,7 +38,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def learning_rate(phase: config.Phase, *, step: int, steps: int) -> float:
     """Learning rate of optimiser step `step` (from 0) out of `steps`.
 
-    A linear warm-up over `phase.warmup` of all steps comes first; the schedule runs over the rest.
+    It starts with a linear warm-up over a share `phase.warmup` of all steps; the schedule covers the rest.
     """
     warmup = round(phase.warmup * steps)
     if step < warmup:
@@ -48,15 +48,15 @@ def learning_rate(phase: config.Phase, *, step: int, steps: int) -> float:
 
 
 def epsilon_share(phase: config.Phase, *, step: int, steps: int) -> float:
-    """Share of the training radius, and of its step size, that optimiser step `step` (from 0) out of `steps` attacks with.
+    """Factor on epsilon and step size of the attack at optimiser step `step` (from 0) out of `steps`.
 
-    It rises linearly over `phase.epsilon_warmup` of all steps and is 1 from then on.
+    It rises linearly over a share `phase.epsilon_warmup` of all steps, and is 1 afterwards.
     """
     warmup = round(phase.epsilon_warmup * steps)
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
-# The optimiser of a phase, with learning rates that fall from the top of the network to the bottom if so wished.
+# Optimiser of a phase, optionally with learning rates that decay from the top of the network to the input
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -66,18 +66,18 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def optimizer(phase: config.Phase, learners: Sequence[nn.Parameter], network: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that `phase` names, over `learners`, each in exactly one group; `network` tells how deep they lie."""
+    """Optimiser of a phase over the parameters `learners`, each in one group; `network` determines their depths."""
     groups = [{"params": list(learners), "share": 1.0}]
     if phase.layer_decay < 1:
         groups = layer_groups(learners, network.encoder, layer_decay=phase.layer_decay)
-    fused = True if learners[0].is_cuda else None  # one kernel, which under fp16 also sees for itself whether to skip the step
+    fused = True if learners[0].is_cuda else None  # one kernel, which under fp16 also decides on the device whether to skip the step
     return OPTIMIZERS[phase.optimizer](groups, lr=phase.learning_rate, weight_decay=phase.weight_decay, fused=fused)
 
 
 def layer_groups(learners: Sequence[nn.Parameter], encoder: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameters by depth, from the top: block k learns at `share` = layer_decay ** k of the rate (Bao et al. 2022, sec. 3.2).
+    """Parameter groups by depth from the top: block k has the share layer_decay ** k of the learning rate (Bao et al. 2022, sec. 3.2).
 
-    Heads are block 0, the encoder's last block is 1. AdamW's and SGD's weight decay is scaled with the rate, as it is part of the step.
+    Heads are block 0, the encoder's last block is 1. Weight decay of AdamW and SGD scales with the learning rate.
     """
     depth = depths(encoder)
     groups: dict[int, list[nn.Parameter]] = {}
@@ -87,6 +87,6 @@ def layer_groups(learners: Sequence[nn.Parameter], encoder: nn.Module, *, layer_
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Every group gets its share of `rate`."""
+    """Set the learning rate of every group to its share of `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]

@@ -1,9 +1,9 @@
-"""Which images a training learns from, and the order in which their batches come.
+"""Choose the images of a training, and the order of its batches.
 
-    train split alone       shuffled anew in every epoch
-    of a hybrid             two streams: every batch has labelled images first, then unlabelled ones
+    train split only        shuffled again in every epoch
+    hybrid schemes          two streams: every batch has labelled images first, then unlabelled ones
 
-What comes in an epoch follows from (seed, epoch) alone, so that a resumed training meets the batches of an uninterrupted one.
+The batches of an epoch depend only on (seed, epoch), so that a resumed training uses the same ones as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from advml.data.images import room_for_all
 from advml.data.prepared import require_labels
 from advml.recipes import Scheme
 
-FEWEST = 2  # images of a stream in a batch, for batch norms
+FEWEST = 2  # least number of images of a stream in a batch, needed by batch norms
 
 
 def check_images(scheme: Scheme, dataset: Dataset, *, batch_size: int) -> None:
-    """Whether there are the images, and their labels, that the pretraining of a scheme needs, and room for them in a batch.
+    """Check that a scheme's pretraining has the images and labels that it needs, and that a batch is large enough for them.
 
     Raises:
-        UserError: there are not.
+        UserError: images or labels are missing, or batch_size is too small.
     """
     if scheme.reads_labels:
         require_labels(dataset, scheme.name)
@@ -43,20 +43,19 @@ def check_images(scheme: Scheme, dataset: Dataset, *, batch_size: int) -> None:
     rest = dataset.unlabelled
     if rest is None or min(len(rest), len(dataset.train)) < FEWEST:
         raise UserError(
-            f"{scheme.name} learns from unlabelled images too, {FEWEST} or more, and there are {len(rest or ())}; set data.label_budget "
+            f"{scheme.name} also needs unlabelled images, {FEWEST} or more, but there are {len(rest or ())}; set data.label_budget "
             "below 1, or data.unlabelled = true for a folder that has some"
         )
     if scheme.terms[1].reads_labels and (missing := int((rest.labels < 0).sum())):
         raise UserError(
-            f"{scheme.name} reads the labels of all images, and {missing} have none; leave it out, or set data.unlabelled = false"
+            f"{scheme.name} needs the labels of all images, but {missing} have none; leave it out, or set data.unlabelled = false"
         )
 
 
 def learnt_from(dataset: Dataset, scheme: Scheme) -> Dataset:
-    """The dataset as the pretraining of a scheme sees it: labels that it must not read are -1.
+    """Dataset for the pretraining of a scheme, with -1 for labels that it must not use.
 
-    A scheme that reads labels has the labelled images in `train`, one that reads none has all of them there, and a hybrid has its
-    second stream in `unlabelled`.
+    For a scheme with labels, `train` has the labelled images; for one without, all images; for a hybrid, `unlabelled` is the second stream.
     """
     rest = dataset.unlabelled
     if rest is None or scheme.terms:
@@ -65,19 +64,19 @@ def learnt_from(dataset: Dataset, scheme: Scheme) -> Dataset:
 
 
 def unread(split: Split) -> Split:
-    """The images without their labels."""
+    """Copy of a split with all labels set to -1."""
     return Split(split.images, torch.full_like(split.labels, -1))
 
 
 def join(first: Split, second: Split) -> Split:
-    """The images of both, the first ones first; in a file, like those that they are copies of, if memory is too small for them."""
+    """Concatenate two splits; the images are put into a file if the memory is too small for them."""
     shape = (len(first) + len(second), *first.images.shape[1:])
     images = torch.from_numpy(room_for_all(shape, remedy="set data.max_train, or data.label_budget to 1"))
     return Split(torch.cat([first.images, second.images], out=images), torch.cat([first.labels, second.labels]))
 
 
 class Batches(Protocol):
-    """What the training loop needs to know of its images."""
+    """Interface of the batches of a training."""
 
     split: Split
     size: int  # images in a batch
@@ -87,18 +86,18 @@ class Batches(Protocol):
 
 
 class Shuffled:
-    """Batches of one split, in another order in every epoch; a short last batch is left for other epochs to reach."""
+    """Batches of one split, in a new order in every epoch, without a shorter last batch."""
 
     def __init__(self, split: Split, *, batch_size: int) -> None:
         self.split, self.size, self.count = split, batch_size, batches_of(len(split), batch_size=batch_size)
 
     def __call__(self, epoch: int, generator: torch.Generator) -> Tensor:
-        """A random order, drawn from `generator`."""
+        """Indices in a random order drawn from `generator`."""
         return torch.randperm(len(self.split), generator=generator, device=generator.device)[: self.count * self.size]
 
 
 class Paired:
-    """Batches of labelled images, then unlabelled ones, by their shares; each stream begins anew, in another order, when it ends.
+    """Batches of labelled, then unlabelled images, in proportion; each stream starts again, in a new order, when it ends.
 
     Args:
         seed: of both orders.
@@ -110,12 +109,12 @@ class Paired:
         self.size, self.count = sum(self.shares), batches_of(len(self.split), batch_size=batch_size)
 
     def __call__(self, epoch: int, generator: torch.Generator) -> Tensor:
-        """Batch b of an epoch is batch (epoch - 1) * count + b of each stream; nothing is drawn from `generator`."""
+        """Indices of an epoch, in which batch b is batch (epoch - 1) * count + b of each stream; does not use `generator`."""
         labelled, unlabelled = (self._stream(which, first=(epoch - 1) * self.count) for which in (0, 1))
         return torch.cat([labelled, unlabelled + self.lengths[0]], dim=1).flatten().to(generator.device)
 
     def _stream(self, which: int, *, first: int) -> Tensor:
-        """Batches (count, images) of one stream from number `first` on; a pass over its images is cut to whole batches."""
+        """Batches (count, images) of one stream from number `first` on; each pass over its images has whole batches only."""
         length, size = self.lengths[which], self.shares[which]
         per_pass = length // size
         passes = range(first // per_pass, (first + self.count - 1) // per_pass + 1)
@@ -124,7 +123,7 @@ class Paired:
 
 
 def shares(labelled: int, unlabelled: int, *, batch_size: int) -> tuple[int, int]:
-    """Labelled and unlabelled images in a batch: in proportion to all there are, but FEWEST at least; all of them, if they are no more."""
+    """Numbers of labelled and unlabelled images in a batch: in proportion to their totals, but at least FEWEST (or all, if fewer)."""
     if batch_size >= labelled + unlabelled:
         return labelled, unlabelled
     first = min(max(round(batch_size * labelled / (labelled + unlabelled)), FEWEST), batch_size - FEWEST)
@@ -132,17 +131,17 @@ def shares(labelled: int, unlabelled: int, *, batch_size: int) -> tuple[int, int
 
 
 def batches_of(images: int, *, batch_size: int) -> int:
-    """Optimiser steps of one pass; a short last batch does not count, unless it is the only one."""
+    """Number of optimiser steps per pass over the images; a shorter last batch is left out, unless it is the only one."""
     return max(1, images // batch_size)
 
 
 def batches_per_epoch(dataset: Dataset, phase: config.Phase) -> int:
-    """Optimiser steps of an epoch."""
+    """Number of optimiser steps per epoch."""
     return batches_of(len(dataset.train) + len(dataset.unlabelled or ()), batch_size=phase.batch_size)
 
 
 def batches(dataset: Dataset, phase: config.Phase, *, seed: int) -> Batches:
-    """Two streams if the dataset has unlabelled images, else its training images."""
+    """Batches of a training: two streams if the dataset has unlabelled images, else the training images."""
     if dataset.unlabelled is not None:
         return Paired(dataset.train, dataset.unlabelled, batch_size=phase.batch_size, seed=seed)
     return Shuffled(dataset.train, batch_size=phase.batch_size)

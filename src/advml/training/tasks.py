@@ -1,19 +1,19 @@
-"""What a network is trained for: the losses of one phase, the objective of its adversary, its validation score.
+"""Training tasks: losses of a phase, objective of its adversary, and validation score.
 
 A task gets images x (N, C, H, W) in [0, 1] and labels (N,) and returns one loss per image:
 
 | task           | clean loss      | adversarial loss       | the adversary ascends            | loss of free training |
 |----------------|-----------------|------------------------|----------------------------------|-----------------------|
 | Contrastive    | L(t1(x), t2(x)) | L(x, x + d)            | L(x, x + d)                      | L(t1(x), t2(x) + d)   |
-| the same, `attacked: views` | L(t1(x), ...) | L(t1(x) + d1, ...) | L(t1(x) + d1, ...)          | L(t1(x) + d1, ...)    |
+| Contrastive, `attacked: views` | L(t1(x), ...) | L(t1(x) + d1, ...) | L(t1(x) + d1, ...)       | L(t1(x) + d1, ...)    |
 | Classification | CE(t(x))        | CE(x + d)              | CE(x + d), end to end            | CE(t(x) + d)          |
 | HeadOnly       | CE(x)           | CE(x + d)              | CE(x + d); the encoder is fixed  | CE(x + d)             |
 
-Hybrid adds up two of these, of labelled and of unlabelled images.
+Hybrid is the sum of two of these, on labelled and on unlabelled images.
 
-L is the scheme's loss of embeddings, of two views or more. With `attacked: views` every view is perturbed, all of them against one another
-(CL: the second stream of ACL, Jiang et al. 2020), and CE(x + d) is CE(t(x) + d). Adversarial loss and training objective of the last two
-are those of `loss: two-term`; see `advml.training.losses` for others. Free training: `advml.training.adversarial_steps`.
+L is the scheme's loss of embeddings, of two or more views. With `attacked: views` all views are perturbed jointly (CL: the second stream of
+ACL, Jiang et al. 2020), and CE(x + d) is CE(t(x) + d). Adversarial loss and objective of the last two tasks are for `loss: two-term`; see
+`advml.training.losses` for others. Free training: `advml.training.adversarial_steps`.
 """
 
 from __future__ import annotations
@@ -38,22 +38,24 @@ from advml.training.losses import EMBEDDING_LOSSES, TERMS, classification_object
 
 
 class Task(Protocol):
-    """What the training loop needs to know."""
+    """Interface between a task and the training loop."""
 
     network: Network
     metric: str  # name of the validation score, e.g. "accuracy"
     larger_is_better: bool
-    count: int  # V: views of an image
-    perturbed: int  # of these, or of the image itself, those that an adversary perturbs
+    count: int  # V: number of views per image
+    perturbed: int  # number of perturbed inputs per image (views, or the image itself)
 
     def learners(self) -> list[nn.Parameter]: ...
     def train_mode(self) -> None: ...
     def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor: ...  # (V N, C, H, W), of V views
     def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor: ...
-    def attacked(self, images: Tensor, views: Tensor) -> Tensor: ...  # what the adversary perturbs: x in the next two lines
+    def attacked(self, images: Tensor, views: Tensor) -> Tensor: ...  # input that the adversary perturbs: x in the next two lines
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor: ...
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective: ...
-    def perturbed_rows(self, count: int) -> int: ...  # of the views of so many images the last ones, in free training
+    def perturbed_rows(
+        self, count: int
+    ) -> int: ...  # number of rows, the last ones among the views of `count` images, that free training perturbs
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor: ...
     def objective(self, images: Tensor, labels: Tensor) -> Objective: ...
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor: ...
@@ -80,17 +82,17 @@ class Classification:
         self.term, self.frozen_statistics = TERMS[loss], frozen_statistics
 
     def learners(self) -> list[nn.Parameter]:
-        """The encoder and the classifier; a projection head kept for threat model I rests."""
+        """Parameters of encoder and classifier; a projection head, kept for threat model I, is not trained."""
         return [*self.network.encoder.parameters(), *self.network.classifier.parameters()]
 
     def train_mode(self) -> None:
-        """With frozen statistics the encoder's batch norms use what they have seen so far; their weights learn all the same."""
+        """Set train mode; with frozen statistics, the encoder's batch norms keep theirs, and only their weights are trained."""
         self.network.train()
         for layer in batch_norms(self.network.encoder) if self.frozen_statistics else ():
             layer.eval()
 
     def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-        """t(x), or x without a view spec."""
+        """Views t(x); x itself without a view spec."""
         return images if self.spec is None else view(images, weakened(self.spec, strength), generator=generator)
 
     def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
@@ -99,11 +101,11 @@ class Classification:
             return self.loss_of_views(views, labels)
 
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
-        """CE of the views as they are."""
+        """Cross-entropy of given views."""
         return cross_entropy(self.network(views), labels, label_smoothing=self.label_smoothing)
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
-        """What the adversary perturbs."""
+        """Input that the adversary perturbs: images, or views."""
         return views if self.attacks_views else images
 
     def perturbed_rows(self, count: int) -> int:
@@ -111,39 +113,39 @@ class Classification:
         return count
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """CE(x + d), or what else `loss` says."""
+        """CE(x + d), or the adversarial loss that `loss` names."""
         return self.term.loss(self.network, images, adversarial, labels, label_smoothing=self.label_smoothing)
 
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """What the adversary of training ascends."""
+        """Objective of the adversary of training."""
         return self.term.objective(self.network, images, labels)
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """Threat model II: cross-entropy of the whole classifier, whatever the loss: so validation scores compare."""
+        """Threat model II for validation: cross-entropy of the whole classifier for every `loss`, so that scores are comparable."""
         return classification_objective(self.network, labels)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
-        """1 where the prediction is right (N,); NaN where there is none."""
+        """Score (N,): 1 if the prediction is correct, else 0; NaN if logits are not finite."""
         return _hits(self.network(images), labels)
 
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """1 where the prediction survives the attack (N,); NaN where there is none."""
+        """Score (N,): 1 if the prediction survives the attack, else 0; NaN if logits are not finite."""
         return _hits(self.network(adversarial), labels)
 
     def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """As `adversarial_score`."""
+        """Score (N,): 1 if the image withstands the attack, the same as `adversarial_score`."""
         return self.adversarial_score(images, adversarial, labels)
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """`argmax` finds a class in any logits, also in those of a network that has diverged."""
+    """Correct predictions (N,) as 0 and 1; NaN for logits that are not finite, in which `argmax` would also find a class."""
     return torch.where(logits.isfinite().all(1), (logits.argmax(1) == labels).float(), torch.nan)
 
 
 class HeadOnly(Classification):
-    """Cross-entropy of a linear head on a fixed encoder, which stays in eval mode, untouched.
+    """Cross-entropy of a linear head on a fixed encoder, which stays in eval mode.
 
-    The clean features of all training images are computed once and serve every epoch.
+    The clean features of all training images are computed once, for all epochs.
     """
 
     def __init__(self, network: Network, *, features: Tensor, label_smoothing: float = 0.0, loss: str = "two-term") -> None:
@@ -164,7 +166,7 @@ class HeadOnly(Classification):
 
 
 class Contrastive:
-    """A loss of embeddings, on `count` views of each image, or on an image and its adversarial example."""
+    """Loss of embeddings of `count` views of each image, or of an image and its adversarial example."""
 
     metric, larger_is_better = "loss", False
 
@@ -189,7 +191,7 @@ class Contrastive:
         self.network.train()
 
     def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-        """t1(x), t2(x), ... of the whole batch, one view after another."""
+        """Views t1(x), t2(x), ... of the whole batch, concatenated."""
         spec = weakened(self.spec, strength)
         return torch.cat([view(images, spec, generator=generator) for _ in range(self.count)])
 
@@ -199,23 +201,23 @@ class Contrastive:
             return self.loss_of_views(views, labels)
 
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
-        """L of V views (V N, C, H, W) as they are (N,)."""
+        """L (N,) of given views (V N, C, H, W)."""
         embeddings = self.network.embed(views).unflatten(0, (-1, len(labels)))  # (V, N, D)
-        everyones = ranks.everyones(embeddings.transpose(0, 1)).transpose(0, 1)  # of all processes: the loss couples images
+        everyones = ranks.everyones(embeddings.transpose(0, 1)).transpose(0, 1)  # from all processes, because the loss couples images
         losses = EMBEDDING_LOSSES[self.loss](everyones, self.groups(ranks.everyones(labels)), temperature=self.temperature)
         return ranks.own(losses)
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
-        """What the adversary perturbs."""
+        """Input that the adversary perturbs: images, or views."""
         return views if self.attacks_views else images
 
     @property
     def perturbed(self) -> int:
-        """All views, or one, be it the image."""
+        """Number of perturbed inputs per image: all views, or one view or image."""
         return self.count if self.attacks_views else 1
 
     def perturbed_rows(self, count: int) -> int:
-        """Free training perturbs all rows, or the last view of the images: SimCLR's second one (arXiv 2501.03507)."""
+        """Number of rows that free training perturbs: all, or the last view of each image, as for SimCLR in arXiv 2501.03507."""
         return self.perturbed * count
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
@@ -223,36 +225,36 @@ class Contrastive:
         return self.loss_of_views(adversarial if self.attacks_views else torch.cat([images, adversarial]), labels)
 
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """As `objective`, or L of the perturbed views, all of which move."""
+        """Objective of the adversary of training: `objective`, or L of the views, all of which are perturbed."""
         return (lambda views: self.loss_of_views(views, labels)) if self.attacks_views else self.objective(images, labels)
 
     def objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """Threat model I: pull the adversarial image's embedding away from its positives."""
+        """Threat model I: loss between the embeddings of the adversarial image and its positives."""
         groups = self.groups(ranks.everyones(labels))
         return contrastive_objective(self.network, images, groups, temperature=self.temperature, loss=self.loss)
 
     def clean_score(self, images: Tensor, labels: Tensor, *, generator: torch.Generator) -> Tensor:
-        """L of fresh views (N,)."""
+        """Score (N,): L of new views."""
         return self.clean_loss(self.views(images, generator=generator), labels, torch.empty(0))
 
     def adversarial_score(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """L between image and adversarial image (N,)."""
+        """Score (N,): L between image and adversarial image."""
         return self.loss_of_views(torch.cat([images, adversarial]), labels)
 
     def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """1 where the nearest of the batch's images, by their embeddings, is of the adversarial image's own group (N,); else 0."""
+        """Score (N,): 1 if the image of the batch nearest to the adversarial one, by embeddings, is of its own group; else 0."""
         clean, attacked = self.network.embed(torch.cat([images, adversarial])).chunk(2)
         groups = self.groups(labels)
         return (groups[(attacked @ clean.T).argmax(1)] == groups).float()
 
 
 class Hybrid:
-    """Two tasks on one network, of the labelled and of the unlabelled images of a batch: the sum of the mean losses of both.
+    """Sum of the mean losses of two tasks on one network, on the labelled and on the unlabelled images of a batch:
 
         mean_l L1(x_l, y_l) + mean_u L2(x_u)
 
-    Labelled images come first. Each task passes its own images through the network, so that batch norms see them apart. Validation
-    images have labels: the labelled task scores them.
+    Labelled images come first. Each task passes its own images through the network, so that batch norms see them separately. Validation
+    images have labels, and are scored by the labelled task.
 
     Args:
         labelled, unlabelled: the tasks.
@@ -263,11 +265,11 @@ class Hybrid:
         self.network, self.tasks, self.sizes = labelled.network, (labelled, unlabelled), sizes
         self.metric, self.larger_is_better, self.objective = labelled.metric, labelled.larger_is_better, labelled.objective
         self.clean_score, self.adversarial_score, self.withstood = labelled.clean_score, labelled.adversarial_score, labelled.withstood
-        self.moved = [size * task.perturbed for task, size in zip(self.tasks, sizes, strict=True)]  # rows that an adversary perturbs
+        self.moved = [size * task.perturbed for task, size in zip(self.tasks, sizes, strict=True)]  # number of perturbed rows, per task
         self.fixed = [size * (task.count - task.perturbed) for task, size in zip(self.tasks, sizes, strict=True)]
 
     def learners(self) -> list[nn.Parameter]:
-        """Of both, each once: listed twice, a parameter would step twice."""
+        """Parameters of both tasks, without repetition, which would apply the optimiser step twice."""
         return list(dict.fromkeys(parameter for task in self.tasks for parameter in task.learners()))
 
     def train_mode(self) -> None:
@@ -275,7 +277,7 @@ class Hybrid:
             task.train_mode()
 
     def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-        """Views of both, of which those that free training perturbs come last, as `perturbed_rows` has it."""
+        """Views of both tasks, those that free training perturbs last, as required by `perturbed_rows`."""
         drawn = [
             task.views(own, generator=generator, strength=strength) for task, own in zip(self.tasks, images.split(self.sizes), strict=True)
         ]
@@ -283,46 +285,46 @@ class Hybrid:
         return torch.cat([own for kind in zip(*parts, strict=True) for own in kind])
 
     def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        """L1 and L2 of views."""
+        """L1 and L2 of the views."""
         return self._sum(lambda task, *own: task.clean_loss(*own), self._apart(views), labels.split(self.sizes), index.split(self.sizes))
 
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
-        """L1 and L2 of the views as they are."""
+        """L1 and L2 of given views."""
         return self._sum(lambda task, *own: task.loss_of_views(*own), self._apart(views), labels.split(self.sizes))
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
-        """What each adversary perturbs: an image, or its views."""
+        """Inputs that the adversaries perturb, for each task images or views."""
         parts = zip(self.tasks, images.split(self.sizes), self._apart(views), strict=True)
         return torch.cat([task.attacked(*own) for task, *own in parts])
 
     def perturbed_rows(self, count: int) -> int:
-        """Those of both."""
+        """Number of rows that free training perturbs, in both tasks together."""
         return sum(self.moved)
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """The adversarial twins of L1 and L2."""
+        """Adversarial losses of both tasks."""
         attacked = [rows.split(self.moved) for rows in (images, adversarial)]
         return self._sum(lambda task, *own: task.adversarial_loss(*own), *attacked, labels.split(self.sizes))
 
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
-        """Each adversary ascends the objective of its own task, on its own images."""
+        """Objectives of both adversaries, each of its own task on its own images."""
         parts = zip(self.tasks, images.split(self.moved), labels.split(self.sizes), strict=True)
         objectives = [task.training_objective(*own) for task, *own in parts]
         return lambda moved: torch.cat([of(own) for of, own in zip(objectives, moved.split(self.moved), strict=True)])
 
     def _apart(self, views: Tensor) -> list[Tensor]:
-        """The views of labelled and of unlabelled images, each in the order of its task: inverse of `views`."""
+        """Split views into those of labelled and of unlabelled images, in the order of each task: inverse of `views`."""
         fixed, moved = views.split([sum(self.fixed), sum(self.moved)])
         return [torch.cat(own) for own in zip(fixed.split(self.fixed), moved.split(self.moved), strict=True)]
 
     def _sum(self, loss: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> Tensor:
-        """The losses of both, one per image, weighted so that the mean of all is the sum of both means."""
+        """Losses of both tasks, one per image, weighted so that the mean of all is the sum of both means."""
         losses = [loss(task, *own) for task, *own in zip(self.tasks, *arguments, strict=True)]
         return torch.cat([own * (sum(self.sizes) / len(own)) for own in losses])
 
 
 def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:
-    """The task of a scheme's pretraining, by the head it learns."""
+    """Task of a scheme's pretraining, chosen by its head."""
     attacked = phase.attacked or scheme.attacked
     if scheme.groups:
         about = {"groups": scheme.groups, "loss": scheme.loss, "count": phase.views or scheme.views, "attacked": attacked}
@@ -333,13 +335,13 @@ def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, s
 def hybrid_task(
     network: Network, scheme: Scheme, phase: config.Phase, *, views: config.Views, temperature: float, sizes: tuple[int, int]
 ) -> Hybrid:
-    """The tasks of both terms of a hybrid's pretraining; `sizes`: labelled and unlabelled images in a batch."""
+    """Task of a hybrid's pretraining; `sizes`: numbers of labelled and unlabelled images in a batch."""
     terms = (pretraining_task(network, term, phase, spec=getattr(views, term.view), temperature=temperature) for term in scheme.terms)
     return Hybrid(*terms, sizes=sizes)
 
 
 def finetuning_task(network: Network, regime: Regime, phase: config.Phase, train: Split, machine: Machine) -> Task:
-    """The task of a regime's fine-tuning: end to end, or a head on stored features of the training images."""
+    """Task of a regime's fine-tuning: end to end, or a head on stored features of the training images."""
     if regime.encoder_learns:
         return Classification(network, label_smoothing=phase.label_smoothing, loss=phase.loss, frozen_statistics=phase.frozen_statistics)
     place(network, machine.device).eval()

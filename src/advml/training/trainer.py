@@ -1,10 +1,10 @@
-"""One loop for all schemes and regimes. It reads a task, a phase and, if there is one, an adversary.
+"""Training loop for all schemes and regimes, from a task, a phase and, optionally, an adversary.
 
     network, history = fit(plan, machine, checkpoint=checkpoint)
     history[2]      # {"epoch": 3, "train/loss": ..., "validation/accuracy": ..., ...}
 
-Every random number of an epoch follows from (seed, epoch) alone, so a resumed run needs no state of a generator to end where an
-uninterrupted one would.
+All random numbers of an epoch depend only on (seed, epoch), so a resumed training gives the result of an uninterrupted one without
+stored generator states.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ from advml.training.streams import batches
 from advml.training.tasks import Task
 
 Record = dict[str, float]
-OnBatch = Callable[[int, int, Tensor], None]  # the loss is a number on the device: to read it makes the host wait for the step
+OnBatch = Callable[[int, int, Tensor], None]  # the loss is on the device; reading it makes the host wait for the step
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one phase trains. `task=None`: there is nothing to learn, the network is taken as it is.
+    """Plan of one training phase. `task=None`: there is nothing to train, and the network is used unchanged.
 
     Attributes:
-        images: makes `dataset`: only if there is something left to do, like `task`.
+        images: builds `dataset`; like `task`, called only if training is not finished.
     """
 
     network: Network
     images: Callable[[], Dataset]
     phase: config.Phase
-    task: Callable[[], Task] | None  # built only if there is something left to do
+    task: Callable[[], Task] | None  # called only if training is not finished
     adversary: AdversarialTraining | None
     seed: int
-    init: dict[str, Any] | None = None  # what its weights were taken from, for the record; None: nothing
+    init: dict[str, Any] | None = None  # origin of its initial weights, for the record; None: random or pretrained
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Learns from `train`, a hybrid also from `unlabelled`; selects on `validation`; `test` is never read."""
+        """Dataset whose `train` (for a hybrid also `unlabelled`) is for training, `validation` for selection; `test` is never read."""
         return self.images()
 
     @property
     def epochs(self) -> int:
-        """Passes over the training images."""
+        """Number of passes over the training images."""
         return self.adversary.passes(self.phase.epochs) if self.adversary else self.phase.epochs
 
 
@@ -77,13 +77,13 @@ def fit(
     on_epoch: Callable[[Record], None] = lambda record: None,
     on_batch: OnBatch = lambda epoch, done, loss: None,
 ) -> tuple[Network, list[Record]]:
-    """Train as planned, going on where an interrupted process has left the checkpoint.
+    """Run a plan, resuming from the checkpoint of an interrupted process.
 
     Args:
-        plan: what is trained.
+        plan: of the phase.
         machine: device and precision.
-        checkpoint: written after every epoch, before `on_epoch` is told of it.
-        on_epoch: told the record of every epoch, those of earlier, interrupted processes first; what it raises ends the training.
+        checkpoint: written after every epoch, before `on_epoch` is called.
+        on_epoch: called with the record of every epoch, those of interrupted processes first; its exceptions end the training.
         on_batch: called with (epoch, batches done, loss).
     Returns:
         The network with the selected weights, and one record per epoch.
@@ -119,23 +119,23 @@ def train(
     checkpoint: Checkpoint,
     on_batch: OnBatch = lambda epoch, done, loss: None,
 ) -> Iterator[Record]:
-    """Train, yielding one record per epoch (those of earlier, interrupted processes first).
+    """Train, yielding one record per epoch (those of interrupted processes first).
 
-    Per batch: clean_weight * mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter under an adversary; in free
-    training, so many replays of the mean of loss_of_views. While a record is out, the network has the weights that were validated.
+    Loss per batch: clean_weight * mean of clean_loss + adversarial_weight * mean of adversarial_loss, the latter with an adversary; in free
+    training, the mean of loss_of_views in each replay. When a record is yielded, the network has the weights that were validated.
 
     Args:
-        task: losses, objective and score of what is trained.
+        task: losses, objective and score.
         dataset: as `Plan.dataset`.
         phase: epochs, optimiser, schedule, selection.
-        adversary: how batches are attacked; None in standard phases.
+        adversary: attacks on batches; None in standard phases.
         seed: of batches, views and random starts.
         machine: device and precision.
         checkpoint: written after every epoch; an unfinished run in it is continued.
         on_batch: called with (epoch, batches done, loss) for progress bars.
     Raises:
-        Failure: a loss, a score or a weight is not finite, a batch does not fit into memory, or the training has collapsed before there was
-            an average to keep.
+        Failure: a loss, a score or a weight is not finite, a batch does not fit into memory, or the training has collapsed before an
+            average existed.
     """
     trainer = _Trainer(task, dataset, phase, adversary, seed, machine)
     progress = checkpoint.load() or Progress()
@@ -161,13 +161,13 @@ def train(
                 checkpoint.save(progress)
             yield record
     if not progress.best:
-        told = f"training collapsed before average_start = {phase.average_start:g}: there is nothing to keep"
+        told = f"training collapsed before average_start = {phase.average_start:g}: there are no weights to keep"
         raise Failure(f"{told}; set average: ema or none, or attack.kind = pgd")
     task.network.load_state_dict(progress.best)
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W) in [0, 1], labels and indices (N,), and the views of the images, on the device; what is drawn next."""
+    """A batch on the device: images (N, C, H, W) in [0, 1], labels and indices (N,), views, and the generator for further draws."""
 
     images: Tensor
     labels: Tensor
@@ -177,7 +177,7 @@ class Batch(NamedTuple):
 
 
 class _Trainer:
-    """The moving parts of `train`."""
+    """State and steps of `train`."""
 
     def __init__(
         self, task: Task, dataset: Dataset, phase: config.Phase, adversary: AdversarialTraining | None, seed: int, machine: Machine
@@ -185,8 +185,8 @@ class _Trainer:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.order = batches(dataset, phase, seed=seed)
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
-        self.size = min(self.order.size, len(self.order.split))  # images in a batch of all processes
-        for images in filter(None, (self.size, len(dataset.validation) % phase.batch_size)):  # of validation, the last batch
+        self.size = min(self.order.size, len(self.order.split))  # batch size over all processes
+        for images in filter(None, (self.size, len(dataset.validation) % phase.batch_size)):  # the second: last batch of validation
             ranks.need_images(images)
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
@@ -201,7 +201,7 @@ class _Trainer:
 
     @property
     def carried(self) -> State:
-        """What goes on from epoch to epoch beside weights and optimiser."""
+        """State carried between epochs, besides weights and optimiser."""
         return self.average.state | (self.free.state if self.free else {})
 
     def restore(self, progress: Progress) -> None:
@@ -213,22 +213,22 @@ class _Trainer:
             self.free.restore(progress.carried)
 
     def fitting(self, part: Callable[[], Record]) -> Record:
-        """What a part of the work returns.
+        """Call `part` and return its result.
 
         Raises:
-            Failure: a batch does not fit into memory.
+            Failure: a batch does not fit into memory; names the largest number of images that does.
         """
         try:
             return part()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        raise Failure(self._what_fits())  # here, where the error, and with it the tensors of the step, is gone
+        raise Failure(self._what_fits())  # outside of the handler, so that the error and the tensors of its frames are freed
 
     def _what_fits(self) -> str:
-        """Try ever smaller parts of a batch. The weights change: those of the last epoch are in the checkpoint."""
+        """Try smaller and smaller parts of a batch, for the error message; modifies weights, whose last epoch is in the checkpoint."""
         network, size = self.task.network, self.phase.batch_size
-        if (processes := ranks.count()) > 1:  # a trial of this one would wait for the others, which try nothing, or something else
+        if (processes := ranks.count()) > 1:  # a trial here would wait for the other processes for ever
             told = f"batch_size = {size} does not fit into the memory of {self.machine.device} in {processes} processes"
             return f"{told}; start more of them on further devices, or set a smaller batch_size in this phase"
         before, network.micro_batch = network.micro_batch, network.micro_batch or min(size, len(self.images.labels))
@@ -245,13 +245,13 @@ class _Trainer:
             return f"not even 2 images fit into the memory of {self.machine.device}; choose a smaller model.backbone or data.image_size"
         return (
             f"batch_size = {size} does not fit into the memory of {self.machine.device} at {before or size} images at a time, "
-            f"and does at {network.micro_batch}: set runtime.micro_batch = {network.micro_batch}, or in this phase a smaller batch_size"
+            f"but does at {network.micro_batch}: set runtime.micro_batch = {network.micro_batch}, or in this phase a smaller batch_size"
         )
 
     def epoch(self, epoch: int, on_batch: OnBatch) -> Record:
-        """One pass over the training images, in the order of `streams`.
+        """Train for one pass over the images, in the order of `streams`.
 
-        Within, the host only hands work to the device: it reads nothing from there before the end.
+        The host reads nothing from the device before the end, so that it never waits for it.
         """
         losses = torch.zeros(self.batches, 2, device=self.machine.device)  # clean, adversarial
         self.task.train_mode()
@@ -269,7 +269,7 @@ class _Trainer:
         return record | {GRADIENT_STEPS: passed / len(self.images.labels)}
 
     def _batches(self, purpose: str, epoch: int) -> Iterator[Batch]:
-        """The batches of one pass, in the order, and with the views, that follow from purpose, seed and epoch."""
+        """Yield the batches of one pass; their order and views depend only on purpose, seed and epoch."""
         generator = generator_for(purpose, self.seed, epoch, device=self.machine.device)
         order = self.order(epoch, generator)
         strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
@@ -279,25 +279,25 @@ class _Trainer:
             yield Batch(images, labels, index, views, generator)
 
     def _randomness(self, epoch: int) -> AbstractContextManager[None]:
-        """Layers with dropout draw from the global RNG; for other processes' images, other numbers."""
+        """Context that seeds the global RNG, from which dropout draws, by epoch and process."""
         own = [rank] if (rank := ranks.number()) else []
         return own_randomness(derived_seed("dropout", self.seed, epoch, *own), self.machine.device)
 
     def _weights(self, epoch: int) -> tuple[float, float]:
-        """Of the clean and the attacked term; a clean term without weight is not computed."""
+        """Weights of the clean and the adversarial term; a clean term of weight 0 is not computed."""
         if not self.adversary:
             return 1.0, 0.0
         return (0.0, 1.0) if self.free else term_weights(self.phase, epoch=epoch, epochs=self.epochs)
 
     def _steps(self, drawn: Batch, *, epoch: int, batch: int) -> Tensor:
-        """The optimiser steps on a batch: one, or one for each replay. Returns the clean and the adversarial loss (2,), on the device."""
+        """Make the optimiser steps on a batch: one, or one per replay. Returns the clean and adversarial loss (2,), on the device."""
         total = torch.zeros(2, device=self.machine.device)
         for step in range(batch * self.replays, (batch + 1) * self.replays):
             set_learning_rate(self.optimizer, learning_rate(self.phase, step=step, steps=self.steps))
             self.optimizer.zero_grad(set_to_none=True)
             losses = torch.zeros(2, device=self.machine.device)
             for which, weight, loss in self._terms(drawn, epoch=epoch, step=step):
-                self.scaler.scale(weight * loss).backward()  # each term frees its graph before the next one builds its own
+                self.scaler.scale(weight * loss).backward()  # per term, so that its graph is freed before the next one is built
                 losses[which] = loss.detach()
             if step == 0:
                 self._check_first(losses)
@@ -312,7 +312,7 @@ class _Trainer:
         return total / self.replays
 
     def _terms(self, batch: Batch, *, epoch: int, step: int) -> Iterator[tuple[int, float, Tensor]]:
-        """(0 for clean or 1 for attacked, weight, mean loss) of one step's terms; the caller goes backwards before it asks for the next."""
+        """Yield (0 for clean or 1 for adversarial, weight, mean loss) of each term; the caller computes gradients before the next one."""
         share, (clean_weight, weight) = epsilon_share(self.phase, step=step, steps=self.steps), self._weights(epoch)
         if clean_weight > 0:
             with self._autocast():
@@ -323,14 +323,14 @@ class _Trainer:
         elif self.adversary:
             adversary, images = self.adversary.training.scaled(share), self.task.attacked(batch.images, batch.views)
             with self._autocast():
-                objective = lambda: self.task.training_objective(images, batch.labels)  # noqa: E731 - built under attack, once
+                objective = lambda: self.task.training_objective(images, batch.labels)  # noqa: E731 - called once, under attack
                 attacked = adversary.attack(self.task.network, objective, images, generator=batch.generator)
                 loss = ranks.mean(self.task.adversarial_loss(images, attacked, batch.labels))
             yield 1, weight, loss
 
     @contextmanager
     def averaged(self, epoch: int) -> Iterator[None]:
-        """Within: the network has the weights to validate, with statistics of their own where the average needs them."""
+        """Context manager: the network has the weights to validate, with re-estimated statistics if the average needs them."""
         with self.average.in_place():
             if self.average.needs_statistics and epoch >= self.average.first:
                 self.task.train_mode()
@@ -344,11 +344,11 @@ class _Trainer:
         return self.machine.autocast(training=True)
 
     def _attack(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """The attack of validation: the whole radius in every epoch, so that epochs compare."""
+        """Attack for validation, at the full epsilon in every epoch, so that epochs are comparable."""
         return self.adversary.validation.attack(self.task.network, lambda: self.task.objective(images, labels), images, generator=generator)
 
     def validate(self) -> Record:
-        """Mean scores on validation; the same views and random starts in every epoch, so that epochs compare."""
+        """Mean scores on validation, with the same views and random starts in every epoch, so that epochs are comparable."""
         generator = generator_for("validation", self.seed, device=self.machine.device)
         clean, adversarial, withstood = [], [], []
         self.task.network.eval()
@@ -366,7 +366,7 @@ class _Trainer:
         return {name: sum(ranks.summed(torch.stack(sums)).tolist()) / total for name, sums in scores.items() if sums}
 
     def guard(self, progress: Progress, record: Record) -> None:
-        """Mark the epoch, and say so, if the training has stopped withstanding the attack that it is meant to withstand."""
+        """Mark the epoch's record, and print a warning, if catastrophic overfitting has occurred."""
         if not (self.adversary and self.adversary.guarded):
             return
         shares = [one[WITHSTOOD] for one in (*progress.history, record)]
@@ -374,15 +374,15 @@ class _Trainer:
             record[COLLAPSED] = 1.0
             tell(
                 f"warning: catastrophic overfitting in epoch {record['epoch']}: {shares[-1]:.1%} of the validation images withstand PGD, "
-                f"{max(shares):.1%} did before; training ends, an earlier epoch is kept; to go further: attack.kind = pgd or free, or a "
+                f"{max(shares):.1%} did before; training ends, and an earlier epoch is kept; to avoid it: attack.kind = pgd or free, or a "
                 "smaller step_size or epsilon"
             )
 
     def check(self, record: Record) -> None:
-        """Neither a figure of the epoch nor a weight that it ended with may be infinite or NaN: the last step comes after the last loss.
+        """Check that all figures of the epoch and all final weights are finite; the last step comes after the last loss.
 
         Raises:
-            Failure: the training has diverged.
+            Failure: one is infinite or NaN: training has diverged.
         """
         broken = [key for key, value in record.items() if not math.isfinite(value)]
         broken += _not_finite(self.task.network.state_dict())
@@ -394,29 +394,31 @@ class _Trainer:
             )
 
     def _check_first(self, losses: Tensor) -> None:
-        """What is not finite before the first step does not come from the learning rate.
+        """Check for values that are not finite before the first step, which are not due to the learning rate.
 
         Raises:
-            Failure: a weight that the training starts from, a loss or a gradient is not finite.
+            Failure: an initial weight, a loss or a gradient is not finite.
         """
-        if weights := _not_finite(dict(self.task.network.named_parameters())):  # statistics have seen the first batch by now
-            remedy = "a pretraining makes them by model.backbone and model.options; a fine-tuning reads them: make its pretraining again"
-            raise Failure(f"{weights[0]}, a weight that the training starts from, is not finite; {remedy}")
-        # Under a scaler gradients may be infinite: a scale that is too large at first is made smaller
+        if weights := _not_finite(
+            dict(self.task.network.named_parameters())
+        ):  # parameters only, because statistics have seen the first batch already
+            remedy = "for a pretraining, change model.backbone or model.options; for a fine-tuning, repeat its pretraining"
+            raise Failure(f"the initial weight {weights[0]} is not finite; {remedy}")
+        # Under a scaler gradients may be infinite at first, until the scale is small enough
         named = () if self.scaler.is_enabled() else self.task.network.named_parameters()
         gradients = {f"the gradient of {key}": value.grad for key, value in named if value.grad is not None}
         if broken := _not_finite({"train/loss": losses[0], "train/adversarial_loss": losses[1]} | gradients):
             precision = "runtime.precision: fp32, then " if self.machine.precision in HALVES else ""
             raise Failure(
-                f"{broken[0]} is not finite before the first step, so no learning rate can mend it; try {precision}another model.backbone, "
-                "model.stem or model.options, a larger temperature, or, in a fine-tuning, another pretraining"
+                f"{broken[0]} is not finite before the first step, so the learning rate is not the cause; try {precision}another "
+                "model.backbone, model.stem or model.options, a larger temperature, or, in a fine-tuning, another pretraining"
             )
 
     def select(self, progress: Progress, record: Record) -> None:
-        """Keep these weights if they are the best on validation so far, by the adversarial score where there is one; ties: the later epoch.
+        """Keep these weights if they have the best validation score so far (adversarial if there is one; on a tie the later epoch).
 
-        Under `keep: last` they are kept whatever they score. Of an epoch without an average that was asked for, or that has collapsed,
-        nothing is kept.
+        Under `keep: last` they are always kept. Nothing is kept of an epoch in which the requested average does not exist yet, or training
+        has collapsed.
         """
         if record["epoch"] < self.average.first or record.get(COLLAPSED):
             return
@@ -428,7 +430,7 @@ class _Trainer:
 
 
 class _Fits(Exception):
-    """A step has found enough memory."""
+    """Raised when a trial step has fitted into memory."""
 
 
 def _stop() -> None:

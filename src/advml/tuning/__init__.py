@@ -1,1 +1,1 @@
-"""Searches for stronger attacks and better training, and what makes them survive: the only package that imports optuna."""
+"""Searches for stronger attacks and better training, resumable after kills; the only package that imports optuna."""

@@ -1,6 +1,6 @@
-"""The search for the strongest attack within a budget: its space, its default, and what its winner means in params.yaml.
+"""Search for the strongest attack within a budget: its space, its default values, and the keys of params.yaml for its winner.
 
-No attack takes more forward and backward passes of an image that nothing breaks than the default does.
+For an image that is not broken, no attack takes more forward and backward passes than the default.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of
 from advml.tuning.space import Values
 
-# Keys of the space: all of an attack but its budget and its threat model.
+# Keys of the space: all settings of an attack except its budget and its threat model.
 KEYS = ("step_size", "schedule", "momentum", "objective", "restarts", "random_start", "keep")
 
 
 def passes(*, steps: int, restarts: int, keep: str, **_: Any) -> dict[str, int]:
-    """Forward and backward passes of an attack for an image that nothing breaks.
+    """Forward and backward passes of an attack for an image that it does not break.
 
-    A restart of n steps takes n of each, one more forward pass if the best iterate is kept, for the value of the last one, and one for
-    the prediction. All of them count: an attack with many restarts would get the latter for nothing otherwise.
+    A restart of n steps takes n of each, one more forward pass for the value of the last iterate if the best one is kept, and one for the
+    prediction, which counts because an attack with many restarts has many.
     """
     return {"forward": restarts * (steps + 1 + (keep == "best")), "backward": restarts * steps}
 
 
 def steps_within(most: int, *, restarts: int, keep: str, **_: Any) -> int:
-    """Steps of each restart so that all together stay within `most` passes; 0: there are too many restarts for that."""
+    """Largest number of steps per restart such that all restarts stay within `most` passes; 0: too many restarts."""
     return max(0, (most // restarts - 1 - (keep == "best")) // 2)
 
 
 @dataclass(frozen=True)
 class AttackSearch(Search):
-    """The attack that leaves a model least accuracy at a fixed number of forward and backward passes."""
+    """Search for the attack with the lowest accuracy of a model, at a fixed number of forward and backward passes."""
 
     folder: Path  # of the model
     once: tuple[str, ...]
@@ -50,7 +50,7 @@ class AttackSearch(Search):
 
     @classmethod
     def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = True, name: str | None = None) -> AttackSearch:
-        """Raises UserError: there is no such model, or the space is wrong."""
+        """Build and check a search; raises UserError if the model does not exist, or the space is not valid."""
         folder = find_model(Workspace(root), model).resolve()
         name = checked_name(name or f"attack-{folder.name}")
         search = cls(folder, ("autoattack",) if autoattack else (), config=configuration, root=root.resolve(), name=name)
@@ -63,30 +63,30 @@ class AttackSearch(Search):
 
     @property
     def spec(self) -> Any:
-        """`tune.attack`, whose budget, the steps times restarts of the default, is that of `evaluate` where it is null."""
+        """Section `tune.attack`; a budget of null is replaced by steps times restarts of `evaluate`."""
         spec, own = self.config.tune.attack, self.config.evaluate
         return spec.model_copy(update={"budget": spec.budget or own.steps * own.restarts})
 
     @property
     def passes(self) -> int:
-        """Forward and backward passes of the default per image: no attack has more."""
+        """Forward and backward passes per image of the default, which are the budget of all attacks."""
         default = self.default()
         return sum(passes(steps=self.spec.budget // default["restarts"], **default).values())
 
     def default(self) -> Values:
-        """The attack of `evaluate`, with as many steps as the budget allows."""
+        """Values of the attack of `evaluate`."""
         spec = self.config.evaluate
         steps = self.spec.budget // spec.restarts
         ordinary = spec.step_size / self.config.attacked_epsilon if spec.step_size else 1.0 if steps == 1 else 2.5 / steps
         return {key: ordinary if key == "step_size" else getattr(spec, key) for key in KEYS}
 
     def attack(self, values: Values) -> Values:
-        """All keys of the attack with these values, and the `steps` of each restart that the budget has room for."""
+        """All settings of an attack with these values, including the `steps` per restart that the budget allows."""
         found = self.default() | values
         return found | {"steps": steps_within(self.passes, **found)}
 
     def accept(self, values: Values) -> None:
-        """Raises UserError unless such an attack exists within the budget."""
+        """Raise UserError unless an attack with these values exists within the budget."""
         if unknown := values.keys() - {*KEYS}:
             raise UserError(f"unknown key '{min(unknown)}'; choose from {', '.join(KEYS)}")
         changed(self.config, {f"evaluate.{key}": value for key, value in values.items()})
@@ -95,13 +95,13 @@ class AttackSearch(Search):
             raise UserError(f"restarts = {attack['restarts']} leave none of them a step within {most}")
 
     def proposal(self, values: Values) -> dict[str, Any]:
-        """Keys of `evaluate`; the step size as a length, and the steps that are left for one restart."""
+        """Values by their keys in section `evaluate`, with an absolute step size, and the steps per restart."""
         attack = self.attack(values)
         attack["step_size"] *= self.config.attacked_epsilon
         return {f"evaluate.{key}": attack[key] for key in ("steps", *KEYS) if key != "keep" or attack[key] != self.config.evaluate.keep}
 
     def fingerprint(self) -> str:
-        """Of the sources, too: random starts and what counts as broken follow from them."""
+        """Digest of everything that a trial's result depends on, including the sources, which determine random starts and scoring."""
         spec, study = self.spec, self.config
         inputs = (dict(spec.space), spec.budget, spec.images, spec.batch_size, spec.seed)
         threat = (study.threat_model.norm, study.attacked_epsilon)
@@ -110,7 +110,7 @@ class AttackSearch(Search):
         return digest(*inputs, *subject, study.runtime.precision, source_digest("evaluate"))
 
     def pruner(self) -> optuna.pruners.BasePruner:
-        """Stops a trial that the best one beats batch by batch, by the signed-rank test at p < 0.1 (Wilcoxon 1945)."""
+        """Pruner that stops a trial significantly worse than the best, batch by batch, by a signed-rank test at p < 0.1 (Wilcoxon 1945)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.pruners.WilcoxonPruner()

@@ -1,4 +1,4 @@
-"""The search for the strongest attack within a budget: what a trial does, and how its winner is measured once more."""
+"""Trials of the search for the strongest attack, and the final measurement of its winner."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from advml.tuning import search as searches
 from advml.tuning.attack_search import AttackSearch, passes
 from advml.tuning.space import Values
 
-# The attack of `evaluate` that searches measure. Random numbers follow from its name and `evaluate.seed`, so the same attack on the same
-# images gives the study's own figure.
+# Name of the attack of `evaluate` that searches vary. With `evaluate.seed`, it determines the random numbers, so that the default attack on
+# the same images gives the study's own figure.
 STUDIED = "accuracy/threat_model_2"
 
 
 def evaluation_attack(configuration: Config, *, half: bool = False) -> AttackSpec:
-    """Threat model II of `evaluate`, PGD on an objective of the classifier; at half of its radius with the same random numbers."""
+    """Threat model II of `evaluate`, PGD on an objective of the classifier; `half`: at half of epsilon, with the same random numbers."""
     chosen = threat_model_2(configuration.evaluate, configuration.threat_model, suffix="_half" if half else "")
     return replace(chosen, name=STUDIED, kept=False)
 
 
 def interval(right: Tensor) -> dict[str, Any]:
-    """Share of right images (n,) with its 95 % interval."""
+    """Accuracy from a mask of correct images (n,), with its 95 % interval."""
     low, high = wilson(int(right.sum()), len(right))
     return {"accuracy": float(right.double().mean()), "low": low, "high": high, "n": len(right)}
 
@@ -46,7 +46,7 @@ class Bench(searches.Bench):
     """The model under attack, and the images on which attacks are compared.
 
     Attributes:
-        validation: shuffled: classes must not come one after another.
+        validation: in shuffled order, so that batches are not sorted by class.
     """
 
     def __init__(self, search: AttackSearch) -> None:
@@ -59,18 +59,18 @@ class Bench(searches.Bench):
         self.validation = Split(whole.images[order], whole.labels[order])
 
     def attack(self, values: Values) -> AttackSpec:
-        """The attack of `evaluate` under what these values mean in params.yaml."""
+        """Attack of `evaluate` with these values."""
         return evaluation_attack(changed(self.config, self.search.proposal(values)))
 
     def default(self) -> AttackSpec:
-        """The attack of `evaluate`; where the budget is another, with as many steps as that allows."""
+        """Attack of `evaluate`, with as many steps as the budget allows if tune.attack.budget is set."""
         spec = self.config.evaluate
         return evaluation_attack(self.config) if self.spec.budget == spec.steps * spec.restarts else self.attack({})
 
     def under(self, attack: AttackSpec, split: Split) -> Iterator[Tensor]:
-        """Batch by batch, which images (n,) stay right under every restart of the attack.
+        """Yield, per batch, the mask (n,) of images that stay correct under every restart of the attack.
 
-        An image has the same random starts whatever the attack: those of `evaluate`.
+        Each image has the same random starts under all attacks: those of `evaluate`.
         """
         run = {"batch_size": self.spec.batch_size, "seed": self.config.evaluate.seed}
         for rows in torch.arange(len(split.labels)).split(self.spec.batch_size):
@@ -78,7 +78,7 @@ class Bench(searches.Bench):
             yield run_attacks(self.network, self.scorer, some, [CLEAN_IMAGES, attack], **run)[attack.name].right
 
     def objective(self, attempt: searches.Attempt) -> Sequence[float]:
-        """Accuracy on validation under the attack, reported after every batch; the pruner compares batch by batch."""
+        """Accuracy on validation under the attack, reported after every batch for the pruner."""
         right = total = 0
         for number, batch in enumerate(self.under(self.attack(attempt.values), self.validation)):
             right, total = right + int(batch.sum()), total + len(batch)
@@ -87,7 +87,7 @@ class Bench(searches.Bench):
         return (right / total,)
 
     def confirm(self, values: Values) -> dict[str, Any]:
-        """Winner and default at the same budget, on validation and, once, on test."""
+        """Measure winner and default at the same budget, on validation and, once, on test."""
         attacks = {"default": self.default(), "winner": self.attack(values)}
         own = attacks["default"].settings == evaluation_attack(self.config).settings
         other = "" if own else f", with the {self.spec.budget} steps of tune.attack.budget in all"
@@ -105,7 +105,7 @@ class Bench(searches.Bench):
         return told
 
     def autoattack(self) -> dict[str, Any]:
-        """The model under the whole of AutoAttack's standard set on test, which is what all cheaper attacks are to be compared with."""
+        """Measure the model under AutoAttack's full standard set on test, as a reference for cheaper attacks."""
         spec, split, classes = self.config.evaluate, self.context.dataset.test, len(self.context.dataset.classes)
         threat_model = ThreatModel(self.config.threat_model.norm, self.config.attacked_epsilon)
         attacks = [

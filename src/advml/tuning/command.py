@@ -1,7 +1,7 @@
-"""`advml tune attack|finetune|pretrain`: one command from the empty study to the proposal, or from wherever the last one got to.
+"""`advml tune attack|finetune|pretrain`: run a search until its proposal is written, resuming an earlier command.
 
-The command's process is the driver: it alone opens the database, takes the next trial, receives reports, stops trials, and writes files
-and MLflow runs. Trials run in processes of the engine's slots.
+The command's process is the driver: it alone opens the database, chooses trials, receives reports, stops trials, and writes files and
+MLflow runs. Trials run in processes in the engine's slots.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from advml.tuning.space import show
 from advml.tuning.storage import HOLDER, address, alone, close, told
 from advml.tuning.study import ORIGIN, REASON, best_of, finished
 
-# What the fork server imports for the processes; the last one is what Optuna imports when it is first used.
+# Modules that the fork server imports for the processes; the last one is imported by Optuna on first use.
 MODULES = (
     *("advml.cli", "advml.tuning.attack_trial", "advml.tuning.training_trial", "advml.tuning.outputs", "advml.figures.searches"),
     "optuna.importance",
 )
-POLL = 0.25  # seconds between two looks at a study without news
-HOPELESS = 5  # trials that all fail: so will the next
+POLL = 0.25  # seconds between checks of a search without news
+HOPELESS = 5  # number of failed first trials after which the search ends
 # Attributes of the study: the winner's measurements, and those that do not depend on the winner
 CONFIRMED, MEASURED = "confirmed", "measured"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command leaves behind.
+    """Result of a search.
 
     Attributes:
-        trials: the finished ones.
-        best: None if no trial keeps the constraints, or none has run to its end.
+        trials: the finished trials.
+        best: the best trial; None if no trial fulfils the constraints, or none was completed.
     """
 
     folder: Path
@@ -74,23 +74,23 @@ def tune(
     cluster: str | None = None,
     watch: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None,
 ) -> Outcome:
-    """Run the study until it has `trials` finished trials, of all commands together; then confirm the winner and write it all down.
+    """Run a search until it has `trials` finished trials, including those of earlier commands; then confirm the winner and write results.
 
-    However it ends, by Ctrl-C too, the best so far is written to `reports/tune/<name>/` and the MLflow runs are ended.
+    At every end, also by Ctrl-C, the best result so far is written to `reports/tune/<name>/`, and MLflow runs are ended.
 
     Args:
-        search: what to search; checked.
-        storage: URL of the studies' database; None: optuna.db in the workspace.
-        slots: trials at a time; a running scheduler has its own.
-        replace: whether a study of this name that searched something else is thrown away.
+        search: a checked search.
+        storage: URL of the database; None: optuna.db in the workspace.
+        slots: number of trials at a time; ignored for a running scheduler, whose workers determine it.
+        replace: whether an earlier search of this name with other settings is deleted.
         cluster: see `advml.engine.cluster.connect`.
-        watch: given all trials again and again while they run.
+        watch: called repeatedly with all trials while they run.
     Raises:
-        UserError: the database, the study or the cluster cannot be used, or another command works on the study.
+        UserError: database, search or cluster cannot be used, or another command works on the search.
         Failure: all trials fail, or the database does.
     """
-    checked_name(search.name)  # its folders are removed in the end
-    workspace = Workspace(Path(os.path.relpath(search.root)))  # as messages are to name it
+    checked_name(search.name)  # because folders of this name are removed at the end
+    workspace = Workspace(Path(os.path.relpath(search.root)))  # a relative path, for messages
     url, scratch = address(storage, root=workspace.root), workspace.scratch(f"tune/{search.name}").resolve()
     with contextlib.ExitStack() as stack:
         forks = stack.enter_context(server(workspace.root, MODULES)) if cluster is None else {}
@@ -100,14 +100,14 @@ def tune(
         stack.callback(close, study)
         folder = workspace.reports / "tune" / search.name
         if not replace and (folder / outputs.BEST).exists() and not finished(study.get_trials(deepcopy=False)):
-            raise UserError(  # else its results would be written over
-                f"{folder} holds the results of a search of which {masked(url)} knows nothing; "
-                f"give this one a name of its own: --name {search.name}-2, or let it write over them: --replace"
+            raise UserError(  # else its results would be overwritten
+                f"{folder} contains results of a search that is not in {masked(url)}; "
+                f"choose another name: --name {search.name}-2, or overwrite them: --replace"
             )
         study.set_user_attr(HOLDER, this_process())
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
-        params = {"tune": {search.kind: search.spec.model_dump(mode="json") | {"trials": trials}}}  # as asked for by --trials
+        params = {"tune": {search.kind: search.spec.model_dump(mode="json") | {"trials": trials}}}  # with the number from --trials
         about = {"name": search.name, "identity": identity, "tags": search.tags(), "params": params}
         run = stack.enter_context(tracking.open_search(locate(search.config.tracking, root=workspace.root), **about))
         driver = Driver(search, study, run, folder, scratch / identity, forks, check, trials, watch)
@@ -123,7 +123,7 @@ def tune(
         except BaseException:
             so_far = driver.close()
             if so_far.best is not None:
-                best = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; it stands in {folder}"
+                best = f"the best so far is trial {so_far.best.number}: {show(so_far.best.params)}; see {folder}"
                 tell(f"{search.name}: {len(so_far.trials)} of {trials} trials; {best}")
             raise
         outcome = driver.close()
@@ -133,14 +133,14 @@ def tune(
 
 @dataclass
 class Driver:
-    """The command at work on its study.
+    """State and steps of the command that runs a search.
 
     Attributes:
-        folder: of the files that it leaves.
-        scratch: of this very study: trials of another one of its name are numbered alike.
-        forks: environment of processes that are forked from the server of imports.
-        check: raises Failure if another command may have taken the study over.
-        total: finished trials wanted.
+        folder: of the files that it writes.
+        scratch: folder for unfinished trials of this search only, since another one of its name has the same trial numbers.
+        forks: environment variables for processes of the fork server.
+        check: raises Failure if another command may have taken over the search.
+        total: number of finished trials at which the search ends.
     """
 
     search: Search
@@ -164,10 +164,10 @@ class Driver:
     # Trials
 
     def search_on(self) -> None:
-        """Run trials until enough have finished. Raises Failure if all fail."""
+        """Run trials until enough have finished; raises Failure if all fail."""
         earlier = len(finished(self.trials()))
         while True:
-            with deferred():  # a Ctrl-C waits for the pause: it would leave half of a drawing or a transaction
+            with deferred():  # delay Ctrl-C, which could interrupt a transaction or the display
                 self.look()
                 for number, (trial, call) in list(self.at_work.items()):
                     if call.is_ready(self.workers):
@@ -189,14 +189,14 @@ class Driver:
             self.wait()
 
     def take(self, number: int, trial: optuna.Trial, call: Call) -> None:
-        """Deal with a report, a result or the loss of a trial."""
+        """Process a report, a result or the loss of a trial's process."""
         try:
             news = call.take()
         except Lost:
             del self.at_work[number]
             studies.requeue_dead(self.study, alive={*self.at_work})
             return
-        if not call.is_finished:  # it is a report
+        if not call.is_finished:  # a report
             call.answer(studies.note(trial, *news))
             return
         del self.at_work[number]
@@ -207,21 +207,21 @@ class Driver:
         return self.scratch / f"trial-{trial.user_attrs[ORIGIN]}"
 
     def look(self) -> None:
-        """Once a second: who is there to work, and whether the study is still this command's."""
+        """Check, once a second, the available workers, and that this command still holds the search's lock."""
         if (now := time.monotonic()) - self._looked > 1:
             self.check()
             self.workers = self.pool.slots.client.nthreads()
             if not self.workers:
-                self.pool.slots.count()  # says so, and raises what a queue has said against jobs
+                self.pool.slots.count()  # prints that there is no worker, or raises a queue's error
             self._looked = now
 
     def wait(self) -> None:
-        """For news, or a moment."""
+        """Wait for news of a call, at most POLL seconds."""
         self.pool.news.wait(POLL)
         self.pool.news.clear()
 
     def stop(self) -> None:
-        """End what is at work, and queue it again."""
+        """End running trials, and queue them again."""
         for _, call in self.at_work.values():
             call.cancel()
         self.pool.close()
@@ -230,12 +230,12 @@ class Driver:
     # The winner
 
     def confirm(self) -> None:
-        """Measure the winner once more, and what else was asked for, unless an earlier command has. Test images are looked at once."""
+        """Measure the winner, and the measurements of `Search.once`, unless an earlier command has; test images are used only once."""
         best, attributes = best_of(self.trials(), self.search.directions), self.study.user_attrs
         if best is None:
             return
         known = attributes.get(CONFIRMED, {"trial": None, "times": 0})
-        has, wanted = known.get("seeds", self.search.further_seeds), self.search.further_seeds  # the first n of one sequence
+        has, wanted = known.get("seeds", self.search.further_seeds), self.search.further_seeds  # seeds are the first n of one sequence
         is_new = known["trial"] != best.number
         if not is_new and has != wanted:
             what = f"{self.search.name}: trial {best.number} has been confirmed on {has} further seeds"
@@ -258,7 +258,7 @@ class Driver:
         return call.take()
 
     def confirmed(self, best: FrozenTrial | None) -> dict[str, Any] | None:
-        """What this command or an earlier one has measured of this winner."""
+        """Measurements of this winner, by this command or an earlier one; None if there are none."""
         known = self.study.user_attrs.get(CONFIRMED)
         if best is None or known is None or known["trial"] != best.number:
             return None
@@ -268,13 +268,13 @@ class Driver:
     # Files and runs
 
     def log(self, trials: Sequence[FrozenTrial]) -> None:
-        """Bring the MLflow runs up to date."""
+        """Update the MLflow runs."""
         changed = [trial for trial in trials if trial.state != self._logged.get(trial.number, TrialState.WAITING)]
         self._logged |= {trial.number: trial.state for trial in changed}
-        self.run.show([outputs.fact(self.search, trial) for trial in changed if ORIGIN in trial.user_attrs])  # else it never began
+        self.run.show([outputs.fact(self.search, trial) for trial in changed if ORIGIN in trial.user_attrs])  # trials that have begun
 
     def close(self) -> Outcome:
-        """Write files and figures, and complete the runs."""
+        """Write files and figures, and complete the MLflow runs."""
         trials = self.trials()
         best = best_of(trials, self.search.directions)
         found = self.confirmed(best)

@@ -1,6 +1,6 @@
-"""What a study leaves in `reports/tune/<name>/`: the proposal, all trials, and figures.
+"""Write the results of a search into `reports/tune/<name>/`: proposal, trials and figures.
 
-best.yaml        the best trial as keys of params.yaml, what it scored, and what the default did
+best.yaml        the best trial as keys of params.yaml, with its scores and those of the default
 trials.csv       a row per trial
 *.png            history, importance, parallel coordinates, slices, and the Pareto front
 """
@@ -24,13 +24,13 @@ from advml.tuning.study import REASON, RETRY_OF, SECONDS, best_of, default_of, f
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
-# Found by `advml tune`; put into params.yaml by: advml tune apply {name}
-# `parameters` are keys of params.yaml, the rest says how they did.
+# Result of `advml tune`; apply it to params.yaml with: advml tune apply {name}
+# `parameters` are keys of params.yaml; the other entries are their scores.
 """
 
 
 def write(folder: Path, search: Search, trials: Sequence[FrozenTrial], confirmed: dict[str, Any] | None) -> list[Path]:
-    """Write everything that the trials of a study, all of them, can tell by now; returns the files."""
+    """Write all files that can be made from the trials so far; returns the files."""
     from advml.figures.searches import draw
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -45,7 +45,7 @@ def write(folder: Path, search: Search, trials: Sequence[FrozenTrial], confirmed
 
 
 def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: dict[str, Any] | None) -> str:
-    """best.yaml without its header."""
+    """Content of best.yaml, without its header."""
     trials = study.get_trials(deepcopy=False)
     default, front = default_of(trials), ranked(study.best_trials, search.directions)
 
@@ -72,7 +72,7 @@ def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: 
 
 
 def fact(search: Search, trial: FrozenTrial) -> Trial:
-    """A trial as MLflow shows it."""
+    """Description of a trial for MLflow."""
     return Trial(
         number=trial.number,
         state=name_of(trial),

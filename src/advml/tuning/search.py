@@ -1,4 +1,4 @@
-"""The contract between a search and its driver: what is searched, how trials are chosen and stopped, and what processes do for it."""
+"""Interface of searches: the search space, the choice and pruning of trials, and the work of processes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from advml.core.paths import Workspace
 from advml.engine import process_task
 from advml.tuning.space import Space, Values, distributions, holds
 
-REDUCTION = 3  # of Hyperband: the share of trials that goes on from rung to rung is its inverse
+REDUCTION = 3  # Hyperband's reduction factor: one in three trials continues at each rung
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search(ABC):
-    """What is searched. Picklable: it is sent to the processes that run its trials.
+    """Base class of searches. Picklable, because it is sent to the processes that run trials.
 
     Attributes:
-        root: the study's folder, from / on: processes run elsewhere.
+        root: absolute path of the study's folder, since processes run in other folders.
         name: in the database, in paths and in MLflow, e.g. `attack-SL-AT-s0`.
         kind: its section of `tune`: attack, finetune or pretrain.
-        work: the module that imports torch, with its `Bench`.
+        work: name of the module with its `Bench`, which imports torch.
         metrics: names of the objectives.
         directions: "minimize" or "maximize", one per objective.
         once: measurements for best.yaml that do not depend on the winner, e.g. ("autoattack",).
@@ -51,65 +51,65 @@ class Search(ABC):
 
     @abstractmethod
     def default(self) -> Values:
-        """The values to start with and to beat: those of params.yaml."""
+        """Values of params.yaml, with which the search starts, and to which the winner is compared."""
 
     @abstractmethod
     def proposal(self, values: Values) -> dict[str, Any]:
-        """Values -> keys of params.yaml."""
+        """Values by their full keys in params.yaml."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Of space, configuration, data and weights: a study of other ones is another study."""
+        """Digest of space, configuration, data and weights; a search with another digest is another search."""
 
     @abstractmethod
     def pruner(self) -> optuna.pruners.BasePruner:
-        """Stops poor trials by their reports."""
+        """Pruner, which stops poor trials by their reports."""
 
     @abstractmethod
     def tags(self) -> dict[str, Any]:
-        """Of the MLflow run."""
+        """Tags of the MLflow run."""
 
     @property
     def spec(self) -> Any:
-        """The section `tune.<kind>`: space, budget, seed."""
+        """Section `tune.<kind>`: space, budget, seed."""
         return getattr(self.config.tune, self.kind)
 
     @property
     def space(self) -> Space:
-        """Ranges of the keys."""
+        """Search space: ranges of the keys."""
         return self.spec.space
 
     def missed(self) -> Values:
-        """The default's values that the space does not contain: the search does not start from it, then."""
+        """Default values outside of the space; if there are any, the default is not tried."""
         default = self.default()
         return {key: default[key] for key, spread in distributions(self.space).items() if not holds(spread, default[key])}
 
     def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
-        """TPE, multivariate, which takes trials at work for bad ones (constant liar) and constraints into account."""
+        """Multivariate TPE sampler with constraints, which counts running trials as bad ones (constant liar)."""
         return optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=8)
 
     def open(self) -> Bench:
-        """Load data and networks, which is costly."""
+        """Load data and networks, which takes seconds."""
         return importlib.import_module(self.work).Bench(self)
 
 
 def hyperband(epochs: int) -> optuna.pruners.BasePruner:
-    """A Hyperband pruner whose resource is the epoch (Li et al. 2018)."""
+    """Hyperband pruner with the epoch as resource (Li et al. 2018)."""
     return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=REDUCTION)
 
 
 def rungs(epochs: int) -> tuple[int, ...]:
-    """The epochs 1, 3, 9, ... below `epochs` at which Hyperband compares trials; at least the first."""
+    """Epochs 1, 3, 9, ... below `epochs` at which Hyperband compares trials; at least the first."""
     return tuple(REDUCTION**n for n in range(epochs) if n == 0 or REDUCTION**n < epochs)
 
 
 def digest_of(file: Path, *, remedy: str) -> str:
-    """The digest in a model.json or dataset.json, read without torch. Raises UserError with the remedy."""
+    """Digest in a model.json or dataset.json, read without torch; raises UserError with the remedy if it is missing."""
     return read_json(file, needs=("digest",), remedy=remedy)["digest"]
 
 
 def data_digest(root: Path) -> str:
-    """The digest of the prepared images."""
+    """Digest of the prepared data."""
     return digest_of(Workspace(root).prepared / "dataset.json", remedy="make the data with: advml prepare")
 
 
@@ -118,16 +118,16 @@ def data_digest(root: Path) -> str:
 
 @dataclass
 class Attempt:
-    """A trial at work, as its search sees it; then, sent back to the driver, how it has ended.
+    """A running trial in its process; afterwards its result, which is sent to the driver.
 
     Attributes:
-        values: what the trial tries.
-        scratch: a folder that a retry of this trial finds again.
-        ask: gives the driver step, value and `measured` of a report; returns whether to stop.
-        history: a record per epoch or batch.
-        measured: figures beside the objectives.
-        constraints: by how much each is violated; at most 0: it is kept.
-        objectives: None unless it is complete.
+        values: the values tried.
+        scratch: folder that is kept for a retry of this trial.
+        ask: sends step, value and `measured` of a report to the driver; returns whether to stop.
+        history: one record per epoch or batch.
+        measured: figures besides the objectives.
+        constraints: violation of each constraint; fulfilled if at most 0.
+        objectives: None unless the trial is complete.
         reason: why it has failed.
     """
 
@@ -143,16 +143,16 @@ class Attempt:
     seconds: float = 0.0
 
     def report(self, step: int, value: float, measured: Mapping[str, float] | None = None) -> None:
-        """Report how it does: the value that the pruner compares, and what people are to read in its place.
+        """Report an intermediate value for the pruner, and figures to display instead of it.
 
         Raises:
-            optuna.TrialPruned: it does not do well enough to go on.
+            optuna.TrialPruned: the pruner stops the trial.
         """
         if self.ask((step, value, measured)):
             raise optuna.TrialPruned
 
     def run(self, objective: Callable[[Attempt], Sequence[float]]) -> Attempt:
-        """From start to end; whatever goes wrong is its result."""
+        """Run the objective, and store its result or its error; returns itself."""
         started = time.monotonic()
         try:
             objectives = [float(value) for value in objective(self)]
@@ -168,7 +168,7 @@ class Attempt:
 
 
 class Bench(ABC):
-    """A search with data and networks loaded, in a process that works for it. It has a method for each of `Search.once`, too."""
+    """Data and networks of a search, loaded in a process that runs its trials. Also has a method for each of `Search.once`."""
 
     @abstractmethod
     def objective(self, attempt: Attempt) -> Sequence[float]:
@@ -176,17 +176,17 @@ class Bench(ABC):
 
     @abstractmethod
     def confirm(self, values: Values) -> dict[str, Any]:
-        """Measure the winner once more, for best.yaml."""
+        """Measure the winner for best.yaml."""
 
     def trial(self, values: Values, scratch: Path) -> Attempt:
         return Attempt(values, scratch).run(self.objective)
 
 
-_opened: tuple[Search, Bench] | None = None  # data and networks serve all calls of a process
+_opened: tuple[Search, Bench] | None = None  # cached for all calls of this process
 
 
 def on_bench(search: Search, method: str, *arguments: Any) -> Any:
-    """Call a method of the search's bench. Raises UserError or Failure if that cannot be opened."""
+    """Call a method of the search's bench; raises UserError or Failure if the bench cannot be opened."""
     global _opened
     if _opened is None or _opened[0] != search:
         _opened = search, search.open()

@@ -1,4 +1,4 @@
-"""Search spaces as params.yaml writes them, as Optuna reads them, and what is wrong with them.
+"""Search spaces: conversion from params.yaml to Optuna's distributions, and checks before the first trial.
 
 >>> distributions({"learning_rate": {"log": [1e-4, 1e-1]}, "loss": {"choice": ["two-term", "trades"]}})
 {'learning_rate': FloatDistribution(high=0.1, log=True, low=0.0001), 'loss': CategoricalDistribution(...)}
@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from advml.core.errors import UserError
 
-Space = Mapping[str, Mapping[str, Any]]  # key -> {kind: ends or choices}, as `config.Dimension` has checked it
+Space = Mapping[str, Mapping[str, Any]]  # key -> {kind: ends or choices}, checked by `config.Dimension`
 Values = dict[str, Any]  # key -> value
 
 KINDS: dict[str, Callable[[Any], BaseDistribution]] = {
@@ -27,29 +27,29 @@ KINDS: dict[str, Callable[[Any], BaseDistribution]] = {
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's distribution of every key."""
+    """Optuna distribution of every key."""
     return {key: KINDS[kind](argument) for key, dimension in space.items() for kind, argument in dimension.items()}
 
 
 def corners(dimension: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The ends of a range, or all choices: a configuration that takes them takes what lies between them."""
+    """Both ends of a range, or all choices: if a configuration accepts these values, it accepts those between them."""
     return tuple(next(iter(dimension.values())))
 
 
 def check(space: Space, accept: Callable[[Values], object], *, section: str) -> None:
-    """Try every pair of corners, so that what cannot be run is refused before the first trial.
+    """Refuse a space that contains invalid configurations: tries every corner, every pair of corners, and a value inside each range.
 
     Args:
-        accept: builds the configuration with some values replaced; raises UserError if it cannot be.
-        section: where the space stands, e.g. `tune.attack.space`.
+        accept: builds the configuration with some values replaced; raises UserError if they are invalid.
+        section: the key of the space in params.yaml, e.g. `tune.attack.space`.
     Raises:
-        UserError: one line with the values and what is wrong with them.
+        UserError: the space is empty or contains an invalid configuration; names the values and the reason.
     """
     if not space:
         raise UserError(f"{section} is empty; name a key and its range, e.g. {section}.learning_rate: {{log: [1e-4, 1e-1]}}")
     tried = [[(key, corner) for corner in corners(dimension)] for key, dimension in space.items()]
     alone = [[pair] for pairs in tried for pair in pairs]
-    for key, spread in distributions(space).items():  # and a value in the middle: no whole number, where the key wants one
+    for key, spread in distributions(space).items():  # and a value inside, not an integer, in case the key accepts only integers
         if isinstance(spread, FloatDistribution) and spread.low < spread.high:
             alone.append([(key, spread.low + (spread.high - spread.low) / math.pi)])
     together = [[one, other] for first, second in itertools.combinations(tried, 2) for one in first for other in second]
@@ -62,12 +62,12 @@ def check(space: Space, accept: Callable[[Values], object], *, section: str) -> 
 
 
 def show(values: Values) -> str:
-    """`learning_rate=0.00213 loss=trades`"""
+    """Values in one line: `learning_rate=0.00213 loss=trades`."""
     return " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
 
 
 def holds(spread: BaseDistribution, value: Any) -> bool:
-    """Whether a search can start from this value."""
+    """Whether a distribution contains the value, so that a search can start from it."""
     try:
         return spread._contains(spread.to_internal_repr(value))
     except (TypeError, ValueError):  # null in a range of numbers, or no such choice

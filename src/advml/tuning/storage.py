@@ -1,4 +1,4 @@
-"""The database of the studies: SQLite beside params.yaml, or a server. One process at a time, the driver of a search, works on a study."""
+"""Database of the searches (Optuna's studies): SQLite beside params.yaml, or a server; only one driver at a time works on a study."""
 
 from __future__ import annotations
 
@@ -19,65 +19,65 @@ from advml.engine.exclusive import SESSION_LOCKS, at_work, exclusive, session_lo
 
 SQLITE = "sqlite:///"
 TIMEOUT = {"connect_timeout": 10}  # seconds
-HOLDER = "driver"  # attribute of a study: the process that works on it, or has; for `alone`
-# Drivers that know the option connect_timeout -> how they are installed
+HOLDER = "driver"  # attribute of a study: the process that holds, or held, its lock; for `alone`
+# SQL drivers with the option connect_timeout -> package that installs them
 DRIVERS = {"psycopg": "advml[server]", "psycopg2": "psycopg2-binary", "pymysql": "pymysql", "mysqldb": "mysqlclient"}
 
 
 def address(url: str | None, *, root: Path) -> str:
-    """The URL of the database; by default `optuna.db` in the workspace. Relative SQLite files start at the workspace.
+    """URL of the database; by default `optuna.db` in the workspace. Relative SQLite paths start at the workspace.
 
     Raises:
-        UserError: no database that studies can be kept in.
+        UserError: the URL is not a supported database.
     """
     url = url or f"{SQLITE}optuna.db"
     remember(url)
     try:
         parsed = sqlalchemy.make_url(url)
         kind = parsed.get_backend_name()
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is not a number
         kind = None
     if kind in SESSION_LOCKS:
         return url
     if kind != "sqlite" or parsed.database in (None, "", ":memory:"):
-        raise UserError(f"--storage {masked(url)!r} names no database; write sqlite:///optuna.db or postgresql://user@host/name")
+        raise UserError(f"--storage {masked(url)!r} is not a database; write sqlite:///optuna.db or postgresql://user@host/name")
     return f"{SQLITE}{(root / parsed.database).resolve()}"
 
 
 def connect(url: str) -> RDBStorage:
-    """Open a database, creating its tables where they are absent. Raises UserError if it cannot be used."""
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # a failed trial is ours to report
+    """Open a database, creating missing tables; raises UserError if it cannot be used."""
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # advml reports failed trials itself
     with _usable(url):
         if not url.startswith(SQLITE):
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": _timeout(url)})
         file = Path(url.removeprefix(SQLITE))
-        if not file.exists():  # SQLite would play the last transactions of a database that somebody has removed into the new one
+        if not file.exists():  # remove journals of a deleted database, which SQLite would apply to the new one
             for stale in ("-wal", "-shm"):
                 file.with_name(f"{file.name}{stale}").unlink(missing_ok=True)
         storage = RDBStorage(url)
         sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
-        storage.engine.dispose()  # the connections from before
+        storage.engine.dispose()  # close connections that were opened with other settings
         return storage
 
 
 def _without_waiting_for_the_disk(connection: sqlite3.Connection, _: object) -> None:
-    """A power cut may take the last transactions, and leaves the file whole."""
+    """Set SQLite not to wait for the disk: a power cut may lose the last transactions, but does not damage the file."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _timeout(url: str) -> dict[str, int]:
-    """How long a server may take to answer, unless the URL says so."""
+    """Connection options with a time limit for a server's answer, unless the URL sets one."""
     parsed = sqlalchemy.make_url(url)
     return TIMEOUT if parsed.get_driver_name() in DRIVERS and not parsed.query.keys() & TIMEOUT else {}
 
 
 @contextlib.contextmanager
 def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
-    """Hold the lock of a study, of the whole file with SQLite; yields a function that raises Failure if the lock is lost.
+    """Context manager that holds a study's lock (with SQLite, that of the file); yields a function that raises Failure if it is lost.
 
     Raises:
-        UserError: another process has it, or the database cannot be reached.
+        UserError: another process holds the lock, or the database cannot be reached.
     """
     with contextlib.ExitStack() as stack:
         if url.startswith(SQLITE):
@@ -102,7 +102,7 @@ def close(study: optuna.Study) -> None:
 
 def _holder(url: str, name: str) -> str:
     storage, who = connect(url), "another process"
-    with contextlib.suppress(KeyError):  # it has not begun yet
+    with contextlib.suppress(KeyError):  # the study does not exist yet
         who = storage.get_study_user_attrs(storage.get_study_id_from_name(name)).get(HOLDER, who)
     storage.remove_session()
     storage.engine.dispose()
@@ -111,20 +111,20 @@ def _holder(url: str, name: str) -> str:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Turns errors of a database in use into one line."""
+    """Context manager that converts errors of a database in use to a Failure of one line."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
-        raise Failure(f"the studies' database failed: {_reason(error)}; the same command goes on") from error
+        raise Failure(f"the searches' database failed: {_reason(error)}; repeat the command, which goes on from here") from error
     except KeyError as error:
         if error.args != (NOT_FOUND_MSG,):
             raise
-        raise Failure("the study is gone: it was deleted from the database") from error
+        raise Failure("the search was deleted from the database") from error
 
 
 @contextlib.contextmanager
 def _usable(url: str) -> Iterator[None]:
-    """Turns what is wrong with a database into one line."""
+    """Context manager that converts errors in opening a database to a UserError of one line."""
     try:
         yield
     except ImportError:
@@ -135,6 +135,6 @@ def _usable(url: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what the database said."""
+    """First line of a database's error message."""
     cause = error.__cause__ or error
     return (getattr(cause, "strerror", None) or str(getattr(cause, "orig", None) or cause).strip() or type(cause).__name__).split("\n")[0]

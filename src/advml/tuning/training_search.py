@@ -1,4 +1,4 @@
-"""The search for better training: its space, what the keys stand for in params.yaml, its default, and what makes it another study."""
+"""Search for better training parameters: its space, the params.yaml keys it sets, its default values, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of, hyperband
 from advml.tuning.space import Values
 
-# Where a phase leaves one of these null, the value of the study counts.
+# Keys of a phase -> key of the study whose value replaces a null.
 INHERITED = {"epsilon": "threat_model.epsilon", "attack_kind": "attack.kind", "attack_steps": "attack.steps"}
 
 
 @dataclass(frozen=True)
 class TrainingSearch(Search):
-    """The training that makes a model most robust and keeps its clean accuracy.
+    """Search for the training parameters with the highest robust accuracy, with a floor on clean accuracy.
 
     Attributes:
         which: the phase (st, at) of a pretraining, or the regime of a fine-tuning.
-        pareto: the front of robust and clean accuracy, instead of a floor for the latter.
-        left_out: keys of params.yaml's space that have no effect here.
+        pareto: maximise robust and clean accuracy (Pareto front) instead of setting a floor.
+        left_out: keys of the space in params.yaml that have no effect on this scheme, regime or phase.
     """
 
     kind: Literal["pretrain", "finetune"]
@@ -42,10 +42,10 @@ class TrainingSearch(Search):
 
     @classmethod
     def of(cls, configuration: Config, root: Path, *what: Any, seed: int, pareto: bool = False, name: str | None = None) -> TrainingSearch:
-        """TrainingSearch.of(config, root, "finetune", "CL", "Full-AT", seed=0), checked.
+        """Build and check a search, e.g. `TrainingSearch.of(config, root, "finetune", "CL", "Full-AT", seed=0)`.
 
         Raises:
-            UserError: there is nothing to learn, nothing to start from, or the space is wrong.
+            UserError: the regime trains nothing for this scheme, the pretrained encoder is missing, or the space is not valid.
         """
         name = checked_name(name or f"{'-'.join(what)}-s{seed}{'-pareto' if pareto else ''}")
         whole = cls(*what, seed, pareto, config=configuration, root=root.resolve(), name=name)
@@ -75,18 +75,18 @@ class TrainingSearch(Search):
 
     @property
     def phase(self) -> str:
-        """The section of what is trained, e.g. `regimes.Full-AT`."""
+        """Section of params.yaml whose training is searched, e.g. `regimes.Full-AT`."""
         return f"pretrain.{self.scheme}" if self.kind == "pretrain" else f"regimes.{self.which}"
 
     @property
     def attacked(self) -> bool:
-        """Whether what is trained here is trained under attack."""
+        """Whether the searched phase trains under attack."""
         return self.which == "at" if self.kind == "pretrain" else REGIMES[self.which].attacked
 
     # Keys and values
 
     def proposal(self, values: Values) -> dict[str, Any]:
-        """Values -> keys of params.yaml: `learning_rate` of the phase, `view.shift` of the scheme's views, all others in full."""
+        """Values by their full keys in params.yaml: `learning_rate` belongs to the phase, `view.shift` to the scheme's views."""
         return {self.full_key(key): value for key, value in values.items()}
 
     def full_key(self, key: str) -> str:
@@ -96,7 +96,7 @@ class TrainingSearch(Search):
         return f"views.{SCHEMES[self.scheme].view}.{tail}" if head == "view" else key
 
     def base(self, key: str) -> Any:
-        """The value that params.yaml gives a key of the space; null, where a phase takes over a value of the study, is that value."""
+        """Value of a key of the space in params.yaml; for a null that inherits a value of the study, that value."""
         everything = flatten(self.config.model_dump())
         value = everything.get(self.full_key(key))
         return everything[INHERITED[key]] if value is None and key in INHERITED else value
@@ -105,11 +105,11 @@ class TrainingSearch(Search):
         return {key: self.base(key) for key in self.space}
 
     def accept(self, values: Values) -> Config:
-        """The configuration with these values; raises UserError if it refuses them."""
+        """Configuration with these values; raises UserError if they are not valid."""
         return changed(self.config, self.proposal(values))
 
     def check_keys(self) -> None:
-        """Raises UserError for a key that is none of what is trained: another section would change what trials are measured by."""
+        """Raise UserError for a key outside the trained phase, which could change how trials are measured."""
         known = list(config.Phase.model_fields)
         if self.kind == "pretrain":
             known += ["temperature", *(f"view.{key}" for key in config.View.model_fields)]
@@ -118,14 +118,14 @@ class TrainingSearch(Search):
                 raise UserError(f"tune.{self.kind}.space has an unknown key {key!r}; choose from {', '.join(known)}")
 
     def is_idle(self, key: str) -> bool:
-        """Whether this scheme, regime or phase has no use for a key: a space serves them all."""
+        """Whether a key has no effect on this scheme, regime or phase; one space in params.yaml serves all of them."""
         clean = not self.attacked and key in config.OF_THE_ATTACK
         return clean or key in self.config.without_effect(self.phase) or (key == "temperature" and not SCHEMES[self.scheme].has_temperature)
 
     # The study
 
     def start_digest(self) -> str | None:
-        """Digest of the pretrained encoder that a fine-tuning starts from, or of `model.init`, that a pretraining does."""
+        """Digest of the starting weights: of the pretrained encoder for a fine-tuning, of `model.init` for a pretraining."""
         if self.kind == "pretrain":
             return self.config.model.init and init_digest(self.config.model.init)
         phase = REGIMES[self.which].pretraining
@@ -133,7 +133,7 @@ class TrainingSearch(Search):
         return digest_of(folder / "model.json", remedy=f"make it with: advml pretrain {self.scheme} {phase} --seed {self.seed}")
 
     def fingerprint(self) -> str:
-        """Of all that a trial's result depends on, but for the values."""
+        """Digest of everything that a trial's result depends on, except the searched values."""
         everything, (section, name) = self.config.model_dump(mode="json"), self.phase.split(".")
         sections = ["threat_model", "attack", "evaluate"]
         sections += ["model", "temperature", "views", "regimes"] if self.kind == "pretrain" else []
@@ -143,7 +143,7 @@ class TrainingSearch(Search):
         return digest(dict(self.space), self.pareto, floor, self.kind, self.scheme, self.which, self.seed, *subject)
 
     def pruner(self) -> optuna.pruners.BasePruner:
-        """Hyperband, whose largest resource is the most epochs of any trial; a front is searched without."""
+        """Hyperband with the largest number of epochs as maximum resource; no pruning for a Pareto search."""
         if self.pareto:
             return optuna.pruners.NopPruner()
         return hyperband(int(max(spaces.corners(self.space["epochs"]))) if "epochs" in self.space else self.base("epochs"))

@@ -1,9 +1,9 @@
-"""The search for better training: what a trial does, and how its winner is compared with the default on further seeds.
+"""Trials of the search for better training, and the comparison of its winner with the default on further seeds.
 
-A trial trains as the stage of that name does, under other values. Whatever it trains with, it is measured by one and the same
-attack, that of `evaluate` at the study's radius, on validation: `robust`; and `clean` must not fall below the floor.
+A trial trains like the stage of that name, with other values. All trials are measured by the same attack on validation, that of `evaluate`
+at the study's epsilon (half of it for standard pretraining): `robust`; `clean` must not be below the floor.
 
-A trial that was killed goes on from its last epoch: checkpoint and measurements lie in its scratch folder.
+A killed trial resumes from its last epoch: checkpoint and measurements are in its scratch folder.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from advml.tuning.space import Values
 from advml.tuning.training_search import TrainingSearch
 
 Measured = dict[str, float]  # robust, clean
-NOTE = "the winner was chosen on these validation images, which flatters it there; test images had no part in the choice"
+NOTE = "the winner was chosen on these validation images, so its figures on them are too high; test images were not used for the choice"
 
 
 class Bench(searches.Bench):
-    """Everything that stays the same over all trials: data, machine, the pretrained encoder, and the attack that measures."""
+    """Parts shared by all trials: data, machine, the pretrained encoder, and the attack of the measurement."""
 
     def __init__(self, search: TrainingSearch) -> None:
         self.search, self.context = search, Context(search.config, Workspace(search.root))
         self.machine, self.dataset = self.context.machine, self.context.dataset
-        # A standard pretraining withstands next to nothing at the whole radius; at half of it, better and worse ones differ.
+        # Standard pretrainings have almost no robust accuracy at the full epsilon; at half of it, better and worse ones differ.
         self.attack = evaluation_attack(search.config, half=search.which == "st")
         self.pretrained = None
         if search.kind == "finetune":
             _, self.pretrained = load_pretrained(self.context, scheme=search.scheme, regime=search.which, seed=search.seed)
 
     def plan(self, configuration: Config, *, seed: int) -> Plan:
-        """The phase under this configuration, on a network of its own."""
+        """Plan of the searched phase with this configuration, on a new network."""
         search = self.search
         if self.pretrained is None:
             return plans.pretraining(configuration, self.dataset, scheme=search.scheme, phase=search.which, seed=seed)
@@ -62,7 +62,7 @@ class Bench(searches.Bench):
         return plans.finetuning(configuration, self.dataset, self.machine, start, **names)
 
     def train(self, configuration: Config, attempt: searches.Attempt, *, seed: int, watched: bool = True) -> Network:
-        """Train from the start, or from where a killed attempt had got to; reports on the way are made again, not measured again.
+        """Train, resuming a killed attempt; its earlier reports are repeated without new measurements.
 
         Args:
             watched: whether to report at Hyperband's rungs.
@@ -70,7 +70,7 @@ class Bench(searches.Bench):
         search, plan = self.search, self.plan(configuration, seed=seed)
         fingerprint = digest(attempt.values, search.fingerprint(), seed)
         watched_epochs = searches.rungs(plan.epochs) if watched and not search.pareto else ()
-        known = Memo(attempt.scratch / f"rungs-{fingerprint}")  # the weights of earlier epochs are gone when a killed trial goes on
+        known = Memo(attempt.scratch / f"rungs-{fingerprint}")  # a resumed trial lacks the weights of earlier epochs
 
         def on_epoch(record: Record) -> None:
             epoch = int(record["epoch"])
@@ -84,7 +84,7 @@ class Bench(searches.Bench):
         return fit(plan, self.machine, checkpoint=checkpoint, on_epoch=on_epoch)[0]
 
     def measure(self, network: Network, *splits: Split) -> list[Measured]:
-        """Clean and robust accuracy on each split; an encoder without a classifier first gets a linear one, on clean images."""
+        """Clean and robust accuracy on each split; an encoder without classifier first gets a linear one, trained on clean images."""
         spec = self.search.config.evaluate
         if self.search.kind == "pretrain" and SCHEMES[self.search.scheme].head != "classifier":
             network = self._with_head(network)
@@ -98,20 +98,20 @@ class Bench(searches.Bench):
         return found
 
     def validate(self, network: Network) -> Measured:
-        """What decides between trials."""
+        """Measurements on validation, by which trials are compared."""
         return self.measure(network, self.dataset.validation)[0]
 
     def _with_head(self, network: Network) -> Network:
-        """The encoder under the regime that fine-tunes nothing but a head on clean images."""
+        """Network with a linear head, trained on clean images with the encoder fixed."""
         search = self.search
         rows = (row for row in REGIMES.values() if row.pretraining == search.which and not row.attacked and not row.encoder_learns)
         start, names = copy.deepcopy(network), {"scheme": search.scheme, "regime": next(rows).name, "seed": search.seed}
         plan = plans.finetuning(search.config, self.dataset, self.machine, start, **names)
-        with tempfile.TemporaryDirectory() as folder:  # it takes a moment: nothing need be kept
+        with tempfile.TemporaryDirectory() as folder:  # fast, so no checkpoint is kept
             return fit(plan, self.machine, checkpoint=Checkpoint(Path(folder), ""))[0]
 
     def objective(self, attempt: searches.Attempt) -> Sequence[float]:
-        """Train, measured and reported at Hyperband's rungs; then measure what training has selected."""
+        """Train, with measurements and reports at Hyperband's rungs, and measure the selected weights."""
         search = self.search
         measured = self.validate(self.train(search.accept(attempt.values), attempt, seed=search.seed))
         attempt.measured["clean"] = measured["clean"]
@@ -120,7 +120,7 @@ class Bench(searches.Bench):
         return [measured[name] for name in search.metrics]
 
     def confirm(self, values: Values) -> dict[str, Any]:
-        """Default and winner trained on further seeds, on the same pretrained encoder: is the difference more than noise?"""
+        """Train default and winner on further seeds, from the same pretrained encoder, and test whether they differ by more than noise."""
         search, splits = self.search, {"validation": self.dataset.validation, "test": self.dataset.test}
         if not search.further_seeds:
             return {}
@@ -136,15 +136,17 @@ class Bench(searches.Bench):
 
 
 def standing(measured: Measured, *, floor: float) -> float:
-    """What the pruner compares, by the rule of feasibility (Deb 2000): those that keep the floor by how robust they are, and before all
-    others; these by how far they are below it. By robustness alone, what can never win would prune what can.
+    """Value for the pruner, by the feasibility rule (Deb 2000): robust accuracy if the floor is reached, else clean - floor - 1.
+
+    By robust accuracy alone, trials below the floor, which can never win, could prune feasible ones.
     """
     return measured["robust"] if measured["clean"] >= floor else measured["clean"] - floor - 1
 
 
 def compare(scores: Mapping[str, Mapping[str, Sequence[Measured]]], *, floor: float | None) -> dict[str, Any]:
-    """Of each split default and winner over the seeds, their paired differences, and whether the winner is more robust by more than
-    noise: whether the whole interval of the differences is above 0; None with one seed.
+    """Compare default and winner over seeds, per split: their figures, paired differences, and `beats_default`.
+
+    `beats_default` is true if the whole 95 % interval of the difference in robust accuracy is above 0; None with one seed.
 
     Args:
         scores: split -> default, winner -> figures, seed by seed.
@@ -164,7 +166,7 @@ def compare(scores: Mapping[str, Mapping[str, Sequence[Measured]]], *, floor: fl
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Values, mean, and from two on their standard deviation and the 95 % interval of the mean, over trainings on the images at hand.
+    """Values and mean over seeds; with two or more also standard deviation and 95 % interval of the mean, for the given images.
 
     mean -+ t sd / sqrt(S), with the quantile t of Student's distribution of S - 1 degrees of freedom (Student 1908).
     """

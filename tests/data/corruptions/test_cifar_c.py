@@ -102,7 +102,7 @@ OTHER = ({"name": "digits"}, {"name": "folder", "image_size": 32}, {"image_size"
 def test_other_data_have_no_published_files(tmp_path, changes):
     write(tmp_path / "CIFAR-10-C")
     assert find(data(tmp_path, **changes), SPEC) is None
-    with pytest.raises(UserError, match=r"corruptions.folder = '.*' has no use: .* of cifar10, cifar100 in colour at 32 pixels only"):
+    with pytest.raises(UserError, match=r"corruptions.folder = '.*' cannot be used: .* for cifar10, cifar100 in colour at 32 pixels"):
         find(data(tmp_path, **changes), SPEC.model_copy(update={"folder": str(tmp_path / "CIFAR-10-C")}))
 
 

@@ -205,7 +205,7 @@ def test_nearer_examples_of_images_that_survive_are_flagged(dataset, monkeypatch
     found = look(dataset, Nearest(dataset), outcomes(white), *MINIMAL)
     assert ("minimal_stronger" in names(found)) is flagged
     if flagged:
-        assert "fmn comes within 0.125 of 2 of 8 samples" in found["flags"][-1]["saw"]
+        assert "fmn breaks, within 0.125, 2 of 8 samples" in found["flags"][-1]["saw"]
 
 
 def test_images_that_square_has_broken_do_not_survive_all_attacks(dataset, monkeypatch):

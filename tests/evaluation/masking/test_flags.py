@@ -203,7 +203,7 @@ MASKED = {
     "noisy backward": (noisy_backward, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
     "reversed backward": (reversed_backward, {"curve_above_chance", "black_box_stronger", "misleading_gradients"}, "gains -"),
     "infinite": (NaNGradient, {"curve_above_chance", "dead_gradients"}, "not finite for "),
-    "batch": (BatchDependent, {"success_lost"}, "in a fresh copy of the model"),
+    "batch": (BatchDependent, {"success_lost"}, "by a fresh copy of the model"),
 }
 
 
@@ -235,7 +235,7 @@ def test_a_fence_around_the_image_itself_makes_one_step_stronger_than_many():
     images = digits()[0][SUBSET]
     evidence = measure(Fenced(trained(convolutional), images, radius=0.01))
     flag = next(flag for flag in flags(evidence) if flag.name == "single_step_stronger")
-    assert f"breaks {evidence.single_step_only} of {evidence.n} samples that 10 steps of PGD don't" in flag.saw
+    assert f"breaks {evidence.single_step_only} of {evidence.n} samples that 10 steps of PGD do not" in flag.saw
     assert evidence.zero_clean == 0 and evidence.zero_random == evidence.n
 
 

@@ -88,7 +88,7 @@ LINES = [
         "single_step_stronger",
         {"single_step_only": 6, "multi_step_only": 0},
         {"single_step_only": 7, "multi_step_only": 0},
-        "breaks 7 of 100 samples that 20 steps of PGD don't, 0 the other",
+        "breaks 7 of 100 samples that 20 steps of PGD do not, 0 the other",
     ),
     (
         "black_box_stronger",
@@ -105,7 +105,7 @@ LINES = [
         "misleading_gradients",
         {"slope_kept": 0.25},
         {"slope_kept": 0.249},
-        "gains 24.9% of what the gradient promises (median of 100 samples)",
+        "gains 24.9% of what the gradient predicts (median of 100 samples)",
     ),
     ("misleading_gradients", {"slope_kept": None}, {"slope_kept": -1.0}, "step of 0.01 along the gradient gains -100.0%"),
     ("loss_still_rising", {"margins": margins(late=0.059)}, {"margins": margins(late=0.061)}, "last 2 of 20 steps give 6% of"),
@@ -121,7 +121,7 @@ LINES = [
         {"margins": margins(late=1), "survivors": 5},
         "on the 5 samples that survive it (-10 to 0)",
     ),
-    ("success_lost", {"lost": 4}, {"lost": 5}, "5 of the 40 samples that PGD breaks are right again"),
+    ("success_lost", {"lost": 4}, {"lost": 5}, "5 of the 40 samples that PGD breaks are classified correctly"),
     ("success_lost", {"batch_difference": 0.02}, {"batch_difference": 0.021}, "differ by up to 0.021 of the largest"),
     (
         "randomised",

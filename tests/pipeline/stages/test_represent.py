@@ -389,7 +389,7 @@ def test_models_of_other_data_are_refused_in_the_grid_and_noted_for_chosen_model
 
 
 def test_a_pretrained_encoder_has_nothing_to_attack(study, tmp_path):
-    with pytest.raises(UserError, match="CL-at-s0 holds a pretrained encoder, no classifier"):
+    with pytest.raises(UserError, match="CL-at-s0 contains a pretrained encoder without classifier"):
         compare.run(study.context(), chosen=("CL-AT-s0", "CL-at-s0"), out=tmp_path / "no")
 
 

@@ -339,7 +339,7 @@ def test_a_model_of_other_data_is_neither_fine_tuned_nor_measured(finetuned):
     splits = {"train": prepared.test, "validation": prepared.validation, "test": prepared.train}
     mixed = replace(prepared, **splits, digest=digest(splits, prepared.classes))
     datasets.save(mixed, finetuned.workspace.prepared)
-    told = rf"was trained on other data \({prepared.digest[:16]}\) than .*data/prepared holds \({mixed.digest[:16]}\); run: dvc repro, or: "
+    told = rf"was trained on other data \({prepared.digest[:16]}\) than .*data/prepared \({mixed.digest[:16]}\); run: dvc repro, or: "
     for stage, command in ((finetune, "advml pretrain CL at --seed 0"), (evaluate, "advml train CL Full-AT --seed 0")):
         with pytest.raises(UserError, match=told + command):
             stage.run(finetuned.context(), scheme="CL", regime="Full-AT", seed=0)
@@ -602,7 +602,7 @@ def test_every_phase_has_one_finished_run_linked_to_its_pretraining(make_study):
 
 
 def test_a_missing_pretraining_is_named(study):
-    with pytest.raises(UserError, match=r"models/pretrain/CL-at-s7 holds no model"):
+    with pytest.raises(UserError, match=r"models/pretrain/CL-at-s7 contains no model"):
         finetune.run(study.context(), scheme="CL", regime="AT", seed=7)
 
 

@@ -121,7 +121,7 @@ def test_a_grid_of_one_model_is_no_error_and_says_so(study, capsys, models):
 def test_the_command_names_flagged_models_and_what_comes_next(study, capsys):
     cli.app(["transfer", "--params", str(study.params)], standalone_mode=False)
     said = capsys.readouterr().out
-    assert "seed 1: 2 models; flagged because of others' images: none" in said and "next: advml report" in said
+    assert "seed 1: 2 models; flagged, because images of other models break them: none" in said and "next: advml report" in said
 
 
 @pytest.mark.parametrize("fault", ["other weights", "no adversarial images", "no samples", "damaged samples", "older samples"])
@@ -153,7 +153,7 @@ def digest_of(study, name: str) -> str:
 def test_the_page_shows_the_matrix_and_names_flagged_models(study):
     report.run(study.context())
     page = (study.workspace.reports / "report.html").read_text()
-    assert "Do attacks transfer?" in page and "no sign of gradient masking" in page
+    assert "Transfer of attacks" in page and "no sign of gradient masking" in page
     found = content(study)
     saw = "adversarial images of other models break 9 of 10 images"
     found["seeds"][1]["flags"] = [{"model": "SL-AT-s1", "name": FLAG, "saw": saw, "try": "more"}]
@@ -166,4 +166,4 @@ def test_the_page_shows_the_matrix_and_names_flagged_models(study):
 def test_the_page_stands_without_transfer(study):
     shutil.rmtree(study.root / "records" / "transfer")
     report.run(study.context())
-    assert "Do attacks transfer?" not in (study.workspace.reports / "report.html").read_text()
+    assert "Transfer of attacks" not in (study.workspace.reports / "report.html").read_text()

@@ -1,7 +1,7 @@
-"""CIFAR-10-C and CIFAR-100-C as published (zenodo.org/records/2535967 and 3555552), if they lie on this disk.
+"""Read the published CIFAR-10-C and CIFAR-100-C (zenodo.org/records/2535967 and 3555552), if they are on disk.
 
-A corruption is one file, `fog.npy`: uint8 (5 N, 32, 32, 3), the N test images in CIFAR's order at severity 1, then 2, up to 5.
-`labels.npy` goes with all of them. Files are mapped, not read whole, and never unpickled.
+A corruption is one file, e.g. `fog.npy`: uint8 (5 N, 32, 32, 3), the N test images in CIFAR's order at severities 1 to 5, one after
+another. `labels.npy` belongs to all of them. Files are memory-mapped, and never unpickled.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from advml.data.prepared import Split
 from advml.data.splits import Source, divide
 
 SETS = {"cifar10": ("CIFAR-10-C", CIFAR10), "cifar100": ("CIFAR-100-C", CIFAR100)}
-BLOCKS = 5  # severities
+BLOCKS = 5  # number of severities in a file
 
 
 @dataclass(frozen=True, eq=False)
 class Published:
-    """The files of one data set.
+    """Published files of one dataset.
 
     Attributes:
-        folder: where they lie.
-        rows: which of a block's images is each image of the prepared test split.
+        folder: of the files.
+        rows: for each image of the prepared test split, its index among the N images of a severity.
     """
 
     folder: Path
@@ -41,23 +41,23 @@ class Published:
         return (self.folder / f"{name}.npy").exists()
 
     def read(self, name: str, severity: int) -> Split:
-        """The test split, corrupted: the same images in the same order."""
+        """Corrupted test split: the same images in the same order."""
         images, labels = published(self.folder, name, severity)
         return Split(images[self.rows], labels[self.rows])
 
 
 def find(data: Data, spec: Corruptions) -> Published | None:
-    """The published files of this data set, or None if they are not here: then corruptions are computed.
+    """Find the published files of this dataset; None if they are not on disk, so that corruptions are computed.
 
     Raises:
-        UserError: `corruptions.folder` does not exist or is of no use for these data, or labels.npy is missing or damaged.
+        UserError: `corruptions.folder` does not exist or does not match the data, or labels.npy is missing or damaged.
     """
     folder = _folder(data, spec)
     if folder is None:
         return None
     labels = _labels(folder)
     test, (_, archive) = labels[: len(labels) // BLOCKS], SETS[data.name]
-    # As `prepare` has divided them. Which training images there are has no influence on the test split; how many, has.
+    # Repeats the split of `prepare`; the test split depends on the number of training images, not on their content.
     train = len(archive.train) * archive.train_rows
     classes = int(test.max()) + 1
     known = np.concatenate([np.arange(train) % classes, test])
@@ -67,27 +67,27 @@ def find(data: Data, spec: Corruptions) -> Published | None:
 
 
 def _folder(data: Data, spec: Corruptions) -> Path | None:
-    whole = data.duplicates == "keep"  # else test images may be missing from the middle
+    whole = data.duplicates == "keep"  # else duplicates may be missing among the test images
     fits = data.name in SETS and data.image_size in (None, 32) and data.channels in (None, 3) and whole
     if spec.folder is None:
         usual = given_path(data.path or "data/raw") / SETS[data.name][0] if fits else None
         return usual if usual and usual.is_dir() else None
     if not fits:
         raise UserError(
-            f"corruptions.folder = {spec.folder!r} has no use: there are published files of {', '.join(SETS)} "
-            "in colour at 32 pixels only, and with data.duplicates = keep; set it to null"
+            f"corruptions.folder = {spec.folder!r} cannot be used: published files exist only for {', '.join(SETS)} "
+            "in colour at 32 pixels, and need data.duplicates = keep; set it to null"
         )
     folder = given_path(spec.folder)
     if not folder.is_dir():
-        raise UserError(f"corruptions.folder = {spec.folder!r} does not exist; set it to null, and corruptions are computed")
+        raise UserError(f"corruptions.folder = {spec.folder!r} does not exist; set it to null to have corruptions computed")
     return folder
 
 
 def published(folder: Path, name: str, severity: int) -> tuple[Tensor, Tensor] | None:
-    """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) at one severity, or None if there is no such file.
+    """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) at one severity; None if the file does not exist.
 
     Raises:
-        UserError: a file is damaged or not of this format, or labels.npy is missing.
+        UserError: a file is damaged or has another format, or labels.npy is missing.
     """
     path = folder / f"{name}.npy"
     if not path.exists():
@@ -113,7 +113,7 @@ def _labels(folder: Path) -> np.ndarray:
 def _read(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:  # cut short, no .npy file, pickled objects
+    except (OSError, ValueError, EOFError) as error:  # truncated, not a .npy file, or pickled objects
         raise _damaged(path, getattr(error, "strerror", None) or " ".join(str(error).split())) from None
 
 

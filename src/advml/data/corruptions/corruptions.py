@@ -1,8 +1,8 @@
-"""Corrupt test images on the fly.
+"""Compute common corruptions of test images.
 
-    >>> corrupted = corrupt("fog", images, severity=3, seed=0)      # uint8 (N, C, H, W) -> the same
+    >>> corrupted = corrupt("fog", images, severity=3, seed=0)      # uint8 (N, C, H, W) -> uint8 (N, C, H, W)
 
-Every image draws its random numbers from a generator of its own, so it looks the same in any batch.
+Every image has a random-number generator of its own, so the result for an image does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from advml.data.corruptions.severities import constants
 
 
 def gaussian_noise(images: np.ndarray, generators: Generators, deviation: float) -> np.ndarray:
-    """x + deviation * z, z standard normal: poor light."""
+    """Gaussian noise, as in poor light: x + deviation * z with z standard normal."""
     return images + deviation * normal(generators, images.shape[1:])
 
 
 def shot_noise(images: np.ndarray, generators: Generators, photons: float) -> np.ndarray:
-    """Poisson(photons * x) / photons: light arrives in grains."""
+    """Shot noise, of discrete photons: Poisson(photons * x) / photons."""
     rates = torch.from_numpy(images * np.float32(photons))
     counts = [torch.poisson(rate, generator=generator).numpy() for rate, generator in zip(rates, generators, strict=True)]
     return np.stack(counts) / np.float32(photons)
 
 
 def impulse_noise(images: np.ndarray, generators: Generators, share: float) -> np.ndarray:
-    """A share of the values becomes 0 or 1, half each: salt and pepper."""
+    """Salt-and-pepper noise: a share of the values becomes 0 or 1, half each."""
     drawn = uniform(generators, images.shape[1:])
     return np.where(drawn < share / 2, 0, np.where(drawn >= 1 - share / 2, 1, images)).astype(np.float32)
 
@@ -53,14 +53,14 @@ def defocus_blur(images: np.ndarray, generators: Generators, radius: float, soft
     reach = len(kernel) // 2
     padded = np.pad(images, [(0, 0), (0, 0), (reach, reach), (reach, reach)], mode="reflect")
     transform = np.fft.rfft2(kernel, padded.shape[-2:])
-    # Image by image, as in all that is not elementwise: a transform of many lines at once may group them by their number.
+    # Image by image, because the rounding of a batched transform may depend on the number of images.
     products = [np.fft.irfft2(np.fft.rfft2(image) * transform, padded.shape[-2:]) for image in padded]
     return np.stack(products)[..., 2 * reach :, 2 * reach :]
 
 
 @cache
 def _disc(radius: float, softness: float) -> np.ndarray:
-    """Pixels within the radius, then 3 x 3 (above a radius of 8: 5 x 5) weights of a normal curve; sum 1."""
+    """Kernel of `defocus_blur`: a disc of this radius, smoothed by 3 x 3 (radius above 8: 5 x 5) Gaussian weights; sum 1."""
     edge = 1 if radius <= 8 else 2
     reach = int(radius) + edge
     rows, columns = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -71,9 +71,9 @@ def _disc(radius: float, softness: float) -> np.ndarray:
 
 
 def glass_blur(images: np.ndarray, generators: Generators, sigma: float, reach: float, rounds: float) -> np.ndarray:
-    """A normal blur, pixels that show one at most `reach` away, and the same blur again: frosted glass.
+    """Frosted glass: Gaussian blur, replacement of each pixel by one at most `reach` away, and the same blur again.
 
-    The paper speaks of shuffling; the published script copies, one pixel after another, and so do we.
+    Deviation: the paper describes shuffling; the published script copies pixels one after another, and so does this function.
     """
     count, _, height, width = images.shape
     blurred = gaussian_filter(images, sigma, mode="nearest", axes=(-2, -1)).reshape(count, -1, height * width)
@@ -84,31 +84,31 @@ def glass_blur(images: np.ndarray, generators: Generators, sigma: float, reach: 
 
 
 def _sources(offsets: np.ndarray, reach: int) -> np.ndarray:
-    """Which pixel each pixel ends up showing: (N, H * W), row by row.
+    """Index of the original pixel that each pixel finally shows: (N, H * W), row by row.
 
-    From the last pixel to the first, each copies what the one at its offset (N, 2, H, W) shows by then, which may be a copy too.
-    A rim stays as it is, one pixel wider at the top and left, as published.
+    From the last pixel to the first, each copies the current value at its offset (N, 2, H, W), which may be a copy itself. A border
+    stays unchanged, one pixel wider at the top and left, as in the published script.
     """
     height, width = offsets.shape[-2:]
     rows, columns = np.indices((height, width))
     inside = (rows > reach) & (rows <= height - reach) & (columns > reach) & (columns <= width - reach)
     offsets = np.where(inside, offsets, 0)
     sources = ((rows + offsets[:, 0]) * width + columns + offsets[:, 1]).reshape(len(offsets), -1)
-    copied = (sources > np.arange(height * width)) & np.take(inside.ravel(), sources)  # the source has been written before
-    while copied.any():  # twice as far along the chain of copies each time
+    copied = (sources > np.arange(height * width)) & np.take(inside.ravel(), sources)  # the source was overwritten before
+    while copied.any():  # each round doubles the length of the chains that are resolved
         further = np.take_along_axis(sources, sources, 1)
         sources, copied = np.where(copied, further, sources), copied & np.take_along_axis(copied, sources, 1)
     return sources
 
 
 def motion_blur(images: np.ndarray, generators: Generators, radius: float, sigma: float) -> np.ndarray:
-    """A trail in a direction uniform in +-45 degrees from the right: see `smear`."""
+    """Motion blur in a direction drawn uniformly from +-45 degrees around the right; see `smear`."""
     angles = uniform(generators, (1,), -45, 45)[:, 0]
     return smear(images, angles, radius=radius, sigma=sigma)
 
 
 def zoom_blur(images: np.ndarray, generators: Generators, furthest: float, step: float) -> np.ndarray:
-    """The mean of the image and of its enlargements by 1, 1 + step, ..., 1 + furthest: moving towards the scene."""
+    """Zoom blur, as when moving towards the scene: mean of the image and its enlargements by 1, 1 + step, ..., 1 + furthest."""
     factors = 1 + step * np.arange(round(furthest / step) + 1)
     return (images + sum(zoom(images, factor) for factor in factors)) / np.float32(len(factors) + 1)
 
@@ -117,10 +117,10 @@ def zoom_blur(images: np.ndarray, generators: Generators, furthest: float, step:
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
-# The iced panes of the published sets, as far as statistics tell of them: mean red, green and blue, standard deviation, in grey levels
-# of 255. Two of the five photographs are the same picture.
+# Statistics of the five photographs of iced windows in the published sets: mean red, green and blue, and standard deviation, in grey levels
+# of 255. Two of the photographs are the same picture.
 PANES = np.array([[77, 148, 165, 11], [198, 203, 212, 13], [198, 203, 212, 13], [142, 157, 170, 15], [103, 114, 126, 24]], dtype=np.float32)
-PANE_DEVIATION = 11 / 255  # of the mean, from place to place on a pane
+PANE_DEVIATION = 11 / 255  # standard deviation of the local mean over a pane
 
 
 def snow(
@@ -134,9 +134,9 @@ def snow(
     sigma: float,
     kept: float,
 ) -> np.ndarray:
-    """Paler, and with flakes in streaks: kept * x + (1 - kept) * max(x, 1.5 grey + 0.5) + s + s turned by 180 degrees.
+    """Snow: kept * x + (1 - kept) * max(x, 1.5 grey + 0.5) + s + (s rotated by 180 degrees), a paler image with streaks of flakes.
 
-    s is normal noise enlarged by `size`, cut off below `threshold`, and smeared downwards.
+    s is Gaussian noise enlarged by `size`, set to zero below `threshold`, and smeared downwards.
     """
     flakes = np.clip(zoom(mean + deviation * normal(generators, images.shape[-2:]), size), 0, 1)
     flakes[flakes < threshold] = 0
@@ -147,9 +147,9 @@ def snow(
 
 
 def frost(images: np.ndarray, generators: Generators, kept: float, ice: float) -> np.ndarray:
-    """kept * x + ice * pane, the pane being one of five.
+    """Frost: kept * x + ice * pane, with one of five panes.
 
-    Deviation: the published sets add photographs of iced windows, which are not ours to hand on. A pane here is drawn: needles in
+    Deviation: the published sets add photographs of iced windows, which cannot be redistributed. Here a pane is synthetic: needles in
     all directions on clouds, with the means and deviations of those photographs (PANES).
     """
     channels, height, width = images.shape[1:]
@@ -165,34 +165,34 @@ def frost(images: np.ndarray, generators: Generators, kept: float, ice: float) -
 
 
 def _needles(layers: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """The brightest of layers of noise (N, K, H, W), each drawn out along its own angle (N, K): (N, H, W)."""
+    """Maximum (N, H, W) over layers of noise (N, K, H, W), each smeared along its own angle (N, K)."""
     length = max(2.0, layers.shape[-1] / 16)
     drawn = smear(layers.reshape(-1, *layers.shape[-2:]), angles.ravel(), radius=2 * length, sigma=length)
     return drawn.reshape(layers.shape).max(1)
 
 
 def _standard(fields: np.ndarray) -> np.ndarray:
-    """Mean 0 and standard deviation 1 for each field (N, H, W)."""
+    """Standardise each field (N, H, W) to mean 0 and standard deviation 1."""
     fields = fields - fields.mean((1, 2), keepdims=True)
     return fields / np.maximum(fields.std((1, 2), keepdims=True), 1e-6)
 
 
 def fog(images: np.ndarray, generators: Generators, thickness: float, decay: float) -> np.ndarray:
-    """(x + thickness * p) * m / (m + thickness), with p a cloudy field in [0, 1] and m the image's largest value."""
+    """Fog: (x + thickness * p) * m / (m + thickness), with a cloudy field p in [0, 1] and the image's largest value m."""
     largest = images.max((1, 2, 3), keepdims=True)
     clouds = plasma(generators, height=images.shape[2], width=images.shape[3], decay=decay)[:, None]
     return (images + thickness * clouds) * largest / (largest + thickness)
 
 
 def brightness(images: np.ndarray, generators: Generators, more: float) -> np.ndarray:
-    """V + more in HSV, at most 1, with hue and saturation as they are: the values of a pixel scale alike. V is the largest of them."""
+    """Brightness: min(V + more, 1) in HSV with hue and saturation unchanged, so all channels of a pixel scale by the same factor."""
     value = images.max(1, keepdims=True)
     brighter = np.minimum(value + more, 1)
-    return np.where(value > 0, images * (brighter / np.where(value > 0, value, 1)), brighter).astype(np.float32)  # black has no hue
+    return np.where(value > 0, images * (brighter / np.where(value > 0, value, 1)), brighter).astype(np.float32)  # black pixels become grey
 
 
 def _grey(images: np.ndarray) -> np.ndarray:
-    """(N, 1, H, W)."""
+    """Luma (N, 1, H, W) of images (N, C, H, W)."""
     return np.einsum("nchw,c->nhw", images, LUMA)[:, None] if images.shape[1] == 3 else images
 
 
@@ -200,16 +200,16 @@ def _grey(images: np.ndarray) -> np.ndarray:
 
 
 def contrast(images: np.ndarray, generators: Generators, factor: float) -> np.ndarray:
-    """(x - mean) * factor + mean, with the mean of each channel of each image."""
+    """Contrast: (x - mean) * factor + mean, with the mean per channel and image."""
     means = images.mean((2, 3), keepdims=True)
     return (images - means) * np.float32(factor) + means
 
 
 def elastic_transform(images: np.ndarray, generators: Generators, strength: float, smoothness: float, tilt: float) -> np.ndarray:
-    """A random affine map, then a random smooth displacement (Simard et al. 2003); all lengths are shares of the shorter side.
+    """Elastic transform: a random affine map, then a smooth random displacement (Simard et al. 2003); lengths are shares of the short side.
 
     The affine map moves three points by at most `tilt` along each axis. The displacement is uniform noise in +-1, smoothed by a
-    normal curve of `smoothness`, times `strength`.
+    Gaussian of width `smoothness`, times `strength`.
     """
     size = np.array(images.shape[-2:])
     side = size.min()
@@ -225,7 +225,7 @@ def elastic_transform(images: np.ndarray, generators: Generators, strength: floa
 
 
 def _inverse_affine(generators: Generators, size: np.ndarray, tilt: float) -> np.ndarray:
-    """(N, 3, 2): (row, column, 1) of a pixel of the result -> where it comes from."""
+    """Matrices (N, 3, 2) that map (row, column, 1) of a pixel of the result to its position in the image."""
     arm = size.min() // 3
     corners = size // 2 + arm * np.array([[1, 1], [1, -1], [-1, -1]])
     moved = corners + uniform(generators, (3, 2), -tilt, tilt)
@@ -234,14 +234,14 @@ def _inverse_affine(generators: Generators, size: np.ndarray, tilt: float) -> np
 
 
 def pixelate(images: np.ndarray, generators: Generators, share: float) -> np.ndarray:
-    """Shrink to a share of the size, each new pixel the mean of those it covers, and enlarge again without interpolation."""
+    """Pixelation: shrink to a share of the size by averaging, and enlarge without interpolation."""
     height, width = images.shape[-2:]
     small = (max(1, int(width * share)), max(1, int(height * share)))
     return _with_pillow(images, lambda image: image.resize(small, Image.Resampling.BOX).resize((width, height), Image.Resampling.BOX))
 
 
 def jpeg_compression(images: np.ndarray, generators: Generators, quality: float) -> np.ndarray:
-    """Written as JPEG of this quality, and read again."""
+    """JPEG compression: encode with this quality, and decode."""
 
     def through_jpeg(image: Image.Image) -> Image.Image:
         file = BytesIO()
@@ -252,7 +252,7 @@ def jpeg_compression(images: np.ndarray, generators: Generators, quality: float)
 
 
 def _with_pillow(images: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Each image through a function of Pillow's: with three channels as RGB, else channel by channel."""
+    """Apply a function of Pillow to each image: as RGB if it has three channels, else channel by channel."""
     levels = np.rint(images * 255).astype(np.uint8)
     planes = np.moveaxis(levels, 1, -1) if images.shape[1] == 3 else levels.reshape(-1, *images.shape[-2:])
     changed = np.stack([np.asarray(change(Image.fromarray(plane))) for plane in np.ascontiguousarray(planes)])
@@ -260,14 +260,14 @@ def _with_pillow(images: np.ndarray, change: Callable[[Image.Image], Image.Image
     return result.astype(np.float32) / 255
 
 
-# Corrupt test images on the fly.
+# The table of corruptions, and their application
 
-VALUES_AT_ONCE = 2**21  # floats; keeps memory low and the caches warm
+VALUES_AT_ONCE = 2**21  # floats processed at a time, to save memory and fit into caches
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """`function(images, generators, *constants)` on float32 (N, C, H, W) in [0, 1]; `kind` groups them as in the paper."""
+    """A corruption: `function(images, generators, *constants)` on float32 (N, C, H, W) in [0, 1]; `kind` is its group in the paper."""
 
     kind: Literal["noise", "blur", "weather", "digital"]
     function: Callable[..., np.ndarray]
@@ -296,19 +296,19 @@ CORRUPTIONS: dict[str, Corruption] = {
 def corrupt(name: str, images: Tensor, *, severity: int, seed: int, first: int = 0) -> Tensor:
     """Corrupted copies of images.
 
-    Grey images stay grey: noise is drawn once, and whatever the paper defines by colour takes the one channel. Sides up to 64 pixels
-    take the constants of CIFAR-C, larger ones those of ImageNet-C.
+    Grey images stay grey: noise is drawn for one channel, which also replaces all colours in the paper's formulas. Images with sides up
+    to 64 pixels use the constants of CIFAR-C, larger ones those of ImageNet-C.
 
     Args:
         name: a key of CORRUPTIONS.
         images: uint8 (N, C, H, W), C = 1 or 3, sides of at least 4.
         severity: 1 to 5.
         seed: of the random numbers.
-        first: the first image's number in its split; image i depends on (seed, name, severity, first + i) alone.
+        first: index of the first image in its split; image i depends only on its pixels and (seed, name, severity, first + i).
     Returns:
         uint8 (N, C, H, W). Deviation: values are rounded to the nearest level; the published scripts round down.
     Raises:
-        ValueError: unknown name or severity.
+        ValueError: name or severity are unknown.
     """
     numbers = constants(name, side=max(images.shape[-2:]), severity=severity)
     parts = []

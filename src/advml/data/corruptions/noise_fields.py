@@ -1,7 +1,7 @@
-"""Random numbers per image, and the few operations on pixel grids that several corruptions share.
+"""Random numbers per image, and operations on pixel grids, shared by several corruptions.
 
-All work on float32 arrays whose last two axes are rows and columns. Every image is treated by itself: a result never depends on
-what else is in the batch, not even in the last bit.
+All functions work on float32 arrays whose last two axes are rows and columns. Every image is processed by itself, so its result does not
+depend on the rest of the batch, not even in the last bit.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-ROUNDED_FROM = 32  # pixels: the smallest side of a published set
+ROUNDED_FROM = 32  # pixels, the smallest side in the published sets: from here on, `zoom` rounds as the published scripts do
 Generators = Sequence[torch.Generator]  # one per image
 
 
 def uniform(generators: Generators, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """(N, *shape), uniform in [low, high); image i draws from its own generator."""
+    """Uniform random numbers (N, *shape) in [low, high); image i draws from generator i."""
     drawn = np.stack([torch.rand(shape, generator=generator).numpy() for generator in generators])
     return low + (high - low) * drawn
 
 
 def normal(generators: Generators, shape: tuple[int, ...]) -> np.ndarray:
-    """(N, *shape), standard normal."""
+    """Standard normal random numbers (N, *shape); image i draws from generator i."""
     return np.stack([torch.randn(shape, generator=generator).numpy() for generator in generators])
 
 
 def zoom(fields: np.ndarray, factor: float) -> np.ndarray:
-    """Enlarge about the centre and crop back: (..., H, W), bilinear, factor >= 1."""
+    """Enlarge fields (..., H, W) about the centre by a factor >= 1, bilinearly, and crop them to their size."""
     for axis in (-2, -1):
         size = fields.shape[axis]
         at = _zoomed(size, factor)
@@ -40,11 +40,11 @@ def zoom(fields: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _zoomed(size: int, factor: float) -> np.ndarray:
-    """Where each of `size` points of an enlarged line comes from.
+    """Positions in the original line of the `size` points of an enlarged one.
 
     Crop and enlargement are rounded to whole pixels as in the published scripts, which shifts the line by up to half a pixel: on
-    32 pixels that is most of what a small factor does. Deviation: on fewer, where it would leave many factors without any effect,
-    nothing is rounded.
+    32 pixels that is most of the effect of a small factor. Deviation: on fewer pixels nothing is rounded, because many factors would
+    have no effect at all.
     """
     if size < ROUNDED_FROM:
         return (np.arange(size) - (size - 1) / 2) / factor + (size - 1) / 2
@@ -54,7 +54,7 @@ def _zoomed(size: int, factor: float) -> np.ndarray:
 
 
 def bilinear(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Look up images (N, C, H, W) at points (N, H, W); beyond the border they are mirrored."""
+    """Interpolate images (N, C, H, W) bilinearly at points (N, H, W); mirrored beyond the border."""
     size = np.array(images.shape[-2:])
     low, share = zip(*(_split(np.clip(at, -4 * n, 5 * n)) for at, n in zip((rows, columns), size, strict=True)), strict=True)
     number = np.arange(len(images))[:, None, None]
@@ -68,13 +68,13 @@ def bilinear(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 
 def _split(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole part and fraction."""
+    """Integer part and fraction."""
     low = np.floor(at)
     return low.astype(int), (at - low).astype(np.float32)
 
 
 def _mirror(index: np.ndarray, size: int) -> np.ndarray:
-    """... 2 1 0 1 2 ... n-2 n-1 n-2 ..."""
+    """Mirror indices into [0, n - 1]: ... 2 1 0 1 2 ... n-2 n-1 n-2 ..."""
     index = np.abs(index) % (2 * size - 2)
     return np.minimum(index, 2 * size - 2 - index)
 
@@ -82,9 +82,8 @@ def _mirror(index: np.ndarray, size: int) -> np.ndarray:
 def smear(fields: np.ndarray, angles: np.ndarray, *, radius: float, sigma: float) -> np.ndarray:
     """Motion blur of each field of (N, ..., H, W): sum over i = 0 .. 2 radius of w_i field(p + i u), w_i ~ exp(-i^2 / 2 sigma^2).
 
-    u points as many degrees down from the right as `angles` (N,) say; points are rounded to pixels, and the border is repeated
-    outwards. This is ImageMagick's definition, which the published sets are made with: half a normal curve, so an edge drags a
-    trail to one side.
+    u points down from the right by `angles` (N,), in degrees; points are rounded to pixels, and the border is repeated outwards. This is
+    ImageMagick's definition, used for the published sets: a half-Gaussian, so that an edge has a trail on one side only.
     """
     weights = _half_normal(radius, sigma)
     steps, turns = np.arange(len(weights)), np.radians(angles)[:, None]
@@ -101,7 +100,7 @@ def smear(fields: np.ndarray, angles: np.ndarray, *, radius: float, sigma: float
 
 @cache
 def _half_normal(radius: float, sigma: float) -> np.ndarray:
-    """Weights of sum 1; those too small to move a pixel by a hundredth of a grey level are left out."""
+    """Weights of a half-Gaussian with sum 1, without those that change no pixel by a hundredth of a grey level."""
     weights = np.exp(-(np.arange(2 * int(np.ceil(radius)) + 1) ** 2) / (2 * sigma**2))
     weights = weights[weights > weights.sum() / 25_500]
     return (weights / weights.sum()).astype(np.float32)
@@ -110,7 +109,7 @@ def _half_normal(radius: float, sigma: float) -> np.ndarray:
 def plasma(generators: Generators, *, height: int, width: int, decay: float) -> np.ndarray:
     """Cloudy fields (N, height, width) that span [0, 1], by midpoint displacement on a torus (Fournier, Fussell & Carpenter 1982).
 
-    Each point is the mean of its four neighbours on the grid one level coarser, plus noise uniform in +-a; a falls by `decay`
+    Each point is the mean of its four neighbours on the grid one level coarser, plus uniform noise in +-a; a is divided by `decay`
     squared per level, so a small decay gives a rough field.
     """
     side = 1 << (max(height, width, 2) - 1).bit_length()

@@ -1,8 +1,8 @@
-"""How strong a corruption is: the constants that the published sets were made with, severity 1 to 5.
+"""Constants of the corruptions at severities 1 to 5, as in the published sets.
 
-Hendrycks & Dietterich (2019), "Benchmarking neural network robustness to common corruptions and perturbations", ICLR, and the
-authors' scripts `make_cifar_c.py` and `make_imagenet_c.py` (github.com/hendrycks/robustness). A row is one severity; what its
-numbers mean is told by the function of that name. Lengths are pixels, but shares of the image's side for `elastic_transform`.
+Source: Hendrycks & Dietterich (2019), "Benchmarking neural network robustness to common corruptions and perturbations", ICLR, and the
+authors' scripts `make_cifar_c.py` and `make_imagenet_c.py` (github.com/hendrycks/robustness). A row is one severity; its numbers are the
+arguments of the function of that name in `corruptions`. Lengths are in pixels, or shares of the image's side for `elastic_transform`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 Row = tuple[float, ...]
 Rows = tuple[Row, Row, Row, Row, Row]
 
-LARGEST_SMALL = 64  # sides up to this take the constants of CIFAR-C, larger ones those of ImageNet-C
+LARGEST_SMALL = 64  # images with sides up to this use the constants of CIFAR-C, larger ones those of ImageNet-C
 OFF = 244 / 224  # ImageNet-C's elastic lengths are shares of 244 pixels, on images of 224
 
 CIFAR_C: dict[str, Rows] = {
@@ -69,10 +69,10 @@ IMAGENET_C: dict[str, Rows] = {
 
 
 def constants(name: str, *, side: int, severity: int) -> Row:
-    """The constants of a corruption, for images whose longer side has this many pixels.
+    """Constants of a corruption for images whose longer side has `side` pixels.
 
     Raises:
-        ValueError: unknown name, or severity outside of 1 to 5.
+        ValueError: the name is unknown, or the severity is not 1 to 5.
     """
     table = CIFAR_C if side <= LARGEST_SMALL else IMAGENET_C
     if name not in table:

@@ -1,1 +1,1 @@
-"""Whether a robustness figure can be believed: evidence of gradient masking, and the rules that judge it."""
+"""Diagnostics of gradient masking: probes that measure evidence, and rules that raise flags."""

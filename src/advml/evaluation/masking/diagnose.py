@@ -1,4 +1,4 @@
-"""Gradient-masking checks: probes on the first test images, held against what the attacks of the evaluation have broken."""
+"""Gradient-masking checks: probes on the first test images, compared with the results of the evaluation's attacks."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from advml.evaluation.samples import Outcome
 SQUARE, SQUARE_FLAG = "worst_case/square", "black_box_stronger"
 NOT_COPIED = Flag(
     "not_copied",
-    "the model cannot be copied: what decides whether an attack has succeeded is the very model that has been attacked",
-    "make copy.deepcopy(model) work (no open files, no handles, no tensors with a history), then evaluate again",
+    "the model cannot be copied, so the success of attacks is judged by the attacked model itself, whose state may have changed",
+    "make copy.deepcopy(model) work (no open files, no handles, no non-leaf tensors), then evaluate again",
 )
 
 
@@ -43,7 +43,7 @@ def diagnose(
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """`flags`, the `evidence` they rest on, `minimal` distances where asked for, and what of this was `broken`. JSON-able.
+    """Run the probes and rules; returns, for JSON: `flags`, their `evidence`, `minimal` distances if requested, and the `broken` images.
 
     If the probes fail on the model, the result is that of `unprobed`.
     """
@@ -83,7 +83,7 @@ def diagnose(
 
 
 def unprobed(network: nn.Module, scorer: Scorer, outcomes: Mapping[str, Outcome], *, reason: str) -> dict[str, Any]:
-    """The same without probes: `skipped`, the reason, and the flags that need none."""
+    """Result of diagnostics without probes: `skipped` (the reason), and the flags that need no probes."""
     judged = _square(outcomes) + _not_copied(network, scorer)
     return {"flags": [flag.as_record() for flag in judged], "skipped": reason}
 
@@ -93,31 +93,33 @@ def _not_copied(network: nn.Module, scorer: Scorer) -> list[Flag]:
 
 
 def _square(outcomes: Mapping[str, Outcome]) -> list[Flag]:
-    """Flag where Square breaks images, of all test images, that survive the attacks by gradients."""
+    """Flag if Square breaks test images that survive all gradient attacks."""
     if not _square_is_last(outcomes):
         return []
     before = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
     broken, standing = int((before & ~survivors(outcomes)).sum()), int(before.sum())
     if not beyond_tolerance(broken, standing):
         return []
-    saw = f"Square breaks {broken} of {standing} test images that survive all attacks by gradients"
-    return [Flag(SQUARE_FLAG, saw, "white-box attacks through a smooth substitute of the layer at fault (BPDA), and more queries")]
+    saw = f"Square breaks {broken} of {standing} test images that survive all gradient attacks"
+    return [
+        Flag(SQUARE_FLAG, saw, "white-box attacks with a smooth substitute for the layer that masks gradients (BPDA), and more queries")
+    ]
 
 
 def _square_is_last(outcomes: Mapping[str, Outcome]) -> bool:
-    """Images that Square breaks first are not attacked by gradients any more, so they show nothing about gradients."""
+    """Whether Square comes after all gradient attacks; else the images that it breaks first show nothing about gradients."""
     return list(outcomes)[-1:] == [SQUARE]
 
 
 def _after_attacks(outcomes: Mapping[str, Outcome], count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Which of the first images survive all attacks by gradients, and which survive Square after them."""
+    """Masks of the first images that survive all gradient attacks, and of those that survive Square after them."""
     white = survivors({name: outcome for name, outcome in outcomes.items() if name != SQUARE})
     after = survivors(outcomes)
     return white[:count], {"square": after[:count]} if _square_is_last(outcomes) else {}
 
 
 def _security_curve(distances: Tensor, evidence: Evidence, standing: Tensor, spec: config.Diagnostics) -> tuple[dict[str, Any], list[Flag]]:
-    """The security curve that minimal distances give, beside PGD's at each epsilon; flagged where it is lower than the worst case."""
+    """Security curve from minimal distances, with PGD's at each epsilon; raises a flag if it is lower than the worst case."""
     epsilons = [point.epsilon for point in evidence.curve]
     accuracies = minimum_norm.security_curve(distances, torch.tensor(epsilons)).tolist()
     curve = [
@@ -129,15 +131,15 @@ def _security_curve(distances: Tensor, evidence: Evidence, standing: Tensor, spe
     nearer = int((standing & (distances <= evidence.epsilon)).sum())
     if not beyond_tolerance(nearer, evidence.n):
         return found, []
-    saw = f"{spec.minimal} comes within {evidence.epsilon:.4g} of {nearer} of {evidence.n} samples that survive all attacks"
-    return found, [Flag("minimal_stronger", saw, "more steps and restarts in worst_case; quote the smaller figure of the two")]
+    saw = f"{spec.minimal} breaks, within {evidence.epsilon:.4g}, {nearer} of {evidence.n} samples that survive all other attacks"
+    return found, [Flag("minimal_stronger", saw, "more steps and restarts in worst_case; report the smaller of the two accuracies")]
 
 
-# What the probes break counts in the worst case as what its own attacks break does, after the same scoring
+# Images broken by probes count in the worst case, after the same scoring as for its own attacks
 
-Broken = dict[str, list[Any]]  # rows of the split in rising order, the classes that they are taken for, distances
+Broken = dict[str, list[Any]]  # rows of the split in ascending order, predicted classes, distances
 
-# Names of the probes as steps of the worst case, and what they are; a minimal-distance attack has its own name.
+# Name of a probe as a step of the worst case -> description; a minimum-norm attack has its own name.
 PROBES = {
     "probe-pgd": "PGD of the security curve, at all its radii up to epsilon",
     "probe-step": "one step of epsilon",
@@ -146,19 +148,19 @@ PROBES = {
 
 
 class ProbeResults:
-    """Misclassified images that the probes have found, by kind, in the order in which they count."""
+    """Misclassified images found by the probes, by kind, in the order in which they count."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, kind: str, rows: Tensor, images: Tensor) -> None:
-        """Rows of the split (n,), and their images (n, C, H, W) in the threat model. A kind that has found nothing is recorded, too."""
+        """Add adversarial images (n, C, H, W) for rows (n,) of the split; a kind is also recorded if it has found none."""
         self.kinds.setdefault(kind, []).append((rows, images))
 
     def scored(
         self, scorer: Scorer, split: Split, standing: Tensor, threat_model: ThreatModel, *, seed: int, batch_size: int
     ) -> dict[str, Broken]:
-        """What of them breaks an image that `standing` (N,) says is left, kind by kind; JSON-able."""
+        """Score the images, kind by kind, and keep those that break an image in the mask `standing` (N,); for JSON."""
         left, found = standing.clone(), {}
         for kind, parts in self.kinds.items():
             broken: list[tuple[int, int, float]] = []
@@ -182,12 +184,12 @@ class ProbeResults:
 def as_attacks(
     diagnosis: Mapping[str, Any], outcomes: Mapping[str, Outcome], spec: config.Diagnostics, threat_model: ThreatModel
 ) -> tuple[list[AttackSpec], dict[str, Outcome]]:
-    """What `diagnose` has found broken, as further steps of the cascade: each aimed at what all before it have left of its images.
+    """Images broken by the probes of `diagnose`, as further steps of the cascade, each on the images that earlier steps have left.
 
-    Their passes are in the evidence.
+    Their forward and backward passes are recorded in the evidence.
     """
     settings = {**ball(threat_model), "images": spec.images, "steps": spec.steps, "shares": list(spec.shares)}
-    settings |= {"note": "on the images of the diagnostics, which hold its passes"}
+    settings |= {"note": "on the images of the diagnostics, whose evidence counts its passes"}
     clean, left = next(iter(outcomes.values())), survivors(outcomes)
     attacks, steps = [], {}
     for kind, broken in diagnosis.get("broken", {}).items():

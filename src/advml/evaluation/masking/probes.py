@@ -1,10 +1,10 @@
-"""Probes that show whether a model's gradients lead attacks to its weak spots or astray.
+"""Probes for gradient masking, which measure whether a model's gradients are useful to attacks; `rules` raises flags from the results.
 
-After Athalye et al. 2018 (sec. 3.1), Carlini et al. 2019 (sec. 3 and 4) and Pintor et al. 2022. They measure; `rules` judges.
+After Athalye et al. 2018 (sec. 3.1), Carlini et al. 2019 (sec. 3 and 4) and Pintor et al. 2022.
 
-Cost per sample, that is an image that the clean model gets right, with S steps and E epsilons (6 by default): E S + 5 gradients, each
-a forward and a backward pass, and at most 2 E + 106 forward passes more: random noise leaves alone what it has broken. Every image
-costs 2 forward passes more.
+Cost per sample (an image that is correct when clean), with S steps and E epsilons (6 by default): E S + 5 gradients, each a forward and
+a backward pass, and at most 2 E + 106 further forward passes (fewer once random noise has broken a sample). Every image costs 2 forward
+passes in addition.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ def probe(
     batch_size: int = 500,
     on_broken: Callable[[str, Tensor, Tensor], None] = lambda probe, rows, images: None,
 ) -> Evidence:
-    """Measure what the rules of `diagnostics` judge. The model, its modes and gradients, and the global RNG stay as they are.
+    """Run all probes on a model. The model, its modes and gradients, and the global RNG are restored.
 
     Args:
-        model: maps images (n, C, H, W) in [0, 1] to logits (n, classes); is copied where it can be, and judged in eval mode. It need not
-            be differentiable, deterministic, or independent of the batch: the probes test that.
+        model: maps images (n, C, H, W) in [0, 1] to logits (n, classes); copied if possible, and used in eval mode. It need not be
+            differentiable, deterministic, or independent of the batch: the probes test that.
         images, labels: the subset, (N, C, H, W) in [0, 1] and (N,), on the model's device.
-        threat_model: the ball in which the figure was measured.
-        steps: of each PGD, from a random start, with steps of 2.5 * epsilon / steps.
-        shares: multiples of epsilon for the curve; epsilon itself and the one that spans the box are always on it.
-        white_box: bool (N,), right after all white-box attacks that the figure rests on; None: the probes' own.
-        black_box: name -> bool (N,), right after an attack without gradients of this model: Square, or transfer.
-        on_broken: called with what "probe-pgd", "probe-step" and "probe-noise" break within epsilon: rows (m,), images (m, C, H, W).
+        threat_model: the ball in which robust accuracy was measured.
+        steps: of each PGD, from a random start, with step size 2.5 * epsilon / steps.
+        shares: multiples of epsilon for the security curve; epsilon itself and the one that spans the box are always included.
+        white_box: bool (N,), correct after all white-box attacks of the evaluation; None: after those of the probes.
+        black_box: name -> bool (N,), correct after an attack that uses no gradients of this model: Square, or transfer.
+        on_broken: called with rows (m,) and images (m, C, H, W) that "probe-pgd", "probe-step" and "probe-noise" break within epsilon.
     Raises:
         UserError: the model fails on a batch.
-        ValueError: shapes disagree.
+        ValueError: shapes do not match.
     """
     black_box = dict(black_box or {})
     for given in (labels, *black_box.values(), *([] if white_box is None else [white_box])):
@@ -116,7 +116,7 @@ def probe(
 
 
 def _epsilons(threat_model: ThreatModel, shares: Sequence[float], images: Tensor) -> list[float]:
-    """Multiples of epsilon up to the one at which every image reaches every other: 1 in linf, sqrt(C * H * W) in l2."""
+    """Epsilons of the curve, up to the one at which every image reaches every other: 1 in linf, sqrt(C * H * W) in l2."""
     box = 1.0 if threat_model.norm == "linf" else math.sqrt(images.shape[1:].numel())
     epsilon, widest = threat_model.epsilon, max(box, threat_model.epsilon)
     return sorted({share * epsilon for share in shares if 0 < share * epsilon < widest} | {epsilon, widest})
@@ -128,7 +128,7 @@ def _points(curve: Mapping[float, Attacked], *, n: int, images: int) -> tuple[Po
 
 
 def _rise(curve: Mapping[float, Attacked]) -> Rise:
-    """The pair of epsilons with the least likely number of regained samples."""
+    """Pair of epsilons with the most significant number of regained samples."""
     pairs = list(combinations(curve.items(), 2)) or [tuple(curve.items()) * 2]
     rises = (
         Rise(smaller, larger, _count(~before.right & after.right), _count(before.right & ~after.right), len(pairs))
@@ -150,15 +150,15 @@ def _count(which: Tensor) -> int:
     return int(which.sum())
 
 
-# The samples that probes perturb: those that the clean model gets right
+# Samples that the probes perturb: images that are correct when clean
 
 NOISE_DRAWS = 100  # half of them uniform in the ball, half on its boundary (for linf: at its corners)
-SMALL_BATCH = 16  # where verdicts are checked again
+SMALL_BATCH = 16  # batch size in which results are checked again
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What PGD made of the samples."""
+    """Result of PGD on the samples."""
 
     images: Tensor  # (n, C, H, W)
     logits: Tensor  # (n, K)
@@ -168,7 +168,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Samples:
-    """n images (n, C, H, W) with labels (n,), the model under test, and the settings of the probes. Every probe draws from `seed` alone."""
+    """Samples (n, C, H, W) with labels (n,), the model, and the settings of the probes. Random numbers depend only on `seed`."""
 
     target: Target
     images: Tensor
@@ -177,7 +177,7 @@ class Samples:
     batch_size: int
 
     def pgd(self, threat_model: ThreatModel, *, steps: int) -> Attacked:
-        """The iterate of largest cross-entropy, from a random start; with one step FGSM, from the image."""
+        """PGD on cross-entropy from a random start, keeping the best iterate; with one step, FGSM from the image."""
         parts = [self._pgd(rows, number, threat_model, steps) for number, rows in enumerate(batches(len(self.labels), self.batch_size))]
         if not parts:
             none = self.images.new_zeros(0)
@@ -201,7 +201,7 @@ class Samples:
         return adversarial, self.target.logits(adversarial), torch.stack(margins).cummax(0).values
 
     def noise(self, threat_model: ThreatModel) -> tuple[Tensor, Tensor]:
-        """bool (n,): right under every one of NOISE_DRAWS draws; and (n, C, H, W) the noisy images that are not, else the images."""
+        """Mask (n,) of samples that stay correct under NOISE_DRAWS random draws, and (n, C, H, W) a noisy image for each other sample."""
         right, images = torch.ones_like(self.labels, dtype=torch.bool), self.images.clone()
         for draw in range(NOISE_DRAWS):
             generator = generator_for("diagnostics", "noise", self.seed, draw)
@@ -218,7 +218,7 @@ class Samples:
         return right, images
 
     def gradients(self, threat_model: ThreatModel) -> dict[str, int]:
-        """How many samples have a gradient that is exactly zero or not finite."""
+        """Numbers of samples whose gradient is exactly zero or not finite."""
         start = threat_model.random_start(self.images, generator=generator_for("diagnostics", "gradients", self.seed))
         places = {"zero_clean": (self.images, cross_entropy), "zero_random": (start, cross_entropy), "zero_margin": (self.images, margin)}
         counts, bad = dict.fromkeys(places, 0), torch.zeros_like(self.labels, dtype=torch.bool)
@@ -230,9 +230,9 @@ class Samples:
         return counts | {"non_finite": int(bad.sum())}
 
     def slope_kept(self, threat_model: ThreatModel) -> float | None:
-        """Median of (margin(x + s) - margin(x)) / <gradient, s>, s being SHORT * epsilon along the gradient, within the box.
+        """Median of (margin(x + s) - margin(x)) / <gradient, s> for a step s of SHORT * epsilon along the gradient, within the box.
 
-        1 for a linear model, near 1 wherever a gradient says what the model does; None without any gradient.
+        1 for a linear model, near 1 if gradients predict the change of the margin; None if there are no gradients.
         """
         kept = []
         for rows in batches(len(self.labels), self.batch_size):
@@ -248,9 +248,9 @@ class Samples:
         return float(ratios.median()) if len(ratios) else None
 
     def again(self, fresh: Target, adversarial: Tensor) -> Tensor:
-        """Logits (n, K) of adversarial images in a fresh copy, among clean ones of the same class, in small batches.
+        """Logits (n, K) of adversarial images from a fresh copy of the model, in small batches with clean images of the same class.
 
-        A model whose output depends on the batch, as with batch norm in train mode, gives others here.
+        They differ from the earlier ones if the output depends on the batch, as with batch norm in train mode.
         """
         n = len(self.labels)
         mixed, labels = torch.cat([adversarial, self.images]), torch.cat([self.labels, self.labels])
@@ -261,11 +261,11 @@ class Samples:
 
 
 def batches(n: int, size: int) -> list[Tensor]:
-    """Row numbers 0 .. n - 1 in nearly equal parts, so that no batch is much smaller than the others."""
+    """Rows 0 .. n - 1 in batches of nearly equal size, at most `size`."""
     return list(torch.arange(n).tensor_split(math.ceil(n / size))) if n else []
 
 
-# The model under test: what fails in it becomes a gradient of zero, and all passes are counted
+# The model under test: errors in its backward pass become zero gradients, and all passes are counted
 
 Loss = Callable[[Tensor], Tensor]  # logits (N, K) -> values (N,)
 
@@ -273,10 +273,10 @@ Loss = Callable[[Tensor], Tensor]  # logits (N, K) -> values (N,)
 class Target:
     """The model under test, in eval mode and frozen, wrapped in `Foreign`.
 
-    Some models give no gradient: they round, detach, or compute outside of PyTorch. Here that is a gradient of zero.
+    Models that round, detach, or compute outside of PyTorch have no gradient; it is then replaced by zero.
 
     Attributes:
-        forward, backward: images that have passed so far.
+        forward, backward: number of images that have passed so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -286,17 +286,17 @@ class Target:
 
     @property
     def error(self) -> str | None:
-        """Why a gradient could not be computed, in its own words; None if every one could."""
+        """Message of the first error in computing a gradient; None if there was none."""
         return self.model.gradient_error
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, K), in float32."""
+        """Logits (N, K) of images (N, C, H, W), in float32."""
         self.forward += len(images)
         return self.model(images).float()
 
     def gradient(self, loss: Loss, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (N, K), values (N,) of `loss(logits)`, and their gradient with respect to the images, zero or non-finite as it may be."""
+        """Logits (N, K), values (N,) of `loss(logits)`, and the unmodified gradient of the values with respect to the images."""
         images = images.detach().requires_grad_()
         self.forward += len(images)
         self.backward += len(images)
@@ -308,10 +308,10 @@ class Target:
         return logits.detach(), values.detach(), gradient
 
     def objective(self, loss: Loss, *, watch: Callable[[Tensor], None] = lambda logits: None) -> Objective:
-        """For `pgd`: values of `loss`. Non-finite parts of a gradient are 0, and a value of NaN is -inf: never the best.
+        """Objective for `pgd`: values of `loss`, with non-finite entries of the gradient set to 0, and NaN values to -inf (never the best).
 
         Args:
-            watch: is shown the logits (N, K) of every iterate.
+            watch: called with the logits (N, K) of every iterate.
         """
 
         def objective(images: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ class Target:
                 values = loss(logits)
             else:
                 logits, values, gradient = self.gradient(loss, images)
-                slope = ((images - images.detach()) * finite(gradient)).flatten(1).sum(1)  # 0, with that gradient
+                slope = ((images - images.detach()) * finite(gradient)).flatten(1).sum(1)  # value 0, with that gradient
             values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
             watch(logits)
             return values + slope

@@ -1,4 +1,4 @@
-"""`check`: params.yaml is valid, in particular all that dvc.yaml makes names of stages and files from."""
+"""Stage `check`: validate params.yaml, in particular the values that become names of stages and files in dvc.yaml."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ OF_THE_ATTACK = ("threat_model", "attack")
 
 
 def run(params: Path) -> Path:
-    """Validate params.yaml and write `data/checked`, on which `prepare` and so every stage depends.
+    """Validate params.yaml and write `data/checked`, on which `prepare` and hence every stage depends.
 
-    DVC empties a stage's outputs before it starts the command, so a seed `../x` must stop it one stage earlier. The file
-    is always the same: other seeds do not make `prepare` run again. `dvc checkout -f` runs no stage, and deletes what a seed
-    `/../../../x` makes an output, within the repository: nothing in dvc.yaml can forbid that. Check a params.yaml from elsewhere first.
+    This is a stage of its own because DVC deletes a stage's outputs before it starts the command, so that a seed such as `../x` must be
+    refused one stage earlier. The file's content is constant, so that changed seeds do not make `prepare` run again. `dvc checkout -f` runs
+    no stage, and deletes the paths that a seed such as `/../../../x` makes outputs, within the repository; dvc.yaml cannot prevent that. So
+    check a params.yaml from elsewhere before using DVC.
 
     Raises:
-        UserError: params.yaml is not valid, or dvc.yaml does not watch the attack of a regime of the grid.
+        UserError: params.yaml is not valid, or dvc.yaml lacks the attack's parameters for a regime of the grid.
     """
     _check_attacks(load(params), params.with_name("dvc.yaml"))
     checked = Workspace(params.parent).checked
@@ -33,7 +34,7 @@ def run(params: Path) -> Path:
 
 
 def _check_attacks(config: Config, pipeline: Path) -> None:
-    """The stage of an attacked fine-tuning must depend on the attack, or it would stay up to date when the attack changes."""
+    """Raise UserError unless stages of attacked fine-tunings depend on the attack's parameters, so that they rerun when these change."""
     attacked = [regime for regime in config.grid.regimes if REGIMES[regime].attacked]
     stages = YAML(typ="safe").load(pipeline)["stages"] if attacked and pipeline.is_file() else {}
     for regime in attacked:

@@ -1,4 +1,4 @@
-"""`compare [MODELS]`: CKA and other measures between the layers of different models, on clean and on adversarial images."""
+"""Stage `compare [MODELS]`: CKA and other measures between the layers of different models, on clean and adversarial images."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from advml.pipeline.context import Context
 from advml.similarity import compare
 from advml.similarity.represent import ESTIMATOR, to_npz, views_of_split
 
-OWN = "own"  # similarity.source: each model is shown its own adversarial images
+OWN = "own"  # similarity.source: each model gets its own adversarial images
 NOTHING = "the grid has no two trained models that the paper compares"
 
 
 def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = None) -> compare.Comparison | None:
-    """Write `cka.npz`, `cka.json` and a figure per kind of input into `out`; returns what was measured.
+    """Write `cka.npz`, `cka.json` and a figure per kind of input into `out`; returns the comparison.
 
-    A grid without two models to compare is no mistake: then `cka.json` says so, and the result is None.
+    If the grid has no two models to compare, `cka.json` states this, and the result is None.
 
     Args:
-        chosen: names or folders of models, to be compared with one another; none: the panels of the paper.
-        out: None: `reports/compare`, which the report reads.
+        chosen: names or folders of models to compare pairwise; empty: the pairs of the paper.
+        out: output folder; None: `reports/compare`, which the report reads.
     """
     workspace, spec = context.workspace, context.config.similarity
     folders = {folder.name: folder for folder in (find_model(workspace, model) for model in chosen)}
@@ -51,7 +51,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
     out = out or home
     of_study = out.resolve() == home.resolve()
     if chosen and of_study:
-        raise UserError(f"{home} holds the panels of the grid, which the report reads; give another --out")
+        raise UserError(f"{home} is for the comparisons of the grid, which the report reads; give another --out")
     found = compare.all_pairs(list(folders)) if chosen else _grid_panels(context, folders)
     if found and not chosen:
         folders |= _others(context)
@@ -60,7 +60,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
         if of_study:
             write_atomically(workspace.record("compare", "panels"), to_json({"digests": {}, "cka": None}, indent=1))
         return None
-    if spec.source != OWN and spec.source not in folders:  # a model of the grid that is in no panel
+    if spec.source != OWN and spec.source not in folders:  # a model of the grid without a panel
         folders[spec.source] = find_model(workspace, spec.source)
     records = {name: checked(context, folder, strict=not chosen) for name, folder in folders.items()}
     networks = {name: network_in(context, folder) for name, folder in folders.items()}
@@ -87,7 +87,7 @@ def run(context: Context, *, chosen: tuple[str, ...] = (), out: Path | None = No
 
 
 def are_alike(context: Context, models: Sequence[str]) -> bool:
-    """Whether all are models that advml has trained, for images and classes like the prepared ones: then they can be attacked."""
+    """Whether all models were trained by advml for images and classes like the prepared ones, so that they can be attacked."""
     shape, classes = list(context.dataset.shape), list(context.dataset.classes)
     for model in models:
         if not is_folder(model):
@@ -99,7 +99,7 @@ def are_alike(context: Context, models: Sequence[str]) -> bool:
 
 
 def _grid_panels(context: Context, folders: dict[str, Path]) -> list[compare.Panel]:
-    """The paper's panels of all seeds whose models are trained; fills `folders`."""
+    """Panels of the paper for all seeds, as far as models are trained; adds these to `folders`."""
     config, workspace = context.config, context.workspace
     wanted = [panel for seed in config.seeds for panel in compare.paper_panels(config.grid, seed)]
     found = [panel for panel in wanted if all((workspace.model(name) / "model.json").exists() for name in (panel.first, panel.second))]
@@ -108,7 +108,7 @@ def _grid_panels(context: Context, folders: dict[str, Path]) -> list[compare.Pan
 
 
 def _others(context: Context) -> dict[str, Path]:
-    """Measured models of the grid: those that are in no panel are on the map."""
+    """Folders of all evaluated models of the grid; those without a panel appear on the map only."""
     config, workspace = context.config, context.workspace
     names = [model_name(*one) for one in itertools.product(config.grid.schemes, config.grid.regimes, config.seeds)]
     return {
@@ -119,59 +119,59 @@ def _others(context: Context) -> dict[str, Path]:
 
 
 def _nothing(out: Path) -> None:
-    """Say that there is nothing to compare, and take away what an earlier comparison has left."""
+    """Record that there is nothing to compare, and remove the files of an earlier comparison."""
     for path in (out / "cka.npz", *out.glob("*.png")):
         path.unlink(missing_ok=True)
     write_atomically(out / "cka.json", to_json({"panels": [], "reason": NOTHING}, indent=1))
 
 
 def checked(context: Context, folder: Path, *, strict: bool) -> dict[str, Any]:
-    """model.json of a model that can be compared on the prepared data; `strict`: it must have been trained on them.
+    """Read model.json of a model, and check that it can be compared on the prepared data; `strict`: it must have been trained on them.
 
     Raises:
-        UserError: it takes other images, has other classes, or was trained on other data.
+        UserError: it has other image shapes or classes, or was trained on other data.
     """
     record, name, data = read_record(folder), folder.name, context.dataset
     ours, theirs = tuple(data.shape), tuple(record.get("input", ()))
     if theirs != ours:
         told = [" x ".join(str(side) for side in shape) for shape in (theirs, ours)]
-        raise UserError(f"{name} takes {told[0]} images, data/prepared holds {told[1]}; compare models of one data set")
+        raise UserError(f"{name} takes {told[0]} images, data/prepared has {told[1]}; compare models of one dataset")
     if "classes" in record and list(record["classes"]) != list(data.classes):
         raise UserError(
-            f"{name} has the classes {few(record['classes'])}, data/prepared has {few(data.classes)}; compare models of one data set"
+            f"{name} has the classes {few(record['classes'])}, data/prepared has {few(data.classes)}; compare models of one dataset"
         )
     if (there := str(digest_of_data(record))) != data.digest:
-        told = f"{name} was trained on other data ({there[:16]}) than data/prepared holds ({data.digest[:16]})"
+        told = f"{name} was trained on other data ({there[:16]}) than data/prepared ({data.digest[:16]})"
         if strict:
             raise UserError(f"{told}; run: dvc repro")
-        tell(f"note: {told}: it may have learnt from these test images")
+        tell(f"note: {told}, which may contain these test images")
     return record
 
 
 def digest_of_data(record: Mapping[str, Any]) -> str | None:
-    """Of the data that a model was trained on; an imported one does not tell."""
+    """Digest of the data that a model was trained on; None for an imported model."""
     return record.get("data", {}).get("digest")
 
 
 def network_in(context: Context, folder: Path) -> Network:
-    """The network, with the classifier that is attacked.
+    """Load a network with the classifier that attacks need.
 
     Raises:
-        UserError: it has none, or one of another number of classes.
+        UserError: it has no classifier, or another number of classes.
     """
     network, wanted = load_classifier(folder), len(context.dataset.classes)
     if network.architecture.classes != wanted:
-        raise UserError(f"{folder} gives {network.architecture.classes} logits, data/prepared holds {wanted} classes")
+        raise UserError(f"{folder} gives {network.architecture.classes} logits, but data/prepared has {wanted} classes")
     return place(network, context.machine.device)
 
 
 def adversarial_images(context: Context, folder: Path, record: Mapping[str, Any], network: Network, *, anew: bool) -> AdversarialImages:
-    """Of a model in `folder` with this model.json: the stored ones if they were made as params.yaml asks, else new ones.
+    """Adversarial images of a model in `folder` with this model.json: the stored ones if they match params.yaml, else new ones.
 
     Args:
-        anew: attack where there are none, or none that fit; False: refuse, as a DVC stage must not do another's work.
+        anew: whether to attack if stored images are missing or do not match; False: raise, because a DVC stage must not do another's work.
     Raises:
-        UserError: they do not fit and `anew` is False, or they are damaged.
+        UserError: stored images are missing or do not match while `anew` is False, or they are damaged.
     """
     spec, test = context.config.evaluate, context.dataset.test
     run = {"seed": spec.seed, "batch_size": spec.batch_size}
@@ -193,7 +193,7 @@ def adversarial_images(context: Context, folder: Path, record: Mapping[str, Any]
 
 
 def write(out: Path, compared: compare.Comparison, described: Mapping[str, Any]) -> str:
-    """Write the files and take away an earlier comparison's figures; returns the sha256 of cka.npz."""
+    """Write the files of a comparison, and remove figures of an earlier one; returns the sha256 of cka.npz."""
     for path in out.glob("*.png"):
         path.unlink()
     arrays = to_npz(compare.arrays(compared))
@@ -202,7 +202,7 @@ def write(out: Path, compared: compare.Comparison, described: Mapping[str, Any])
     for kind, measure in itertools.product(compared.kinds, compared.by_measure):
         name = kind if measure == "cka" else f"{kind}-{measure}"
         write_atomically(out / f"{name}.png", to_png(_figure(compared, kind, measure)))
-    title = f"What the encoders end in: {compare.ANGLES[compared.distance][0]}"
+    title = f"Distances between the encoders' final representations: {compare.ANGLES[compared.distance][0]}"
     if (drawn := model_map(list(compared.similarity.norms), compared.distances, title=title)) is not None:
         write_atomically(out / "map.png", to_png(drawn))
     return sha256(arrays)

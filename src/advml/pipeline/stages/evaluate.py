@@ -1,4 +1,4 @@
-"""`evaluate SCHEME REGIME`, or a model from elsewhere: clean, robust and worst-case accuracy of one model on the test split."""
+"""Stage `evaluate SCHEME REGIME`, also for external models: clean, robust and worst-case accuracy of one model on the test split."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from advml.training.checkpoint import Checkpoint, discard_finished
 
 KEYS = ("scheme", "regime", "seed")
 ATTACKS = ("temperature", "threat_model", "evaluate", "worst_case")
-# Part of an evaluation -> what its metrics depend on beside model and test images: parameters, and libraries. Each part is remembered
-# by itself: a correction in `diagnostics` keeps the attacks. `corruption` and `diagnostics` are what `evaluate` calls its parts.
+# Part of an evaluation -> parameters and libraries on which its metrics depend, besides model and test images. Parts are cached
+# separately: a change in `diagnostics` keeps the results of attacks. `corruption` and `diagnostics` are names of parts in `evaluate`.
 PARTS = {
     "attacks": (ATTACKS, ("torch", "numpy", "timm", "pyautoattack")),
     "diagnostics": ((*ATTACKS, "diagnostics"), ("torch", "numpy", "timm", "pyautoattack")),
     "corruption": (("data", "evaluate.batch_size", "corruptions"), ("torch", "numpy", "timm", "scipy", "pillow")),
 }
 OF_THE_STUDY = ("threat_model", "evaluate", "worst_case", "diagnostics", "corruptions")  # parameters in the record
-OF_GIVEN = ("data", "temperature", *OF_THE_STUDY)  # nothing else tells those of a model from elsewhere
+OF_GIVEN = ("data", "temperature", *OF_THE_STUDY)  # parameters in the record of an external model, which has no model.json
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, float]:
@@ -61,14 +61,14 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
     adversarial.write(adversarial.AdversarialImages(found.images, about | found.kept), workspace.adversarial(name))
     metrics = _write(context, found, about, parts, parameters=OF_THE_STUDY)
     tracking.log_folder(context.tracking, folder)
-    # The outcomes stay, a few bytes per image and attack: a correction of `diagnostics` or `corruptions` needs no new attack, and a stage
-    # that is killed before DVC has taken its outputs no second cascade. The images are stored now; threat model II makes them again.
+    # Outcomes stay in the cache, a few bytes per image and attack, so that a change of `diagnostics` or `corruptions`, or a kill before DVC
+    # has taken the outputs, needs no new attacks. Images are removed; they are stored now, and threat model II can make them again.
     forget(scratch, "images")
     return metrics
 
 
 def of_study(workspace: Workspace, target: str) -> dict[str, Any] | None:
-    """Scheme, regime and seed of a model of this study, given by name or folder; None if it is none."""
+    """Scheme, regime and seed of a model of this study, given by name or folder; None for other models."""
     for folder in (Path(target), workspace.model(target)):
         home = home_of(folder)
         if (folder / "model.json").is_file() and home and home[0].root.resolve() == workspace.root.resolve():
@@ -78,19 +78,19 @@ def of_study(workspace: Workspace, target: str) -> dict[str, Any] | None:
 
 
 def trained(workspace: Workspace, model: str) -> Path:
-    """The folder of a model of this study; UserError if it is not trained."""
+    """Folder of a model of this study; raises UserError if it is not trained."""
     read_record(workspace.model(model))
     return workspace.model(model)
 
 
 def run_given(context: Context, given: Given) -> dict[str, float]:
-    """Measure a model that is not of the grid; writes its record, metrics and samples, and returns the metrics."""
+    """Evaluate a model outside of the grid; writes its record, metrics and samples, and returns the metrics."""
     workspace, name = context.workspace, given.name
     if is_reserved(checked_name(name)):
-        raise UserError(f"{name} is a name of this study, whose results would be written over; choose another: --name")
+        raise UserError(f"{name} is a name of this study, whose results would be overwritten; choose another with --name")
     parts, network = _parts(context, given.digest, given.origin), given.network.to(context.machine.device)
     expected = expected_of(given, network, context.dataset, context.machine, batch_size=context.config.evaluate.batch_size)
-    for flag in expected.flags:  # before the hours that it takes to attack the wrong model
+    for flag in expected.flags:  # warn before hours of attacks on a model with wrong settings
         tell(f"warning: {name}: {flag.saw}; to try: {flag.try_}")
     subject = evaluation.Subject(name, given.digest, network, flags=expected.flags)
     found = evaluate(context, subject, settings(context.config, context.dataset, _threatened(network, given.scheme)), parts)
@@ -105,12 +105,12 @@ def run_given(context: Context, given: Given) -> dict[str, float]:
 
 
 def _threatened(network: nn.Module, scheme: str | None) -> Scheme | None:
-    """The scheme whose contrastive objective is attacked; None where there is no projection head, as of an encoder taken as it is."""
+    """Scheme whose contrastive objective is attacked; None if the network has no projection head."""
     return SCHEMES.get(scheme or "") if getattr(network, "projection_head", network) is not None else None
 
 
 def settings(whole: config.Config, dataset: Dataset, scheme: Scheme | None, *, note: str = "") -> evaluation.EvaluationSettings:
-    """What params.yaml asks of the evaluation of one model; `scheme`: of its projection head, `note` on it for the record."""
+    """Settings of the evaluation of one model, from params.yaml; `scheme`: that of its projection head, `note`: remark on it."""
     require_labels(dataset, "evaluate")
     spec, classes = whole.evaluate, len(dataset.classes)
     attacks = attack_suite(spec, whole.threat_model, whole.worst_case, scheme, temperature=whole.temperature, classes=classes, note=note)
@@ -128,7 +128,7 @@ def settings(whole: config.Config, dataset: Dataset, scheme: Scheme | None, *, n
 def evaluate(
     context: Context, subject: evaluation.Subject, settings: evaluation.EvaluationSettings, parts: dict[str, str]
 ) -> evaluation.Evaluation:
-    """Everything that params.yaml asks for, with a bar that shows the accuracy that stands so far."""
+    """Evaluate a model with a progress bar that shows the worst-case accuracy so far."""
     scratch = context.workspace.scratch(f"evaluate-{subject.name}")
     attacks, *others = (Checkpoint(scratch / part, fingerprint).folder / fingerprint for part, fingerprint in parts.items())
     memo = Memo(attacks, apart=dict(zip(list(parts)[1:], others, strict=True)))
@@ -139,14 +139,14 @@ def evaluate(
 def _write(
     context: Context, found: evaluation.Evaluation, about: dict[str, Any], parts: dict[str, str], *, parameters: tuple[str, ...]
 ) -> dict[str, float]:
-    """Write samples and record; `about` is what the record says of the model. Returns the metrics."""
+    """Write samples and record, where `about` describes the model; returns the metrics."""
     samples.write(found.samples, context.workspace.samples(about["model"]))
     record = about | {"data_digest": context.dataset.digest, "inputs": config.digest(parts), "metrics": found.metrics} | found.record
     return records.write(context.workspace, "evaluate", record | context.made_by(context.parameters(*parameters)))
 
 
 def expected_of(given: Given, network: nn.Module, dataset: Dataset, machine: Machine, *, batch_size: int) -> expectations.Expectations:
-    """Whether it seems to be measured on the images and labels that it expects; a network of ours says so itself."""
+    """Check an external model's normalisation and class order; not needed for networks of advml, which record both."""
     if given.constants is None:
         return expectations.Expectations((), {})
     return expectations.check_expectations(
@@ -155,10 +155,10 @@ def expected_of(given: Given, network: nn.Module, dataset: Dataset, machine: Mac
 
 
 def _parts(context: Context, *model: object) -> dict[str, str]:
-    """For each of PARTS a fingerprint of everything that decides what is measured, files and libraries included that DVC does not watch.
+    """Fingerprint of each of PARTS, from everything that determines its result, including files and libraries that DVC does not track.
 
     Raises:
-        UserError: a library that is asked for is not installed.
+        UserError: a required library is not installed.
     """
     spec = context.config.diagnostics
     more = {"diagnostics": _foolbox(spec.minimal) if spec.images and spec.minimal else None, "corruption": _files(context.config)}
@@ -180,12 +180,12 @@ def _foolbox(minimal: str) -> str:
 
 
 def _published(configuration: config.Config) -> cifar_c.Published | None:
-    """The published corruption files that are read instead of computing them."""
+    """Published files of corruptions; None: corruptions are computed, or not measured."""
     return cifar_c.find(configuration.data, configuration.corruptions) if configuration.corruptions.names else None
 
 
 def _files(configuration: config.Config) -> list[list[Any]]:
-    """Their sizes and dates: a digest of the files would take as long as an evaluation."""
+    """Sizes and times of published corruption files, because digests would take as long as an evaluation."""
     found = _published(configuration)
     files = [found.folder / f"{name}.npy" for name in (*configuration.corruptions.names, "labels") if name in found] if found else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,4 +1,4 @@
-"""`finetune SCHEME REGIME`: a classifier from a pretrained encoder, as the regime's row says."""
+"""Stage `finetune SCHEME REGIME`: train a classifier on a pretrained encoder, as the regime asks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from advml.training.checkpoint import discard_finished
 
 
 def phases(scheme: str, regime: str) -> dict[str, bool]:
-    """Key of the phase that learns, if one does -> whether it is attacked."""
+    """Parameter section of the fine-tuning -> whether it trains under attack; empty if the regime does not fine-tune this scheme."""
     row = REGIMES[regime]
     return {f"regimes.{regime}": row.attacked} if row.finetunes(SCHEMES[scheme]) else {}
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:
-    """Write `models/finetune/<MODEL>/`; returns its model.json."""
+    """Write `models/finetune/<MODEL>/`; returns the content of its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
     check_processes(context.config, phases(scheme, regime))
     pretrained, network = load_pretrained(context, scheme=scheme, regime=regime, seed=seed)
@@ -49,16 +49,16 @@ def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = 
             "seed": seed,
             "pretraining": {key: pretrained.get(key) for key in ("name", "digest", "gradient_steps")},
         },
-        parameters=pretrained["parameters"] | context.parameters(*sections),  # so that runs compare by all that made them
+        parameters=pretrained["parameters"] | context.parameters(*sections),  # all that the model depends on
     )
     return learn(context, job, reuse=reuse)
 
 
 def load_pretrained(context: Context, *, scheme: str, regime: str, seed: int) -> tuple[dict[str, Any], Network]:
-    """The record and the network, on the device, that this fine-tuning starts from.
+    """Record and network (on the device) of the pretraining that this fine-tuning starts from.
 
     Raises:
-        UserError: there is none, or it is of other data or of another `model` section.
+        UserError: the pretraining does not exist, or was done with other data or another `model` section.
     """
     source = pretraining_name(scheme, REGIMES[regime].pretraining, seed)
     record, network = context.load_network(context.workspace.pretrained(source))
@@ -67,7 +67,7 @@ def load_pretrained(context: Context, *, scheme: str, regime: str, seed: int) ->
 
 
 def _check_model(context: Context, pretrained: dict[str, Any]) -> None:
-    """The network comes from pretraining: a `model` section that describes another one would be recorded, not used."""
+    """Raise UserError if the `model` section differs from that of the pretraining, whose network is the one in use."""
     recorded = pretrained["parameters"]["model"]
     for key, value in context.parameters("model")["model"].items():
         if value != recorded.get(key):

@@ -1,4 +1,4 @@
-"""`prepare`: images of any source -> uint8 tensors with fixed splits, in `data/prepared/`."""
+"""Stage `prepare`: convert the dataset to uint8 tensors with fixed splits, in `data/prepared/`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from advml.pipeline.context import Context
 
 
 def run(context: Context) -> datasets.Dataset:
-    """Write `data/prepared/` and print what a user may not expect of the data; returns the dataset.
+    """Write `data/prepared/`, and print notes on the data; returns the dataset.
 
     Raises:
-        UserError: the data cannot be read, or `data.path` overlaps with what the study writes.
+        UserError: the data cannot be read, or `data.path` overlaps with folders that the study writes.
     """
     _check_place(context)
-    seen = _fingerprint(context)  # before they are read: what changes meanwhile is a change
+    seen = _fingerprint(context)  # before reading, so that changes during it are noticed later
     dataset = datasets.prepare(context.config.data)
     datasets.save(dataset, context.workspace.prepared)
     for remark in datasets.remarks(dataset):
@@ -31,9 +31,9 @@ def run(context: Context) -> datasets.Dataset:
 
 
 def is_current(context: Context) -> bool:
-    """Whether `data/prepared/` was made from the `data` section, its images and the sources as they stand.
+    """Whether `data/prepared/` was made from the present `data` section, images and sources.
 
-    Where the images or the note of them are missing, as after `dvc pull`, the rest decides.
+    If the images or their stored fingerprint are missing, as after `dvc pull`, images are not compared.
     """
     try:
         prepared = datasets.load(context.workspace.prepared, verified=context.workspace.verified)
@@ -50,14 +50,14 @@ def is_current(context: Context) -> bool:
 
 
 def _check_place(context: Context) -> None:
-    """Refuse a data.path that overlaps with what the study writes: pictures of reports would become training images."""
+    """Refuse a data.path that overlaps with folders that the study writes, whose pictures would become training images."""
     data = context.config.data
     if data.name != "folder" or not os.path.isdir(given := given_path(data.path)):
         return
     place = Path(os.path.realpath(given))
     for ours in (Path(os.path.realpath(path)) for path in context.workspace.written):
         if place.is_relative_to(ours) or ours.is_relative_to(place):
-            relation = "is inside of" if place.is_relative_to(ours) else "holds"
+            relation = "is inside of" if place.is_relative_to(ours) else "contains"
             raise UserError(
                 f"data.path = '{data.path}' {relation} {ours}, which the study writes; give the images a folder of their own, e.g. photos"
             )
@@ -69,5 +69,5 @@ def _fingerprint(context: Context) -> str | None:
 
 
 def _note(context: Context) -> Path:
-    """Outside of `data/prepared/`, which DVC hashes: the times of the images differ between machines, the tensors do not."""
+    """File of the images' fingerprint, outside of `data/prepared/`, which DVC hashes, because file times differ between machines."""
     return context.workspace.scratch("prepare") / "source"

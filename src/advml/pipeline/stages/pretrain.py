@@ -1,4 +1,4 @@
-"""`pretrain SCHEME PHASE`: an encoder with its scheme's own head, trained with or without the adversary."""
+"""Stage `pretrain SCHEME PHASE`: train an encoder with its scheme's head, on clean images or under attack."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from advml.recipes import SCHEMES
 
 
 def phases(scheme: str, phase: str) -> dict[str, bool]:
-    """Key of the phase that learns -> whether it is attacked."""
+    """Parameter section of the pretraining -> whether it trains under attack."""
     return {f"pretrain.{scheme}": phase == "at"}
 
 
 def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:
-    """Write `models/pretrain/<SCHEME>-<PHASE>-s<seed>/`; returns its model.json."""
+    """Write `models/pretrain/<SCHEME>-<PHASE>-s<seed>/`; returns the content of its model.json."""
     row, attacked = SCHEMES[scheme], phase == "at"
     sections = [
         "data",

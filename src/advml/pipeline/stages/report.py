@@ -1,4 +1,4 @@
-"""`report`: the table, the picture, the claims and the page of all measured models of the grid, in `reports/`."""
+"""Stage `report`: write table, chart, claims and HTML page of all evaluated models of the grid, in `reports/`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(context: Context) -> list[tables.Row]:
     config, workspace, reports = context.config, context.workspace, context.workspace.reports
     table = tables.grid_rows(config.grid, config.seeds, workspace)
     if not table:
-        raise UserError(f"{reports} holds no metrics.json of any model of the grid; measure them with: dvc repro")
+        raise UserError(f"{reports} contains no metrics.json of any model of the grid; evaluate them with: dvc repro")
     attacked = ThreatModelSection(norm=config.threat_model.norm, epsilon=config.attacked_epsilon)
     claims = check(
         workspace,
@@ -30,7 +30,7 @@ def run(context: Context) -> list[tables.Row]:
         others=config.similarity.epsilon_studies,
         measures=config.similarity.measures,
     )
-    # The whole configuration but for the addresses of stores, which change no result and may hold passwords.
+    # The whole configuration, except addresses of stores, which change no result and may contain passwords.
     claims |= context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))
     data = context.provenance["data"]
     about = {"data": data["source"], "digest": data["digest"], "remarks": context.remarks}

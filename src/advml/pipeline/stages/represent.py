@@ -1,4 +1,4 @@
-"""`represent SCHEME REGIME`: CKA between a model's layers on clean and adversarial images, scalars, linear probes."""
+"""Stage `represent SCHEME REGIME`: CKA between a model's layers on clean and adversarial images, scalars, linear probes."""
 
 from __future__ import annotations
 

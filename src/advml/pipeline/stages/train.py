@@ -1,4 +1,4 @@
-"""`train SCHEME REGIME`: the stages of one model in a row; what the same inputs have made before is not made again."""
+"""`train SCHEME REGIME`: run the stages of one model in order, reusing results of the same inputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from advml.recipes import REGIMES
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
-    """Returns the metrics of the model's evaluation."""
+    """Run all stages; returns the metrics of the model's evaluation."""
     phases = pretrain.phases(scheme, REGIMES[regime].pretraining) | finetune.phases(scheme, regime)
-    check_processes(context.config, phases)  # of both, before the hours of the first one
+    check_processes(context.config, phases)  # both phases, before the first one runs for hours
     if context.machine and ranks.is_first() and not prepare.is_current(context):
         prepare.run(context)
     ranks.barrier()
-    require_labels(context.dataset, "fine-tuning")  # before the hours of a pretraining that needs none
+    require_labels(context.dataset, "fine-tuning")  # before a pretraining without labels runs for hours
     pretrain.run(context, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed, reuse=True)
     finetune.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
     if not ranks.is_first():

@@ -1,4 +1,4 @@
-"""`transfer`: the adversarial images of each model of the grid, scored on every other model of its seed."""
+"""Stage `transfer`: accuracy of each model of the grid on the adversarial images of every other model of its seed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from advml.pipeline.context import Context
 
 
 def run(context: Context) -> list[records.Block]:
-    """Write `paths.TRANSFER_FILES` into `reports/transfer/`, and the record; returns what was measured, a block per seed.
+    """Write `paths.TRANSFER_FILES` into `reports/transfer/`, and the record; returns the results, one block per seed.
 
-    Models of different seeds are not mixed. A grid without two evaluated models is no mistake: then transfer.json says so.
+    Models of different seeds are not mixed. If the grid has no two evaluated models, transfer.json states this.
     """
     config, workspace = context.config, context.workspace
     groups = {seed: names for seed in config.seeds if len(names := evaluated_models(config.grid, workspace, seed)) > 1}
@@ -30,7 +30,7 @@ def run(context: Context) -> list[records.Block]:
 
 
 def _block(context: Context, seed: int, names: list[str], bar: Bar) -> records.Block:
-    """One seed; its networks are in memory together, those of other seeds are not."""
+    """Measure one seed, whose networks are in memory together."""
     test, models = context.dataset.test, []
     for name in names:
         record, network = context.load_network(context.workspace.model(name))

@@ -1,4 +1,4 @@
-"""`trust`: which measures of similarity find known orders on the prepared data, among small networks that are trained for it."""
+"""`trust`: score measures of similarity by known orders among small networks, trained on the prepared data for this purpose."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ from advml.similarity.trust import Trained
 from advml.training.checkpoint import Checkpoint
 from advml.training.trainer import fit
 
-NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of training labels that are drawn anew
-LENGTHS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the epochs
-OTHERS = ("test_efficientnet", "test_byobnet", "test_resnet", "test_convnext")  # architectures beside the study's: two that take its images
-IMAGES = 2000  # of the training images
-SCHEME = "SL"  # of every training, in its standard form: its labels are what NOISE changes
+NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of training labels that are replaced by random ones
+LENGTHS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # lengths of shorter trainings, as shares of the epochs
+OTHERS = (
+    "test_efficientnet",
+    "test_byobnet",
+    "test_resnet",
+    "test_convnext",
+)  # other architectures; the first two that accept the study's images are used
+IMAGES = 2000  # largest number of training images
+SCHEME = "SL"  # scheme of all trainings (standard pretraining), whose labels NOISE changes
 
 
 def plans(backbone: str, others: Sequence[str], *, epochs: int, seeds: int) -> list[Trained]:
-    """The networks to train."""
+    """Settings of the networks to train."""
     found = [Trained(backbone, seed, noise, epochs) for seed in range(seeds) for noise in NOISE]
     shorter = sorted({max(1, round(share * epochs)) for share in LENGTHS} - {epochs})
     found += [Trained(backbone, seed, 0.0, length) for seed in range(seeds) for length in shorter]
@@ -41,9 +46,9 @@ def plans(backbone: str, others: Sequence[str], *, epochs: int, seeds: int) -> l
 
 
 def run(context: Context, *, epochs: int, seeds: int) -> dict[str, Any]:
-    """Write `records/trust/measures.json`; returns its content. A run that was stopped goes on from its last finished epoch."""
+    """Write `records/trust/measures.json`; returns its content. A repeated run resumes from its last finished epoch."""
     if epochs < 4 or seeds < 2:
-        raise UserError(f"trust needs --epochs 4 or more and --seeds 2 or more, not {epochs} and {seeds}: else nothing is left to order")
+        raise UserError(f"trust needs --epochs 4 or more and --seeds 2 or more, not {epochs} and {seeds}, to have networks to order")
     backbone = context.config.model.backbone
     others = [name for name in OTHERS if name != backbone and _takes_the_images(context, name)][:2]
     wanted = plans(backbone, others, epochs=epochs, seeds=seeds)
@@ -73,7 +78,7 @@ def run(context: Context, *, epochs: int, seeds: int) -> dict[str, Any]:
 
 
 def _train(context: Context, wanted: list[Trained], begin: Callable[[str], None]) -> Iterator[tuple[str, Network]]:
-    """Each by the study's recipe of SCHEME."""
+    """Train the networks by the study's parameters of SCHEME; yields names and networks."""
     whole, data = context.config, context.dataset
     for each in wanted:
         begin(each.name)
@@ -102,7 +107,7 @@ def _other(model: config.Model, backbone: str) -> config.Model:
 
 
 def _relabelled(data: Dataset, each: Trained) -> Dataset:
-    """At most IMAGES training images, a share of whose labels is drawn anew among all classes."""
+    """Dataset of at most IMAGES training images, with a share of their labels replaced by random ones."""
     count = len(data.train)
     places = torch.randperm(count, generator=generator_for("trust", count))[:IMAGES]
     labels, generator = data.train.labels[places].clone(), generator_for("label noise", each.seed)
