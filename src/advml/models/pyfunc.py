@@ -31,14 +31,14 @@ class Classifier:
 
 
 def _load_pyfunc(path: str) -> Classifier:
-    """The classifier of a weights.json (`path`, `root`, `sha256`): in the study that has logged it, or at that path below this folder.
+    """The classifier of a weights.json (`path`, `root`, `sha256`): beside it where the model was exported, else in the study that has
+    logged it, or at that path below this folder.
 
     Raises:
-        UserError: neither holds the weights of this sha256.
+        UserError: none of them holds the weights of this sha256.
     """
     weights = read_json(Path(path), needs=("path", "root", "sha256"), remedy="rebuild the run with: advml sync")
-    for root in (weights["root"], Path.cwd()):
-        folder = Path(root, weights["path"])
+    for folder in (Path(path).parent, Path(weights["root"], weights["path"]), Path.cwd() / weights["path"]):
         if is_whole(folder) and read_record(folder)["digest"] == weights["sha256"]:
             return Classifier(load_classifier(folder).eval())
     told = f"no {weights['path']} with weights of sha256 {weights['sha256'][:16]} in {weights['root']} or here"

@@ -1,4 +1,4 @@
-"""`advml export MODEL`: a folder that plain timm and ONNX runtimes load, checked against the model on test images."""
+"""`advml export MODEL`: a folder that plain timm and ONNX runtimes load, checked on test images, and a registered model of MLflow."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from advml import tracking
+from advml.config.store import Place
 from advml.core.errors import UserError
 from advml.core.io import replace_folder
 from advml.core.paths import Workspace, find_model
 from advml.data import prepared
 from advml.models import export
-from advml.models.network import Network, load
+from advml.models.network import Network, load, read_record
 
 CHECKED = 512  # test images, at most
 
@@ -23,11 +25,15 @@ class Exported:
     folder: Path
     files: tuple[str, ...]
     lines: tuple[str, ...]  # of Python, that load it with timm
+    registered: str | None  # its name in MLflow's registry: models:/advml@CL-AT-s0
     remarks: tuple[str, ...]
 
 
-def export_model(workspace: Workspace, model: str, out: Path | None = None) -> Exported:
+def export_model(workspace: Workspace, model: str, out: Path | None = None, *, place: Place | None = None) -> Exported:
     """Write the folder anew; without a classifier features are exported, and no ONNX.
+
+    Args:
+        place: the store in which the classifier is registered; None: in none.
 
     Raises:
         UserError: there is no such model, or timm has no such classifier.
@@ -49,7 +55,10 @@ def export_model(workspace: Workspace, model: str, out: Path | None = None) -> E
         files = tuple(sorted(path.name for path in folder.iterdir()))
     if network.architecture.normalize_logits:
         remarks.append("timm's network gives logits before their normalisation to unit length: the same predictions, other confidences")
-    return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), tuple(remarks))
+    registered = None
+    if place and network.classifier is not None and read_record(source).get("kind") != "pretrain":
+        registered = tracking.register_exported(place, source)
+    return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), registered, tuple(remarks))
 
 
 def _onnx(network: Network, folder: Path, images: Tensor) -> list[str]:
