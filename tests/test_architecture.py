@@ -84,7 +84,7 @@ LATE_MODULES = {
     "advml.cli": "`advml --help` answers in 0.3 s: a command imports what it runs",
     "advml.engine.fork_server": "what it imports is what it is a server of",
     "advml.engine.process_task": "for types: the engine's own parts, which import distributed",
-    "advml.tracking.results": "matplotlib, 0.5 s, once there are curves to log",
+    "advml.tracking.sync": "matplotlib, 0.5 s, once there are curves to log",
     "advml.tuning": "the driver of a search imports no torch, which trials do",
 }
 DRIVER = ("advml.tuning.attack_search", "advml.tuning.training_search", "advml.tuning.command")

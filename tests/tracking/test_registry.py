@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from advml.core.errors import UserError
+from advml.core.paths import Workspace, find_model
+from advml.models import export
 from advml.models.network import Architecture, build, load_classifier, save
+from advml.pipeline.checkpoint_export import export_model
 
 ARCHITECTURE = Architecture("test_resnet", "small", {}, 1, 8, (0.3,), (0.4,), 3, None, False, False)
 SCORES = {"CL-AT-s0": None, "CL-Partial-AT-s0": 0.7, "CL-Full-AT-s0": 0.8}
@@ -74,19 +78,66 @@ def test_a_pretraining_that_was_made_anew_scores_no_model_of_before(study):
     assert best(study).run_id == study.newest("CL-Full-AT-s0").info.run_id
 
 
-def test_a_registered_model_loads_through_mlflow_by_path_and_digest(study, monkeypatch):
-    study.sync()
+@pytest.fixture
+def load_registered(study, monkeypatch):
+    """As a user's own process would load it, with the store in MLFLOW_TRACKING_URI."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow, on its own type hints
         pyfunc = importlib.import_module("mlflow.pyfunc")
     monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", study.place.uri)
     monkeypatch.setattr("mlflow.tracking._model_registry.utils._registry_uri", study.place.uri)
-    images = np.random.default_rng(0).random((2, 1, 8, 8), dtype=np.float32)
-    folder = study.root / "models" / "finetune" / "CL-Full-AT-s0"
+    return pyfunc.load_model
+
+
+IMAGES = np.random.default_rng(0).random((2, 1, 8, 8), dtype=np.float32)
+
+
+def logits_of(folder) -> np.ndarray:
     with torch.inference_mode():
-        expected = load_classifier(folder).eval()(torch.from_numpy(images)).numpy()
-    np.testing.assert_array_equal(pyfunc.load_model("models:/advml@best").predict(images), expected)
+        return load_classifier(folder).eval()(torch.from_numpy(IMAGES)).numpy()
+
+
+def test_a_registered_model_loads_through_mlflow_by_path_and_digest(study, load_registered):
+    study.sync()
+    folder = study.root / "models" / "finetune" / "CL-Full-AT-s0"
+    np.testing.assert_array_equal(load_registered("models:/advml@best").predict(IMAGES), logits_of(folder))
     assert not [path for path in (study.root / "mlruns").rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
     (folder / "model.safetensors").write_bytes(b"others")
     with pytest.raises(UserError, match="dvc pull models/finetune/CL-Full-AT-s0"):
-        pyfunc.load_model("models:/advml@best")
+        load_registered("models:/advml@best")
+
+
+@pytest.mark.parametrize("synced", [True, False])
+@pytest.mark.parametrize(("name", "alias"), [("CL-Full-AT-s0", "CL-Full-AT-s0"), ("best", "model-best")])
+def test_an_exported_model_is_registered_once_under_its_name_and_loads_without_the_study(
+    study, load_registered, monkeypatch, synced, name, alias
+):
+    monkeypatch.setattr(export, "to_onnx", lambda *of: None)
+    if name == "best":  # of another alias
+        save(build(ARCHITECTURE, seed=1), study.root / "models" / "imported" / name, {"name": name, "kind": "imported", "input": [1, 8, 8]})
+    if synced:
+        study.sync()
+    made = [export_model(Workspace(study.root), name, place=study.place) for _ in range(2)]
+    assert [one.registered for one in made] == [f"models:/advml@{alias}"] * 2
+    versions = study.store.client.search_model_versions("name = 'advml'")
+    assert len(versions) == 1 + (synced and name == "best")  # that of the best model is used again
+    folder = find_model(Workspace(study.root), name)
+    expected = logits_of(folder)
+    (folder / "model.safetensors").unlink()
+    np.testing.assert_array_equal(load_registered(made[0].registered).predict(IMAGES), expected)
+    if synced:
+        assert best(study).run_id == study.newest("CL-Full-AT-s0").info.run_id
+
+
+def test_an_encoder_is_exported_and_not_registered(study, monkeypatch):
+    folder = study.root / "models" / "pretrain" / "CL-at-s0"
+    save(build(replace(ARCHITECTURE, classes=None), seed=1), folder, json.loads((folder / "model.json").read_text()))
+    assert export_model(Workspace(study.root), "CL-at-s0", place=study.place).registered is None
+    assert not study.store.client.search_registered_models()
+
+
+def test_a_store_that_does_not_work_costs_a_line_and_no_export(study, monkeypatch, capfd):
+    monkeypatch.setattr(export, "to_onnx", lambda *of: None)
+    made = export_model(Workspace(study.root), "CL-AT-s0", place=study.having("tracking.uri=http://127.0.0.1:9").place)
+    assert made.registered is None and made.files == ("config.json", "model.safetensors")
+    assert "not registered" in capfd.readouterr().err

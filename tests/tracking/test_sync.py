@@ -313,7 +313,7 @@ def test_a_picture_that_has_not_changed_is_logged_once(whole):
     run = whole.newest("CL-AT-s0").info.run_id
 
     def logged(key: str) -> int:
-        return sum(path.startswith(f"images/{key}+") for path in whole.artifacts(run, "images"))
+        return sum(path.startswith(f"images/cka~{key}+") for path in whole.artifacts(run, "images"))
 
     before = {key: logged(key) for key in ("cka", "layers")}
     whole.store.client.set_tag(run, "advml.representation", "k" * 64)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, Place, Std, mean_option
+from advml.cli.options import PARAMS, Overrides, Params, Place, Std, mean_option
 from advml.cli.printing import say
 from advml.core.messages import tell
 from advml.core.paths import Workspace
@@ -44,18 +44,25 @@ def import_(
 def export(
     model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="models/exported/<MODEL>")] = None,
-    params: Place = PARAMS,
+    register: Annotated[bool, typer.Option(help="Register a classifier, with its weights, in MLflow under its name as alias.")] = True,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
 ) -> None:
-    """Write a model for other tools: weights for timm, and ONNX; the outputs of both are compared with the model's.
+    """Write a model for other tools, and register it in MLflow: weights for timm, and ONNX, both compared with the model's outputs.
 
     Writes models/exported/<MODEL>/: model.safetensors, config.json, model.onnx. Next: load it with the three lines that it prints
     """
+    from advml.config import load
+    from advml.config.store import locate
     from advml.pipeline.checkpoint_export import export_model
 
-    made = export_model(Workspace(params.parent), model, out)
+    place = locate(load(params, overrides or []).tracking, root=params.parent) if register and params.exists() else None
+    made = export_model(Workspace(params.parent), model, out, place=place)
     for remark in made.remarks:
         tell(f"note: {remark}")
     print("\n".join(made.lines))
+    if made.registered:
+        print(f"# or, of images in [0, 1]: mlflow.pyfunc.load_model({made.registered!r})")
     say(f"{made.folder}: {', '.join(made.files)}", "the three lines above, in Python")
 
 

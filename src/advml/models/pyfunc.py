@@ -31,14 +31,14 @@ class Classifier:
 
 
 def _load_pyfunc(path: str) -> Classifier:
-    """Load the classifier of a weights.json (`path`, `root`, `sha256`) from the study that has logged it, or from that path below here.
+    """Load the classifier of a weights.json (`path`, `root`, `sha256`): of an export from its own folder, else from the study that has
+    logged it, or from that path below the working directory.
 
     Raises:
-        UserError: neither place has weights with this sha256.
+        UserError: none of these places has weights with this sha256.
     """
     weights = read_json(Path(path), needs=("path", "root", "sha256"), remedy="rebuild the run with: advml sync")
-    for root in (weights["root"], Path.cwd()):
-        folder = Path(root, weights["path"])
+    for folder in (Path(path).parent, Path(weights["root"], weights["path"]), Path.cwd() / weights["path"]):
         if is_whole(folder) and read_record(folder)["digest"] == weights["sha256"]:
             return Classifier(load_classifier(folder).eval())
     told = f"no {weights['path']} with weights of sha256 {weights['sha256'][:16]} in {weights['root']} or here"

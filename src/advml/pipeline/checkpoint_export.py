@@ -1,4 +1,4 @@
-"""`advml export MODEL`: write a folder for timm and ONNX runtimes, and compare its outputs with the model's on test images."""
+"""`advml export MODEL`: write a folder for timm and ONNX runtimes, compared with the model on test images; register it in MLflow."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from advml import tracking
+from advml.config.store import Place
 from advml.core.errors import UserError
 from advml.core.io import replace_folder
 from advml.core.paths import Workspace, find_model
 from advml.data import prepared
 from advml.models import export
-from advml.models.network import Network, load
+from advml.models.network import Network, load, read_record
 
 CHECKED = 512  # largest number of test images for the comparison
 
@@ -23,11 +25,15 @@ class Exported:
     folder: Path
     files: tuple[str, ...]
     lines: tuple[str, ...]  # Python code that loads it with timm
+    registered: str | None  # its name in MLflow's registry: models:/advml@CL-AT-s0
     remarks: tuple[str, ...]
 
 
-def export_model(workspace: Workspace, model: str, out: Path | None = None) -> Exported:
+def export_model(workspace: Workspace, model: str, out: Path | None = None, *, place: Place | None = None) -> Exported:
     """Write the folder, replacing an earlier export; a model without classifier is exported as features, without ONNX.
+
+    Args:
+        place: the store in which the classifier is registered; None: in none.
 
     Raises:
         UserError: the model does not exist, or timm's network of this family has another kind of classifier.
@@ -49,7 +55,10 @@ def export_model(workspace: Workspace, model: str, out: Path | None = None) -> E
         files = tuple(sorted(path.name for path in folder.iterdir()))
     if network.architecture.normalize_logits:
         remarks.append("timm's network returns logits before their normalisation to unit length: same predictions, other confidences")
-    return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), tuple(remarks))
+    registered = None
+    if place and network.classifier is not None and read_record(source).get("kind") != "pretrain":
+        registered = tracking.register_exported(place, source)
+    return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), registered, tuple(remarks))
 
 
 def _onnx(network: Network, folder: Path, images: Tensor) -> list[str]:

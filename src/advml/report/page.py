@@ -34,7 +34,7 @@ REPRESENTATION = {  # column -> metric and number of digits
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the study that the page shows; `data`: its name; `attacked`: norm and epsilon of the evaluation's attacks."""
+    """Settings of the study shown on the page; `data`: its name; `attacked`: norm and epsilon of the evaluation's attacks."""
 
     grid: Grid
     seeds: tuple[int, ...]

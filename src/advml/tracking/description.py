@@ -24,6 +24,7 @@ OTHERS = {
     "transfer": ("adversarial images of each model, scored on every other one", ("transfer/transfer.png",)),
     "comparison": ("CKA between the layers of different models", ("cka/clean.png", "cka/adversarial.png")),
     "evaluation": ("a model from elsewhere, measured like the study's own", ()),
+    "imported": ("a published checkpoint", ()),
     "search": ("a search on validation images; each trial is a run below this one", ()),
 }
 MODES = {"st": "standard", "at": "adversarial"}
@@ -55,7 +56,7 @@ def _paragraphs(tags: Mapping[str, str], runs: str, run: str) -> Iterator[str]:
         studies = quote("tags.`advml.kind` = 'study'")
         yield f"Report: in the [runs of the study]({runs}?searchFilter={studies}&{UI_MODE})"
     if path := tags.get("advml.path"):
-        load = f'; load it with `advml.load_model("{path}")`' if kind == "model" else ""
+        load = f'; load it with `advml.load_model("{path}")`' if kind in ("model", "imported") else ""
         yield f"Weights: `{path}/model.safetensors` (`dvc pull {path}` fetches them){load}"
     if now := [f"`{key.removeprefix(NOW)}` {value}" for key, value in sorted(tags.items()) if key.startswith(NOW)]:
         yield f"The columns of parameters keep the first values. The last measurement took: {', '.join(now)}"

@@ -29,15 +29,14 @@ def log_files(client: MlflowClient, model: LoggedModel, folder: Path, *, root: P
         return
     client.log_model_artifact(model.model_id, str(record))
     content = read_json(record, remedy="restore it with: dvc checkout")
-    if content.get("kind") != "model" or "input" not in content:
+    classes = content.get("architecture", {}).get("classes")
+    if content.get("kind") == "pretrain" or "input" not in content or not classes:
         client.set_logged_model_tags(model.model_id, {"mlflow.model.isExternal": "true"})
         return
     with tempfile.TemporaryDirectory() as place:
-        weights, description = Path(place, WEIGHTS), Path(place, "MLmodel")
-        weights.write_text(json.dumps({"path": path, "root": str(root), "sha256": digest}, indent=1))
-        description.write_text(_mlmodel(model, shape=content["input"], classes=len(content["classes"])))
-        for file in (weights, description):
-            client.log_model_artifact(model.model_id, str(file))
+        Path(place, WEIGHTS).write_text(json.dumps({"path": path, "root": str(root), "sha256": digest}, indent=1))
+        Path(place, "MLmodel").write_text(_mlmodel(model, shape=content["input"], classes=classes))
+        client.log_model_artifacts(model.model_id, place)
 
 
 def _mlmodel(model: LoggedModel, *, shape: list[int], classes: int) -> str:

@@ -1,67 +1,100 @@
-"""The most robust model of a study, in MLflow's registry under the name of the experiment, with the alias `best`.
-
-Test images have no part in the choice: it is the model whose kept epoch had the highest accuracy on attacked validation images, see
-RULE. So models whose training does not measure it (ST) are no candidates.
-"""
+"""Versions of the registered model named like the experiment: the most robust model of a study, and those that were exported."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from advml.core.io import read_csv
+from advml.core.io import read_csv, read_json
 from advml.core.paths import Workspace
 from advml.tracking import store as stores
 from advml.tracking.names import DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
 from advml.tracking.parameters import OF_THE_ATTACK
-from advml.tracking.results import phases
-from advml.tracking.run import Record
+from advml.tracking.results import Record, phases
+from advml.tracking.run import Run
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 VERSIONS = "mlflow.modelVersions"  # tag of a logged model: MLflow's page of models shows them
-ALIAS, SCORE = "best", "validation/adversarial_accuracy"
-RULE = (
-    "Chosen by its accuracy on validation images under the attack of training, at the epoch that was kept; test images had no part in it. "
-    "Models whose phase has a radius or a number of steps of its own do not compare, and are left out."
+BEST, SCORE = "best", "validation/adversarial_accuracy"
+ABOUT = (
+    f"The alias `{BEST}` is the model with the highest accuracy on validation images under the attack of training, at the epoch that was "
+    "kept; test images had no part in it. Models whose phase has a radius or a number of steps of its own do not compare, and are left "
+    "out. Exported models have their name as alias."
 )
 
 
 def register_best(store: stores.Store) -> None:
-    """Let the alias point at the best model of the study that has been reported here; does nothing where it does so already."""
-    from mlflow.exceptions import MlflowException
+    """Let the alias point at the best model of the study that has been reported here, see ABOUT.
 
+    Test images have no part in the choice, and models whose training does not measure the score (ST) are no candidates.
+    """
     workspace = Workspace(store.place.root)
-    scored = {name: found for name in _reported(workspace) if (found := _score(workspace, name))}
+    table = workspace.reports / "summary.csv"
+    reported = [row["model"] for row in read_csv(table)] if table.exists() else []
+    scored = {name: found for name in reported if (found := _score(workspace, name))}
     if not scored:
         return
-    model = max(scored, key=lambda name: scored[name][0])
-    score, digest = scored[model]
-    run, client = store.find(kind="model", name=model, digest=digest), store.client
-    if run is None or MODEL not in run.data.tags:
-        return
-    name = re.sub(r"[/:]", "_", store.place.experiment)
+    name = max(scored, key=lambda name: scored[name][0])
+    score, digest = scored[name]
+    if (run := store.find(kind="model", name=name, digest=digest)) and MODEL in run.data.tags:
+        scores = {SCORE: f"{score:.4f}"}
+        _register(Run(store, run), alias=BEST, tags=scores, about=f" On validation under attack: {100 * score:.1f} %.")
+
+
+def register_exported(place: stores.Place, folder: Path) -> str | None:
+    """Register the classifier in `folder` with its weights, so that MLflow loads it wherever the store is reached; its alias is its name.
+
+    A version of the same weights that is there gets them and the alias; a model without a run gets one.
+
+    Returns:
+        `models:/advml@CL-AT-s0`; None, and one warning line, where the store does not work.
+    """
+
+    def register() -> str:
+        store = stores.connect(place)
+        record = read_json(folder / "model.json", needs=("name", "kind", "digest"), remedy="restore it with: dvc checkout")
+        if found := store.find(name=record["name"], digest=record["digest"]):
+            run = Run(store, found)
+        else:
+            with Run.begin(store, record) as run:
+                run.log_checkpoint(folder, digest=record["digest"])
+        store.client.log_model_artifact(run.tags[MODEL], str(folder / "model.safetensors"))
+        alias = re.sub(r"[^\w-]", "_", record["name"], flags=re.ASCII)
+        if re.fullmatch(rf"{BEST}|latest|v\d+", alias, re.IGNORECASE):  # the last two are reserved by MLflow
+            alias = f"model-{alias}"
+        return f"models:/{_register(run, alias=alias).name}@{alias}"
+
+    return stores.attempt(place, register, then="the exported model is not registered")
+
+
+def _register(run: Run, *, alias: str, tags: Mapping[str, str] | None = None, about: str = "") -> ModelVersion:
+    """The version of a run's model, made where there is none, to which the alias points then."""
+    from mlflow.exceptions import MlflowException
+
+    client, name = run.client, re.sub(r"[/:]", "_", run.store.place.experiment)
     try:
-        client.create_registered_model(name, description=RULE)
+        client.create_registered_model(name, description=ABOUT)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    known = [version for version in client.search_model_versions(f"name = '{name}'") if version.run_id == run.info.run_id]
-    if not known:
-        logged = client.get_logged_model(run.data.tags[MODEL])
-        tags = {key: run.data.tags[key] for key in (DIGEST, FLAGS, TRANSFER_FLAGS) if key in run.data.tags} | {SCORE: f"{score:.4f}"}
-        about = f"{model}. On test: {run.data.tags.get(RESULT, 'not measured')}. On validation under attack: {100 * score:.1f} %."
-        of = {"run_id": run.info.run_id, "model_id": logged.model_id, "tags": tags, "description": about}
+    version = next((one for one in client.search_model_versions(f"name = '{name}'") if one.run_id == run.id), None)
+    if version is None:
+        logged = client.get_logged_model(run.tags[MODEL])
+        told = f"{run.tags['advml.name']}. On test: {run.tags.get(RESULT, 'not measured')}.{about}"
+        told_of = {key: run.tags[key] for key in (DIGEST, FLAGS, TRANSFER_FLAGS) if key in run.tags} | dict(tags or {})
         # Its place, not `models:/<id>`, which MLflow looks up in the store that is set globally.
-        known = [client.create_model_version(name, logged.artifact_location, **of)]
-        versions = [*json.loads(logged.tags.get(VERSIONS, "[]")), {"name": name, "version": int(known[0].version)}]
+        of = {"run_id": run.id, "model_id": logged.model_id, "tags": told_of, "description": told}
+        version = client.create_model_version(name, logged.artifact_location, **of)
+        versions = [*json.loads(logged.tags.get(VERSIONS, "[]")), {"name": name, "version": int(version.version)}]
         client.set_logged_model_tags(logged.model_id, {VERSIONS: json.dumps(versions)})
-    if client.get_registered_model(name).aliases.get(ALIAS) != known[0].version:
-        client.set_registered_model_alias(name, ALIAS, known[0].version)
-
-
-def _reported(workspace: Workspace) -> list[str]:
-    """The models of the result table."""
-    table = workspace.reports / "summary.csv"
-    return [row["model"] for row in read_csv(table)] if table.exists() else []
+    if client.get_registered_model(name).aliases.get(alias) != version.version:
+        client.set_registered_model_alias(name, alias, version.version)
+    return version
 
 
 def _score(workspace: Workspace, model: str) -> tuple[float, str] | None:
@@ -70,11 +103,9 @@ def _score(workspace: Workspace, model: str) -> tuple[float, str] | None:
     None where its training, or the pretraining behind it, has not measured it, or under another attack than that of the study.
     """
     found = phases(workspace, workspace.model(model))
-    for record, history in found:
-        if history:  # the last phase that has learned anything
-            kept = next((epoch for epoch in history if epoch["epoch"] == record.get("epoch")), {})
-            return (kept[SCORE], found[0][0]["digest"]) if SCORE in kept and _under_the_attack_of_the_study(record) else None
-    return None
+    record, history = next((phase for phase in found if phase[1]), ({}, []))  # the last one that has learned anything
+    kept = next((epoch for epoch in history if epoch["epoch"] == record.get("epoch")), {})
+    return (kept[SCORE], found[0][0]["digest"]) if SCORE in kept and _under_the_attack_of_the_study(record) else None
 
 
 def _under_the_attack_of_the_study(record: Record) -> bool:

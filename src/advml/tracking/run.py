@@ -14,6 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
+from advml.core.io import sha256
 from advml.core.processes import this_process
 from advml.core.provenance import dvc_stage, git_commit
 from advml.core.signals import deferred
@@ -30,20 +31,14 @@ DIGEST_LENGTH = 12  # MLflow holds 36, but a table of runs has no room for them;
 
 
 def guarded(function: Callable) -> Callable:
-    """A method, or a function of a run, that does nothing once the store has failed, and raises nothing, unless the run is `strict`."""
+    """A method, or a function of a run, that raises nothing and does nothing once the store has failed, unless the run is `strict`."""
 
     @functools.wraps(function)
     def call(run: Run, *args: Any, **kwargs: Any) -> Any:
-        if (store := run.store) is None:
-            return None
-        try:
+        if run.strict:
             with deferred():
                 return function(run, *args, **kwargs)
-        except Exception as error:
-            if run.strict:
-                raise
-            run.store = None
-            return stores.give_up(store.place, error)
+        return run.store and stores.attempt(run.store.place, lambda: function(run, *args, **kwargs))
 
     return call
 
@@ -55,8 +50,10 @@ class Run:
     into SystemExit). What goes wrong, a `strict` run raises; another one gives the store up, with one warning line.
     """
 
-    def __init__(self, store: stores.Store | None, entity: Any, *, strict: bool = False) -> None:
-        self.store, self.client, self.strict = store, store and store.client, strict
+    strict = True
+
+    def __init__(self, store: stores.Store | None, entity: Any) -> None:
+        self.store, self.client = store, store and store.client
         self.id: str | None = entity and entity.info.run_id
         self.end_time: int | None = None  # ms since 1970
         self.tags, self._params, self._metrics = (
@@ -79,21 +76,21 @@ class Run:
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        stage, experiment = (dvc_stage(), os.environ.get("DVC_EXP_NAME")) if written is None else (None, None)
-        about = {"dvc_stage": stage, "dvc_experiment": experiment, "synced": "true" if written is not None else None}
-        about |= {"data_digest": (record.get("data") or {}).get("digest"), "process": this_process()}
-        about |= {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags or {})
-        wanted = {key if "." in key else f"advml.{key}": str(value) for key, value in about.items() if value not in (None, "")}
-        wanted |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
-        if commit := record.get("git_commit") or (git_commit(store.place.root) if written is None else None):
-            wanted[COMMIT] = commit
+        new = written is None
+        stage = dvc_stage() if new else None
+        about = {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags or {})
+        about |= {"data_digest": (record.get("data") or {}).get("digest"), "process": this_process(), "synced": None if new else "true"}
+        about |= {"dvc_stage": stage, "dvc_experiment": os.environ.get("DVC_EXP_NAME") if new else None}
+        about |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
+        about |= {COMMIT: record.get("git_commit") or (git_commit(store.place.root) if new else None)}
         with contextlib.suppress(OSError, KeyError):  # a container whose user has no name
-            wanted["mlflow.user"] = getpass.getuser()
+            about["mlflow.user"] = getpass.getuser()
+        wanted = {key if "." in key else f"advml.{key}": str(value) for key, value in about.items() if value not in (None, "")}
         if found := store.find(run_id=run_id) if run_id else None:
             store.client.update_run(found.info.run_id, status="RUNNING")
         else:
             found = store.client.create_run(store.experiment, start_time=written, tags=wanted, run_name=record.get("title", record["name"]))
-        run = cls(store, found, strict=written is not None)
+        run = cls(store, found)
         run.end_time = written
         run.set_tags(wanted)
         run.log_params(comparable(record))
@@ -105,7 +102,6 @@ class Run:
         run.link(record.get("pretraining"))
         return run
 
-    @guarded
     def link(self, pretraining: Record | None) -> None:
         """Link the run whose weights this one started from, by `name` and `digest`, once the store has it."""
         from mlflow.entities import LoggedModelInput
@@ -116,7 +112,6 @@ class Run:
             if model := parent.data.tags.get(MODEL):
                 self.client.log_inputs(self.id, models=[LoggedModelInput(model)])
             self.set_tags({PARENT: parent.info.run_id, "advml.pretraining_name": parent.info.run_name})
-            self.describe()
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +131,6 @@ class Run:
             self._machine.finish()
         self.client.set_terminated(self.id, status, self.end_time)
 
-    @guarded
     def watch_machine(self) -> None:
         """Log load and memory of processor and GPU every ten seconds, if MLflow's switch MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is on."""
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
@@ -173,10 +167,10 @@ class Run:
             self._points[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
         return self._points[key]
 
-    def log_metrics(self, metrics: Record, *, instead_of: Sequence[str] = ()) -> None:
+    def log_metrics(self, metrics: Record, *, replaced: Sequence[str] = ()) -> None:
         """Log the final metrics that are new or have changed, on the run and on its model.
 
-        Those that the run has, that `metrics` lacks, and whose first word (`accuracy` of `accuracy/clean`) is one of `instead_of`,
+        Those that the run has, that `metrics` lacks, and whose first word (`accuracy` of `accuracy/clean`) is one of `replaced`,
         become NaN: MLflow deletes none, and an earlier value would pass for today's.
         """
         from mlflow.entities import Metric
@@ -184,7 +178,7 @@ class Run:
         now, about = int(1000 * time.time()), {"model_id": self.tags.get(MODEL)}
         if self._data:
             about |= {"dataset_name": self._data.name, "dataset_digest": self._data.digest}
-        gone = {key: math.nan for key in self._metrics if key.partition("/")[0] in instead_of}
+        gone = {key: math.nan for key in self._metrics if key.partition("/")[0] in replaced}
         changed = {key: value for key, value in (gone | _numbers(metrics)).items() if repr(value) != repr(self._metrics.get(key))}
         self.client.log_batch(self.id, metrics=[Metric(key, value, now, 0, **about) for key, value in changed.items()], synchronous=True)
         self._metrics |= changed
@@ -198,7 +192,6 @@ class Run:
         self.client.log_batch(self.id, params=[Param(*one) for one in fresh.items()], synchronous=True)
         self._params |= fresh
         self.set_tags({f"{NOW}{key}": text if text != self._params[key] else None for key, text in texts.items()})
-        self.describe()
 
     def log_config(self, part: str, parameters: Record | None) -> None:
         """Store all parameters of a part of the work, resolved and nested as in params.yaml, as `config/<part>.yaml`."""
@@ -222,7 +215,6 @@ class Run:
         root, known = self.store.place.root, (Path(os.path.abspath(folder)), folder.resolve())  # the first one as the study names it
         path = next((path.relative_to(root).as_posix() for path in known if path.is_relative_to(root)), str(known[0]))
         self.set_tags({"advml.path": path})
-        self.describe()
         tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE} | {DIGEST: digest}
         about = {"model_type": tags["advml.kind"], "params": {"path": path, "sha256": digest}, "source_run_id": self.id}
         model = self.client.create_logged_model(self.store.experiment, name=tags["advml.name"], tags=tags, **about)
@@ -231,14 +223,17 @@ class Run:
         self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         self.set_tags({MODEL: model.model_id, DIGEST: digest})
 
-    def describe(self, *logged: str) -> None:
-        """Bring the run's description up to date; `logged`: parts whose files it has by now, beside those of which a tag tells."""
-        text = describe({**self.tags, **{f"advml.{part}": "" for part in logged}}, run=self.id, experiment=self.store.experiment)
-        if text or NOTE in self.tags:
-            self.set_tags({NOTE: text})
+    def log_picture(self, file: Path, *, key: str) -> None:
+        """Add a picture to the UI's image grid, which keeps every one that it is given: only if it has changed."""
+        from PIL import Image
+
+        if self.tags.get(tag := f"advml.image.{key}") != (made := sha256(file)):
+            with Image.open(file) as image:
+                self.client.log_image(self.id, image.copy(), key=key, step=0)
+            self.set_tags({tag: made})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
-        """Set the tags that have changed, in this order; None: delete."""
+        """Set the tags that have changed, in this order; None: delete. The run's description, made of them, follows."""
         for key, value in tags.items():
             if value is None and key in self.tags:
                 self.client.delete_tag(self.id, key)
@@ -246,6 +241,8 @@ class Run:
             elif value not in (None, self.tags.get(key)):
                 self.client.set_tag(self.id, key, value, synchronous=True)
                 self.tags[key] = value
+        if (text := describe(self.tags, run=self.id, experiment=self.store.experiment)) and NOTE not in tags:
+            self.set_tags({NOTE: text})
 
 
 def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, discarded: str | None = None) -> Run:
@@ -254,16 +251,16 @@ def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, 
     The record is what model.json will hold; `discarded` a run of other inputs, which a process that is gone has left RUNNING.
     """
 
-    def begin(store: stores.Store) -> Run:
+    def begin() -> Run:
+        store = stores.connect(place)
         if discarded and (orphan := store.find(run_id=discarded)) and orphan.info.status == "RUNNING":
             store.client.set_terminated(discarded, "KILLED")
         run = Run.begin(store, record, run_id=run_id)
         run.watch_machine()
         return run
 
-    if (run := stores.attempt(place, begin)) is None:
-        run = Run(None, None)
-        run.id = run_id  # kept in the caller's state, so that a later resume finds its run again
+    run = stores.attempt(place, begin) or Run(None, None)
+    run.id, run.strict = run.id or run_id, False  # without a store kept in the caller's state, so that a later resume finds its run again
     return run
 
 

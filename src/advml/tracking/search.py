@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from advml.core.io import read_json, sha256
-from advml.core.paths import SEARCH_FILES
 from advml.tracking import store as stores
 from advml.tracking.names import DIGEST, NOTE
-from advml.tracking.results import REMEDY, log_winner
+from advml.tracking.results import search
 from advml.tracking.run import Run, guarded
+from advml.tracking.sync import log
 
 NESTED_IN, TRIAL, STATE, BEST = "mlflow.parentRunId", "advml.trial", "advml.state", "advml.best"
 STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -42,11 +40,11 @@ class SearchRun(Run):
     def _known(self) -> dict[int, Run]:
         """The nested runs, also those that an earlier command has made, so that none is made twice."""
         if self._trials is None:
-            search = partial(self.client.search_runs, [self.store.experiment], f"tags.`{NESTED_IN}` = '{self.id}'")
-            pages = [search()]
-            while token := pages[-1].token:
-                pages.append(search(page_token=token))
-            self._trials = {int(one.data.tags[TRIAL]): Run(self.store, one) for page in pages for one in page}
+            from mlflow.store.tracking import SEARCH_MAX_RESULTS_THRESHOLD
+
+            of_this = f"tags.`{NESTED_IN}` = '{self.id}'"
+            found = self.client.search_runs([self.store.experiment], of_this, max_results=SEARCH_MAX_RESULTS_THRESHOLD)
+            self._trials = {int(one.data.tags[TRIAL]): Run(self.store, one) for one in found}
         return self._trials
 
     @guarded
@@ -74,20 +72,23 @@ class SearchRun(Run):
     @guarded
     def log_results(self, folder: Path, files: Sequence[Path]) -> None:
         """Log the files that the search has written into `folder`, and how its best trial did; tagged as `sync` tags them."""
-        for file in files:
+        result = search(folder)
+        for file in {*files} - {*result.all_files}:
             self.client.log_artifact(self.id, str(file), "tune")
-        written = [folder / name for name in SEARCH_FILES]
-        if all(path.exists() for path in written):
-            log_winner(self, read_json(written[0], needs=("scored",), remedy=REMEDY))
-            self.set_tags({"advml.files": sha256(*written), DIGEST: sha256(*written)})
+        if made := result.digest():
+            log(self, result, result.read())
+            self.set_tags({"advml.files": made, DIGEST: made})
 
 
 def open_search(place: stores.Place, *, name: str, identity: str, tags: Mapping[str, Any], params: Mapping[str, Any]) -> SearchRun:
     """Start the parent run of a study, or go on with the one that an earlier command has begun for a study of this `identity`."""
     record = {"name": name, "kind": "search", "parameters": params}
 
-    def begin(store: stores.Store) -> SearchRun:
+    def begin() -> SearchRun:
+        store = stores.connect(place)
         begun = store.find(study=identity)
         return SearchRun.begin(store, record, tags={**tags, "study": identity}, run_id=begun and begun.info.run_id)
 
-    return stores.attempt(place, begin) or SearchRun(None, None)
+    run = stores.attempt(place, begin) or SearchRun(None, None)
+    run.strict = False
+    return run

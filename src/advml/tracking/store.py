@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
+LATER = "training goes on, `advml sync` adds the run later"
 _broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
 
 
@@ -140,23 +141,24 @@ def _of_this_folder(client: MlflowClient, experiment: Experiment, place: Place) 
     return back
 
 
-def attempt(place: Place, action: Callable[[Store], Any]) -> Any:
-    """`action(store)`; None, and one warning line, where the store does not work."""
+def attempt(place: Place, action: Callable[[], Any], *, then: str = LATER) -> Any:
+    """`action()`; None, and one warning line, where the store does not work, that says what comes of it: `then`."""
     done = None
     try:
         if place.uri not in _broken:
             with deferred():
-                done = action(connect(place))
+                done = action()
     except Exception as error:
-        give_up(place, error)
+        give_up(place, error, then=then)
     except BaseException as error:  # a signal, which has waited for the action: the run that it has begun is ended as well
         if isinstance(done, contextlib.AbstractContextManager):
-            done.__exit__(type(error), error, None)
+            with contextlib.suppress(Exception):
+                done.__exit__(type(error), error, None)
         raise
     return done
 
 
-def give_up(place: Place, error: Exception, *, then: str = "training goes on, `advml sync` adds the run later") -> None:
+def give_up(place: Place, error: Exception, *, then: str = LATER) -> None:
     """One warning line for this store, the first time only; `then` says what comes of it."""
     if place.uri not in _broken:
         _broken.add(place.uri)

@@ -1,18 +1,29 @@
-"""Runs rebuilt from files, or brought up to date with them: after `dvc pull`, a run-cache hit or an outage MLflow lags behind."""
+"""Files of the stages in MLflow: a stage's own as soon as it has written them, and by `sync` all that MLflow lacks.
+
+MLflow lags behind after `dvc pull`, a run-cache hit or an outage. The tag with the sha256 of files is written last: it says that all of
+them have been logged; another one, or none, that some are not.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from advml.core.errors import Failure, UserError
-from advml.core.io import modified, read_json
+from advml.core.io import modified, read_csv, read_json
 from advml.core.paths import Workspace
 from advml.core.processes import has_ended
+from advml.core.training_cost import training_cost
+from advml.evaluation.flag_summary import NONE, transfer_flags
 from advml.tracking import store as stores
-from advml.tracking.names import DIGEST, PROCESS
+from advml.tracking.names import COMMIT, DIGEST, MODEL, PROCESS, TRANSFER_FLAGS
+from advml.tracking.parameters import comparable
 from advml.tracking.registry import register_best
-from advml.tracking.results import REMEDY, comparison, complete, log_model, log_parts, results
-from advml.tracking.run import Run
+from advml.tracking.results import REMEDY, Record, Result, comparison, of_model, phases, results
+from advml.tracking.run import Run, guarded
 
 
 def sync(place: stores.Place) -> list[str]:
@@ -33,7 +44,7 @@ def sync(place: stores.Place) -> list[str]:
         store = stores.connect(place)
         changed = [folder.name for folder in folders if _log_folder(store, folder)]
         _end_orphans(store)
-        changed += [one.name for one in results(workspace) if complete(store, one, rebuilt=True)]
+        changed += [one.name for one in results(workspace) if _complete(store, one, rebuilt=True)]
         register_best(store)
         return changed
     except (Failure, UserError):
@@ -44,28 +55,124 @@ def sync(place: stores.Place) -> list[str]:
 
 def log_folder(place: stores.Place, folder: Path) -> None:
     """Log what a stage has just written about the trained model in `folder`: `sync`, of this one. Never raises for the store's sake."""
-    stores.attempt(place, lambda store: _log_folder(store, folder))
+    stores.attempt(place, lambda: _log_folder(stores.connect(place), folder))
 
 
 def log_result(place: stores.Place, what: str | Path) -> None:
     """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
-    chosen = [comparison(what)] if isinstance(what, Path) else [one for one in results(Workspace(place.root)) if one.name == what]
-    stores.attempt(place, lambda store: [complete(store, one) for one in chosen])
-    if what == "study":
-        stores.attempt(place, register_best)
+
+    def complete() -> None:
+        store = stores.connect(place)
+        for one in [comparison(what)] if isinstance(what, Path) else results(Workspace(place.root)):
+            if isinstance(what, Path) or one.name == what:
+                _complete(store, one)
+        if what == "study":
+            register_best(store)
+
+    stores.attempt(place, complete)
 
 
 def _log_folder(store: stores.Store, folder: Path) -> bool:
     """Bring the run of a model up to date, or make it; the file's own time stands in for the clock. False: nothing was to be done."""
     record = read_json(folder / "model.json", needs=("name", "kind", "digest", "parameters", "data"), remedy=f"{REMEDY} {folder}")
-    if found := store.find(name=record["name"], digest=record["digest"], kind=record["kind"]):
-        run = Run(store, found, strict=True)
+    found, workspace = store.find(name=record["name"], digest=record["digest"], kind=record["kind"]), Workspace(store.place.root)
+    made = contextlib.nullcontext(Run(store, found)) if found else Run.begin(store, record, written=modified(folder / "model.json"))
+    with made as run:
         run.link(record.get("pretraining"))  # its own run may have come later
-        return any([log_model(run, folder, digest=record["digest"]), log_parts(run, folder)])
-    with Run.begin(store, record, written=modified(folder / "model.json")) as run:
-        log_model(run, folder, digest=record["digest"])
-        log_parts(run, folder)
+        logged = [log_model(run, folder, digest=record["digest"])]
+        logged += [_add(run, part, log) for part in of_model(workspace, folder.name)]
+        return any([*logged, _log_transfer_flags(run, folder.name), found is None])
+
+
+@guarded
+def log_model(run: Run, folder: Path, *, digest: str) -> bool:
+    """Log what a training phase has written, and with it complete its run; False if the run was complete."""
+    workspace = Workspace(run.store.place.root)
+    learnt = phases(workspace, folder)
+    curves = [workspace.report(name) / "history.json" for name in (folder.name, *(record["name"] for record, _ in learnt[1:]))]
+    files = folder / "model.json", curves[0], *filter(Path.exists, curves[1:])
+    logged = _add(run, Result("training", folder.name, {"": files}, ("digest",)), partial(_log_training, learnt=learnt))
+    run.log_checkpoint(folder, digest=digest)
+    return logged
+
+
+def _add(run: Run, part: Result, log: Callable[[Run, Result, Record], None]) -> bool:
+    """Add a part to a model's run, unless files are missing, the run has them already, or they are of other weights."""
+    made = part.digest()
+    if made is None or run.tags.get(tag := f"advml.{part.kind}") == made:
+        return False
+    record = part.read()
+    if run.tags.get(DIGEST, record["digest"]) != record["digest"]:  # trained anew, and not yet measured
+        return False
+    run.log_params(comparable(record if part.kind == "training" else {"parameters": record.get("parameters")}))
+    run.log_config(part.kind, record.get("parameters"))
+    log(run, part, record)
+    run.set_tags({tag: made})
     return True
+
+
+def log(run: Run, result: Result, record: Record) -> None:
+    """Log a record as `result` says, and its files; pictures also in the UI's image grid, which compares runs by their names."""
+    run.log_metrics(result.metrics(record), replaced=result.replaced)
+    for path, rows in result.tables.items():
+        run.log_table(read_csv(result.all_files[0].with_name(rows)) if isinstance(rows, str) else rows(record), path)
+    run.set_tags(result.tags(record))
+    for folder, files in result.files.items():
+        for file in files:
+            if file.suffix == ".png" and result.grid is not None:
+                run.log_picture(file, key=f"{result.grid}{file.stem}")
+            run.client.log_artifact(run.id, str(file), folder or None)
+
+
+def _log_training(run: Run, training: Result, record: Record, *, learnt: Sequence[tuple[Record, list[Record]]]) -> None:
+    made = training.all_files[0]
+    run.log_epochs(learnt[0][1], at=modified(made))
+    run.log_metrics(training_cost(Workspace(run.store.place.root), record))
+    if model := run.tags.get(MODEL):  # of before; a new one gets both later
+        run.client.log_model_artifact(model, str(made))
+        run.set_tags({COMMIT: record.get("git_commit")})
+    if drawn := {one["name"]: (history, one.get("epoch")) for one, history in reversed(learnt) if history}:
+        from advml.figures.training import training_curves  # matplotlib takes half a second to import: after the work, not before
+
+        run.client.log_figure(run.id, training_curves(drawn), "curves.png")
+
+
+def _log_transfer_flags(run: Run, name: str) -> bool:
+    """The flags that a transfer has given these weights."""
+    path = Workspace(run.store.place.root).report("transfer") / "transfer.json"
+    content = read_json(path, needs=("seeds",), remedy=REMEDY) if path.exists() else {"seeds": []}
+    flags = ", ".join(flag["name"] for flag in transfer_flags(content).get(name, ())) or NONE
+    weights = {block["digests"].get(name) for block in content["seeds"]}
+    if run.tags.get(DIGEST) not in weights or run.tags.get(TRANSFER_FLAGS) == flags:
+        return False
+    run.set_tags({TRANSFER_FLAGS: flags})
+    return True
+
+
+def _complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> bool:
+    """Make the run of a result, or what it lacks; False if it lacks nothing, or files are missing (there was nothing to compare)."""
+    if (made := result.digest()) is None:
+        return False
+    found = store.find(kind=result.kind, name=result.name, files=None if result.in_place else made)
+    if found and result.in_place and found.info.status == "RUNNING":  # its command is at work, and logs the files itself
+        return False
+    if found is not None and found.data.tags.get(DIGEST) == made:
+        return False
+    content = result.read()
+    record = {"name": result.name, "kind": result.kind} | {key: content[key] for key in ("parameters", "git_commit") if key in content}
+    record["title"] = _title(record, written_now=not rebuilt)
+    about = {"run_id": found and found.info.run_id, "written": max(map(modified, result.all_files)) if rebuilt else None}
+    with Run.begin(store, record, tags={"files": made}, **about) as run:
+        log(run, result, content)
+        run.set_tags({DIGEST: made})
+    return True
+
+
+def _title(record: Record, *, written_now: bool) -> str:
+    """`study 337986e`: results of one name are told apart by commit and, while DVC runs one, by its experiment."""
+    commit, dash, dirty = (record.get("git_commit") or "").partition("-")
+    experiment = os.environ.get("DVC_EXP_NAME", "") if written_now else ""
+    return " ".join(filter(None, (record["name"], f"{commit[:7]}{dash}{dirty}", experiment)))
 
 
 def _end_orphans(store: stores.Store) -> None:

@@ -39,6 +39,7 @@ def save(client: MlflowClient, experiment: str) -> None:
     tags = client.get_experiment(experiment).tags
     if VIEW not in tags:
         state = {"selectedColumns": list(COLUMNS), "columnOrder": list(COLUMNS), "columnWidths": COLUMNS, "runsHiddenMode": "SHOW_ALL"}
+        state |= {"orderByKey": "metrics.`accuracy/worst_case`", "orderByAsc": False}
         now = int(time.time() * 1000)
         view = {"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
         client.set_experiment_tag(experiment, VIEW, json.dumps(view))
