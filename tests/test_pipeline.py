@@ -203,7 +203,7 @@ def test_no_command_holds_a_value_of_params(pipeline):
 @pytest.mark.parametrize("key", sorted(interpolated(REPOSITORY / "dvc.yaml")))
 def test_a_value_that_would_name_stages_and_files_is_refused_by_its_key(copied, key):
     plant(copied, key)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(copied / 'params.yaml'))}: {re.escape(key)}\[0\] = [^\n]*$"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(copied / 'params.yaml'))}: {re.escape(key)}\[0\] = [^\n]*$"):
         check.run(copied / "params.yaml")
 
 

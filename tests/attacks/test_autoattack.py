@@ -144,7 +144,7 @@ def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name
     network = Exact(small_network(classes))
     images, labels = batch(network)
     if not applicable(name, classes):
-        with pytest.raises(UserError, match=f"{name} needs at least 4 classes, and the model has {classes}"):
+        with pytest.raises(UserError, match=f"{name} .* 4 .* {classes}"):
             run(name, network, images, labels, norm=norm, classes=classes)
         return
     theirs = alone(name, images, labels, partial(directly, name, network, norm=norm, targets=min(3, classes - 1)))
@@ -433,7 +433,7 @@ def test_an_attack_that_leaves_ball_or_box_is_a_failure_that_names_it(norm, wher
     monkeypatch.setitem(ATTACKS, "square", Recipe("square", 2, lambda *_: Leaving()))
     images = torch.full((3, 1, 4, 4), 0.5)
     images[1, 0, 0, 0] = 1.0 if where == "box" else 0.05
-    with pytest.raises(Failure, match=f"^the attack square left the {norm} ball of radius {BLIND[norm]} or the box") as error:
+    with pytest.raises(Failure, match=f"square .*{norm} .*{BLIND[norm]}") as error:
         run("square", Constant(1.0, 0.0), images, torch.zeros(3, dtype=torch.int64), norm=norm, classes=2)
     assert "\n" not in str(error.value)
 
@@ -454,11 +454,11 @@ def test_rounding_outside_of_the_ball_is_projected_back(norm, monkeypatch):
 def test_wrong_names_class_counts_and_images_are_errors_that_say_so():
     network = small_network()
     images, labels = batch(network)
-    with pytest.raises(UserError, match=r"no attack 'apgd' of AutoAttack; choose from apgd-ce, apgd-t, fab-t, square"):
+    with pytest.raises(UserError, match=r"'apgd'.* apgd-ce, apgd-t, fab-t, square"):
         run("apgd", network, images, labels)
     with pytest.raises(UserError, match="choose from"):
         applicable("fab", 10)
-    with pytest.raises(Failure, match=r"logits of shape \(6, 4\), an attack needs \(6, 10\)"):
+    with pytest.raises(Failure, match=r"\(6, 4\).*\(6, 10\)"):
         run("apgd-ce", network, images, labels, classes=10)
     for wrong in (2 * images, -images, images * torch.nan):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):

@@ -319,7 +319,7 @@ def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused() -> None:
     for key, names in config.WITHOUT_EFFECT.items():
         for name, why in names.items():
             assert config.changed(loaded, {f"{key}.{name}": NEUTRAL["Phase"][name]}).phases[key] is not None
-            with pytest.raises(UserError, match=f"{key}.{name} = .* has no effect: {why}; set it to "):
+            with pytest.raises(UserError, match=f"{key}.{name} = .*{why}"):
                 config.changed(loaded, {f"{key}.{name}": other[name]})
 
 

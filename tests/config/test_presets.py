@@ -93,7 +93,7 @@ def test_an_override_reaches_every_key_written_or_not_and_is_written(overrides: 
 
 
 def test_a_wrong_override_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^-S threat_model\.eps=1: unknown key 'threat_model\.eps'"):
+    with pytest.raises(UserError, match=r"^-S threat_model\.eps=1"):
         preset("digits", overrides=["threat_model.eps=1"])
 
 

@@ -512,7 +512,7 @@ def refuse_to_list(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     root = plant(tmp_path / "p", "cats=3", "dogs=3", "owls=3")
     refuse_to_list(root / "dogs", monkeypatch)
-    with pytest.raises(UserError, match=r"p/dogs cannot be listed \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"p/dogs .*Permission denied"):
         read(root)
 
 

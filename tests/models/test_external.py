@@ -266,13 +266,13 @@ def test_the_class_of_the_one_logit_is_the_second_of_the_names_given(two):
 
 
 def test_one_probability_of_two_classes_is_no_logit(two):
-    with pytest.raises(UserError, match=r"binary:probability gives one number per image between 0 and 1, .* wrap it: def wrapped\(\)"):
+    with pytest.raises(UserError, match=r"binary:probability .* def wrapped\(\)"):
         found("binary:probability", two)
 
 
 def test_one_logit_of_more_classes_is_refused(here, dataset):
     (here / "binary.py").write_text(BINARY)
-    with pytest.raises(UserError, match=r"gives \(2, 1\) for 2 images; the prepared data need \(2, 4\)"):
+    with pytest.raises(UserError, match=r"\(2, 1\) .*\(2, 4\)"):
         found("binary:column", dataset)
 
 
@@ -348,7 +348,7 @@ def test_a_prefix_of_all_weights_is_stripped_told_and_recorded(weights, dataset,
 def test_a_pickle_in_place_of_a_model_is_told_how_to_convert(dataset, tmp_path):
     for target, how in ((str(tmp_path / "w.pth"), {}), ("test_resnet", {"weights": tmp_path / "w.pth"})):
         (tmp_path / "w.pth").write_bytes(b"PK")
-        with pytest.raises(UserError, match=r"a pickle .*advml import .*w\.pth --backbone"):
+        with pytest.raises(UserError, match=r"advml import .*w\.pth --backbone"):
             found(target, dataset, **how)
 
 
@@ -409,7 +409,7 @@ def test_our_model_from_elsewhere_gives_the_very_figures_of_its_stage(make_study
     assert evaluate.of_study(study.workspace, str(folder)) == {"scheme": "CL", "regime": "ST", "seed": 0}
     assert evaluate.of_study(study.workspace, "CL-ST-s0") and evaluate.of_study(study.workspace, "resnet18") is None
     given = found(str(folder), context.dataset)
-    with pytest.raises(UserError, match=r"CL-ST-s0 is a name of this study.*--name"):
+    with pytest.raises(UserError, match=r"CL-ST-s0 .*--name"):
         evaluate.run_given(context, given)
     assert evaluate.run_given(context, replace(given, name="other")) == metrics
 
@@ -435,7 +435,7 @@ def test_names_that_are_not_as_many_as_logits_are_refused(here, dataset, make_ne
     """Four of more logits would pass for logits of the four classes."""
     names, folder = ",".join(dataset.classes), saved(here / "other", make_network(classes=5), dataset, classes=list("abcde"))
     for target, count in (("somebodys:wide", 9), ("somebodys:narrow", 3), (folder, 5)):
-        with pytest.raises(UserError, match=rf"name 4 classes, but the model gives {count} logits"):
+        with pytest.raises(UserError, match=rf" 4 classes.* {count} logits"):
             found(target, dataset, classes=names)
 
 

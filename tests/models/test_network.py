@@ -316,13 +316,13 @@ def test_a_folder_without_a_model_stops_with_its_path_and_the_remedy(tmp_path):
 def test_unusable_weights_stop_with_the_reason_and_the_remedy(tmp_path):
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.pop("encoder.bn1.running_mean"))
-    with pytest.raises(UserError, match=r"holds no usable model: .*encoder\.bn1\.running_mean.*dvc checkout"):
+    with pytest.raises(UserError, match=r"encoder\.bn1\.running_mean.*dvc checkout"):
         load(tmp_path)
 
 
 def test_load_model_refuses_a_pretrained_encoder(tmp_path):
     saved(tmp_path, classes=None)
-    with pytest.raises(UserError, match=r"holds a pretrained encoder, no classifier; choose a model of models/finetune$"):
+    with pytest.raises(UserError, match=r"pretrained encoder.* models/finetune$"):
         advml.load_model(tmp_path)
 
 
