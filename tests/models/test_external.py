@@ -146,7 +146,7 @@ def here(tmp_path, monkeypatch):
 
 def test_a_function_gives_a_model_in_eval_mode_with_a_digest_of_its_weights(here, dataset):
     path, given = list(sys.path), found("somebodys:good", dataset)
-    assert given.name == "somebodys-good" and not given.network.training and sys.path == path
+    assert given.name == "somebodys-good" and not given.network.training and sys.path == path and given.origin["mode"] == "training"
     assert given.digest == found("somebodys:good", dataset).digest and given.scheme is None
     with torch.no_grad():
         given.network.module[1].weight[0, 0] += 1
@@ -207,10 +207,6 @@ def test_a_model_of_another_type_gets_images_of_its_type_and_gives_float32(here,
     logits = given.network(images)
     assert logits.dtype == torch.float32 and torch.allclose(logits, plain.network(images), atol=0.05)
     assert torch.autograd.grad(logits.sum(), images)[0].dtype == torch.float32 and given.origin["dtype"] == dtype
-
-
-def test_the_mode_that_a_model_came_in_is_recorded(here, dataset):
-    assert found("somebodys:good", dataset).origin["mode"] == "training"
 
 
 BINARY = """
@@ -498,18 +494,3 @@ def make():
     linear.weight.data, linear.bias.data = means, -means.square().sum(1) / 2
     return nn.Sequential(nn.Flatten(), linear)
 """
-
-
-def test_a_module_that_cannot_be_copied_is_measured_and_judged_all_the_same(make_study):
-    class Stubborn(nn.Module):
-        def forward(self, images):
-            return images.flatten(1)[:, :4]
-
-        def __deepcopy__(self, memo):
-            raise TypeError("cannot be copied")
-
-    context = make_study("stubborn").context()
-    metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
-    assert "accuracy/worst_case" in metrics and "diagnostics/flags" in metrics
-    record = json.loads(context.workspace.record("evaluate", "stubborn").read_text())
-    assert "not_copied" in [flag["name"] for flag in record["diagnostics"]["flags"]]

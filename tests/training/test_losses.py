@@ -172,9 +172,8 @@ def test_dlr_of_equal_logits_is_finite_with_a_finite_gradient():
 
 
 def test_dlr_of_two_classes_is_refused_with_the_choices():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"objective = 'dlr' .* 2 classes; .* ce, margin$"):
         dlr(torch.zeros(1, 2), torch.tensor([0]))
-    assert str(caught.value) == "objective = 'dlr' compares three logits, but there are 2 classes; choose from ce, margin"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
