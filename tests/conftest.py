@@ -49,7 +49,13 @@ FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFL
 TINY = (
     "attack.steps=2",
     "evaluate.steps=2",
-    *("diagnostics.images=8", "diagnostics.steps=2", "corruptions.names=[contrast, fog]", "corruptions.severities=[1, 5]"),
+    *(
+        "diagnostics.images=8",
+        "diagnostics.steps=2",
+        "diagnostics.shares=[1]",
+        "corruptions.names=[contrast, fog]",
+        "corruptions.severities=[1, 5]",
+    ),
     *(f"worst_case.{key}" for key in ("restarts=1", "steps=2", "targets=2", "queries=5")),
     *(f"{phase}.{key}" for phase in ("pretrain.SL", "pretrain.CL", "pretrain.SCL") for key in ("epochs=2", "batch_size=32")),
     *(f"regimes.{regime}.{key}" for regime in ("ST", "AT", "Partial-AT", "Full-AT") for key in ("epochs=2", "batch_size=32")),
