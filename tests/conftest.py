@@ -1,17 +1,20 @@
 """Shared by all tests: a clean environment, tiny data, a study in a temporary folder, and the real command line.
 
-Starting `python -m advml` costs seconds of imports. The tests therefore run it as `advml repro` does: every command
-is a process of its own, forked from a server that has imported torch, timm and mlflow once (see `advml.engine.fork_server`).
+Starting `python -m advml` costs seconds of imports. The tests therefore run a command in their own process, or, where it is to be killed
+or is to start processes itself, as `advml repro` does: forked from a server that has imported torch, timm and mlflow once (see
+`advml.engine.fork_server`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from advml import cli
 from advml import config as configuration
 from advml.config.store import Place, locate
 from advml.core import provenance, signals
@@ -45,12 +49,55 @@ FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFL
 TINY = (
     "attack.steps=2",
     "evaluate.steps=2",
-    *("diagnostics.images=8", "diagnostics.steps=2", "corruptions.names=[contrast, fog]", "corruptions.severities=[1, 5]"),
+    *(
+        "diagnostics.images=8",
+        "diagnostics.steps=2",
+        "diagnostics.shares=[1]",
+        "corruptions.names=[contrast, fog]",
+        "corruptions.severities=[1, 5]",
+    ),
     *(f"worst_case.{key}" for key in ("restarts=1", "steps=2", "targets=2", "queries=5")),
     *(f"{phase}.{key}" for phase in ("pretrain.SL", "pretrain.CL", "pretrain.SCL") for key in ("epochs=2", "batch_size=32")),
     *(f"regimes.{regime}.{key}" for regime in ("ST", "AT", "Partial-AT", "Full-AT") for key in ("epochs=2", "batch_size=32")),
     "runtime.device=cpu",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_synced_to_disk() -> None:
+    """A database need not survive a loss of power here; waiting for the disk takes longer than the arithmetic of a tiny study."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    @event.listens_for(Engine, "connect")
+    def unsynced(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_figures() -> Iterator[Callable[..., object]]:
+    """Figures are of the right size and empty, for the same reason; `drawing` has them drawn after all."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda *_: None)
+        yield draw
+
+
+@pytest.fixture(scope="session")
+def drawing(blank_figures: Callable[..., object]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """with drawing(): figures are drawn after all."""
+    from matplotlib.figure import Figure
+
+    @contextlib.contextmanager
+    def drawn() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "draw", blank_figures)
+            yield
+
+    return drawn
 
 
 @pytest.fixture(autouse=True)
@@ -233,16 +280,16 @@ def warm() -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Shell:
-    """Runs advml in a folder, as a process of its own."""
+    """Runs advml in a folder."""
 
-    environment: dict[str, str]
+    environment: Callable[[], dict[str, str]]
 
     def start(self, *arguments: str, cwd: Path, background: bool = False) -> subprocess.Popen[str]:
-        """As a shell starts a command; in the `background`, where Ctrl-C is ignored, or not, whatever the test runner itself ignores."""
+        """As a shell starts a process; in the `background`, where Ctrl-C is ignored, or not, whatever the test runner itself ignores."""
         return subprocess.Popen(
             [sys.executable, "-m", "advml", *arguments],
             cwd=cwd,
-            env={**os.environ, **self.environment},
+            env={**os.environ, **self.environment()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -253,7 +300,8 @@ class Shell:
             ),
         )
 
-    def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    def process(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """As a process of its own, from start to end."""
         process = self.start(*arguments, cwd=cwd)
         try:
             stdout, stderr = process.communicate(timeout=300)
@@ -262,11 +310,30 @@ class Shell:
                 process.kill()
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
+    def __call__(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """In this process, whose folder, environment, signals and hooks are as before in the end."""
+        said, told, environment = io.StringIO(), io.StringIO(), dict(os.environ)
+        handlers = {number: signal.getsignal(number) for number in signals.ENDING}
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+            patch.setattr(sys, "argv", ["advml", *arguments])
+            patch.setattr(sys, "excepthook", sys.excepthook)
+            patch.chdir(cwd)
+            try:
+                cli.main()
+            except SystemExit as left:
+                code = left.code
+            finally:
+                os.environ.clear()
+                os.environ.update(environment)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        return subprocess.CompletedProcess(arguments, code or 0, said.getvalue(), told.getvalue())
+
 
 @pytest.fixture(scope="session")
-def advml(warm: dict[str, str]) -> Shell:
+def advml(request: pytest.FixtureRequest) -> Shell:
     """advml("show", "CL-AT-s0", cwd=folder) -> exit code, stdout and stderr of the real command."""
-    return Shell(warm)
+    return Shell(lambda: request.getfixturevalue("warm"))
 
 
 @pytest.fixture(scope="session")

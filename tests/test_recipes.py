@@ -60,7 +60,9 @@ def test_keys_that_a_pretraining_has_no_use_for_are_refused(scheme):
 
 SCHEME, REGIME = "PCL", "ST-Full-AT"
 COMMANDS = f"""
+    from matplotlib.figure import Figure
     from advml.cli import app
+    Figure.draw = lambda *_: None  # takes longer than all the training
     tune = ["tune", "finetune", "{SCHEME}", "{REGIME}", "--trials", "1", "-S", "tune.finetune.space={{epochs: {{int: [1, 2]}}}}"]
     tune += ["-S", "tune.finetune.confirm=0", "-S", "tune.finetune.clean_floor=0"]
     model = ["{SCHEME}", "{REGIME}"]
@@ -81,7 +83,8 @@ def test_scheme_and_regime_of_the_documents_are_trained_evaluated_represented_tu
         recipes = re.sub(rf'(?m)^    "{before}": .*$', rf"\g<0>\n    {rows[name]}", recipes)
     recipes = recipes.replace("SCHEMES: dict", f"{parity}\n\n\nSCHEMES: dict")
     (package / "recipes.py").write_text(recipes, encoding="utf-8")
-    study = make_study("study", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0")
+    small = ("similarity.layers=blocks", "similarity.probe_strengths=[0.1]")
+    study = make_study("study", "worst_case.attacks=[]", "corruptions.names=none", "diagnostics.images=0", *small)
     values = YAML(typ="safe").load(study.params)
     values["pretrain"] = {SCHEME: values["pretrain"]["SCL"] | {"views": 3}}
     values["regimes"] = {REGIME: values["regimes"]["Full-AT"] | {"averaged_crops": 5}}

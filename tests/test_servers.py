@@ -236,7 +236,7 @@ def test_a_user_trains_and_no_password_is_written_anywhere(study, advml, lab, an
     import boto3
     from mlflow import MlflowClient
 
-    done = advml("train", "SL", "ST", cwd=study.root)
+    done = advml.process("train", "SL", "ST", cwd=study.root)
     assert (done.returncode, "warning" in done.stderr) == (0, False), done.stderr
     assert study.runs() == [("SL-st-s0", "FINISHED"), ("SL-ST-s0", "FINISHED")]
     client = MlflowClient(lab.address)
@@ -248,7 +248,7 @@ def test_a_user_trains_and_no_password_is_written_anywhere(study, advml, lab, an
     assert Path(client.download_artifacts(run.info.run_id, "", str(tmp_path))).is_dir()  # through the server: no key of the bucket here
 
     for command in (["show", "SL-ST-s0"], ["sync"], ["ui"]):
-        again = advml(*command, cwd=study.root)
+        again = advml.process(*command, cwd=study.root)
         assert again.returncode == 0 and not again.stderr
         done.stdout += again.stdout
     assert "0 runs rebuilt" in done.stdout
@@ -281,7 +281,7 @@ def test_a_wrong_or_missing_password_is_one_line(study, advml, lab, monkeypatch,
     for name, value in (("USERNAME", "ann"), ("PASSWORD", password)) if password else ():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     for command in (["train", "SL", "ST"], ["repro"], ["sync"], ["ui"]):
-        done = advml(*command, cwd=study.root)
+        done = advml.process(*command, cwd=study.root)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert lab.address in done.stderr and REFUSED in done.stderr and "S3cret" not in done.stderr
     assert not study.workspace.models.exists()
@@ -298,9 +298,9 @@ def test_without_options_runs_are_kept_in_the_folder_and_a_certificate_is_enough
         monkeypatch.setenv("MLFLOW_TRACKING_URI", lab.address)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", (tmp_path / "mlflow-server" / "admin-password").read_text().strip())
-        assert advml("sync", cwd=study.root).returncode == 1  # whose certificate is it?
+        assert advml.process("sync", cwd=study.root).returncode == 1  # whose certificate is it?
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(cert))
-        done = advml("sync", cwd=study.root)
+        done = advml.process("sync", cwd=study.root)
         assert (done.returncode, done.stderr) == (0, "")
     finally:
         lab.end()

@@ -144,7 +144,7 @@ def test_every_attack_works_for_every_number_of_classes_as_the_library_does(name
     network = Exact(small_network(classes))
     images, labels = batch(network)
     if not applicable(name, classes):
-        with pytest.raises(UserError, match=f"{name} needs at least 4 classes, and the model has {classes}"):
+        with pytest.raises(UserError, match=f"{name} .* 4 .* {classes}"):
             run(name, network, images, labels, norm=norm, classes=classes)
         return
     theirs = alone(name, images, labels, partial(directly, name, network, norm=norm, targets=min(3, classes - 1)))
@@ -237,17 +237,6 @@ def test_a_model_in_double_precision_gets_its_images_so(name):
 # Randomness
 
 
-@BOTH
-@EVERY
-def test_the_company_of_an_image_decides_nothing(name, norm):
-    network = Exact(small_network())
-    images, labels = batch(network, 12)
-    together = run(name, network, images, labels, norm=norm)
-    chosen = torch.tensor([7, 2, 11, 3, 0])
-    torch.testing.assert_close(run(name, network, images[chosen], labels[chosen], norm=norm), together[chosen], atol=1e-6, rtol=0)
-    assert (broken(network, together, labels) & ~broken(network, images, labels)).sum() > 2
-
-
 class Unbroken(nn.Module):
     """Always right, and keeps what it was shown."""
 
@@ -281,22 +270,6 @@ def test_every_image_is_seen_as_the_library_shows_it_alone(name, norm):
         assert len(single.seen) == len(together.seen)
         for ours, theirs in zip(together.seen, single.seen, strict=True):
             torch.testing.assert_close(ours[row : row + 1], theirs, atol=1e-6, rtol=0)
-
-
-def test_no_model_is_asked_about_nothing_where_a_query_changes_the_only_image_left_in_nothing():
-    class Asked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.asked = []
-
-        def forward(self, images: Tensor) -> Tensor:
-            assert len(images)
-            self.asked.append(len(images))
-            return images.view(len(images), -1)[:, :4] + torch.tensor([9.0, 0, 0, 0])
-
-    network, image = Asked(), torch.zeros(1, 1, 2, 2)
-    assert torch.equal(run("square", network, image, torch.tensor([0]), strength=Strength(queries=300)), image)
-    assert 10 < len(network.asked) < 250
 
 
 def test_every_run_of_an_attack_begins_elsewhere_for_every_image():
@@ -366,10 +339,11 @@ def test_nothing_global_changes_even_when_the_model_raises(name, norm, fails, gr
     network = frozen_in_part()
     images, labels = batch(small_network())
     images.requires_grad_()
-    calls = []
+    calls, seen = [], set()
 
     def count(*_):
         calls.append(1)
+        seen.add((any(m.training for m in network.modules()), any(p.requires_grad for p in network.parameters())))
         if fails and len(calls) == 4:
             raise ZeroDivisionError
 
@@ -388,20 +362,9 @@ def test_nothing_global_changes_even_when_the_model_raises(name, norm, fails, gr
             after = state(network)
     finally:
         sys.settrace(previous)
-    assert after == before
+    assert after == before and seen == {(False, False)}
     assert images.grad is None and images.requires_grad and torch.equal(images, inputs[0]) and torch.equal(labels, inputs[1])
     assert capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
-
-
-@EVERY
-def test_the_model_is_attacked_in_eval_mode_and_frozen(name):
-    network, seen = frozen_in_part(), set()
-    images, labels = batch(small_network())
-    network.register_forward_pre_hook(
-        lambda module, _: seen.add((any(m.training for m in module.modules()), any(p.requires_grad for p in module.parameters())))
-    )
-    run(name, network, images, labels)
-    assert seen == {(False, False)}
 
 
 # Errors
@@ -433,7 +396,7 @@ def test_an_attack_that_leaves_ball_or_box_is_a_failure_that_names_it(norm, wher
     monkeypatch.setitem(ATTACKS, "square", Recipe("square", 2, lambda *_: Leaving()))
     images = torch.full((3, 1, 4, 4), 0.5)
     images[1, 0, 0, 0] = 1.0 if where == "box" else 0.05
-    with pytest.raises(Failure, match=f"^the attack square left the {norm} ball of radius {BLIND[norm]} or the box") as error:
+    with pytest.raises(Failure, match=f"square .*{norm} .*{BLIND[norm]}") as error:
         run("square", Constant(1.0, 0.0), images, torch.zeros(3, dtype=torch.int64), norm=norm, classes=2)
     assert "\n" not in str(error.value)
 
@@ -454,11 +417,11 @@ def test_rounding_outside_of_the_ball_is_projected_back(norm, monkeypatch):
 def test_wrong_names_class_counts_and_images_are_errors_that_say_so():
     network = small_network()
     images, labels = batch(network)
-    with pytest.raises(UserError, match=r"no attack 'apgd' of AutoAttack; choose from apgd-ce, apgd-t, fab-t, square"):
+    with pytest.raises(UserError, match=r"'apgd'.* apgd-ce, apgd-t, fab-t, square"):
         run("apgd", network, images, labels)
     with pytest.raises(UserError, match="choose from"):
         applicable("fab", 10)
-    with pytest.raises(Failure, match=r"logits of shape \(6, 4\), an attack needs \(6, 10\)"):
+    with pytest.raises(Failure, match=r"\(6, 4\).*\(6, 10\)"):
         run("apgd-ce", network, images, labels, classes=10)
     for wrong in (2 * images, -images, images * torch.nan):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):

@@ -84,7 +84,7 @@ def test_an_empty_batch_does_not_reach_the_model_where_the_classes_are_known():
 @pytest.mark.parametrize("classes", [None, 4])
 def test_outputs_that_are_no_logits_are_a_failure(classes):
     like = torch.rand(3, 1, 2, 2)
-    with pytest.raises(Failure, match=r"logits of shape \(3, 1, 2, 2\), an attack needs \(3, (classes|4)\)"):
+    with pytest.raises(Failure, match=r"\(3, 1, 2, 2\).*\(3, (classes|4)\)"):
         Logits(nn.Identity(), like=like, classes=classes)(like)
 
 

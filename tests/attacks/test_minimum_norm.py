@@ -266,20 +266,20 @@ def test_a_foolbox_that_cannot_be_imported_is_named_with_its_reason(monkeypatch)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     network = small_network()
-    with pytest.raises(UserError, match=r"need foolbox \(No module named 'eagerpy'\); install it with"):
+    with pytest.raises(UserError, match=r"foolbox .*'eagerpy'"):
         run("ddn", "l2", network, *batch(network))
 
 
 def test_wrong_names_norms_models_and_images_are_errors_that_say_so():
     network = small_network()
     images, labels = batch(network)
-    with pytest.raises(UserError, match="no minimal-distance attack 'deepfool'; choose from fmn, ddn, cw"):
+    with pytest.raises(UserError, match=r"'deepfool'.* fmn, ddn, cw"):
         run("deepfool", "l2", network, images, labels)
-    with pytest.raises(UserError, match="ddn does not work in the norm 'linf'; choose from l2"):
+    with pytest.raises(UserError, match=r"ddn .*'linf'.* l2"):
         run("ddn", "linf", network, images, labels)
-    with pytest.raises(UserError, match="fmn does not work in the norm 'l1'; choose from linf, l2"):
+    with pytest.raises(UserError, match=r"fmn .*'l1'.* linf, l2"):
         run("fmn", "l1", network, images, labels)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         run("ddn", "l2", network, 2 * images, labels)
-    with pytest.raises(Failure, match=r"logits of shape \(6, 6, 8, 8\), an attack needs \(6, classes\)"):
+    with pytest.raises(Failure, match=r"\(6, 6, 8, 8\).*\(6, classes\)"):
         run("ddn", "l2", network[0], images, labels)

@@ -78,10 +78,6 @@ def test_an_override_changes_its_key_and_no_other(params: Path, override: str, k
     assert {k: v for k, v in after.items() if not k.startswith(section)} == {k: v for k, v in before.items() if not k.startswith(section)}
 
 
-def test_the_last_of_two_overrides_wins(params: Path) -> None:
-    assert config.load(params, ["data.seed=1", "data.seed=2"]).data.seed == 2
-
-
 def test_values_of_a_search_change_their_keys_and_no_other(params: Path) -> None:
     before = config.load(params)
     after = config.changed(before, {"regimes.Full-AT.learning_rate": 0.5, "threat_model.epsilon": "8/255"})
@@ -108,103 +104,89 @@ def test_a_wrong_value_of_a_search_gets_its_line(params: Path, key: str, value: 
     assert str(caught.value).startswith(line)
 
 
-MISTAKES = {
+MISTAKES = {  # override -> what the line says beside the override itself: key and value, and what is allowed or to be done
     # unknown keys
-    "threat_model.eps=1": "unknown key 'threat_model.eps'; did you mean epsilon? choose from norm, epsilon",
-    "pretrain.MAE={}": f"unknown key 'pretrain.MAE'; choose from {', '.join(SCHEMES)}",
-    "regimes.FullAT.epochs=1": "-S regimes.FullAT.epochs: unknown key 'regimes.FullAT'; did you mean Full-AT? "
-    "choose from ST, AT, Partial-AT, Full-AT",
-    "seeds.0=3": "-S seeds.0: 'seeds' is a value, not a section",
+    "threat_model.eps=1": ("'threat_model.eps'", "mean epsilon?", "choose from norm, epsilon"),
+    "pretrain.MAE={}": ("'pretrain.MAE'", ", ".join(SCHEMES)),
+    "regimes.FullAT.epochs=1": ("'regimes.FullAT'", "mean Full-AT?", "ST, AT, Partial-AT, Full-AT"),
+    "seeds.0=3": ("'seeds'", "not a section"),
     # wrong values
-    "threat_model.norm=l1": "threat_model.norm = 'l1'; choose from linf, l2",
-    "grid.schemes=[SL, SimCLR]": f"grid.schemes[1] = 'SimCLR'; choose from {', '.join(SCHEMES)}",
-    "grid.schemes=SL": "grid.schemes = 'SL'; must be a list in brackets",
-    "grid.schemes=[]": "grid.schemes = []; must have 1 or more entries",
-    "grid.schemes=[SL, SL]": 'grid.schemes = ["SL", "SL"]; must not name anything twice',
-    "seeds=[0, 0]": "seeds = [0, 0]; must not name anything twice",
-    "seeds=[-1]": "seeds[0] = -1; must be at least 0 and below 2147483648",
-    "threat_model.epsilon=0": "threat_model.epsilon = 0; must be at least 1e-06 and at most 10000",
-    "threat_model.epsilon=8/0": "threat_model.epsilon = '8/0'; must be a number, e.g. 0.1, 1e-3 or 8/255",
-    "threat_model.epsilon=null": "threat_model.epsilon = null; must be a number, e.g. 0.1, 1e-3 or 8/255",
-    "threat_model.epsilon=true": "threat_model.epsilon = true; must be a number",
-    "threat_model.epsilon=.nan": "threat_model.epsilon = NaN; must be finite",
-    "threat_model.epsilon='1e400'": "threat_model.epsilon = '1e400'; must be finite",
-    "pretrain.SL.learning_rate=1e38": "pretrain.SL.learning_rate = 1e+38; must be at least 1e-30 and at most 1e+30",
-    "pretrain.SL.epochs=1.5": "pretrain.SL.epochs = 1.5; must be a whole number",
-    "pretrain.SL.epochs=ten": "pretrain.SL.epochs = 'ten'; must be a whole number",
-    "pretrain.SL.epochs=true": "pretrain.SL.epochs = true; must be a number",
-    "pretrain.SL.label_smoothing=1": "pretrain.SL.label_smoothing = 1; must be at least 0 and below 1",
-    "views.contrastive.flip=1.1": "views.contrastive.flip = 1.1; must be at least 0 and at most 1",
-    "views.contrastive.scale=[1.2, 0.8]": "views.contrastive.scale = [1.2, 0.8]; must run from low to high",
-    "views.contrastive.scale=[0, 1]": "views.contrastive.scale[0] = 0; must be at least 0.01 and at most 100",
-    "views.contrastive.scale=[1]": "views.contrastive.scale = [1]; must have 2 or more entries",
-    "views.contrastive.scale=[1, 2, 3]": "views.contrastive.scale = [1, 2, 3]; must have 2 or fewer entries",
-    "attack.random_start=maybe": "attack.random_start = 'maybe'; choose from true, false",
-    "data.channels=2": "data.channels = 2; choose from 1, 3",
-    "data.path=123": "data.path = 123; must be text in quotes",
-    "threat_model=0.1": "threat_model = 0.1; must be a section with the keys norm, epsilon",
-    "pretrain=null": "pretrain = null; must be a section of `key: value`",
-    f"data.name={'x' * 99}": f"data.name = '{'x' * 56}...; choose from digits, cifar10, cifar100, folder",
+    "threat_model.norm=l1": ("threat_model.norm = 'l1'", "linf, l2"),
+    "grid.schemes=[SL, SimCLR]": ("grid.schemes[1] = 'SimCLR'", ", ".join(SCHEMES)),
+    "grid.schemes=SL": ("grid.schemes = 'SL'", "list"),
+    "grid.schemes=[]": ("grid.schemes = []", "at least 1"),
+    "grid.schemes=[SL, SL]": ('grid.schemes = ["SL", "SL"]', "twice"),
+    "seeds=[0, 0]": ("seeds = [0, 0]", "twice"),
+    "seeds=[-1]": ("seeds[0] = -1", "at least 0 and below 2147483648"),
+    "threat_model.epsilon=0": ("threat_model.epsilon = 0;", "at least 1e-06 and at most 10000"),
+    "threat_model.epsilon=8/0": ("threat_model.epsilon = '8/0'", "a number", "8/255"),
+    "threat_model.epsilon=null": ("threat_model.epsilon = null", "a number"),
+    "threat_model.epsilon=true": ("threat_model.epsilon = true", "a number"),
+    "threat_model.epsilon=.nan": ("threat_model.epsilon = NaN", "finite"),
+    "threat_model.epsilon='1e400'": ("threat_model.epsilon = '1e400'", "finite"),
+    "pretrain.SL.learning_rate=1e38": ("pretrain.SL.learning_rate = 1e+38", "at least 1e-30 and at most 1e+30"),
+    "pretrain.SL.epochs=1.5": ("pretrain.SL.epochs = 1.5", "a whole number"),
+    "pretrain.SL.epochs=ten": ("pretrain.SL.epochs = 'ten'", "a whole number"),
+    "pretrain.SL.epochs=true": ("pretrain.SL.epochs = true", "a number"),
+    "pretrain.SL.label_smoothing=1": ("pretrain.SL.label_smoothing = 1;", "at least 0 and below 1"),
+    "views.contrastive.flip=1.1": ("views.contrastive.flip = 1.1", "at least 0 and at most 1"),
+    "views.contrastive.scale=[1.2, 0.8]": ("views.contrastive.scale = [1.2, 0.8]", "from low to high"),
+    "views.contrastive.scale=[0, 1]": ("views.contrastive.scale[0] = 0;", "at least 0.01 and at most 100"),
+    "views.contrastive.scale=[1]": ("views.contrastive.scale = [1]", "at least 2"),
+    "views.contrastive.scale=[1, 2, 3]": ("views.contrastive.scale = [1, 2, 3]", "at most 2"),
+    "attack.random_start=maybe": ("attack.random_start = 'maybe'", "true, false"),
+    "data.channels=2": ("data.channels = 2", "1, 3"),
+    "data.path=123": ("data.path = 123", "quotes"),
+    "threat_model=0.1": ("threat_model = 0.1", "keys norm, epsilon"),
+    "pretrain=null": ("pretrain = null", "key: value"),
+    f"data.name={'x' * 99}": (f"data.name = '{'x' * 56}...", "digits, cifar10, cifar100, folder"),
+    "regimes.Full-AT.loss=mart": ("regimes.Full-AT.loss = 'mart'", "two-term, trades"),
+    "corruptions.names=[fog, rain]": ('corruptions.names = ["fog", "rain"]', "all, none, gaussian_noise, shot_noise, "),
+    "corruptions.names=some": ("corruptions.names = 'some'", "all, none, gaussian_noise, shot_noise, "),
+    "corruptions.names=[[fog]]": ('corruptions.names = [["fog"]]', "all, none, gaussian_noise, "),
+    "corruptions.names=[fog, fog]": ('corruptions.names = ["fog", "fog"]', "twice"),
+    "corruptions.names=3": ("corruptions.names = 3", "a list"),
+    "corruptions.severities=[6]": ("corruptions.severities[0] = 6", "at least 1 and at most 5"),
     # wrong combinations
-    "data.name=folder": "data.path is missing: data.name = 'folder' needs the folder of images, e.g. -S data.path=photos",
-    "data.validation=0.8": "data.validation + data.test = 1 leaves nothing to train on; keep the sum below 1",
-    "threat_model.epsilon=8": "threat_model.epsilon = 8 exceeds the whole range of a pixel; "
-    "images live in [0, 1], so write 8/255 for eight grey levels",
-    "pretrain.SL.warmup=0.1": "pretrain.SL.warmup = 0.1 doubles the warm-up of onecycle; set it to 0, or pretrain.SL.schedule = cosine",
-    "pretrain.CL.label_smoothing=0.1": "pretrain.CL.label_smoothing = 0.1 has no effect: "
-    "the contrastive objective has no cross-entropy; set it to 0",
-    "regimes.AT.adversarial_weight=2": "regimes.AT.adversarial_weight = 2 has no effect: "
-    "this regime fine-tunes on clean images only; set it to 1",
-    "regimes.ST.loss=trades": "regimes.ST.loss = trades has no effect: this regime fine-tunes on clean images only; set it to two-term",
-    "regimes.AT.epsilon=0.1": "regimes.AT.epsilon = 0.1 has no effect: this regime fine-tunes on clean images only; set it to null",
-    "regimes.ST.epsilon_warmup=0.5": "regimes.ST.epsilon_warmup = 0.5 has no effect: "
-    "this regime fine-tunes on clean images only; set it to 0",
-    "regimes.AT.attack_steps=3": "regimes.AT.attack_steps = 3 has no effect: this regime fine-tunes on clean images only; set it to null",
-    "regimes.Partial-AT.layer_decay=0.5": "regimes.Partial-AT.layer_decay = 0.5 has no effect: "
-    "this regime trains the head only, and the encoder is fixed; set it to 1",
-    "regimes.Partial-AT.frozen_statistics=true": "regimes.Partial-AT.frozen_statistics = true has no effect: "
-    "this regime trains the head only, and the encoder is fixed; set it to false",
-    "pretrain.CL.loss=trades": "pretrain.CL.loss = trades has no effect: "
-    "the contrastive objective has no cross-entropy; set it to two-term",
-    "pretrain.SL.frozen_statistics=true": "pretrain.SL.frozen_statistics = true has no effect: "
-    "pretraining starts without statistics to keep; set it to false",
-    "regimes.Full-AT.loss=mart": "regimes.Full-AT.loss = 'mart'; choose from two-term, trades",
-    "regimes.Full-AT.layer_decay=0": "regimes.Full-AT.layer_decay = 0; must be at least 0.0001 and at most 1",
-    "regimes.Full-AT.layer_decay=1.5": "regimes.Full-AT.layer_decay = 1.5; must be at least 0.0001 and at most 1",
-    "regimes.Full-AT.epsilon_warmup=2": "regimes.Full-AT.epsilon_warmup = 2; must be at least 0 and at most 1",
-    "regimes.Full-AT.attack_steps=0": "regimes.Full-AT.attack_steps = 0; must be at least 1 and at most 10000",
-    "regimes.Full-AT.epsilon=8": "regimes.Full-AT.epsilon = 8 exceeds the whole range of a pixel; "
-    "images live in [0, 1], so write 8/255 for eight grey levels",
-    "regimes={}": "regimes lacks the section ST; it needs ST, AT, Partial-AT, Full-AT",
+    "data.validation=0.8": ("data.validation + data.test = 1",),
+    "threat_model.epsilon=8": ("threat_model.epsilon = 8 ", "8/255"),
+    "pretrain.SL.warmup=0.1": ("pretrain.SL.warmup = 0.1", "onecycle", "pretrain.SL.schedule = cosine"),
+    "regimes.Full-AT.epsilon=8": ("regimes.Full-AT.epsilon = 8 ", "8/255"),
+    "regimes={}": ("regimes lacks the section ST", "ST, AT, Partial-AT, Full-AT"),
     # no override at all
-    "epsilon": "-S epsilon is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
-    "=1": "-S =1 is not of the form key=value, e.g. -S threat_model.epsilon=8/255",
-    "seeds=[0": "-S seeds=[0 is not valid YAML: expected ',' or ']', but got '<stream end>'",
-    "seeds=*other": "-S seeds=*other is not valid YAML: found undefined alias 'other'",
+    "epsilon": ("key=value",),
+    "=1": ("key=value",),
+    "seeds=[0": ("YAML", "expected ',' or ']'"),
+    "seeds=*other": ("YAML", "alias 'other'"),
 }
 
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_gets_one_line_that_names_key_value_and_choices(params: Path, override: str) -> None:
-    line = MISTAKES[override]
-    culprit = "params.yaml" if line.startswith("data.path is") else f"-S {override}"  # the override asks for a key that the file lacks
-    assert complaint(params, override) == (line if line.startswith("-S ") else f"{culprit}: {line}")
+    line = complaint(params, override)
+    told = (
+        line.removeprefix(f"-S {override}") if line.startswith(f"-S {override}") else line.removeprefix(f"-S {override.partition('=')[0]}")
+    )
+    assert told != line and all(words in told for words in MISTAKES[override]), line
+
+
+def test_a_key_that_an_override_asks_for_and_the_file_lacks_is_named(params: Path) -> None:
+    for overrides, key in ((["data.name=folder"], "data.path"), (["data.name=folder", "data.path=photos"], "data.image_size")):
+        line = complaint(params, *overrides)
+        assert line.startswith(f"params.yaml: {key} is missing: data.name = 'folder'") and f"-S {key}=" in line
 
 
 def test_the_last_override_of_a_key_is_blamed_and_no_other_override(params: Path) -> None:
-    line = "threat_model.norm = 'l1'; choose from linf, l2"
-    assert complaint(params, "threat_model.norm=l3", "threat_model.norm=l1", "seeds=[1]") == f"-S threat_model.norm=l1: {line}"
+    line = complaint(params, "threat_model.norm=l3", "threat_model.norm=l1", "seeds=[1]")
+    assert line.startswith("-S threat_model.norm=l1: threat_model.norm = 'l1'")
     params.write_text(PARAMS.replace("norm: linf", "norm: l1", 1), encoding="utf-8")
-    assert complaint(params, "threat_model.epsilon=0.1") == f"params.yaml: {line}"
+    assert complaint(params, "threat_model.epsilon=0.1").startswith("params.yaml: threat_model.norm = 'l1'")
 
 
 def test_an_unknown_section_is_met_with_all_sections(params: Path) -> None:
-    sections = ", ".join(config.Config.model_fields)
-    assert (
-        complaint(params, "threat.epsilon=1")
-        == f"-S threat.epsilon: unknown key 'threat'; did you mean threat_model? choose from {sections}"
-    )
-    assert complaint(params, "threat={}") == f"-S threat={{}}: unknown key 'threat'; did you mean threat_model? choose from {sections}"
+    for override in ("threat.epsilon=1", "threat={}"):
+        line = complaint(params, override)
+        assert "'threat'" in line and "threat_model?" in line and ", ".join(config.Config.model_fields) in line
 
 
 NEUTRAL = {
@@ -253,9 +235,7 @@ def test_a_phase_is_needed_for_the_models_of_the_grid_and_missed_when_it_is_aske
 def test_the_plus_that_dvc_wants_before_unwritten_keys_changes_nothing(params: Path, plus: str) -> None:
     for override in ("regimes.Full-AT.loss=trades", "cluster.slots=2", "temperature=0.5"):
         assert config.load(params, [plus + override]) == config.load(params, [override]) != config.load(params)
-    assert (
-        complaint(params, f"{plus}threat_model.norm=l1") == f"-S {plus}threat_model.norm=l1: threat_model.norm = 'l1'; choose from linf, l2"
-    )
+    assert complaint(params, f"{plus}threat_model.norm=l1").startswith(f"-S {plus}threat_model.norm=l1: threat_model.norm = 'l1'")
 
 
 @pytest.mark.parametrize(
@@ -266,39 +246,11 @@ def test_corruptions_are_all_none_or_a_list(params: Path, written: str, names: t
     assert config.load(params, [f"corruptions.names={written}"]).corruptions.names == names
 
 
-@pytest.mark.parametrize(
-    ("override", "line"),
-    [
-        ("corruptions.names=[fog, rain]", '["fog", "rain"]; choose from all, none, gaussian_noise, shot_noise, '),
-        ("corruptions.names=some", "'some'; choose from all, none, gaussian_noise, shot_noise, "),
-        ("corruptions.names=[[fog]]", '[["fog"]]; choose from all, none, gaussian_noise, '),
-        ("corruptions.names=[fog, fog]", '["fog", "fog"]; must not name anything twice'),
-        ("corruptions.names=3", "3; must be a list in brackets"),
-        ("corruptions.severities=[]", "[]; must have 1 or more entries"),
-        ("corruptions.severities=[6]", "6; must be at least 1 and at most 5"),
-        ("corruptions.severities=[0]", "0; must be at least 1"),
-        ("corruptions.severities=[1, 1]", "[1, 1]; must not name anything twice"),
-        ("corruptions.images=0", "0; must be at least 1"),
-    ],
-)
-def test_a_slip_in_the_corruptions_is_met_with_what_is_possible(params: Path, override: str, line: str) -> None:
-    key = override.partition("=")[0]
-    assert re.match(rf"(-S .*|params\.yaml): {re.escape(key)}(\[0\])? = {re.escape(line)}", complaint(params, override))
-
-
-def test_a_folder_without_an_image_size_is_told_so(params: Path) -> None:
-    assert complaint(params, "data.name=folder", "data.path=photos") == (
-        "params.yaml: data.image_size is missing: data.name = 'folder' needs one size for all images, e.g. -S data.image_size=64"
-    )
-
-
 def test_trades_from_the_image_itself_is_refused(params: Path) -> None:
     """There the divergence is smallest, and flat: the attack would not move."""
     assert config.load(params, ["regimes.Full-AT.loss=trades"]).regimes["Full-AT"].loss == "trades"
-    assert complaint(params, "regimes.Full-AT.loss=trades", "attack.random_start=false") == (
-        "-S regimes.Full-AT.loss=trades: regimes.Full-AT.loss = trades needs attack.random_start = true: "
-        "at the image itself the gradient of its divergence is zero"
-    )
+    line = complaint(params, "regimes.Full-AT.loss=trades", "attack.random_start=false")
+    assert "regimes.Full-AT.loss = trades needs attack.random_start = true" in line
 
 
 @pytest.mark.parametrize("key", ["pretrain.SL", "regimes.Partial-AT", "regimes.Full-AT"])
@@ -319,30 +271,31 @@ def test_a_key_that_a_phase_has_no_use_for_is_neutral_or_refused() -> None:
     for key, names in config.WITHOUT_EFFECT.items():
         for name, why in names.items():
             assert config.changed(loaded, {f"{key}.{name}": NEUTRAL["Phase"][name]}).phases[key] is not None
-            with pytest.raises(UserError, match=f"{key}.{name} = .* has no effect: {why}; set it to "):
+            with pytest.raises(UserError, match=f"{key}.{name} = .*{why}"):
                 config.changed(loaded, {f"{key}.{name}": other[name]})
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "words"),
     [
-        (without("temperature:"), "temperature is missing; print a complete file with: advml preset digits"),
-        (without("  norm:"), "threat_model.norm is missing; print a complete file with: advml preset digits"),
-        ("", "is not a mapping of sections; print a complete one with: advml preset digits"),
-        ("- seeds", "is not a mapping of sections; print a complete one with: advml preset digits"),
-        ("a: 1\nb: [1,\n\nc: 2", "is not valid YAML: line 4: expected ',' or ']', but got '<stream end>'"),
-        ("a: 1\na: 2", 'is not valid YAML: line 2: found duplicate key "a" with value "2" (original value: "1")'),
-        ("a: &a [*a]", "is not valid YAML: aliases repeat one another: more than 100000 values, or 30 levels"),
-        ("a: \x01", "is not valid YAML: unacceptable character #x0001: special characters are not allowed"),
+        (without("temperature:"), "temperature is missing"),
+        (without("  norm:"), "threat_model.norm is missing"),
+        ("", "advml preset digits"),
+        ("- seeds", "advml preset digits"),
+        ("a: 1\nb: [1,\n\nc: 2", "line 4: expected ',' or ']'"),
+        ("a: 1\na: 2", 'line 2: found duplicate key "a"'),
+        ("a: &a [*a]", "aliases"),
+        ("a: \x01", "#x0001"),
     ],
 )
-def test_a_broken_file_gets_one_line(params: Path, text: str, line: str) -> None:
+def test_a_broken_file_gets_one_line(params: Path, text: str, words: str) -> None:
     params.write_text(text, encoding="utf-8")
-    assert complaint(params).removeprefix("params.yaml").removeprefix(":").strip() == line
+    line = complaint(params)
+    assert line.startswith("params.yaml") and words in line
 
 
 def test_a_missing_file_is_met_with_the_command_that_writes_one(tmp_path: Path) -> None:
-    assert complaint(tmp_path / "params.yaml") == "params.yaml does not exist; write one with: advml preset digits > params.yaml"
+    assert "advml preset digits > params.yaml" in complaint(tmp_path / "params.yaml")
 
 
 def test_a_folder_or_a_binary_file_cannot_be_read(tmp_path: Path) -> None:

@@ -230,11 +230,11 @@ def test_a_value_that_means_nothing_is_refused_with_what_is_allowed(override: st
 def test_a_misspelt_key_is_not_told_as_the_missing_one() -> None:
     raw = copy.deepcopy(template())
     raw["treat_model"] = raw.pop("threat_model")
-    with pytest.raises(UserError, match=r"unknown key 'treat_model'; did you mean threat_model\?"):
+    with pytest.raises(UserError, match=r"'treat_model'.*threat_model"):
         config.validate(raw)
     raw = copy.deepcopy(template())
     raw["pretrain"]["SL"]["epoch"] = raw["pretrain"]["SL"].pop("epochs")
-    with pytest.raises(UserError, match=r"unknown key 'pretrain.SL.epoch'; did you mean epochs\?"):
+    with pytest.raises(UserError, match=r"'pretrain\.SL\.epoch'.*epochs"):
         config.validate(raw)
 
 

@@ -161,7 +161,7 @@ def test_a_level_without_effect_is_said(tmp_path):
 
 def test_floating_point_needs_a_level_and_takes_it(tmp_path):
     root = write(tmp_path / "p", tiff(np.linspace(0, 2, 64, dtype=np.float32).reshape(8, 8)))
-    with pytest.raises(UserError, match=r"16 images cannot be read: .*unknown range.*data\.white_level"):
+    with pytest.raises(UserError, match=r"16 images .*data\.white_level"):
         prepared(root)
     assert (pictures(prepared(root, white_level=2))[0] == np.rint(np.linspace(0, 2, 64, dtype=np.float32) * 127.5).reshape(8, 8)).all()
 
@@ -185,7 +185,7 @@ def test_dim_colours_of_16_bits_are_refused_because_only_their_upper_half_is_rea
     values = np.repeat(ramp(4000)[..., None], 3, axis=2)
     content = png16(values) if name == "rgb.png" else tiff(values, photometric=2)
     root = write(tmp_path / "p", content, suffix=name[-3:])
-    with pytest.raises(UserError, match=r"4095.*16 colour images .*-S data\.white_level=65535") as error:
+    with pytest.raises(UserError, match=r"4095.*-S data\.white_level=65535") as error:
         prepared(root, channels=3)
     assert "\n" not in str(error.value)
     assert pictures(prepared(root, channels=3, white_level=65535))[0].max() == 4000 // 256

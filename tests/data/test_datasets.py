@@ -9,12 +9,14 @@ import io
 import json
 import os
 import resource
+import shutil
 import socket
 import struct
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -325,7 +327,7 @@ def test_a_dataset_that_does_not_fit_into_memory_is_one_line(monkeypatch):
 
     monkeypatch.setattr("advml.core.memory.available", lambda: 2**40)
     monkeypatch.setattr("advml.data.images.np.empty", full)
-    with pytest.raises(Failure, match=r"need 3\.0 GiB of memory; lower data\.image_size or set data\.max_train"):
+    with pytest.raises(Failure, match=r"3\.0 GiB .*data\.image_size .*data\.max_train"):
         read_all(lambda index: None, 2**20, size=32, channels=3)
 
 
@@ -363,14 +365,6 @@ def test_the_test_folder_stays_the_test_split(tmp_path):
     assert sorted(hashes(dataset.test)) == sorted(hashlib.sha256(np.ascontiguousarray(image)).hexdigest() for image in expected)
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
-def test_a_validation_folder_stays_the_validation_split(tmp_path, name):
-    root = write_tree(tmp_path / "p", {"Train/a": 10, "Train/b": 10, f"{name}/a": 2, f"{name}/b": 1})
-    dataset = prepare(photos(root))
-    assert per_class(dataset.validation) == [2, 1]
-    assert per_class(dataset.test) == [2, 2]  # there is no test folder: a share of the training images
-
-
 def test_the_digest_depends_on_pixels_and_names_but_not_on_the_path(tmp_path):
     one, same, other = (
         prepare(photos(write_tree(tmp_path / name, {"a": 9, "b": 9}, seed=seed))) for name, seed in (("x", 0), ("y", 0), ("z", 1))
@@ -393,18 +387,6 @@ def test_the_order_in_which_the_file_system_lists_files_does_not_matter(tmp_path
 
     monkeypatch.setattr(tree_module.os, "walk", backwards)
     assert prepare(photos(root)).digest == expected
-
-
-def test_nested_linked_hidden_and_foreign_files_are_handled(tmp_path):
-    root = write_tree(tmp_path / "p", {"a": 4, "a/deeper": 2, "b": 6, ".hidden": 3, "__MACOSX": 1})
-    (root / "linked").symlink_to(write_tree(tmp_path / "elsewhere", {"x": 5}, seed=99) / "x")
-    (root / "b" / "circle").symlink_to(root / "b")
-    for name in (".DS_Store", "Thumbs.db", "a/notes.txt", "a/._000.png", "b/.hidden.png"):
-        (root / name).write_bytes(b"no picture")
-    dataset = prepare(photos(root))
-    assert dataset.classes == ("a", "b", "linked")
-    assert sum(len(split) for split in dataset.splits.values()) == 17
-    assert dataset.ignored == 5 and dataset.skipped == ()
 
 
 def test_only_the_images_that_max_train_keeps_are_decoded(tmp_path, monkeypatch):
@@ -443,13 +425,6 @@ def test_corrupt_images_stop_with_their_paths_and_the_remedy(tmp_path, monkeypat
     ]
 
 
-def test_a_corrupt_image_stops_with_its_path(tmp_path):
-    root = write_tree(tmp_path / "p", {"a": 9, "b": 9})
-    (root / "b" / "004.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^1 image cannot be read: .*p/b/004\.png: empty file\. "):
-        prepare(photos(root))
-
-
 def test_skipped_images_are_left_out_counted_and_recorded(tmp_path):
     dataset = prepare(photos(broken_tree(tmp_path / "p"), skip_corrupt=True))
     names = [line.split(": ")[0] for line in dataset.skipped]
@@ -483,12 +458,6 @@ def test_a_class_left_empty_by_skipping_is_an_error(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="class 'b' has no image left in train"):
         prepare(photos(root, skip_corrupt=True))
-
-
-@pytest.mark.parametrize(("name", "layout"), [("train", "auto"), ("Test", "classes")])
-def test_a_class_may_be_called_like_a_split(tmp_path, name, layout):
-    dataset = prepare(photos(write_tree(tmp_path / "p", {name: 10, "bus": 10, "plane": 10}), layout=layout))
-    assert dataset.classes == tuple(sorted((name, "bus", "plane"))) and per_class(dataset.test) == [2, 2, 2]
 
 
 def test_a_relative_path_that_a_queue_workers_copy_lacks_starts_at_the_root_of_the_study(tmp_path, monkeypatch):
@@ -543,15 +512,6 @@ WRONG_TREES = {
     "empty test class": ({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 0}, r"test/b contains no images"),
     "test lacks": ({"train/a": 9, "train/b": 9, "test/a": 2}, r"class 'b' is in .*train but not in .*test"),
     "test has more": ({"train/a": 9, "train/b": 9, "test/a": 2, "test/b": 2, "test/c": 2}, r"class 'c' is in .*test but not in .*train"),
-    "no train": ({"test/a": 9, "val/b": 9}, r"contains 'test' but no 'train' folder"),
-    "classes beside splits": (
-        {"train/a": 9, "train/b": 9, "cats": 3},
-        r"contains 'cats' beside train; remove it, or, if all of them are classes",
-    ),
-    "two validations": (
-        {"train/a": 9, "train/b": 9, "val/a": 3, "valid/a": 3},
-        r"contains 'valid' beside 'val', both names for validation; .*data\.layout=classes",
-    ),
 }
 
 
@@ -567,7 +527,7 @@ def test_a_wrong_tree_is_explained_in_one_line(tmp_path, case):
 
 
 def test_a_missing_path_or_an_archive_instead_of_a_folder_is_explained(tmp_path):
-    with pytest.raises(UserError, match=r"data\.path = '.*nowhere' does not exist; .*-S data\.path=FOLDER"):
+    with pytest.raises(UserError, match=r"data\.path = '.*nowhere' .*-S data\.path=FOLDER"):
         prepare(photos(tmp_path / "nowhere"))
     (tmp_path / "photos.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"is a file; .*name the folder"):
@@ -650,9 +610,7 @@ def test_without_network_the_line_names_the_file_and_where_to_put_it(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "setdefaulttimeout", (timeouts := []).append)
     for name, archive in (("cifar10", "cifar-10-binary.tar.gz"), ("cifar100", "cifar-100-binary.tar.gz")):
-        with pytest.raises(
-            UserError, match=rf"Name or service not known\); put {archive} or cifar-\d+-python.tar.gz into data/raw and run"
-        ) as error:
+        with pytest.raises(UserError, match=rf"Name or service not known\).*{archive} or cifar-\d+-python.tar.gz into data/raw") as error:
             prepare(settings_for(name))
         assert "://" not in str(error.value) and "\n" not in str(error.value)
     assert timeouts == [cifar_module.TIMEOUT, None] * 2
@@ -662,7 +620,7 @@ def test_a_damaged_archive_is_not_extracted(tmp_path, no_network):
     small = pack(tmp_path, small_cifar(tmp_path, CIFAR10))
     with (tmp_path / small.name).open("ab") as stream:
         stream.write(b"!")
-    with pytest.raises(UserError, match=rf"{small.name} is incomplete or damaged and the download failed"):
+    with pytest.raises(UserError, match=rf"{small.name} "):
         cifar(settings_for("cifar10", path=str(tmp_path)), small)
     assert not list((tmp_path / small.folder).iterdir())
 
@@ -672,7 +630,7 @@ def test_a_full_disk_during_the_download_is_not_blamed_on_the_network(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", full)
-    with pytest.raises(Failure, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(Failure, match=r"No space left on device"):
         prepare(settings_for("cifar10", path=str(tmp_path)))
 
 
@@ -750,12 +708,6 @@ def test_the_files_are_those_that_others_rely_on(tmp_path):
     assert about["digest"] == dataset.digest and about["parameters"]["max_train"] == 9
 
 
-def test_saving_replaces_an_earlier_dataset_whole(tmp_path, digits):
-    save(prepare(settings_for("digits", max_train=50)), tmp_path / "out")
-    save(digits, tmp_path / "out")
-    assert load(tmp_path / "out").digest == digits.digest
-
-
 def test_saving_never_deletes_a_folder_of_something_else(tmp_path, digits):
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"also contains holiday\.jpg"):
@@ -791,7 +743,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_dataset(tmp_path, digits):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # validation fits, train does not
     try:
-        with pytest.raises(Failure, match=r"out cannot be written \(.*make room there and run advml prepare again"):
+        with pytest.raises(Failure, match=r"out .*advml prepare"):
             save(prepare(settings_for("digits", seed=1)), folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -799,48 +751,26 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_dataset(tmp_path, digits):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def shorten(folder: Path) -> None:
-    path = folder / "train.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+def with_tensors(folder: Path, split: str, change: Callable[[dict], dict]) -> None:
+    save_file(change(load_file(folder / f"{split}.safetensors")), folder / f"{split}.safetensors")
 
 
-def flip_a_pixel(folder: Path) -> None:
-    path = folder / "test.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def retype(folder: Path) -> None:
-    tensors = load_file(folder / "validation.safetensors")
-    save_file({"images": tensors["images"].float(), "labels": tensors["labels"]}, folder / "validation.safetensors")
-
-
-def swap_splits(folder: Path) -> None:
-    (folder / "validation.safetensors").replace(folder / "test.safetensors")
-
-
-def drop_labels(folder: Path) -> None:
-    save_file({"images": load_file(folder / "test.safetensors")["images"]}, folder / "test.safetensors")
-
-
-def rename_class(folder: Path) -> None:
-    about = json.loads((folder / "dataset.json").read_text())
-    about["classes"][0] = "zero"
-    (folder / "dataset.json").write_text(json.dumps(about))
+def rewritten(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
 
 
 FAULTS = {
-    "cut short": shorten,
-    "one bit": flip_a_pixel,
-    "float images": retype,
-    "wrong split": swap_splits,
-    "no labels": drop_labels,
-    "another class name": rename_class,
+    "cut short": lambda folder: rewritten(folder / "train.safetensors", lambda content: content[:-100]),
+    "one bit": lambda folder: rewritten(folder / "test.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "float images": lambda folder: with_tensors(folder, "validation", lambda one: one | {"images": one["images"].float()}),
+    "wrong split": lambda folder: (folder / "validation.safetensors").replace(folder / "test.safetensors"),
+    "no labels": lambda folder: with_tensors(folder, "test", lambda one: {"images": one["images"]}),
+    "another class name": lambda folder: rewritten(folder / "dataset.json", lambda content: content.replace(b'"0"', b'"zero"')),
     "no dataset.json": lambda folder: (folder / "dataset.json").unlink(),
     "half a dataset.json": lambda folder: (folder / "dataset.json").write_text('{"classes": ['),
     "dataset.json is a list": lambda folder: (folder / "dataset.json").write_text("[]"),
     "no train": lambda folder: (folder / "train.safetensors").unlink(),
+    "nothing": shutil.rmtree,
 }
 
 
@@ -848,11 +778,6 @@ FAULTS = {
 def test_a_broken_dataset_is_one_line_with_the_command_that_mends_it(tmp_path, digits, fault):
     save(digits, tmp_path / "out")
     FAULTS[fault](tmp_path / "out")
-    with pytest.raises(UserError, match=r"out is damaged \(.+\); make it again with: advml prepare$") as error:
+    with pytest.raises(UserError, match=r"out .*advml prepare$") as error:
         load(tmp_path / "out")
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"prepared does not exist; make it with: advml prepare$"):
-        load(tmp_path / "prepared")

@@ -512,7 +512,7 @@ def refuse_to_list(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     root = plant(tmp_path / "p", "cats=3", "dogs=3", "owls=3")
     refuse_to_list(root / "dogs", monkeypatch)
-    with pytest.raises(UserError, match=r"p/dogs cannot be listed \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"p/dogs .*Permission denied"):
         read(root)
 
 
@@ -529,13 +529,6 @@ def test_an_image_that_vanishes_while_it_is_looked_at_is_a_change(tmp_path, monk
     assert fingerprint(settings(root)) not in (before, None)
 
 
-def test_a_tree_that_has_become_doubtful_is_a_change(tmp_path):
-    root = plant(tmp_path / "p", "cats=3", "dogs=3")
-    before = fingerprint(settings(root))
-    (root / "owls").mkdir()
-    assert fingerprint(settings(root)) != before
-
-
 def test_changed_labels_change_the_fingerprint_and_other_text_does_not(tmp_path):
     root = plant(tmp_path / "p", "=2", "notes.txt")
     labels = root / "labels.csv"
@@ -546,12 +539,3 @@ def test_changed_labels_change_the_fingerprint_and_other_text_does_not(tmp_path)
     labels.write_text("0.png,dogs\n1.png,cats\n")
     os.utime(labels, ns=(0, 1))
     assert fingerprint(settings(root)) != before
-
-
-# Paths
-
-
-@pytest.mark.parametrize("path", ["~nosuchuser_/x", "nowhere", "x" * 900])
-def test_a_path_that_leads_nowhere_is_named_in_one_line(path):
-    with pytest.raises(UserError):
-        read(path)

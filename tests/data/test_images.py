@@ -51,7 +51,7 @@ def test_a_picture_of_more_pixels_than_pillow_allows_is_decoded(tmp_path):
 def test_a_picture_that_does_not_fit_into_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = large(tmp_path / "x.png", 8_000)
     monkeypatch.setattr(images.memory, "available", lambda: 2**29)
-    with pytest.raises(ValueError, match=r"8000 x 8000 pixels need 1\.0 GiB of memory to decode, and 0\.5 GiB"):
+    with pytest.raises(ValueError, match=r"8000 x 8000 .*1\.0 GiB .*0\.5 GiB"):
         decode(path, size=4, channels=1)
 
 

@@ -56,7 +56,7 @@ def test_a_dataset_with_unlabelled_images_is_saved_and_loaded_and_its_digest_cov
 
 
 def test_a_budget_of_fewer_images_than_classes_is_refused_with_the_least_one():
-    with pytest.raises(UserError, match=r"data\.label_budget = 0\.02 leaves 4 of 200 .* 10 classes .* at least 0\.05"):
+    with pytest.raises(UserError, match=r"data\.label_budget = 0\.02 .* 0\.05"):
         prepared(0.02)
 
 

@@ -68,7 +68,7 @@ def test_a_function_sends_messages_and_goes_on_with_the_answers_and_its_process_
         call.answer(True)
         assert taken(call) is True and call.is_finished
         assert taken(Call(here, os.getpid)) == first != os.getpid()
-        with pytest.raises(Failure, match=r"^FileNotFoundError: .*/nowhere.* \(.+, line \d+\)$"):
+        with pytest.raises(Failure, match=r"^FileNotFoundError: .*/nowhere"):
             taken(Call(here, os.listdir, "/nowhere"))
         with pytest.raises(UserError, match="--name"):
             taken(Call(here, checked_name, "../.."))

@@ -274,7 +274,7 @@ def test_a_model_that_gives_no_logits_for_a_single_image_is_one_line(subject, da
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.network(images).squeeze()
 
-    with pytest.raises(UserError, match=r"the model gives \(4,\) for 1 images; attacks need \(1, 4\)"):
+    with pytest.raises(UserError, match=r"\(4,\).*\(1, 4\)"):
         evaluate(replace(subject, network=Squeezed(subject.network)), dataset)
 
 

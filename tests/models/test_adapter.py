@@ -78,7 +78,7 @@ def test_what_is_no_tensor_is_told_also_where_gradients_alone_make_it_so():
     network = Foreign(Lambda(several), "mine:model")
     with torch.no_grad():
         assert len(network(IMAGES)) == len(IMAGES)
-    with pytest.raises(UserError, match=r"^mine:model gives tuple for 3 images; attacks need a tensor of logits$"):
+    with pytest.raises(UserError, match=r"^mine:model .*tuple .*3 images"):
         network(IMAGES.clone().requires_grad_())
 
 
@@ -88,7 +88,7 @@ def test_an_error_is_one_line_with_the_name_and_the_batch(grad):
         raise AssertionError("at most two\nimages")
 
     network = Foreign(Lambda(fails), "mine:model")
-    with pytest.raises(UserError, match=r"^mine:model fails on a batch of 3x2x4x4 images: AssertionError: at most two$"):
+    with pytest.raises(UserError, match=r"^mine:model .*3x2x4x4 .*AssertionError: at most two$"):
         network(IMAGES.clone().requires_grad_(grad))
 
 

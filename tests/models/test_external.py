@@ -146,7 +146,7 @@ def here(tmp_path, monkeypatch):
 
 def test_a_function_gives_a_model_in_eval_mode_with_a_digest_of_its_weights(here, dataset):
     path, given = list(sys.path), found("somebodys:good", dataset)
-    assert given.name == "somebodys-good" and not given.network.training and sys.path == path
+    assert given.name == "somebodys-good" and not given.network.training and sys.path == path and given.origin["mode"] == "training"
     assert given.digest == found("somebodys:good", dataset).digest and given.scheme is None
     with torch.no_grad():
         given.network.module[1].weight[0, 0] += 1
@@ -209,10 +209,6 @@ def test_a_model_of_another_type_gets_images_of_its_type_and_gives_float32(here,
     assert torch.autograd.grad(logits.sum(), images)[0].dtype == torch.float32 and given.origin["dtype"] == dtype
 
 
-def test_the_mode_that_a_model_came_in_is_recorded(here, dataset):
-    assert found("somebodys:good", dataset).origin["mode"] == "training"
-
-
 BINARY = """
 import torch
 from torch import nn
@@ -266,13 +262,13 @@ def test_the_class_of_the_one_logit_is_the_second_of_the_names_given(two):
 
 
 def test_one_probability_of_two_classes_is_no_logit(two):
-    with pytest.raises(UserError, match=r"binary:probability gives one number per image between 0 and 1, .* wrap it: def wrapped\(\)"):
+    with pytest.raises(UserError, match=r"binary:probability .* def wrapped\(\)"):
         found("binary:probability", two)
 
 
 def test_one_logit_of_more_classes_is_refused(here, dataset):
     (here / "binary.py").write_text(BINARY)
-    with pytest.raises(UserError, match=r"gives \(2, 1\) for 2 images; the prepared data need \(2, 4\)"):
+    with pytest.raises(UserError, match=r"\(2, 1\) .*\(2, 4\)"):
         found("binary:column", dataset)
 
 
@@ -348,7 +344,7 @@ def test_a_prefix_of_all_weights_is_stripped_told_and_recorded(weights, dataset,
 def test_a_pickle_in_place_of_a_model_is_told_how_to_convert(dataset, tmp_path):
     for target, how in ((str(tmp_path / "w.pth"), {}), ("test_resnet", {"weights": tmp_path / "w.pth"})):
         (tmp_path / "w.pth").write_bytes(b"PK")
-        with pytest.raises(UserError, match=r"a pickle .*advml import .*w\.pth --backbone"):
+        with pytest.raises(UserError, match=r"advml import .*w\.pth --backbone"):
             found(target, dataset, **how)
 
 
@@ -409,7 +405,7 @@ def test_our_model_from_elsewhere_gives_the_very_figures_of_its_stage(make_study
     assert evaluate.of_study(study.workspace, str(folder)) == {"scheme": "CL", "regime": "ST", "seed": 0}
     assert evaluate.of_study(study.workspace, "CL-ST-s0") and evaluate.of_study(study.workspace, "resnet18") is None
     given = found(str(folder), context.dataset)
-    with pytest.raises(UserError, match=r"CL-ST-s0 is a name of this study.*--name"):
+    with pytest.raises(UserError, match=r"CL-ST-s0 .*--name"):
         evaluate.run_given(context, given)
     assert evaluate.run_given(context, replace(given, name="other")) == metrics
 
@@ -435,7 +431,7 @@ def test_names_that_are_not_as_many_as_logits_are_refused(here, dataset, make_ne
     """Four of more logits would pass for logits of the four classes."""
     names, folder = ",".join(dataset.classes), saved(here / "other", make_network(classes=5), dataset, classes=list("abcde"))
     for target, count in (("somebodys:wide", 9), ("somebodys:narrow", 3), (folder, 5)):
-        with pytest.raises(UserError, match=rf"name 4 classes, but the model gives {count} logits"):
+        with pytest.raises(UserError, match=rf" 4 classes.* {count} logits"):
             found(target, dataset, classes=names)
 
 
@@ -498,18 +494,3 @@ def make():
     linear.weight.data, linear.bias.data = means, -means.square().sum(1) / 2
     return nn.Sequential(nn.Flatten(), linear)
 """
-
-
-def test_a_module_that_cannot_be_copied_is_measured_and_judged_all_the_same(make_study):
-    class Stubborn(nn.Module):
-        def forward(self, images):
-            return images.flatten(1)[:, :4]
-
-        def __deepcopy__(self, memo):
-            raise TypeError("cannot be copied")
-
-    context = make_study("stubborn").context()
-    metrics = evaluate.run_given(context, Given("stubborn", Stubborn(), "0", {}))
-    assert "accuracy/worst_case" in metrics and "diagnostics/flags" in metrics
-    record = json.loads(context.workspace.record("evaluate", "stubborn").read_text())
-    assert "not_copied" in [flag["name"] for flag in record["diagnostics"]["flags"]]

@@ -72,14 +72,12 @@ def test_an_unsafe_network_never_sees_channels_last(channels, layout):
 
 STEP = """
 import torch
-from advml.models.memory_format import place
-from advml.models.network import Architecture, build
-constants = (0.5,) * 3
-architecture = Architecture("repvgg_a0", "native", {}, 3, 32, constants, constants, 4, None, False, False)
-network = place(build(architecture, seed=0), torch.device("cpu"))
-pictures = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+from torch import nn
+from advml.models.memory_format import memory_format, place
+network = place(nn.Sequential(nn.Conv2d(3, 48, 1, stride=2), nn.Flatten(), nn.Linear(48 * 256, 4)), torch.device("cpu"))
+pictures = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(memory_format=memory_format(network))
 def gradients():
-    images = pictures.to(network.classifier.weight.dtype).requires_grad_()
+    images = pictures.to(network[2].weight.dtype).requires_grad_()
     wanted = [images, *network.parameters()]
     return [gradient.double() for gradient in torch.autograd.grad(network(images).square().sum(), wanted)]
 rounded = [gradients() for _ in range(3)][-1]

@@ -66,10 +66,6 @@ def test_images_are_normalised_per_channel_by_the_first_layer():
     assert torch.equal(model(images), model.classifier(model.encoder((images - mean) / std)))
 
 
-def test_normalisation_travels_with_the_weights():
-    assert {"normalize.mean", "normalize.std"} <= network().state_dict().keys()
-
-
 def test_logits_are_of_unit_length_under_normalize_logits():
     images, raw = pictures(), network().eval()
     normalised = network(normalize_logits=True).eval()
@@ -111,18 +107,14 @@ def test_weights_depend_on_the_seed_alone():
     assert not same_weights(first, network(seed=4))
 
 
-def test_building_a_network_leaves_the_global_rng_alone():
-    before = torch.get_rng_state()
-    model = network()
-    model.attach_classifier(5, seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_building_a_network_reseeds_no_gpu(monkeypatch):
-    reseeded = []
+def test_building_and_loading_a_network_leave_global_generators_alone(tmp_path, monkeypatch):
+    before, reseeded = torch.get_rng_state(), []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
-    network().attach_classifier(5, seed=1)
-    assert reseeded == []
+    model = network(classes=None)
+    model.attach_classifier(5, seed=1)
+    save(model, tmp_path, {})
+    assert same_weights(load(tmp_path), model)
+    assert torch.equal(torch.get_rng_state(), before) and reseeded == []
 
 
 def test_an_attached_classifier_depends_on_its_seed_alone_and_is_recorded():
@@ -215,26 +207,12 @@ def test_a_loaded_network_is_bit_for_bit_the_saved_one(tmp_path, changes):
     assert torch.equal(loaded.eval().features(pictures()), model.eval().to(memory_format=torch.contiguous_format).features(pictures()))
 
 
-def test_an_attached_classifier_is_saved_and_loaded(tmp_path):
-    model = network(classes=None)
-    model.attach_classifier(4, seed=1)
-    save(model, tmp_path, {})
-    assert same_weights(load(tmp_path), model)
-
-
 def test_the_record_keeps_what_it_was_given_and_adds_architecture_and_digest(tmp_path):
     model = network()
     digest = save(model, tmp_path, {"epoch": 3})
     record = read_record(tmp_path)
     assert digest == record["digest"] == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
     assert record["epoch"] == 3 and record["architecture"]["backbone"] == "test_resnet"
-
-
-def test_loading_leaves_the_global_rng_alone(tmp_path):
-    saved(tmp_path)
-    before = torch.get_rng_state()
-    load(tmp_path)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_load_model_returns_the_classifier_in_eval_mode(tmp_path):
@@ -258,19 +236,13 @@ def edit_record(folder: Path, **changes) -> None:
     (folder / "model.json").write_text(json.dumps(record | changes))
 
 
+def edit_weights(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+
+
 def edit_architecture(folder: Path, **changes) -> None:
     edit_record(folder, architecture=read_record(folder)["architecture"] | changes)
-
-
-def flip_a_bit(folder: Path) -> None:
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-5] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
 
 
 DAMAGES = {
@@ -278,8 +250,8 @@ DAMAGES = {
     "a renamed tensor": lambda f: rewrite(f, lambda t: t.update(weight=t.pop("classifier.weight"))),
     "an extra tensor": lambda f: rewrite(f, lambda t: t.update(extra=torch.zeros(1))),
     "a tensor of another shape": lambda f: rewrite(f, lambda t: t.update({"classifier.bias": torch.zeros(3)})),
-    "a flipped bit": flip_a_bit,
-    "a truncated file": truncate,
+    "a flipped bit": lambda f: edit_weights(f, lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]),
+    "a truncated file": lambda f: edit_weights(f, lambda content: content[:-100]),
     "an empty file": lambda f: (f / "model.safetensors").write_bytes(b""),
     "no weights": lambda f: (f / "model.safetensors").unlink(),
     "no record": lambda f: (f / "model.json").unlink(),
@@ -300,7 +272,8 @@ def test_damaged_files_stop_with_one_line(tmp_path, damage):
     damage(tmp_path)
     with pytest.raises(UserError) as stopped:
         load(tmp_path)
-    assert len(str(stopped.value).splitlines()) == 1
+    line = str(stopped.value)
+    assert "\n" not in line and ("'no_net'" in line or (str(tmp_path) in line and "dvc" in line))
 
 
 def test_a_folder_without_a_model_stops_with_its_path_and_the_remedy(tmp_path):
@@ -313,16 +286,9 @@ def test_a_folder_without_a_model_stops_with_its_path_and_the_remedy(tmp_path):
         load(tmp_path / "file")
 
 
-def test_unusable_weights_stop_with_the_reason_and_the_remedy(tmp_path):
-    saved(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.pop("encoder.bn1.running_mean"))
-    with pytest.raises(UserError, match=r"contains no usable model: .*encoder\.bn1\.running_mean.*dvc checkout"):
-        load(tmp_path)
-
-
 def test_load_model_refuses_a_pretrained_encoder(tmp_path):
     saved(tmp_path, classes=None)
-    with pytest.raises(UserError, match=r"contains a pretrained encoder without classifier; choose a model of models/finetune$"):
+    with pytest.raises(UserError, match=r"pretrained encoder.* models/finetune$"):
         advml.load_model(tmp_path)
 
 

@@ -243,12 +243,12 @@ def test_the_picture_is_of_the_radius_that_evaluate_attacks_with(context: Contex
 
 
 def test_what_is_no_classifier_is_refused(context: Context, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no model 'CL-AT-s9'; did you mean CL-ST-s0"):
+    with pytest.raises(UserError, match=r"'CL-AT-s9'.* CL-ST-s0"):
         attack_picture(context, tmp_path / "photo.png", model="CL-AT-s9", out=tmp_path / "attack.png")
     encoder = Architecture("test_resnet", "small", {}, 1, 8, (0.3,), (0.4,), None, 100, False, False)
     folder = context.workspace.pretrained("CL-st-s0")
     save(build(encoder, seed=0), folder, {"classes": CLASSES})
-    with pytest.raises(UserError, match="contains a pretrained encoder without classifier; choose a model of"):
+    with pytest.raises(UserError, match=r"pretrained encoder.*models/"):
         attack_picture(context, tmp_path / "photo.png", model=str(folder), out=tmp_path / "attack.png")
     assert not (tmp_path / "attack.png").exists()
 

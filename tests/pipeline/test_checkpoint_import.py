@@ -18,6 +18,11 @@ from advml.pipeline.stages import compare
 
 
 @pytest.fixture
+def study(make_study):
+    return make_study("study", "worst_case.attacks=[]", "corruptions.names=none", "similarity.layers=blocks")
+
+
+@pytest.fixture
 def checkpoint(make_network, tmp_path):
     """A file of a network's encoder and classifier under a wrapper, and the network."""
     one = make_network(seed=3)

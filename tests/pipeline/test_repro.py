@@ -243,7 +243,7 @@ def test_a_needed_stage_that_is_up_to_date_delays_nothing(monkeypatch, tmp_path,
 
 def test_after_a_failure_nothing_is_begun_and_what_runs_is_waited_for(monkeypatch, tmp_path, shell, capsys):
     plan(monkeypatch, {"slow": [], "fails": [], "c": [], "d": ["fails"]})
-    with pytest.raises(Failure, match=r"^stage fails failed: it broke \(whole output: "):
+    with pytest.raises(Failure, match=r"^stage fails failed: it broke"):
         repro(tmp_path, jobs=2)
     assert sorted(shell.ended) == [("fails", 3), ("slow", 0)]
     assert {"note: odd images", "warning: no tracking"} <= set(capsys.readouterr().err.splitlines())
@@ -288,7 +288,7 @@ def test_a_folder_that_a_stage_cannot_write_to_is_one_line(monkeypatch, tmp_path
 
     plan(monkeypatch, {"a": []})
     monkeypatch.setattr(stage_task, "_run_dvc", full)
-    with pytest.raises(Failure, match=r"^stage a failed: .*No space left on device"):
+    with pytest.raises(Failure, match=r"^stage a .*No space left on device"):
         repro(tmp_path, jobs=1)
 
 

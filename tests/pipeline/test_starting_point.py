@@ -78,7 +78,7 @@ def test_an_exchanged_file_is_noticed(first, second, tmp_path):
         lambda: check_starting_points(context.config, second.workspace),
         lambda: finetune.run(context, scheme="CL", regime="AT", seed=0),
     ):
-        with pytest.raises(UserError, match=r"model\.init = .* other weights .*pretrain_at@CL-0"):
+        with pytest.raises(UserError, match=r"model\.init = .*pretrain_at@CL-0"):
             noticing()
     assert pretrain.run(context, scheme="CL", phase="at", seed=0, reuse=True)["digest"] != record["digest"]
     check_starting_points(context.config, second.workspace)
@@ -117,7 +117,7 @@ def test_a_classifier_is_taken_where_it_tells_the_same_classes_apart(make_networ
     options = f"model.init={tmp_path / 'one'}", "pretrain.SL.epochs=0"
     record = pretrain.run(study.context(*options), scheme="SL", phase="st", seed=0)
     assert record["init"]["taken"] == ["encoder", "normalization", "classifier"]
-    with pytest.raises(UserError, match=r"pretrain\.SL\.epochs = 0 needs a classifier of ant, bee"):
+    with pytest.raises(UserError, match=r"pretrain\.SL\.epochs = 0 .* ant, bee"):
         pretrain.run(second.context(*options), scheme="SL", phase="st", seed=0)
 
 

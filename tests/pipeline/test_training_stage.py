@@ -51,5 +51,5 @@ def test_a_last_batch_of_validation_with_fewer_images_than_processes_is_refused_
     chosen = config.load(PARAMS, ["pretrain.SL.batch_size=16", "runtime.device=cpu"])
     plan = pretraining(chosen, few, scheme="SL", phase="st", seed=0)
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(UserError, match=r"^a batch of 1 images cannot be shared by 2 processes; .*another batch_size$"):
+    with pytest.raises(UserError, match=r" 1 images .* 2 processes; .*batch_size"):
         fit(plan, Machine(torch.device("cpu")), checkpoint=Checkpoint(tmp_path, "x"))

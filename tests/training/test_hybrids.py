@@ -233,13 +233,13 @@ def test_the_joint_objective_reads_all_labels_and_is_refused_where_there_are_non
     """SCLxSL: L over classes of images beyond the budget."""
     other = replace(data, unlabelled=Split(data.unlabelled.images, data.unlabelled.labels // 2))
     assert not same(state(pretrain("SCLxSL", "st")), state(pretrain("SCLxSL", "st", data=other)))
-    with pytest.raises(UserError, match="SCLxSL needs the labels of all images, but 24 have none"):
+    with pytest.raises(UserError, match=r"SCLxSL.* 24 "):
         pretrain("SCLxSL", "st", data=poisoned(data))
 
 
 @pytest.mark.parametrize("scheme", HYBRIDS)
 def test_a_hybrid_without_unlabelled_images_is_refused_with_the_keys_that_give_some(data, scheme):
-    with pytest.raises(UserError, match=rf"{scheme} also needs unlabelled images.* data\.label_budget .* data\.unlabelled"):
+    with pytest.raises(UserError, match=rf"{scheme}.* data\.label_budget .* data\.unlabelled"):
         check_images(SCHEMES[scheme], replace(data, unlabelled=None), batch_size=16)
     with pytest.raises(UserError, match=rf"pretrain\.{scheme}\.batch_size = 3 .* 4 or more"):
         pretraining(config.changed(CONFIG, {f"pretrain.{scheme}.batch_size": 3}), data, scheme=scheme, phase="st", seed=0)

@@ -49,23 +49,13 @@ def test_contrastive_equals_a_literal_transcription_of_supcon_equation_2(groups,
     torch.testing.assert_close(losses, expected, atol=2e-6, rtol=2e-6)
 
 
-def test_contrastive_equals_pytorch_metric_learnings_supcon_loss():
-    z, labels = embeddings(), torch.tensor(GROUPS["classes"])
-    ours = contrastive(z, labels, temperature=TEMPERATURE).mean()
-    torch.testing.assert_close(ours, SupConLoss(temperature=TEMPERATURE)(z, labels))
-
-
-def test_contrastive_of_instance_ids_equals_pytorch_metric_learnings_ntxent_loss():
-    z, ids = embeddings(), torch.tensor(GROUPS["pairs"])
-    ours = contrastive(z, ids, temperature=TEMPERATURE).mean()
-    torch.testing.assert_close(ours, NTXentLoss(temperature=TEMPERATURE)(z, ids))
-
-
-def test_the_gradient_equals_pytorch_metric_learnings():
-    labels = torch.tensor(GROUPS["classes"])
+@pytest.mark.parametrize(("groups", "library"), [("classes", SupConLoss), ("pairs", NTXentLoss)])
+def test_contrastive_and_its_gradient_equal_pytorch_metric_learnings(groups, library):
+    labels = torch.tensor(GROUPS[groups])
     ours, theirs = embeddings().requires_grad_(), embeddings().requires_grad_()  # the library normalises by itself
-    contrastive(F.normalize(ours, dim=1), labels, temperature=TEMPERATURE).mean().backward()
-    SupConLoss(temperature=TEMPERATURE)(theirs, labels).backward()
+    losses = contrastive(F.normalize(ours, dim=1), labels, temperature=TEMPERATURE).mean(), library(temperature=TEMPERATURE)(theirs, labels)
+    torch.testing.assert_close(*losses)
+    sum(losses).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -78,18 +68,12 @@ def test_anchors_without_positives_contribute_0_and_no_nan_gradient():
     assert z.grad.isfinite().all() and z.grad.abs().sum() > 0
 
 
-def test_a_batch_of_loners_has_no_loss_and_no_gradient():
-    z = embeddings().requires_grad_()
-    losses = contrastive(z, torch.arange(8), temperature=TEMPERATURE)
+@pytest.mark.parametrize("count", [1, 8])
+def test_loners_alone_have_no_loss_and_no_gradient(count):
+    z = embeddings(count).requires_grad_()
+    losses = contrastive(z, torch.arange(count), temperature=TEMPERATURE)
     losses.sum().backward()
-    assert losses.tolist() == [0] * 8 and z.grad.abs().max() == 0
-
-
-def test_a_single_embedding_has_no_loss_and_no_nan():
-    z = embeddings(1).requires_grad_()
-    losses = contrastive(z, torch.tensor([3]), temperature=TEMPERATURE)
-    losses.sum().backward()
-    assert losses.tolist() == [0] and z.grad.abs().max() == 0
+    assert losses.tolist() == [0] * count and z.grad.abs().max() == 0
 
 
 def test_a_lone_pair_has_no_negatives_and_so_no_loss():
@@ -121,13 +105,6 @@ def test_contrastive_of_half_precision_embeddings_is_computed_in_float32():
     assert torch.equal(contrastive(z, groups, temperature=TEMPERATURE), expected)
 
 
-def test_contrastive_follows_a_permutation_of_the_batch():
-    z, groups = embeddings(), torch.tensor(GROUPS["classes"])
-    order = torch.tensor([3, 1, 4, 0, 5, 7, 2, 6])
-    permuted = contrastive(z[order], groups[order], temperature=TEMPERATURE)
-    torch.testing.assert_close(permuted, contrastive(z, groups, temperature=TEMPERATURE)[order])
-
-
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 0, 1, 0]], ids=["instances", "classes"])
 def test_the_pair_objective_is_the_mean_of_an_images_two_anchors(labels):
     first, second = embeddings(4, seed=1), embeddings(4, seed=2)
@@ -138,11 +115,6 @@ def test_the_pair_objective_is_the_mean_of_an_images_two_anchors(labels):
 
 
 # Classification
-
-
-def test_cross_entropy_of_equal_logits_is_the_logarithm_of_the_number_of_classes():
-    losses = cross_entropy(torch.zeros(3, 10), torch.tensor([0, 4, 9]))
-    torch.testing.assert_close(losses, torch.full((3,), math.log(10)))
 
 
 def test_cross_entropy_of_two_classes_is_the_softplus_of_the_margin():
@@ -162,12 +134,6 @@ def test_cross_entropy_of_half_precision_logits_is_computed_in_float32():
     loss = cross_entropy(logits, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, -logits.double().log_softmax(1)[:, 0].float())
-
-
-def test_margin_is_positive_exactly_where_the_classifier_errs():
-    logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(200) % 5
-    assert torch.equal(margin(logits, labels) > 0, logits.argmax(1) != labels)
 
 
 def test_margin_is_the_best_other_logit_minus_the_own():
@@ -198,13 +164,6 @@ def test_dlr_equals_autoattacks_own(classes):
     torch.testing.assert_close(dlr(logits, labels), theirs)
 
 
-def test_dlr_is_blind_to_shift_and_scale_and_positive_where_the_classifier_errs():
-    logits, labels = random_logits()
-    torch.testing.assert_close(dlr(7 * logits - 3, labels), dlr(logits, labels), rtol=1e-4, atol=1e-5)
-    assert torch.equal(dlr(logits, labels) > 0, logits.argmax(1) != labels)
-    assert dlr(logits, labels).min() >= -1
-
-
 def test_dlr_of_equal_logits_is_finite_with_a_finite_gradient():
     logits = torch.zeros(2, 4, requires_grad=True)
     values = dlr(logits, torch.tensor([0, 3]))
@@ -213,9 +172,8 @@ def test_dlr_of_equal_logits_is_finite_with_a_finite_gradient():
 
 
 def test_dlr_of_two_classes_is_refused_with_the_choices():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"objective = 'dlr' .* 2 classes; .* ce, margin$"):
         dlr(torch.zeros(1, 2), torch.tensor([0]))
-    assert str(caught.value) == "objective = 'dlr' compares three logits, but there are 2 classes; choose from ce, margin"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -229,13 +187,10 @@ def test_every_objective_is_per_sample_and_in_float32(name):
 # Divergence
 
 
-def test_the_divergence_is_that_of_torch_and_of_the_formula():
+def test_the_divergence_is_that_of_torch():
     p, q = random_logits(seed=1)[0], random_logits(seed=2)[0]
     theirs = F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(1)
     torch.testing.assert_close(divergence(p, q), theirs)
-    first, second = p.double().softmax(1), q.double().softmax(1)
-    by_hand = [sum(float(a * math.log(a / b)) for a, b in zip(*rows, strict=True)) for rows in zip(first, second, strict=True)]
-    torch.testing.assert_close(divergence(p, q), torch.tensor(by_hand), rtol=1e-4, atol=1e-5)
 
 
 def test_the_divergence_of_the_same_is_zero_and_certainty_keeps_it_finite():

@@ -122,20 +122,6 @@ def test_label_smoothing_reaches_every_classification_loss_but_neither_attack_no
 # What the adversary ascends
 
 
-def test_the_adversary_of_classification_ascends_end_to_end_cross_entropy(make_network, images, adversarial, labels):
-    network = make_network().eval()
-    assert torch.equal(Classification(network).objective(images, labels)(adversarial), cross_entropy(network(adversarial), labels))
-
-
-def test_the_hoisted_clean_embedding_gives_the_loss_of_both_together(make_network, images, adversarial, labels):
-    """Exact in eval mode, where the two halves of a batch do not meet."""
-    network = make_network()
-    task = contrastive_task(network, classes)
-    with under_attack(network):
-        objective = task.objective(images, labels)
-        torch.testing.assert_close(objective(adversarial), task.adversarial_loss(images, adversarial, labels), rtol=1e-5, atol=1e-5)
-
-
 def test_the_clean_embedding_is_computed_once_and_no_gradient_reaches_it(make_network, images, adversarial, labels):
     network = make_network().eval()
     passes = []
@@ -155,7 +141,7 @@ def test_the_objective_of_classification_may_be_another_loss(make_network, image
     for name, objective in OBJECTIVES.items():
         values = classification_objective(network, labels, loss=name)(adversarial)
         assert torch.equal(values, objective(network(adversarial), labels)) and values.shape == labels.shape
-    with pytest.raises(UserError, match=r"^objective = 'hinge'; choose from ce, margin, dlr$"):
+    with pytest.raises(UserError, match=r"'hinge'.*ce, margin, dlr$"):
         classification_objective(network, labels, loss="hinge")
 
 
@@ -236,14 +222,6 @@ def test_frozen_statistics_put_the_encoders_batch_norms_alone_into_eval_mode(mak
 
 
 # The head alone
-
-
-def test_stored_features_give_the_loss_of_features_computed_anew(make_network, dataset, images, labels):
-    network = make_network()
-    task = head_only(network, dataset)
-    torch.testing.assert_close(
-        clean_loss(task, images, labels, INDEX, generator=generator()), cross_entropy(network(images), labels), rtol=1e-5, atol=1e-5
-    )
 
 
 def test_stored_features_follow_the_index_of_a_shuffled_batch(make_network, dataset):

@@ -256,28 +256,21 @@ def test_one_step_equals_the_formulas(fit, make_network, dataset, phase, changes
 # Who changes
 
 
-@pytest.mark.parametrize("phase", ["CL ST", "CL Partial-AT"])
-def test_a_head_alone_leaves_encoder_and_batch_norm_statistics_untouched(fit, make_network, phase):
-    network, _ = fit(phase)
-    assert changed(weights(make_network()), weights(network)) == {"classifier"}
+WHO = {  # phase -> what of a network changes, weights and statistics of batch norms
+    "CL ST": {"classifier"},
+    "CL Partial-AT": {"classifier"},
+    "CL Full-AT": {"encoder", "classifier"},
+    "SL at": {"encoder", "classifier"},
+    "CL at": {"encoder", "projection_head"},
+    "SCL at": {"encoder", "projection_head"},
+}
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_a_head_alone_leaves_batch_norm_alone_whatever_mode_the_attack_asks_for(fit, make_network, mode):
-    configuration = configured(f"attack.batch_norm={mode}")
-    network, _ = fit("CL Partial-AT", configuration=configuration, epochs=1)
-    assert changed(weights(make_network()), weights(network)) == {"classifier"}
-
-
-def test_full_adversarial_training_changes_the_encoder_and_not_the_projection_head(fit, make_network):
-    network, _ = fit("CL Full-AT")
-    assert changed(weights(make_network()), weights(network)) == {"encoder", "classifier"}
-
-
-@pytest.mark.parametrize(("phase", "heads"), [("SL at", "classifier"), ("CL at", "projection_head"), ("SCL at", "projection_head")])
-def test_pretraining_changes_the_encoder_and_its_own_head(fit, make_network, phase, heads):
-    network, _ = fit(phase, epochs=1)
-    assert changed(weights(make_network()), weights(network)) == {"encoder", heads}
+@pytest.mark.parametrize(("phase", "parts"), WHO.items(), ids=WHO)
+def test_what_a_phase_changes_whatever_mode_its_attack_asks_for(fit, make_network, phase, parts, mode):
+    network, _ = fit(phase, configuration=configured(f"attack.batch_norm={mode}"), epochs=1)
+    assert changed(weights(make_network()), weights(network)) == parts
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -429,7 +422,7 @@ def test_a_score_that_is_not_finite_ends_the_training(tmp_path, small, make_netw
         checkpoint=checkpoint,
     )
     assert next(epochs)["epoch"] == 1
-    with pytest.raises(Failure, match=rf"^validation/adversarial_{kind.metric} is not finite in epoch 2; lower the learning rate"):
+    with pytest.raises(Failure, match=rf"^validation/adversarial_{kind.metric} .*epoch 2"):
         next(epochs)
     assert checkpoint.load().epoch == 1
 
@@ -453,7 +446,7 @@ def test_training_never_learns_from_validation(fit, small):
 # Randomness
 
 
-@pytest.mark.parametrize("phase", ["SL at", "CL st", "CL at", "SCL at", "CL ST", "CL Partial-AT", "CL Full-AT"])
+@pytest.mark.parametrize("phase", ["SL at", "SCL at", "CL Partial-AT"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit, phase):
     torch.manual_seed(1)
     first, history = fit(phase, epochs=1)
@@ -630,9 +623,11 @@ def test_every_step_has_its_own_learning_rate(tmp_path, dataset, schedule, warmu
     assert [record["learning_rate"] for record in history] == pytest.approx(rates[5::6])
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_knobs_to_turn(fit):
+def test_a_loss_that_is_not_finite_stops_with_the_knobs_to_turn_and_its_epoch_is_not_saved(tmp_path, fit):
+    checkpoint = Checkpoint(tmp_path / "scratch", "x")
     with pytest.raises(Failure) as stopped:
-        fit("SL at", learning_rate=1e30, optimizer="sgd", schedule="constant")
+        fit("SL at", learning_rate=1e30, optimizer="sgd", schedule="constant", checkpoint=checkpoint)
+    assert checkpoint.load() is None
     line = str(stopped.value)
     assert "epoch 1" in line and "learning rate" in line and "1e+30" in line and "gradient_clip" in line and "\n" not in line
 
@@ -663,15 +658,8 @@ def test_what_is_not_finite_before_the_first_step_is_not_blamed_on_the_learning_
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_weights_that_the_last_step_has_broken_are_not_taken_for_good(fit, keep):
     """One step: its loss was finite, and predictions may be counted whatever the logits are."""
-    with pytest.raises(Failure, match=r"is not finite in epoch 1; lower the learning rate \(now 1e\+30\)"):
+    with pytest.raises(Failure, match=r"epoch 1; .*1e\+30"):
         fit("SL at", learning_rate=1e30, optimizer="sgd", schedule="constant", epochs=1, batch_size=96, keep=keep)
-
-
-def test_a_failed_epoch_is_not_saved(tmp_path, fit):
-    checkpoint = Checkpoint(tmp_path / "scratch", "x")
-    with pytest.raises(Failure):
-        fit("SL at", learning_rate=1e30, optimizer="sgd", schedule="constant", checkpoint=checkpoint)
-    assert checkpoint.load() is None
 
 
 def test_every_batch_is_told_and_their_mean_is_recorded(tmp_path, dataset, make_network):

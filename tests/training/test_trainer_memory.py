@@ -101,7 +101,7 @@ def test_nothing_is_tried_in_one_of_several_processes(learn, make_network, monke
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     network.encoder.register_forward_pre_hook(check)
-    with pytest.raises(Failure, match=r"^batch_size = 16 does not fit .* in 2 processes; .* smaller batch_size"):
+    with pytest.raises(Failure, match=r"^batch_size = 16 .* 2 processes"):
         learn(contrastive(network))
 
 

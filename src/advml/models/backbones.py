@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -141,6 +142,7 @@ def _check_names(backbone: str, options: dict[str, Any]) -> None:
             raise UserError(f"model.options.{key} = {options[key]!r} is refused: {SET_ELSEWHERE.get(key, UNTRAINED)}; leave it out")
 
 
+@cache  # asked several times for every network, and as slow to answer as the network to build
 def _family(backbone: str) -> type[nn.Module]:
     with torch.device("meta"):  # no memory, no initialisation
         return type(timm.create_model(backbone, pretrained=False))

@@ -145,7 +145,7 @@ def test_large_images_take_the_constants_of_imagenet_c():
 
 
 def test_an_unknown_name_or_severity_is_met_with_the_choices():
-    with pytest.raises(ValueError, match=r"corruption = 'rain'; choose from gaussian_noise, .*, jpeg_compression"):
+    with pytest.raises(ValueError, match=r"'rain'.*jpeg_compression"):
         corrupt("rain", scenes(1, 8), severity=1, seed=0)
     with pytest.raises(ValueError, match="severity = 0; choose from 1, 2, 3, 4, 5"):
         corrupt("fog", scenes(1, 8), severity=0, seed=0)

@@ -231,14 +231,6 @@ def test_foolbox_finds_the_boundary_of_a_linear_model(dataset):
     assert found["flags"] == [] and found["minimal"]["curve"][0]["accuracy"] == 1
 
 
-def test_a_model_that_cannot_be_copied_is_judged_all_the_same(dataset):
-    network = Rounded(dataset)
-    network.seen = network.linear.weight * 2  # a tensor with a history
-    found = look(dataset, network, outcomes(set()), SMALL)
-    honest = names(look(dataset, Rounded(dataset), outcomes(set()), SMALL))
-    assert "skipped" not in found and honest and names(found) == [*honest, "not_copied"]
-
-
 def test_a_model_that_fails_on_the_probes_is_not_judged_but_for_what_needs_none(dataset):
     class Picky(Nearest):
         def forward(self, images: Tensor) -> Tensor:

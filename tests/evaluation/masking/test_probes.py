@@ -67,21 +67,6 @@ def test_values_and_gradients_that_are_not_finite_do_not_reach_pgd():
     assert torch.equal(found, IMAGES)
 
 
-def test_a_model_may_write_into_its_input():
-    before = IMAGES.clone()
-    target = Target(Lambda(lambda images: square(images.mul_(2))))
-    assert torch.equal(target.gradient(total, IMAGES)[-1], 8 * IMAGES) and torch.equal(target.logits(IMAGES), 4 * square(IMAGES))
-    assert torch.equal(IMAGES, before)
-
-
-def test_lack_of_memory_is_no_property_of_the_model():
-    def exhausted(images: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        Target(Lambda(exhausted)).gradient(total, IMAGES)
-
-
 def test_within_own_randomness_draws_follow_the_seed_and_after_it_the_generator_goes_on():
     state = torch.get_rng_state()
     draws = []

@@ -162,6 +162,6 @@ TAKEN = (*paths.REPORT_FILES, records.TRANSFER, "compare", "tune", "Report.html"
 @pytest.mark.parametrize("name", TAKEN)
 def test_what_other_commands_write_into_reports_is_no_name(make_study, given, name):
     study = make_study("taken")
-    with pytest.raises(UserError, match=rf"{name} is a name of this study, .*; choose another with --name"):
+    with pytest.raises(UserError, match=rf"{name} .*--name"):
         evaluate.run_given(study.context(*QUICK), replace(given, name=name))
     assert not study.workspace.report(name).exists()

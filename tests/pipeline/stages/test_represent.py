@@ -35,7 +35,7 @@ PLAIN = ("diagnostics.images=0", "worst_case.attacks=[]", "corruptions.names=non
 
 
 @pytest.fixture(scope="module")
-def measured(new_study, tmp_path_factory, blank_figures, drawing):
+def measured(new_study, tmp_path_factory, drawing):
     """Four models, evaluated, represented and compared; the curves of their training are drawn, and what there is of SL-AT-s0."""
     study = new_study(tmp_path_factory.mktemp("represent") / "study", *SMALL)
     with pytest.MonkeyPatch.context() as patch:
@@ -308,7 +308,7 @@ def test_all_models_can_see_the_adversarial_images_of_one(study, tmp_path):
     assert not np.allclose(own.matrix(panel, "adversarial"), shared.matrix(panel, "adversarial"), equal_nan=True)
     source = json.loads((tmp_path / "SL-AT-s0" / "cka.json").read_text())["adversarial_source"]
     assert {about["model"] for about in source.values()} == {"SL-AT-s0"}
-    with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'; must be own, or a model's name"):
+    with pytest.raises(UserError, match=r"similarity\.source = 'CL-XX'"):
         compare.run(study.context("similarity.source=CL-XX"), chosen=names, out=tmp_path / "no")
 
 
@@ -340,7 +340,7 @@ def test_only_the_comparison_of_the_study_is_recorded(study, tmp_path):
     before = path.read_text()
     compare.run(study.context("similarity.batch_size=10"), out=tmp_path / "elsewhere")
     assert path.read_text() == before
-    with pytest.raises(UserError, match="which the report reads; give another --out"):
+    with pytest.raises(UserError, match="--out"):
         compare.run(study.context(), chosen=("CL-AT-s0", "SL-AT-s0"), out=study.workspace.reports / "compare")
 
 
@@ -354,7 +354,7 @@ def test_panels_of_earlier_weights_are_not_shown(study):
 
 def test_stored_images_of_another_attack_are_refused_in_the_grid_and_made_anew_for_chosen_models(study, tmp_path):
     other = ("evaluate.epsilon=0.05",)
-    with pytest.raises(UserError, match=r"epsilon 0\.15 .*0\.05, step_size .*dvc repro"):
+    with pytest.raises(UserError, match=r"0\.15 .*0\.05, step_size .*dvc repro"):
         compare.run(study.context(*other), out=tmp_path / "no")
     compare.run(study.context(*other), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "out")
     source = json.loads((tmp_path / "out" / "cka.json").read_text())["adversarial_source"]
@@ -363,7 +363,7 @@ def test_stored_images_of_another_attack_are_refused_in_the_grid_and_made_anew_f
 
 def test_the_grid_is_not_attacked_anew(study):
     study.workspace.adversarial("SL-AT-s0").unlink()
-    with pytest.raises(UserError, match="SL-AT-s0 has no adversarial images; make them with"):
+    with pytest.raises(UserError, match="SL-AT-s0"):
         compare.run(study.context())
 
 
@@ -374,7 +374,7 @@ def change_model(folder: Path, **changes: object) -> None:
 
 def test_models_of_other_classes_are_refused(study, tmp_path):
     change_model(study.workspace.model("SL-AT-s0"), classes=["ash", "birch", "cedar", "elm"])
-    with pytest.raises(UserError, match=r"SL-AT-s0 .*4 classes \(ash, birch, cedar"):
+    with pytest.raises(UserError, match=r"SL-AT-s0 .*\(ash, birch, cedar"):
         compare.run(study.context(), chosen=("CL-AT-s0", "SL-AT-s0"), out=tmp_path / "no")
 
 
@@ -389,7 +389,7 @@ def test_models_of_other_data_are_refused_in_the_grid_and_noted_for_chosen_model
 
 
 def test_a_pretrained_encoder_has_nothing_to_attack(study, tmp_path):
-    with pytest.raises(UserError, match="CL-at-s0 contains a pretrained encoder without classifier"):
+    with pytest.raises(UserError, match="CL-at-s0"):
         compare.run(study.context(), chosen=("CL-AT-s0", "CL-at-s0"), out=tmp_path / "no")
 
 
@@ -453,7 +453,7 @@ def test_a_stage_that_is_run_by_hand_again_writes_the_same_bytes(study, drawing,
             "transfer": lambda: transfer.run(study.context()),
             "report": lambda: report.run(study.context()),
         }
-        with drawing():
+        with drawing() if name in ("represent", "compare") else contextlib.nullcontext():
             stages[name]()
         shutil.rmtree(study.root / ".scratch", ignore_errors=True)
 
