@@ -19,6 +19,7 @@ from advml.core.errors import UserError
 FULL = 65535
 GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of one channel with more than 8 bits
 DIM = 8  # half of the images below this fraction of white are too many to be meant
+DARK = "are nearly black, and every epsilon is large beside their contrast"
 PHOTOMETRIC = 262  # TIFF's tag; 0: the smallest value is white
 
 
@@ -114,6 +115,15 @@ def eight_bits(image: Image.Image, *, white: float) -> Image.Image:
     return Image.fromarray(values)
 
 
+def warning(images: np.ndarray) -> list[str]:
+    """A line if half of the images (uint8, N x C x H x W) are nearly black: 16 grey levels that were saved as 0 to 15, say."""
+    median = float(np.median(images.max((1, 2, 3))))
+    if not 0 < median < 255 / DIM:
+        return []
+    remedy = "save them with values up to 255, if they are not meant to be that dark"
+    return [f"WARNING: half of the images hold no value above {median:g} of 255 and {DARK}; {remedy}"]
+
+
 def sentence(depth: Mapping[str, Any], *, chosen: bool) -> str:
     """The `depth` of dataset.json in words, without capital and full stop; `chosen`: by data.white_level."""
     how = "by data.white_level" if chosen else "found from the range in use; another with -S data.white_level=VALUE"
@@ -121,8 +131,8 @@ def sentence(depth: Mapping[str, Any], *, chosen: bool) -> str:
     median = depth.get("median", depth["white_level"])  # data that an older version prepared lack it
     if not chosen and median < depth["white_level"] / DIM:
         cut = (
-            f"; WARNING: half of them hold no value above {median:.10g} and are nearly black, and every epsilon is large beside their "
-            f"contrast: if few saturated or marked pixels exceed it, set data.white_level={_holding(median):.10g}"
+            f"; WARNING: half of them hold no value above {median:.10g} and {DARK}: if few saturated or marked pixels exceed it, "
+            f"set data.white_level={_holding(median) if median > 255 else median:.10g}"
         )
     return (
         f"{depth['images']} of the images have more than 8 bits per channel, with values up to {depth['largest']:.10g}: "

@@ -6,12 +6,12 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from advml.core.errors import UserError
-from advml.data.images import SUFFIXES
+from advml.data.images import SUFFIXES, UNREAD
 
 # Names of folders and files among images that are neither classes nor images of the user.
 #
@@ -22,7 +22,7 @@ from advml.data.images import SUFFIXES
 FOLDERS = frozenset(
     name.casefold()
     for name in (
-        *("$RECYCLE.BIN", "System Volume Information", "found.000"),  # Windows
+        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "found.000"),  # Windows
         *("__MACOSX", "Network Trash Folder", "Temporary Items"),  # macOS
         "lost+found",  # Linux
         *("@eaDir", "@tmp", "@sharebin", "#recycle", "#snapshot"),  # Synology
@@ -73,6 +73,7 @@ class Folder:
         images: files with an image's suffix; a link that leads nowhere may be among them.
         tables: text files.
         lost: links to folders that do not exist.
+        unread: suffix -> number of files that seem to be pictures, but of a format that is not read.
         others: number of all other files, clutter included.
         twin: another path of the same folder, under which it is listed already; then everything above is empty.
     """
@@ -82,6 +83,7 @@ class Folder:
     images: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     lost: list[Path] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
     others: int = 0
     twin: Path | None = None
 
@@ -89,6 +91,10 @@ class Folder:
     def name(self) -> str:
         """In Unicode's composed form: a tree that was packed on a Mac spells `é` in two characters."""
         return composed(self.path.name)
+
+    @property
+    def files(self) -> int:
+        return len(self.images) + len(self.tables) + len(self.lost) + self.unread.total() + self.others
 
     @property
     def holds_images(self) -> bool:
@@ -171,5 +177,12 @@ def _sort_in(folder: Folder, name: str) -> None:
         folder.tables.append(path)
     elif not re.search("[a-z]", suffix) and not path.exists():  # `v1.0` may be a folder's name
         folder.lost.append(path)
+    elif suffix in UNREAD:
+        folder.unread[suffix] += 1
     else:
         folder.others += 1
+
+
+def list_unread(folders: Iterable[Folder]) -> str:
+    """Their pictures in formats that are not read: `900 .dng, 2 .psd`; empty if there are none."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(sum((one.unread for one in folders), Counter()).items()))
