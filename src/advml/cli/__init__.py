@@ -71,6 +71,7 @@ def main() -> None:
     """Entry point: one line for every foreseeable error; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
     sys.excepthook = print_fault
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # as files are read; an old locale cannot spell every class
     if parent := os.environ.get("ADVML_PARENT"):  # engine.parent.PARENT; imported only where it is set, because psutil takes time
         from advml.core.processes import end_with
 
