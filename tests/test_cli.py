@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -210,6 +211,12 @@ def test_another_folder_is_chosen_by_its_params_yaml(study, advml, tmp_path):
 def test_preset_prints_a_complete_file(study, advml, tmp_path):
     done = advml("preset", "digits", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == (REPOSITORY / "params.yaml").read_text()
+
+
+def test_what_is_printed_is_utf_8_whatever_the_locale(advml, tmp_path):
+    shell = replace(advml, environment={"PYTHONIOENCODING": "ascii"})
+    done = shell("preset", "digits", "-S", "tracking.experiment=caf\u00e9", cwd=tmp_path)
+    assert done.returncode == 0 and "caf\u00e9" in done.stdout and done.stderr == ""
 
 
 def test_names_are_taken_in_any_case_and_without_the_seed_0(study, advml):

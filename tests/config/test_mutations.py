@@ -56,7 +56,8 @@ TOKENS = (
 
 @cache
 def template() -> dict[str, Any]:
-    return config.apply(preset("digits"), ())
+    """Every key, also those that the preset does not write."""
+    return config.validate(config.apply(preset("digits"), ())).model_dump(mode="json")
 
 
 def sections(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

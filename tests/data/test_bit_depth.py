@@ -13,6 +13,7 @@ from PIL import Image
 
 from advml.config import Data
 from advml.core.errors import UserError
+from advml.data.bit_depth import warning
 from advml.data.datasets import Dataset, load, prepare, remarks, save
 from advml.data.images import decode
 
@@ -150,6 +151,19 @@ def test_one_saturated_pixel_that_makes_all_other_images_dark_is_said_with_the_r
     assert "WARNING" in said and "3780" in said and "data.white_level=4095" in said and "\n" not in said
     bright = prepared(root, white_level=4095)
     assert pictures(bright)[0].max() == round(3780 * 255 / 4095) and "WARNING" not in remarks(bright)[0]
+
+
+def test_dark_images_of_8_bits_are_said(tmp_path):
+    """Digits of 16 grey levels saved as they are; half of bright ones are no reason."""
+    dark, bright = np.full((3, 1, 2, 2), 16, dtype=np.uint8), np.full((3, 1, 2, 2), 200, dtype=np.uint8)
+    (line,) = warning(dark)
+    assert "WARNING" in line and "16 of 255" in line
+    assert warning(np.concatenate([dark, bright])) == warning(bright) == warning(0 * dark) == []
+    Image.fromarray(ramp(16, dtype="uint8")).save(tmp_path / "dark.png")
+    assert line in remarks(prepared(write(tmp_path / "p", (tmp_path / "dark.png").read_bytes(), suffix="png")))
+    deep = prepared(write(tmp_path / "q", png16(ramp(16)), suffix="png"))
+    assert "data.white_level=16" in remarks(deep)[0]
+    assert pictures(prepared(tmp_path / "q", white_level=16))[0].max() == 255
 
 
 def test_a_level_without_effect_is_said(tmp_path):

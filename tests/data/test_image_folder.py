@@ -443,7 +443,7 @@ FOLDERS = (
     ".Trash-1000",
     ".thumbnails",
 )
-FOLDERS += ("#recycle", ".git", "@Recycle", "__pycache__")
+FOLDERS += ("#recycle", "RECYCLER", ".git", "@Recycle", "__pycache__")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -460,6 +460,15 @@ def test_files_of_systems_are_no_images_whatever_their_suffix(tmp_path):
         plant(tmp_path / "p", "cats=3", "dogs=2", "cats/._0.png", "cats/Thumbs.db", "dogs/desktop.ini", "dogs/.hidden.png", ".DS_Store")
     )
     assert counts(source) == {"train": [3, 2]} and source.ignored == 5
+
+
+def test_pictures_of_formats_that_are_not_read_are_counted_and_said(tmp_path):
+    source = read(plant(tmp_path / "p", "cats=3", "dogs=2", "cats/1.DNG", "cats/2.dng", "dogs/deep/a.npy", "dogs/notes.md", "cats/x.jpe"))
+    assert counts(source) == {"train": [4, 2]} and source.ignored == 4
+    (line,) = source.remarks
+    assert "2 .dng, 1 .npy;" in line
+    with pytest.raises(UserError, match=r"cats holds no images .* convert 2 \.cr2"):
+        read(plant(tmp_path / "q", "cats/1.CR2", "cats/2.cr2", "dogs=2"))
 
 
 @pytest.mark.parametrize("name", ["thumbs", "recycled", "recycle", "@home", "#1", "trash", "lost", "system"])

@@ -127,6 +127,26 @@ def test_another_normalisation_and_another_order_at_once_are_both_told(data):
     assert named(found(Levels(expects=KNOWN["half"], names=NATURAL), data)).keys() == {"other_normalization", "other_class_order"}
 
 
+@pytest.mark.parametrize("name", ["none", "imagenet"])
+def test_a_model_that_expects_blue_first_is_told_beside_its_normalisation(data, name):
+    """The class is the level of red; green and blue say nothing."""
+    coloured = data.validation.images.clone()
+    coloured[:, 1:] = torch.randint(256, coloured[:, 1:].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = replace(data, validation=Split(coloured, data.validation.labels))
+    constants = KNOWN[name].of_channels(3)
+
+    class Red(Levels):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images[:, -1:])
+
+    network = Red(expects=Constants(*(values[:1] for values in constants)))
+    expected = found(network, data)
+    assert named(expected).keys() == {"other_channel_order"} | ({"other_normalization"} if name != "none" else set())
+    assert expected.record["accuracy"][f"{'as given' if name == 'none' else name}, BGR"]["as given"] == 1
+    network.register_forward_pre_hook(lambda model, inputs: (inputs[0].flip(1),))  # as the flag says
+    assert found(nn.Sequential(Normalised(constants), network), data, constants=constants).flags == ()
+
+
 def test_few_images_suffice_where_all_of_them_agree(data):
     few = replace(data, validation=split(12))
     assert "--classes natural" in named(found(Levels(names=NATURAL), few))["other_class_order"]

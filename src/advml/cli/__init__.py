@@ -71,6 +71,9 @@ def main() -> None:
     """Entry point of `advml`: prints foreseeable errors as one line; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
     sys.excepthook = print_fault
+    sys.stdout.reconfigure(
+        encoding="utf-8", errors="backslashreplace"
+    )  # files are read as UTF-8, and an old locale lacks letters of class names
     if parent := os.environ.get("ADVML_PARENT"):  # core.processes.PARENT, not imported here because psutil is slow to import
         from advml.core.processes import end_with
 

@@ -19,6 +19,7 @@ from advml.core.errors import UserError
 FULL = 65535
 GREY = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of one channel with more than 8 bits
 DIM = 8  # warn if the largest values of half of the images are below white / DIM
+DARK = "are nearly black, so that epsilon is large compared with their contrast"
 PHOTOMETRIC = 262  # TIFF tag; 0: the smallest value is white
 
 
@@ -114,6 +115,15 @@ def eight_bits(image: Image.Image, *, white: float) -> Image.Image:
     return Image.fromarray(values)
 
 
+def warning(images: np.ndarray) -> list[str]:
+    """Warning if half of the images (uint8, N x C x H x W) are nearly black, such as 16 grey levels stored as 0 to 15; else nothing."""
+    median = float(np.median(images.max((1, 2, 3))))
+    if not 0 < median < 255 / DIM:
+        return []
+    remedy = "save them with values up to 255, if they are not meant to be that dark"
+    return [f"WARNING: half of the images have no value above {median:g} of 255 and {DARK}; {remedy}"]
+
+
 def sentence(depth: Mapping[str, Any], *, chosen: bool) -> str:
     """Note on the `depth` of dataset.json, in lower case and without full stop; `chosen`: the level is data.white_level."""
     how = "by data.white_level" if chosen else "from the range of values; set another with -S data.white_level=VALUE"
@@ -121,8 +131,8 @@ def sentence(depth: Mapping[str, Any], *, chosen: bool) -> str:
     median = depth.get("median", depth["white_level"])  # missing in data prepared by older versions
     if not chosen and median < depth["white_level"] / DIM:
         cut = (
-            f"; WARNING: half of them have no value above {median:.10g} and are nearly black, so that epsilon is large compared with their "
-            f"contrast: if only a few saturated or marked pixels exceed it, set data.white_level={_holding(median):.10g}"
+            f"; WARNING: half of them have no value above {median:.10g} and {DARK}: if only a few saturated or marked pixels exceed it, "
+            f"set data.white_level={_holding(median) if median > 255 else median:.10g}"
         )
     return (
         f"{depth['images']} of the images have more than 8 bits per channel, with values up to {depth['largest']:.10g}: "

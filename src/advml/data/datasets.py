@@ -88,7 +88,7 @@ def prepare(data: Data) -> Dataset:
         std=std,
         skipped=skipped,
         ignored=source.ignored,
-        remarks=source.remarks,
+        remarks=source.remarks if pixels.depth else (*source.remarks, *bit_depth.warning(rows.images)),
         duplicates=found,
         depth=asdict(pixels.depth) if pixels.depth else None,
         parameters=data.model_dump(mode="json"),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advml.core.errors import UserError
-from advml.data.folder_tree import Folder, original_of
+from advml.data.folder_tree import Folder, list_unread, original_of
 from advml.data.labels import read_labels
 from advml.data.split_names import split_of
 
@@ -76,7 +76,9 @@ def _images(folders: list[Folder]) -> list[Path]:
             raise part.twin_error
     images = [image for part in parts for image in (*part.images, *part.lost)]
     if not images:
-        raise UserError(f"{folders[0].path} contains no images; add some or remove the folder")
+        unread = list_unread(parts)
+        reason = f"no images of a readable format; convert {unread} to PNG" if unread else "no images; add some or remove the folder"
+        raise UserError(f"{folders[0].path} contains {reason}")
     return sorted(images, key=lambda path: path.as_posix())
 
 

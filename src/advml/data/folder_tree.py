@@ -6,12 +6,12 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from advml.core.errors import UserError
-from advml.data.images import SUFFIXES
+from advml.data.images import SUFFIXES, UNREAD
 
 # Names of folders and files that are neither classes nor images of the user.
 #
@@ -22,7 +22,7 @@ from advml.data.images import SUFFIXES
 FOLDERS = frozenset(
     name.casefold()
     for name in (
-        *("$RECYCLE.BIN", "System Volume Information", "found.000"),  # Windows
+        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "found.000"),  # Windows
         *("__MACOSX", "Network Trash Folder", "Temporary Items"),  # macOS
         "lost+found",  # Linux
         *("@eaDir", "@tmp", "@sharebin", "#recycle", "#snapshot"),  # Synology
@@ -73,6 +73,7 @@ class Folder:
         images: files with an image's suffix, dangling links included.
         tables: text files.
         lost: links to folders that do not exist.
+        unread: suffix -> number of files that seem to be pictures of a format that is not read.
         others: number of all other files, skipped ones included.
         twin: another path of this folder, under which it was listed already; then all other attributes are empty.
     """
@@ -82,6 +83,7 @@ class Folder:
     images: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     lost: list[Path] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
     others: int = 0
     twin: Path | None = None
 
@@ -89,6 +91,10 @@ class Folder:
     def name(self) -> str:
         """Name in Unicode's composed form, because archives made on a Mac spell `é` with two characters."""
         return composed(self.path.name)
+
+    @property
+    def files(self) -> int:
+        return len(self.images) + len(self.tables) + len(self.lost) + self.unread.total() + self.others
 
     @property
     def holds_images(self) -> bool:
@@ -171,5 +177,12 @@ def _sort_in(folder: Folder, name: str) -> None:
         folder.tables.append(path)
     elif not re.search("[a-z]", suffix) and not path.exists():  # a suffix without letters, as in `v1.0`: probably a folder
         folder.lost.append(path)
+    elif suffix in UNREAD:
+        folder.unread[suffix] += 1
     else:
         folder.others += 1
+
+
+def list_unread(folders: Iterable[Folder]) -> str:
+    """Number of pictures in formats that are not read, by suffix: `900 .dng, 2 .psd`; empty if there are none."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(sum((one.unread for one in folders), Counter()).items()))

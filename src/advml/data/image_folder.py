@@ -11,7 +11,7 @@ from advml.config import Data, digest
 from advml.core.errors import UserError
 from advml.core.paths import given_path
 from advml.data.folder_layout import SHOWN, Layout, read_layout
-from advml.data.folder_tree import Tree, list_tree
+from advml.data.folder_tree import Tree, list_tree, list_unread
 from advml.data.images import Pixels, read_files
 from advml.data.prepared import UNLABELLED
 from advml.data.splits import Source
@@ -88,14 +88,13 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
     def title(index: int) -> str:
         return paths[index].relative_to(root).as_posix()
 
-    everything = sum(len(place.images) + len(place.tables) + len(place.lost) + place.others for place in tree.root.below())
     return Source(
         f"folder {root.name or root}",
         classes,
         np.array(labels, dtype=np.int64),
         read,
         given,
-        ignored=everything - len(paths),
+        ignored=sum(place.files for place in tree.root.below()) - len(paths),
         remarks=(*layout.remarks, *_left_out(tree)),
         title=title,
     )
@@ -104,4 +103,6 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
 def _left_out(tree: Tree) -> list[str]:
     names = [f"{name} ({count})" if count > 1 else name for name, count in sorted(tree.left_out.items())]
     shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    return [f"folders left out, hidden or made by a system or program: {shown}"] if names else []
+    clutter = [f"folders left out, hidden or made by a system or program: {shown}"] if names else []
+    unread = list_unread(tree.root.below())
+    return clutter + ([f"pictures left out, of formats that are not read: {unread}; convert them to PNG to use them"] if unread else [])

@@ -88,7 +88,17 @@ def _turn_upright(image: Image.Image) -> None:
 
 # Files with these suffixes count as images; unreadable ones (such as HEIC) are reported.
 SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+    (
+        *(".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx"),
+        *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+    )
+)
+# Pictures that are not read; of a camera's raw files Pillow would see the thumbnail.
+UNREAD = frozenset(
+    (
+        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"),
+        *(".dcm", ".exr", ".hdr", ".jxl", ".npy", ".npz", ".nii", ".pcx", ".psd", ".svg", ".tga", ".xcf"),
+    )
 )
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's mode
 CHUNK = 64  # pictures per task, so that the overhead of a task is negligible

@@ -1,14 +1,15 @@
-"""Check whether an external model expects another normalisation, or another order of classes, than it is evaluated with.
+"""Check whether an external model expects another normalisation, or order of channels or classes, than it is evaluated with.
 
 With wrong ones, a model is about as accurate as chance, and its accuracy does not show the reason. So before the evaluation, the model
-classifies validation images under every normalisation of a table, and its predictions are compared with the labels under every
-plausible order of the classes. A combination that is far better than the one in use raises a flag that names it.
+classifies validation images under every normalisation of a table, as RGB and as BGR, and its predictions are compared with the labels
+under every plausible order of the classes. A combination that is far better than the one in use raises a flag that names it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Expectations:
     """Result of `check_expectations`.
 
     Attributes:
-        flags: `other_normalization`, `other_class_order`, both, or none.
+        flags: any of `other_normalization`, `other_channel_order` and `other_class_order`.
         record: for JSON: validation accuracy under each normalisation and order, and `classes`, the names of the logits in the order
             that a flag proposes.
     """
@@ -62,22 +63,29 @@ def check_expectations(
     """
     chosen = torch.randperm(len(dataset.validation), generator=generator_for("expectations"))[:IMAGES]
     images, labels = dataset.validation.images[chosen], dataset.validation.labels[chosen]
-    guesses = _guesses(network, images, machine, constants, _candidates(constants, dataset), batch_size)
+    candidates = _candidates(constants, dataset)
+    guesses = _guesses(network, images, machine, constants, candidates, batch_size)
     orders = {GIVEN: torch.arange(len(dataset.classes))} | {name: _places(dataset.classes, order) for name, order in ORDERS.items()}
     places, right = {}, {}
-    for normalization, guessed in guesses.items():
+    for shown, guessed in guesses.items():
         for order, fixed in orders.items():
-            places[normalization, order], right[normalization, order] = fixed, _mapped(guessed, fixed) == labels
-        places[normalization, FITTED], right[normalization, FITTED] = _fitted(guessed, labels, count=len(dataset.classes))
+            places[*shown, order], right[*shown, order] = fixed, _mapped(guessed, fixed) == labels
+        places[*shown, FITTED], right[*shown, FITTED] = _fitted(guessed, labels, count=len(dataset.classes))
     best = max(right, key=lambda how: int(right[how].sum()))  # on a tie the first one, which is in use
-    normalization, order = best
+    normalization, channels, order = best
     flags, record = [], {"images": len(labels), "accuracy": _accuracies(right)}
-    if _far_better(right[best], right[GIVEN, order], of=len(guesses)):
-        helping = {name: right[name, order] for name in guesses if _far_better(right[name, order], right[GIVEN, order], of=len(guesses))}
-        flags.append(_normalization_flag(helping, right[GIVEN, order], _candidates(constants, dataset)))
-    if _far_better(right[best], right[normalization, GIVEN], of=len(orders)) and _holds_for_the_moved(places[best], right[best], labels):
+    usual = right[GIVEN, "RGB", order]  # others may be missing: the network fails on them
+    plain = right.get((GIVEN, channels, order), usual)
+    others = {name: right[name, channels, order] for name, shown in guesses if shown == channels}
+    if _far_better(right[best], plain, of=len(others)):
+        helping = {name: values for name, values in others.items() if _far_better(values, plain, of=len(others))}
+        flags.append(_normalization_flag(helping, plain, candidates))
+    if channels == "BGR" and _far_better(right[best], rgb := right.get((normalization, "RGB", order), usual), of=2):
+        flags.append(_channel_flag(right[best], rgb))
+    plain = right[normalization, channels, GIVEN]
+    if _far_better(right[best], plain, of=len(orders)) and _holds_for_the_moved(places[best], right[best], labels):
         record["classes"] = [dataset.classes[places[best][dataset.classes.index(name)]] for name in classes or dataset.classes]
-        flags.append(_order_flag(order, record["classes"], right[best], right[normalization, GIVEN], dataset.classes))
+        flags.append(_order_flag(order, record["classes"], right[best], plain, dataset.classes))
     return Expectations(tuple(flags), record)
 
 
@@ -91,25 +99,29 @@ def _candidates(constants: Constants, dataset: Dataset) -> dict[str, Constants]:
 @torch.no_grad()
 def _guesses(
     network: nn.Module, images: Tensor, machine: Machine, constants: Constants, candidates: Mapping[str, Constants], batch_size: int
-) -> dict[str, Tensor]:
-    """Predicted classes (N,) under each candidate; candidates on which the network fails are left out.
+) -> dict[tuple[str, str], Tensor]:
+    """The predicted classes (N,) under each candidate, as RGB, then as BGR; of what the network fails on there are none.
 
-    The network normalises by m0, s0; the input s0 (x - m) / s + m0 makes it see images normalised by m, s.
+    The network normalises by m0, s0: it sees images that are normalised by m, s when it is given s0 (x - m) / s + m0; as BGR the channels
+    of (x - m) / s come in reverse.
     """
     found = {}
     m0, s0 = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in constants)
-    for name, candidate in candidates.items():
+
+    def shown(x: Tensor) -> Tensor:
+        if (candidate, channels) == (constants, "RGB"):
+            return x
+        return s0 * ((x - mean) / std).flip(1 if channels == "BGR" else ()) + m0
+
+    for channels, (name, candidate) in product(("RGB", "BGR") if len(constants.mean) == 3 else ("RGB",), candidates.items()):
         mean, std = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in candidate)
         with frozen_copy(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
             try:
-                found[name] = torch.cat(
-                    [
-                        predict(own, x if candidate == constants else s0 * (x - mean) / std + m0, machine).cpu()
-                        for x in map(machine.images, images.split(batch_size))
-                    ]
+                found[name, channels] = torch.cat(
+                    [predict(own, shown(x), machine).cpu() for x in map(machine.images, images.split(batch_size))]
                 )
             except UserError:
-                if name == GIVEN:
+                if (name, channels) == (GIVEN, "RGB"):
                     raise
     return found
 
@@ -158,11 +170,12 @@ def _holds_for_the_moved(places: Tensor, right: Tensor, labels: Tensor) -> bool:
     return bool(rows.any()) and bool(right[rows].double().mean() > 0.5)
 
 
-def _accuracies(right: Mapping[tuple[str, str], Tensor]) -> dict[str, dict[str, float]]:
-    """Accuracies by normalisation, then by order."""
+def _accuracies(right: Mapping[tuple[str, str, str], Tensor]) -> dict[str, dict[str, float]]:
+    """By normalisation (`imagenet`, `imagenet, BGR`), then by order of the classes."""
     found: dict[str, dict[str, float]] = {}
-    for (normalization, order), values in right.items():
-        found.setdefault(normalization, {})[order] = float(values.double().mean())
+    for (normalization, channels, order), values in right.items():
+        name = normalization if channels == "RGB" else f"{normalization}, {channels}"
+        found.setdefault(name, {})[order] = float(values.double().mean())
     return found
 
 
@@ -178,6 +191,15 @@ def _normalization_flag(helping: Mapping[str, Tensor], given: Tensor, candidates
         "other_normalization",
         f"of {len(given)} validation images {_percent(given)} are right with the normalisation in use, {shares}: it expects another one",
         f"advml evaluate again with --mean {ranked[0]} (mean {mean}; std {std})",
+    )
+
+
+def _channel_flag(better: Tensor, given: Tensor) -> Flag:
+    return Flag(
+        "other_channel_order",
+        f"of {len(given)} validation images {_percent(given)} are right as RGB, {_percent(better)} as BGR, which OpenCV reads",
+        "give it the channels in reverse: def wrapped(): model = make(); "
+        "model.register_forward_pre_hook(lambda model, inputs: (inputs[0].flip(1),)); return model",
     )
 
 
