@@ -93,7 +93,7 @@ def watched(network: Network, watch: Stopwatch) -> Iterator[None]:
         yield
 
 
-class _Done(Exception):
+class Done(Exception):
     pass
 
 
@@ -109,12 +109,23 @@ def steps(plan: Plan, machine: Machine, *, count: int) -> tuple[list[float], lis
             whole.append(now - began)
             parts.append(found)
         if len(whole) == count:
-            raise _Done
+            raise Done
         began = now
 
-    with tempfile.TemporaryDirectory() as folder, watched(plan.network, watch), contextlib.suppress(_Done):
+    with tempfile.TemporaryDirectory() as folder, watched(plan.network, watch), contextlib.suppress(Done):
         fit(plan, machine, checkpoint=Checkpoint(Path(folder), "step"), on_batch=note)
     return whole, parts
+
+
+def study(batch: int, *, images: int, seed: int, overrides: tuple[str, ...] = ()) -> tuple[config.Config, Dataset]:
+    """The preset cifar10 with batches of one size, and random images in ten classes, which validate too."""
+    sections = [*(f"pretrain.{scheme}" for scheme in SCHEMES), *(f"regimes.{regime}" for regime in REGIMES)]
+    with tempfile.TemporaryDirectory() as folder:
+        (params := Path(folder, "params.yaml")).write_text(preset("cifar10"), encoding="utf-8")
+        chosen = config.load(params, [*(f"{section}.batch_size={batch}" for section in sections), *overrides])
+    levels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    split = Split(levels, torch.arange(images) % 10)
+    return chosen, dataset_of(split, split, [str(label) for label in range(10)])
 
 
 def plans(chosen: config.Config, dataset: Dataset, machine: Machine, *, seed: int) -> Iterator[tuple[str, Plan]]:
@@ -138,14 +149,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batch, count = (8, 1) if options.quick else (options.batch, options.steps)
-    sections = [*(f"pretrain.{scheme}" for scheme in SCHEMES), *(f"regimes.{regime}" for regime in REGIMES)]
-    with tempfile.TemporaryDirectory() as folder:
-        (params := Path(folder, "params.yaml")).write_text(preset("cifar10"), encoding="utf-8")
-        chosen = config.load(params, [f"{section}.batch_size={batch}" for section in sections])
-    generator, total = torch.Generator().manual_seed(options.seed), batch * (count + 1)
-    images = torch.randint(0, 256, (total, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    split = Split(images, torch.arange(total) % 10)
-    dataset, machine = dataset_of(split, split, [str(label) for label in range(10)]), Machine(options.device)
+    chosen, dataset = study(batch, images=batch * (count + 1), seed=options.seed)
+    machine = Machine(options.device)
     print(f"## Passes in a training step\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
     print(f"Batches of {batch} images.\n")
     print("| phase | milliseconds a step | forward and backward | wanted | views | optimiser | other |\n|---|---|---|---|---|---|---|")
