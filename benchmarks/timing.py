@@ -55,10 +55,10 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, *, warm_up:
     samples: dict[str, list[float]] = {name: [] for name in tasks}
     for index in range(-warm_up, rounds):
         for name in list(tasks)[:: 1 if index % 2 == 0 else -1]:
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             tasks[name]()
-            _synchronise()
+            synchronise()
             if index >= 0:
                 samples[name].append(time.perf_counter() - start)
     return {name: Timing.of(values) for name, values in samples.items()}
@@ -71,7 +71,8 @@ def hardware_line(*packages: str) -> str:
     return f"{_processor()}{device}; {torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}"
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -54,6 +55,17 @@ def test_batches_read_ahead_are_those_of_images_in_memory(monkeypatch, dataset):
     assert not ahead.fits
     for found, wanted in zip(ahead(order, size=4), expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_the_bytes_of_every_image_are_asked_for_before_it_is_read(monkeypatch, dataset, tmp_path):
+    save(dataset, tmp_path)
+    mapped, asked, will_read = load(tmp_path).train, [], memory.will_read
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    monkeypatch.setattr(memory, "will_read", lambda start, size: asked.append((start, size, will_read(start, size))))
+    numbers = [40, 7, 7, 0]
+    list(Feed(mapped, CPU)(torch.tensor(numbers), size=4))
+    accepted = hasattr(mmap, "MADV_WILLNEED")
+    assert asked == [(mapped.images[number].data_ptr(), mapped.images[0].nbytes, accepted) for number in numbers]
 
 
 def test_a_batch_that_cannot_be_read_ends_the_epoch(monkeypatch, dataset):

@@ -5,8 +5,11 @@ Linux grants more memory than there is, and kills a process that uses it; so siz
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -46,6 +49,22 @@ def has_room(need: int, *, what: str, folder: Path, remedy: str) -> bool:
         raise UserError(f"{line}; in files they need {_size(2 * need)}, and the disk of {folder} has {_size(disk)}; {remedy}")
     tell(f"note: {line}; they are kept in a file and read from it as needed")
     return False
+
+
+def will_read(start: int, size: int) -> bool:
+    """Have the system read these bytes of a mapped file in the background, all at once and nothing else; False: it takes no such hint.
+
+    Unasked, it waits for each page that is not in memory, and reads what lies around it, often megabytes.
+    """
+    if not hasattr(mmap, "MADV_WILLNEED"):  # Windows
+        return False
+    begin = start - start % mmap.PAGESIZE
+    return _system().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(start + size - begin), mmap.MADV_WILLNEED) == 0
+
+
+@cache
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _left_in_groups() -> Iterator[int]:
