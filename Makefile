@@ -35,8 +35,9 @@ ui: .venv/.stamp ## open the MLflow UI on this repository's runs
 server: .venv/.stamp ## run an MLflow server for a group, with users and passwords (docs/scaling.md)
 	@advml server --port $(PORT)
 
+# Not here, as they compare no speed or take hours: trainings, larger_than_memory, gpu (docs/results.md).
 bench: .venv/.stamp ## compare speed with other libraries, side by side
-	@for file in benchmarks/[a-z]*.py; do case $$file in */timing.py) ;; *) python $$file || exit 1 ;; esac; done
+	@for name in augmentation contrastive_step measures pgd similarity step tuning_overhead worst_case; do python benchmarks/$$name.py || exit 1; done
 
 lint: .venv/.stamp ## check style and types
 	@ruff check . && ruff format --check . && mypy

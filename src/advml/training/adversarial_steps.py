@@ -129,11 +129,16 @@ class FreePerturbation:
 WITHSTOOD, COLLAPSED = "validation/withstood", "validation/collapsed"  # keys of an epoch's record
 
 
-def has_collapsed(shares: Sequence[float], *, images: int) -> bool:
-    """Whether the share of validation images that withstand PGD (one per epoch) has fallen, at last, below half of its best value.
+def has_collapsed(shares: Sequence[float], *, images: int, classes: int) -> bool:
+    """Whether the share of validation images that withstand PGD has collapsed in the last epoch: catastrophic overfitting.
 
-    The fall must also exceed three standard errors of the best share p, sqrt(p (1 - p) / images), to exclude chance.
+    It has if it is below a quarter of the best earlier share p, where p is above chance (1 / classes) and the fall exceeds three standard
+    errors, 3 sqrt(p (1 - p) / images). In the first epochs, while little is learned, shares rise and fall by half without any harm.
+
+    Args:
+        shares: of all epochs, in [0, 1].
+        images: number of validation images.
     """
     *earlier, now = shares
     best = max(earlier, default=0.0)
-    return now < best / 2 and best - now > 3 * math.sqrt(best * (1 - best) / images)
+    return best > 1 / classes and now < best / 4 and best - now > 3 * math.sqrt(best * (1 - best) / images)

@@ -185,6 +185,7 @@ class _Trainer:
         self.task, self.phase, self.adversary, self.seed, self.machine = task, phase, adversary, seed, machine
         self.order = batches(dataset, phase, seed=seed)
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
+        self.classes = len(dataset.classes)
         self.size = min(self.order.size, len(self.order.split))  # batch size over all processes
         for images in filter(None, (self.size, len(dataset.validation) % phase.batch_size)):  # the second: last batch of validation
             ranks.need_images(images)
@@ -370,7 +371,7 @@ class _Trainer:
         if not (self.adversary and self.adversary.guarded):
             return
         shares = [one[WITHSTOOD] for one in (*progress.history, record)]
-        if has_collapsed(shares, images=len(self.validation.labels)):
+        if has_collapsed(shares, images=len(self.validation.labels), classes=self.classes):
             record[COLLAPSED] = 1.0
             tell(
                 f"warning: catastrophic overfitting in epoch {record['epoch']}: {shares[-1]:.1%} of the validation images withstand PGD, "
