@@ -89,7 +89,7 @@ def test_a_study_leaves_a_proposal_a_table_and_figures(tune, toy, study):
     }
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in outcome.files if path.suffix == ".png")
     artifacts = study.store().client.list_artifacts(runs(study)["toy"].info.run_id, "tune")
-    assert {file.path for file in artifacts} == {f"tune/{path.name}" for path in outcome.files}
+    assert {file.path for file in artifacts} == {"tune/trials.json", *(f"tune/{path.name}" for path in outcome.files)}
 
 
 def test_the_front_of_two_objectives_is_drawn_and_one_of_its_trials_must_be_chosen(tune, toy, study):

@@ -5,6 +5,7 @@ Heavy modules are imported inside commands, so that `advml --help` answers at on
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -71,9 +72,8 @@ def main() -> None:
     """Entry point of `advml`: prints foreseeable errors as one line; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
     sys.excepthook = print_fault
-    sys.stdout.reconfigure(
-        encoding="utf-8", errors="backslashreplace"
-    )  # files are read as UTF-8, and an old locale lacks letters of class names
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # old locales lack letters of class names
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if parent := os.environ.get("ADVML_PARENT"):  # core.processes.PARENT, not imported here because psutil is slow to import
         from advml.core.processes import end_with
 
