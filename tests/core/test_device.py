@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from advml.core import device
 from advml.core.device import own_randomness
 
 
@@ -61,3 +64,28 @@ def test_on_the_cpu_no_gpu_is_seeded(monkeypatch):
     with own_randomness(7, torch.device("cpu")):
         pass
     assert gpus.states == ["a", "b", "c"]
+
+
+def test_float64_is_computed_on_the_host_where_the_device_has_none():
+    class OnApples(torch.Tensor):
+        """Stands in for a tensor on Apple's GPU, which refuses float64 until it is copied to the host."""
+
+        device = torch.device("mps")
+
+        def cpu(self) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+        def double(self) -> torch.Tensor:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    values = torch.tensor([0.1, 0.2])
+    assert torch.equal(device.double(values.as_subclass(OnApples)), values.double())
+    assert device.double(values.to("meta")).device.type == "meta"
+
+
+def test_float64_is_made_by_that_or_of_tensors_that_are_on_the_host():
+    on_host = ("core/device", "evaluation/", "tuning/", "models/bn_folding", "attacks/minimum_norm")
+    package = Path(device.__file__).parents[1]
+    makes = re.compile(r"\.double\(\)|torch\.(float64|double)\b")
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if makes.search(path.read_text(encoding="utf-8"))}
+    assert not {name for name in found if not name.startswith(on_host)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from advml.attacks.isolation import Logits, checked, isolated
 from advml.attacks.per_image_rng import PerImageGenerator, Sample
 from advml.attacks.threat_model import NORMS, ThreatModel
+from advml.core.device import double
 from advml.core.errors import Failure, UserError
 
 NORM_NAMES = {"linf": "Linf", "l2": "L2"}  # key of NORMS -> the library's name
@@ -159,8 +160,9 @@ def attack(
 
 def _require_inside(name: str, found: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
     """Raise Failure unless all images found (N, C, H, W) are in ball and box, up to rounding; computed in double precision."""
-    distance = NORMS[threat_model.norm].size(found.double() - images.detach().double())
-    outside = torch.stack([distance - threat_model.epsilon, -found.flatten(1).amin(1), found.flatten(1).amax(1) - 1]).amax(0)
+    distance = NORMS[threat_model.norm].size(double(found) - double(images.detach()))
+    sides = (-found.flatten(1).amin(1), found.flatten(1).amax(1) - 1)
+    outside = torch.stack([distance - threat_model.epsilon, *map(double, sides)]).amax(0)
     worst = float(outside.max())  # NaN if any entry is: amax and max propagate it, and the comparison below is then false
     if not worst <= TOLERANCE:
         ball = f"{threat_model.norm} ball of radius {threat_model.epsilon:g}"

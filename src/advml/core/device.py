@@ -59,6 +59,11 @@ class Machine:
         return memory.available()
 
 
+def double(values: Tensor) -> Tensor:
+    """As float64; on the host where the device has none, as Apple's GPUs."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error means that device or host are out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("out of memory", "DefaultCPUAllocator"))

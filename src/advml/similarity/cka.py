@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from advml.core.device import double
 from advml.similarity.layers import Layer, watching
 
 SMALLEST_BATCH = 4  # HSIC_1 divides by n (n - 3)
@@ -34,7 +35,7 @@ Key = tuple[str, str]  # (model, kind of input), e.g. ("CL-AT-s0", "adversarial"
 
 
 def centred_gram(features: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U(X X^T) of features (n, ...): the n (n - 1) / 2 entries above the diagonal, float64.
+    """U(X X^T) of features (n, ...): the n (n - 1) / 2 entries above the diagonal, float64; on the host where the device has no float64.
 
     The mean over the batch is subtracted first; the estimator is invariant to it, but float32 rounding is not. Features that differ between
     images only by rounding give zeros. With `dtype` bfloat16, products of wide layers' features use it if the device has instructions for
@@ -47,9 +48,9 @@ def centred_gram(features: Tensor, *, dtype: torch.dtype = torch.float32) -> Ten
     if not max(1e-12, 8 * eps * flat[0].abs().amax()) < typical < 1e12:  # the layer is constant, or its values tiny or huge
         size, spread = flat.abs().amax().float(), (flat.float() - flat.float().mean(0)).abs().amax()
         if spread <= 4 * eps * size:  # the differences are rounding errors
-            return torch.zeros(n * (n - 1) // 2, dtype=torch.float64, device=flat.device)
-        gram, unit = _products(flat.float() / spread, dtype), spread.double() ** 2
-    return u_centred(gram.double()) * unit
+            return double(torch.zeros(n * (n - 1) // 2, device=flat.device))
+        gram, unit = _products(flat.float() / spread, dtype), double(spread) ** 2
+    return u_centred(double(gram)) * unit
 
 
 def u_centred(gram: Tensor) -> Tensor:
@@ -226,8 +227,8 @@ def measure(
 def _grams(network: nn.Module, rows: Sequence[Layer], images: Tensor, dtype: torch.dtype) -> Tensor:
     """Centred Gram matrix of every row, (len(rows), n (n - 1) / 2)."""
     n = len(images)
-    # NaN for rows that this batch does not reach; uninitialised memory would look like a measurement.
-    grams = torch.full((len(rows), n * (n - 1) // 2), math.nan, dtype=torch.float64, device=images.device)
+    # A row that this batch does not reach stays NaN: memory as found would pass for a measurement.
+    grams = double(torch.full((len(rows), n * (n - 1) // 2), math.nan, device=images.device))
 
     def see(number: int, output: Tensor) -> None:
         grams[number] = centred_gram(output, dtype=dtype)
