@@ -227,7 +227,7 @@ def measure(
 def _grams(network: nn.Module, rows: Sequence[Layer], images: Tensor, dtype: torch.dtype) -> Tensor:
     """Centred Gram matrix of every row, (len(rows), n (n - 1) / 2)."""
     n = len(images)
-    # A row that this batch does not reach stays NaN: memory as found would pass for a measurement.
+    # NaN for rows that this batch does not reach; uninitialised memory would look like a measurement.
     grams = double(torch.full((len(rows), n * (n - 1) // 2), math.nan, device=images.device))
 
     def see(number: int, output: Tensor) -> None:
