@@ -14,13 +14,13 @@ from ruamel.yaml import YAML
 
 from advml import config
 from advml.attacks.pgd import evaluation_adversary, training_adversary
-from advml.config.presets import PRESETS, preset
+from advml.config.presets import PRESETS, QUICK, preset
 from advml.config.rewrite import rewrite
 from advml.config.writing import editor_schema
 from advml.core.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
-CASES = [(name, protocol) for name, protocols in PRESETS.items() for protocol in protocols]
+CASES = [(name, protocol) for name, protocols in PRESETS.items() for protocol in protocols] + [(name, "quick") for name in QUICK]
 WRITTEN = {
     "params.yaml": ("advml preset digits", lambda: preset("digits")),
     "pipelines/smoke/params.yaml": ("advml preset smoke", lambda: preset("smoke")),
@@ -29,9 +29,14 @@ WRITTEN = {
 }
 
 
+def written(name: str, protocol: str = "corrected", *, full: bool = False) -> str:
+    """The text of one of CASES."""
+    return preset(name, quick=True, full=full) if protocol == "quick" else preset(name, protocol=protocol, full=full)
+
+
 @cache
 def content(name: str, protocol: str = "corrected", full: bool = False) -> dict[str, Any]:
-    return YAML(typ="safe", pure=True).load(preset(name, protocol=protocol, full=full))
+    return YAML(typ="safe", pure=True).load(written(name, protocol, full=full))
 
 
 @cache
@@ -55,13 +60,24 @@ def test_a_preset_loads_and_means_the_same_with_all_keys_written_out(name: str, 
 
 @pytest.mark.parametrize(("name", "protocol"), CASES)
 def test_a_preset_is_short_and_its_comments_stand_in_one_column(name: str, protocol: str) -> None:
-    text = preset(name, protocol=protocol)
+    text = written(name, protocol)
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(text.splitlines()) <= 150 and max(map(len, text.splitlines())) <= 140
     assert all(line.index(" # ") >= 31 and (line.index(" # ") == 31 or line[31] != " ") for line in lines if " # " in line)
     assert list(content(name, protocol)) == [key for key in config.Config.model_fields if key in content(name, protocol)]
     assert not re.search(r"[:\[ ] [&*]\w|<<:", text), "an anchor: DVC would change all its places"
     assert text.count("# yaml-language-server: $schema=") == 1
+
+
+def test_the_quick_study_trains_the_same_schemes_for_free_and_the_whole_one_is_the_default() -> None:
+    quick, whole = load("digits", "quick"), load("digits")
+    assert quick.grid.schemes == whole.grid.schemes and (quick.attack.kind, whole.attack.kind) == ("free", "pgd")
+
+
+@pytest.mark.parametrize(("name", "protocol"), [("cifar10", "corrected"), ("cifar10", "paper"), ("smoke", "corrected")])
+def test_a_preset_without_a_quick_study_is_refused(name: str, protocol: str) -> None:
+    with pytest.raises(UserError, match=rf"preset = '{name}'.* digits"):
+        preset(name, protocol=protocol, quick=True)
 
 
 def test_every_key_is_explained() -> None:

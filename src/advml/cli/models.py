@@ -78,9 +78,7 @@ def attack(
 
 def preset(
     name: Annotated[str, typer.Argument(help=f"Name of the preset: {PRESETS}.", show_default=False)],
-    protocol: Annotated[
-        str, typer.Option(help="Protocol of the settings: corrected (ours), paper (CIFAR) or quick (digits).")
-    ] = "corrected",
+    protocol: Annotated[str, typer.Option(help="Settings: corrected (this project's) or paper (the authors').")] = "corrected",
     quick: Quick = False,
     full: Annotated[bool, typer.Option("--full", help="Print all keys, including those left at their defaults.")] = False,
     overrides: Overrides = None,
@@ -91,7 +89,7 @@ def preset(
     """
     from advml.config.presets import preset as text
 
-    print(text(name, protocol="quick" if quick else protocol, overrides=overrides or (), full=full), end="")
+    print(text(name, protocol=protocol, quick=quick, overrides=overrides or (), full=full), end="")
 
 
 def schema() -> None:

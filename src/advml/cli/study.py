@@ -24,7 +24,7 @@ def init(
     """
     from advml.pipeline.new_study import new_study
 
-    written = new_study(folder, name, protocol="quick" if quick else "corrected", overrides=overrides or ())
+    written = new_study(folder, name, quick=quick, overrides=overrides or ())
     there = "" if folder == Path() else f"cd {folder} && "
     first = "set data.path and data.image_size in params.yaml, then: " if name == "folder" else ""
     say(", ".join(written) or "nothing: all files exist", f"{first}{there}dvc repro")

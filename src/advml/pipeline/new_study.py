@@ -47,12 +47,12 @@ DVC_IGNORED = "__pycache__/\n*.pyc\n.scratch/\n.venv/\n"
 DVC_SETTINGS = "[core]\n    analytics = false\n    check_update = false\n"
 
 
-def new_study(root: Path, name: str, *, protocol: str = "corrected", overrides: Sequence[str] = ()) -> list[str]:
+def new_study(root: Path, name: str, *, quick: bool = False, overrides: Sequence[str] = ()) -> list[str]:
     """Write the missing files of a study, without changing existing ones; returns the names of those written.
 
     Args:
         root: the study's folder, created if missing.
-        name, protocol: of a preset.
+        name, quick: of a preset.
         overrides: `key=value` strings, written into params.yaml.
     Raises:
         UserError: the preset is unknown, the folder contains another pipeline or other sources, or overrides are given for an existing
@@ -60,7 +60,7 @@ def new_study(root: Path, name: str, *, protocol: str = "corrected", overrides: 
         Failure: git or DVC cannot create a repository here.
     """
     files = {
-        "params.yaml": preset(name, protocol=protocol, overrides=overrides),
+        "params.yaml": preset(name, quick=quick, overrides=overrides),
         "dvc.yaml": pipeline_file().read_text(encoding="utf-8"),
         ".dvcignore": DVC_IGNORED,
         ".gitignore": GIT_IGNORED,
