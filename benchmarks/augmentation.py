@@ -9,14 +9,13 @@ on a CIFAR-size ResNet-18: timm's, with a 3x3 stem of stride 1 and no pooling. I
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import kornia.augmentation as kornia
 import timm
 import torch
 import torchvision.transforms.v2 as torchvision
-from timing import hardware_line, interleaved
+from timing import hardware_line, interleaved, options
 from torch import Tensor, nn
 
 from advml.config import View
@@ -127,21 +126,17 @@ def share(rounds: int, generator: torch.Generator, device: torch.device) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a batched view costs.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1, help="of torch; torchvision's usual workers are processes, so 1 is fair")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)  # torchvision and kornia draw from the global generator
-    generator = torch.Generator().manual_seed(options.seed)
-    rounds, steps = (5, 2) if options.quick else (30, 7)
-    print(f"## Augmentation\n\n{hardware_line('torchvision', 'kornia', 'timm')}; device {options.device}; seed {options.seed}.")
+    parser = options("What a batched view costs.", quick="fewer rounds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)  # torchvision and kornia draw from the global generator
+    generator = torch.Generator().manual_seed(arguments.seed)
+    rounds, steps = (5, 2) if arguments.quick else (30, 7)
+    print(f"## Augmentation\n\n{hardware_line('torchvision', 'kornia', 'timm')}; device {arguments.device}; seed {arguments.seed}.")
     print(f"Median (quartiles) of {rounds} interleaved rounds; {steps} for the training step.\n")
-    compare(rounds, generator, options.device)
+    compare(rounds, generator, arguments.device)
     print()
-    share(steps, generator, options.device)
+    share(steps, generator, arguments.device)
 
 
 if __name__ == "__main__":

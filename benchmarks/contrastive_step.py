@@ -15,11 +15,10 @@ Floors count passes of N images in units of a forward one; a backward pass costs
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from timing import hardware_line, interleaved
+from timing import hardware_line, interleaved, options
 from torch import Tensor
 
 from advml.attacks.pgd import Adversary
@@ -121,18 +120,14 @@ def compare(backbone: str, shape: tuple[int, int, int], batch: int, rounds: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One contrastive adversarial training step.")
-    parser.add_argument("--quick", action="store_true", help="small batches and few rounds")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(f"## Contrastive training step\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
+    parser = options("One contrastive adversarial training step.", quick="small batches and few rounds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"## Contrastive training step\n\n{hardware_line('timm')}; device {arguments.device}; seed {arguments.seed}.")
     print("Median (quartiles) of interleaved rounds; passes are of one batch, forward, in train mode without gradients.\n")
-    machine = Machine(options.device)
-    compare("test_resnet", (1, 8, 8), 128, 3 if options.quick else 15, machine=machine, seed=options.seed)
-    compare("resnet18", (3, 32, 32), 8 if options.quick else 64, 1 if options.quick else 5, machine=machine, seed=options.seed)
+    machine = Machine(arguments.device)
+    compare("test_resnet", (1, 8, 8), 128, 3 if arguments.quick else 15, machine=machine, seed=arguments.seed)
+    compare("resnet18", (3, 32, 32), 8 if arguments.quick else 64, 1 if arguments.quick else 5, machine=machine, seed=arguments.seed)
 
 
 if __name__ == "__main__":

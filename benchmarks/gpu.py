@@ -10,7 +10,6 @@ square matrices in the same precision. What is not reached in `--minutes` is lef
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from step import Done, study
-from timing import hardware_line, interleaved, synchronise
+from timing import hardware_line, interleaved, options, synchronise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -120,45 +119,42 @@ def evaluations(chosen: config.Config, dataset: Dataset, machine: Machine, *, se
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="An accelerator's training steps, CKA and APGD.")
-    parser.add_argument("--quick", action="store_true", help="a tiny network and batch, nothing compiled: whether all of it runs")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options("An accelerator's training steps, CKA and APGD.", quick="a tiny network and batch, nothing compiled")
+    parser.set_defaults(device=torch.device("cuda"), threads=0)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=5)
-    options = parser.parse_args()
-    batch, steps, size, rounds = (8, 1, 128, 2) if options.quick else (options.batch, options.steps, 8192, 10)
+    arguments = parser.parse_args()
+    batch, steps, size, rounds = (8, 1, 128, 2) if arguments.quick else (arguments.batch, arguments.steps, 8192, 10)
     overrides = [f"evaluate.batch_size={2 * batch}"]
-    overrides += ["model.backbone=test_resnet", "evaluate.steps=2", "attack.steps=1"] if options.quick else []
+    overrides += ["model.backbone=test_resnet", "evaluate.steps=2", "attack.steps=1"] if arguments.quick else []
     began = time.perf_counter()
-    chosen, dataset = study(batch, images=batch * (steps + 2), seed=options.seed, overrides=tuple(overrides))
+    chosen, dataset = study(batch, images=batch * (steps + 2), seed=arguments.seed, overrides=tuple(overrides))
 
     def machine(precision: str, compiled: bool = False) -> Machine:
-        about = {"precision": precision, "compile": compiled, "threads": options.threads, "deterministic": False}
-        return device.machine(config.Runtime(device=options.device, **about))
+        about = {"precision": precision, "compile": compiled, "threads": arguments.threads, "deterministic": False}
+        return device.machine(config.Runtime(device=str(arguments.device), **about))
 
     plain = machine("fp32")
-    print(f"## On an accelerator\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
+    print(f"## On an accelerator\n\n{hardware_line('timm')}; device {arguments.device}; seed {arguments.seed}.")
     print(f"{chosen.model.backbone}, batches of {batch} images, {chosen.attack.steps} steps of PGD in training.\n", flush=True)
     print("| step | precision | images a second | TFLOP/s | of the peak | memory, GiB |\n|---|---|---|---|---|---|")
-    work = {phase: operations(chosen, dataset, plain, phase, seed=options.seed) for phase in PHASES}
+    work = {phase: operations(chosen, dataset, plain, phase, seed=arguments.seed) for phase in PHASES}
     peaks: dict[str, float] = {}
     for kind, (precision, compiled) in KINDS.items():
         one = machine(precision, compiled)
         peaks[precision] = peaks.get(precision) or peak(one, size=size, rounds=rounds)
-        for phase in PHASES if not (compiled and options.quick) else ():
-            if time.perf_counter() - began > 60 * options.minutes:
-                print(f"| {phase} | {kind} | left out: {options.minutes:g} minutes are over | | | |", flush=True)
+        for phase in PHASES if not (compiled and arguments.quick) else ():
+            if time.perf_counter() - began > 60 * arguments.minutes:
+                print(f"| {phase} | {kind} | left out: {arguments.minutes:g} minutes are over | | | |", flush=True)
                 continue
             memory(one)
-            seconds = train(chosen, dataset, one, phase, seed=options.seed, steps=steps)
+            seconds = train(chosen, dataset, one, phase, seed=arguments.seed, steps=steps)
             rate, share = work[phase] / seconds / 1e12, work[phase] / seconds / peaks[precision]
             print(f"| {phase} | {kind} | {batch / seconds:.0f} | {rate:.3g} | {share:.0%} | {memory(one)} |", flush=True)
     plain = machine("fp32")  # the settings of the last one hold for the process
-    tasks = evaluations(chosen, dataset, plain, seed=options.seed)
-    for name, timing in interleaved(tasks, 1 if options.quick else 3).items():
+    tasks = evaluations(chosen, dataset, plain, seed=arguments.seed)
+    for name, timing in interleaved(tasks, 1 if arguments.quick else 3).items():
         print(f"| {name} | fp32 | {2 * batch / timing.median:.0f} | | | {memory(plain)} |", flush=True)
     shown = ", ".join(f"{precision} {rate / 1e12:.3g}" for precision, rate in peaks.items())
     print(f"\nPeaks of products of {size} x {size} matrices, TFLOP/s: {shown}. Took {time.perf_counter() - began:.0f} s.")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timing import Timing, hardware_line
+from timing import Timing, hardware_line, options
 
 from advml import config
 from advml.core import memory
@@ -154,34 +154,30 @@ def timed(part: str, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Data larger than memory.")
-    parser.add_argument("--quick", action="store_true", help="2,000 images and one round")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options("Data larger than memory.", quick="2,000 images and one round")
     parser.add_argument("--limit", type=int, default=600, help="MiB")
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--rounds", type=int, default=3, help="of training")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--group", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.quick:
-        options.images, options.rounds = 2_000, 1
-    if options.part:
-        timed(options.part, options)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.images, arguments.rounds = 2_000, 1
+    if arguments.part:
+        timed(arguments.part, options)
         return
-    size = options.images * 3 * SIDE**2 / 2**20
-    print(f"## Data larger than memory\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
-    print(f"{options.images} images of 3 x {SIDE} x {SIDE}: {size:.0f} MiB; {memory.available() / 2**30:.1f} GiB are free.\n")
-    rounds = {part: options.rounds if part.startswith("train") else 1 for part in PARTS}
+    size = arguments.images * 3 * SIDE**2 / 2**20
+    print(f"## Data larger than memory\n\n{hardware_line('timm')}; device {arguments.device}; seed {arguments.seed}.")
+    print(f"{arguments.images} images of 3 x {SIDE} x {SIDE}: {size:.0f} MiB; {memory.available() / 2**30:.1f} GiB are free.\n")
+    rounds = {part: arguments.rounds if part.startswith("train") else 1 for part in PARTS}
     found: dict[str, list[tuple[float, float, int]]] = {part: [] for part in PARTS}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), limited(options.limit) as group:
-        draw(options.images, options.seed)
-        for number in range(options.rounds):
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), limited(arguments.limit) as group:
+        draw(arguments.images, arguments.seed)
+        for number in range(arguments.rounds):
             for part in (part for part in PARTS if number < rounds[part]):
                 found[part].append(run(part, sys.argv[1:], None if part.endswith("memory") else group))
-    print(f"| | milliseconds an image | of the processor | peak, MiB (limit {options.limit if group else 'none'}) |\n|---|---|---|---|")
+    print(f"| | milliseconds an image | of the processor | peak, MiB (limit {arguments.limit if group else 'none'}) |\n|---|---|---|---|")
     times = {part: [Timing.of(list(column)) for column in zip(*rows, strict=True)] for part, rows in found.items()}
     for part, (seconds, processor, peak) in times.items():
         print(f"| {part} | {seconds.milliseconds} | {processor.milliseconds} | {max(peak.samples):.0f} |")

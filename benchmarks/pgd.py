@@ -11,13 +11,12 @@ torchattacks pins an old requests, so it is in no lock file: `pip install --no-d
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import warnings
 from collections.abc import Callable
 
 import torch
-from timing import hardware_line, interleaved
+from timing import hardware_line, interleaved, options
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -100,18 +99,14 @@ def compare(batch: int, rounds: int, *, machine: Machine, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PGD against its peers.")
-    parser.add_argument("--quick", action="store_true", help="a small batch and few rounds")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    batch, rounds = (8, 2) if options.quick else (64, 5)
+    parser = options("PGD against its peers.", quick="a small batch and few rounds")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    batch, rounds = (8, 2) if arguments.quick else (64, 5)
     packages = ("timm", "foolbox", *(["torchattacks"] if HAS_TORCHATTACKS else []))
-    print(f"## PGD\n\n{hardware_line(*packages)}; device {options.device}; seed {options.seed}.")
+    print(f"## PGD\n\n{hardware_line(*packages)}; device {arguments.device}; seed {arguments.seed}.")
     print(f"Median (quartiles) of {rounds} interleaved rounds.\n")
-    compare(batch, rounds, machine=Machine(options.device), seed=options.seed)
+    compare(batch, rounds, machine=Machine(arguments.device), seed=arguments.seed)
 
 
 if __name__ == "__main__":

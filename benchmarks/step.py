@@ -11,7 +11,6 @@ The head of ST and AT learns from stored features: no image passes the encoder, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from timing import Timing, hardware_line, synchronise
+from timing import Timing, hardware_line, options, synchronise
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -139,22 +138,21 @@ def plans(chosen: config.Config, dataset: Dataset, machine: Machine, *, seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Share of forward and backward passes in a training step.")
-    parser.add_argument("--quick", action="store_true", help="batches of 8 images and one step: shares are those of a tiny batch")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(
+        "Share of forward and backward passes in a training step.",
+        quick="batches of 8 images, one step",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    batch, count = (8, 1) if options.quick else (options.batch, options.steps)
-    chosen, dataset = study(batch, images=batch * (count + 1), seed=options.seed)
-    machine = Machine(options.device)
-    print(f"## Passes in a training step\n\n{hardware_line('timm')}; device {options.device}; seed {options.seed}.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    batch, count = (8, 1) if arguments.quick else (arguments.batch, arguments.steps)
+    chosen, dataset = study(batch, images=batch * (count + 1), seed=arguments.seed)
+    machine = Machine(arguments.device)
+    print(f"## Passes in a training step\n\n{hardware_line('timm')}; device {arguments.device}; seed {arguments.seed}.")
     print(f"Batches of {batch} images.\n")
     print("| phase | milliseconds a step | forward and backward | wanted | views | optimiser | other |\n|---|---|---|---|---|---|---|")
-    for name, plan in plans(chosen, dataset, machine, seed=options.seed):
+    for name, plan in plans(chosen, dataset, machine, seed=arguments.seed):
         whole, parts = steps(plan, machine, count=count)
         share = {
             kind: Timing.of([100 * part.get(kind, 0.0) / seconds for part, seconds in zip(parts, whole, strict=True)])

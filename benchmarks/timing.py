@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
@@ -62,6 +63,16 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, *, warm_up:
             if index >= 0:
                 samples[name].append(time.perf_counter() - start)
     return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def options(description: str, *, quick: str) -> argparse.ArgumentParser:
+    """The options that benchmarks share; `quick`: what --quick makes smaller."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def hardware_line(*packages: str) -> str:

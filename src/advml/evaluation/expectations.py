@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -100,21 +101,10 @@ def _candidates(constants: Constants, dataset: Dataset) -> dict[str, Constants]:
 def _guesses(
     network: nn.Module, images: Tensor, machine: Machine, constants: Constants, candidates: Mapping[str, Constants], batch_size: int
 ) -> dict[tuple[str, str], Tensor]:
-    """The predicted classes (N,) under each candidate, as RGB, then as BGR; of what the network fails on there are none.
-
-    The network normalises by m0, s0: it sees images that are normalised by m, s when it is given s0 (x - m) / s + m0; as BGR the channels
-    of (x - m) / s come in reverse.
-    """
+    """Predicted classes (N,) under each candidate, as RGB, then as BGR; none where the network fails."""
     found = {}
-    m0, s0 = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in constants)
-
-    def shown(x: Tensor) -> Tensor:
-        if (candidate, channels) == (constants, "RGB"):
-            return x
-        return s0 * ((x - mean) / std).flip(1 if channels == "BGR" else ()) + m0
-
     for channels, (name, candidate) in product(("RGB", "BGR") if len(constants.mean) == 3 else ("RGB",), candidates.items()):
-        mean, std = (torch.tensor(values, device=machine.device).view(-1, 1, 1) for values in candidate)
+        shown = partial(_shown, constants=constants, candidate=candidate, reverse=channels == "BGR")
         with frozen_copy(network) as own, own_randomness(derived_seed("expectations", name), machine.device):
             try:
                 found[name, channels] = torch.cat(
@@ -124,6 +114,18 @@ def _guesses(
                 if (name, channels) == (GIVEN, "RGB"):
                     raise
     return found
+
+
+def _shown(images: Tensor, *, constants: Constants, candidate: Constants, reverse: bool) -> Tensor:
+    """Images for a network that normalises by `constants`, so that it computes with those of `candidate`, in `reverse` order of channels.
+
+    With constants m0, s0 and candidate m, s: s0 (x - m) / s + m0, where the channels of (x - m) / s are reversed first.
+    """
+    if candidate == constants and not reverse:
+        return images  # to the last bit
+    m0, s0, mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (*constants, *candidate))
+    normalised = (images - mean) / std
+    return s0 * (normalised.flip(1) if reverse else normalised) + m0
 
 
 def _places(classes: Sequence[str], order: Callable[[Sequence[str]], Sequence[str]]) -> Tensor:

@@ -82,7 +82,7 @@ def _register(run: Run, *, alias: str, tags: Mapping[str, str] | None = None, ab
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = next((one for one in client.search_model_versions(f"name = '{name}'") if one.run_id == run.id), None)
+    version = next(iter(client.search_model_versions(f"name = '{name}' and run_id = '{run.id}'")), None)
     if version is None:
         logged = client.get_logged_model(run.tags[MODEL])
         told = f"{run.tags['advml.name']}. On test: {run.tags.get(RESULT, 'not measured')}.{about}"
