@@ -1,4 +1,4 @@
-"""What the UI says of a run, in Markdown: what it is, how well it does, what speaks against that, and where to read on.
+"""Markdown description of a run for the MLflow UI: model, results, flags, and links.
 
 All of it comes from the run's tags, which `sync` rebuilds from files.
 """
@@ -12,13 +12,13 @@ from advml.evaluation.flag_summary import NONE
 from advml.recipes import REGIMES, SCHEMES
 from advml.tracking.names import FLAGS, NOW, PARENT, RESULT, TRANSFER_FLAGS, UI_MODE
 
-# Part of a model's work -> its pictures and tables among the artifacts.
+# Kind of result in a model's run -> its pictures and tables among the artifacts.
 FILES = {
     "training": ("curves.png",),
     "evaluation": ("evaluation.json",),
     "representation": ("cka.png", "layers.png", "representation.json"),
 }
-# Name or kind of another run -> what it is, and its pictures.
+# Name or kind of a run without a model -> its title and pictures.
 OTHERS = {
     "study": ("all models of the grid: the report, the result table and the verdicts on the claims", ("report.html", "summary.png")),
     "transfer": ("adversarial images of each model, scored on every other one", ("transfer/transfer.png",)),
@@ -31,7 +31,7 @@ MODES = {"st": "standard", "at": "adversarial"}
 
 
 def describe(tags: Mapping[str, str], *, run: str, experiment: str) -> str:
-    """The description of a run with these tags; empty for one without a kind."""
+    """Description of a run with these tags; empty if no tag names its kind."""
     return "\n\n".join(_paragraphs(tags, f"#/experiments/{experiment}/runs", run))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a model of MLflow's store: its weights stay where DVC keeps them, and are found again by path and sha256.
+"""Checkpoints as logged models of MLflow: weights stay where DVC keeps them, and are found by path and sha256.
 
 What the store holds is text: model.json, and of a classifier the MLmodel file and weights.json, by which `models.pyfunc` loads it.
 """
@@ -23,7 +23,7 @@ LOADER, WEIGHTS = "advml.models.pyfunc", "weights.json"
 
 
 def log_files(client: MlflowClient, model: LoggedModel, folder: Path, *, root: Path, path: str, digest: str) -> None:
-    """Give the model its record, and a classifier what MLflow needs to load it; an encoder without one has no MLmodel file."""
+    """Log model.json as an artifact of the model; for a classifier also the MLmodel file by which MLflow loads it."""
     record = folder / "model.json"
     if not record.exists():
         return

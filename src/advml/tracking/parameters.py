@@ -1,4 +1,4 @@
-"""What is logged of a configuration: some twenty parameters under names that all models share, so that any two runs compare.
+"""Logged parameters: about twenty, under names that all models share, so that any two runs compare.
 
 MLflow sorts names, and its Compare view opens on the first parameters that differ: what tells models apart must come before the
 settings of the phases, hence `training.` in front of `pretrain.` and `finetune.`. The whole configuration is an artifact.
@@ -13,12 +13,15 @@ from advml.config import flatten, schema
 from advml.recipes import REGIMES, SCHEMES
 
 Record = Mapping[str, Any]
-OF_THE_ATTACK = {"epsilon": ("threat_model", "epsilon"), "attack_steps": ("attack", "steps")}  # of a phase -> what stands in for null
-NONE = dict.fromkeys(("epochs", *OF_THE_ATTACK), 0)  # of a phase in which nothing is learned
+OF_THE_ATTACK = {
+    "epsilon": ("threat_model", "epsilon"),
+    "attack_steps": ("attack", "steps"),
+}  # key of a phase -> section and key that replace null
+NONE = dict.fromkeys(("epochs", *OF_THE_ATTACK), 0)  # parameters of a phase without training
 
 
 def comparable(record: Record) -> dict[str, Any]:
-    """The parameters of a run by the names that models share; of a search and its trials, all that it has.
+    """Parameters of a run under shared names; for searches and trials, all of theirs.
 
     An attack that a phase does not have has the radius 0 and 0 steps. Of settings with a neutral value only others are told.
 
@@ -32,7 +35,7 @@ def comparable(record: Record) -> dict[str, Any]:
     shown |= {"seeds": parameters["seeds"]} if "seeds" in parameters else {}
     if model := parameters.get("model"):
         shown |= {"backbone": model["backbone"]} | {f"model.{key}": value for key, value in _chosen(schema.Model, model).items()}
-    if "evaluate" in parameters and (threat := parameters.get("threat_model")):  # the attack of the evaluation
+    if "evaluate" in parameters and (threat := parameters.get("threat_model")):  # the evaluation's attack
         shown |= {"epsilon": parameters["evaluate"].get("epsilon") or threat["epsilon"], "norm": threat["norm"]}
     scheme, regime = record.get("scheme", ""), REGIMES.get(record.get("regime", ""))
     phase = (parameters.get("pretrain") or {}).get(scheme)
@@ -57,7 +60,7 @@ def _phase(phase: Record | None, parameters: Record, *, attacked: bool) -> dict[
 
 
 def _views(scheme: str, parameters: Record) -> dict[str, Any]:
-    """How the contrastive objective and the random views were set, each kind of views in one line."""
+    """Parameters of the contrastive objective and of random views, one line for each kind of views."""
     row = SCHEMES.get(scheme)
     shown = {"temperature": parameters["temperature"]} if row and row.has_temperature and "temperature" in parameters else {}
     views = dict.fromkeys(part.view for part in row.parts) if row else ()
@@ -67,11 +70,11 @@ def _views(scheme: str, parameters: Record) -> dict[str, Any]:
 
 
 def _chosen(section: type[schema.Section], values: Record) -> dict[str, Any]:
-    """Settings whose value is not the neutral one."""
+    """Settings that differ from their neutral values."""
     fields = {key: field for key, field in section.model_fields.items() if key in values and not field.is_required()}
     return {key: values[key] for key, field in fields.items() if values[key] != _plain(field.get_default(call_default_factory=True))}
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Value formatted as in JSON."""
     return list(value) if isinstance(value, tuple) else value

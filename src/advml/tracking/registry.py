@@ -1,4 +1,4 @@
-"""Versions of the registered model named like the experiment: the most robust model of a study, and those that were exported."""
+"""MLflow's model registry: the most robust model of a study, and exported models, as versions of one registered model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from advml.tracking.run import Run
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-VERSIONS = "mlflow.modelVersions"  # tag of a logged model: MLflow's page of models shows them
+VERSIONS = "mlflow.modelVersions"  # tag of a logged model, shown on MLflow's page of models
 BEST, SCORE = "best", "validation/adversarial_accuracy"
 ABOUT = (
     f"The alias `{BEST}` is the model with the highest accuracy on validation images under the attack of training, at the epoch that was "
@@ -29,7 +29,7 @@ ABOUT = (
 
 
 def register_best(store: stores.Store) -> None:
-    """Let the alias point at the best model of the study that has been reported here, see ABOUT.
+    """Set the alias BEST to the best model of the reported study, chosen as ABOUT says.
 
     Test images have no part in the choice, and models whose training does not measure the score (ST) are no candidates.
     """
@@ -47,12 +47,12 @@ def register_best(store: stores.Store) -> None:
 
 
 def register_exported(place: stores.Place, folder: Path) -> str | None:
-    """Register the classifier in `folder` with its weights, so that MLflow loads it wherever the store is reached; its alias is its name.
+    """Register the classifier in `folder` with its weights, loadable without the study's files; its name becomes the alias.
 
-    A version of the same weights that is there gets them and the alias; a model without a run gets one.
+    An existing version of the same weights is completed; a model without a run gets one.
 
     Returns:
-        `models:/advml@CL-AT-s0`; None, and one warning line, where the store does not work.
+        `models:/advml@CL-AT-s0`; None, after one warning line, if the store does not work.
     """
 
     def register() -> str:
@@ -73,7 +73,7 @@ def register_exported(place: stores.Place, folder: Path) -> str | None:
 
 
 def _register(run: Run, *, alias: str, tags: Mapping[str, str] | None = None, about: str = "") -> ModelVersion:
-    """The version of a run's model, made where there is none, to which the alias points then."""
+    """Return the registered version of a run's model, created if missing, after setting the alias to it."""
     from mlflow.exceptions import MlflowException
 
     client, name = run.client, re.sub(r"[/:]", "_", run.store.place.experiment)
@@ -87,7 +87,7 @@ def _register(run: Run, *, alias: str, tags: Mapping[str, str] | None = None, ab
         logged = client.get_logged_model(run.tags[MODEL])
         told = f"{run.tags['advml.name']}. On test: {run.tags.get(RESULT, 'not measured')}.{about}"
         told_of = {key: run.tags[key] for key in (DIGEST, FLAGS, TRANSFER_FLAGS) if key in run.tags} | dict(tags or {})
-        # Its place, not `models:/<id>`, which MLflow looks up in the store that is set globally.
+        # The artifact location, because `models:/<id>` is resolved in MLflow's globally configured store.
         of = {"run_id": run.id, "model_id": logged.model_id, "tags": told_of, "description": told}
         version = client.create_model_version(name, logged.artifact_location, **of)
         versions = [*json.loads(logged.tags.get(VERSIONS, "[]")), {"name": name, "version": int(version.version)}]
@@ -98,12 +98,12 @@ def _register(run: Run, *, alias: str, tags: Mapping[str, str] | None = None, ab
 
 
 def _score(workspace: Workspace, model: str) -> tuple[float, str] | None:
-    """The score of a model and the sha256 of its weights.
+    """Score of a model and the sha256 of its weights.
 
-    None where its training, or the pretraining behind it, has not measured it, or under another attack than that of the study.
+    None if neither its training nor its pretraining measured the score, or if the attack was not the study's.
     """
     found = phases(workspace, workspace.model(model))
-    record, history = next((phase for phase in found if phase[1]), ({}, []))  # the last one that has learned anything
+    record, history = next((phase for phase in found if phase[1]), ({}, []))  # the last phase with training epochs
     kept = next((epoch for epoch in history if epoch["epoch"] == record.get("epoch")), {})
     return (kept[SCORE], found[0][0]["digest"]) if SCORE in kept and _under_the_attack_of_the_study(record) else None
 

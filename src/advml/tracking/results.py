@@ -1,6 +1,6 @@
-"""What MLflow shows of each kind of files that the stages write: a model's in its run, other results in runs of their own.
+"""Results of stages as MLflow shows them: those of a model belong to its run, others have runs of their own.
 
-The first file of a kind is the record: it has the parameters.
+The first file of a result is its record, a JSON file with the parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from advml.evaluation.flag_summary import flag_summary
 from advml.tracking.names import FLAGS, RESULT
 
 Record = Mapping[str, Any]
-# What is logged of `evaluate` and `represent` as metrics, by first word; intervals and all others are in tables.
+# Metrics logged from `evaluate` and `represent`, by first word; all others, and intervals, go to tables.
 EVALUATION = {
     "accuracy": ("worst_case", "clean", "threat_model_2", "threat_model_2_half", "threat_model_1", "threat_model_1_half"),
     "corruption": ("mean",),
@@ -29,35 +29,35 @@ REMEDY = "restore it with: dvc checkout"
 
 @dataclass(frozen=True)
 class Result:
-    """Files of which a run tells, and what it shows of the first one, the record, beside parameters and copies."""
+    """Files of one result, and what is logged from its record besides parameters and copies of the files."""
 
-    kind: str  # of the run; of a model's run, the part of its work
+    kind: str  # kind of the run; within a model's run, kind of the result
     name: str
-    files: Mapping[str, Sequence[Path]]  # folder of the artifacts -> files
-    needs: tuple[str, ...] = ()  # keys of the record
-    remedy: str = REMEDY  # for a damaged record
+    files: Mapping[str, Sequence[Path]]  # folder among the artifacts -> files
+    needs: tuple[str, ...] = ()  # required keys of the record
+    remedy: str = REMEDY  # ends the error message for a damaged record
     metrics: Callable[[Record], Record] = lambda record: {}
-    replaced: tuple[str, ...] = ()  # first words of the metrics: those that the record has no more become NaN
+    replaced: tuple[str, ...] = ()  # first words of metrics that become NaN if missing in the record
     tables: Mapping[str, str | Callable[[Record], Sequence[Record]]] = field(default_factory=dict)  # path -> rows, or a CSV file's name
     tags: Callable[[Record], Mapping[str, str | None]] = lambda record: {}
-    grid: str | None = None  # in front of the names of pictures in the UI's image grid; None: they are not in it
-    in_place: bool = False  # other files do not make a new run, but change the newest one of this name
+    grid: str | None = None  # prefix of pictures in the UI's image grid; None: not shown there
+    in_place: bool = False  # changed files update the newest run of this name, instead of creating one
 
     @property
     def all_files(self) -> list[Path]:
         return [file for files in self.files.values() for file in files]
 
     def digest(self) -> str | None:
-        """The sha256 of all files; None where some are missing."""
+        """sha256 of all files; None if one is missing."""
         return sha256(*self.all_files) if all(file.exists() for file in self.all_files) else None
 
     def read(self) -> Record:
-        """The record; raises UserError if it is damaged."""
+        """Return the record; raises UserError if it is damaged."""
         return read_json(self.all_files[0], needs=self.needs, remedy=self.remedy)
 
 
 def _figures(record: Record) -> Sequence[Record]:
-    """All figures with their intervals, a row each, so that the tables of runs line up."""
+    """Table of all figures with their intervals, one row each."""
     measures = record["metrics"]
     ends = {name: {end: measures.get(f"{name}/{end}") for end in ("low", "high")} for name in measures if name.count("/") == 1}
     return [{"figure": name, "value": measures[name], **interval} for name, interval in ends.items()]
@@ -68,7 +68,7 @@ def _claims(record: Record) -> Sequence[Record]:
 
 
 def _judged(record: Record) -> Record:
-    """Flags, and `clean 97.5 % [95.3, 98.7], ...`: of the test images, with 95 % intervals."""
+    """Tags: flags, and test accuracies with 95 % intervals, as `clean 97.5 % [95.3, 98.7], ...`."""
     told = []
     for words, name in QUOTED.items():
         values = [record["metrics"].get(f"{name}{end}") for end in ("", "/low", "/high")]
@@ -79,10 +79,10 @@ def _judged(record: Record) -> Record:
 
 
 def winner(record: Record) -> dict[str, float]:
-    """What the best trial scored on validation, and its figures on test beside the default's, with the p or the interval of the difference.
+    """Metrics of a search: validation score of the best trial, test figures of winner and default, p or interval of their difference.
 
     Args:
-        record: the content of best.yaml: `scored`, and what was measured in the end. An attack search compares accuracies under two
+        record: the content of best.yaml: `scored`, and the final measurements. An attack search compares accuracies under two
             attacks on the same images, a training search the means over further seeds.
     """
     test = record.get("test") or record.get("confirmed", {}).get("test", {})
@@ -105,7 +105,7 @@ def _breaks(record: Record) -> Record:
 
 
 def _figures_of(names: Mapping[str, Sequence[str]], table: str) -> dict[str, Any]:
-    """Those with these names are metrics, all are in the table."""
+    """Fields of `Result` for records with figures: the named ones are metrics, all are rows of `table`."""
     chosen = [f"{word}/{end}" for word, ends in names.items() for end in ends]
     return {
         "metrics": lambda record: {name: record["metrics"].get(name) for name in chosen},
@@ -114,7 +114,7 @@ def _figures_of(names: Mapping[str, Sequence[str]], table: str) -> dict[str, Any
     }
 
 
-# What is shown of each kind of record.
+# Fields of `Result` for each kind of record
 EVALUATED = _figures_of(EVALUATION, "evaluation.json") | {"tags": _judged}
 REPRESENTED = _figures_of(REPRESENTATION, "representation.json") | {"grid": "cka/"}
 TRANSFERRED = {"needs": ("seeds",), "metrics": _breaks, "tables": {"transfer/pairs.json": "transfer.csv"}, "grid": ""}
@@ -123,10 +123,10 @@ SEARCHED = {"needs": ("scored",), "metrics": winner, "replaced": ("best", "test"
 
 
 def of_model(workspace: Workspace, name: str) -> list[Result]:
-    """What stages after training write of a model."""
+    """Results of a model that stages after training write."""
     samples, report = filter(Path.exists, [workspace.samples(name)]), workspace.report(name)
     evaluated = {"records/evaluate": [workspace.record("evaluate", name)], "samples": list(samples)}
-    # Pictures lie at the root, where Compare shows those of all runs together.
+    # Pictures are at the root of the artifacts, where Compare shows those of all runs together.
     represented = {"records/represent": [workspace.record("represent", name)], "cka": _in(report, ("cka.json", "cka.npz"))}
     represented |= {"": _in(report, ("cka.png", "layers.png"))}
     of_weights = ("digest", "metrics")
@@ -137,19 +137,19 @@ def of_model(workspace: Workspace, name: str) -> list[Result]:
 
 
 def comparison(folder: Path) -> Result:
-    """Of a folder that `compare` has written."""
+    """Result in a folder written by `compare`."""
     files = [*_in(folder, ("cka.json", "cka.npz", "clean.png")), *sorted({*folder.glob("*.png")} - {folder / "clean.png"})]
     return Result("comparison", folder.name, {"cka": files}, grid="compare-")
 
 
 def search(folder: Path) -> Result:
-    """Of a folder that `tune` has written."""
+    """Result in a folder written by `tune`."""
     remedy = f"delete it and write it again with: advml tune, as for {folder.name} before"
     return Result("search", folder.name, {"tune": _in(folder, SEARCH_FILES)}, remedy=remedy, in_place=True, **SEARCHED)
 
 
 def results(workspace: Workspace) -> list[Result]:
-    """What has runs of its own: of `compare`, `transfer`, `report`, `evaluate` (of models that are not of the grid) and `tune`."""
+    """Results with runs of their own: from `compare`, `transfer`, `report`, `evaluate` (external models) and `tune`."""
     compared = [path.parent for pattern in ("compare", "compare-*") for path in sorted(workspace.reports.glob(f"{pattern}/cka.json"))]
     claims_first = sorted(REPORT_FILES, key=lambda file: file != "claims.json")
     found = [
@@ -164,10 +164,10 @@ def results(workspace: Workspace) -> list[Result]:
 
 
 def phases(workspace: Workspace, folder: Path, *, digest: str | None = None) -> list[tuple[Record, list[Record]]]:
-    """Record and curves of the model in `folder`, then of the pretraining that it started from; none that is not here, or of other weights.
+    """Record and curves of the model in `folder`, then of its pretraining; phases that are missing or have other weights are left out.
 
     Args:
-        digest: of the weights that are meant; None: those that are there.
+        digest: sha256 of the weights; None: of those present.
     """
     made, curves = folder / "model.json", workspace.report(folder.name) / "history.json"
     record = read_json(made, needs=("digest",), remedy=REMEDY) if made.exists() else {}

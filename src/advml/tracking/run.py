@@ -1,4 +1,4 @@
-"""One MLflow run: how it begins, what is written to it, how it ends."""
+"""A run of MLflow: create or resume it, log to it, end it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from advml.tracking.names import COMMIT, DIGEST, MODEL, NOTE, NOW, PARENT, TABLE
 from advml.tracking.parameters import comparable
 
 Record = Mapping[str, Any]
-PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # what MLflow's tables hold
-DIGITS = 4  # of fractions in tables
-DIGEST_LENGTH = 12  # MLflow holds 36, but a table of runs has no room for them; the tag has all 64
+PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # limits of MLflow's tables
+DIGITS = 4  # decimals in tables
+DIGEST_LENGTH = 12  # in the table of runs, which has little room; the tag has all 64
 
 
 def guarded(function: Callable) -> Callable:
-    """A method, or a function of a run, that raises nothing and does nothing once the store has failed, unless the run is `strict`."""
+    """Decorator for functions of a run: once the store has failed they do nothing and raise nothing, unless the run is `strict`."""
 
     @functools.wraps(function)
     def call(run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ def guarded(function: Callable) -> Callable:
 
 
 class Run:
-    """A handle on one run; its `id` is None where there is no store.
+    """Handle of one run; its `id` is None if there is no store.
 
     As a context manager it ends FINISHED, FAILED after an exception, or KILLED after Ctrl-C or SIGTERM (which the command line turns
     into SystemExit). What goes wrong, a `strict` run raises; another one gives the store up, with one warning line.
@@ -60,14 +60,14 @@ class Run:
             dict(getattr(entity.data, kind)) if entity else {} for kind in ("tags", "params", "metrics")
         )
         self._data = entity.inputs.dataset_inputs[0].dataset if entity and entity.inputs and entity.inputs.dataset_inputs else None
-        self._machine: Any = None  # what watches it, see `watch_machine`
-        self._points: dict[str, dict[int, float]] = {}  # key -> epoch -> the value that the store has
+        self._machine: Any = None  # MLflow's system monitor, see `watch_machine`
+        self._points: dict[str, dict[int, float]] = {}  # key -> epoch -> value in the store
 
     @classmethod
     def begin(
         cls, store: stores.Store, record: Record, *, tags: Record | None = None, run_id: str | None = None, written: int | None = None
     ) -> Self:
-        """Create a run, or take `run_id` up again where the store has it; either way it ends up with all of the record.
+        """Create a run, or resume `run_id` if the store has it, and log the record.
 
         Args:
             record: `name`, `kind`, `parameters`, and what else of model.json is known; `title`, if the run is not called as the result.
@@ -83,7 +83,7 @@ class Run:
         about |= {"dvc_stage": stage, "dvc_experiment": os.environ.get("DVC_EXP_NAME") if new else None}
         about |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
         about |= {COMMIT: record.get("git_commit") or (git_commit(store.place.root) if new else None)}
-        with contextlib.suppress(OSError, KeyError):  # a container whose user has no name
+        with contextlib.suppress(OSError, KeyError):  # in containers the user may have no name
             about["mlflow.user"] = getpass.getuser()
         wanted = {key if "." in key else f"advml.{key}": str(value) for key, value in about.items() if value not in (None, "")}
         if found := store.find(run_id=run_id) if run_id else None:
@@ -95,7 +95,7 @@ class Run:
         run.set_tags(wanted)
         run.log_params(comparable(record))
         run.log_config("training" if record.get("data") else record["kind"], record.get("parameters"))
-        if (data := record.get("data")) and run._data is None:  # logged as the plain entity: `mlflow.data` wants the data themselves
+        if (data := record.get("data")) and run._data is None:  # logged as an entity, because `mlflow.data` needs the data themselves
             source, profile = json.dumps({"source": data["source"], "sha256": data["digest"]}), json.dumps(data["counts"])
             run._data = Dataset(data["source"][:NAME_LENGTH], data["digest"][:DIGEST_LENGTH], "advml", source, profile=profile)
             run.client.log_inputs(run.id, datasets=[DatasetInput(run._data, [InputTag("mlflow.data.context", "training")])])
@@ -103,7 +103,7 @@ class Run:
         return run
 
     def link(self, pretraining: Record | None) -> None:
-        """Link the run whose weights this one started from, by `name` and `digest`, once the store has it."""
+        """Link the run of the pretraining, found by `name` and `digest`, if the store has it."""
         from mlflow.entities import LoggedModelInput
 
         if pretraining is None or PARENT in self.tags:
@@ -120,7 +120,7 @@ class Run:
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
             self.finish(status)
-        except (KeyboardInterrupt, SystemExit):  # a signal came before the call to the store, or waited for it
+        except (KeyboardInterrupt, SystemExit):  # raised by a signal during or before a call to the store
             self.finish(status)
             raise
 
@@ -132,7 +132,7 @@ class Run:
         self.client.set_terminated(self.id, status, self.end_time)
 
     def watch_machine(self) -> None:
-        """Log load and memory of processor and GPU every ten seconds, if MLflow's switch MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is on."""
+        """Log load and memory of processor and GPU every ten seconds, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is set."""
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -142,7 +142,7 @@ class Run:
 
     @guarded
     def log_epochs(self, records: Sequence[Record], *, at: int | None = None) -> None:
-        """Log the curves' points that the store lacks or has with another value, in one call.
+        """Log, in one call, points of curves that are missing or different in the store.
 
         Give the whole history every time ({'epoch': 3, 'train/loss': 0.1, ...}, ...): what a killed or repeated epoch left behind is
         neither doubled nor missed. MLflow deletes no point: of two at one epoch, the later one counts. `at`: in ms since 1970.
@@ -154,21 +154,21 @@ class Run:
             Metric(key, value, now if at is None or record["epoch"] in known else at, record["epoch"])
             for record in records
             for key, value in _numbers(record).items()
-            if key != "epoch" and repr(value) != repr((known := self._known_points(key)).get(record["epoch"]))  # of NaN, the same
+            if key != "epoch" and repr(value) != repr((known := self._known_points(key)).get(record["epoch"]))  # repr, because NaN != NaN
         ]
         self.client.log_batch(self.id, metrics=points, synchronous=True)
         for point in points:
             self._points[point.key][point.step] = point.value
 
     def _known_points(self, key: str) -> dict[int, float]:
-        """The points of one curve that the store has, by epoch; asked once per key, and only if the run had it when opened."""
+        """Points of one curve in the store, by epoch; requested once per key, and only if the run had the curve when opened."""
         if key not in self._points:
             history = self.client.get_metric_history(self.id, key) if key in self._metrics else []
             self._points[key] = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
         return self._points[key]
 
     def log_metrics(self, metrics: Record, *, replaced: Sequence[str] = ()) -> None:
-        """Log the final metrics that are new or have changed, on the run and on its model.
+        """Log new and changed final metrics, to the run and to its model.
 
         Those that the run has, that `metrics` lacks, and whose first word (`accuracy` of `accuracy/clean`) is one of `replaced`,
         become NaN: MLflow deletes none, and an earlier value would pass for today's.
@@ -184,7 +184,7 @@ class Run:
         self._metrics |= changed
 
     def log_params(self, params: Record) -> None:
-        """Add the parameters that the run lacks. MLflow changes none that it has: their values of today are tags."""
+        """Add missing parameters. MLflow never changes existing ones, so changed values are logged as tags."""
         from mlflow.entities import Param
 
         texts = {key: ("null" if value is None else str(value))[:PARAMETER_LENGTH] for key, value in params.items()}
@@ -194,12 +194,12 @@ class Run:
         self.set_tags({f"{NOW}{key}": text if text != self._params[key] else None for key, text in texts.items()})
 
     def log_config(self, part: str, parameters: Record | None) -> None:
-        """Store all parameters of a part of the work, resolved and nested as in params.yaml, as `config/<part>.yaml`."""
+        """Store all parameters of a kind of result as `config/<part>.yaml`, resolved and nested as in params.yaml."""
         if parameters:
             self.client.log_dict(self.id, dict(parameters), f"config/{part}.yaml")
 
     def log_table(self, rows: Sequence[Record], path: str) -> None:
-        """Store rows as the table `path` (.json) of the UI, rounded; MLflow's own log_table would append to those of an earlier process."""
+        """Store rounded rows as table `path` (.json) for the UI; MLflow's log_table would append to the rows of an earlier process."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[round(cell, DIGITS) if isinstance(cell := row.get(key), float) else cell for key in columns] for row in rows]
         self.client.log_dict(self.id, {"columns": columns, "data": cells}, path)
@@ -207,12 +207,12 @@ class Run:
         self.set_tags({} if table in tables else {TABLES: json.dumps([*tables, table])})
 
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
-        """Record the checkpoint as a model of the store, see `external_model`. The tag DIGEST comes last: the run is complete."""
+        """Log the checkpoint as a model, see `external_model`. The tag DIGEST is set last, and marks the run as complete."""
         from mlflow.entities import LoggedModelOutput
 
-        if self.tags.get(DIGEST) == digest:  # a stage that was killed just after repeats itself
+        if self.tags.get(DIGEST) == digest:  # a stage killed after this point repeats the call
             return
-        root, known = self.store.place.root, (Path(os.path.abspath(folder)), folder.resolve())  # the first one as the study names it
+        root, known = self.store.place.root, (Path(os.path.abspath(folder)), folder.resolve())  # the first as named in the study
         path = next((path.relative_to(root).as_posix() for path in known if path.is_relative_to(root)), str(known[0]))
         self.set_tags({"advml.path": path})
         tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE} | {DIGEST: digest}
@@ -224,7 +224,7 @@ class Run:
         self.set_tags({MODEL: model.model_id, DIGEST: digest})
 
     def log_picture(self, file: Path, *, key: str) -> None:
-        """Add a picture to the UI's image grid, which keeps every one that it is given: only if it has changed."""
+        """Add a picture to the UI's image grid if it has changed; the grid keeps every picture."""
         from PIL import Image
 
         if self.tags.get(tag := f"advml.image.{key}") != (made := sha256(file)):
@@ -233,7 +233,7 @@ class Run:
             self.set_tags({tag: made})
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
-        """Set the tags that have changed, in this order; None: delete. The run's description, made of them, follows."""
+        """Set changed tags in this order (None: delete), then update the description, which is made from tags."""
         for key, value in tags.items():
             if value is None and key in self.tags:
                 self.client.delete_tag(self.id, key)
@@ -246,7 +246,7 @@ class Run:
 
 
 def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, discarded: str | None = None) -> Run:
-    """Start the run of a training, or go on with one that was killed, `run_id`. Never raises: without a store the run does nothing.
+    """Start the run of a training, or resume a killed one, `run_id`. Never raises: without a store the run does nothing.
 
     The record is what model.json will hold; `discarded` a run of other inputs, which a process that is gone has left RUNNING.
     """
@@ -260,7 +260,7 @@ def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, 
         return run
 
     run = stores.attempt(place, begin) or Run(None, None)
-    run.id, run.strict = run.id or run_id, False  # without a store kept in the caller's state, so that a later resume finds its run again
+    run.id, run.strict = run.id or run_id, False  # the id is kept without a store, so that a later resume finds the run
     return run
 
 

@@ -1,4 +1,4 @@
-"""A search in MLflow: a parent run, and nested in it a run per trial, with parameters, curves and how it ended.
+"""Searches in MLflow: a parent run with a nested run per trial, which has parameters, curves and final state.
 
 The command's own process writes all of it, from the study's database: workers that are killed leave no run behind.
 """
@@ -22,23 +22,23 @@ STATUS = {"complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "kil
 
 @dataclass(frozen=True)
 class Trial:
-    """What is logged of a trial."""
+    """Logged content of a trial."""
 
     number: int
     state: str  # running, complete, pruned, failed or killed
     params: Mapping[str, Any]
-    metrics: Mapping[str, float] = field(default_factory=dict)  # what it scored
-    history: Sequence[Mapping[str, Any]] = ()  # one record per epoch, as `Run.log_epochs` takes them
-    reason: str | None = None  # why it failed
+    metrics: Mapping[str, float] = field(default_factory=dict)  # its scores
+    history: Sequence[Mapping[str, Any]] = ()  # one record per epoch, for `Run.log_epochs`
+    reason: str | None = None  # of a failure
 
 
 class SearchRun(Run):
-    """The parent run: `show` the trials again and again, each call logs what has changed."""
+    """Parent run of a search; each call of `show` logs the changes since the last one."""
 
     _trials: dict[int, Run] | None = None  # by number
 
     def _known(self) -> dict[int, Run]:
-        """The nested runs, also those that an earlier command has made, so that none is made twice."""
+        """Nested runs, including those of earlier commands, so that none is created twice."""
         if self._trials is None:
             from mlflow.store.tracking import SEARCH_MAX_RESULTS_THRESHOLD
 
@@ -49,7 +49,7 @@ class SearchRun(Run):
 
     @guarded
     def show(self, trials: Sequence[Trial]) -> None:
-        """Bring the nested runs up to date: new ones begin, those whose trial has ended are completed and end too."""
+        """Update nested runs: begin runs of new trials, complete and end runs of ended trials."""
         known, search = self._known(), self.tags["advml.name"]
         for trial in trials:
             if (run := known.get(trial.number)) is None:
@@ -64,14 +64,14 @@ class SearchRun(Run):
 
     @guarded
     def mark_best(self, number: int) -> None:
-        """Tag the best trial, and no other."""
+        """Tag only the best trial."""
         for other, run in self._known().items():
             run.set_tags({BEST: "true" if other == number else None})
         self.set_tags({"advml.best_trial": str(number)})
 
     @guarded
     def log_results(self, folder: Path, files: Sequence[Path]) -> None:
-        """Log the files that the search has written into `folder`, and how its best trial did; tagged as `sync` tags them."""
+        """Log the search's files in `folder` and the figures of its best trial, with the tags that `sync` sets."""
         result = search(folder)
         for file in {*files} - {*result.all_files}:
             self.client.log_artifact(self.id, str(file), "tune")
@@ -81,7 +81,7 @@ class SearchRun(Run):
 
 
 def open_search(place: stores.Place, *, name: str, identity: str, tags: Mapping[str, Any], params: Mapping[str, Any]) -> SearchRun:
-    """Start the parent run of a study, or go on with the one that an earlier command has begun for a study of this `identity`."""
+    """Start the parent run of a study, or resume the one that an earlier command began for this `identity`."""
     record = {"name": name, "kind": "search", "parameters": params}
 
     def begin() -> SearchRun:

@@ -1,4 +1,4 @@
-"""Where MLflow's history is kept, and how it is opened: by many processes at once, and never at training's cost."""
+"""Opening of MLflow's store, by several processes at once; its failures never stop a training."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 LATER = "training goes on, `advml sync` adds the run later"
-_broken: set[str] = set()  # the stores that this process has given up, so that it warns and waits once
+_broken: set[str] = set()  # failed stores, so that this process warns and waits once
 
 
 class Denied(UserError):
-    """A server does not take the user's name or password."""
+    """A server rejects user name or password."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """An open store: the client and the id of the experiment."""
+    """Open store: client and experiment id."""
 
     client: MlflowClient
     experiment: str
     place: Place
 
     def find(self, *, run_id: str | None = None, **tags: str | None) -> Run | None:
-        """The newest run of the experiment with this id, or with all of these `advml.` tags; runs deleted in the UI do not count."""
+        """Newest run of the experiment with this id, or with all of these `advml.` tags; runs deleted in the UI are ignored."""
         wanted = {"attributes.run_id": run_id} | {f"tags.`advml.{key}`": value for key, value in tags.items()}
         query = " and ".join(f"{key} = '{value}'" for key, value in wanted.items() if value is not None)
         found = self.client.search_runs([self.experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
@@ -48,7 +48,7 @@ class Store:
 
 
 def warn_if_unusable(place: Place) -> None:
-    """One line for a store that MLflow does not write to, and for a server that is down, before hours of work.
+    """Warn in one line, before hours of work, if MLflow cannot write to the store or its server is down.
 
     Raises:
         Denied: a server does not take user or password.
@@ -63,17 +63,17 @@ def warn_if_unusable(place: Place) -> None:
 
 
 def connect(place: Place) -> Store:
-    """Open the store, creating tables and experiment where they are absent; raises whatever goes wrong."""
+    """Open the store, creating missing tables and the experiment; raises any error."""
     if place.refused:
         raise UserError(place.refused)
     prepare()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's models use what SQLAlchemy deprecates
+        warnings.simplefilter("ignore")  # MLflow uses deprecated functions of SQLAlchemy
         if place.database is None:
             return _open(place)
         from filelock import FileLock
 
-        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # 2 s, for which other processes need not wait in line
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # takes 2 s, hence before the lock
         place.database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place.database}.lock", timeout=60):  # seconds; creating the tables takes 2
             if not place.database.exists() or place.database.stat().st_size == 0:
@@ -82,7 +82,7 @@ def connect(place: Place) -> Store:
 
 
 def _create(database: Path, *, artifacts: Path) -> None:
-    """Make the tables in a file beside, then rename it: MLflow's migrations are no transaction, and a kill would leave half a schema."""
+    """Create the tables in a temporary file and rename it, because a kill during MLflow's migrations would leave half a schema."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def _open(place: Place) -> Store:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    if place.artifacts:  # a database, which raises at once if it does not answer: MLflow itself tries ten times, in 101 s
+    if place.artifacts:  # databases: fail at once if there is no answer, whereas MLflow tries ten times, in 101 s
         import sqlalchemy
 
         sqlalchemy.inspect(sqlalchemy.create_engine(place.uri, poolclass=sqlalchemy.NullPool)).get_table_names()
@@ -114,18 +114,18 @@ def _open(place: Place) -> Store:
     if experiment is None:
         try:
             client.create_experiment(place.experiment, artifact_location=place.artifacts and place.artifacts.as_uri())
-        except MlflowException as error:  # on a server, which we cannot lock, another process may have been faster
+        except MlflowException as error:  # another process may have created it on the server, which cannot be locked
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(place.experiment)
         view.save(client, experiment.experiment_id)
-    if experiment.lifecycle_stage == "deleted":  # thrown away in the UI; a new run wants it back
+    if experiment.lifecycle_stage == "deleted":  # deleted in the UI, and needed again
         client.restore_experiment(experiment.experiment_id)
     return Store(client, experiment.experiment_id, place)
 
 
 def _of_this_folder(client: MlflowClient, experiment: Experiment, place: Place) -> Experiment | None:
-    """The experiment, unless the project has been moved or copied since: then the one that was made in this folder, if there is one.
+    """Return the experiment; if the project was moved or copied, the one created in this folder, if any.
 
     MLflow stores absolute paths of artifacts and never changes them: runs would write into the other folder. Its experiment is put aside
     under that folder's name. Artifacts in a place that the user chose stay there.
@@ -133,7 +133,7 @@ def _of_this_folder(client: MlflowClient, experiment: Experiment, place: Place) 
     old, new = Path(unquote(urlparse(experiment.artifact_location).path)), place.artifacts
     if old == new or old.parts[-2:] != new.parts[-2:] or not experiment.artifact_location.startswith(("file:", "/")):
         return experiment
-    aside, here = (f"{place.experiment} of {folder.parents[1]}"[-500:] for folder in (old, new))  # the longest name that MLflow takes
+    aside, here = (f"{place.experiment} of {folder.parents[1]}"[-500:] for folder in (old, new))  # MLflow's longest name
     client.rename_experiment(experiment.experiment_id, aside)
     tell(f"note: runs logged in {old.parents[1]} are in the experiment {aside!r} now; to rebuild them here, from files: advml sync")
     if back := client.get_experiment_by_name(here):
@@ -142,7 +142,7 @@ def _of_this_folder(client: MlflowClient, experiment: Experiment, place: Place) 
 
 
 def attempt(place: Place, action: Callable[[], Any], *, then: str = LATER) -> Any:
-    """`action()`; None, and one warning line, where the store does not work, that says what comes of it: `then`."""
+    """Return `action()`; if the store fails, None after one warning line that ends with the consequence `then`."""
     done = None
     try:
         if place.uri not in _broken:
@@ -150,7 +150,7 @@ def attempt(place: Place, action: Callable[[], Any], *, then: str = LATER) -> An
                 done = action()
     except Exception as error:
         give_up(place, error, then=then)
-    except BaseException as error:  # a signal, which has waited for the action: the run that it has begun is ended as well
+    except BaseException as error:  # a signal that arrived during the action: the run is ended as well
         if isinstance(done, contextlib.AbstractContextManager):
             with contextlib.suppress(Exception):
                 done.__exit__(type(error), error, None)
@@ -159,14 +159,14 @@ def attempt(place: Place, action: Callable[[], Any], *, then: str = LATER) -> An
 
 
 def give_up(place: Place, error: Exception, *, then: str = LATER) -> None:
-    """One warning line for this store, the first time only; `then` says what comes of it."""
+    """Print one warning line per store, the first time only; `then` is the consequence."""
     if place.uri not in _broken:
         _broken.add(place.uri)
         tell(f"warning: no tracking, {explain(place, error)}; {then}")
 
 
 def explain(place: Place, error: Exception) -> str:
-    """The store and what is wrong with it, in one line without passwords."""
-    if isinstance(error, UserError):  # ours: it names the setting
+    """Describe store and error in one line without passwords."""
+    if isinstance(error, UserError):  # it names the setting
         return masked(str(error))
     return f"{masked(place.uri)}: {one_line(str(error).strip() or type(error).__name__, longest=200)}"

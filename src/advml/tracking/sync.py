@@ -1,4 +1,4 @@
-"""Files of the stages in MLflow: a stage's own as soon as it has written them, and by `sync` all that MLflow lacks.
+"""Logging of stages' files to MLflow: by each stage after writing them, and by `sync` for all that is missing.
 
 MLflow lags behind after `dvc pull`, a run-cache hit or an outage. The tag with the sha256 of files is written last: it says that all of
 them have been logged; another one, or none, that some are not.
@@ -27,7 +27,7 @@ from advml.tracking.run import Run, guarded
 
 
 def sync(place: stores.Place) -> list[str]:
-    """Make the store complete: a run for every trained model and for every result in `reports/`, with all that the stages log.
+    """Complete the store: a run for every trained model and every result in `reports/`, with everything that stages log.
 
     Runs are known by the name and the sha256 of a folder's weights, or of a result's files; what belongs to a model's run, by the sha256
     of its files. A second time, nothing changes. Runs whose process on this machine is gone are ended too.
@@ -38,7 +38,7 @@ def sync(place: stores.Place) -> list[str]:
         UserError, Failure: a file is damaged; the store cannot be opened or written to.
     """
     workspace = Workspace(place.root)
-    # Pretraining first, so that models find the runs they link to.
+    # Pretraining first, so that models can link its runs.
     folders = [path.parent for stage in (workspace.pretrained(""), workspace.models) for path in sorted(stage.glob("*/model.json"))]
     try:
         store = stores.connect(place)
@@ -54,12 +54,12 @@ def sync(place: stores.Place) -> list[str]:
 
 
 def log_folder(place: stores.Place, folder: Path) -> None:
-    """Log what a stage has just written about the trained model in `folder`: `sync`, of this one. Never raises for the store's sake."""
+    """Log new files of the trained model in `folder`, as `sync` does. Errors of the store are not raised."""
     stores.attempt(place, lambda: _log_folder(stores.connect(place), folder))
 
 
 def log_result(place: stores.Place, what: str | Path) -> None:
-    """Make the run of what a stage has just written: `study`, `transfer`, the name of a given model, or the folder of a comparison."""
+    """Create the run of a new result: `study`, `transfer`, the name of an external model, or the folder of a comparison."""
 
     def complete() -> None:
         store = stores.connect(place)
@@ -73,12 +73,12 @@ def log_result(place: stores.Place, what: str | Path) -> None:
 
 
 def _log_folder(store: stores.Store, folder: Path) -> bool:
-    """Bring the run of a model up to date, or make it; the file's own time stands in for the clock. False: nothing was to be done."""
+    """Update or create the run of a model, with the file's time as its time. False: it was complete."""
     record = read_json(folder / "model.json", needs=("name", "kind", "digest", "parameters", "data"), remedy=f"{REMEDY} {folder}")
     found, workspace = store.find(name=record["name"], digest=record["digest"], kind=record["kind"]), Workspace(store.place.root)
     made = contextlib.nullcontext(Run(store, found)) if found else Run.begin(store, record, written=modified(folder / "model.json"))
     with made as run:
-        run.link(record.get("pretraining"))  # its own run may have come later
+        run.link(record.get("pretraining"))  # that run may have been created later
         logged = [log_model(run, folder, digest=record["digest"])]
         logged += [_add(run, part, log) for part in of_model(workspace, folder.name)]
         return any([*logged, _log_transfer_flags(run, folder.name), found is None])
@@ -86,7 +86,7 @@ def _log_folder(store: stores.Store, folder: Path) -> bool:
 
 @guarded
 def log_model(run: Run, folder: Path, *, digest: str) -> bool:
-    """Log what a training phase has written, and with it complete its run; False if the run was complete."""
+    """Log the files of a training phase and mark its run as complete; False if it was."""
     workspace = Workspace(run.store.place.root)
     learnt = phases(workspace, folder)
     curves = [workspace.report(name) / "history.json" for name in (folder.name, *(record["name"] for record, _ in learnt[1:]))]
@@ -97,12 +97,12 @@ def log_model(run: Run, folder: Path, *, digest: str) -> bool:
 
 
 def _add(run: Run, part: Result, log: Callable[[Run, Result, Record], None]) -> bool:
-    """Add a part to a model's run, unless files are missing, the run has them already, or they are of other weights."""
+    """Add a result to a model's run, unless files are missing, already logged, or of other weights."""
     made = part.digest()
     if made is None or run.tags.get(tag := f"advml.{part.kind}") == made:
         return False
     record = part.read()
-    if run.tags.get(DIGEST, record["digest"]) != record["digest"]:  # trained anew, and not yet measured
+    if run.tags.get(DIGEST, record["digest"]) != record["digest"]:  # the model was trained again, and is not yet evaluated
         return False
     run.log_params(comparable(record if part.kind == "training" else {"parameters": record.get("parameters")}))
     run.log_config(part.kind, record.get("parameters"))
@@ -112,7 +112,7 @@ def _add(run: Run, part: Result, log: Callable[[Run, Result, Record], None]) -> 
 
 
 def log(run: Run, result: Result, record: Record) -> None:
-    """Log a record as `result` says, and its files; pictures also in the UI's image grid, which compares runs by their names."""
+    """Log a record and its files as `result` defines; pictures also to the UI's image grid, which compares runs by picture names."""
     run.log_metrics(result.metrics(record), replaced=result.replaced)
     for path, rows in result.tables.items():
         run.log_table(read_csv(result.all_files[0].with_name(rows)) if isinstance(rows, str) else rows(record), path)
@@ -128,7 +128,7 @@ def _log_training(run: Run, training: Result, record: Record, *, learnt: Sequenc
     made = training.all_files[0]
     run.log_epochs(learnt[0][1], at=modified(made))
     run.log_metrics(training_cost(Workspace(run.store.place.root), record))
-    if model := run.tags.get(MODEL):  # of before; a new one gets both later
+    if model := run.tags.get(MODEL):  # of an earlier call; a new model gets both later
         run.client.log_model_artifact(model, str(made))
         run.set_tags({COMMIT: record.get("git_commit")})
     if drawn := {one["name"]: (history, one.get("epoch")) for one, history in reversed(learnt) if history}:
@@ -138,7 +138,7 @@ def _log_training(run: Run, training: Result, record: Record, *, learnt: Sequenc
 
 
 def _log_transfer_flags(run: Run, name: str) -> bool:
-    """The flags that a transfer has given these weights."""
+    """Log the flags of these weights from the transfer."""
     path = Workspace(run.store.place.root).report("transfer") / "transfer.json"
     content = read_json(path, needs=("seeds",), remedy=REMEDY) if path.exists() else {"seeds": []}
     flags = ", ".join(flag["name"] for flag in transfer_flags(content).get(name, ())) or NONE
@@ -150,11 +150,11 @@ def _log_transfer_flags(run: Run, name: str) -> bool:
 
 
 def _complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> bool:
-    """Make the run of a result, or what it lacks; False if it lacks nothing, or files are missing (there was nothing to compare)."""
+    """Create or complete the run of a result; False if it is complete, or files are missing (such as of an empty comparison)."""
     if (made := result.digest()) is None:
         return False
     found = store.find(kind=result.kind, name=result.name, files=None if result.in_place else made)
-    if found and result.in_place and found.info.status == "RUNNING":  # its command is at work, and logs the files itself
+    if found and result.in_place and found.info.status == "RUNNING":  # the running command logs the files itself
         return False
     if found is not None and found.data.tags.get(DIGEST) == made:
         return False
@@ -169,15 +169,15 @@ def _complete(store: stores.Store, result: Result, *, rebuilt: bool = False) -> 
 
 
 def _title(record: Record, *, written_now: bool) -> str:
-    """`study 337986e`: results of one name are told apart by commit and, while DVC runs one, by its experiment."""
+    """Title such as `study 337986e`, with the commit and, under `dvc exp run`, the experiment's name."""
     commit, dash, dirty = (record.get("git_commit") or "").partition("-")
     experiment = os.environ.get("DVC_EXP_NAME", "") if written_now else ""
     return " ".join(filter(None, (record["name"], f"{commit[:7]}{dash}{dirty}", experiment)))
 
 
 def _end_orphans(store: stores.Store) -> None:
-    """A process killed outright leaves its run RUNNING; one that had recorded its weights had finished."""
+    """End runs that are RUNNING although their process is gone: FINISHED if their weights were logged, else KILLED."""
     for found in store.client.search_runs([store.experiment], "attributes.status = 'RUNNING'", max_results=1000):
         if has_ended((tags := found.data.tags).get(PROCESS, "")):
-            had_finished = DIGEST in tags and tags.get("advml.kind") != "search"  # a search goes on after its results
+            had_finished = DIGEST in tags and tags.get("advml.kind") != "search"  # searches continue after logging results
             store.client.set_terminated(found.info.run_id, "FINISHED" if had_finished else "KILLED")

@@ -1,4 +1,4 @@
-"""The columns of MLflow's table of runs, saved with the experiment: by itself the table shows neither metrics nor parameters.
+"""Columns of MLflow's table of runs, saved with the experiment, because the default table shows neither metrics nor parameters.
 
 `advml ui` links to this view. In plain `mlflow ui` it is in the menu Views of the experiment's runs.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 KEY = "results"
-VIEW = f"mlflow.sharedViewState.{KEY}"  # tag of the experiment, as the UI's own menu sets it
+VIEW = f"mlflow.sharedViewState.{KEY}"  # tag of the experiment, as set by the UI's menu
 # Column -> width in pixels.
 COLUMNS = {
     "attributes.`Duration`": 90,
@@ -35,7 +35,7 @@ ABOUT = (
 
 
 def save(client: MlflowClient, experiment: str) -> None:
-    """Save view and description with the experiment, once; the user's changes to them stay."""
+    """Save view and description with the experiment once; later changes by users are kept."""
     tags = client.get_experiment(experiment).tags
     if VIEW not in tags:
         state = {"selectedColumns": list(COLUMNS), "columnOrder": list(COLUMNS), "columnWidths": COLUMNS, "runsHiddenMode": "SHOW_ALL"}
