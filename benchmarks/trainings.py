@@ -75,6 +75,7 @@ CHEAPER = Table(
 
 EMP = ("pretrain.EMP={epochs: 10, batch_size: 128, " + ADAMW + "}",)
 DUAL = ("pretrain.CL.attacked=views", "model.batch_norm=dual")
+LAST, AT = "pretrain.CL.keep=last", (("CL", "AT"),)
 STRONGER = Table(
     models=(("CL", "AT"), ("CL", "Full-AT")),
     ways=(
@@ -83,6 +84,13 @@ STRONGER = Table(
         Way("SimCLR, SWA", ("pretrain.CL.average=swa",)),
         Way("ACL", DUAL),
         Way("DynACL", (*DUAL, "pretrain.CL.view_annealing=2", "pretrain.CL.weight_annealing=2", "pretrain.CL.average=ema")),
+        # What ACL's collapse at this radius comes from; the last epoch, as validation attacks images, not views.
+        Way("ACL, last epoch", (*DUAL, LAST), AT),
+        Way("ACL, radius rising over half of the steps, last epoch", (*DUAL, LAST, "pretrain.CL.epsilon_warmup=0.5"), AT),
+        Way("ACL, radius 0.075, last epoch", (*DUAL, LAST, "pretrain.CL.epsilon=0.075"), AT),
+        Way("ACL, radius 0.05, last epoch", (*DUAL, LAST, "pretrain.CL.epsilon=0.05"), AT),
+        Way("attacked views, one kind of batch norms, last epoch", (DUAL[0], LAST), AT),
+        Way("attacked image, two kinds of batch norms, last epoch", (DUAL[1], LAST), AT),
         Way("EMP-SSL", EMP, (("EMP", "AT"), ("EMP", "Full-AT"))),
         Way("EMP-SSL, free (CF-AMC-SSL)", (*EMP, "pretrain.EMP.attack_kind=free"), (("EMP", "AT"), ("EMP", "Full-AT"))),
     ),
