@@ -112,9 +112,7 @@ def test_the_standard_attacks_are_the_librarys_sample_by_sample(name, norm):
     images, labels = batch(network)
 
     def perturb(image: Tensor, label: Tensor, seed: int) -> Tensor:
-        library = AutoAttack(
-            network, attacks=[ATTACKS[name].library], norm=LIBRARY_NORM[norm], eps=EPSILON[name][norm], seed=seed, version="custom"
-        )
+        library = AutoAttack(network, attacks=[name], norm=LIBRARY_NORM[norm], eps=EPSILON[name][norm], seed=seed, version="custom")
         library.apgd.n_restarts, library.square.n_queries = 1, 60
         library.fab.n_target_classes = library.apgd_targeted.n_target_classes = 3
         return library.run_standard_evaluation(image, label)[0]
@@ -378,7 +376,7 @@ def test_what_an_attack_has_lost_to_nan_is_not_found(norm, monkeypatch):
             found[1, 0, 0, 0] = torch.nan
             return found
 
-    monkeypatch.setitem(ATTACKS, "square", Recipe("square", 2, lambda *_: Losing()))
+    monkeypatch.setitem(ATTACKS, "square", Recipe(2, lambda *_: Losing()))
     images = torch.full((3, 1, 4, 4), 0.5)
     found = run("square", Constant(1.0, 0.0), images, torch.zeros(3, dtype=torch.int64), norm=norm, classes=2)
     assert torch.equal(found[1], images[1]) and torch.allclose(found[[0, 2]], images[[0, 2]] + 0.01)
@@ -393,7 +391,7 @@ def test_an_attack_that_leaves_ball_or_box_is_a_failure_that_names_it(norm, wher
             x[1, 0, 0, 0] = 1 + 2e-5 if where == "box" else 0.05 + BLIND[norm] + 2e-5
             return x
 
-    monkeypatch.setitem(ATTACKS, "square", Recipe("square", 2, lambda *_: Leaving()))
+    monkeypatch.setitem(ATTACKS, "square", Recipe(2, lambda *_: Leaving()))
     images = torch.full((3, 1, 4, 4), 0.5)
     images[1, 0, 0, 0] = 1.0 if where == "box" else 0.05
     with pytest.raises(Failure, match=f"square .*{norm} .*{BLIND[norm]}") as error:
@@ -408,7 +406,7 @@ def test_rounding_outside_of_the_ball_is_projected_back(norm, monkeypatch):
             size = BLIND[norm] + 5e-6
             return x + (size / 4 if norm == "l2" else size)  # 16 pixels
 
-    monkeypatch.setitem(ATTACKS, "square", Recipe("square", 2, lambda *_: Rounding()))
+    monkeypatch.setitem(ATTACKS, "square", Recipe(2, lambda *_: Rounding()))
     images = torch.full((3, 1, 4, 4), 0.5)
     attacked = run("square", Constant(1.0, 0.0), images, torch.zeros(3, dtype=torch.int64), norm=norm, classes=2)
     assert (NORMS[norm].size(attacked - images) <= BLIND[norm] + 3e-7).all()

@@ -346,26 +346,7 @@ def test_images_weights_and_modes_are_left_as_they_were(lively):
     assert all(module.training for module in network.modules())
 
 
-# Several shards, models and pairs
-
-
-def test_merged_shards_equal_one_pass_exactly(lively):
-    network = lively()
-    given = [{CLEAN: images(n, seed=n), NOISE: images(n, seed=n + 50)} for n in (8, 6, 3, 5)]
-    whole, first, second = (measure({"net": network}, {"net": rows_of(network)}, part) for part in (given, given[:2], given[2:]))
-    merged = first.merged(second)
-    assert (merged.sizes, merged.left_out) == (whole.sizes, whole.left_out) == ((8, 6, 5), 3)
-    for pair, product in whole.products.items():
-        np.testing.assert_array_equal(merged.products[pair], product)
-        np.testing.assert_array_equal(merged.cka(*pair), whole.cka(*pair))
-
-
-def test_shards_of_different_layers_are_not_merged(lively):
-    network = lively()
-    rows = rows_of(network)
-    first, second = (measure({"net": network}, {"net": part}, [{CLEAN: images(4)}]) for part in (rows, rows[1:]))
-    with pytest.raises(ValueError, match="different rows"):
-        first.merged(second)
+# Several models and pairs
 
 
 @pytest.fixture

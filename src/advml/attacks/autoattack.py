@@ -63,40 +63,31 @@ class Recipe:
     """One of the library's attacks.
 
     Attributes:
-        library: its name in the library.
         classes: least number of classes: the targeted DLR loss of APGD-T divides by a difference that involves the fourth largest logit.
         build: constructs it.
     """
 
-    library: str
     classes: int
     build: Build
 
 
+# Name in the library -> attack
 ATTACKS: dict[str, Recipe] = {
-    "apgd-ce": Recipe(
-        "apgd-ce",
-        2,
-        lambda model, strength, common: APGD(model, loss="ce", n_iter=strength.steps, logger=_SILENT, **common),
-    ),
+    "apgd-ce": Recipe(2, lambda model, strength, common: APGD(model, loss="ce", n_iter=strength.steps, logger=_SILENT, **common)),
     "apgd-t": Recipe(
-        "apgd-t",
         4,
         lambda model, strength, common: TargetedAPGD(
             model, n_iter=strength.steps, n_target_classes=strength.targets, logger=_SILENT, **common
         ),
     ),
     "fab-t": Recipe(
-        "fab-t",
         2,
         lambda model, strength, common: FABAttack_PT(
             model, targeted=True, n_iter=strength.steps, n_target_classes=strength.targets, **common
         ),
     ),
     "square": Recipe(
-        "square",
-        2,
-        lambda model, strength, common: Square(model, p_init=0.8, resc_schedule=False, n_queries=strength.queries, **common),
+        2, lambda model, strength, common: Square(model, p_init=0.8, resc_schedule=False, n_queries=strength.queries, **common)
     ),
 }
 

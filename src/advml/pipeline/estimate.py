@@ -89,7 +89,6 @@ class Stage:
 @dataclass(frozen=True)
 class Estimate:
     stages: tuple[Stage, ...]
-    jobs: int
     seconds: float  # total duration of the command
     total: Cost
 
@@ -117,7 +116,7 @@ def estimate(context: Context, *, jobs: int, machine: str | None = None) -> Esti
     overhead = Cost(seconds=OVERHEAD)
     stages = tuple(replace(stage, cost=stage.cost.on(machine) + overhead) for stage in _stages(pilot))
     total = sum((stage.cost for stage in stages), Cost())
-    return Estimate(stages, jobs, START + makespan(stages, jobs), total)
+    return Estimate(stages, START + makespan(stages, jobs), total)
 
 
 def makespan(stages: Sequence[Stage], jobs: int) -> float:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -150,23 +150,6 @@ class Similarity:
         sizes = np.sqrt(np.diagonal(total))
         with np.errstate(invalid="ignore", divide="ignore"):
             return total / (sizes[:, None] * sizes)
-
-    def merged(self, other: Similarity) -> Similarity:
-        """Merge two shards, as if their batches were measured in one pass."""
-        if _names(self) != _names(other):
-            raise ValueError("shards of different rows cannot be merged")
-        return replace(
-            self,
-            products={pair: np.concatenate([product, other.products[pair]]) for pair, product in self.products.items()},
-            norms={key: np.concatenate([norm, other.norms[key]]) for key, norm in self.norms.items()},
-            sizes=self.sizes + other.sizes,
-            left_out=self.left_out + other.left_out,
-            ends=None if self.ends is None else np.concatenate([self.ends, other.ends]),
-        )
-
-
-def _names(similarity: Similarity) -> dict[Key, list[str]]:
-    return {key: [layer.name for layer in layers] for key, layers in similarity.rows.items()}
 
 
 def measure(
