@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from advml import __version__
-from advml.cli import checkpoints, estimate, models, stages, study, tune
+from advml.cli import mlflow, models, stages, study, tune
 from advml.cli.errors import guarded, print_fault
 from advml.core import signals
 from advml.core.errors import UserError
@@ -25,12 +25,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Commands in the order in which `advml --help` lists them.
 STAGES, EVERYDAY = "Stages of the pipeline (dvc repro runs them)", "Other commands"
-
-for panel, commands in (
-    (STAGES, stages.COMMANDS),
-    (EVERYDAY, (*study.COMMANDS, estimate.estimate, *models.COMMANDS, *checkpoints.COMMANDS)),
-):
+COMMANDS = {
+    STAGES: stages.COMMANDS,
+    EVERYDAY: (
+        *(study.init, study.doctor, study.estimate, models.train, models.show, models.attack, models.trust, study.preset, study.schema),
+        *(mlflow.sync, mlflow.link, mlflow.ui, mlflow.server, study.repro, models.import_, models.export),
+    ),
+}
+for panel, commands in COMMANDS.items():
     for command in commands:
         app.command(command.__name__.strip("_"), rich_help_panel=panel)(command)
 app.add_typer(tune.app, name="tune", rich_help_panel=EVERYDAY)

@@ -1,19 +1,15 @@
-"""Commands that are no stages of the pipeline. Each imports what it runs, so that `advml --help` answers at once."""
+"""Commands on one model: train, show, attack, trust, import, export. Each imports what it runs, so that `advml --help` answers at once."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from advml.cli.evaluate import tell_result
-from advml.cli.options import PARAMS, PRESETS, AsJson, ClusterOption, Overrides, Params, Place, Quick, Regime, Scheme, Seed, context_of
-from advml.cli.printing import say, say_json, show_table
-from advml.cli.server import server
-from advml.core.errors import UserError
+from advml.cli.options import PARAMS, AsJson, Overrides, Params, Place, Regime, Scheme, Seed, Std, context_of, mean_option, store_of
+from advml.cli.printing import say, say_json
 from advml.core.messages import tell
 from advml.core.paths import Workspace, model_name
 
@@ -76,158 +72,6 @@ def attack(
     say(str(out), f"advml show {model}")
 
 
-def preset(
-    name: Annotated[str, typer.Argument(help=f"Name of the preset: {PRESETS}.", show_default=False)],
-    protocol: Annotated[str, typer.Option(help="Settings: corrected (this project's) or paper (the authors').")] = "corrected",
-    quick: Quick = False,
-    full: Annotated[bool, typer.Option("--full", help="Print all keys, including those left at their defaults.")] = False,
-    overrides: Overrides = None,
-) -> None:
-    """Print the params.yaml of a preset.
-
-    Writes to standard output. Next: advml preset cifar10 > params.yaml && dvc repro
-    """
-    from advml.config.presets import preset as text
-
-    print(text(name, protocol=protocol, quick=quick, overrides=overrides or (), full=full), end="")
-
-
-def schema() -> None:
-    """Print the JSON schema of params.yaml, which lets editors explain and complete its keys.
-
-    Writes to standard output. Next: advml schema > params.schema.json
-    """
-    from advml.config.writing import editor_schema
-
-    print(editor_schema(), end="")
-
-
-def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
-    """Rebuild missing or outdated MLflow runs from the study's files: after dvc pull, a hit in DVC's run cache, or an outage.
-
-    Writes to the MLflow store only. Next: make ui
-    """
-    from advml import tracking
-    from advml.config import load
-    from advml.config.store import locate
-
-    made = tracking.sync(locate(load(params, overrides or []).tracking, root=params.parent))
-    print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: make ui")
-
-
-def link(
-    port: Annotated[int, typer.Option(help="Port of the local server.")] = 5000, overrides: Overrides = None, params: Params = PARAMS
-) -> None:
-    """Print the address of this study's runs in the MLflow UI.
-
-    Writes nothing. Next: make ui
-    """
-    from advml.config import load
-    from advml.config.store import locate
-    from advml.servers import mlflow_ui
-
-    place = locate(load(params, overrides or []).tracking, root=params.parent)
-    print(f"MLflow: {mlflow_ui.link(place, port=port)}", flush=True)
-
-
-def ui(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the local server.")] = 5000,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all networks, without a password.")] = "127.0.0.1",
-    overrides: Overrides = None,
-    params: Params = PARAMS,
-) -> None:
-    """Serve MLflow with this study's runs until Ctrl-C, and print the link to their table.
-
-    Writes nothing. Next: open the link in a browser
-    """
-    from advml.config import load
-    from advml.config.store import locate
-    from advml.servers import mlflow_ui
-
-    place, local = locate(load(params, overrides or []).tracking, root=params.parent), {"host": host, "port": port}
-    command = mlflow_ui.command(place, **local)  # first, because opening the store silences MLflow's messages
-    if command is not None:
-        mlflow_ui.require_free(**local)
-        if host not in mlflow_ui.LOOPBACK:
-            tell(f"note: no password protects these runs: whoever reaches {host}:{port} can delete them; advml server asks for passwords")
-    link = f"MLflow: {mlflow_ui.link(place, **local)}"
-    if command is None:
-        print(f"{link}\nthis is a server's address: open it in a browser")
-    else:
-        with contextlib.suppress(KeyboardInterrupt):
-            mlflow_ui.serve(*command, **local, on_answer=lambda: print(link, flush=True))
-
-
-def repro(
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of stages at a time.")] = 2,
-    cluster: ClusterOption = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Write seeds 0 to N - 1 into params.yaml first.", show_default="unchanged")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print which stages would run, and why; run none.")] = False,
-    as_json: AsJson = False,
-    overrides: Overrides = None,
-    params: Params = PARAMS,
-) -> None:
-    """Run outdated stages like dvc repro, but several at a time; then print the table of results.
-
-    Writes the files of the stages. Next: make ui
-    """
-    if overrides or params.name != PARAMS.name:
-        raise UserError(
-            "advml repro takes no -S, because DVC reads params.yaml: edit that file, or try a variant with: dvc exp run -S key=value"
-        )
-    if as_json and not dry_run:
-        raise UserError("--json goes with --dry-run; the results of a run are in reports/summary.csv and reports/*/metrics.json")
-    from advml.config import load
-    from advml.config.store import locate
-    from advml.pipeline.repro import check_starting_points, reasons
-    from advml.pipeline.repro import repro as run
-    from advml.tracking import warn_if_unusable
-
-    if seeds:
-        write_seeds(params, seeds)
-    configuration = load(params)  # report mistakes in the file before any stage runs
-    check_starting_points(configuration, Workspace(params.parent))
-    if dry_run:
-        return _would_run(reasons(params.parent), as_json=as_json)
-    warn_if_unusable(locate(configuration.tracking, root=params.parent))
-
-    started = time.monotonic()
-    ran = run(
-        params.parent, jobs=jobs, cluster=cluster, options=configuration.cluster, reserve=configuration.runtime.device in ("auto", "cuda")
-    )
-    print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
-    rows = show_table(configuration, Workspace(params.parent))
-    print("next: open reports/report.html     the whole study on one page")
-    print("      make ui                      compare the runs in MLflow")
-    if rows:
-        print(f"      advml show {rows[-1]['model']:18}data, settings and measurements of a model")
-    print("      dvc plots show               training curves and the result chart as a page")
-
-
-def write_seeds(params: Path, count: int) -> None:
-    """Set `seeds` in params.yaml, keeping its comments, and print the difference."""
-    from advml.config import load
-    from advml.config.rewrite import merge
-    from advml.core.io import write_atomically
-
-    load(params)
-    merged = merge(params, {"seeds": list(range(count))})
-    if merged.changes:
-        print(merged.difference, end="")
-        write_atomically(params.resolve(), merged.text.encode())  # params.yaml may be a link to a file that several studies share
-
-
-def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
-    if as_json:
-        return say_json(found)
-    width = max(map(len, found), default=0)
-    for name, why in found.items():
-        print(f"{name:{width}}  {'; '.join(why)}")
-    print(f"{len(found)} stages would run\nnext: advml repro" if found else "everything is up to date")
-
-
 def trust(
     epochs: Annotated[int, typer.Option(help="Epochs of the longest training.")] = 8,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 2,
@@ -247,5 +91,52 @@ def trust(
     say(str(context.workspace.record("trust", "measures")), "advml report")
 
 
-# In the order in which `advml --help` lists them.
-COMMANDS = (train, show, attack, trust, preset, schema, sync, link, ui, server, repro)
+def import_(
+    file: Annotated[Path, typer.Argument(help="Checkpoint: a safetensors file, or one of torch.save (.pt, .pth).", show_default=False)],
+    backbone: Annotated[str, typer.Option(help="The timm name of its architecture, e.g. resnet18.", show_default=False)],
+    stem: Annotated[str | None, typer.Option(help="Stem of the backbone: small or native.", show_default="the one that fits")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=4, help="Side of its images, in pixels.", show_default="of the prepared data")
+    ] = None,
+    mean: Annotated[str | None, mean_option("that in the checkpoint's buffers, else none")] = None,
+    std: Std = None,
+    classes: Annotated[str | None, typer.Option(help="Class names of its logits, in order: a,b,c or a file with one per line.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Tensors to ignore, e.g. 'momentum_*'; may be repeated.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the imported model.", show_default="name of the file")] = None,
+    params: Place = PARAMS,
+) -> None:
+    """Convert a published checkpoint to a model of advml; refuses missing tensors and tensors without a use.
+
+    Writes models/imported/<NAME>/: model.safetensors, model.json. Next: advml evaluate models/imported/NAME
+    """
+    from advml.pipeline.checkpoint_import import Wishes, import_checkpoint
+
+    wishes = Wishes(name, stem, image_size, mean, std, classes, tuple(without or ()))
+    made = import_checkpoint(Workspace(params.parent), file, backbone, wishes)
+    for remark in made.remarks:
+        tell(f"note: {remark}")
+    train = f"advml train CL AT -S model.init={made.folder} -S pretrain.CL.epochs=0   (fine-tune it)"
+    say(str(made.folder), f"advml evaluate {made.folder}   (evaluate it), or: {train}" if made.architecture.classes else train)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model's name (CL-Full-AT-s0) or folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="models/exported/<MODEL>")] = None,
+    register: Annotated[bool, typer.Option(help="Register a classifier, with its weights, in MLflow under its name as alias.")] = True,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
+) -> None:
+    """Write a model for other tools, and register it in MLflow: weights for timm, and ONNX, both compared with the model's outputs.
+
+    Writes models/exported/<MODEL>/: model.safetensors, config.json, model.onnx. Next: load it with the three lines that it prints
+    """
+    from advml.pipeline.checkpoint_export import export_model
+
+    place = store_of(params, overrides) if register and params.exists() else None
+    made = export_model(Workspace(params.parent), model, out, place=place)
+    for remark in made.remarks:
+        tell(f"note: {remark}")
+    print("\n".join(made.lines))
+    if made.registered:
+        print(f"# or, of images in [0, 1]: mlflow.pyfunc.load_model({made.registered!r})")
+    say(f"{made.folder}: {', '.join(made.files)}", "the three lines above, in Python")

@@ -14,6 +14,7 @@ from advml.core.paths import Workspace
 from advml.recipes import REGIMES, SCHEMES, PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
+    from advml.config.store import Place as Store
     from advml.pipeline.context import Context
 
 Overrides = Annotated[
@@ -99,3 +100,11 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
     from advml.pipeline.context import Context
 
     return Context(configuration, Workspace(params.parent))
+
+
+def store_of(params: Path, overrides: list[str] | None) -> Store:
+    """MLflow store of the study in the folder of params.yaml."""
+    from advml.config import load
+    from advml.config.store import locate
+
+    return locate(load(params, overrides or []).tracking, root=params.parent)

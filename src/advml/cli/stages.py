@@ -242,5 +242,4 @@ def stage_arguments(name: str) -> list[str]:
     return [kind, scheme, regime or phase, "--seed", seed]
 
 
-# In the order in which `advml --help` lists them.
 COMMANDS = (check, prepare, pretrain, finetune, evaluate, represent, compare, transfer, report, stage)
