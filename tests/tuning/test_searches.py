@@ -10,8 +10,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from advml import config
-from advml.cli import searching
-from advml.cli.searching import told
+from advml.cli import tune as tune_command
+from advml.cli.tune import result_lines
 from advml.core.errors import Failure, UserError
 from advml.tracking import store as stores
 from advml.tuning import command
@@ -98,7 +98,7 @@ def test_an_mlflow_server_that_is_down_or_refuses_is_said_before_the_search_begi
     def run(uri: str) -> None:
         chosen = search(made, "attack")
         asked = replace(chosen, config=config.changed(chosen.config, {"tracking.uri": uri}))
-        searching.run(asked, trials=1, workers=1, cluster=None, storage=None, replace=False)
+        tune_command.run(asked, trials=1, workers=1, cluster=None, storage=None, replace=False)
 
     with pytest.raises(Failure, match="was completed"):
         run("http://127.0.0.1:9")
@@ -118,7 +118,7 @@ def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_ca
     chosen = search(made, kind, {"finetune": "Full-AT", "pretrain": "at"}[kind], name="mystudy")
     missed = [ended(TrialState.COMPLETE, violation=0.1)]
     with pytest.raises(UserError, match=rf"^no trial of mystudy .*tune\.{kind}\.clean_floor"):
-        told(outcome(missed), chosen)
+        result_lines(outcome(missed), chosen)
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,4 @@ def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_ca
 )
 def test_where_no_trial_has_run_to_its_end_the_reason_is_said_and_no_floor_blamed(made, trials, said):
     with pytest.raises(Failure, match=f"^mine: {said}$"):
-        told(outcome([ended(*one) for one in trials]), search(made, "finetune", "Full-AT", name="mine"))
+        result_lines(outcome([ended(*one) for one in trials]), search(made, "finetune", "Full-AT", name="mine"))

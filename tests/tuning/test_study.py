@@ -22,7 +22,7 @@ from advml.core.errors import Failure, UserError
 from advml.tuning import storage
 from advml.tuning import study as studies
 from advml.tuning.search import Attempt, hyperband
-from advml.tuning.storage import address, alone, connect, told
+from advml.tuning.storage import address, alone, as_failure, connect
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_search import DEFAULT, SPACE, Toy
@@ -183,7 +183,7 @@ def test_a_study_whose_creator_was_killed_is_completed(toy, tmp_path, monkeypatc
 
 def test_a_study_that_was_deleted_is_one_line(toy, study, tmp_path):
     optuna.delete_study(study_name="toy", storage=address(None, root=tmp_path))
-    with pytest.raises(Failure, match="the search was deleted"), told():
+    with pytest.raises(Failure, match="the search was deleted"), as_failure():
         study.get_trials()
 
 

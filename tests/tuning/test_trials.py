@@ -15,7 +15,7 @@ import torch
 from advml.attacks import autoattack
 from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
-from advml.cli import searching
+from advml.cli import tune as tune_command
 from advml.cli.live_table import reached
 from advml.core.device import Machine
 from advml.data.datasets import Split
@@ -396,9 +396,11 @@ def test_a_difference_has_the_interval_of_student():
 def test_the_verdict_says_whether_the_difference_is_more_than_seed_noise(differences, verdict, said):
     told = training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.0)
     assert told["test"]["beats_default"] is verdict and told["validation"]["beats_default"] is verdict
-    printed = searching.further(told)
+    printed = tune_command.confirmation_lines(told)
     assert [line for line in printed if said in line] == [printed[2], printed[5]] and "below the clean floor" not in str(printed)
-    below = searching.further(training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1))
+    below = tune_command.confirmation_lines(
+        training_trial.compare({"validation": scores(differences), "test": scores(differences)}, floor=1.1)
+    )
     assert below[-1] == f"  warning: the winner is below the clean floor 1.1 on {len(differences)} of {len(differences)} further seeds"
 
 

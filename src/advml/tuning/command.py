@@ -34,7 +34,7 @@ from advml.tuning import outputs
 from advml.tuning import study as studies
 from advml.tuning.search import Search, on_bench
 from advml.tuning.space import show
-from advml.tuning.storage import HOLDER, address, alone, close, told
+from advml.tuning.storage import HOLDER, address, alone, as_failure, close
 from advml.tuning.study import ORIGIN, REASON, best_of, finished
 
 # Modules that the fork server imports for the processes; the last one is imported by Optuna on first use.
@@ -95,7 +95,7 @@ def tune(
     with contextlib.ExitStack() as stack:
         forks = stack.enter_context(server(workspace.root, MODULES)) if cluster is None else {}
         check = stack.enter_context(alone(url, search.name))
-        stack.enter_context(told())
+        stack.enter_context(as_failure())
         study = studies.create(search, url, replace=replace)
         stack.callback(close, study)
         folder = workspace.reports / "tune" / search.name

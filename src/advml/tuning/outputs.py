@@ -7,16 +7,14 @@ trials.csv       a row per trial
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from ruamel.yaml import YAML
 
-from advml.core.io import to_csv, write_atomically
+from advml.core.io import to_csv, to_yaml, write_atomically
 from advml.core.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
@@ -64,11 +62,7 @@ def proposal(search: Search, study: optuna.Study, best: FrozenTrial, confirmed: 
         },
         **(confirmed or {}),
     }
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 120
-    stream = io.StringIO()
-    yaml.dump(content, stream)
-    return stream.getvalue()
+    return to_yaml(content, flow=False)
 
 
 def fact(search: Search, trial: FrozenTrial) -> Trial:

@@ -37,6 +37,7 @@ class Search(ABC):
         directions: "minimize" or "maximize", one per objective.
         once: measurements for best.yaml that do not depend on the winner, e.g. ("autoattack",).
         further_seeds: number of seeds on which winner and default are trained again and compared.
+        left_out: keys of the space in params.yaml that have no effect here.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Search(ABC):
     directions = ("maximize",)
     once = ()
     further_seeds = 0
+    left_out = ()
 
     @abstractmethod
     def default(self) -> Values:

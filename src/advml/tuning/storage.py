@@ -47,7 +47,7 @@ def address(url: str | None, *, root: Path) -> str:
 def connect(url: str) -> RDBStorage:
     """Open a database, creating missing tables; raises UserError if it cannot be used."""
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # advml reports failed trials itself
-    with _usable(url):
+    with _as_user_error(url):
         if not url.startswith(SQLITE):
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": _timeout(url)})
         file = Path(url.removeprefix(SQLITE))
@@ -81,17 +81,17 @@ def alone(url: str, name: str) -> Iterator[Callable[[], None]]:
     """
     with contextlib.ExitStack() as stack:
         if url.startswith(SQLITE):
-            with _usable(url):
+            with _as_user_error(url):
                 file = Path(url.removeprefix(SQLITE))
                 stack.enter_context(exclusive(file, work=f"advml tune is at work on {file}"))
             yield lambda: None
             return
-        with _usable(url):
+        with _as_user_error(url):
             engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool, connect_args=_timeout(url))
             session = stack.enter_context(session_lock(engine, f"{engine.url.database} {name}"))
         if session is None:
             raise UserError(at_work(f"advml tune is at work on {name}", _holder(url, name)))
-        yield told()(lambda: session.execute(sqlalchemy.text("SELECT 1")))
+        yield as_failure()(lambda: session.execute(sqlalchemy.text("SELECT 1")))
 
 
 def close(study: optuna.Study) -> None:
@@ -110,7 +110,7 @@ def _holder(url: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def as_failure() -> Iterator[None]:
     """Context manager that converts errors of a database in use to a Failure of one line."""
     try:
         yield
@@ -123,7 +123,7 @@ def told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _usable(url: str) -> Iterator[None]:
+def _as_user_error(url: str) -> Iterator[None]:
     """Context manager that converts errors in opening a database to a UserError of one line."""
     try:
         yield

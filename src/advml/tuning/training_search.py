@@ -29,7 +29,6 @@ class TrainingSearch(Search):
     Attributes:
         which: the phase (st, at) of a pretraining, or the regime of a fine-tuning.
         pareto: maximise robust and clean accuracy (Pareto front) instead of setting a floor.
-        left_out: keys of the space in params.yaml that have no effect on this scheme, regime or phase.
     """
 
     kind: Literal["pretrain", "finetune"]
