@@ -12,11 +12,11 @@ from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Similarity
 from advml.similarity.compare import Comparison, Panel
 from advml.similarity.layers import Layer
-from advml.similarity.trust import ORDERS, Trained, scores, somers_d, table
+from advml.similarity.trust import ORDERS, Variant, scores, somers_d, table
 
-NETWORKS = [Trained("a", seed, noise, 8) for seed in (0, 1) for noise in (0.0, 0.5, 1.0)]
-NETWORKS += [Trained("a", seed, 0.0, epochs) for seed in (0, 1) for epochs in (2, 4)]
-NETWORKS += [Trained("b", seed, 0.0, 8) for seed in (0, 1)]
+NETWORKS = [Variant("a", seed, noise, 8) for seed in (0, 1) for noise in (0.0, 0.5, 1.0)]
+NETWORKS += [Variant("a", seed, 0.0, epochs) for seed in (0, 1) for epochs in (2, 4)]
+NETWORKS += [Variant("b", seed, 0.0, 8) for seed in (0, 1)]
 
 
 def slow_d(levels: list[float], values: list[float]) -> float:
@@ -25,7 +25,7 @@ def slow_d(levels: list[float], values: list[float]) -> float:
     return float(np.mean([np.sign((a[0] - b[0]) * (a[1] - b[1])) for a, b in pairs]))
 
 
-def distance(one: Trained, other: Trained) -> float:
+def distance(one: Variant, other: Variant) -> float:
     """As it is known to be."""
     return (
         abs(one.noise - other.noise)

@@ -28,7 +28,7 @@ ORDERS = {
 
 
 @dataclass(frozen=True)
-class Trained:
+class Variant:
     """Settings of a network trained for the orders. The reference of a seed has no label noise and the most epochs."""
 
     architecture: str
@@ -50,7 +50,7 @@ def somers_d(levels: Sequence[float], dissimilarity: Sequence[float]) -> float:
     return float(np.sign(found - found[:, None])[rising].mean()) if rising.any() else float("nan")
 
 
-def scores(compared: Comparison, trained: Sequence[Trained]) -> dict[str, dict[str, Any]]:
+def scores(compared: Comparison, trained: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """Scores of every measure in every order: `each` (one per reference; one in all for "architecture") and their `mean`.
 
     Args:
@@ -90,7 +90,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _value(ends: np.ndarray, places: Mapping[Key, int], first: Trained, second: Trained) -> float:
+def _value(ends: np.ndarray, places: Mapping[Key, int], first: Variant, second: Variant) -> float:
     """Similarity of two networks' last layers, averaged over both directions, because regression is not symmetric."""
     one, other = places[first.name, CLEAN], places[second.name, CLEAN]
     return float(ends[one, other] + ends[other, one]) / 2

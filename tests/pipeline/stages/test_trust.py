@@ -10,7 +10,7 @@ from advml.core.errors import UserError
 from advml.pipeline.stages import trust
 from advml.report.figures import trust as shown
 from advml.similarity.alternatives import MEASURES
-from advml.similarity.trust import ORDERS, Trained
+from advml.similarity.trust import ORDERS, Variant
 
 
 def test_plans_differ_from_their_reference_in_one_thing():
@@ -22,8 +22,8 @@ def test_plans_differ_from_their_reference_in_one_thing():
 
 
 def test_a_share_of_labels_is_drawn_anew_and_images_stay(dataset):
-    half = trust._relabelled(dataset, Trained("", 0, 0.5, 8))
-    whole = trust._relabelled(dataset, Trained("", 0, 0.0, 8))
+    half = trust._relabelled(dataset, Variant("", 0, 0.5, 8))
+    whole = trust._relabelled(dataset, Variant("", 0, 0.0, 8))
     changed = (half.train.labels != whole.train.labels).float().mean()
     assert 0.25 < changed < 0.5 and (half.train.images == whole.train.images).all()  # a quarter of the new labels are the old ones
     assert half.validation is dataset.validation and sorted(whole.train.labels.tolist()) == sorted(dataset.train.labels.tolist())

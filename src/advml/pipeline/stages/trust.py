@@ -21,7 +21,7 @@ from advml.similarity import trust
 from advml.similarity.alternatives import MEASURES
 from advml.similarity.compare import Panel, compare
 from advml.similarity.represent import CLEAN
-from advml.similarity.trust import Trained
+from advml.similarity.trust import Variant
 from advml.training.checkpoint import Checkpoint
 from advml.training.trainer import fit
 
@@ -37,12 +37,12 @@ IMAGES = 2000  # largest number of training images
 SCHEME = "SL"  # scheme of all trainings (standard pretraining), whose labels NOISE changes
 
 
-def plans(backbone: str, others: Sequence[str], *, epochs: int, seeds: int) -> list[Trained]:
+def plans(backbone: str, others: Sequence[str], *, epochs: int, seeds: int) -> list[Variant]:
     """Settings of the networks to train."""
-    found = [Trained(backbone, seed, noise, epochs) for seed in range(seeds) for noise in NOISE]
+    found = [Variant(backbone, seed, noise, epochs) for seed in range(seeds) for noise in NOISE]
     shorter = sorted({max(1, round(share * epochs)) for share in LENGTHS} - {epochs})
-    found += [Trained(backbone, seed, 0.0, length) for seed in range(seeds) for length in shorter]
-    return found + [Trained(name, seed, 0.0, epochs) for name in others for seed in range(seeds)]
+    found += [Variant(backbone, seed, 0.0, length) for seed in range(seeds) for length in shorter]
+    return found + [Variant(name, seed, 0.0, epochs) for name in others for seed in range(seeds)]
 
 
 def run(context: Context, *, epochs: int, seeds: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def run(context: Context, *, epochs: int, seeds: int) -> dict[str, Any]:
     return found
 
 
-def _train(context: Context, wanted: list[Trained], begin: Callable[[str], None]) -> Iterator[tuple[str, Network]]:
+def _train(context: Context, wanted: list[Variant], begin: Callable[[str], None]) -> Iterator[tuple[str, Network]]:
     """Train the networks by the study's parameters of SCHEME; yields names and networks."""
     whole, data = context.config, context.dataset
     for each in wanted:
@@ -106,7 +106,7 @@ def _other(model: config.Model, backbone: str) -> config.Model:
     return model.model_copy(update={"backbone": backbone, "options": {}})
 
 
-def _relabelled(data: Dataset, each: Trained) -> Dataset:
+def _relabelled(data: Dataset, each: Variant) -> Dataset:
     """Dataset of at most IMAGES training images, with a share of their labels replaced by random ones."""
     count = len(data.train)
     places = torch.randperm(count, generator=generator_for("trust", count))[:IMAGES]
