@@ -74,14 +74,14 @@ def disk(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("need", "kept"), [(32 * GIB, True), (33 * GIB, False)])
 def test_what_would_take_more_than_its_share_of_memory_goes_to_a_file_and_a_line_says_so(machine, disk, capsys, need, kept):
-    assert memory.has_room(need, what="9 images", folder=Path(), remedy="take fewer") is kept
+    assert memory.fits_in_memory(need, what="9 images", folder=Path(), remedy="take fewer") is kept
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == (not kept) and ("9 images need 33.0 GiB, and 64.0 GiB of memory" in err) is not kept
 
 
 def test_what_fits_neither_into_memory_nor_on_the_disk_is_refused_with_the_remedy(machine, disk, capsys):
     with pytest.raises(UserError, match=r"9 images .*51\.0 GiB.*102\.0 GiB.*100\.0 GiB"):
-        memory.has_room(51 * GIB, what="9 images", folder=Path(), remedy="take fewer")
+        memory.fits_in_memory(51 * GIB, what="9 images", folder=Path(), remedy="take fewer")
     assert capsys.readouterr() == ("", "")
 
 

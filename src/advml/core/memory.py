@@ -31,7 +31,7 @@ def available() -> int:
     return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
-def has_room(need: int, *, what: str, folder: Path, remedy: str) -> bool:
+def fits_in_memory(need: int, *, what: str, folder: Path, remedy: str) -> bool:
     """Whether `need` bytes fit into SHARE of the available memory; if not, print a note that they are kept in a file.
 
     Args:

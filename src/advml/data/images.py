@@ -205,7 +205,7 @@ def room_for_all(shape: tuple[int, int, int, int], remedy: str) -> np.ndarray:
     """Empty uint8 array in memory or, if it is too large, in an anonymous file, which disappears with the process."""
     count, *side = shape
     workspace, what = Workspace(), f"{count} images of {'x'.join(map(str, side))}"
-    if memory.has_room(math.prod(shape), what=what, folder=workspace.root, remedy=remedy):
+    if memory.fits_in_memory(math.prod(shape), what=what, folder=workspace.root, remedy=remedy):
         return np.empty(shape, dtype=np.uint8)
     (folder := workspace.scratch("prepare")).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
