@@ -12,7 +12,7 @@ import advml as library
 from advml.core.errors import UserError
 from advml.models import network
 from advml.pipeline.attack_demo import attack_picture
-from advml.pipeline.checkpoint_import import Wishes, import_checkpoint
+from advml.pipeline.checkpoint_import import import_checkpoint
 from advml.pipeline.represent_model import represent_model
 from advml.pipeline.stages import compare
 
@@ -63,7 +63,7 @@ def test_evaluate_represent_compare_and_attack_accept_it(study, checkpoint, data
 
 def test_what_was_used_for_what_is_recorded(study, checkpoint):
     file, _ = checkpoint
-    made = import_checkpoint(study.workspace, file, "test_resnet", Wishes(name="again"))
+    made = import_checkpoint(study.workspace, file, "test_resnet", name="again")
     record = network.read_record(made.folder)
     assert (
         record["origin"]["prefix"] == "module." and record["origin"]["classifier"] == "fc" and record["origin"]["normalization"] == "none"
@@ -72,18 +72,18 @@ def test_what_was_used_for_what_is_recorded(study, checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "told"),
+    ("options", "told"),
     [
-        (Wishes(classes="a,b"), "--classes names 2"),
-        (Wishes(name="CL-AT-s0"), "reserved for models of this study"),
-        (Wishes(name="../up"), "--name"),
-        (Wishes(stem="native"), "stem native"),
-        (Wishes(mean="imagenett"), "imagenet"),
+        ({"classes": "a,b"}, "--classes names 2"),
+        ({"name": "CL-AT-s0"}, "reserved for models of this study"),
+        ({"name": "../up"}, "--name"),
+        ({"stem": "native"}, "stem native"),
+        ({"mean": "imagenett"}, "imagenet"),
     ],
 )
-def test_a_wrong_wish_is_refused_and_nothing_is_written(study, checkpoint, wishes, told):
+def test_a_wrong_wish_is_refused_and_nothing_is_written(study, checkpoint, options, told):
     with pytest.raises(UserError, match=told):
-        import_checkpoint(study.workspace, checkpoint[0], "test_resnet", wishes)
+        import_checkpoint(study.workspace, checkpoint[0], "test_resnet", **options)
     assert not study.workspace.imported("x").parent.exists()
 
 
@@ -92,6 +92,4 @@ def test_without_prepared_data_the_size_must_be_said(tmp_path, checkpoint):
 
     with pytest.raises(UserError, match="--image-size"):
         import_checkpoint(Workspace(tmp_path / "empty"), checkpoint[0], "test_resnet")
-    assert (
-        import_checkpoint(Workspace(tmp_path / "empty"), checkpoint[0], "test_resnet", Wishes(image_size=16)).architecture.image_size == 16
-    )
+    assert import_checkpoint(Workspace(tmp_path / "empty"), checkpoint[0], "test_resnet", image_size=16).architecture.image_size == 16

@@ -109,10 +109,10 @@ def import_(
 
     Writes models/imported/<NAME>/: model.safetensors, model.json. Next: advml evaluate models/imported/NAME
     """
-    from advml.pipeline.checkpoint_import import Wishes, import_checkpoint
+    from advml.pipeline.checkpoint_import import import_checkpoint
 
-    wishes = Wishes(name, stem, image_size, mean, std, classes, tuple(without or ()))
-    made = import_checkpoint(Workspace(params.parent), file, backbone, wishes)
+    options = {"name": name, "stem": stem, "image_size": image_size, "mean": mean, "std": std, "classes": classes}
+    made = import_checkpoint(Workspace(params.parent), file, backbone, **options, without=without or ())
     for remark in made.remarks:
         tell(f"note: {remark}")
     train = f"advml train CL AT -S model.init={made.folder} -S pretrain.CL.epochs=0   (fine-tune it)"

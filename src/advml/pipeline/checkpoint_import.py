@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +17,6 @@ from advml.models.network import Architecture, save
 from advml.models.normalization import KNOWN, constants
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """The user's options on a checkpoint, besides its backbone. None: taken from the file, or from the prepared data (`image_size`)."""
-
-    name: str | None = None
-    stem: str | None = None
-    image_size: int | None = None
-    mean: str | None = None
-    std: str | None = None
-    classes: str | None = None
-    without: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, eq=False)
 class Imported:
     folder: Path
@@ -36,23 +24,37 @@ class Imported:
     remarks: tuple[str, ...]
 
 
-def import_checkpoint(workspace: Workspace, file: Path, backbone: str, wishes: Wishes = Wishes()) -> Imported:
+def import_checkpoint(
+    workspace: Workspace,
+    file: Path,
+    backbone: str,
+    *,
+    name: str | None = None,
+    stem: str | None = None,
+    image_size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    classes: str | None = None,
+    without: Sequence[str] = (),
+) -> Imported:
     """Write `models/imported/<NAME>/` with model.safetensors and model.json, which records the use of each tensor of the file.
+
+    Options that are None are taken from the file, `image_size` from the prepared data.
 
     Raises:
         UserError: the file cannot be read, or a tensor does not fit the backbone; names the tensors.
     """
-    name = checked_name(wishes.name or file.stem.replace(" ", "_"))
+    name = checked_name(name or file.stem.replace(" ", "_"))
     if is_reserved(name):
         raise UserError(f"the name {name} is reserved for models of this study; choose another with --name")
     tensors = read_checkpoint(file)
-    given = constants(wishes.mean, wishes.std, known=KNOWN, channels=3)
-    size = wishes.image_size or _size_of_data(workspace)
+    given = constants(mean, std, known=KNOWN, channels=3)
+    size = image_size or _size_of_data(workspace)
     network, converted = importing.network_of(
-        tensors, file=file, backbone=backbone, image_size=size, stem=wishes.stem, given=given, without=wishes.without
+        tensors, file=file, backbone=backbone, image_size=size, stem=stem, given=given, without=without
     )
     architecture = network.architecture
-    names = class_names.read(wishes.classes, ()) if wishes.classes is not None else None
+    names = class_names.read(classes, ()) if classes is not None else None
     if names is not None and len(names) != architecture.classes:
         raise UserError(f"--classes names {len(names)} classes, but {file} has {architecture.classes or 'no'} logits; each needs a name")
     origin = {
