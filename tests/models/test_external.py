@@ -16,7 +16,7 @@ from advml.core.errors import UserError
 from advml.data.datasets import Dataset, Split
 from advml.evaluation import samples
 from advml.models.backbones import create_encoder
-from advml.models.external import Given, Wishes, load
+from advml.models.external import Given, LoadOptions, load
 from advml.models.network import save
 from advml.pipeline.stages import evaluate, finetune, pretrain
 from advml.report.show import flags_of
@@ -133,7 +133,7 @@ def broken():
 
 
 def found(target: str, dataset: Dataset, **how) -> Given:
-    return load(target, Wishes(**how), spec=SPEC, dataset=dataset)
+    return load(target, LoadOptions(**how), spec=SPEC, dataset=dataset)
 
 
 @pytest.fixture

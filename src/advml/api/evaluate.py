@@ -133,8 +133,8 @@ def evaluate(
     with as_before(model), deterministic_kernels():
         names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or _logits(model, test, machine))]
         dataset = replace(dataset_of(test, test if validation is None else checked(*validation), names), test=test)
-        wishes = external.Wishes(mean=mean, std=std)
-        given = external.of_module(model, wishes, dataset=dataset, device=machine.device)
+        options = external.LoadOptions(mean=mean, std=std)
+        given = external.of_module(model, options, dataset=dataset, device=machine.device)
         expected = expected_of(given, given.network, dataset, machine, batch_size=chosen.evaluate.batch_size)
         subject = evaluation.Subject(given.name, given.digest, given.network, flags=expected.flags)
         asked_for = settings(chosen, dataset, SCHEMES.get(scheme or ""))

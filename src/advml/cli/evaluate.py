@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ from advml.cli.options import (
     mean_option,
     target_argument,
 )
-from advml.cli.printing import percent, say, say_json, show_flags
+from advml.cli.printing import percent, say, say_json
 from advml.cli.targets import FOLDER, FUNCTION, SCHEME, TIMM, check_options, kind_of, named, of_grid
 from advml.core.errors import UserError
 from advml.core.messages import tell
@@ -76,39 +76,32 @@ def evaluate(
     from advml.pipeline.stages import evaluate as stage
 
     own = of_grid(target, regime, seed, workspace)
-    wishes = {"weights": weights, "mean": mean, "std": std, "classes": classes}
-    if own is None:
-        return _evaluate_given(target, wishes, name, context, as_json=as_json)
-    model = model_name(**own)
-    if name:
-        return _evaluate_given(str(stage.trained(context.workspace, model)), wishes, name, context, as_json=as_json)
-    if classes is not None:
-        raise UserError(f"evaluate {target}: --classes has no meaning for a model of this study, whose classes are known; leave it out")
-    tell_result(model, stage.run(context, **own), str(context.workspace.report(model)), context, as_json=as_json)
+    if own and not name:
+        if classes is not None:
+            raise UserError(f"evaluate {target}: --classes has no meaning for a model of this study, whose classes are known; leave it out")
+        model = model_name(**own)
+        return tell_result(model, stage.run(context, **own), str(context.workspace.report(model)), context, as_json=as_json)
+    from advml.models.external import LoadOptions, load
 
-
-def tell_result(model: str, metrics: dict[str, float], written: str, context: Context, *, as_json: bool) -> None:
-    """Print a model's metrics and flags, as text or as JSON."""
-    made = context.workspace.record("evaluate", model)
-    if as_json:
-        from advml.core.io import read_json
-
-        flags = read_json(made, remedy="measure again with: advml evaluate")["diagnostics"]["flags"]
-        return say_json({"model": model, "metrics": metrics, "flags": flags, "record": str(made)})
-    print(f"{model}: {percent(metrics)}")
-    show_flags(made)
-    say(written, f"advml show {model}")
-
-
-def _evaluate_given(target: str, wishes: dict[str, Any], name: str | None, context: Context, *, as_json: bool) -> None:
-    from advml.models.external import Wishes, load
-    from advml.pipeline.stages import evaluate as stage
-
-    given = load(target, Wishes(**wishes), spec=context.config.model, dataset=context.dataset, device=context.machine.device)
+    target = str(stage.trained(context.workspace, model_name(**own))) if own else target
+    options = LoadOptions(weights, mean, std, classes)
+    given = load(target, options, spec=context.config.model, dataset=context.dataset, device=context.machine.device)
     given = replace(given, name=name) if name else given
     for remark in given.remarks:
         tell(f"note: {remark}")
     metrics = stage.run_given(context, given)
-    made = context.workspace.record("evaluate", given.name)
-    written = f"{context.workspace.report(given.name)}/metrics.json, samples.parquet, {made}"
-    tell_result(given.name, metrics, written, context, as_json=as_json)
+    written = f"{workspace.report(given.name)}/metrics.json, samples.parquet, {workspace.record('evaluate', given.name)}"
+    return tell_result(given.name, metrics, written, context, as_json=as_json)
+
+
+def tell_result(model: str, metrics: dict[str, float], written: str, context: Context, *, as_json: bool) -> None:
+    """Print a model's metrics and flags, as text or as JSON."""
+    from advml.core.io import read_json
+    from advml.report.show import flags_of
+
+    made = context.workspace.record("evaluate", model)
+    record = read_json(made, remedy="measure again with: advml evaluate")
+    if as_json:
+        return say_json({"model": model, "metrics": metrics, "flags": record["diagnostics"]["flags"], "record": str(made)})
+    print(f"{model}: {percent(metrics)}", *flags_of(record), sep="\n")
+    return say(written, f"advml show {model}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advml.core.messages import is_quiet
@@ -34,14 +33,6 @@ def percent(metrics: dict[str, float]) -> str:
         if (name.startswith("accuracy/") or name == "corruption/mean") and name.count("/") == 1
     }
     return "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
-
-
-def show_flags(record: Path) -> None:
-    """Print the flags in a record of `evaluate` (a JSON file)."""
-    from advml.core.io import read_json
-    from advml.report.show import flags_of
-
-    print("\n".join(flags_of(read_json(record, remedy="measure again with: advml evaluate"))))
 
 
 def show_table(configuration: Config, workspace: Workspace) -> list[dict[str, Any]]:

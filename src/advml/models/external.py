@@ -59,7 +59,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class LoadOptions:
     """The user's options on how to load and use a model.
 
     Attributes:
@@ -75,7 +75,9 @@ class Wishes:
     classes: str | None = None
 
 
-def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset: Dataset, device: torch.device | str = "cpu") -> Given:
+def load(
+    target: str, options: LoadOptions = LoadOptions(), *, spec: config.Model, dataset: Dataset, device: torch.device | str = "cpu"
+) -> Given:
     """Load the model that `target` names, in eval mode, onto the device.
 
     Args:
@@ -87,11 +89,11 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
         UserError: the model does not exist, or does not map the prepared images to one logit per class.
     """
     if (Path(target) / "model.json").is_file():
-        given = _ours(Path(target), wishes, dataset)
+        given = _ours(Path(target), options, dataset)
     elif re.fullmatch(r"[\w.]+:\w+", target):
         given = from_function(target)
-    elif timm.is_model(target) and wishes.weights is not None:
-        given = _timm(target, wishes.weights, spec, dataset)
+    elif timm.is_model(target) and options.weights is not None:
+        given = _timm(target, options.weights, spec, dataset)
     elif Path(target).suffix in files.PICKLES:
         raise UserError(files.how_to_convert(Path(target)))
     else:
@@ -99,11 +101,11 @@ def load(target: str, wishes: Wishes = Wishes(), *, spec: config.Model, dataset:
         raise UserError(
             f"there is no model {target!r}{missing or '; give a folder with model.json, module:function, or a timm name with --weights'}"
         )
-    return _fitted(given, wishes, dataset, device)
+    return _fitted(given, options, dataset, device)
 
 
 def of_module(
-    network: nn.Module, wishes: Wishes = Wishes(), *, name: str = "model", dataset: Dataset, device: torch.device | str = "cpu"
+    network: nn.Module, options: LoadOptions = LoadOptions(), *, name: str = "model", dataset: Dataset, device: torch.device | str = "cpu"
 ) -> Given:
     """Wrap a torch module in memory for evaluation.
 
@@ -114,25 +116,25 @@ def of_module(
     """
     ours = isinstance(network, Network)
     given = Given(name, place(network, device) if ours else network, _digest(network), {"module": type(network).__qualname__})
-    return _fitted(given if ours else replace(given, constants=NONE), wishes, dataset, device)
+    return _fitted(given if ours else replace(given, constants=NONE), options, dataset, device)
 
 
-def _fitted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
+def _fitted(given: Given, options: LoadOptions, dataset: Dataset, device: torch.device | str) -> Given:
     """Move the model to the device, adapt it to the data where needed, and record its behaviour."""
     given = _placed(given, device)
     if given.constants is not None and "folder" not in given.origin:
-        given = _adapted(given, wishes, dataset, device)
+        given = _adapted(given, options, dataset, device)
     return replace(given, origin=given.origin | {"behaviour": _behaviour(given, dataset, device)})
 
 
-def _ours(folder: Path, wishes: Wishes, dataset: Dataset) -> Given:
+def _ours(folder: Path, options: LoadOptions, dataset: Dataset) -> Given:
     """Load a network that advml has trained or imported, with the classifier's rows permuted to the data's order of classes.
 
     `constants` is set for imported models only, whose normalisation was given by the user.
     """
     record, network = read_record(folder), load_classifier(folder)
     name, data = Path(os.path.abspath(folder)).name, record.get("data", {}).get("digest")
-    classes, remarks = class_names.read(wishes.classes, dataset.classes) if wishes.classes is not None else record.get("classes"), []
+    classes, remarks = class_names.read(options.classes, dataset.classes) if options.classes is not None else record.get("classes"), []
     if classes:
         order = class_names.positions(classes, dataset.classes, of=name, logits=network.architecture.classes)
         with torch.no_grad():
@@ -204,12 +206,12 @@ def _placed(given: Given, device: torch.device | str) -> Given:
         raise UserError(f"{given.name} cannot be moved to {device}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _adapted(given: Given, wishes: Wishes, dataset: Dataset, device: torch.device | str) -> Given:
+def _adapted(given: Given, options: LoadOptions, dataset: Dataset, device: torch.device | str) -> Given:
     """Wrap a third-party module with normalisation, class order and other adaptations, and add these to the record."""
     known = KNOWN | {"data": Constants(dataset.mean, dataset.std)} | ({"timm": given.constants} if "timm" in given.origin else {})
     channels, name = dataset.shape[0], given.origin.get("function", given.name)
-    before = (constants(wishes.mean, wishes.std, known=known, channels=channels) or given.constants).of_channels(channels)
-    names = tuple(class_names.read(wishes.classes, dataset.classes)) if wishes.classes is not None else None
+    before = (constants(options.mean, options.std, known=known, channels=channels) or given.constants).of_channels(channels)
+    names = tuple(class_names.read(options.classes, dataset.classes)) if options.classes is not None else None
     adapter, remarks = fit(given.network, name, constants=before, names=names, dataset=dataset, device=device)
     return replace(
         given,
