@@ -16,6 +16,8 @@ with a message of one line. The commands of the same names share the implementat
 
 from __future__ import annotations
 
+# ruff: noqa: F401 - the names of `advml.__all__`, which must be known without importing torch
+import advml
 from advml.api.attack import attack
 from advml.api.evaluate import Evaluation, Interval, evaluate
 from advml.api.layers import LayerComparison, Probe, compare_layers, probe_layers
@@ -23,18 +25,4 @@ from advml.api.models import load_model
 from advml.api.train import Trained, train
 from advml.core.errors import Failure, UserError
 
-__all__ = [
-    "load_model",
-    "attack",
-    "evaluate",
-    "compare_layers",
-    "probe_layers",
-    "train",
-    "Evaluation",
-    "Interval",
-    "LayerComparison",
-    "Probe",
-    "Trained",
-    "UserError",
-    "Failure",
-]
+__all__ = [name for name in advml.__all__ if name != "__version__"]
