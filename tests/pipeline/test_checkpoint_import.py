@@ -11,9 +11,9 @@ from PIL import Image
 import advml as library
 from advml.core.errors import UserError
 from advml.models import network
+from advml.pipeline.any_networks import represent_model
 from advml.pipeline.attack_demo import attack_picture
 from advml.pipeline.checkpoint_import import import_checkpoint
-from advml.pipeline.represent_model import represent_model
 from advml.pipeline.stages import compare
 
 

@@ -167,13 +167,13 @@ def test_the_plan_reaches_all_the_way_back_and_knows_matrix_names_and_what_lies_
             "alone": {"cmd": "echo 1 > alone", "outs": ["alone"]},
         },
     )
-    planned = {name: sorted(needs) for name, needs in module._plan(tmp_path).items()}
+    planned = {name: sorted(needs) for name, needs in module._ask(tmp_path, "plan").items()}
     assert planned == {"alone": [], "first": [], "join": ["first", "make@0", "make@1"], "make@0": ["first"], "make@1": ["first"]}
     subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=tmp_path, check=True)
-    assert module._plan(tmp_path) == {}
+    assert module._ask(tmp_path, "plan") == {}
     (tmp_path / "made-1").write_text("2")
     # What turns out to be as it was has not run: once made again, `made-1` is what `join` has seen.
-    assert list(module._plan(tmp_path)) == ["join", "make@1"]
+    assert list(module._ask(tmp_path, "plan")) == ["join", "make@1"]
     os.link(tmp_path / "dvc.lock", tmp_path / "before")
     assert "join" not in repro(tmp_path, jobs=1)
     # DVC, if it is killed while it writes, leaves the old file: what it writes is another one, which takes its place.
@@ -184,7 +184,7 @@ def test_other_pipelines_that_need_this_one_are_not_run_with_it(tmp_path):
     pipeline(tmp_path, {"first": {"cmd": "echo 1 > first", "outs": ["first"]}})
     (other := tmp_path / "pipelines" / "other").mkdir(parents=True)
     (other / "dvc.yaml").write_text("stages: {behind: {cmd: cp ../../first behind, deps: [../../first], outs: [behind]}}")
-    assert module._plan(tmp_path) == {"first": []}
+    assert module._ask(tmp_path, "plan") == {"first": []}
     assert repro(tmp_path, jobs=1) == ["first"] and not (other / "behind").exists()
 
 

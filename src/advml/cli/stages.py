@@ -117,7 +117,7 @@ def represent(
     given = {"--seed": seed, "--images": images, "--mean": mean, "--std": std}
     check_options(f"represent {target}", kind_of(target, regime, workspace), OPTIONS, given)
     context = context_of(params, overrides)
-    from advml.pipeline.represent_model import represent_model
+    from advml.pipeline.any_networks import represent_model
     from advml.pipeline.stages import represent as stage
     from advml.pipeline.stages.compare import are_alike
 

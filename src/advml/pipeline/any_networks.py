@@ -1,7 +1,4 @@
-"""Run `compare` and `represent` for any networks, on the study's test images or a folder of photos, each at its own image size.
-
-Only clean images are used, because attacks need a classifier of the prepared data's classes; probes need labels, and are left out.
-"""
+"""Run `compare` and `represent` for models outside of the study's grid, also for any networks, on its test images or a folder of photos."""
 
 from __future__ import annotations
 
@@ -16,11 +13,13 @@ from advml.core.device import generator_for
 from advml.core.errors import UserError
 from advml.core.io import sha256
 from advml.core.messages import tell
+from advml.core.paths import find_model, is_reserved
 from advml.core.progress import Bar
 from advml.data import images as pictures
 from advml.models.viewed import Viewed, is_folder, view
 from advml.pipeline.context import Context
-from advml.pipeline.stages.compare import write
+from advml.pipeline.stages.compare import adversarial_images, checked, network_in, write
+from advml.pipeline.stages.represent import measure
 from advml.similarity import compare
 from advml.similarity.cka import SMALLEST_BATCH
 from advml.similarity.compare import Comparison, Panel, all_pairs
@@ -33,6 +32,9 @@ SHOWN = 3  # number of names in a note on modules left out
 
 def run(context: Context, targets: Sequence[str], *, images: Path | None, mean: str | None, std: str | None, out: Path) -> Comparison:
     """Compare the layers of every pair of networks, or of a single network with itself; writes into `out`.
+
+    Only clean images are used, each network at its own size, because attacks need a classifier of the prepared data's classes; probes need
+    labels, and are left out.
 
     Args:
         targets: see `view`.
@@ -68,6 +70,20 @@ def run(context: Context, targets: Sequence[str], *, images: Path | None, mean: 
         write(out, compared, described | compare.describe(compared))
     tracking.log_result(context.tracking, out)
     return compared
+
+
+def represent_model(context: Context, model: str) -> dict[str, float]:
+    """Attack the test images as `evaluate` would, measure the model, and write its record and files; returns the metrics.
+
+    Args:
+        model: name or folder of a model that advml has trained in another study, or imported.
+    """
+    folder = find_model(context.workspace, model)
+    if is_reserved(folder.name):
+        raise UserError(f"{folder.name} is a name of this study, whose results would be overwritten; copy the folder to another name")
+    record, network = checked(context, folder, strict=False), network_in(context, folder)
+    attacked = adversarial_images(context, folder, record, network, anew=True)
+    return measure(context, folder.name, record["digest"], network, attacked)
 
 
 def _view(viewed: Viewed, pixels: Tensor, context: Context) -> View:

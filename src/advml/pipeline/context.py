@@ -65,11 +65,6 @@ class Context:
         return record, place(network.load(folder), self.machine.device)
 
     @property
-    def remarks(self) -> list[str]:
-        """Notes on the data as sentences, e.g. on identical images."""
-        return datasets.remarks(self.dataset)
-
-    @property
     def provenance(self) -> dict[str, Any]:
         """Origin of a model (commit, data, ...), for model.json."""
         data = self.dataset

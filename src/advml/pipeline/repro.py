@@ -45,7 +45,7 @@ def repro(root: Path, *, jobs: int, cluster: str | None = None, options: Cluster
         UserError: the folder has no pipeline, dvc.yaml is not valid, the cluster cannot be used, or another command runs this study.
         Failure: a stage failed; raised after the stages that were running have finished, so that their work is kept.
     """
-    plan = _plan(root)
+    plan = _ask(root, "plan")
     if not plan:
         return []
     with (
@@ -79,7 +79,7 @@ def reasons(root: Path) -> dict[str, list[str]]:
     Raises:
         UserError: the folder has no pipeline, or dvc.yaml is not valid.
     """
-    plan, changed = _plan(root), _ask(root, "changes")
+    plan, changed = _ask(root, "plan"), _ask(root, "changes")
     return {name: changed.get(name) or [f"after {', '.join(one for one in needs if one in changed)}"] for name, needs in plan.items()}
 
 
@@ -109,11 +109,6 @@ def _run(plan: dict[str, list[str]], slots: Slots, board: Board, **settings: Any
         slots.client.cancel(list(running.values()))
         slots.client.run(wait_for_stages, on_error="ignore")
     return ended
-
-
-def _plan(root: Path) -> dict[str, list[str]]:
-    """Stages to run, each with the stages it needs; see `advml.engine.dvc_process.plan`."""
-    return _ask(root, "plan")
 
 
 def _ask(root: Path, what: str) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from advml.claims.testing import check
 from advml.config import ThreatModelSection
 from advml.core.errors import UserError
 from advml.core.io import to_csv, to_json, write_atomically
+from advml.data import datasets
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.style import to_png
 from advml.pipeline.context import Context
@@ -33,7 +34,7 @@ def run(context: Context) -> list[tables.Row]:
     # The whole configuration, except addresses of stores, which change no result and may contain passwords.
     claims |= context.made_by(config.model_dump(mode="json", exclude={"tracking", "tune"}))
     data = context.provenance["data"]
-    about = {"data": data["source"], "digest": data["digest"], "remarks": context.remarks}
+    about = {"data": data["source"], "digest": data["digest"], "remarks": datasets.remarks(context.dataset)}
     about |= {"commit": context.provenance["git_commit"], "version": __version__}
     settings = page.Settings(
         grid=config.grid,
