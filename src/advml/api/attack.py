@@ -7,13 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advml.api.models import BATCH, as_before, machine_of
+from advml.api.models import BATCH, machine_of
 from advml.attacks.per_image_rng import PerImageGenerator
 from advml.attacks.pgd import Adversary, default_step_size
 from advml.attacks.threat_model import NORMS, ThreatModel
 from advml.core.device import Machine, derived_seed, deterministic_kernels
 from advml.data.datasets import Split
 from advml.data.tensors import checked, require
+from advml.models.network import eval_mode
 from advml.training.losses import classification_objective
 
 
@@ -77,7 +78,7 @@ def attack(
         aim = classification_objective(model, target.to(machine.device), objective)
         return adversary.attack(model, lambda: aim, machine.images(batch), generator=generator)
 
-    with as_before(model), deterministic_kernels():
+    with eval_mode(model), deterministic_kernels():
         targets = given.labels if labels is not None else _predicted(model, given, machine, batch_size)
         found = map(attacked, given.images.split(batch_size), targets.split(batch_size))
         return torch.cat(list(found)).contiguous().to(images.device)

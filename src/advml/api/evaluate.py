@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.api.models import as_before, bar_if, config_of, machine_of
+from advml.api.models import bar_if, config_of, machine_of
 from advml.core.device import Machine, deterministic_kernels
 from advml.core.errors import UserError
 from advml.core.result_cache import Memo
@@ -20,6 +20,7 @@ from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled,
 from advml.evaluation import evaluate as evaluation
 from advml.models import external
 from advml.models.adapter import READINGS, reading_of
+from advml.models.network import eval_mode
 from advml.pipeline.stages.evaluate import expected_of, settings
 from advml.recipes import SCHEMES
 
@@ -130,7 +131,7 @@ def evaluate(
     test, machine = labelled(images, labels), machine_of(model, chosen.runtime.precision)
     if chosen.corruptions.names and test.images.is_floating_point():
         raise UserError("corruptions = True needs images of 256 grey levels, but some pixels are between two levels; give uint8 images")
-    with as_before(model), deterministic_kernels():
+    with eval_mode(model), deterministic_kernels():
         names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or _logits(model, test, machine))]
         dataset = replace(dataset_of(test, test if validation is None else checked(*validation), names), test=test)
         options = external.LoadOptions(mean=mean, std=std)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from advml.api.models import BATCH, as_before, machine_of
+from advml.api.models import BATCH, machine_of
 from advml.core.device import deterministic_kernels
 from advml.core.errors import UserError
 from advml.data.tensors import Batches, Labelled, checked, images_of, require
+from advml.models.network import eval_mode
 from advml.similarity import cka, probes
 from advml.similarity.layers import Layer
 from advml.similarity.layers import layers as layers_of
@@ -82,7 +83,7 @@ def compare_layers(
     """
     models = {"first": first, "second": second}
     machine = machine_of(first)
-    with as_before(first), as_before(second), deterministic_kernels():
+    with eval_mode(first), eval_mode(second), deterministic_kernels():
         pairs = zip(images_of(images, batch_size), images_of(images if other_images is None else other_images, batch_size), strict=True)
         batches = [{("first", ""): one, ("second", ""): other} for one, other in pairs]
         largest = max(batches, key=lambda batch: len(batch["first", ""]), default=None)
@@ -135,7 +136,7 @@ def probe_layers(
     """
     machine = machine_of(model)
     splits = {"train": checked(*train), "validation": checked(*validation)} | {f"test {name}": checked(*one) for name, one in tests.items()}
-    with as_before(model), deterministic_kernels():
+    with eval_mode(model), deterministic_kernels():
         rows: list[Layer] = layers_of(model, machine.images(splits["train"].images[:2]), select=layers)
         features = {
             name: probes.pooled_features(model, rows, map(machine.images, split.images.split(batch_size))) for name, split in splits.items()

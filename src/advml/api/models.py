@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -58,15 +58,3 @@ def machine_of(model: nn.Module, precision: str = "fp32") -> Machine:
 def bar_if(wanted: bool, title: str, *, total: int) -> AbstractContextManager[Bar | None]:
     """Progress bar, or a null context if it is not wanted."""
     return Bar(title, total=total) if wanted else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
-    """Context manager: the model is in eval mode inside; the mode of each of its modules is restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

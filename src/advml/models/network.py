@@ -156,6 +156,18 @@ def build(architecture: Architecture, *, seed: int) -> Network:
 
 
 @contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
+    """Context manager: the model is in eval mode inside; yields the mode of each of its modules, which is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield modes
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
 def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     """Context manager for attacks: parameters are frozen and dropout is off inside; everything is restored afterwards.
 
@@ -164,22 +176,19 @@ def under_attack(network: nn.Module, *, mode: str = "eval") -> Iterator[None]:
     an attack uses no random numbers but its own. Constant batch norms of a `Network` are `folded`, unless its encoder is compiled, which
     would have to be repeated for every folding.
     """
-    modes = {module: module.training for module in network.modules()}
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    network.eval()
-    for layer in batch_norms(network) if mode == "train" else ():
-        layer.training = modes[layer]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        folds = isinstance(network, Network) and not network.compiled
-        with folded(network.encoder, network.image_shape) if folds else contextlib.nullcontext():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with eval_mode(network) as modes:
+        for layer in batch_norms(network) if mode == "train" else ():
+            layer.training = modes[layer]
         for parameter in learning:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            folds = isinstance(network, Network) and not network.compiled
+            with folded(network.encoder, network.image_shape) if folds else contextlib.nullcontext():
+                yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
 
 def save(network: Network, folder: Path, record: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from advml.core.errors import UserError
+from advml.models.network import eval_mode
 
 PREPROCESSING = "normalize"  # first module of a `Network`, which is not a representation
 HANDS_ON = (nn.Identity, nn.Dropout)  # modules that return their input unchanged in eval mode
@@ -79,7 +80,6 @@ def _module(name: str) -> str:
 def _calls(network: nn.Module, see: Callable[[str, nn.Module, object], None]) -> Iterator[Run]:
     """Context manager that yields `run(images)`, a pass in eval mode without gradients; `see` is called with each module's output."""
     counts: Counter[str] = Counter()
-    modes = {module: module.training for module in network.modules()}
 
     def hook(name: str) -> Callable[..., None]:
         def called(module: nn.Module, _: object, output: object) -> None:
@@ -94,14 +94,12 @@ def _calls(network: nn.Module, see: Callable[[str, nn.Module, object], None]) ->
             return _forward(network)(images)
 
     handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name and name != PREPROCESSING]
-    network.eval()
     try:
-        yield run
+        with eval_mode(network):
+            yield run
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 @dataclass
