@@ -139,7 +139,7 @@ def test_a_timm_name_has_its_weights_behind_an_equals_sign(study, place, tmp_pat
 
 def test_the_network_sees_its_images_normalised_and_of_its_size(study, place, tmp_path):
     """The CKA of its first layer is that of the same convolution on images scaled and normalised by hand."""
-    from advml.models.viewed import view
+    from advml.models.external import view
 
     found = view(f"{place}:Windows", study.workspace, shape=(1, 8, 8), mean="0.25", std="0.5", device=torch.device("cpu"))
     images = torch.rand(3, 1, 8, 8)

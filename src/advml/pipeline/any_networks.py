@@ -16,7 +16,7 @@ from advml.core.messages import tell
 from advml.core.paths import find_model, is_reserved
 from advml.core.progress import Bar
 from advml.data import images as pictures
-from advml.models.viewed import Viewed, is_folder, view
+from advml.models.external import Viewed, is_folder, view
 from advml.pipeline.context import Context
 from advml.pipeline.stages.compare import adversarial_images, checked, network_in, write
 from advml.pipeline.stages.represent import measure

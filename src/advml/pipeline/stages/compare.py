@@ -23,9 +23,9 @@ from advml.evaluation.run_attacks import kept_images
 from advml.figures.layers import Heatmap, heatmaps
 from advml.figures.model_map import model_map
 from advml.figures.style import to_png
+from advml.models.external import is_folder
 from advml.models.memory_format import place
 from advml.models.network import Network, load_classifier, read_record
-from advml.models.viewed import is_folder
 from advml.pipeline.context import Context
 from advml.similarity import compare
 from advml.similarity.represent import ESTIMATOR, to_npz, views_of_split
