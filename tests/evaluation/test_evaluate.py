@@ -15,8 +15,8 @@ from advml.core.errors import UserError
 from advml.core.result_cache import Memo
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation.attack_suite import attack_suite
-from advml.evaluation.flag_summary import flag_summary
 from advml.evaluation.masking import diagnose
+from advml.evaluation.records import flag_summary
 from advml.evaluation.run_attacks import _Batch
 from advml.models.adapter import Foreign
 from advml.report.show import flags_of

@@ -19,7 +19,7 @@ from advml.core.errors import UserError
 from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records, samples
-from advml.evaluation.flag_summary import NONE, flag_summary, transfer_flags
+from advml.evaluation.records import NONE, flag_summary, transfer_flags
 from advml.similarity import compare, measures, represent, statistics
 from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Similarity

@@ -1,12 +1,13 @@
 """Records of measurements, `records/<stage>/<MODEL>.json`: a stage's figures, and how it measured them.
 
-`reports/<MODEL>/metrics.json` is assembled from them, so every stage that measures a model can write it.
+`reports/<MODEL>/metrics.json` is assembled from them, so every stage that measures a model can write it. Does not import torch, for
+`tracking`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from advml.core.errors import UserError
@@ -134,3 +135,28 @@ def read_transfer(workspace: Workspace) -> dict[str, Any] | None:
         raise UserError(f"{path} is not the file that {made} describes; measure again with: dvc repro, or advml transfer")
     now = {name: (read(workspace, "evaluate", name) or {}).get("digest") for name in digests}
     return found if now == digests and found["seeds"] else None
+
+
+# Flags of a model, from the record of its diagnostics and from a transfer
+
+NONE, UNJUDGED = "none", "not judged"
+
+
+def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Names of a model's flags; `none`, or `not judged` if the probes were not run.
+
+    Args:
+        diagnostics: the entry of that name in the record of `evaluate`.
+        transferred: the model's entry in the result of `transfer_flags`.
+    """
+    flags = [flag["name"] for flag in (*diagnostics.get("flags", ()), *transferred)]
+    return ", ".join(flags) or (NONE if "evidence" in diagnostics else UNJUDGED)
+
+
+def transfer_flags(found: Mapping[str, Any] | None) -> dict[str, list[dict[str, str]]]:
+    """Flags by model, from the result of `read_transfer`."""
+    flags: dict[str, list[dict[str, str]]] = {}
+    for block in (found or {"seeds": ()})["seeds"]:
+        for flag in block["flags"]:
+            flags.setdefault(flag["model"], []).append(flag)
+    return flags

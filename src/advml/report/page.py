@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from advml.config import Corruptions, Diagnostics, EvaluationAttack, Grid, ThreatModelSection
 from advml.core.paths import Workspace
 from advml.evaluation import records
-from advml.evaluation.flag_summary import flag_summary, transfer_flags
+from advml.evaluation.records import flag_summary, transfer_flags
 from advml.figures.accuracy import accuracy_chart
 from advml.figures.claims import effects
 from advml.figures.style import NORM_NAMES, to_png

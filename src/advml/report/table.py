@@ -15,7 +15,7 @@ from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name, pretraining_name
 from advml.core.training_cost import SECONDS, STEPS, cost_of
 from advml.evaluation import records
-from advml.evaluation.flag_summary import transfer_flags
+from advml.evaluation.records import transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
 from advml.recipes import REGIMES
 from advml.similarity.statistics import Estimate, over_seeds

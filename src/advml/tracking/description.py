@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
-from advml.evaluation.flag_summary import NONE
+from advml.evaluation.records import NONE
 from advml.recipes import REGIMES, SCHEMES
 from advml.tracking.names import FLAGS, NOW, PARENT, RESULT, TRANSFER_FLAGS, UI_MODE
 

@@ -17,7 +17,7 @@ from advml.core.io import modified, read_csv, read_json
 from advml.core.paths import Workspace
 from advml.core.processes import has_ended
 from advml.core.training_cost import training_cost
-from advml.evaluation.flag_summary import NONE, transfer_flags
+from advml.evaluation.records import NONE, transfer_flags
 from advml.tracking import store as stores
 from advml.tracking.names import COMMIT, DIGEST, MODEL, PROCESS, TRANSFER_FLAGS
 from advml.tracking.parameters import comparable
