@@ -22,8 +22,6 @@ from advml.config.store import Place
 from advml.core.errors import Failure, UserError
 from advml.core.passwords import masked
 from advml.tracking import store as stores
-from advml.tracking import view
-from advml.tracking.names import UI_MODE
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # addresses that mean all networks of the machine
@@ -41,7 +39,7 @@ def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
     base = masked(re.sub(r"//\S*@", "//", place.uri)).rstrip("/") if place.is_server else f"http://{shown_host(host)}:{port}"
     try:
         store = stores.connect(place)
-        view.save(store.client, store.experiment)
+        stores.save_view(store.client, store.experiment)
     except UserError:
         raise
     except Exception as error:
@@ -49,7 +47,7 @@ def link(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> str:
             raise Failure(f"{stores.explain(place, error)}; repair the store or name another with -S tracking.uri=...") from error
         stores.give_up(place, error, then="the link is that of the server, not of the experiment")
         return base
-    return f"{base}/#/experiments/{store.experiment}/runs?viewStateShareKey={view.KEY}&{UI_MODE}"
+    return f"{base}/#/experiments/{store.experiment}/runs?viewStateShareKey={stores.VIEW_KEY}&{stores.UI_MODE}"
 
 
 def command(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> tuple[list[str], dict[str, str]] | None:

@@ -6,22 +6,9 @@ The results are in the files, from which `sync` rebuilds what is missing. Nothin
 
 from __future__ import annotations
 
+# ruff: noqa: F401 - names of the package
 from advml.tracking.registry import register_exported
 from advml.tracking.run import Run, open_run
 from advml.tracking.search import SearchRun, Trial, open_search
 from advml.tracking.store import warn_if_unusable
 from advml.tracking.sync import log_folder, log_model, log_result, sync
-
-__all__ = [
-    "Run",
-    "SearchRun",
-    "Trial",
-    "log_folder",
-    "log_model",
-    "log_result",
-    "open_run",
-    "open_search",
-    "register_exported",
-    "sync",
-    "warn_if_unusable",
-]

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from advml.evaluation.records import NONE
 from advml.recipes import REGIMES, SCHEMES
-from advml.tracking.names import FLAGS, NOW, PARENT, RESULT, TRANSFER_FLAGS, UI_MODE
+from advml.tracking.store import FLAGS, NOW, PARENT, RESULT, TRANSFER_FLAGS, UI_MODE
 
 # Kind of result in a model's run -> its pictures and tables among the artifacts.
 FILES = {

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from advml.core.io import read_csv, read_json
 from advml.core.paths import Workspace
 from advml.tracking import store as stores
-from advml.tracking.names import DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
 from advml.tracking.parameters import OF_THE_ATTACK
 from advml.tracking.results import Record, phases
 from advml.tracking.run import Run
+from advml.tracking.store import DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -13,7 +13,7 @@ from typing import Any
 from advml.core.io import read_json, sha256
 from advml.core.paths import REPORT_FILES, SEARCH_FILES, TRANSFER_FILES, Workspace
 from advml.evaluation.records import flag_summary
-from advml.tracking.names import FLAGS, RESULT
+from advml.tracking.store import FLAGS, RESULT
 
 Record = Mapping[str, Any]
 # Metrics logged from `evaluate` and `represent`, by first word; all others, and intervals, go to tables.

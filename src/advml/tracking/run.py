@@ -8,21 +8,28 @@ import getpass
 import json
 import math
 import os
+import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from advml.core.io import sha256
+import numpy as np
+
+from advml.core.io import read_json, sha256
 from advml.core.processes import this_process
 from advml.core.provenance import dvc_stage, git_commit
 from advml.core.signals import deferred
-from advml.tracking import external_model
 from advml.tracking import store as stores
 from advml.tracking.description import describe
-from advml.tracking.names import COMMIT, DIGEST, MODEL, NOTE, NOW, PARENT, TABLES
 from advml.tracking.parameters import comparable
+from advml.tracking.store import COMMIT, DIGEST, MODEL, NOTE, NOW, PARENT, TABLES
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 Record = Mapping[str, Any]
 PARAMETER_LENGTH, NAME_LENGTH = 6000, 500  # limits of MLflow's tables
@@ -207,7 +214,7 @@ class Run:
         self.set_tags({} if table in tables else {TABLES: json.dumps([*tables, table])})
 
     def log_checkpoint(self, folder: Path, *, digest: str) -> None:
-        """Log the checkpoint as a model, see `external_model`. The tag DIGEST is set last, and marks the run as complete."""
+        """Log the checkpoint as a model, see `_log_files`. The tag DIGEST is set last, and marks the run as complete."""
         from mlflow.entities import LoggedModelOutput
 
         if self.tags.get(DIGEST) == digest:  # a stage killed after this point repeats the call
@@ -218,7 +225,7 @@ class Run:
         tags = {key: value for key, value in self.tags.items() if key.startswith("advml.") or key == NOTE} | {DIGEST: digest}
         about = {"model_type": tags["advml.kind"], "params": {"path": path, "sha256": digest}, "source_run_id": self.id}
         model = self.client.create_logged_model(self.store.experiment, name=tags["advml.name"], tags=tags, **about)
-        external_model.log_files(self.client, model, folder, root=root, path=path, digest=digest)
+        _log_files(self.client, model, folder, root=root, path=path, digest=digest)
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         self.set_tags({MODEL: model.model_id, DIGEST: digest})
@@ -266,3 +273,37 @@ def open_run(place: stores.Place, *, record: Record, run_id: str | None = None, 
 
 def _numbers(values: Record) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if isinstance(value, Real)}
+
+
+# Checkpoints as logged models of MLflow: weights stay where DVC keeps them, and are found by path and sha256. What the store holds is text:
+# model.json, and of a classifier the MLmodel file and weights.json, by which `models.pyfunc` loads it.
+
+LOADER, WEIGHTS = "advml.models.pyfunc", "weights.json"
+
+
+def _log_files(client: MlflowClient, model: LoggedModel, folder: Path, *, root: Path, path: str, digest: str) -> None:
+    """Log model.json as an artifact of the model; for a classifier also the MLmodel file by which MLflow loads it."""
+    record = folder / "model.json"
+    if not record.exists():
+        return
+    client.log_model_artifact(model.model_id, str(record))
+    content = read_json(record, remedy="restore it with: dvc checkout")
+    classes = content.get("architecture", {}).get("classes")
+    if content.get("kind") == "pretrain" or "input" not in content or not classes:
+        client.set_logged_model_tags(model.model_id, {"mlflow.model.isExternal": "true"})
+        return
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, WEIGHTS).write_text(json.dumps({"path": path, "root": str(root), "sha256": digest}, indent=1))
+        Path(place, "MLmodel").write_text(_mlmodel(model, shape=content["input"], classes=classes))
+        client.log_model_artifacts(model.model_id, place)
+
+
+def _mlmodel(model: LoggedModel, *, shape: list[int], classes: int) -> str:
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    inputs, outputs = TensorSpec(np.dtype("float32"), (-1, *shape), "images"), TensorSpec(np.dtype("float32"), (-1, classes), "logits")
+    signature = ModelSignature(Schema([inputs]), Schema([outputs]))
+    described = Model(run_id=model.source_run_id, signature=signature, model_id=model.model_id)
+    written_by = {"python_version": platform.python_version()}
+    return described.add_flavor("python_function", loader_module=LOADER, data=WEIGHTS, **written_by).to_yaml()

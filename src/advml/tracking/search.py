@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from advml.tracking import store as stores
-from advml.tracking.names import DIGEST, NOTE
 from advml.tracking.results import search
 from advml.tracking.run import Run, guarded
+from advml.tracking.store import DIGEST, NOTE
 from advml.tracking.sync import log
 
 NESTED_IN, TRIAL, STATE, BEST = "mlflow.parentRunId", "advml.trial", "advml.state", "advml.best"

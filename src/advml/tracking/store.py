@@ -1,10 +1,12 @@
-"""Opening of MLflow's store, by several processes at once; its failures never stop a training."""
+"""Opening of MLflow's store, by several processes at once; its failures never stop a training. Also names of tags, and the UI's table."""
 
 from __future__ import annotations
 
 import contextlib
 import http
 import importlib
+import json
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +19,17 @@ from advml.core.errors import UserError
 from advml.core.messages import one_line, tell
 from advml.core.passwords import masked
 from advml.core.signals import deferred
-from advml.tracking import view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
+
+# Tags: MLflow's own, and those for weights, files and process of a run
+PROCESS, DIGEST, MODEL, PARENT = "advml.process", "advml.digest", "advml.model_id", "advml.pretraining_run"
+FLAGS, TRANSFER_FLAGS, RESULT = "advml.flags", "advml.transfer_flags", "advml.result"
+NOTE, TABLES, COMMIT = "mlflow.note.content", "mlflow.loggedArtifacts", "mlflow.source.git.commit"
+NOW = "advml.now."  # prefix; current values of parameters that have changed since MLflow stored them, which cannot be overwritten
+UI_MODE = "workflowType=machine_learning"  # part of links; without it the UI opens in its mode for language models
 
 LATER = "training goes on, `advml sync` adds the run later"
 _broken: set[str] = set()  # failed stores, so that this process warns and waits once
@@ -118,7 +126,7 @@ def _open(place: Place) -> Store:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(place.experiment)
-        view.save(client, experiment.experiment_id)
+        save_view(client, experiment.experiment_id)
     if experiment.lifecycle_stage == "deleted":  # deleted in the UI, and needed again
         client.restore_experiment(experiment.experiment_id)
     return Store(client, experiment.experiment_id, place)
@@ -170,3 +178,39 @@ def explain(place: Place, error: Exception) -> str:
     if isinstance(error, UserError):  # it names the setting
         return masked(str(error))
     return f"{masked(place.uri)}: {one_line(str(error).strip() or type(error).__name__, longest=200)}"
+
+
+# Columns of the UI's table of runs, saved with the experiment, because the default table shows neither metrics nor parameters. `advml ui`
+# links to this view; in plain `mlflow ui` it is in the menu Views of the experiment's runs.
+
+VIEW_KEY = "results"
+VIEW = f"mlflow.sharedViewState.{VIEW_KEY}"  # tag of the experiment, as set by the UI's menu
+# Column -> width in pixels.
+COLUMNS = {
+    "attributes.`Duration`": 90,
+    "metrics.`accuracy/clean`": 130,
+    "metrics.`accuracy/threat_model_2`": 200,
+    "metrics.`accuracy/worst_case`": 170,
+    f"tags.`{FLAGS}`": 130,
+    "params.`scheme`": 90,
+    "params.`regime`": 100,
+    "params.`seed`": 70,
+    "params.`epsilon`": 90,
+}
+ABOUT = (
+    "Models and results of [advml](https://arxiv.org/abs/2302.02502). Figures: runs, then the menu **Views**, **Results**. "
+    "Report: in the run `study ...`. To compare models: tick them, then **Compare**."
+)
+
+
+def save_view(client: MlflowClient, experiment: str) -> None:
+    """Save view and description with the experiment once; later changes by users are kept."""
+    tags = client.get_experiment(experiment).tags
+    if VIEW not in tags:
+        state = {"selectedColumns": list(COLUMNS), "columnOrder": list(COLUMNS), "columnWidths": COLUMNS, "runsHiddenMode": "SHOW_ALL"}
+        state |= {"orderByKey": "metrics.`accuracy/worst_case`", "orderByAsc": False}
+        now = int(time.time() * 1000)
+        view = {"name": "Results", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+        client.set_experiment_tag(experiment, VIEW, json.dumps(view))
+    if NOTE not in tags:
+        client.set_experiment_tag(experiment, NOTE, ABOUT)

@@ -19,11 +19,11 @@ from advml.core.processes import has_ended
 from advml.core.training_cost import training_cost
 from advml.evaluation.records import NONE, transfer_flags
 from advml.tracking import store as stores
-from advml.tracking.names import COMMIT, DIGEST, MODEL, PROCESS, TRANSFER_FLAGS
 from advml.tracking.parameters import comparable
 from advml.tracking.registry import register_best
 from advml.tracking.results import REMEDY, Record, Result, comparison, of_model, phases, results
 from advml.tracking.run import Run, guarded
+from advml.tracking.store import COMMIT, DIGEST, MODEL, PROCESS, TRANSFER_FLAGS
 
 
 def sync(place: stores.Place) -> list[str]:
