@@ -182,21 +182,17 @@ def put(raw: dict[str, Any], values: Mapping[str, Any], *, prefix: str = "") -> 
         UserError: a section is unknown. The last part of a key, and its value, are checked later, by `validate`.
     """
     for key, value in values.items():
-        _put(raw, key, value, prefix)
+        node, schema = raw, Config
+        *parents, leaf = parts_of(key)
+        for done, name in enumerate(parents, 1):
+            path, below = ".".join(parents[:done]), _below(schema, name)
+            if name not in node and below is None:
+                raise UserError(f"{prefix}{key}: {unknown(path, _names(schema))}")
+            if not isinstance(node.setdefault(name, {}), dict):
+                raise UserError(f"{prefix}{key}: '{path}' is a value, not a section")
+            node, schema = node[name], below
+        node[leaf] = value
     return raw
-
-
-def _put(raw: dict[str, Any], key: str, value: Any, prefix: str) -> None:
-    node, schema = raw, Config
-    *parents, leaf = parts_of(key)
-    for done, name in enumerate(parents, 1):
-        path, below = ".".join(parents[:done]), _below(schema, name)
-        if name not in node and below is None:
-            raise UserError(f"{prefix}{key}: {unknown(path, _names(schema))}")
-        if not isinstance(node.setdefault(name, {}), dict):
-            raise UserError(f"{prefix}{key}: '{path}' is a value, not a section")
-        node, schema = node[name], below
-    node[leaf] = value
 
 
 def _names(schema: Any) -> tuple[str, ...]:
