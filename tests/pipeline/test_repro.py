@@ -223,7 +223,7 @@ def shell(monkeypatch) -> Shell:
 
 
 def plan(monkeypatch, upstream: dict[str, list[str]]) -> None:
-    monkeypatch.setattr(module, "_plan", lambda root: upstream)
+    monkeypatch.setattr(module, "_ask", lambda root, what: upstream)
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
