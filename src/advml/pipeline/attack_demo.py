@@ -68,25 +68,23 @@ def load_image(path: str | Path, *, channels: int, size: int, white: float | Non
 
 
 def attack_figure(
-    network: nn.Module, image: Tensor, classes: list[str], *, adversary: Adversary, label: int | None = None, seed: int = 0
+    network: nn.Module, image: Tensor, classes: list[str], *, adversary: Adversary, seed: int = 0
 ) -> tuple[Figure, dict[str, Any]]:
-    """Attack one image, untargeted (away from `label`, or from the network's prediction), and draw the result.
+    """Attack one image, untargeted (away from the network's prediction), and draw the result.
 
     Args:
         network: maps images (N, C, H, W) in [0, 1] to logits (N, K).
         image: (1, C, H, W) in [0, 1].
         classes: K names.
         adversary: threat model and attack.
-        label: number of the true class, if it is known.
         seed: of the random start.
     Returns:
-        The figure, and a dict: `label`, `prediction_before`, `prediction_after` (names), `confidence_before`,
-        `confidence_after` (of those predictions), `linf`, `l2` (norms of the perturbation), `success` (the prediction was `label`, if
-        one is given, and has changed), `headline` and `size` (sentences).
+        The figure, and a dict: `prediction_before`, `prediction_after` (names), `confidence_before`, `confidence_after` (of those
+        predictions), `linf`, `l2` (norms of the perturbation), `success` (the prediction has changed), `headline` and `size` (sentences).
     """
     image = image.to(next((parameter.device for parameter in network.parameters()), image.device))
     before = _probabilities(network, image)
-    target = before.argmax(0, keepdim=True) if label is None else torch.tensor([label], device=image.device)
+    target = before.argmax(0, keepdim=True)
     adversarial = adversary.attack(
         network,
         lambda: lambda candidates: cross_entropy(network(candidates), target),
@@ -95,11 +93,11 @@ def attack_figure(
     )
     after = _probabilities(network, adversarial)
     sizes = {name: float(norm.size(adversarial - image)) for name, norm in NORMS.items()}
-    result: dict[str, Any] = {"label": classes[int(target)], **sizes}
+    result: dict[str, Any] = dict(sizes)
     for when, probabilities in (("before", before), ("after", after)):
         result[f"prediction_{when}"] = classes[int(probabilities.argmax())]
         result[f"confidence_{when}"] = float(probabilities.max())
-    result["success"] = int(before.argmax()) == int(target) != int(after.argmax())
+    result["success"] = int(target) != int(after.argmax())
     result |= {"headline": _headline(result), "size": _size(adversary.threat_model.norm, sizes)}
     return draw(image.cpu(), adversarial.cpu(), classes, before.cpu(), after.cpu(), result), result
 
@@ -112,9 +110,7 @@ def _probabilities(network: nn.Module, image: Tensor) -> Tensor:
 
 
 def _headline(result: dict[str, Any]) -> str:
-    label, before, after = (quoted(result[key]) for key in ("label", "prediction_before", "prediction_after"))
-    if before != label:
-        return f"The model takes this {label} for {before} before any attack, and for {after} after it"
+    before, after = (quoted(result[key]) for key in ("prediction_before", "prediction_after"))
     if result["success"]:
         return f"The attack makes the model take {before} for {after}"
     return f"The model withstands: it takes the image for {after} before and after the attack"
