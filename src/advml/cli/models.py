@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.evaluate import tell_result
 from advml.cli.options import PARAMS, AsJson, Overrides, Params, Place, Regime, Scheme, Seed, Std, context_of, mean_option, store_of
 from advml.cli.printing import say, say_json
+from advml.cli.stages import tell_result
 from advml.core.messages import tell
 from advml.core.paths import Workspace, model_name
 
