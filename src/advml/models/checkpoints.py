@@ -31,7 +31,7 @@ from torch import Tensor
 
 from advml.core.errors import UserError
 from advml.models.normalization import POSSIBLE, Constants
-from advml.models.weights import PICKLES, endings, prefix_of, read
+from advml.models.weights import PICKLES, endings, listed, prefix_of, read
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "simclr_state")  # keys under which files keep their weights
 # Pattern of a name -> name in timm; applied unless the encoder itself has the original name.
@@ -56,7 +56,6 @@ WRAPPERS = (
 CLASSIFIERS = ("fc", "linear", "classifier", "head", "head.fc")
 HEADS = (*CLASSIFIERS, "projection_head", "proj_head", "projector", "linear_projector", "predictor", "prototypes", "projection")
 CONSTANT = re.compile(r"(?:^|\.)(?:normali\w+\.)?(?:new_)?(?:(?P<mean>mu|mean)|(?P<std>sigma|std))$")
-SHOWN = 3  # number of names in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,12 +265,7 @@ def _check(stray: Sequence[str], missing: Sequence[str], shapes: Sequence[str], 
         "of other shapes are": shapes,
     }
     if any(told.values()):
-        parts = (
-            f"{what} {', '.join(some[:SHOWN])}{f' and {len(some) - SHOWN} more' if len(some) > SHOWN else ''}"
-            for what, some in told.items()
-            if some
-        )
-        raise Unaccounted("; ".join(parts), sum(map(len, told.values())))
+        raise Unaccounted(listed(told), sum(map(len, told.values())))
 
 
 def _nearest(name: str, others: Iterable[str]) -> str:

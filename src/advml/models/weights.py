@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from advml.core.errors import UserError
 
+SHOWN = 3  # number of names in a message
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
 
 
@@ -87,6 +88,13 @@ def _differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
             if name in wanted and tensor.shape != wanted[name].shape
         ],
     }
+    return listed(kinds)
+
+
+def listed(kinds: Mapping[str, Sequence[str]]) -> str:
+    """Message with the first names of each kind: `it lacks a, b, c and 2 more; ...`; "" if there are none."""
     return "; ".join(
-        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" for what, names in kinds.items() if names
+        f"{what} {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+        for what, names in kinds.items()
+        if names
     )
