@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.api.models import bar_if, config_of, machine_of
+from advml.api.models import config_of, machine_of
 from advml.core.device import Machine, deterministic_kernels
 from advml.core.errors import UserError
+from advml.core.progress import Bar
 from advml.core.result_cache import Memo
 from advml.data.datasets import Split
 from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
@@ -139,13 +140,8 @@ def evaluate(
         expected = expected_of(given, given.network, dataset, machine, batch_size=chosen.evaluate.batch_size)
         subject = evaluation.Subject(given.name, given.digest, given.network, flags=expected.flags)
         asked_for = settings(chosen, dataset, SCHEMES.get(scheme or ""))
-        with bar_if(progress, "evaluate", total=asked_for.parts * len(test)) as bar:
-
-            def show(done: int, note: str) -> None:
-                if bar:
-                    bar.reach(done, note)
-
-            found = evaluation.evaluate(subject, dataset, asked_for, machine, memo=Memo(), on_progress=show)
+        with Bar("evaluate", total=asked_for.parts * len(test), silent=not progress) as bar:
+            found = evaluation.evaluate(subject, dataset, asked_for, machine, memo=Memo(), on_progress=bar.reach)
     diagnosis = found.record["diagnostics"]
     figures = {
         name: Interval(value, found.metrics[f"{name}/low"], found.metrics[f"{name}/high"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -14,7 +12,6 @@ from advml import config
 from advml.config.presets import PRESETS
 from advml.config.presets import preset as preset_text
 from advml.core.device import Machine
-from advml.core.progress import Bar
 from advml.models import network
 from advml.models.memory_format import place
 from advml.models.network import Network
@@ -53,8 +50,3 @@ def config_of(params: str | Path | config.Config, overrides: Sequence[str]) -> c
 def machine_of(model: nn.Module, precision: str = "fp32") -> Machine:
     """Device of the model's weights (the CPU if it has none), with the precision, as a `Machine`."""
     return Machine(next((one.device for one in (*model.parameters(), *model.buffers())), torch.device("cpu")), precision)
-
-
-def bar_if(wanted: bool, title: str, *, total: int) -> AbstractContextManager[Bar | None]:
-    """Progress bar, or a null context if it is not wanted."""
-    return Bar(title, total=total) if wanted else contextlib.nullcontext()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.api.models import bar_if, config_of
+from advml.api.models import config_of
 from advml.core.device import Machine, deterministic_kernels
 from advml.core.paths import model_name
+from advml.core.progress import Bar
 from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
 from advml.models import network
 from advml.models.memory_format import place
@@ -101,11 +102,10 @@ def train(
             inputs = config.digest(chosen.model_dump(mode="json"), dataset.digest, scheme, regime, seed, stage)
             checkpoint = Checkpoint(Path(folder or temporary) / stage, inputs)
             total = batches_per_epoch(plan.dataset, plan.phase) * plan.epochs
-            with bar_if(progress, f"{stage} {scheme} {regime}", total=total) as bar:
+            with Bar(f"{stage} {scheme} {regime}", total=total, silent=not progress) as bar:
 
                 def show(epoch: int, done: int, loss: Tensor) -> None:
-                    if bar:
-                        bar.reach(total * (epoch - 1) // plan.epochs + done, lambda: f"loss {loss:.3f}")
+                    bar.reach(total * (epoch - 1) // plan.epochs + done, lambda: f"loss {loss:.3f}")
 
                 return fit(plan, machine, checkpoint=checkpoint, on_batch=show)[1]
 

@@ -89,14 +89,16 @@ class Bar:
         title: description of the work, e.g. stage and model.
         total: number of units of work.
         brief: print no line at the end if there is no terminal.
+        silent: show nothing.
     """
 
     LINE_EVERY = 15.0  # seconds between lines if there is no terminal
     DRAW_EVERY = 0.2
     READ_EVERY = 1.0
 
-    def __init__(self, title: str, *, total: int, brief: bool = False) -> None:
-        self.title, self.total, self.brief, self.done, self.note, self.begun = title, max(1, total), brief, 0, "", 0
+    def __init__(self, title: str, *, total: int, brief: bool = False, silent: bool = False) -> None:
+        self.title, self.total, self.brief, self.silent = title, max(1, total), brief, silent
+        self.done, self.note, self.begun = 0, "", 0
         self.started = self.last_line = time.monotonic()
         self.last_drawn, self.last_read = 0.0, -math.inf
         self._note: str | Callable[[], str] = ""
@@ -105,7 +107,7 @@ class Bar:
         self.bars = None
 
     def __enter__(self) -> Bar:
-        self.bars = None if self.board else _bars()
+        self.bars = None if self.board or self.silent else _bars()
         if self.bars:
             self.bars.start()
             self.task = self.bars.add_task(self.title, total=self.total, note="")
@@ -115,7 +117,7 @@ class Bar:
         if self.bars:
             self.bars.update(self.task, completed=self.shown if kind else self.total)
             self.bars.stop()
-        elif kind is None and not self.brief:
+        elif kind is None and not self.brief and not self.silent:
             tell(f"{self.title}: done in {time.monotonic() - self.started:.0f} s  {self._read(math.inf)}")
 
     @property
@@ -128,6 +130,8 @@ class Bar:
 
         A note may be a function, which is called at most every READ_EVERY seconds, since it may have to wait for a GPU.
         """
+        if self.silent:
+            return
         if self.already is None:
             self.already = done  # units finished before an interruption are excluded from the speed
         self.done, now = done, time.monotonic()
