@@ -309,9 +309,8 @@ def stage_arguments(name: str) -> list[str]:
     Raises:
         UserError: the name does not have this form.
     """
-    parts = re.fullmatch(
-        r"([a-z]+)_(st|at)@([^-]+)-(?:(.+)-)?(\d+)", name.rpartition("dvc.yaml:")[2]
-    )  # in another folder, DVC puts the path of dvc.yaml before the name
+    name_alone = name.rpartition("dvc.yaml:")[2]  # in another folder, DVC puts the path of dvc.yaml before the name
+    parts = re.fullmatch(r"([a-z]+)_(st|at)@([^-]+)-(?:(.+)-)?(\d+)", name_alone)
     if not parts:
         raise UserError(f"{name!r} is not the name of a model's stage, such as finetune_at@CL-Full-AT-0 or pretrain_st@SL-0")
     kind, phase, scheme, regime, seed = parts.groups()

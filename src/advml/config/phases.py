@@ -34,9 +34,8 @@ class Phase(Section):
     )
     batch_size: Annotated[Whole, Field(ge=2, le=2**20)] = means("images in a batch")
     optimizer: Literal["adamw", "adam", "sgd"] = means("adamw, adam, sgd")
-    learning_rate: Annotated[Number, Field(ge=1e-30, le=1e30)] = means(
-        "maximum of the schedule"
-    )  # bounded so that products inside optimisers stay below the largest float32
+    # Bounded so that products inside optimisers stay below the largest float32.
+    learning_rate: Annotated[Number, Field(ge=1e-30, le=1e30)] = means("maximum of the schedule")
     weight_decay: Annotated[Number, Field(ge=0, le=1000)] = means("on all trained weights")
     schedule: Literal["constant", "cosine", "onecycle"] = means("of the learning rate: constant, cosine, onecycle")
     warmup: Share = means("share of all steps in which the learning rate rises linearly from 0; onecycle has its own", 0.0)

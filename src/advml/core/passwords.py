@@ -30,9 +30,8 @@ _HEAD = r"(?P<head>(?<=\w)(?<!\bs3)(?<!\bgs)(?<!\bfile)://[^\s:/?#@'\"\[]*:)"  #
 # A password may contain any character: it ends at the last @ of the word.
 _PASSWORD = re.compile(rf"{_HEAD}(?P<value>\S{{0,2000}})(?=@)", re.IGNORECASE)
 _TOKEN = re.compile(r"(?P<head>\bhttps?://)(?P<value>[^\s:/?#@'\"]+)(?=@)", re.IGNORECASE)  # a user name without password may be a token
-_CUT = re.compile(
-    rf"{_HEAD}(?P<value>(?!\d{{1,5}}(?![\w%]))(?!\S{{0,2000}}@)[^\s'\"]+)", re.IGNORECASE
-)  # an address whose @ was cut off; ports are excluded
+# An address whose @ was cut off; ports are excluded.
+_CUT = re.compile(rf"{_HEAD}(?P<value>(?!\d{{1,5}}(?![\w%]))(?!\S{{0,2000}}@)[^\s'\"]+)", re.IGNORECASE)
 # For settings that should be an address: everything between the first colon after the scheme and the last @, except a port.
 _LOOSE = re.compile(r"^(?>(?:.*?:/+)?)[^:@/]*:(?!\d{1,5}[/?])(?P<value>.+)@", re.DOTALL)
 _OF_THE_ENVIRONMENT = re.compile(r"(?:PASSWORD|PASSWD|TOKEN|SECRET|ACCESS_KEY|API_KEY)$")

@@ -132,9 +132,8 @@ class Workspace:
         older = {path.parent.name: path for path in sorted(self.reports.glob("*/evaluation.json"))}
         older |= {path.stem: path for path in sorted(self.record("given", "").parent.glob("*.json"))}
         found = {path.stem: path for path in sorted(self.record("evaluate", "").parent.glob("*.json"))}
-        trained = {
-            name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()
-        }  # the second: models of regimes that were removed
+        # The second condition: models of regimes that were removed.
+        trained = {name for name in found if OF_THE_STUDY.fullmatch(name) or self.model(name).exists()}
         return older | {name: path for name, path in found.items() if name not in trained}
 
     @property

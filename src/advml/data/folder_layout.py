@@ -239,9 +239,8 @@ def read_layout(root: Folder, layout: str, *, unlabelled: bool = False) -> Layou
     if splits:
         shares = [f"{split}: a share of train" for split in ("validation", "test") if split not in found]
         remarks.insert(0, "; ".join(["splits: " + ", ".join(f"{split} = {splits[split].path.name}" for split in found), *shares]))
-        found = dict(
-            sorted(found.items(), key=lambda item: splits[item[0]].path.name)
-        )  # this order numbers the images, on which splits depend
+        # This order numbers the images, on which splits depend.
+        found = dict(sorted(found.items(), key=lambda item: splits[item[0]].path.name))
     return Layout(found, tables, remarks + remarks_on_names(found["train"]), pool)
 
 

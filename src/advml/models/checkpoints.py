@@ -43,16 +43,8 @@ RENAMED = (
     (r"\.bn_list\.1\.", ".adversarial."),
 )
 BRANCH = re.compile(r"\.(clean|adversarial)\.(?=\w+$)")  # branches of a batch norm, by the names of `DualBatchNorm`
-WRAPPERS = (
-    "module",
-    "model",
-    "backbone",
-    "encoder",
-    "encoder_q",
-    "base_encoder",
-    "attacker",
-    "net",
-)  # parts that may precede a head's name
+# Parts that may precede a head's name
+WRAPPERS = ("module", "model", "backbone", "encoder", "encoder_q", "base_encoder", "attacker", "net")
 CLASSIFIERS = ("fc", "linear", "classifier", "head", "head.fc")
 HEADS = (*CLASSIFIERS, "projection_head", "proj_head", "projector", "linear_projector", "predictor", "prototypes", "projection")
 CONSTANT = re.compile(r"(?:^|\.)(?:normali\w+\.)?(?:new_)?(?:(?P<mean>mu|mean)|(?P<std>sigma|std))$")

@@ -46,10 +46,8 @@ def security(rows: Iterable[Mapping[str, Any]], evaluated: Mapping[str, Mapping[
         evidence, minimal = seen.get("evidence"), seen.get("minimal")
         if evidence and row["seed"] == seed:
             found.setdefault(row["scheme"], {})[row["regime"]] = evidence["curve"]
-            guessing = max(
-                1 / evidence["classes"], evidence.get("largest_class", 0)
-            )  # chance as in `curve_above_chance`; older records lack largest_class
-            about |= {"epsilon": evidence["epsilon"], "chance": guessing}
+            # Chance as in `curve_above_chance`; older records lack largest_class
+            about |= {"epsilon": evidence["epsilon"], "chance": max(1 / evidence["classes"], evidence.get("largest_class", 0))}
             if minimal:
                 nearest.setdefault(row["scheme"], {})[row["regime"]] = minimal["curve"]
                 about |= {"attack": minimal["attack"].upper()}

@@ -66,9 +66,8 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
     drawings = _figures(settings, workspace, table, claims)
     evaluated = {row["model"]: records.read(workspace, "evaluate", row["model"]) or {} for row in table}
     given = given_records(workspace)
-    shown = {
-        name: record for name, record in given.items() if record["data_digest"] == provenance["digest"]
-    }  # only those evaluated on the same images
+    # Only those evaluated on the same images
+    shown = {name: record for name, record in given.items() if record["data_digest"] == provenance["digest"]}
     made = _how(workspace, evaluated | shown, flags=transfer_flags(found))
     drawings |= {"security": figures.security(table, evaluated, seed=settings.seeds[0]), "corruptions": figures.corruptions(table)}
     drawings["transfer"] = transfer_matrices(found["seeds"]) if found else None

@@ -102,9 +102,8 @@ def _mean(scheme: str, regime: str, rows: list[Row]) -> Row:
             found[f"{metric}/{end}"] = min(1.0, max(0.0, value)) if metric in COLUMNS.values() else value
     found |= {key: statistics.fmean(row[key] for row in rows) for key in (STEPS, SECONDS) if all(key in row for row in rows)}
     flags = {key: sum(row.get(key, 0) for row in rows) for key in ("diagnostics/flags", "transfer/flags")}
-    return found | {
-        key: count for key, count in flags.items() if count or all(key in row for row in rows)
-    }  # a zero only if all seeds were judged
+    # A zero only if all seeds were judged
+    return found | {key: count for key, count in flags.items() if count or all(key in row for row in rows)}
 
 
 def _is_measured(row: Row, metric: str) -> bool:

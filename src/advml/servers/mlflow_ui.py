@@ -160,9 +160,8 @@ def serve(
 
 
 def _answers(host: str, port: int, *, tls: bool) -> bool:
-    options = (
-        {"context": ssl._create_unverified_context()} if tls else {}
-    )  # unverified, because it is our own process, whatever name its certificate has
+    # Unverified, because it is our own process, whatever name its certificate has.
+    options = {"context": ssl._create_unverified_context()} if tls else {}
     kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
     connection = kind("localhost" if host in EVERYWHERE else host, port, timeout=2, **options)
     try:

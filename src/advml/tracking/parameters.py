@@ -13,10 +13,8 @@ from advml.config import flatten, schema
 from advml.recipes import REGIMES, SCHEMES
 
 Record = Mapping[str, Any]
-OF_THE_ATTACK = {
-    "epsilon": ("threat_model", "epsilon"),
-    "attack_steps": ("attack", "steps"),
-}  # key of a phase -> section and key that replace null
+# Key of a phase -> section and key that replace null
+OF_THE_ATTACK = {"epsilon": ("threat_model", "epsilon"), "attack_steps": ("attack", "steps")}
 NONE = dict.fromkeys(("epochs", *OF_THE_ATTACK), 0)  # parameters of a phase without training
 
 

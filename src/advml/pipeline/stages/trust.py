@@ -27,12 +27,8 @@ from advml.training.trainer import fit
 
 NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of training labels that are replaced by random ones
 LENGTHS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # lengths of shorter trainings, as shares of the epochs
-OTHERS = (
-    "test_efficientnet",
-    "test_byobnet",
-    "test_resnet",
-    "test_convnext",
-)  # other architectures; the first two that accept the study's images are used
+# Other architectures; the first two that accept the study's images are used.
+OTHERS = ("test_efficientnet", "test_byobnet", "test_resnet", "test_convnext")
 IMAGES = 2000  # largest number of training images
 SCHEME = "SL"  # scheme of all trainings (standard pretraining), whose labels NOISE changes
 
