@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, AsJson, Overrides, Params, Place, Regime, Scheme, Seed, Std, context_of, mean_option, store_of
+from advml.cli.options import PARAMS, AsJson, Overrides, Params, Regime, Scheme, Seed, Std, StudyParams, context_of, mean_option, store_of
 from advml.cli.printing import say, say_json
 from advml.cli.stages import tell_result
 from advml.core.messages import tell
@@ -36,7 +36,7 @@ def show(
         str,
         typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the --name that evaluate was given.", show_default=False),
     ],
-    params: Place = PARAMS,
+    params: StudyParams = PARAMS,
     as_json: AsJson = False,
 ) -> None:
     """Print a model's record: data, settings, training and measurements.
@@ -103,7 +103,7 @@ def import_(
     classes: Annotated[str | None, typer.Option(help="Class names of its logits, in order: a,b,c or a file with one per line.")] = None,
     without: Annotated[list[str] | None, typer.Option(help="Tensors to ignore, e.g. 'momentum_*'; may be repeated.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the imported model.", show_default="name of the file")] = None,
-    params: Place = PARAMS,
+    params: StudyParams = PARAMS,
 ) -> None:
     """Convert a published checkpoint to a model of advml; refuses missing tensors and tensors without a use.
 

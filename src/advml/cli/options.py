@@ -14,7 +14,7 @@ from advml.core.paths import Workspace
 from advml.recipes import REGIMES, SCHEMES, PhaseName, RegimeName, SchemeName
 
 if TYPE_CHECKING:
-    from advml.config.store import Place as Store
+    from advml.config.store import Place
     from advml.pipeline.context import Context
 
 Overrides = Annotated[
@@ -59,7 +59,7 @@ ClusterOption = Annotated[
 PARAMS = Path("params.yaml")
 PRESETS = "digits, smoke, semi_supervised, cifar10, cifar100 or folder"
 Quick = Annotated[bool, typer.Option("--quick", help="The digits study in a third of its time, by free adversarial training.")]
-Place = Annotated[
+StudyParams = Annotated[
     Path, typer.Option("--params", help="Configuration file of the study; only its folder is used, to find models and reports.")
 ]
 
@@ -102,7 +102,7 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
     return Context(configuration, Workspace(params.parent))
 
 
-def store_of(params: Path, overrides: list[str] | None) -> Store:
+def store_of(params: Path, overrides: list[str] | None) -> Place:
     """MLflow store of the study in the folder of params.yaml."""
     from advml.config import load
     from advml.config.store import locate
