@@ -51,7 +51,7 @@ def exclusive(path: Path, *, work: str) -> Iterator[None]:
     except Timeout:
         raise UserError(at_work(work, holder.read_text() if holder.exists() else "another process")) from None
     try:
-        holder.write_text(this_process())
+        holder.write_text(holder_name())
         yield
     finally:
         lock.release()
@@ -75,6 +75,6 @@ def at_work(work: str, holder: str) -> str:
     return f"{work} already ({holder}); wait for it, or end it"
 
 
-def this_process() -> str:
+def holder_name() -> str:
     """Description of this process: `process 123 on host`."""
     return f"process {os.getpid()} on {platform.node()}"

@@ -26,7 +26,7 @@ from advml.core.passwords import masked
 from advml.core.paths import Workspace, checked_name
 from advml.core.signals import deferred
 from advml.engine.cluster import connect
-from advml.engine.exclusive import this_process
+from advml.engine.exclusive import holder_name
 from advml.engine.fork_server import server
 from advml.engine.process_task import Call, Lost, Pool, call_here
 from advml.engine.stage_task import sent_environment
@@ -104,7 +104,7 @@ def tune(
                 f"{folder} contains results of a search that is not in {masked(url)}; "
                 f"choose another name: --name {search.name}-2, or overwrite them: --replace"
             )
-        study.set_user_attr(HOLDER, this_process())
+        study.set_user_attr(HOLDER, holder_name())
         studies.requeue_dead(study)
         identity = study.user_attrs[studies.IDENTITY]
         params = {"tune": {search.kind: search.spec.model_dump(mode="json") | {"trials": trials}}}  # with the number from --trials
