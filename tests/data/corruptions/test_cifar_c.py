@@ -13,7 +13,7 @@ from advml.config import Corruptions, Data
 from advml.core.errors import UserError
 from advml.data.cifar import CIFAR10, PIXELS, Archive, cifar
 from advml.data.corruptions import cifar_c as module
-from advml.data.corruptions.cifar_c import find, published
+from advml.data.corruptions.cifar_c import find, read_block
 from advml.data.datasets import DATASETS
 from advml.data.splits import divide
 
@@ -40,15 +40,10 @@ def write(folder: Path, name: str = "fog", count: int = TEST) -> tuple[np.ndarra
 @pytest.mark.parametrize("severity", [1, 4, 5])
 def test_a_severity_is_a_fifth_of_the_file(tmp_path, severity):
     images, labels = write(tmp_path)
-    read, classes = published(tmp_path, "fog", severity)
+    read, classes = read_block(tmp_path, "fog", severity)
     assert (read.dtype, read.shape, classes.dtype) == (torch.uint8, (TEST, 3, 32, 32), torch.int64)
     assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images[severity - 1])
     assert classes.tolist() == labels[:TEST].tolist()
-
-
-def test_a_corruption_without_a_file_is_none(tmp_path):
-    write(tmp_path)
-    assert published(tmp_path, "snow", 1) is None
 
 
 def cut(folder: Path, name: str) -> None:
@@ -78,7 +73,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, kind):
     harm, name = DAMAGE[kind]
     harm(tmp_path)
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / name))} ") as caught:
-        published(tmp_path, "fog", 1)
+        read_block(tmp_path, "fog", 1)
     assert "\n" not in str(caught.value)
 
 

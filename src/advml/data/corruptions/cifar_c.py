@@ -42,7 +42,7 @@ class Published:
 
     def read(self, name: str, severity: int) -> Split:
         """Corrupted test split: the same images in the same order."""
-        images, labels = published(self.folder, name, severity)
+        images, labels = read_block(self.folder, name, severity)
         return Split(images[self.rows], labels[self.rows])
 
 
@@ -83,15 +83,13 @@ def _folder(data: Data, spec: Corruptions) -> Path | None:
     return folder
 
 
-def published(folder: Path, name: str, severity: int) -> tuple[Tensor, Tensor] | None:
-    """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) at one severity; None if the file does not exist.
+def read_block(folder: Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
+    """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of a corruption at one severity.
 
     Raises:
         UserError: a file is damaged or has another format, or labels.npy is missing.
     """
     path = folder / f"{name}.npy"
-    if not path.exists():
-        return None
     images, labels = _read(path), _labels(folder)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3) or not len(images) or len(images) % BLOCKS:
         raise _damaged(path, f"it holds {images.dtype} {images.shape}, not uint8 (5 N, 32, 32, 3)")
