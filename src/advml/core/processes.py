@@ -1,10 +1,12 @@
-"""End a process together with its parent, and give processes names that are never reused."""
+"""End a process together with its parent, or with its session, and give processes names that are never reused."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
+import subprocess
 import threading
 import time
 
@@ -29,6 +31,27 @@ def end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_session(process: subprocess.Popen[bytes], *, grace: float) -> None:
+    """End all processes of the session that a process leads (SIGTERM, after `grace` seconds SIGKILL), and wait until they are gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + grace
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        while _is_alive(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    process.wait()
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the session still runs; zombies do not count, since in a container they may never be reaped."""
+    process.poll()
+    for member in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if member.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(member.pid) == process.pid:
+                return True
+    return False
 
 
 def this_process() -> str:

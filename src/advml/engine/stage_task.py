@@ -7,19 +7,16 @@ import contextlib
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from advml.core.errors import Failure
 from advml.core.messages import tell
 from advml.core.passwords import masked
-from advml.core.processes import PARENT
+from advml.core.processes import PARENT, end_session
 from advml.core.progress import BOARD
 from advml.core.provenance import source_digest
 from advml.engine.devices import one_device
@@ -125,7 +122,7 @@ def _run_dvc(name: str, *, root: str, log: Path, environment: dict[str, str]) ->
         while process.poll() is None and not is_cancelled():
             time.sleep(0.1)
     finally:
-        _end(process)
+        end_session(process, grace=GRACE)
         _at_work.discard(process.pid)
         progress.unlink(missing_ok=True)
     return process.returncode
@@ -164,24 +161,3 @@ def is_cancelled() -> bool:
 
     state = get_worker().state.tasks.get(thread_state.key)
     return state is None or state.state == "cancelled" or get_worker().status != Status.running
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Terminate DVC, its shell and the stage (SIGKILL after GRACE seconds), and wait until they are gone."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + GRACE
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        while _is_alive(process) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    process.wait()
-
-
-def _is_alive(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of the stage's session still runs; zombies do not count, since in a container they may never be reaped."""
-    process.poll()
-    for member in psutil.process_iter(["status"]):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if member.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(member.pid) == process.pid:
-                return True
-    return False

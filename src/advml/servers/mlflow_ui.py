@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import http.client
 import os
 import re
-import signal
 import socket
 import ssl
 import subprocess
@@ -21,11 +19,13 @@ import psutil
 from advml.config.store import Place
 from advml.core.errors import Failure, UserError
 from advml.core.passwords import masked
+from advml.core.processes import end_session
 from advml.tracking import store as stores
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")  # addresses that mean all networks of the machine
 INTERNET = (socket.AF_INET, socket.AF_INET6)
+GRACE = 5.0  # seconds for the server to end after SIGTERM
 TRIED = 100  # number of ports tried after the requested one
 
 
@@ -156,7 +156,7 @@ def serve(
         if code := process.wait():
             raise Failure(f"MLflow's server has ended with code {code}; see its messages above")
     finally:
-        _end(process)
+        end_session(process, grace=GRACE)
 
 
 def _answers(host: str, port: int, *, tls: bool) -> bool:
@@ -171,12 +171,3 @@ def _answers(host: str, port: int, *, tls: bool) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server and its workers with SIGTERM, then SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
