@@ -54,7 +54,8 @@ def opened(path: Path, *, size: int) -> Iterator[tuple[Image.Image, bool]]:
         deep = is_deep(image)
         with _room_for(image):
             image.load()
-            _turn_upright(image)
+            with suppress(Exception):  # pixels may be readable while EXIF is damaged: then, as in viewers, no rotation
+                ImageOps.exif_transpose(image, in_place=True)
             yield image, deep
 
 
@@ -77,11 +78,6 @@ def _formats() -> tuple[str, ...]:
     """Those of FORMATS that the installed Pillow supports; it raises an error for others."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _turn_upright(image: Image.Image) -> None:
-    with suppress(Exception):  # pixels may be readable while EXIF is damaged: then, as in viewers, no rotation
-        ImageOps.exif_transpose(image, in_place=True)
 
 
 # Decoding to arrays of one size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +24,6 @@ from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.masking import diagnose
 from advml.evaluation.masking.rules import Flag
 from advml.evaluation.run_attacks import Scorer, run_attacks
-from advml.evaluation.samples import Outcome
 from advml.models.micro_batches import InParts
 from advml.models.network import Network
 
@@ -170,16 +169,18 @@ def _evaluate(
     worst, done = f"worst case {100 * found[samples.WORST]:.1f} %", (len(settings.attacks) + bool(spec.images)) * len(test)
     on_progress(done, worst)
     rights = _corrupted(untouched, test, settings, machine, memo, lambda share: on_progress(done + int(share * len(test)), worst))
-    test_digest = samples.digest_of(test)
+    about = {"model": subject.name, "digest": subject.digest, "test_digest": samples.digest_of(test), **asdict(settings.threat_model)}
+    # Left out if probes were not run and there are no flags, because 0 would mean that there are none.
+    flags = {"diagnostics/flags": len(diagnosis["flags"])} if diagnosis["flags"] or "skipped" not in diagnosis else {}
     return Evaluation(
-        found | _number_of_flags(diagnosis) | corruption.metrics(rights),
+        found | flags | corruption.metrics(rights),
         {
             "figures": metrics.describe(attacks, outcomes, **run),
-            "test_digest": test_digest,
+            "test_digest": about["test_digest"],
             "diagnostics": diagnosis,
             "corruptions": corruption.describe(rights, settings.corruptions, published=settings.published),
         },
-        _samples(subject, test, outcomes, settings.threat_model, test_digest),
+        samples.table(outcomes, test, about=about),
         images,
         metrics.describe_kept(settings.kept, len(images), **run),
     )
@@ -203,16 +204,6 @@ def check_model(network: nn.Module, images: Tensor, machine: Machine, *, classes
                 )
             if logits.requires_grad:
                 torch.autograd.grad(logits.float().sum(), asked, allow_unused=True)
-
-
-def _number_of_flags(diagnosis: dict[str, Any]) -> dict[str, int]:
-    """Metric of the number of flags; left out if probes were not run and there are no flags, because 0 would mean that there are none."""
-    return {"diagnostics/flags": len(diagnosis["flags"])} if diagnosis["flags"] or "skipped" not in diagnosis else {}
-
-
-def _samples(subject: Subject, test: Split, outcomes: dict[str, Outcome], threat_model: ThreatModel, test_digest: str) -> pa.Table:
-    threat = {"norm": threat_model.norm, "epsilon": threat_model.epsilon}
-    return samples.table(outcomes, test, about={"model": subject.name, "digest": subject.digest, "test_digest": test_digest, **threat})
 
 
 def _corrupted(

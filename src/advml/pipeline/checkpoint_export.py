@@ -51,7 +51,10 @@ def export_model(workspace: Workspace, model: str, out: Path | None = None, *, p
         if network.classifier is None:
             remarks.append(f"{source} has no classifier: timm's network returns features, and no ONNX was written")
         else:
-            remarks += _onnx(network, folder, images)
+            try:
+                export.to_onnx(network, folder, images)
+            except ImportError as error:
+                remarks.append(f'no ONNX was written: {error.name} is not installed; pip install "advml[onnx]"')
         files = tuple(sorted(path.name for path in folder.iterdir()))
     if network.architecture.normalize_logits:
         remarks.append("timm's network returns logits before their normalisation to unit length: same predictions, other confidences")
@@ -59,14 +62,6 @@ def export_model(workspace: Workspace, model: str, out: Path | None = None, *, p
     if place and network.classifier is not None and read_record(source).get("kind") != "pretrain":
         registered = tracking.register_exported(place, source)
     return Exported(out, files, tuple(line.replace(str(folder), str(out)) for line in lines), registered, tuple(remarks))
-
-
-def _onnx(network: Network, folder: Path, images: Tensor) -> list[str]:
-    try:
-        export.to_onnx(network, folder, images)
-    except ImportError as error:
-        return [f'no ONNX was written: {error.name} is not installed; pip install "advml[onnx]"']
-    return []
 
 
 def _images(workspace: Workspace, network: Network) -> tuple[Tensor, list[str]]:

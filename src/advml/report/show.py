@@ -30,7 +30,9 @@ def record_of(workspace: Workspace, model: str) -> str:
         results = [*_figures(workspace, record), *_representation(workspace, record)]
         lines += [*results, ""] if results else []
         lines += _block("made from", record.get("origin") or _origin(record))
-        lines += _block("training cost, pretraining included", _cost(workspace, record))
+        cost = training_cost(workspace, record)
+        shown = {"gradient steps per image": cost.get(STEPS, "unknown"), "seconds": cost.get(SECONDS, "unknown")}
+        lines += _block("training cost, pretraining included", shown)
         lines += _block("architecture", record["architecture"])
         lines += _block("parameters", flatten(record["parameters"])) if "parameters" in record else []
     return "\n".join(lines).rstrip("\n")
@@ -85,11 +87,6 @@ def _origin(record: dict[str, Any]) -> dict[str, Any]:
     if record.get("epoch"):
         shown["selected epoch"] = f"{record['epoch']} ({CHOSEN[_phase(record)['keep']]})"
     return shown
-
-
-def _cost(workspace: Workspace, record: dict[str, Any]) -> dict[str, Any]:
-    known = training_cost(workspace, record)
-    return {"gradient steps per image": known.get(STEPS, "unknown"), "seconds": known.get(SECONDS, "unknown")}
 
 
 def _figures(workspace: Workspace, record: dict[str, Any]) -> list[str]:

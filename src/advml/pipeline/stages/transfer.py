@@ -25,7 +25,9 @@ def run(context: Context) -> list[records.Block]:
     with Bar("transfer", total=sum(len(names) ** 2 for names in groups.values())) as bar:
         blocks = [_block(context, seed, names, bar) for seed, names in groups.items()]
     records.write_transfer(workspace, blocks, rule=RULE, picture=to_png(transfer_matrices(blocks)), made_by=made_by)
-    _log(context, blocks)
+    for name in (name for block in blocks for name in block["models"]):
+        tracking.log_folder(context.tracking, workspace.model(name))
+    tracking.log_result(context.tracking, "transfer")
     return blocks
 
 
@@ -38,9 +40,3 @@ def _block(context: Context, seed: int, names: list[str], bar: Bar) -> records.B
     size = context.config.evaluate.batch_size
     found = transfer(models, test, context.machine, batch_size=size, on_pair=lambda source, target: bar.advance(1, f"{source} on {target}"))
     return describe(found, seed=seed)
-
-
-def _log(context: Context, blocks: list[records.Block]) -> None:
-    for name in (name for block in blocks for name in block["models"]):
-        tracking.log_folder(context.tracking, context.workspace.model(name))
-    tracking.log_result(context.tracking, "transfer")
