@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 from advml.core.passwords import masked
 
@@ -30,6 +31,11 @@ def one_line(text: object, *, longest: int = LONGEST) -> str:
         line = _shortened(line, 20 * longest)
     line = "".join(_escaped(character) for character in line)
     return line if len(line) <= longest else _shortened(line, longest)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Enumeration of the first names: `a, b, ...`, or all of them if there are at most `most`."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def is_quiet() -> bool:

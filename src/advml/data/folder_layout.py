@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 from advml.data.folder_tree import Folder, list_unread, original_of
 from advml.data.labels import read_labels
 from advml.data.split_names import split_of
@@ -40,7 +41,7 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 def few(classes: Sequence[str], *, shown: int = 3) -> str:
     """Short description of classes: `10 classes (0, 1, 2, ...)`."""
-    return f"{len(classes)} classes ({', '.join(map(str, classes[:shown]))}{', ...' if len(classes) > shown else ''})"
+    return f"{len(classes)} classes ({first_of([str(name) for name in classes], shown)})"
 
 
 def _parts(name: str) -> list[str | int]:
@@ -157,7 +158,7 @@ def remarks_on_names(classes: Iterable[str]) -> list[str]:
         if (other := lowered.setdefault(plain.casefold(), name)) != name:
             remarks.append(f"the class names '{other}' and '{name}' differ only in capitals, and are two classes")
     if natural_order(names) != names:
-        numbers = ", ".join(f"{label} -> {name}" for label, name in enumerate(names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+        numbers = first_of([f"{label} -> {name}" for label, name in enumerate(names)], SHOWN)
         remarks.append(
             f"labels are numbered in text order of the class names: {numbers}; models from elsewhere may use natural order (1, 2, 10)"
         )
@@ -220,9 +221,7 @@ def read_layout(root: Folder, layout: str, *, unlabelled: bool = False) -> Layou
         if labels:
             table, found[split] = labels
             tables.append(table)
-            names = list(found[split])
-            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-            remarks.append(f"labels of {split} are read from {table}: {len(names)} classes ({shown})")
+            remarks.append(f"labels of {split} are read from {table}: {few(list(found[split]), shown=SHOWN)}")
         elif inner.folders:
             found[split] = images_by_class(inner)
             if layout == "auto":

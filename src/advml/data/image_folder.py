@@ -9,6 +9,7 @@ import numpy as np
 
 from advml.config import Data, digest
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 from advml.core.paths import given_path
 from advml.data.folder_layout import SHOWN, Layout, read_layout
 from advml.data.folder_tree import Tree, list_tree, list_unread
@@ -102,7 +103,6 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
 
 def _left_out(tree: Tree) -> list[str]:
     names = [f"{name} ({count})" if count > 1 else name for name, count in sorted(tree.left_out.items())]
-    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    clutter = [f"folders left out, hidden or made by a system or program: {shown}"] if names else []
+    clutter = [f"folders left out, hidden or made by a system or program: {first_of(names, SHOWN)}"] if names else []
     unread = list_unread(tree.root.below())
     return clutter + ([f"pictures left out, of formats that are not read: {unread}; convert them to PNG to use them"] if unread else [])

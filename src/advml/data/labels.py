@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 from advml.data.folder_tree import composed
 from advml.data.split_names import split_of
 
@@ -82,7 +83,7 @@ def _label_column(table: Path, rows: list[list[str]], *, header: bool) -> int:
         return 1
     if len(named) != 1:
         what = f"{len(named)} of them" if named else "none of them"
-        cells = ", ".join(" ".join(cell.split()) for cell in rows[0][:SHOWN]) + (", ..." if len(rows[0]) > SHOWN else "")
+        cells = first_of([" ".join(cell.split()) for cell in rows[0]], SHOWN)
         raise UserError(
             f"{table} has {width} columns ({cells}), and {what} has a header that means the class; "
             f"write a line 'FILE,LABEL' for each image, give only the column of the class the header 'class', or remove the file"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from advml.attacks.isolation import frozen_copy
 from advml.core.device import Machine, derived_seed, generator_for, own_randomness
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 from advml.data.datasets import Dataset
 from advml.evaluation.intervals import binomial_tail
 from advml.evaluation.masking.rules import SIGNIFICANCE, Flag
@@ -218,10 +219,6 @@ def _order_flag(order: str, names: Sequence[str], better: Tensor, given: Tensor,
     return Flag(
         "other_class_order",
         f"of {len(given)} validation images {_percent(given)} are right if logits are in the order of the data's classes "
-        f"({_few(classes)}), {_percent(better)} if in the order {_few(names)}: labels are permuted",
+        f"({first_of(classes, 4)}), {_percent(better)} if in the order {first_of(names, 4)}: labels are permuted",
         f"advml evaluate again with --classes {option}",
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
