@@ -33,7 +33,7 @@ from advml.core.errors import Failure, UserError
 from advml.data import cifar as cifar_module
 from advml.data import folder_tree as tree_module
 from advml.data import prepared
-from advml.data.cifar import CIFAR10, CIFAR100, Archive, cifar, read_records
+from advml.data.cifar import CIFAR10, CIFAR100, Archive, cifar
 from advml.data.datasets import DATASETS, Dataset, Split, channel_statistics, load, prepare, save
 from advml.data.image_folder import fingerprint
 from advml.data.images import decode, fit_arrays, opened, read_all
@@ -637,10 +637,10 @@ def test_a_full_disk_during_the_download_is_not_blamed_on_the_network(tmp_path, 
 def test_records_that_are_cut_short_or_mislabelled_are_errors(tmp_path):
     record_file(tmp_path / "x.bin", [0, 7], label_bytes=1, first=0)
     with pytest.raises(UserError, match="label 7 of 5 classes"):
-        read_records(tmp_path / "x.bin", label_bytes=1, classes=5)
+        CIFAR10.read(tmp_path / "x.bin", classes=5)
     (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:-1])
     with pytest.raises(UserError, match="cut short"):
-        read_records(tmp_path / "x.bin", label_bytes=1, classes=10)
+        CIFAR10.read(tmp_path / "x.bin", classes=10)
 
 
 # Statistics

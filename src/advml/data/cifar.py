@@ -18,8 +18,7 @@ from advml.config import Data
 from advml.core.errors import Failure, UserError
 from advml.core.paths import given_path
 from advml.data.cifar_pickle import read_pickle
-from advml.data.images import Pixels, fit_arrays
-from advml.data.splits import Source
+from advml.data.splits import Source, stored
 
 # CIFAR-10 and CIFAR-100 in their binary and python versions. (Krizhevsky 2009; https://www.cs.toronto.edu/~kriz/cifar.html)
 #
@@ -40,8 +39,8 @@ class Archive:
     class_names: str
     train: tuple[str, ...]
     test: str
-    train_rows: int  # in each of the files of `train`
-    test_rows: int
+    train_rows: int = 10_000  # in each of the files of `train`
+    test_rows: int = 10_000
     label_bytes: int = 1  # the last of them is the label
 
     @property
@@ -58,8 +57,21 @@ class Archive:
         return tuple((folder / self.class_names).read_text(encoding="utf-8").split())
 
     def read(self, path: Path, *, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one file."""
-        return read_records(path, label_bytes=self.label_bytes, classes=classes)
+        """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one file.
+
+        Raises:
+            UserError: the file does not consist of whole records with labels below `classes`.
+        """
+        values = np.fromfile(path, dtype=np.uint8)
+        if len(values) % (self.label_bytes + PIXELS):
+            raise UserError(f"{path} is cut short; delete it and run advml prepare again")
+        records = values.reshape(-1, self.label_bytes + PIXELS)
+        labels = records[:, self.label_bytes - 1].astype(np.int64)
+        if (labels >= classes).any():
+            raise UserError(
+                f"{path} holds label {labels.max()} of {classes} classes, so it is damaged; delete it and run advml prepare again"
+            )
+        return records[:, self.label_bytes :].reshape(-1, 3, 32, 32), labels
 
 
 @dataclass(frozen=True)
@@ -102,22 +114,6 @@ def _blaming(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({reason}); delete it and run advml prepare again") from None
 
 
-def read_records(path: Path, *, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (uint8, N x 3 x 32 x 32) and labels (int64, N) of one binary file.
-
-    Raises:
-        UserError: the file does not consist of whole records with labels below `classes`.
-    """
-    values = np.fromfile(path, dtype=np.uint8)
-    if len(values) % (label_bytes + PIXELS):
-        raise UserError(f"{path} is cut short; delete it and run advml prepare again")
-    records = values.reshape(-1, label_bytes + PIXELS)
-    labels = records[:, label_bytes - 1].astype(np.int64)
-    if (labels >= classes).any():
-        raise UserError(f"{path} holds label {labels.max()} of {classes} classes, so it is damaged; delete it and run advml prepare again")
-    return records[:, label_bytes:].reshape(-1, 3, 32, 32), labels
-
-
 CIFAR10 = Archive(
     name="cifar-10-binary.tar.gz",
     md5="c32a1d4ab5d03f1284b67883e8d87530",
@@ -125,8 +121,6 @@ CIFAR10 = Archive(
     class_names="batches.meta.txt",
     train=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     test="test_batch.bin",
-    train_rows=10_000,
-    test_rows=10_000,
 )
 CIFAR10_PYTHON = PythonArchive(
     name="cifar-10-python.tar.gz",
@@ -135,8 +129,6 @@ CIFAR10_PYTHON = PythonArchive(
     class_names="batches.meta",
     train=tuple(f"data_batch_{number}" for number in range(1, 6)),
     test="test_batch",
-    train_rows=10_000,
-    test_rows=10_000,
 )
 CIFAR100 = Archive(
     name="cifar-100-binary.tar.gz",
@@ -146,7 +138,6 @@ CIFAR100 = Archive(
     train=("train.bin",),
     test="test.bin",
     train_rows=50_000,
-    test_rows=10_000,
     label_bytes=2,
 )
 CIFAR100_PYTHON = PythonArchive(
@@ -157,7 +148,6 @@ CIFAR100_PYTHON = PythonArchive(
     train=("train",),
     test="test",
     train_rows=50_000,
-    test_rows=10_000,
     keys=("fine_label_names", "fine_labels"),
 )
 
@@ -186,11 +176,7 @@ def cifar(data: Data, *archives: Archive) -> Source:
     batches = [archive.read(folder / name, classes=len(classes)) for name in archive.rows]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     train = len(archive.train) * archive.train_rows
-
-    def read(chosen: np.ndarray) -> Pixels:
-        return Pixels(fit_arrays(images[chosen], size=data.image_size, channels=data.channels))
-
-    return Source(archive.name, classes, labels, read, {"train": np.arange(train), "test": np.arange(train, len(labels))})
+    return Source(archive.name, classes, labels, stored(images, data), {"train": np.arange(train), "test": np.arange(train, len(labels))})
 
 
 def _fetch(root: Path, archives: tuple[Archive, ...]) -> tuple[Archive, Path]:

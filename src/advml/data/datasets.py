@@ -24,9 +24,8 @@ from advml.core.paths import Workspace
 from advml.data import bit_depth, duplicates
 from advml.data.cifar import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON, cifar
 from advml.data.image_folder import fingerprint, folder
-from advml.data.images import Pixels, fit_arrays
 from advml.data.prepared import UNLABELLED, Dataset, Split, count, digest, load, save
-from advml.data.splits import Rows, Source, divide
+from advml.data.splits import Rows, Source, divide, stored
 
 __all__ = ["DATASETS", "Dataset", "Split", "channel_statistics", "load", "prepare", "remarks", "save"]
 
@@ -40,11 +39,9 @@ def digits(data: Data) -> Source:
 
     bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-
-    def read(chosen: np.ndarray) -> Pixels:
-        return Pixels(fit_arrays(images[chosen], size=data.image_size, channels=data.channels))
-
-    return Source("scikit-learn load_digits", tuple(str(name) for name in bunch.target_names), bunch.target.astype(np.int64), read)
+    return Source(
+        "scikit-learn load_digits", tuple(str(name) for name in bunch.target_names), bunch.target.astype(np.int64), stored(images, data)
+    )
 
 
 DATASETS: dict[str, Callable[[Data], Source]] = {

@@ -16,7 +16,7 @@ import torch
 
 from advml.config import Data
 from advml.core.errors import UserError
-from advml.data.images import Pixels
+from advml.data.images import Pixels, fit_arrays
 from advml.data.prepared import NAMES, UNLABELLED, Split
 
 
@@ -42,6 +42,11 @@ class Source:
     ignored: int = 0
     remarks: tuple[str, ...] = ()
     title: Callable[[int], str] = "image {}".format
+
+
+def stored(images: np.ndarray, data: Data) -> Callable[[np.ndarray], Pixels]:
+    """Function `read` of a Source whose images (uint8, N x C x H x W) are in memory; converts them to the size and channels of `data`."""
+    return lambda chosen: Pixels(fit_arrays(images[chosen], size=data.image_size, channels=data.channels))
 
 
 @dataclass(frozen=True, eq=False)
