@@ -80,5 +80,5 @@ def test_the_digest_is_of_the_test_images_and_their_labels():
 def test_a_missing_or_damaged_table_is_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "samples.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=r"samples.parquet cannot be read .*dvc repro"):
+    with pytest.raises(UserError, match=r"samples.parquet is damaged .*dvc repro"):
         read(tmp_path / "samples.parquet")

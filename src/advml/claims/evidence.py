@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from advml.config import ThreatModelSection
-from advml.core.errors import UserError
-from advml.core.io import read_json
+from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records, samples
 from advml.evaluation.records import NONE, flag_summary, transfer_flags
@@ -151,10 +150,8 @@ class Study:
         if not path.is_file():
             raise Missing(f"{path}, without which accuracies cannot be paired image by image; restore it with: dvc pull, or {again}")
         table, about = samples.read(path)
-        try:
+        with reporting_damage(path, remedy=again):
             right, digest, images = samples.right(table, metric), about["digest"], about["test_digest"]
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}); {again}") from None
         if (digest, images) != (record["digest"], record.get("test_digest")):
             raise Missing(f"{path} is of other weights or test images than the record of {name}; {again}")
         if (len(right), int(right.sum())) != (figure["n"], figure["correct"]):

@@ -114,6 +114,20 @@ def read_json(path: Path, *, needs: Iterable[str] = (), remedy: str, kind: type 
     return content
 
 
+@contextlib.contextmanager
+def reporting_damage(path: Path, *, remedy: str, errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Context manager: errors about the content of a file become a UserError of one line that ends with the remedy.
+
+    Args:
+        errors: further types of error, of the library that reads it.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, *errors) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is damaged ({reason}); {remedy}") from None
+
+
 def to_yaml(content: Any, *, flow: bool | None = None) -> str:
     """Encode a value as YAML, keeping its order; `flow`: one line (True), a line per value (False), innermost lists in one line (None)."""
     from ruamel.yaml import YAML

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from advml.core.errors import UserError
-from advml.core.io import write_atomically
+from advml.core.io import reporting_damage, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +43,10 @@ def read(path: Path, *, digest: str) -> AdversarialImages:
         UserError: the file is missing or damaged, or was made for other weights.
     """
     again = "measure again with: dvc repro, or advml evaluate"
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            found = AdversarialImages(file.get_tensor("images"), json.loads(file.metadata()["record"]))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {again}") from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}); {again}") from None
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {again}")
+    with reporting_damage(path, remedy=again, errors=(SafetensorError,)), safetensors.safe_open(path, framework="pt") as file:
+        found = AdversarialImages(file.get_tensor("images"), json.loads(file.metadata()["record"]))
     if found.record.get("digest") != digest:
         raise UserError(f"{path} was made for other weights of {found.record.get('model')}; {again}")
     return found

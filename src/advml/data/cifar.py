@@ -16,6 +16,7 @@ import numpy as np
 
 from advml.config import Data
 from advml.core.errors import Failure, UserError
+from advml.core.io import reporting_damage
 from advml.core.paths import given_path
 from advml.data.cifar_pickle import read_pickle
 from advml.data.splits import Source, stored
@@ -27,6 +28,7 @@ from advml.data.splits import Source, stored
 # (see `cifar_pickle`). Both have the same images in the same order; the binary version is the one that is downloaded.
 
 PIXELS = 3 * 32 * 32
+AGAIN = "delete it and run advml prepare again"
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,11 @@ class Archive:
         """
         values = np.fromfile(path, dtype=np.uint8)
         if len(values) % (self.label_bytes + PIXELS):
-            raise UserError(f"{path} is cut short; delete it and run advml prepare again")
+            raise UserError(f"{path} is cut short; {AGAIN}")
         records = values.reshape(-1, self.label_bytes + PIXELS)
         labels = records[:, self.label_bytes - 1].astype(np.int64)
         if (labels >= classes).any():
-            raise UserError(
-                f"{path} holds label {labels.max()} of {classes} classes, so it is damaged; delete it and run advml prepare again"
-            )
+            raise UserError(f"{path} holds label {labels.max()} of {classes} classes, so it is damaged; {AGAIN}")
         return records[:, self.label_bytes :].reshape(-1, 3, 32, 32), labels
 
 
@@ -86,7 +86,7 @@ class PythonArchive(Archive):
         return all((folder / name).is_file() and (folder / name).stat().st_size > size for name, size in sizes.items())
 
     def read_classes(self, folder: Path) -> tuple[str, ...]:
-        with _blaming(path := folder / self.class_names):
+        with reporting_damage(path := folder / self.class_names, remedy=AGAIN):
             return tuple(read_pickle(path.read_bytes())[self.keys[0]])
 
     def read(self, path: Path, *, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +95,7 @@ class PythonArchive(Archive):
         Raises:
             UserError: the file is damaged, or contains anything but plain values and uint8 arrays.
         """
-        with _blaming(path):
+        with reporting_damage(path, remedy=AGAIN):
             content = read_pickle(path.read_bytes())
             pixels, labels = content["data"], np.array(content[self.keys[1]], dtype=np.int64)
             if (pixels.shape, labels.shape) != ((self.rows[path.name], PIXELS), (self.rows[path.name],)):
@@ -103,15 +103,6 @@ class PythonArchive(Archive):
             if not ((labels >= 0) & (labels < classes)).all():
                 raise ValueError(f"labels from {labels.min()} to {labels.max()} of {classes} classes")
             return np.ascontiguousarray(pixels).reshape(-1, 3, 32, 32), labels
-
-
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}); delete it and run advml prepare again") from None
 
 
 CIFAR10 = Archive(
@@ -198,7 +189,7 @@ def _fetch(root: Path, archives: tuple[Archive, ...]) -> tuple[Archive, Path]:
         names = " or ".join(archive.name for archive in archives)
         raise UserError(f"{found} and the download failed ({reason}); put {names} into {root} and run advml prepare again") from None
     if not archive.is_complete(root / archive.folder):
-        raise UserError(f"{root / archive.folder} is incomplete; delete it and run advml prepare again")
+        raise UserError(f"{root / archive.folder} is incomplete; {AGAIN}")
     return archive, root / archive.folder
 
 

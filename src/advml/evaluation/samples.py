@@ -31,8 +31,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 from torch import Tensor
 
-from advml.core.errors import UserError
-from advml.core.io import write_atomically
+from advml.core.io import reporting_damage, write_atomically
 from advml.data.datasets import Split
 
 CLEAN, WORST = "accuracy/clean", "accuracy/worst_case"
@@ -148,8 +147,6 @@ def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
+    with reporting_damage(path, remedy="measure again with: dvc repro", errors=(ArrowException,)):
         samples = pq.read_table(path)
         return samples, json.loads(samples.schema.metadata[METADATA])
-    except (OSError, ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); measure again with: dvc repro") from None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from advml.config import Grid
 from advml.core.device import Machine
 from advml.core.errors import UserError
+from advml.core.io import reporting_damage
 from advml.core.paths import Workspace, model_name
 from advml.data import adversarial
 from advml.data.datasets import Split
@@ -78,11 +79,9 @@ def evaluated(workspace: Workspace, name: str, network: nn.Module, test: Split, 
     table, about = samples.read(path)
     if about.get("digest") != digest or about.get("test_digest") != samples.digest_of(test):
         raise UserError(f"{path} is of other weights or test images than {name} has now; evaluate again with: dvc repro, or advml evaluate")
-    try:
+    with reporting_damage(path, remedy="measure again with: dvc repro, or advml evaluate"):
         clean, survived = (torch.tensor(samples.right(table, figure)) for figure in (samples.CLEAN, samples.WORST))
         threat = str(about["norm"]), float(about["epsilon"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); measure again with: dvc repro, or advml evaluate") from None
     return Evaluated(name, digest, network, workspace.adversarial(name), clean, survived, threat)
 
 

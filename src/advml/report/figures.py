@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from advml.config import Grid
-from advml.core.errors import UserError
-from advml.core.io import read_json
+from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records
 from advml.figures.curves import Curve, curve_grid
@@ -131,9 +130,7 @@ def _read(workspace: Workspace, model: str) -> tuple[dict[str, Any], dict[str, n
     folder, record = workspace.report(model), records.read(workspace, "represent", model)
     if record is None or not is_of_model(workspace, model, record.get("digest")):
         return None
-    try:
+    with reporting_damage(folder, remedy="measure again with: dvc repro", errors=(BadZipFile,)):
         described = read_json(folder / "cka.json", needs=("layers",), remedy="measure again with: dvc repro")
         with np.load(represent.content(folder / "cka.npz", digest=record.get("cka")), allow_pickle=False) as stored:
             return described, {name: stored[name] for name in MATRICES}
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{folder} is damaged ({error}); measure again with: dvc repro") from None

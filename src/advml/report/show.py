@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from advml.config import flatten
-from advml.core.errors import UserError
-from advml.core.io import read_json
+from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, find_model
 from advml.core.training_cost import SECONDS, STEPS, training_cost
 
@@ -67,11 +66,8 @@ def _given(made: Path) -> str:
 @contextlib.contextmanager
 def _reading(path: Path, *, again: str = "restore it with: dvc checkout") -> Iterator[dict[str, Any]]:
     """Context manager that yields a JSON file's content, and converts errors about missing or wrong keys to a UserError of one line."""
-    try:
+    with reporting_damage(path, remedy=again):
         yield read_json(path, remedy=again)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged ({reason}); {again}") from None
 
 
 def _origin(record: dict[str, Any]) -> dict[str, Any]:

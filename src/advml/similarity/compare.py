@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from advml import config
-from advml.core.errors import UserError
-from advml.core.io import read_json
+from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, model_name
 from advml.similarity import alternatives, represent
 from advml.similarity.alternatives import Tables
@@ -187,7 +186,7 @@ def stored(workspace: Workspace) -> Stored | None:
     folder, path = workspace.reports / "compare", workspace.record("compare", "panels")
     if not path.exists():
         return None
-    try:
+    with reporting_damage(folder, remedy="measure again with: advml compare", errors=(BadZipFile,)):
         record, described = (read_json(file, remedy="measure again with: advml compare") for file in (path, folder / "cka.json"))
         if not described["panels"] or record["cka"] is None:
             return None
@@ -199,8 +198,6 @@ def stored(workspace: Workspace) -> Stored | None:
         ):
             raise ValueError("models are missing in cka.json")
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-        raise UserError(f"{folder} is damaged ({error}); measure again with: advml compare") from None
 
 
 def read(file: IO[bytes], described: Mapping[str, Any]) -> Comparison:

@@ -24,7 +24,7 @@ from torch import Tensor
 from advml import config
 from advml.core.device import Machine
 from advml.core.errors import UserError
-from advml.core.io import sha256
+from advml.core.io import reporting_damage, sha256
 from advml.core.messages import tell
 from advml.data.datasets import Dataset, Split
 from advml.evaluation.intervals import wilson
@@ -317,16 +317,14 @@ def read(path: Path, *, digest: str | None, measure: str = "cka") -> tuple[Simil
     Raises:
         UserError: the file is missing, damaged, or not that of the record, or lacks the measure.
     """
-    try:
-        with np.load(content(path, digest=digest), allow_pickle=False) as stored:
-            if measure != "cka":
-                found = {pair: stored[f"{measure}/{matrix}"] for matrix, pair in zip(MATRICES, PAIRS, strict=True)}
-                return Tables(found, tuple(stored[f"{measure}/sizes"].tolist())), stored["counted"]
-            products = {((MODEL, first), (MODEL, second)): stored[f"products_{name}"] for name, (first, second) in MATRICES.items()}
-            norms = {(MODEL, kind): stored[f"norms_{kind}"] for kind in KINDS}
-            return Similarity({}, products, norms, tuple(stored["sizes"].tolist())), stored["counted"]
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); measure again with: dvc repro") from None
+    again = {"remedy": "measure again with: dvc repro", "errors": (BadZipFile,)}
+    with reporting_damage(path, **again), np.load(content(path, digest=digest), allow_pickle=False) as stored:
+        if measure != "cka":
+            found = {pair: stored[f"{measure}/{matrix}"] for matrix, pair in zip(MATRICES, PAIRS, strict=True)}
+            return Tables(found, tuple(stored[f"{measure}/sizes"].tolist())), stored["counted"]
+        products = {((MODEL, first), (MODEL, second)): stored[f"products_{name}"] for name, (first, second) in MATRICES.items()}
+        norms = {(MODEL, kind): stored[f"norms_{kind}"] for kind in KINDS}
+        return Similarity({}, products, norms, tuple(stored["sizes"].tolist())), stored["counted"]
 
 
 def describe(measured: Representation, spec: config.Similarity, *, of: dict[str, Any], attack: dict[str, Any]) -> dict[str, Any]:
