@@ -221,10 +221,7 @@ def _epoch(plan: Plan, context: _Pilot, *, batches: int, counting: bool = False)
 
 def _evaluation(context: _Pilot, network: Network, scheme: str) -> tuple[Cost, Cost, Cost]:
     """Costs of an evaluation: if no test image is broken, if all are broken at once, and of the diagnostics."""
-    network, machine, total = copy.deepcopy(network), context.machine, len(context.dataset.test)
-    if network.classifier is None:
-        network.attach_classifier(len(context.dataset.classes), seed=0)
-    place(network, machine.device).eval()
+    network, machine, total = _classifier(network, context), context.machine, len(context.dataset.test)
     with torch.no_grad():
         answers = torch.cat([network(machine.images(some)).argmax(1).cpu() for some in context.dataset.test.images.split(512)])
     harmless = replace(context, config=changed(context.config, {"threat_model.epsilon": 1e-6, "evaluate.epsilon": None}))
@@ -259,10 +256,7 @@ def _evaluation(context: _Pilot, network: Network, scheme: str) -> tuple[Cost, C
 
 def _representation(context: _Pilot, network: Network) -> Cost:
     """Cost of `represent` for one model, extrapolated from two sizes."""
-    network, data, total = copy.deepcopy(network), context.dataset, len(context.dataset.test)
-    if network.classifier is None:
-        network.attach_classifier(len(data.classes), seed=0)
-    place(network, context.machine.device).eval()
+    network, data, total = _classifier(network, context), context.dataset, len(context.dataset.test)
     found = []
     for count, counting in ((SIZES[0] * 2, False), (SIZES[1] * 2, False), (SIZES[0] * 2, True)):
         share = min(1.0, count / total)
@@ -272,6 +266,14 @@ def _representation(context: _Pilot, network: Network) -> Cost:
             found.append(meter.read())
     sizes = tuple(2 * size for size in SIZES)
     return replace(found[2] * (total / min(sizes[0], total)), seconds=_line(found[:2], sizes, total))
+
+
+def _classifier(network: Network, context: _Pilot) -> Network:
+    """Copy of a network on the device in eval mode, with a classifier."""
+    network = copy.deepcopy(network)
+    if network.classifier is None:
+        network.attach_classifier(len(context.dataset.classes), seed=0)
+    return place(network, context.machine.device).eval()
 
 
 def _line(costs: Sequence[Cost], sizes: Sequence[int], total: int) -> float:
