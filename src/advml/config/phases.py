@@ -67,6 +67,8 @@ class Phase(Section):
     keep: Literal["best", "last"] = means("epoch whose weights are kept: best on validation, last", "best")
 
 
+# Key of a phase -> key of the study whose value replaces a null
+INHERITED = {"epsilon": "threat_model.epsilon", "attack_kind": "attack.kind", "attack_steps": "attack.steps"}
 OF_THE_ATTACK = (
     *("loss", "clean_weight", "adversarial_weight", "weight_annealing", "attacked", "epsilon", "epsilon_warmup"),
     *("attack_kind", "attack_steps"),

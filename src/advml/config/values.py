@@ -127,11 +127,6 @@ CorruptionName = Literal[
 MeasureName = Literal["cka", "cka-pooled", "cka-rbf", "procrustes", "shape", "rsa", "svcca", "knn", "r2"]
 
 
-def _one_or_many(value: Any) -> Any:
-    """Convert a single word, as in `layers: blocks`, to a list."""
-    return (value,) if isinstance(value, str) else value
-
-
 def _all_or_none(value: Any) -> Any:
     """Convert `all`, `none` or a single name to a list of corruptions."""
     known = get_args(CorruptionName)
@@ -141,7 +136,7 @@ def _all_or_none(value: Any) -> Any:
     return value
 
 
-OneOrMany = BeforeValidator(_one_or_many)
+OneOrMany = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)  # a single word, as in `layers: blocks`
 AllOrNone = BeforeValidator(_all_or_none)
 
 

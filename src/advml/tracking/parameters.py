@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from advml.config import flatten, schema
+from advml.config import INHERITED, flatten, schema
 from advml.recipes import REGIMES, SCHEMES
 
 Record = Mapping[str, Any]
-# Key of a phase -> section and key that replace null
-OF_THE_ATTACK = {"epsilon": ("threat_model", "epsilon"), "attack_steps": ("attack", "steps")}
-NONE = dict.fromkeys(("epochs", *OF_THE_ATTACK), 0)  # parameters of a phase without training
+STRENGTH = {key: INHERITED[key].split(".") for key in ("epsilon", "attack_steps")}  # key of a phase -> section and key that replace null
+NONE = dict.fromkeys(("epochs", *STRENGTH), 0)  # parameters of a phase without training
 
 
 def comparable(record: Record) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def _phase(phase: Record | None, parameters: Record, *, attacked: bool) -> dict[
     if phase is None:
         return NONE
     always = {key: phase[key] for key, field in schema.Phase.model_fields.items() if field.is_required() and key in phase}
-    stand_ins = {key: phase.get(key) or (parameters.get(at) or {}).get(name) for key, (at, name) in OF_THE_ATTACK.items()}
+    stand_ins = {key: phase.get(key) or (parameters.get(at) or {}).get(name) for key, (at, name) in STRENGTH.items()}
     return always | _chosen(schema.Phase, phase) | (stand_ins if attacked else dict.fromkeys(stand_ins, 0))
 
 

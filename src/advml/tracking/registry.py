@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from advml.core.io import read_csv, read_json
 from advml.core.paths import Workspace
 from advml.tracking import store as stores
-from advml.tracking.parameters import OF_THE_ATTACK
+from advml.tracking.parameters import STRENGTH
 from advml.tracking.results import Record, phases
 from advml.tracking.run import Run
 from advml.tracking.store import DIGEST, FLAGS, MODEL, RESULT, TRANSFER_FLAGS
@@ -112,4 +112,4 @@ def _under_the_attack_of_the_study(record: Record) -> bool:
     parameters = record.get("parameters") or {}
     section, name = ("regimes", record.get("regime")) if record.get("kind") == "model" else ("pretrain", record.get("scheme"))
     phase = (parameters.get(section) or {}).get(name) or {}
-    return all(phase.get(key) in (None, (parameters.get(of) or {}).get(own)) for key, (of, own) in OF_THE_ATTACK.items())
+    return all(phase.get(key) in (None, (parameters.get(of) or {}).get(own)) for key, (of, own) in STRENGTH.items())

@@ -18,9 +18,6 @@ from advml.tuning import space as spaces
 from advml.tuning.search import Search, data_digest, digest_of, hyperband
 from advml.tuning.space import Values
 
-# Keys of a phase -> key of the study whose value replaces a null.
-INHERITED = {"epsilon": "threat_model.epsilon", "attack_kind": "attack.kind", "attack_steps": "attack.steps"}
-
 
 @dataclass(frozen=True)
 class TrainingSearch(Search):
@@ -98,7 +95,7 @@ class TrainingSearch(Search):
         """Value of a key of the space in params.yaml; for a null that inherits a value of the study, that value."""
         everything = flatten(self.config.model_dump())
         value = everything.get(self.full_key(key))
-        return everything[INHERITED[key]] if value is None and key in INHERITED else value
+        return everything[config.INHERITED[key]] if value is None and key in config.INHERITED else value
 
     def default(self) -> Values:
         return {key: self.base(key) for key in self.space}

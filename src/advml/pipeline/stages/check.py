@@ -12,7 +12,7 @@ from advml.core.io import write_atomically
 from advml.core.paths import Workspace
 from advml.recipes import REGIMES
 
-OF_THE_ATTACK = ("threat_model", "attack")
+ATTACK_SECTIONS = ("threat_model", "attack")
 
 
 def run(params: Path) -> Path:
@@ -39,7 +39,7 @@ def _check_attacks(config: Config, pipeline: Path) -> None:
     stages = YAML(typ="safe").load(pipeline)["stages"] if attacked and pipeline.is_file() else {}
     for regime in attacked:
         stage = f"finetune_{REGIMES[regime].pretraining}"
-        if stage in stages and (lacking := [key for key in OF_THE_ATTACK if key not in stages[stage].get("params", ())]):
+        if stage in stages and (lacking := [key for key in ATTACK_SECTIONS if key not in stages[stage].get("params", ())]):
             raise UserError(
                 f"{pipeline}: {stage} trains {regime} under attack and must depend on it; add to its params: {', '.join(lacking)}"
             )
