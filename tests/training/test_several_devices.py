@@ -80,10 +80,10 @@ class Training:
 VIEWS, SWA = {"attacked": "views"}, {"average": "swa", "average_start": 0.0}
 THREE_VIEWS = Training("SCL", {"views": 3, "average": "ema", "average_decay": 0.5})
 TRAININGS = {
-    "fast, of views, swa": Training("CL", VIEWS | SWA, {"kind": "fast"}),
+    "fast, of views, swa": Training("CL", VIEWS | SWA | {"epsilon": 0.15}, {"kind": "fast"}),
     "free": Training("Full-AT", {"epochs": 4}, {"kind": "free"}),
     "micro-batches, batch norms in train mode under attack": Training(
-        "EMP", {"views": 3}, {"batch_norm": "train", "steps": 1}, micro_batch=50
+        "EMP", {"views": 2}, {"batch_norm": "train", "steps": 1}, micro_batch=16
     ),
     "hybrid, of views, swa": Training("CLxSL", VIEWS | SWA),
     "hybrid, free, of views": Training("CLxSL", VIEWS | {"epochs": 4}, {"kind": "free"}),

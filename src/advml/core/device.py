@@ -88,9 +88,7 @@ def machine(runtime: config.Runtime) -> Machine:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.precision == "tf32"
     if runtime.compile and ranks.started_by_torchrun():
         reason = "torch.compile cannot compile batch norms that exchange statistics"
-        raise UserError(
-            f"runtime.compile = true is not supported with several processes ({reason}); set it to false, or start without torchrun"
-        )
+        raise UserError(f"runtime.compile = true is not supported with several processes ({reason}); set it to false, or start one process")
     try:
         device = chosen_device(runtime.device)
         if device.type == "cuda" and runtime.deterministic:
@@ -104,7 +102,7 @@ def machine(runtime: config.Runtime) -> Machine:
             f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
         ) from None
     if device.type == "cuda" and ranks.count() == 1 and (seen := torch.cuda.device_count()) > 1:
-        tell(f"note: {seen} GPUs are visible, one is used; to train a model on all: torchrun --nproc-per-node {seen} -m advml train ...")
+        tell(f"note: {seen} GPUs are visible, one is used; to train a model on all: advml train ... --processes {seen}")
     return Machine(device, runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
 
 

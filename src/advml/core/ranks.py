@@ -1,4 +1,4 @@
-"""Train one model with several processes, started by torchrun; each has a device, and processes a part of every batch.
+"""Train one model with several processes, started by `start` or torchrun; each has a device, and processes a part of every batch.
 
 Of P processes, process r computes the images r, r + P, r + 2 P, ... of every batch. Every process draws the random numbers of the whole
 batch and uses its part of them, so the numbers do not depend on the number of processes. Computations that couple images (contrastive
@@ -10,11 +10,13 @@ A tensor of a batch has blocks of one row per image: one block, one for each vie
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from advml.core.errors import UserError
+from advml.core.errors import Failure, UserError
 
 _streams: tuple[int, ...] = ()  # numbers of images of the current batch in each stream, while it is shared
 _perturbed: tuple[int, ...] = ()  # sizes of the blocks of its tensors of perturbed images
@@ -46,6 +48,31 @@ def is_first() -> bool:
 def started_by_torchrun() -> bool:
     """Whether torchrun has started several processes."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def start(processes: int) -> NoReturn:
+    """Run this command in several processes of this machine by torchrun, without its report of errors, and end with their exit code.
+
+    Raises:
+        Failure: a process was killed.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()  # torchrun reports every signal and error at length
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    try:
+        run.run(run.parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", "advml", *sys.argv[1:]]))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)
+        told = f"process {rank} of {processes} was killed by signal {-failure.exitcode}"
+        raise Failure(f"{told}; the same command continues from the last finished epoch") from None
+    sys.exit(0)
 
 
 def join(device: torch.device) -> torch.device:
@@ -82,7 +109,7 @@ def need_images(*streams: int) -> None:
     """Raise UserError if a stream has fewer images in a batch than there are processes."""
     if min(streams) < count():
         told = f"a batch of {' and '.join(map(str, streams))} images cannot be shared by {count()} processes"
-        raise UserError(f"{told}; start fewer: torchrun --nproc-per-node {min(streams)}, or choose another batch_size")
+        raise UserError(f"{told}; start {min(streams)} or fewer, or choose another batch_size")
 
 
 @contextlib.contextmanager
