@@ -44,10 +44,9 @@ def is_verbose() -> bool:
 
 def tell(text: object) -> None:
     """Print one line on stderr; under -q, only errors and warnings; in torchrun's processes other than the first, only errors."""
-    is_first = os.environ.get("RANK", "0") == "0"
-    if (is_quiet() or not is_first) and not str(text).startswith(("advml: ", *(["warning: "] if is_first else []))):
-        return
-    print(one_line(text), file=sys.stderr, flush=True)
+    kinds = ("advml: ",) if os.environ.get("RANK", "0") != "0" else ("advml: ", "warning: ") if is_quiet() else ("",)
+    if str(text).startswith(kinds):
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 def _without_middle(text: str) -> str:

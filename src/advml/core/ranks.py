@@ -183,7 +183,7 @@ def _blocks(rows: int, count_in: Callable[[int], int]) -> tuple[int, ...]:
     if rows == sum(map(count_in, _perturbed)):
         return _perturbed
     views, rest = divmod(rows, sum(map(count_in, _streams)))
-    assert not rest, f"{rows} rows are no multiple of a batch of {_streams} images"
+    assert not rest and (views == 1 or len(_streams) == 1), f"{rows} rows are not those of a batch of {_streams} images"
     return views * _streams
 
 
