@@ -20,7 +20,7 @@ from advml.core.errors import UserError
 from advml.core.messages import OUTPUT
 
 app = typer.Typer(
-    help="Robustness and representations of supervised and contrastive networks. Start with: advml preset digits > params.yaml",
+    help="Robustness and representations of supervised and contrastive networks. Start with: advml init digits",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -15,12 +15,12 @@ from advml.core.messages import tell
 def sync(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Rebuild missing or outdated MLflow runs from the study's files: after dvc pull, a hit in DVC's run cache, or an outage.
 
-    Writes to the MLflow store only. Next: make ui
+    Writes to the MLflow store only. Next: advml ui
     """
     from advml import tracking
 
     made = tracking.sync(store_of(params, overrides))
-    print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: make ui")
+    print(f"{len(made)} runs rebuilt or brought up to date{': ' if made else ''}{', '.join(made)}\nnext: advml ui")
 
 
 def link(
@@ -28,7 +28,7 @@ def link(
 ) -> None:
     """Print the address of this study's runs in the MLflow UI.
 
-    Writes nothing. Next: make ui
+    Writes nothing. Next: advml ui
     """
     from advml.servers import mlflow_ui
 

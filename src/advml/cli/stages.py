@@ -49,14 +49,15 @@ OF_EVALUATE = {
 OF_REPRESENT = {SCHEME: ("--seed",), FOLDER: ("--images",), FUNCTION: ("--images", "--mean", "--std"), TIMM: ("--images",)}
 
 
-def check(params: Params = PARAMS) -> None:
-    """Validate params.yaml.
+def check(overrides: Overrides = None, params: Params = PARAMS) -> None:
+    """Validate params.yaml; with -S, params.yaml as it would be with these values.
 
-    Writes data/checked, which all other stages depend on. Next: advml prepare
+    Writes data/checked, which all other stages depend on, unless there are overrides. Next: advml prepare
     """
     from advml.pipeline.stages import check as stage
 
-    say(str(stage.run(params)), "advml prepare")
+    written = stage.run(params, overrides or ())
+    say(str(written) if written else "nothing: with -S, values are only checked", "advml prepare")
 
 
 def prepare(as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS) -> None:
@@ -279,7 +280,7 @@ def transfer(overrides: Overrides = None, params: Params = PARAMS) -> None:
 def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     """Write the study's table, tests of the paper's claims, and a page with all figures.
 
-    Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: make ui
+    Writes reports/report.html, claims.json, summary.csv, summary.md and summary.png. Next: advml ui
     """
     context = context_of(params, overrides)
     from advml.pipeline.stages import report as stage
@@ -288,7 +289,7 @@ def report(overrides: Overrides = None, params: Params = PARAMS) -> None:
     show_table(context.config, context.workspace)
     say(
         f"{context.workspace.reports}/report.html, claims.json, summary.csv, summary.md, summary.png",
-        "make ui   (compare the runs in MLflow), or: advml show " + table[-1]["model"],
+        "advml ui   (compare the runs in MLflow), or: advml show " + table[-1]["model"],
     )
 
 

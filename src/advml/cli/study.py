@@ -12,6 +12,7 @@ import typer
 from advml.cli.options import PARAMS, PRESETS, AsJson, ClusterOption, Overrides, Params, Quick, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
+from advml.core.messages import tell
 from advml.core.paths import Workspace
 
 
@@ -29,8 +30,14 @@ def init(
     from advml.pipeline.new_study import new_study
 
     written = new_study(folder, name, quick=quick, overrides=overrides or ())
+    if "params.yaml" not in written:
+        tell(f"note: {folder / 'params.yaml'} exists and was kept; {name} is not its preset if it was written for another one")
     there = "" if folder == Path() else f"cd {folder} && "
-    first = "set data.path and data.image_size in params.yaml, then: " if name == "folder" else ""
+    given = [override.partition("=")[0].strip() for override in overrides or ()]
+    open_keys = [key for key in ("data.path", "data.image_size") if name == "folder" and key not in given and "params.yaml" in written]
+    first = f"set {' and '.join(open_keys)} in params.yaml, then: " if open_keys else ""
+    if ".git" in written:
+        tell("note: results name the commit that they come from; before the first run: git add -A && git commit -m 'New study'")
     say(", ".join(written) or "nothing: all files exist", f"{first}{there}dvc repro")
 
 
@@ -135,7 +142,7 @@ def repro(
 ) -> None:
     """Run outdated stages like dvc repro, but several at a time; then print the table of results.
 
-    Writes the files of the stages. Next: make ui
+    Writes the files of the stages. Next: advml ui
     """
     if overrides or params.name != PARAMS.name:
         raise UserError(
@@ -164,7 +171,7 @@ def repro(
     print(f"{len(ran)} stages ran in {time.monotonic() - started:.0f} s" if ran else "everything is up to date")
     rows = show_table(configuration, Workspace(params.parent))
     print("next: open reports/report.html     the whole study on one page")
-    print("      make ui                      compare the runs in MLflow")
+    print("      advml ui                     compare the runs in MLflow")
     if rows:
         print(f"      advml show {rows[-1]['model']:18}data, settings and measurements of a model")
     print("      dvc plots show               training curves and the result chart as a page")

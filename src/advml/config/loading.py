@@ -39,7 +39,7 @@ def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...
         with path.open(encoding="utf-8") as file:
             text = file.read(LONGEST + 1)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; write one with: advml preset digits > {path}") from None
+        raise UserError(f"{path} does not exist; work in the folder of a study, or create one with: advml init digits") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
         raise UserError(f"{path} cannot be read: {error}") from None
     if len(text) > LONGEST:

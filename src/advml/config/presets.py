@@ -27,15 +27,14 @@ class Preset:
     title: str
     values: dict[str, Any]
     remarks: dict[str, str] = field(default_factory=dict)
-    schema: str = "params.schema.json"  # path of the JSON schema, relative to the file
 
 
 HEADER = """\
 # Keys that are missing here have neutral defaults; `advml preset {command} --full` prints all keys with their meanings.
 # Change a key and run `dvc repro`: only the stages that depend on it run again. For one command: `advml train CL AT -S temperature=0.1`;
 # with `dvc exp run`, a key that is missing here needs a plus: `-S +evaluate.restarts=5`. Numbers may be fractions (8/255).
-# The next line is for editors; outside of the repository: `advml schema > params.schema.json`.
-# yaml-language-server: $schema={schema}
+# The next line is for editors; in a new study first: `advml schema > params.schema.json`.
+# yaml-language-server: $schema=params.schema.json
 
 """
 
@@ -311,8 +310,8 @@ def _cifar(key: str, name: str) -> dict[str, Preset]:
 # name -> protocol -> preset
 PRESETS: dict[str, dict[str, Preset]] = {
     "digits": {"corrected": Preset("Study on scikit-learn's digits.", DIGITS)},
-    "smoke": {"corrected": Preset("Every kind of stage on a few digits, in about a minute.", SMOKE, schema="../../params.schema.json")},
-    "semi_supervised": {"corrected": Preset("Digits with a tenth of the labels.", SEMI_SUPERVISED, schema="../../params.schema.json")},
+    "smoke": {"corrected": Preset("Every kind of stage on a few digits, in about a minute.", SMOKE)},
+    "semi_supervised": {"corrected": Preset("Digits with a tenth of the labels.", SEMI_SUPERVISED)},
     "cifar10": _cifar("cifar10", "CIFAR-10"),
     "cifar100": _cifar("cifar100", "CIFAR-100"),
     "folder": {"corrected": Preset("Study on your own images. Start with the keys numbered 1 to 5.", FOLDER, FOLDER_REMARKS)},
@@ -347,5 +346,5 @@ def preset(name: str, *, protocol: str = "corrected", quick: bool = False, overr
         put(raw, dict([parse_override(override)]), prefix="-S ")
     validate(raw, source=f"preset {name}", overrides=overrides)
     command = name + (" --quick" if quick else "" if protocol == "corrected" else f" --protocol {protocol}")
-    header = f"# {chosen.title}\n" + HEADER.format(command=command, schema=chosen.schema)
+    header = f"# {chosen.title}\n" + HEADER.format(command=command)
     return header + write(raw, chosen.remarks, full=full)

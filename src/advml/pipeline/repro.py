@@ -29,6 +29,7 @@ from advml.recipes import PhaseName
 
 REMEDIES = {  # part of DVC's error message -> remedy
     "is not a git repository": "; run: git init, or, to work without git: dvc config --local core.no_scm true",
+    "not inside of a DVC repository": "; create the study's files with: advml init",
     "RWLock-file": "; DVC was killed while it wrote this file: remove it",
 }
 

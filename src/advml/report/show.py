@@ -75,7 +75,7 @@ def _origin(record: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "data": f"{data['source']}, {', '.join(f'{count} {split}' for split, count in data['counts'].items())}",
         "data digest": data["digest"][:16],
-        "git commit": record["git_commit"] or "none: outside of git",
+        "git commit": record["git_commit"] or "none: outside of git, or nothing was committed yet",
         "weights": record["digest"][:16],
     }
     if "pretraining" in record:

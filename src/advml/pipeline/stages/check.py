@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -15,8 +16,8 @@ from advml.recipes import REGIMES
 ATTACK_SECTIONS = ("threat_model", "attack")
 
 
-def run(params: Path) -> Path:
-    """Validate params.yaml and write `data/checked`, on which `prepare` and hence every stage depends.
+def run(params: Path, overrides: Sequence[str] = ()) -> Path | None:
+    """Validate params.yaml and, without overrides, write `data/checked`, on which `prepare` and hence every stage depends.
 
     This is a stage of its own because DVC deletes a stage's outputs before it starts the command, so that a seed such as `../x` must be
     refused one stage earlier. The file's content is constant, so that changed seeds do not make `prepare` run again. `dvc checkout -f` runs
@@ -26,7 +27,9 @@ def run(params: Path) -> Path:
     Raises:
         UserError: params.yaml is not valid, or dvc.yaml lacks the attack's parameters for a regime of the grid.
     """
-    _check_attacks(load(params), params.with_name("dvc.yaml"))
+    _check_attacks(load(params, tuple(overrides)), params.with_name("dvc.yaml"))
+    if overrides:
+        return None
     checked = Workspace(params.parent).checked
     checked.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(checked, b"params.yaml was valid when the stage `check` ran\n")
