@@ -327,7 +327,8 @@ USER = {
         "pretrain CL st --seed 1 -S runtime.device=tpu",
         "runtime.device = 'tpu'; must be auto, cpu, ",
     ),
-    "no pipeline": ("repro", "dvc: "),
+    "a value that is only checked": ("check -S attack.steps=0", "attack.steps = 0"),
+    "no pipeline": ("repro", "advml init"),
 }
 
 

@@ -527,6 +527,19 @@ def test_train_prepares_data_that_are_missing_or_of_other_parameters(make_study,
     assert prepared == [1, 1]
 
 
+def test_train_names_the_models_of_the_data_that_it_replaces(finetuned, monkeypatch, capsys):
+    study = finetuned
+    prepared = datasets.load(study.workspace.prepared)
+    splits = {"train": prepared.test, "validation": prepared.validation, "test": prepared.train}
+    other = replace(prepared, **splits, digest=digest(splits, prepared.classes))
+    monkeypatch.setattr(prepare, "run", lambda context: datasets.save(other, context.workspace.prepared))
+    for stage in (pretrain, finetune, evaluate):
+        monkeypatch.setattr(stage, "run", lambda *_, **__: {})
+    train.run(study.context("data.max_train=96"), scheme="SL", regime="ST", seed=0)
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    assert "CL-Full-AT-s0" in warning and "advml prepare" in warning
+
+
 def test_train_notices_that_the_images_have_changed(make_study, monkeypatch, tmp_path):
     """DVC hashes what `prepare` writes, not what it reads."""
     study = photo_study(make_study, tmp_path)
