@@ -291,37 +291,6 @@ def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(late, tmp
     assert study.runs() == [(MODEL, "FINISHED")]
 
 
-SEARCHED = {
-    "CL": ("loss=trades", "adversarial_weight=6", "layer_decay=0.7", "frozen_statistics=true", "epsilon=0.1", "epsilon_warmup=0.6"),
-    "SL": ("loss=trades", "epsilon_warmup=1", "attack_steps=2", "layer_decay=0.5"),
-}
-
-
-def test_a_phase_with_the_options_of_a_search_goes_on_after_a_kill(pretrained, make_study, uninterrupted, monkeypatch):
-    options = [f"regimes.Full-AT.{option}" for option in SEARCHED["CL"]]
-    whole = make_study("whole", *EPOCHS)
-    shutil.copytree(uninterrupted.workspace.pretrained(PRETRAINING), whole.workspace.pretrained(PRETRAINING))
-    finetune.run(whole.context(*options), scheme="CL", regime="Full-AT", seed=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "reach", nth(8, die, lambda *_: None))  # in the third epoch: the radius has stopped rising
-        fork_and_die(lambda: finetune.run(pretrained.context(*options), scheme="CL", regime="Full-AT", seed=0))
-    finetune.run(pretrained.context(*options), scheme="CL", regime="Full-AT", seed=0)
-    assert results(pretrained, MODEL) == results(whole, MODEL)
-    weights = f"models/finetune/{MODEL}/model.safetensors"
-    assert results(pretrained, MODEL)[weights] != results(uninterrupted, MODEL)[weights]  # else no option has done anything
-
-
-def test_a_pretraining_with_the_options_of_a_search_goes_on_after_a_kill(make_study, monkeypatch):
-    options = ["pretrain.SL.epochs=3", *(f"pretrain.SL.{option}" for option in SEARCHED["SL"])]
-    whole, begun = make_study("whole", *EPOCHS, *options), make_study("killed", *EPOCHS, *options)
-    pretrain.run(whole.context(), scheme="SL", phase="at", seed=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "reach", nth(5, die, lambda *_: None))  # while the radius rises
-        fork_and_die(lambda: pretrain.run(begun.context(), scheme="SL", phase="at", seed=0))
-    pretrain.run(begun.context(), scheme="SL", phase="at", seed=0)
-    assert results(begun, "SL-at-s0") == results(whole, "SL-at-s0")
-
-
 # Of stages that did not run here.
 LATER = {
     "record",

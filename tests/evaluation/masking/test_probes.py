@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import pgd
 from advml.attacks.threat_model import ThreatModel
-from advml.core.device import own_randomness
 from advml.evaluation.masking.probes import Target
 
 IMAGES = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -65,5 +64,3 @@ def test_values_and_gradients_that_are_not_finite_do_not_reach_pgd():
     poles = Lambda(lambda images: torch.cat([images.flatten(1) * torch.nan, square(images)], dim=1))
     found = pgd(Target(poles).objective(total), IMAGES, threat_model=ThreatModel("l2", 0.1), steps=2, keep="best")
     assert torch.equal(found, IMAGES)
-
-

@@ -58,7 +58,7 @@ SOUND = Evidence(
     forward=240.0,
     backward=125.0,
 )
-PROBABILITIES = {"output_low": 0.0, "output_sum": 1.0, "output_log_sum_exp": 2.3}
+SHARES = {"output_low": 0.0, "output_sum": 1.0, "output_log_sum_exp": 2.3}
 
 # flag, what raises nothing, what raises it, a number that it must say
 LINES = [
@@ -98,8 +98,13 @@ LINES = [
     ("success_lost", {"batch_difference": 0.02}, {"batch_difference": 0.021}, "0.021"),
     ("randomised", {"output_difference": 1e-4}, {"output_difference": 1.1e-4}, "0.00011"),
     ("randomised", {}, {"predictions_changed": 1}, "1 predictions"),
-    ("softmax_output", PROBABILITIES | {"output_sum_spread": 2e-3}, PROBABILITIES | {"output_sum_spread": 1e-3}, "sums to 1"),
-    ("softmax_output", PROBABILITIES | {"output_low": -1e-3, "output_sum_spread": 0.0}, PROBABILITIES | {"output_sum_spread": 0.0}, "below 0"),
+    ("softmax_output", SHARES | {"output_sum_spread": 2e-3}, SHARES | {"output_sum_spread": 1e-3}, "sums to 1"),
+    (
+        "softmax_output",
+        SHARES | {"output_low": -1e-3, "output_sum_spread": 0.0},
+        SHARES | {"output_sum_spread": 0.0},
+        "below 0",
+    ),
     ("softmax_output", {"output_log_sum_exp": 1.1e-3}, {"output_log_sum_exp": 1e-3}, "log-probabilities"),
 ]
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import advml
 from advml import tracking
 from advml.core.errors import UserError
-from advml.data import adversarial, datasets, duplicates
+from advml.data import datasets, duplicates
 from advml.evaluation import records
 from advml.models.external import Given
 from advml.pipeline.stages import compare, evaluate, finetune, pretrain, report, represent, transfer
@@ -170,12 +170,6 @@ def test_adversarial_images_that_do_not_fit_are_refused(study, fault):
     with pytest.raises(UserError, match=r"SL-AT-s0\.safetensors") as refused:
         represent.run(study.context(), scheme="SL", regime="AT", seed=0)
     assert "evaluate" in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_reading_back_what_was_written(tmp_path):
-    path = tmp_path / "deep" / "images.safetensors"
-    adversarial.write(adversarial.AdversarialImages(torch.rand(2, 1, 4, 4), {"digest": "d", "epsilon": 0.1}), path)
-    assert adversarial.read(path, digest="d").record == {"digest": "d", "epsilon": 0.1}
 
 
 def test_the_run_carries_the_report_as_artifacts(measured):
