@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transcriptions import linf_steps, supcon
 
 from advml import config
 from advml.attacks.pgd import Adversary
@@ -112,17 +113,6 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 # One step, against a literal transcription of the formulas
 
 
-def literal_contrastive(first: Tensor, second: Tensor, groups: list[int], t: float) -> Tensor:
-    """Khosla et al. 2020, eq. 2: mean over the 2N anchors of -1/|P(i)| sum_p log(exp(z_i.z_p/t) / sum_{a != i} exp(z_i.z_a/t))."""
-    z, group = torch.cat([first, second]).double(), [*groups, *groups]
-    losses = []
-    for i in range(len(z)):
-        denominator = sum(torch.exp(z[i] @ z[a] / t) for a in range(len(z)) if a != i)
-        positives = [p for p in range(len(z)) if p != i and group[p] == group[i]]
-        losses.append(-sum(torch.log(torch.exp(z[i] @ z[p] / t) / denominator) for p in positives) / len(positives))
-    return torch.stack(losses).mean()
-
-
 def literal_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """-sum_k q_k log p_k, where q is (1 - s) at the label plus s / K everywhere."""
     p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
@@ -135,17 +125,6 @@ def literal_divergence(first: Tensor, second: Tensor) -> Tensor:
     """Zhang et al. 2019, eq. 5: sum_k p_k log(p_k / q_k), p from the first logits."""
     p, q = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True) for logits in (first, second))
     return (p * (p / q).log()).sum(1).mean()
-
-
-def literal_pgd(loss: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator, *, epsilon: float, steps: int) -> Tensor:
-    """Steps of 2.5 epsilon / steps along the sign of the gradient, from a uniformly random start, inside ball and box."""
-    attacked = (x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
-    for _ in range(steps):
-        attacked = attacked.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(attacked), attacked)
-        attacked = attacked.detach() + 2.5 * epsilon / steps * gradient.sign()
-        attacked = torch.minimum(torch.maximum(attacked, x - epsilon), x + epsilon).clamp(0, 1)
-    return attacked
 
 
 @dataclass
@@ -162,7 +141,7 @@ class Literal:
     steps: int = 2
 
     def pair(self, first: Tensor, second: Tensor) -> Tensor:
-        return literal_contrastive(*self.network.embed(torch.cat([first, second])).chunk(2), self.groups, CONFIG.temperature)
+        return supcon(self.network.embed(torch.cat([first, second])), self.groups * 2, CONFIG.temperature).mean()
 
     def classify(self, x: Tensor, smoothing: float) -> Tensor:
         return literal_cross_entropy(self.network(x), self.labels, smoothing)
@@ -177,7 +156,8 @@ class Literal:
         loss = lambda d: self.pair(x, d) if self.groups else self.classify(d, 0.0)  # noqa: E731
         if self.trades:
             loss = lambda d: literal_divergence(fixed, self.network(d))  # noqa: E731
-        attacked = literal_pgd(loss, x, generator, epsilon=self.epsilon, steps=self.steps)
+        start = (x + self.epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+        attacked = linf_steps(loss, x, start, epsilon=self.epsilon, steps=self.steps)
         self.network.train(self.modes[0])
         if self.trades:
             return literal_divergence(self.network(x), self.network(attacked))
