@@ -60,7 +60,7 @@ AT_ONCE = (
     "advml.engine.fork_server",
     "advml.recipes",
 )
-LIGHT = (*AT_ONCE, "advml.config", "advml.core.progress", "advml.pipeline.repro", "advml.report.show")
+LIGHT = (*AT_ONCE, "advml.config", "advml.config.presets", "advml.core.progress", "advml.pipeline.repro", "advml.report.show")
 # What is imported in functions, or for types alone, because it would take too long otherwise; all else is imported at the top.
 LATE_LIBRARIES = {
     "dask, distributed": "1.4 s, for commands that run stages or trials",
