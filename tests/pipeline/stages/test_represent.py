@@ -316,17 +316,12 @@ def test_the_source_may_be_a_model_that_is_not_compared(study, tmp_path):
     assert {about["model"] for about in source.values()} == {"SL-Full-AT-s0"}
 
 
-def test_a_grid_without_two_models_has_nothing_to_compare(study):
-    assert compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")) is None
-    assert json.loads((study.workspace.reports / "compare" / "cka.json").read_text())["panels"] == []
-    report.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
-
-
 def test_a_grid_that_has_nothing_to_compare_any_more_leaves_no_figures_behind(study):
-    folder = study.workspace.reports / "compare"
+    folder, context = study.workspace.reports / "compare", study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")
     assert (folder / "clean.png").exists()
-    compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
+    assert compare.run(context) is None and json.loads((folder / "cka.json").read_text())["panels"] == []
     assert {path.name for path in folder.iterdir()} == {"cka.json"} and drawn.panels(study.workspace) == {}
+    report.run(context)
 
 
 def test_only_the_comparison_of_the_study_is_recorded(study, tmp_path):
