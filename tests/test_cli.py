@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from advml.cli import app, guarded
-from advml.config.presets import PRESETS
 from advml.core.errors import Failure, UserError
-from advml.models.normalization import KNOWN
-from advml.recipes import SCHEMES
 from advml.servers import mlflow_ui
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,36 +23,6 @@ COMMANDS = [command.name for command in app.registered_commands]
 
 
 # Help
-
-
-def help_of(*arguments: str) -> str:
-    done = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
-    assert done.exit_code == 0
-    return done.stdout
-
-
-def test_help_lists_every_command_in_its_panel():
-    shown = help_of()
-    stages, beside = shown.index("Stages of the pipeline"), shown.index("Other commands")
-    of_stages = ("check", "prepare", "pretrain", "finetune", "evaluate", "represent", "compare", "transfer", "report", "stage")
-    for name in of_stages:
-        assert stages < shown.index(f"{name} ") < beside
-    for name in set(COMMANDS) - set(of_stages):
-        assert shown.index(f" {name} ", beside) > beside
-
-
-@pytest.mark.parametrize(("command", "names"), [("preset", PRESETS), ("evaluate", KNOWN), ("represent", SCHEMES)])
-def test_help_lists_the_names_that_there_are(command, names):
-    shown = help_of(command)
-    assert not {name for name in names if not re.search(rf"\b{name}\b", shown)}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_a_command_names_its_outputs_and_what_comes_next(command):
-    shown = help_of(command)
-    assert "Writes " in shown and "Next: " in shown
-    following = shown.split("Next: ")[1].split()[:2]
-    assert following[0] != "advml" or following[1] in COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -194,11 +160,6 @@ def test_another_folder_is_chosen_by_its_params_yaml(study, advml, tmp_path):
     done = advml("evaluate", "CL", "ST", "--params", str(folder.params), cwd=tmp_path)
     assert done.returncode == 0 and f"wrote {folder.workspace.report('CL-ST-s0')}" in done.stdout
     assert not list(tmp_path.iterdir())
-
-
-def test_preset_prints_a_complete_file(study, advml, tmp_path):
-    done = advml("preset", "digits", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == (REPOSITORY / "params.yaml").read_text()
 
 
 def test_what_is_printed_is_utf_8_whatever_the_locale(advml, tmp_path):

@@ -387,18 +387,6 @@ def first_step(study, monkeypatch) -> int:
     return steps[0]
 
 
-def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted, monkeypatch, tmp_path):
-    state = state_file(killed).read_bytes()
-    assert first_step(killed.copy(tmp_path / "whole"), monkeypatch) == 9  # of the third epoch: an undamaged one goes on
-    for content in (b"", b"PK\x03\x04 something else", state[:-1000]):
-        state_file(killed).write_bytes(content)
-        assert first_step(killed, monkeypatch) == 1
-    state_file(killed).write_bytes(state[:-1000])
-    pretrain.run(killed.context(), scheme="CL", phase="at", seed=0)
-    assert results(killed, PRETRAINING) == results(uninterrupted, PRETRAINING)
-    assert killed.runs() == [(PRETRAINING, "FINISHED")]
-
-
 def test_another_version_of_the_sources_starts_afresh(killed, monkeypatch):
     monkeypatch.setattr("advml.pipeline.context.source_digest", lambda stage: "other sources")
     assert first_step(killed, monkeypatch) == 1
@@ -528,20 +516,6 @@ def test_a_repro_that_ends_early_leaves_no_stage_at_work(make_study, outright):
         assert len(family) >= 4 and psutil.wait_procs(family, timeout=TIMEOUT if outright else 5)[1] == []
     assert outright or (process.returncode == 130 and stderr == INTERRUPTED)
     assert study.runs() == [(PRETRAINING, "KILLED")]
-
-
-def test_a_full_disk_loses_no_finished_epoch(begun, uninterrupted, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", nth(3, full, checkpoint.save_file))
-        with pytest.raises(OSError, match="No space left"):
-            pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
-    assert begun.runs() == [(PRETRAINING, "FAILED")]
-    assert epoch_of(begun) == 2
-    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
-    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
 
 
 def state_file(study) -> Path:

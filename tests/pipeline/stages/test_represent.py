@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -21,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import advml
 from advml import tracking
 from advml.core.errors import UserError
-from advml.data import datasets, duplicates
 from advml.evaluation import records
 from advml.models.external import Given
 from advml.pipeline.stages import compare, evaluate, finetune, pretrain, report, represent, transfer
@@ -413,14 +411,6 @@ def test_the_page_stands_without_representations(study):
     shutil.rmtree(study.root / "records" / "compare")
     report.run(study.context())
     assert "Layers within a network" not in (study.workspace.reports / "report.html").read_text()
-
-
-def test_the_page_says_which_images_are_identical(study):
-    copies = duplicates.find(np.zeros((3, 1), np.uint8), labels=np.array([0, 1, 0]), split=np.array([0, 0, 2]))
-    found = duplicates.describe(copies) | {"dropped": {}, "examples": [[{"image": "one.png"}, {"image": "other.png"}]]}
-    datasets.save(replace(study.context().dataset, duplicates=found), study.workspace.prepared)
-    report.run(study.context())
-    assert duplicates.sentence(found) in (study.workspace.reports / "report.html").read_text()
 
 
 def test_a_stage_that_is_run_by_hand_again_writes_the_same_bytes(study, drawing, monkeypatch):

@@ -118,12 +118,6 @@ def test_a_grid_of_one_model_is_no_error_and_says_so(study, capsys, models):
     assert not (study.workspace.reports / "transfer" / "transfer.png").exists()
 
 
-def test_the_command_names_flagged_models_and_what_comes_next(study, capsys):
-    cli.app(["transfer", "--params", str(study.params)], standalone_mode=False)
-    said = capsys.readouterr().out
-    assert "seed 1: 2 models; flagged, because images of other models break them: none" in said and "next: advml report" in said
-
-
 @pytest.mark.parametrize("fault", ["other weights", "no adversarial images", "no samples", "damaged samples", "older samples"])
 def test_stale_missing_and_damaged_files_are_refused_in_one_line(study, fault):
     name = "SL-Partial-AT-s0"
