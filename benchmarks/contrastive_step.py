@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from timing import hardware_line, interleaved, options
 from torch import Tensor
+from torch.nn import functional as F
 
 from advml.attacks.pgd import Adversary
 from advml.attacks.threat_model import ThreatModel
@@ -28,7 +29,6 @@ from advml.core.device import Machine
 from advml.models.memory_format import place
 from advml.models.network import Architecture, Network, build
 from advml.recipes import instances
-from advml.training.losses import contrastive_pair
 from advml.training.tasks import Contrastive
 
 EPSILON, STEPS, TEMPERATURE = 8 / 255, 5, 0.2
@@ -70,10 +70,14 @@ class Paper:
         self.network = network.to(machine.device).train()
         self.optimizer = torch.optim.Adam(network.parameters(), lr=3e-4)
         self.images = machine.images(images).contiguous()
-        self.groups = torch.arange(len(images), device=machine.device)
+        self.partners = torch.arange(2 * len(images), device=machine.device).roll(len(images))
 
     def loss(self, first: Tensor, second: Tensor) -> Tensor:
-        return contrastive_pair(first, second, self.groups, temperature=TEMPERATURE).mean()
+        """NT-Xent (Chen et al. 2020, eq. 1): cross-entropy of each embedding's similarities; the other view is the target."""
+        embeddings = torch.cat([first, second])
+        itself = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        similarity = (embeddings @ embeddings.T / TEMPERATURE).masked_fill(itself, -torch.inf)
+        return F.cross_entropy(similarity, self.partners)
 
     def attack(self) -> Tensor:
         delta = torch.zeros_like(self.images, requires_grad=True)

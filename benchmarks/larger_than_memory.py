@@ -165,7 +165,7 @@ def main() -> None:
     if arguments.quick:
         arguments.images, arguments.rounds = 2_000, 1
     if arguments.part:
-        timed(arguments.part, options)
+        timed(arguments.part, arguments)
         return
     size = arguments.images * 3 * SIDE**2 / 2**20
     print(f"## Data larger than memory\n\n{hardware_line('timm')}; device {arguments.device}; seed {arguments.seed}.")
