@@ -199,9 +199,6 @@ def test_the_seed_alone_decides(name, norm):
         assert torch.equal(ours, again)
 
 
-# Side effects
-
-
 # Errors
 
 
