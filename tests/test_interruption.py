@@ -291,37 +291,6 @@ def test_a_phase_killed_at_this_moment_ends_as_if_nothing_had_happened(late, tmp
     assert study.runs() == [(MODEL, "FINISHED")]
 
 
-SEARCHED = {
-    "CL": ("loss=trades", "adversarial_weight=6", "layer_decay=0.7", "frozen_statistics=true", "epsilon=0.1", "epsilon_warmup=0.6"),
-    "SL": ("loss=trades", "epsilon_warmup=1", "attack_steps=2", "layer_decay=0.5"),
-}
-
-
-def test_a_phase_with_the_options_of_a_search_goes_on_after_a_kill(pretrained, make_study, uninterrupted, monkeypatch):
-    options = [f"regimes.Full-AT.{option}" for option in SEARCHED["CL"]]
-    whole = make_study("whole", *EPOCHS)
-    shutil.copytree(uninterrupted.workspace.pretrained(PRETRAINING), whole.workspace.pretrained(PRETRAINING))
-    finetune.run(whole.context(*options), scheme="CL", regime="Full-AT", seed=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "reach", nth(8, die, lambda *_: None))  # in the third epoch: the radius has stopped rising
-        fork_and_die(lambda: finetune.run(pretrained.context(*options), scheme="CL", regime="Full-AT", seed=0))
-    finetune.run(pretrained.context(*options), scheme="CL", regime="Full-AT", seed=0)
-    assert results(pretrained, MODEL) == results(whole, MODEL)
-    weights = f"models/finetune/{MODEL}/model.safetensors"
-    assert results(pretrained, MODEL)[weights] != results(uninterrupted, MODEL)[weights]  # else no option has done anything
-
-
-def test_a_pretraining_with_the_options_of_a_search_goes_on_after_a_kill(make_study, monkeypatch):
-    options = ["pretrain.SL.epochs=3", *(f"pretrain.SL.{option}" for option in SEARCHED["SL"])]
-    whole, begun = make_study("whole", *EPOCHS, *options), make_study("killed", *EPOCHS, *options)
-    pretrain.run(whole.context(), scheme="SL", phase="at", seed=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "reach", nth(5, die, lambda *_: None))  # while the radius rises
-        fork_and_die(lambda: pretrain.run(begun.context(), scheme="SL", phase="at", seed=0))
-    pretrain.run(begun.context(), scheme="SL", phase="at", seed=0)
-    assert results(begun, "SL-at-s0") == results(whole, "SL-at-s0")
-
-
 # Of stages that did not run here.
 LATER = {
     "record",
@@ -418,19 +387,8 @@ def first_step(study, monkeypatch) -> int:
     return steps[0]
 
 
-def test_a_damaged_state_starts_afresh_within_the_same_run(killed, uninterrupted, monkeypatch, tmp_path):
-    state = state_file(killed).read_bytes()
-    assert first_step(killed.copy(tmp_path / "whole"), monkeypatch) == 9  # of the third epoch: an undamaged one goes on
-    for content in (b"", b"PK\x03\x04 something else", state[:-1000]):
-        state_file(killed).write_bytes(content)
-        assert first_step(killed, monkeypatch) == 1
-    state_file(killed).write_bytes(state[:-1000])
-    pretrain.run(killed.context(), scheme="CL", phase="at", seed=0)
-    assert results(killed, PRETRAINING) == results(uninterrupted, PRETRAINING)
-    assert killed.runs() == [(PRETRAINING, "FINISHED")]
-
-
-def test_another_version_of_the_sources_starts_afresh(killed, monkeypatch):
+def test_the_same_sources_go_on_in_the_third_epoch_and_another_version_starts_afresh(killed, monkeypatch, tmp_path):
+    assert first_step(killed.copy(tmp_path / "same"), monkeypatch) == 9
     monkeypatch.setattr("advml.pipeline.context.source_digest", lambda stage: "other sources")
     assert first_step(killed, monkeypatch) == 1
     assert killed.runs() == [(PRETRAINING, "KILLED")]  # a copy of a study has runs of its own
@@ -559,20 +517,6 @@ def test_a_repro_that_ends_early_leaves_no_stage_at_work(make_study, outright):
         assert len(family) >= 4 and psutil.wait_procs(family, timeout=TIMEOUT if outright else 5)[1] == []
     assert outright or (process.returncode == 130 and stderr == INTERRUPTED)
     assert study.runs() == [(PRETRAINING, "KILLED")]
-
-
-def test_a_full_disk_loses_no_finished_epoch(begun, uninterrupted, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", nth(3, full, checkpoint.save_file))
-        with pytest.raises(OSError, match="No space left"):
-            pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
-    assert begun.runs() == [(PRETRAINING, "FAILED")]
-    assert epoch_of(begun) == 2
-    pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
-    assert results(begun, PRETRAINING) == results(uninterrupted, PRETRAINING)
 
 
 def state_file(study) -> Path:

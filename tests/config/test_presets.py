@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from advml import config
@@ -59,11 +60,9 @@ def test_a_preset_loads_and_means_the_same_with_all_keys_written_out(name: str, 
 
 
 @pytest.mark.parametrize(("name", "protocol"), CASES)
-def test_a_preset_is_short_and_its_comments_stand_in_one_column(name: str, protocol: str) -> None:
+def test_a_preset_is_short_in_the_order_of_the_schema_and_without_anchors(name: str, protocol: str) -> None:
     text = written(name, protocol)
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(text.splitlines()) <= 150 and max(map(len, text.splitlines())) <= 140
-    assert all(line.index(" # ") >= 31 and (line.index(" # ") == 31 or line[31] != " ") for line in lines if " # " in line)
     assert list(content(name, protocol)) == [key for key in config.Config.model_fields if key in content(name, protocol)]
     assert not re.search(r"[:\[ ] [&*]\w|<<:", text), "an anchor: DVC would change all its places"
     assert text.count("# yaml-language-server: $schema=") == 1
@@ -166,17 +165,7 @@ def test_the_corrected_protocol_corrects_what_the_table_says(name: str) -> None:
         resized_crop=(0.2, 1), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.2
     )
     for phase in [*ours.pretrain.values(), ours.regimes["Full-AT"]]:
-        assert phase.schedule == "cosine"
-        assert phase.warmup > 0
-        assert phase.keep == "best"
-    assert ours.runtime.threads == 0
-
-
-def test_the_folder_preset_numbers_what_to_change_first() -> None:
-    numbered = re.findall(r"# (\d)\. ", preset("folder"))
-    assert numbered == ["1", "2", "3", "4", "5"]
-    data = load("folder").data
-    assert (data.path, data.image_size) == ("photos", 64)
+        assert (phase.schedule, phase.keep) == ("cosine", "best") and phase.warmup > 0
 
 
 @pytest.mark.parametrize(
@@ -228,56 +217,32 @@ def test_a_new_key_comes_before_the_comments_that_lead_to_the_next_section() -> 
 # The schema for editors
 
 
-def errors(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> list[str]:
-    """What a value breaks of a JSON schema, as far as ours goes."""
-    if "$ref" in schema:
-        return errors(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    if "anyOf" in schema:
-        found = [errors(value, inner, root) for inner in schema["anyOf"]]
-        return [] if [] in found else found[0]
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
-    if "type" in schema and (not isinstance(value, kinds[schema["type"]]) or (isinstance(value, bool) and schema["type"] != "boolean")):
-        return [f"{value!r} is no {schema['type']}"]
-    if value not in schema.get("enum", [value]) or (isinstance(value, str) and not re.search(schema.get("pattern", ""), value)):
-        return [f"{value!r} is none of {schema}"]
-    if isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        return [f"{value!r} is out of range"]
-    if isinstance(value, list):
-        kinds_of = schema.get("prefixItems") or [schema.get("items", {})] * len(value)
-        return [line for inner, kind in zip(value, kinds_of, strict=False) for line in errors(inner, kind, root)]
-    if not isinstance(value, dict):
-        return []
-    known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
-    found = [f"{key} is missing" for key in schema.get("required", ()) if key not in value]
-    found += [f"{key} is unknown" for key in value if key not in known and others is False]
-    rest = others if isinstance(others, dict) else {}
-    return found + [line for key, inner in value.items() for line in errors(inner, known.get(key, rest), root)]
+def marked(raw: dict[str, Any]) -> list[str]:
+    """What an editor marks."""
+    return [error.message for error in Draft202012Validator(json.loads(editor_schema())).iter_errors(json.loads(json.dumps(raw)))]
 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("name", "protocol"), CASES)
 def test_an_editor_accepts_every_preset(name: str, protocol: str, full: bool) -> None:
-    schema = json.loads(editor_schema())
-    assert errors(json.loads(json.dumps(content(name, protocol, full=full))), schema, schema) == []
+    assert marked(content(name, protocol, full=full)) == []
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("threat_model.eps=1", "eps is unknown"),
-        ("grid.schemes=[MAE]", "'MAE' is none of"),
-        ("regimes.Full-AT.epochs=x", "'x' is no integer"),
-        ("regimes.Half-AT={}", "Half-AT is unknown"),
-        ("attack.steps=0", "0 is out of range"),
-        ("threat_model.epsilon=8:255", "'8:255' is"),
+        ("threat_model.eps=1", "'eps' was unexpected"),
+        ("grid.schemes=[MAE]", "'MAE' is not one of"),
+        ("regimes.Full-AT.epochs=x", "'x' is not"),
+        ("regimes.Half-AT={}", "'Half-AT' was unexpected"),
+        ("attack.steps=0", "0 is less than"),
+        ("threat_model.epsilon=8:255", "'8:255' is not"),
     ],
 )
 def test_an_editor_marks_a_mistake(override: str, said: str) -> None:
-    schema = json.loads(editor_schema())
-    assert any(said in line for line in errors(config.apply(preset("digits"), [override]), schema, schema))
+    assert any(said in line for line in marked(config.apply(preset("digits"), [override])))
 
 
 @pytest.mark.parametrize("override", ["threat_model.epsilon=8 / 255", "pretrain.SL.learning_rate='1e-3'", "corruptions.names=none"])
 def test_an_editor_accepts_what_the_configuration_does(override: str) -> None:
-    schema = json.loads(editor_schema())
-    assert errors(config.apply(preset("digits"), [override]), schema, schema) == []
+    assert marked(config.apply(preset("digits"), [override])) == []

@@ -49,9 +49,9 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", [form for form in ADDRESSES if form not in REMEMBERED])
-@pytest.mark.parametrize("text", ["{}", "cannot open '{}': refused", '{{"uri": "{}"}}', "(x, {}) and more", "-S tracking.uri={}"])
-def test_an_address_is_masked_wherever_it_stands(form: str, text: str) -> None:
-    assert "S3CRET" not in masked(text.format(ADDRESSES[form]))
+def test_an_address_is_masked_wherever_it_stands(form: str) -> None:
+    for text in ("{}", "cannot open '{}': refused", '{{"uri": "{}"}}', "(x, {}) and more", "-S tracking.uri={}"):
+        assert "S3CRET" not in masked(text.format(ADDRESSES[form])), text
 
 
 @pytest.mark.parametrize("form", [form for form in ADDRESSES if form not in REMEMBERED | {"a token", "an @"}])
@@ -131,7 +131,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
-@pytest.mark.parametrize("form", ADDRESSES)
+# What each library quotes of an address in its own errors; all other forms are masked alike.
+@pytest.mark.parametrize("form", ["plain", "a slash", "an @", "in the query", "a DSN", "a token", "databricks", "one slash"])
 def test_no_command_prints_a_password(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick: None
 ) -> None:

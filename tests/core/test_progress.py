@@ -110,14 +110,6 @@ def test_after_an_error_nothing_claims_to_be_done(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_advance_counts_on(capsys):
-    with Bar("evaluate", total=5) as bar:
-        for _ in range(3):
-            bar.advance(1, "clean")
-        bar.advance(2)
-    assert bar.done == 5 and bar.note == "clean"
-
-
 # The file that `advml repro` reads
 
 
@@ -148,14 +140,6 @@ def test_a_file_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatc
 
 
 # On a terminal
-
-
-def test_on_a_terminal_there_is_a_bar_with_title_share_and_note(on_terminal):
-    with on_terminal() as terminal, Bar("evaluate CL-AT-s0", total=4) as bar:
-        bar.reach(1, "clean 0.975")
-        bar.bars.refresh()
-    shown = terminal.getvalue()
-    assert "evaluate CL-AT-s0" in shown and "25 %" in shown and "clean 0.975" in shown
 
 
 def test_text_in_brackets_is_shown_as_it_is(on_terminal):

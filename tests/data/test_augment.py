@@ -283,8 +283,7 @@ def test_an_image_neither_sees_its_neighbours_nor_shares_their_view(spec):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(("spec", "channels"), [(SIMCLR, 3), (DIGITS, 1), (EVERYTHING, 1), (EVERYTHING, 3), (EVERYTHING, 4)])
 def test_shape_dtype_and_range_hold_and_the_input_is_left_alone(spec, channels, dtype):
     spec = View(**(spec.model_dump() | {"brightness": 1.0}))
     images = pictures(8, channels).to(dtype)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import png16
 from PIL import Image
 
 from advml.config import Data
@@ -45,18 +45,6 @@ def tiff(values: np.ndarray, *, photometric: int = 1, order: str = "<") -> bytes
         entries += struct.pack(f"{order}HHI", tag, kind, count) + content
     head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, directory)
     return head + pixels + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0) + extra
-
-
-def png16(values: np.ndarray) -> bytes:
-    """A PNG file of 16 bits, (H, W) or (H, W, 3); Pillow writes the former only."""
-    height, width = values.shape[:2]
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def ramp(top: int, *, dtype: str = "uint16") -> np.ndarray:

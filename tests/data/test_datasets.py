@@ -11,11 +11,9 @@ import os
 import resource
 import shutil
 import socket
-import struct
 import tarfile
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import png16
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -176,18 +175,6 @@ def test_allocation_is_exact_and_within_one_of_the_quota_unless_a_limit_binds(co
 
 
 # Pictures
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png16(values: np.ndarray) -> bytes:
-    """A 16-bit PNG (H, W, C), which Pillow reads but does not write in colour."""
-    height, width, channels = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:

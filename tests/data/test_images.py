@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from pictures import chunk, png
+from PIL import Image
 
 from advml.data import images
 from advml.data.images import decode
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 @pytest.mark.parametrize(("kind", "place"), [("tEXt", "before"), ("zTXt", "before"), ("iTXt", "before"), ("iTXt", "after")])
 def test_text_in_a_png_file_may_be_long(tmp_path, kind, place):
     text = b"x" * (70 * 2**20 if kind == "tEXt" else 3 * 2**20)
     body = {"tEXt": b"k\0" + text, "zTXt": b"k\0\0" + zlib.compress(text, 1), "iTXt": b"k\0\1\0\0\0" + zlib.compress(text, 1)}[kind]
-    info = PngImagePlugin.PngInfo()
-    Image.new("L", (9, 9), 77).save(tmp_path / "x.png", pnginfo=info)
+    Image.new("L", (9, 9), 77).save(tmp_path / "x.png")
     whole = (tmp_path / "x.png").read_bytes()
     at = 33 if place == "before" else len(whole) - 12  # after IHDR, or before IEND
     (tmp_path / "x.png").write_bytes(whole[:at] + chunk(kind.encode(), body) + whole[at:])
@@ -37,9 +32,7 @@ def test_a_colour_profile_in_a_png_file_may_be_large(tmp_path):
 
 def large(path: Path, side: int) -> Path:
     """A PNG file of side x side pixels of one bit, white."""
-    rows = zlib.compress((b"\0" + b"\xff" * (side // 8)) * side, 1)
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    path.write_bytes(png((side, side, 1, 0), (b"\0" + b"\xff" * (side // 8)) * side, level=1))
     return path
 
 

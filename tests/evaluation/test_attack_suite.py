@@ -56,14 +56,10 @@ def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilo
     assert [name for name, figure in listed.items() if figure.kept] == ["accuracy/threat_model_2"]
 
 
-def test_the_supervised_scheme_has_no_threat_model_1(suite):
-    names = [attack.name for attack in suite(configuration(ALONE), "SL")]
+@pytest.mark.parametrize("scheme", ["SL", None])
+def test_without_a_contrastive_scheme_there_is_no_threat_model_1(suite, scheme):
+    names = [attack.name for attack in suite(configuration(ALONE), scheme)]
     assert names == ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half"]
-
-
-def test_without_a_scheme_there_is_no_threat_model_1(suite):
-    without, supervised = (suite(configuration(ALONE), scheme) for scheme in (None, "SL"))
-    assert [attack.name for attack in without] == [attack.name for attack in supervised]
 
 
 def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_there_are_enough_classes(cascade_of):

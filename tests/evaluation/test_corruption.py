@@ -74,11 +74,6 @@ def test_a_limit_takes_the_first_images():
     assert torch.equal(right, one(Light(), split(), SPEC, "gaussian_noise", machine=CPU, batch_size=9)[:, :5])
 
 
-def test_no_corruptions_are_no_figures():
-    spec = Corruptions(names="none", severities=(1,))
-    assert metrics({}) == describe({}, spec) == {}
-
-
 # Published files
 
 

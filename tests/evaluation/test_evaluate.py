@@ -59,27 +59,24 @@ def evaluate(subject, dataset, *overrides: str, folder: Path | None = None, **op
     return evaluation.evaluate(subject, dataset, settings(*overrides), CPU, memo=Memo(folder), **options)
 
 
-def plant(monkeypatch, *names: str, **more: object) -> dict:
-    found = {"flags": [{"name": name, "saw": "it", "try": "that"} for name in names], **more}
-    monkeypatch.setattr(diagnose, "diagnose", lambda *arguments, **options: found)
-    return found
+TWO = [{"name": name, "saw": "it", "try": "that"} for name in ("randomised", "success_lost")]
 
 
-@pytest.mark.parametrize(("names", "verdict"), [(("randomised", "success_lost"), "randomised, success_lost"), ((), "none")])
-def test_the_metrics_count_the_flags_and_the_verdict_names_them(subject, dataset, monkeypatch, names, verdict):
-    planted = plant(monkeypatch, *names, evidence={})
+@pytest.mark.parametrize(
+    ("planted", "number", "verdict"),
+    [
+        ({"flags": TWO, "evidence": {}}, 2, "randomised, success_lost"),
+        ({"flags": [], "evidence": {}}, 0, "none"),
+        ({"flags": [], "skipped": "it fails on a batch"}, None, "not judged"),
+    ],
+    ids=["two flags", "none", "not judged"],
+)
+def test_the_metrics_count_the_flags_and_nothing_is_said_of_corruptions_unasked(subject, dataset, monkeypatch, planted, number, verdict):
+    monkeypatch.setattr(diagnose, "diagnose", lambda *arguments, **options: planted)
     found = evaluate(subject, dataset, "corruptions.names=none")
-    assert (
-        found.metrics["diagnostics/flags"] == len(names)
-        and flag_summary(found.record["diagnostics"]) == verdict
-        and found.record["diagnostics"] == planted
-    )
-
-
-def test_a_model_that_could_not_be_judged_has_no_number_of_flags(subject, dataset, monkeypatch):
-    plant(monkeypatch, skipped="it fails on a batch")
-    found = evaluate(subject, dataset, "corruptions.names=none")
-    assert "diagnostics/flags" not in found.metrics and flag_summary(found.record["diagnostics"]) == "not judged"
+    assert found.metrics.get("diagnostics/flags") == number and flag_summary(found.record["diagnostics"]) == verdict
+    assert found.record["diagnostics"] == planted
+    assert found.record["corruptions"] == {} and not any(name.startswith("corruption") for name in found.metrics)
 
 
 def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
@@ -135,19 +132,6 @@ def test_a_corruption_is_scored_alike_whichever_comes_before_it(able, dataset):
     assert contrast("contrast") == contrast("brightness, contrast") > 0.5
 
 
-def test_diagnostics_are_given_the_outcomes_and_the_classes(subject, dataset, monkeypatch):
-    given = {}
-
-    def watched(network, scorer, split, outcomes, spec, threat_model, *, classes, **run):
-        given.update(network=network, split=split, names=list(outcomes), classes=classes)
-        return {"flags": []}
-
-    monkeypatch.setattr(diagnose, "diagnose", watched)
-    evaluate(subject, dataset, "corruptions.names=none")
-    figures = ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half", "worst_case/pgd-margin"]
-    assert given == {"network": subject.network, "split": dataset.test, "names": figures, "classes": 4}
-
-
 def test_an_evaluation_holds_accuracies_flags_corruptions_samples_and_images(subject, dataset):
     found = evaluate(subject, dataset)
     accuracies = ("accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half", "accuracy/worst_case")
@@ -168,12 +152,6 @@ def test_every_part_draws_from_the_seed_and_works_in_the_batches_of_the_settings
     attacked = [figure for name, figure in record["figures"].items() if name != "accuracy/clean"]
     assert {(figure["seed"], figure["batch_size"]) for figure in attacked} == {(5, 16)}
     assert record["diagnostics"]["evidence"]["seed"] == 5
-
-
-def test_without_corruptions_there_is_nothing_of_them(subject, dataset, monkeypatch):
-    plant(monkeypatch)
-    found = evaluate(subject, dataset, "corruptions.names=none")
-    assert not any(name.startswith("corruption") for name in found.metrics) and found.record["corruptions"] == {}
 
 
 def forbidden(*arguments: object, **options: object) -> None:

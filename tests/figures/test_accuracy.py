@@ -79,11 +79,6 @@ def _legend(figure) -> tuple[list, list]:
     return legend.get_patches(), legend.get_texts()
 
 
-def test_the_legend_says_what_epsilon_is_where_it_is_told() -> None:
-    (legend,) = accuracy_chart(grid(), threat_model="8/255 (L-infinity)").legends
-    assert legend.get_title().get_text() == r"attacked at $\epsilon$ = 8/255 (L-infinity)"
-
-
 def test_the_legend_of_one_scheme_fits_into_its_narrow_figure() -> None:
     figure = accuracy_chart([row("CL", "AT")], threat_model="8/255 (L-infinity)")
     figure.draw_without_rendering()

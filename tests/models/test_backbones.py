@@ -94,19 +94,25 @@ def refusal(*args, **kwargs) -> str:
     return str(stopped.value)
 
 
-def test_an_unknown_backbone_names_close_ones():
-    message = refusal("resnet81")
-    assert "model.backbone = 'resnet81' is not a timm model" in message and "resnet18" in message
+NATIVE, TAG = "vit_tiny_r_s16_p8_224", "resnet18.no_such_tag"
+REFUSED = {  # backbone and options -> what the line names
+    "an unknown name": (("resnet81", {}), ("model.backbone = 'resnet81'", "resnet18")),
+    "a name like none": (("qqqq", {}), ("'qqqq'", "resnet18, convnext_atto")),
+    "an unknown tag": ((TAG, {}), (f"model.backbone = '{TAG}'",)),
+    "no small stem": (
+        ("swin_tiny_patch4_window7_224", {"channels": 3, "image_size": 32}),
+        ("swin_tiny_patch4_window7_224 (SwinTransformer)", "model.stem = native", "ResNet", "VisionTransformer"),
+    ),
+    "patches that a network cuts": ((NATIVE, {"image_size": 32}), (NATIVE, "model.stem = native")),
+    "an option that timm does not know": (("test_resnet", {"dorp_rate": 0.1}), ("'test_resnet'", "model.options = {'dorp_rate': 0.1}")),
+    "no vector per image": (("test_resnet", {"global_pool": ""}), ("not one vector per image",)),
+}
 
 
-def test_an_unknown_backbone_close_to_nothing_names_some():
-    assert "resnet18, convnext_atto" in refusal("qqqq")
-
-
-def test_a_family_without_a_small_stem_is_refused_with_those_that_have_one():
-    message = refusal("swin_tiny_patch4_window7_224", channels=3, image_size=32)
-    assert "swin_tiny_patch4_window7_224 (SwinTransformer)" in message
-    assert "model.stem = native" in message and "ResNet" in message and "VisionTransformer" in message
+@pytest.mark.parametrize(("given", "named"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_built_is_one_line_that_names_it(given, named):
+    message = refusal(given[0], **given[1])
+    assert all(words in message for words in named)
 
 
 @pytest.mark.parametrize(
@@ -120,11 +126,6 @@ def test_images_that_a_network_does_not_survive_are_refused(backbone, image_size
         assert encoder(backbone, stem="native", channels=3, image_size=int(re.search(r"data.image_size = (\d+)", message)[1]))
 
 
-def test_an_option_that_timm_does_not_know_is_refused():
-    message = refusal("test_resnet", dorp_rate=0.1)
-    assert "model.backbone = 'test_resnet'" in message and "model.options = {'dorp_rate': 0.1}" in message
-
-
 @pytest.mark.parametrize(
     "options",
     [{"act_layer": "foo"}, {"layers": []}, {"block": "x"}, {1: 2}, {"model_name": "x"}, {"stem_width": 10**12}],
@@ -134,10 +135,6 @@ def test_options_that_timm_takes_and_fails_with_are_named(options):
         create_encoder("test_resnet", stem="small", channels=1, image_size=8, options=options)
     message = str(stopped.value)
     assert f"model.options = {options}" in message and "it can be built without model.options" in message and "\n" not in message
-
-
-def test_a_tag_that_timm_does_not_know_is_refused():
-    assert "model.backbone = 'resnet18.no_such_tag'" in refusal("resnet18.no_such_tag")
 
 
 @pytest.mark.parametrize(
@@ -151,22 +148,12 @@ def test_networks_that_timm_builds_for_a_size_are_built_for_the_datas(backbone, 
             assert model(torch.zeros(2, 3, size, size)).shape == (2, width)
 
 
-def test_an_encoder_without_one_vector_per_image_is_refused():
-    assert "not one vector per image" in refusal("test_resnet", global_pool="")
-
-
 @pytest.mark.parametrize(
     "option", ["checkpoint_path", "pretrained", "pretrained_cfg", "num_classes", "in_chans", "img_size", "features_only"]
 )
 def test_an_option_that_is_set_elsewhere_is_refused(option):
     message = refusal("test_resnet", **{option: "x.pth"})
     assert message.startswith(f"model.options.{option} = 'x.pth' is refused: ") and message.endswith("; leave it out")
-
-
-def test_a_small_stem_of_patches_that_a_network_cuts_is_refused():
-    assert "vit_tiny_r_s16_p8_224 with its convolutional patches; use model.stem = native" in refusal(
-        "vit_tiny_r_s16_p8_224", image_size=32
-    )
 
 
 # The table in docs/backbones.md, which docs/backbones.py writes in an hour

@@ -367,17 +367,6 @@ def test_strangers_that_need_contiguous_images_change_them_or_have_no_gradient_a
     assert ("dead_gradients" in {flag["name"] for flag in record["diagnostics"]["flags"]}) == (name == "rounding")
 
 
-@pytest.mark.parametrize("name", ["../../models", "a/b", ".hidden", "", "CL-AT-s7", "SL-st-s0", "transfer", "compare", "tune"])
-def test_a_name_that_leads_elsewhere_or_is_taken_is_refused(make_study, here, name):
-    study = make_study("named")
-    context = study.context()
-    given = replace(found("somebodys:good", context.dataset), name=name)
-    before = sorted(study.root.rglob("*"))
-    with pytest.raises(UserError, match=r"is not valid; use|is a name of this study"):
-        evaluate.run_given(context, given)
-    assert sorted(study.root.rglob("*")) == before
-
-
 def test_anyones_model_gets_the_figures_of_the_grid_but_threat_model_1(make_study, here, dataset):
     study = make_study("given")
     context = study.context()

@@ -17,30 +17,9 @@ from torchvision.transforms.functional import five_crop
 import advml
 from advml.core.errors import UserError
 from advml.models.layers import DualBatchNorm, clean_statistics
-from advml.models.network import (
-    Architecture,
-    Network,
-    build,
-    is_whole,
-    load,
-    read_record,
-    save,
-    under_attack,
-)
+from advml.models.network import Architecture, Network, build, is_whole, load, read_record, save, under_attack
 
-ARCHITECTURE = Architecture(
-    backbone="test_resnet",
-    stem="small",
-    options={},
-    channels=3,
-    image_size=8,
-    mean=(0.1, 0.4, 0.6),
-    std=(0.2, 0.3, 0.5),
-    classes=10,
-    projection_size=7,
-    normalize_logits=False,
-    dual_batch_norm=False,
-)
+ARCHITECTURE = Architecture("test_resnet", "small", {}, 3, 8, (0.1, 0.4, 0.6), (0.2, 0.3, 0.5), 10, 7, False, False)
 
 
 def network(seed: int = 0, **changes) -> Network:

@@ -12,7 +12,6 @@ from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.models.network import Network
 from advml.pipeline.plans import finetuning, pretraining
-from advml.pipeline.stages import finetune, pretrain
 from advml.training.checkpoint import Checkpoint
 from advml.training.trainer import fit
 
@@ -26,23 +25,6 @@ def same(first: Network, second: Network) -> bool:
     ours, theirs = first.state_dict(), second.state_dict()
     assert ours.keys() == theirs.keys()
     return all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_a_phase_is_the_training_of_the_stages_to_the_bit(make_study, dataset, tmp_path):
-    study = make_study("study", "attack.steps=1", *TINY)
-    context = study.context()
-    pretrain.run(context, scheme="CL", phase="at", seed=3)
-    plan = pretraining(context.config, dataset, scheme="CL", phase="at", seed=3)
-    made, history = fit(plan, CPU, checkpoint=Checkpoint(tmp_path / "a", "x"))
-    _, network = context.load_network(study.workspace.pretrained("CL-at-s3"))
-    assert same(made, network) and len(history) == 2
-
-    finetune.run(context, scheme="CL", regime="Full-AT", seed=3)
-    _, start = finetune.load_pretrained(context, scheme="CL", regime="Full-AT", seed=3)
-    plan = finetuning(context.config, dataset, CPU, start, scheme="CL", regime="Full-AT", seed=3)
-    made, _ = fit(plan, CPU, checkpoint=Checkpoint(tmp_path / "b", "x"))
-    _, network = context.load_network(study.workspace.model("CL-Full-AT-s3"))
-    assert same(made, network)
 
 
 class Pruned(Exception):

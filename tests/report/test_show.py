@@ -84,19 +84,23 @@ def test_the_record_names_origin_architecture_and_parameters(workspace, model):
         assert part in told
 
 
-def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(workspace, model):
-    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
-    clean, attacked = results(workspace)[-2:]
-    assert clean.split() == ["clean", "97.5", "%", "[87.1,", "99.6]", "of", "40"]
-    assert " ".join(attacked.split()) == (
-        "threat_model_2 50.0 % [35.2, 64.8] of 40 linf epsilon 0.03137, step_size 0.00392, 20 steps, worst of 3 runs"
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({}, "20 steps, worst of 3 runs"),
+        ({"restarts": 1}, "20 steps, one run"),
+        ({"seed": 7, "forward": 2480, "backward": 2400}, "worst of 3 runs, seed 7, 62 forward and 60 backward passes an image"),
+    ],
+    ids=["plain", "one run", "seed and passes"],
+)
+def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(workspace, model, changes, end):
+    figures = EVALUATION["figures"] | {"accuracy/threat_model_2": EVALUATION["figures"]["accuracy/threat_model_2"] | changes}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": figures})
+    clean, attacked = (" ".join(line.split()) for line in results(workspace)[-2:])
+    assert clean == "clean 97.5 % [87.1, 99.6] of 40"
+    assert attacked.startswith("threat_model_2 50.0 % [35.2, 64.8] of 40 linf epsilon 0.03137, step_size 0.00392, ") and attacked.endswith(
+        end
     )
-
-
-def test_figures_tell_their_seed_and_what_an_image_has_cost(workspace, model):
-    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"seed": 7, "forward": 2480, "backward": 2400}
-    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2": figure}})
-    assert results(workspace)[-1].endswith("worst of 3 runs, seed 7, 62 forward and 60 backward passes an image")
 
 
 def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
@@ -109,12 +113,6 @@ def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
     assert "transfer_stronger" in flag
     assert title == "accuracy under corruptions (means over severities 1, 3; 95 % intervals)"
     assert [" ".join(line.split()) for line in lines] == ["mean 37.5 % [27.5, 47.5]", "snow 25.0 % [15.0, 35.0]", "fog 50.0 % [40.0, 60.0]"]
-
-
-def test_restarts_of_1_are_a_single_run(workspace, model):
-    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"restarts": 1}
-    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2": figure}})
-    assert results(workspace)[-1].endswith("20 steps, one run")
 
 
 def test_accuracies_of_other_weights_are_not_shown(workspace, model):
@@ -149,15 +147,6 @@ def test_flags_of_a_transfer_of_other_weights_are_not_shown(workspace, model):
     assert "transfer_stronger" not in record_of(workspace, "CL-AT-s0")
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"seeds": [{}]}'], ids=["empty", "too little", "an empty block"])
-def test_a_damaged_transfer_is_one_line(workspace, model, content):
-    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
-    write(workspace.report("transfer") / "transfer.json", content)
-    with pytest.raises(UserError, match=r"transfer.json is damaged") as stopped:
-        record_of(workspace, "CL-AT-s0")
-    assert "\n" not in str(stopped.value)
-
-
 GIVEN = {
     **{"model": "mine", "digest": "b" * 64, "origin": {"function": "my.models:net"}, "data_digest": "d" * 64, "trained_on": None},
     "diagnostics": {"flags": [{"name": "dead_gradients", "saw": "zeros", "try": "BPDA"}], "evidence": {}},
@@ -177,14 +166,6 @@ def test_anyones_model_is_shown_by_the_name_that_evaluate_gave_it(workspace, mod
     ):
         assert part in told
     assert told.endswith("! dead_gradients: zeros; to try: BPDA")
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[]"], ids=["empty", "too little", "a list"])
-def test_a_damaged_evaluation_of_anyones_model_is_one_line(workspace, content):
-    write(workspace.record("evaluate", "mine"), content)
-    with pytest.raises(UserError, match=r"evaluate/mine.json is damaged") as stopped:
-        record_of(workspace, "mine")
-    assert "\n" not in str(stopped.value)
 
 
 def test_a_folder_will_do_and_a_trailing_slash_too(workspace, model):
@@ -218,22 +199,6 @@ def test_without_any_model_the_answer_is_how_to_train_one(workspace):
         record_of(workspace, "x")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "CL-AT-s0"}', "\x00"], ids=["empty", "cut", "a list", "too little", "binary"])
-def test_a_damaged_record_is_one_line(workspace, content):
-    write(workspace.model("CL-AT-s0") / "model.json", content)
-    with pytest.raises(UserError) as stopped:
-        record_of(workspace, "CL-AT-s0")
-    assert "model.json" in str(stopped.value) and "dvc checkout" in str(stopped.value) and "\n" not in str(stopped.value)
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"digest": "' + "a" * 64 + '"}'], ids=["empty", "too little", "no figures"])
-def test_a_damaged_evaluation_is_one_line(workspace, model, content):
-    write(workspace.record("evaluate", "CL-AT-s0"), content)
-    with pytest.raises(UserError) as stopped:
-        record_of(workspace, "CL-AT-s0")
-    assert "CL-AT-s0.json" in str(stopped.value) and "dvc checkout" in str(stopped.value) and "\n" not in str(stopped.value)
-
-
 REPRESENTED = {"digest": "a" * 64, "how": {"intervals": {"cka": "none: 3 batches of test images, and an interval needs 5"}}}
 
 
@@ -259,3 +224,21 @@ def test_where_all_is_finite_no_reason_is_given(workspace, model):
     probe = {"probe/clean": 0.9, "probe/clean/low": 0.8, "probe/clean/high": 0.95}
     write(workspace.record("represent", "CL-AT-s0"), REPRESENTED | {"metrics": probe})
     assert "not finite" not in record_of(workspace, "CL-AT-s0")
+
+
+DAMAGED = {  # a file of the model -> what it may contain: nothing, another type, too little
+    "model": (lambda space: space.model("CL-AT-s0") / "model.json", ("", "{", "[]", '{"name": "CL-AT-s0"}', "\x00")),
+    "evaluation": (lambda space: space.record("evaluate", "CL-AT-s0"), ("", "{}", '{"digest": "' + "a" * 64 + '"}')),
+    "evaluation of a given model": (lambda space: space.record("evaluate", "mine"), ("", "{}", "[]")),
+    "transfer": (lambda space: space.report("transfer") / "transfer.json", ("", "{}", '{"seeds": [{}]}')),
+}
+
+
+@pytest.mark.parametrize(("kind", "content"), [(kind, content) for kind, (_, contents) in DAMAGED.items() for content in contents])
+def test_a_damaged_file_is_one_line_that_names_it(workspace, model, kind, content):
+    if kind == "transfer":
+        write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION)
+    write(path := DAMAGED[kind][0](workspace), content)
+    with pytest.raises(UserError) as stopped:
+        record_of(workspace, "mine" if "given" in kind else "CL-AT-s0")
+    assert path.name in str(stopped.value) and "\n" not in str(stopped.value)

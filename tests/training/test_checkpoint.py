@@ -167,9 +167,6 @@ def test_notes_add_up(checkpoint):
     assert checkpoint.notes == {"fingerprint": "these inputs", "run_id": "b", "more": 1}
 
 
-# Files and folders
-
-
 # Optimisers
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transcriptions import linf_steps, supcon
 
 from advml import config
 from advml.attacks.pgd import Adversary
@@ -54,6 +55,12 @@ def settings(**changes: object) -> config.Phase:
     plain = {"optimizer": "adamw", "schedule": "cosine"}
     plain |= {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "weight_decay": 0.01, "gradient_clip": None, "keep": "best"}
     return config.Phase(**(plain | changes))
+
+
+def epochs_of(task, data: Dataset, values: config.Phase, checkpoint: Checkpoint, *, attacked: bool = False, machine=CPU, **options):
+    """The records of a training, one at a time."""
+    adversary = adversarial_training(CONFIG.attack, CONFIG.threat_model, values) if attacked else None
+    return train(task, data, values, adversary=adversary, seed=SEED, machine=machine, checkpoint=checkpoint, **options)
 
 
 def make_task(phase: str, network: Network, dataset: Dataset, values: config.Phase):
@@ -112,17 +119,6 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 # One step, against a literal transcription of the formulas
 
 
-def literal_contrastive(first: Tensor, second: Tensor, groups: list[int], t: float) -> Tensor:
-    """Khosla et al. 2020, eq. 2: mean over the 2N anchors of -1/|P(i)| sum_p log(exp(z_i.z_p/t) / sum_{a != i} exp(z_i.z_a/t))."""
-    z, group = torch.cat([first, second]).double(), [*groups, *groups]
-    losses = []
-    for i in range(len(z)):
-        denominator = sum(torch.exp(z[i] @ z[a] / t) for a in range(len(z)) if a != i)
-        positives = [p for p in range(len(z)) if p != i and group[p] == group[i]]
-        losses.append(-sum(torch.log(torch.exp(z[i] @ z[p] / t) / denominator) for p in positives) / len(positives))
-    return torch.stack(losses).mean()
-
-
 def literal_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """-sum_k q_k log p_k, where q is (1 - s) at the label plus s / K everywhere."""
     p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
@@ -135,17 +131,6 @@ def literal_divergence(first: Tensor, second: Tensor) -> Tensor:
     """Zhang et al. 2019, eq. 5: sum_k p_k log(p_k / q_k), p from the first logits."""
     p, q = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True) for logits in (first, second))
     return (p * (p / q).log()).sum(1).mean()
-
-
-def literal_pgd(loss: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator, *, epsilon: float, steps: int) -> Tensor:
-    """Steps of 2.5 epsilon / steps along the sign of the gradient, from a uniformly random start, inside ball and box."""
-    attacked = (x + epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
-    for _ in range(steps):
-        attacked = attacked.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(attacked), attacked)
-        attacked = attacked.detach() + 2.5 * epsilon / steps * gradient.sign()
-        attacked = torch.minimum(torch.maximum(attacked, x - epsilon), x + epsilon).clamp(0, 1)
-    return attacked
 
 
 @dataclass
@@ -162,7 +147,7 @@ class Literal:
     steps: int = 2
 
     def pair(self, first: Tensor, second: Tensor) -> Tensor:
-        return literal_contrastive(*self.network.embed(torch.cat([first, second])).chunk(2), self.groups, CONFIG.temperature)
+        return supcon(self.network.embed(torch.cat([first, second])), self.groups * 2, CONFIG.temperature).mean()
 
     def classify(self, x: Tensor, smoothing: float) -> Tensor:
         return literal_cross_entropy(self.network(x), self.labels, smoothing)
@@ -177,7 +162,8 @@ class Literal:
         loss = lambda d: self.pair(x, d) if self.groups else self.classify(d, 0.0)  # noqa: E731
         if self.trades:
             loss = lambda d: literal_divergence(fixed, self.network(d))  # noqa: E731
-        attacked = literal_pgd(loss, x, generator, epsilon=self.epsilon, steps=self.steps)
+        start = (x + self.epsilon * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+        attacked = linf_steps(loss, x, start, epsilon=self.epsilon, steps=self.steps)
         self.network.train(self.modes[0])
         if self.trades:
             return literal_divergence(self.network(x), self.network(attacked))
@@ -392,17 +378,7 @@ def test_the_selected_epoch_is_kept(tmp_path, small, make_network, kind, keep, s
     values = settings(epochs=3, keep=keep)
     checkpoint = Checkpoint(tmp_path, "x")
     task = kind(make_network(), scores)
-    of_epoch = []
-    for _ in train(
-        task,
-        small,
-        values,
-        adversary=adversarial_training(CONFIG.attack, CONFIG.threat_model),
-        seed=SEED,
-        machine=CPU,
-        checkpoint=checkpoint,
-    ):
-        of_epoch.append(weights(task.network))
+    of_epoch = [weights(task.network) for _ in epochs_of(task, small, values, checkpoint, attacked=True)]
     final = weights(task.network)
     assert [not changed(one, final) for one in of_epoch] == [epoch == kept for epoch in (1, 2, 3)]
     assert checkpoint.load().best_epoch == kept
@@ -412,15 +388,7 @@ def test_the_selected_epoch_is_kept(tmp_path, small, make_network, kind, keep, s
 @pytest.mark.parametrize("kind", [Scripted, ScriptedLoss])
 def test_a_score_that_is_not_finite_ends_the_training(tmp_path, small, make_network, kind, keep):
     task, checkpoint = kind(make_network(), [(0.5, 0.4), (0.9, math.nan), (0.1, 0.1)]), Checkpoint(tmp_path, "x")
-    epochs = train(
-        task,
-        small,
-        settings(epochs=3, keep=keep),
-        adversary=adversarial_training(CONFIG.attack, CONFIG.threat_model),
-        seed=SEED,
-        machine=CPU,
-        checkpoint=checkpoint,
-    )
+    epochs = epochs_of(task, small, settings(epochs=3, keep=keep), checkpoint, attacked=True)
     assert next(epochs)["epoch"] == 1
     with pytest.raises(Failure, match=rf"^validation/adversarial_{kind.metric} .*epoch 2"):
         next(epochs)
@@ -430,7 +398,7 @@ def test_a_score_that_is_not_finite_ends_the_training(tmp_path, small, make_netw
 def test_without_an_adversary_the_clean_score_decides(tmp_path, small, make_network):
     task = Scripted(make_network(), [(0.5, 9.0), (0.9, 0.0), (0.7, 9.0)])
     checkpoint = Checkpoint(tmp_path, "x")
-    history = list(train(task, small, settings(epochs=3), adversary=None, seed=SEED, machine=CPU, checkpoint=checkpoint))
+    history = list(epochs_of(task, small, settings(epochs=3), checkpoint))
     assert checkpoint.load().best_epoch == 2 and "validation/adversarial_accuracy" not in history[0]
 
 
@@ -490,7 +458,7 @@ def test_every_image_is_seen_at_most_once_per_epoch(tmp_path, dataset, make_netw
     extra = Split(torch.cat([dataset.train.images, dataset.test.images[:4]]), torch.cat([dataset.train.labels, dataset.test.labels[:4]]))
     data = replace(dataset, train=extra)
     task = Watching(make_network())
-    list(train(task, data, settings(epochs=2), adversary=None, seed=SEED, machine=CPU, checkpoint=Checkpoint(tmp_path, "x")))
+    list(epochs_of(task, data, settings(epochs=2), Checkpoint(tmp_path, "x")))
     first, second = seen[:96], seen[96:]
     assert len(set(first)) == len(set(second)) == 96 and first != second and set(first) != set(second)
 
@@ -526,16 +494,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, fit, small, m
     for finished in range(epochs):
         torch.manual_seed(finished)  # the global state is another one in every process
         network = make_network(**architecture)
-        begun = train(
-            make_task(phase, network, small, values),
-            small,
-            values,
-            adversary=adversarial_training(CONFIG.attack, CONFIG.threat_model, values) if PHASES[phase][2] else None,
-            seed=SEED,
-            machine=CPU,
-            checkpoint=Checkpoint(tmp_path / "scratch", "x"),
-            on_batch=interrupt_in(finished + 2),
-        )
+        task, checkpoint = make_task(phase, network, small, values), Checkpoint(tmp_path / "scratch", "x")
+        begun = epochs_of(task, small, values, checkpoint, attacked=PHASES[phase][2], on_batch=interrupt_in(finished + 2))
         with pytest.raises(Interrupted) if finished < epochs - 1 else contextlib.nullcontext():
             assert [record["epoch"] for record in begun] == list(range(1, epochs + 1))
     assert not changed(weights(whole), weights(network))
@@ -616,7 +576,7 @@ def test_every_step_has_its_own_learning_rate(tmp_path, dataset, schedule, warmu
         epochs=4, batch_size=16, optimizer="adam", learning_rate=0.5, weight_decay=0.0, schedule=schedule, warmup=warmup, keep="last"
     )
     task = Slope()
-    history = list(train(task, dataset, values, adversary=None, seed=SEED, machine=CPU, checkpoint=Checkpoint(tmp_path, "x")))
+    history = list(epochs_of(task, dataset, values, Checkpoint(tmp_path, "x")))
     path = [*task.path, task.network.w.item()]
     rates = [learning_rate(values, step=step, steps=24) for step in range(24)]
     assert [before - after for before, after in itertools.pairwise(path)] == pytest.approx(rates, abs=1e-5)
@@ -650,7 +610,7 @@ def test_what_is_not_finite_before_the_first_step_is_not_blamed_on_the_learning_
     task, machine = Classification(make_network()), Machine(torch.device("cpu"), precision)
     breaks(task.network)
     with pytest.raises(Failure, match=said) as stopped:
-        next(train(task, dataset, settings(), adversary=None, seed=SEED, machine=machine, checkpoint=Checkpoint(tmp_path, "x")))
+        next(epochs_of(task, dataset, settings(), Checkpoint(tmp_path, "x"), machine=machine))
     line = str(stopped.value)
     assert "lower the learning rate" not in line and ("fp32" in line) == (precision == "bf16" and "model.options, a" in line)
 
@@ -663,20 +623,9 @@ def test_weights_that_the_last_step_has_broken_are_not_taken_for_good(fit, keep)
 
 
 def test_every_batch_is_told_and_their_mean_is_recorded(tmp_path, dataset, make_network):
-    told = []
-    task = Classification(make_network())
-    history = list(
-        train(
-            task,
-            dataset,
-            settings(),
-            adversary=None,
-            seed=SEED,
-            machine=CPU,
-            checkpoint=Checkpoint(tmp_path, "x"),
-            on_batch=lambda epoch, done, loss: told.append((epoch, done, float(loss))),
-        )
-    )
+    told, task, checkpoint = [], Classification(make_network()), Checkpoint(tmp_path, "x")
+    note = lambda epoch, done, loss: told.append((epoch, done, float(loss)))  # noqa: E731
+    history = list(epochs_of(task, dataset, settings(), checkpoint, on_batch=note))
     assert [(epoch, done) for epoch, done, _ in told] == [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3)]
     means = [sum(loss for _, _, loss in told[first : first + 3]) / 3 for first in (0, 3)]
     assert [record["train/loss"] for record in history] == pytest.approx(means)

@@ -25,7 +25,7 @@ from advml.tuning.search import Attempt, hyperband
 from advml.tuning.storage import address, alone, as_failure, connect
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_search import DEFAULT, SPACE, Toy
+from toy_search import DEFAULT, Toy
 
 
 @pytest.fixture
@@ -314,7 +314,3 @@ def test_mysqls_answer_is_heeded(monkeypatch, answer, given):
         with pytest.raises(UserError, match=r"toy already \(process 1 on host\)"), alone("mysql://me@h/x", "toy"):
             pass
     assert "GET_LOCK" in asked[1] and closed == [1]
-
-
-def test_the_space_of_the_toy_is_one_that_params_yaml_can_hold():
-    assert {kind for dimension in SPACE.values() for kind in dimension} == {"float", "int", "choice"}

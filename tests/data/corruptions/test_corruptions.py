@@ -51,41 +51,36 @@ def test_the_table_the_constants_and_params_yaml_know_the_same_fifteen_in_one_or
     assert [corruption.kind for corruption in CORRUPTIONS.values()] == ["noise"] * 3 + ["blur"] * 4 + ["weather"] * 4 + ["digital"] * 4
 
 
-@pytest.mark.parametrize(("side", "channels"), [(8, 1), (8, 3), (32, 1), (32, 3), (72, 3), (72, 1)])
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_corruption_changes_pixels_and_keeps_type_and_shape(name, side, channels):
-    images = scenes(3, side, channels)
-    before = images.clone()
-    for severity in range(1, 6):
-        corrupted = corrupt(name, images, severity=severity, seed=0)
-        assert (corrupted.dtype, corrupted.shape) == (torch.uint8, images.shape)
-        assert (corrupted != images).any()
-    assert torch.equal(images, before)
+def test_a_corruption_changes_pixels_and_keeps_type_and_shape(name):
+    for channels, height, width in ((1, 8, 8), (3, 32, 32), (1, 72, 72), (3, 72, 72), (3, 40, 33), (3, 70, 96)):
+        images = scenes(3, max(height, width), channels)[:, :, :height, :width].contiguous()
+        before = images.clone()
+        for severity in range(1, 6):
+            corrupted = corrupt(name, images, severity=severity, seed=0)
+            assert (corrupted.dtype, corrupted.shape) == (torch.uint8, images.shape)
+            assert (corrupted != images).any()
+        assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 9), (3, 40, 33), (3, 70, 96)])
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_images_need_not_be_square(name, shape):
-    images = scenes(2, 96, shape[0])[:, :, : shape[1], : shape[2]].contiguous()
-    assert corrupt(name, images, severity=5, seed=0).shape == images.shape
-
-
-@pytest.mark.parametrize("value", [0, 255])
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_black_and_white_images_are_no_special_case(name, value):
+def test_tiny_black_and_white_images_are_no_special_case(name):
     """A division by zero would be a warning, and warnings are errors."""
-    assert corrupt(name, flat(value, side=16), severity=3, seed=0).shape == (1, 3, 16, 16)
+    assert corrupt(name, scenes(2, 9, 1)[:, :, :5], severity=5, seed=0).shape == (2, 1, 5, 9)
+    for value in (0, 255):
+        assert corrupt(name, flat(value, side=16), severity=3, seed=0).shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3), (72, 3)])
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_an_image_looks_the_same_in_any_batch(name, side, channels, monkeypatch):
-    images = scenes(7, side, channels)
-    whole = corrupt(name, images, severity=4, seed=3, first=10)
-    parts = [corrupt(name, images[a:b], severity=4, seed=3, first=10 + a) for a, b in ((0, 1), (1, 3), (3, 7))]
-    assert torch.equal(whole, torch.cat(parts))
-    monkeypatch.setattr(module, "VALUES_AT_ONCE", 2 * images[0].numel())
-    assert torch.equal(whole, corrupt(name, images, severity=4, seed=3, first=10))
+def test_an_image_looks_the_same_in_any_batch(name, monkeypatch):
+    for side, channels in ((8, 1), (32, 3), (72, 3)):
+        images = scenes(7, side, channels)
+        whole = corrupt(name, images, severity=4, seed=3, first=10)
+        parts = [corrupt(name, images[a:b], severity=4, seed=3, first=10 + a) for a, b in ((0, 1), (1, 3), (3, 7))]
+        assert torch.equal(whole, torch.cat(parts))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "VALUES_AT_ONCE", 2 * images[0].numel())
+            assert torch.equal(whole, corrupt(name, images, severity=4, seed=3, first=10))
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

@@ -185,39 +185,34 @@ def test_an_honest_model_raises_no_flag(build, norm, adversarial):
     assert counts == sorted(counts, reverse=True) and counts[0] == evidence.n > 75 and counts[-1] == 0
 
 
-MASKED = {
-    "saturated logits": (scaled, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "attack the margin"),
-    "saturated softmax": (scaled_softmax, {"curve_above_chance", "dead_gradients", "softmax_output"}, "row sums to 1000"),
-    "softmax": (softmax, {"softmax_output"}, "every row sums to 1"),
-    "log-softmax": (log_softmax, {"softmax_output"}, "log-probabilities"),
-    "quantised": (quantised, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
-    "detached": (
-        detached,
-        {"curve_above_chance", "black_box_stronger", "dead_gradients"},
-        "RuntimeError: Can't call numpy()",
-    ),
-    "no graph": (no_graph, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "(BPDA)"),
-    "broken backward": (broken_backward, {"curve_above_chance", "black_box_stronger", "dead_gradients"}, "ValueError: no way back"),
-    "random": (random_layer, {"randomised"}, "of the largest output, "),
-    "shattered": (shattered, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
-    "noisy backward": (noisy_backward, {"black_box_stronger", "misleading_gradients"}, "step of 0.015 along the gradient"),
-    "reversed backward": (reversed_backward, {"curve_above_chance", "black_box_stronger", "misleading_gradients"}, "gains -"),
-    "infinite": (NaNGradient, {"curve_above_chance", "dead_gradients"}, "not finite for "),
-    "batch": (BatchDependent, {"success_lost"}, "by a fresh copy of the model"),
+BLIND = {"curve_above_chance", "black_box_stronger", "dead_gradients"}
+MASKED = {  # the flags that are due; others may be raised as well
+    "saturated logits": (scaled, BLIND),
+    "saturated softmax": (scaled_softmax, {"curve_above_chance", "dead_gradients", "softmax_output"}),
+    "softmax": (softmax, {"softmax_output"}),
+    "log-softmax": (log_softmax, {"softmax_output"}),
+    "quantised": (quantised, BLIND),
+    "detached": (detached, BLIND),
+    "no graph": (no_graph, BLIND),
+    "broken backward": (broken_backward, BLIND),
+    "random": (random_layer, {"randomised"}),
+    "shattered": (shattered, {"black_box_stronger", "misleading_gradients"}),
+    "noisy backward": (noisy_backward, {"black_box_stronger", "misleading_gradients"}),
+    "reversed backward": (reversed_backward, {"curve_above_chance", "black_box_stronger", "misleading_gradients"}),
+    "infinite": (NaNGradient, {"curve_above_chance", "dead_gradients"}),
+    "batch": (BatchDependent, {"success_lost"}),
 }
 
 
 @pytest.mark.parametrize("name", MASKED)
 def test_a_masked_model_raises_its_flags(name):
-    wrap, expected, says = MASKED[name]
-    raised = flags(measure(wrap(trained(convolutional))))
-    assert expected <= {flag.name for flag in raised}
-    assert says in " ".join(flag.saw + " " + flag.try_ for flag in raised)
+    wrap, expected = MASKED[name]
+    assert expected <= {flag.name for flag in flags(measure(wrap(trained(convolutional))))}
 
 
 @pytest.mark.parametrize("name", ["saturated logits", "quantised", "shattered", "noisy backward", "random", "batch"])
 def test_a_masked_model_raises_a_flag_when_it_is_robust_and_in_l2_too(name):
-    wrap, expected, _ = MASKED[name]
+    wrap, expected = MASKED[name]
     raised = {flag.name for flag in flags(measure(wrap(trained(convolutional, THREATS["l2"])), "l2"))}
     assert expected - {"black_box_stronger", "curve_above_chance"} <= raised  # noise as wide as the box is of one class
 

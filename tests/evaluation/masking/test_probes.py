@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import pgd
 from advml.attacks.threat_model import ThreatModel
-from advml.core.device import own_randomness
 from advml.evaluation.masking.probes import Target
 
 IMAGES = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -65,12 +64,3 @@ def test_values_and_gradients_that_are_not_finite_do_not_reach_pgd():
     poles = Lambda(lambda images: torch.cat([images.flatten(1) * torch.nan, square(images)], dim=1))
     found = pgd(Target(poles).objective(total), IMAGES, threat_model=ThreatModel("l2", 0.1), steps=2, keep="best")
     assert torch.equal(found, IMAGES)
-
-
-def test_within_own_randomness_draws_follow_the_seed_and_after_it_the_generator_goes_on():
-    state = torch.get_rng_state()
-    draws = []
-    for seed in (1, 1, 2):
-        with own_randomness(seed, torch.device("cpu")):
-            draws.append(float(torch.rand(1)))
-    assert draws[0] == draws[1] != draws[2] and torch.equal(torch.get_rng_state(), state)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from fractions import Fraction
-from math import comb
 
 import pytest
 
-from advml.evaluation.intervals import binomial_tail, wilson
+from advml.evaluation.intervals import wilson
 from advml.evaluation.masking.evidence import Evidence, Point, Rise
 from advml.evaluation.masking.rules import RULES, flags
 
@@ -60,82 +58,52 @@ SOUND = Evidence(
     forward=240.0,
     backward=125.0,
 )
-PROBABILITIES = {"output_low": 0.0, "output_sum": 1.0, "output_log_sum_exp": 2.3}
+SHARES = {"output_low": 0.0, "output_sum": 1.0, "output_log_sum_exp": 2.3}
 
-# flag, what raises nothing, what raises it, what it must say
+# flag, what raises nothing, what raises it, a number that it must say
 LINES = [
-    (
-        "curve_not_monotone",
-        {"rise": Rise(0.1, 1.0, 10, 0, 15)},
-        {"rise": Rise(0.1, 1.0, 11, 0, 15)},
-        "11 of 100 samples break at 0.1 but not at 1",
-    ),
-    ("curve_not_monotone", {"rise": Rise(0.1, 1.0, 20, 5, 60)}, {"rise": Rise(0.1, 1.0, 20, 2, 60)}, "20 of 100 samples"),
-    ("curve_above_chance", {"curve": curve(90, 80, 60, 18)}, {"curve": curve(90, 80, 60, 19)}, "still 0.190 (at least 0.125) at epsilon 1"),
+    ("curve_not_monotone", {"rise": Rise(0.1, 1.0, 10, 0, 15)}, {"rise": Rise(0.1, 1.0, 11, 0, 15)}, "11 of 100"),
+    ("curve_not_monotone", {"rise": Rise(0.1, 1.0, 20, 5, 60)}, {"rise": Rise(0.1, 1.0, 20, 2, 60)}, "20 of 100"),
+    ("curve_above_chance", {"curve": curve(90, 80, 60, 18)}, {"curve": curve(90, 80, 60, 19)}, "0.190 (at least 0.125)"),
     (
         "curve_above_chance",
         {"largest_class": 0.5, "curve": curve(90, 80, 60, 61)},  # as good as always saying the most frequent class
         {"largest_class": 0.5, "curve": curve(90, 80, 60, 63)},
-        "chance is 0.5",
+        "is 0.5",
     ),
     (
         "curve_above_chance",
         {"classes": 1000, "largest_class": 0.0, "curve": curve(9, 9, 9, 11)},
         {"classes": 1000, "largest_class": 0.0, "curve": curve(9, 9, 9, 12)},
-        "chance is 0.001",
+        "0.001",
     ),
-    (
-        "single_step_stronger",
-        {"single_step_only": 6, "multi_step_only": 0},
-        {"single_step_only": 7, "multi_step_only": 0},
-        "breaks 7 of 100 samples that 20 steps of PGD do not, 0 the other",
-    ),
-    (
-        "black_box_stronger",
-        {"black_box": {"square": 4}},
-        {"black_box": {"noise": 4, "square": 5}},
-        "white-box attacks: square 5 of 100 (55 survive)",
-    ),
+    ("single_step_stronger", {"single_step_only": 6, "multi_step_only": 0}, {"single_step_only": 7, "multi_step_only": 0}, "7 of 100"),
+    ("black_box_stronger", {"black_box": {"square": 4}}, {"black_box": {"noise": 4, "square": 5}}, "square 5 of 100"),
     ("figure_too_high", {"n": 100, "figure_broken": 4}, {"n": 100, "figure_broken": 5}, "5 of 100"),
     ("black_box_stronger", {"n": 10, "black_box": {"square": 1}}, {"n": 10, "black_box": {"square": 2}}, "square 2 of 10"),
-    ("dead_gradients", {"zero_clean": 5, "zero_random": 5}, {"zero_clean": 6, "zero_random": 5}, "exactly zero for 6 at the image and 5"),
-    ("dead_gradients", {"zero_margin": 100}, {"zero_random": 6}, "and 6 at a random point"),
-    ("dead_gradients", {}, {"non_finite": 1}, "not finite for 1"),
-    (
-        "misleading_gradients",
-        {"slope_kept": 0.25},
-        {"slope_kept": 0.249},
-        "gains 24.9% of what the gradient predicts (median of 100 samples)",
-    ),
-    ("misleading_gradients", {"slope_kept": None}, {"slope_kept": -1.0}, "step of 0.01 along the gradient gains -100.0%"),
-    ("loss_still_rising", {"margins": margins(late=0.059)}, {"margins": margins(late=0.061)}, "last 2 of 20 steps give 6% of"),
+    ("dead_gradients", {"zero_clean": 5, "zero_random": 5}, {"zero_clean": 6, "zero_random": 5}, "6 at the image and 5"),
+    ("dead_gradients", {"zero_margin": 100}, {"zero_random": 6}, "6 at a random point"),
+    ("dead_gradients", {}, {"non_finite": 1}, "for 1"),
+    ("misleading_gradients", {"slope_kept": 0.25}, {"slope_kept": 0.249}, "24.9%"),
+    ("misleading_gradients", {"slope_kept": None}, {"slope_kept": -1.0}, "-100.0%"),
+    ("loss_still_rising", {"margins": margins(late=0.059)}, {"margins": margins(late=0.061)}, "last 2 of 20 steps give 6%"),
     (
         "loss_still_rising",
         {"margins": margins(late=0.14, steps=4), "steps": 4},
         {"margins": margins(late=0.16, steps=4), "steps": 4},
-        "last 1 of 4 steps give 16%",
+        "16%",
     ),
-    (
-        "loss_still_rising",
-        {"margins": margins(late=1), "survivors": 4},
-        {"margins": margins(late=1), "survivors": 5},
-        "on the 5 samples that survive it (-10 to 0)",
-    ),
-    ("success_lost", {"lost": 4}, {"lost": 5}, "5 of the 40 samples that PGD breaks are classified correctly"),
-    ("success_lost", {"batch_difference": 0.02}, {"batch_difference": 0.021}, "differ by up to 0.021 of the largest"),
-    (
-        "randomised",
-        {"output_difference": 1e-4},
-        {"output_difference": 1.1e-4},
-        "differ by up to 0.00011 of the largest output, 0 predictions",
-    ),
-    ("randomised", {}, {"predictions_changed": 1}, "1 predictions change"),
-    ("softmax_output", PROBABILITIES | {"output_sum_spread": 2e-3}, PROBABILITIES | {"output_sum_spread": 1e-3}, "every row sums to 1"),
+    ("loss_still_rising", {"margins": margins(late=1), "survivors": 4}, {"margins": margins(late=1), "survivors": 5}, "5 samples"),
+    ("success_lost", {"lost": 4}, {"lost": 5}, "5 of the 40"),
+    ("success_lost", {"batch_difference": 0.02}, {"batch_difference": 0.021}, "0.021"),
+    ("randomised", {"output_difference": 1e-4}, {"output_difference": 1.1e-4}, "0.00011"),
+    ("randomised", {}, {"predictions_changed": 1}, "1 predictions"),
+    ("softmax_output", SHARES | {"output_sum_spread": 2e-3}, SHARES | {"output_sum_spread": 1e-3}, "sums to 1"),
     (
         "softmax_output",
-        PROBABILITIES | {"output_low": -1e-3, "output_sum_spread": 0.0},
-        PROBABILITIES | {"output_sum_spread": 0.0},
-        "none below 0",
+        SHARES | {"output_low": -1e-3, "output_sum_spread": 0.0},
+        SHARES | {"output_sum_spread": 0.0},
+        "below 0",
     ),
     ("softmax_output", {"output_log_sum_exp": 1.1e-3}, {"output_log_sum_exp": 1e-3}, "log-probabilities"),
 ]
@@ -179,13 +147,6 @@ def test_evidence_and_flags_are_json():
     assert record["curve"][1] == {"epsilon": 0.05, "right": 80, "accuracy": 0.8, "low": wilson(80, 100)[0], "high": wilson(80, 100)[1]}
     assert record["rise"]["regained"] == 1 and record["black_box"]["square"] == 1
     assert set((flags(evidence)[-1]).as_record()) == {"name", "saw", "try"}
-
-
-@pytest.mark.parametrize(("successes", "n", "share"), [(0, 0, "1/2"), (0, 9, "1/10"), (7, 7, "1/2"), (5, 100, "1/100"), (9, 9, "1")])
-def test_the_binomial_tail_is_the_sum_of_its_terms(successes, n, share):
-    p = Fraction(share)
-    total = sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(successes, n + 1))
-    assert binomial_tail(successes, n, share=float(p)) == pytest.approx(float(total), rel=1e-9)
 
 
 def test_images_of_a_single_class_are_no_reason_to_doubt_an_attack():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
@@ -156,12 +157,14 @@ def test_other_published_files_of_the_same_name_make_corruptions_anew(make_study
     assert {part for part in before if before[part] != after[part]} == {"corruption"}
 
 
-TAKEN = (*paths.REPORT_FILES, records.TRANSFER, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0")
+TAKEN = (*paths.REPORT_FILES, records.TRANSFER, "compare", "tune", "Report.html", "compare-SL-ST-s0-SL-AT-s0", "CL-AT-s7", "SL-st-s0")
+ELSEWHERE = ("../../models", "a/b", ".hidden", "")
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_what_other_commands_write_into_reports_is_no_name(make_study, given, name):
+def test_a_name_that_other_commands_write_to_or_that_leads_elsewhere_is_refused(make_study, given):
     study = make_study("taken")
-    with pytest.raises(UserError, match=rf"{name} .*--name"):
-        evaluate.run_given(study.context(*QUICK), replace(given, name=name))
-    assert not study.workspace.report(name).exists()
+    context, before = study.context(*QUICK), sorted(study.root.rglob("*"))
+    for name in (*TAKEN, *ELSEWHERE):
+        with pytest.raises(UserError, match=rf"{re.escape(name)}.*--name|is not valid; use"):
+            evaluate.run_given(context, replace(given, name=name))
+    assert sorted(study.root.rglob("*")) == before

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -21,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import advml
 from advml import tracking
 from advml.core.errors import UserError
-from advml.data import adversarial, datasets, duplicates
 from advml.evaluation import records
 from advml.models.external import Given
 from advml.pipeline.stages import compare, evaluate, finetune, pretrain, report, represent, transfer
@@ -172,12 +170,6 @@ def test_adversarial_images_that_do_not_fit_are_refused(study, fault):
     assert "evaluate" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_reading_back_what_was_written(tmp_path):
-    path = tmp_path / "deep" / "images.safetensors"
-    adversarial.write(adversarial.AdversarialImages(torch.rand(2, 1, 4, 4), {"digest": "d", "epsilon": 0.1}), path)
-    assert adversarial.read(path, digest="d").record == {"digest": "d", "epsilon": 0.1}
-
-
 def test_the_run_carries_the_report_as_artifacts(measured):
     logged = artifacts(measured, "CL-AT-s0")
     record = json.loads(measured.workspace.record("represent", "CL-AT-s0").read_text())
@@ -322,17 +314,12 @@ def test_the_source_may_be_a_model_that_is_not_compared(study, tmp_path):
     assert {about["model"] for about in source.values()} == {"SL-Full-AT-s0"}
 
 
-def test_a_grid_without_two_models_has_nothing_to_compare(study):
-    assert compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")) is None
-    assert json.loads((study.workspace.reports / "compare" / "cka.json").read_text())["panels"] == []
-    report.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
-
-
 def test_a_grid_that_has_nothing_to_compare_any_more_leaves_no_figures_behind(study):
-    folder = study.workspace.reports / "compare"
+    folder, context = study.workspace.reports / "compare", study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]")
     assert (folder / "clean.png").exists()
-    compare.run(study.context("grid.schemes=[SL]", "grid.adversarial_regimes=[AT]"))
+    assert compare.run(context) is None and json.loads((folder / "cka.json").read_text())["panels"] == []
     assert {path.name for path in folder.iterdir()} == {"cka.json"} and drawn.panels(study.workspace) == {}
+    report.run(context)
 
 
 def test_only_the_comparison_of_the_study_is_recorded(study, tmp_path):
@@ -424,14 +411,6 @@ def test_the_page_stands_without_representations(study):
     shutil.rmtree(study.root / "records" / "compare")
     report.run(study.context())
     assert "Layers within a network" not in (study.workspace.reports / "report.html").read_text()
-
-
-def test_the_page_says_which_images_are_identical(study):
-    copies = duplicates.find(np.zeros((3, 1), np.uint8), labels=np.array([0, 1, 0]), split=np.array([0, 0, 2]))
-    found = duplicates.describe(copies) | {"dropped": {}, "examples": [[{"image": "one.png"}, {"image": "other.png"}]]}
-    datasets.save(replace(study.context().dataset, duplicates=found), study.workspace.prepared)
-    report.run(study.context())
-    assert duplicates.sentence(found) in (study.workspace.reports / "report.html").read_text()
 
 
 def test_a_stage_that_is_run_by_hand_again_writes_the_same_bytes(study, drawing, monkeypatch):
