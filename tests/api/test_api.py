@@ -157,6 +157,13 @@ def test_nothing_is_printed_and_model_random_numbers_and_settings_are_as_before(
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == cudnn
 
 
+def test_a_constant_is_flagged_as_at_chance_without_probes(dataset):
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    nn.init.zeros_(constant[1].weight)
+    measured = advml.evaluate(constant, *images_of(dataset.test), overrides=QUICK)
+    assert [flag["name"] for flag in measured.flags] == ["at_chance"] and "at_chance" in repr(measured) and not measured.judged
+
+
 def test_a_wrong_normalisation_raises_a_flag(dataset):
     """Class means as templates, for images of mean 0 and deviation 1 in the units of ImageNet's constants."""
     train, means = dataset.train.images.float() / 255, []

@@ -16,7 +16,7 @@ from advml.core.result_cache import Memo
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation.attack_suite import attack_suite
 from advml.evaluation.masking import diagnose
-from advml.evaluation.records import flag_summary
+from advml.evaluation.records import AT_CHANCE, flag_summary, is_at_chance
 from advml.evaluation.run_attacks import _Batch
 from advml.models.adapter import Foreign
 from advml.report.show import flags_of
@@ -66,9 +66,9 @@ def plant(monkeypatch, *names: str, **more: object) -> dict:
 
 
 @pytest.mark.parametrize(("names", "verdict"), [(("randomised", "success_lost"), "randomised, success_lost"), ((), "none")])
-def test_the_metrics_count_the_flags_and_the_verdict_names_them(subject, dataset, monkeypatch, names, verdict):
+def test_the_metrics_count_the_flags_and_the_verdict_names_them(able, dataset, monkeypatch, names, verdict):
     planted = plant(monkeypatch, *names, evidence={})
-    found = evaluate(subject, dataset, "corruptions.names=none")
+    found = evaluate(able, dataset, "corruptions.names=none")
     assert (
         found.metrics["diagnostics/flags"] == len(names)
         and flag_summary(found.record["diagnostics"]) == verdict
@@ -76,21 +76,21 @@ def test_the_metrics_count_the_flags_and_the_verdict_names_them(subject, dataset
     )
 
 
-def test_a_model_that_could_not_be_judged_has_no_number_of_flags(subject, dataset, monkeypatch):
+def test_a_model_that_could_not_be_judged_has_no_number_of_flags(able, dataset, monkeypatch):
     plant(monkeypatch, skipped="it fails on a batch")
-    found = evaluate(subject, dataset, "corruptions.names=none")
+    found = evaluate(able, dataset, "corruptions.names=none")
     assert "diagnostics/flags" not in found.metrics and flag_summary(found.record["diagnostics"]) == "not judged"
 
 
-def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
+def test_diagnostics_of_no_image_are_not_made(able, dataset, monkeypatch):
     monkeypatch.setattr(diagnose, "diagnose", forbidden)
-    found = evaluate(subject, dataset, "diagnostics.images=0", "corruptions.names=none")
+    found = evaluate(able, dataset, "diagnostics.images=0", "corruptions.names=none")
     assert "diagnostics/flags" not in found.metrics and flag_summary(found.record["diagnostics"]) == "not judged"
     assert found.record["diagnostics"] == {"flags": [], "skipped": "diagnostics.images = 0"}
 
 
 @pytest.mark.parametrize("images", [0, 8], ids=["off", "failing"])
-def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_were_not_run(subject, dataset, monkeypatch, images):
+def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_were_not_run(able, dataset, monkeypatch, images):
     def fail(*_: object, **__: object) -> None:
         raise UserError("it fails on a batch")
 
@@ -99,11 +99,25 @@ def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_wer
             raise TypeError("cannot be copied")
 
     monkeypatch.setattr(diagnose, "probe", fail)
-    stubborn = replace(subject, network=Stubborn(*subject.network))
+    stubborn = replace(able, network=Stubborn(*able.network))
     found = evaluate(stubborn, dataset, f"diagnostics.images={images}", "corruptions.names=none")
     assert flag_summary(found.record["diagnostics"]) == "not_copied" and found.metrics["diagnostics/flags"] == 1
     first, second = flags_of(found.record)
     assert "! not_copied" in first and "not judged" in second
+
+
+@pytest.mark.parametrize("images", [0, 8], ids=["unprobed", "probed"])
+def test_a_model_at_chance_is_flagged_with_its_accuracy_and_that_of_the_most_frequent_class(subject, dataset, images):
+    quick = (f"diagnostics.images={images}", "corruptions.names=none", "worst_case.attacks=[]")
+    subject.network[1].weight.data.zero_()
+    found = evaluate(subject, dataset, *quick)
+    (flag,) = (flag for flag in found.record["diagnostics"]["flags"] if flag["name"] == AT_CHANCE)
+    assert "25.0%" in flag["saw"] and "40 test images" in flag["saw"] and found.metrics["diagnostics/flags"] >= 1
+    assert is_at_chance(found.record) and not is_at_chance({}) and not is_at_chance(None)
+
+
+def test_a_model_above_chance_is_not_flagged(able, dataset):
+    assert not is_at_chance(evaluate(able, dataset, "diagnostics.images=0", "corruptions.names=none").record)
 
 
 class Remembering(nn.Module):

@@ -55,6 +55,14 @@ def test_rows_follow_the_grid_and_leave_out_what_is_not_measured(measured):
     assert (rows[2]["scheme"], rows[2]["regime"], rows[2]["seed"], rows[2]["accuracy/clean"]) == ("CL", "Full-AT", 0, 39 / 40)
 
 
+def test_rows_of_models_at_chance_say_so(measured):
+    flagged = {"model": "SL-ST-s3", "digest": "a", "metrics": {}, "diagnostics": {"flags": [{"name": records.AT_CHANCE}]}}
+    path = measured.workspace.record("evaluate", "SL-ST-s3")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(flagged))
+    assert [row["model"] for row in rows_of(measured) if row.get(records.AT_CHANCE)] == ["SL-ST-s3"]
+
+
 def test_a_regime_outside_of_the_grid_has_no_row(measured):
     rows = rows_of(measured, "grid.adversarial_regimes=[AT]", "seeds=[0, 3]")
     assert [row["model"] for row in rows] == ["CL-ST-s3", "SL-ST-s3"]

@@ -49,7 +49,7 @@ class Evaluation:
             attacks' names with `_half` at half of epsilon, `accuracy/worst_case` (images that survive all attacks), and further ones
             that the settings ask for.
         verdicts: one row per image: `label`, `predicted`, `broken_by` (null: it survived), `broken_as`, `distance`, ...
-        flags: signs that a robust accuracy is too high (gradient masking, wrong normalisation): `name`, `saw`, `try`.
+        flags: signs that a robust accuracy is too high (gradient masking, ...) or says nothing (`at_chance`): `name`, `saw`, `try`.
         judged: whether the probes that raise flags were run; if not, an empty list of flags means nothing.
         images: adversarial images of threat model II, (n, C, H, W) in [0, 1].
         remarks: how the model was adapted for the evaluation, one line each.

@@ -18,7 +18,7 @@ from advml.config import ThreatModelSection
 from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records, samples
-from advml.evaluation.records import NONE, flag_summary, transfer_flags
+from advml.evaluation.records import AT_CHANCE, NONE, flag_summary, is_at_chance, transfer_flags
 from advml.similarity import compare, measures, represent, statistics
 from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Similarity
@@ -137,6 +137,8 @@ class Study:
         figure = record.get("figures", {}).get(metric)
         if figure is None:
             raise Missing(name)
+        if is_at_chance(record):
+            raise Missing(f"{name} is no better than chance (flag {AT_CHANCE}), so its accuracies say nothing about robustness")
         self._require_attack(name, figure, share=0.5 if metric.endswith(HALF) else 1.0)
         found, images = self._by_image(name, metric, record)
         data = self._model(name).get("data", {}).get("digest")

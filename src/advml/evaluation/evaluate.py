@@ -22,7 +22,7 @@ from advml.data.datasets import Dataset, Split
 from advml.evaluation import corruption, metrics, samples
 from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.masking import diagnose
-from advml.evaluation.masking.rules import Flag
+from advml.evaluation.masking.rules import Flag, at_chance
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.models.micro_batches import InParts
 from advml.models.network import Network
@@ -162,7 +162,8 @@ def _evaluate(
         diagnosis = memo.json("diagnostics", diagnosed)
     else:
         diagnosis = diagnose.unprobed(network, scorer, outcomes, reason="diagnostics.images = 0")
-    diagnosis = diagnosis | {"flags": [*(flag.as_record() for flag in subject.flags), *diagnosis["flags"]]}
+    before = (*subject.flags, *at_chance(int(outcomes[samples.CLEAN].right.sum()), test.labels.bincount().tolist()))
+    diagnosis = diagnosis | {"flags": [*(flag.as_record() for flag in before), *diagnosis["flags"]]}
     more, steps = diagnose.as_attacks(diagnosis, outcomes, spec, settings.threat_model)
     attacks, outcomes = attacks + more, outcomes | steps
     found = metrics.metrics(outcomes)

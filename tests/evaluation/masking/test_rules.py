@@ -11,7 +11,7 @@ import pytest
 
 from advml.evaluation.intervals import binomial_tail, wilson
 from advml.evaluation.masking.evidence import Evidence, Point, Rise
-from advml.evaluation.masking.rules import RULES, flags
+from advml.evaluation.masking.rules import RULES, at_chance, flags
 
 
 def curve(*right: int, images: int = 100) -> tuple[Point, ...]:
@@ -186,6 +186,22 @@ def test_the_binomial_tail_is_the_sum_of_its_terms(successes, n, share):
     p = Fraction(share)
     total = sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(successes, n + 1))
     assert binomial_tail(successes, n, share=float(p)) == pytest.approx(float(total), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("correct", "classes", "flagged"),
+    [
+        (10, [10] * 10, True),  # a constant
+        (0, [50, 50], True),
+        (15, [10] * 10, True),
+        (16, [10] * 10, False),
+        (80, [80, 20], True),  # always the most frequent class, which one in K would overlook
+        (89, [80, 20], False),
+        (100, [100, 0], True),
+    ],
+)
+def test_a_model_whose_interval_reaches_the_share_of_the_most_frequent_class_is_at_chance(correct, classes, flagged):
+    assert [flag.name for flag in at_chance(correct, classes)] == ["at_chance"] * flagged
 
 
 def test_images_of_a_single_class_are_no_reason_to_doubt_an_attack():
