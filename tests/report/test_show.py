@@ -111,6 +111,14 @@ def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
     assert [" ".join(line.split()) for line in lines] == ["mean 37.5 % [27.5, 47.5]", "snow 25.0 % [15.0, 35.0]", "fog 50.0 % [40.0, 60.0]"]
 
 
+def test_an_attack_that_was_not_run_is_named_with_the_reason(workspace, model):
+    step = {"name": "square", "broke": 1, "aimed_at": 20}
+    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"cascade": [step], "not_run": {"apgd-t": "needs 4 classes"}}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/worst_case": figure}})
+    ran, not_run = results(workspace)[-2:]
+    assert ran.split() == ["square", "broke", "1", "of", "20"] and not_run.split() == ["apgd-t", "not", "run:", "needs", "4", "classes"]
+
+
 def test_restarts_of_1_are_a_single_run(workspace, model):
     figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"restarts": 1}
     write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2": figure}})

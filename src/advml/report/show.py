@@ -156,8 +156,9 @@ def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[st
 
 
 def _cascade(figure: dict[str, Any]) -> list[str]:
-    """Lines per attack of the worst case: number of images broken, of those that survive all earlier attacks."""
-    return [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
+    """Lines per attack of the worst case: number of images broken, of those that survive all earlier attacks; or why it was not run."""
+    ran = [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
+    return ran + [f"    {name:20} not run: {reason}" for name, reason in figure.get("not_run", {}).items()]
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:
