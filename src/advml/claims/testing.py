@@ -173,7 +173,7 @@ def _needed(part: Part, found: list[Study], others: str | None) -> list[Study]:
     if len(found) < 2:
         state = f"{others!r}, where no AT models of another epsilon are found" if others else "null"
         raise Missing(
-            f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
+            f"no AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
             "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. If those studies change later: advml report"
         )
     return found
