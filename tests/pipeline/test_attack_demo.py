@@ -85,10 +85,10 @@ def test_numbers_are_those_of_the_closed_form() -> None:
 
 def test_the_picture_says_what_happened_in_words() -> None:
     read = texts(attack_figure(cat_or_dog(), cat(), CLASSES, adversary=adversary(8 / 255))[0])
-    assert "The model withstands: it takes the image for 'cat' before and after the attack" in read
+    assert "prediction 'cat' is unchanged" in read and "is not known" in read and "withstands" not in read
     read = texts(attack_figure(cat_or_dog(), cat(), CLASSES, adversary=adversary(26 / 255))[0])
     for words in (
-        "The attack makes the model take 'cat' for 'dog'",
+        "The attack changes the prediction from 'cat' to 'dog'",
         "prediction 'cat'\nconfidence 61 %",
         "prediction 'dog'\nconfidence 62 %",
         "perturbation, 4.9 x",
