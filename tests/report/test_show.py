@@ -99,6 +99,18 @@ def test_figures_tell_their_seed_and_what_an_image_has_cost(workspace, model):
     assert results(workspace)[-1].endswith("worst of 3 runs, seed 7, 62 forward and 60 backward passes an image")
 
 
+@pytest.mark.parametrize(
+    ("forward", "backward", "told"),
+    [(16, 12, ["0.4 forward", "0.3 backward", "not attacked"]), (0, 0, ["no image was left to attack"])],
+    ids=["few images", "no image"],
+)
+def test_an_attack_on_few_images_does_not_read_as_none(workspace, model, forward, backward, told):
+    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"seed": 7, "forward": forward, "backward": backward}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2_half": figure}})
+    line = results(workspace)[-1]
+    assert all(words in line for words in told) and " 0 forward" not in line
+
+
 def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
     metrics = {"corruption/fog": 0.5, "corruption/snow": 0.25, "corruption/mean": 0.375}
     metrics |= {f"{name}/{end}": value + step for name, value in metrics.items() for end, step in (("low", -0.1), ("high", 0.1))}
