@@ -52,7 +52,7 @@ class Evaluation:
         flags: signs that a robust accuracy is too high (gradient masking, ...) or says nothing (`at_chance`): `name`, `saw`, `try`.
         judged: whether the probes that raise flags were run; if not, an empty list of flags means nothing.
         images: adversarial images of threat model II, (n, C, H, W) in [0, 1].
-        remarks: how the model was adapted for the evaluation, and which attacks it is too small for, one line each.
+        remarks: how the model was adapted for the evaluation, and which attacks are not run, one line each.
         metrics: the figures, flat, as in metrics.json.
         record: how each figure was measured: attack, steps, seed, passes.
     """
