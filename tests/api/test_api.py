@@ -157,6 +157,24 @@ def test_nothing_is_printed_and_model_random_numbers_and_settings_are_as_before(
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == cudnn
 
 
+def test_a_constant_is_flagged_as_at_chance_without_probes(dataset):
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    nn.init.zeros_(constant[1].weight)
+    measured = advml.evaluate(constant, *images_of(dataset.test), overrides=QUICK)
+    assert [flag["name"] for flag in measured.flags] == ["at_chance"] and "at_chance" in repr(measured) and not measured.judged
+
+
+def test_an_attack_for_which_there_are_too_few_classes_is_named_in_record_and_remarks(dataset):
+    images, labels = images_of(dataset.test)
+    few = (images[labels < 3], labels[labels < 3])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    quick = ("worst_case.attacks=[apgd-t]", "diagnostics.images=0", "evaluate.steps=1", "worst_case.restarts=1")
+    measured = advml.evaluate(network, *few, overrides=quick)
+    worst = measured.record["figures"]["accuracy/worst_case"]
+    assert list(worst["not_run"]) == ["apgd-t"] and "4 classes" in worst["not_run"]["apgd-t"]
+    assert "apgd-t" not in [step["name"] for step in worst["cascade"]] and "apgd-t" in measured.remarks[-1]
+
+
 def test_a_wrong_normalisation_raises_a_flag(dataset):
     """Class means as templates, for images of mean 0 and deviation 1 in the units of ImageNet's constants."""
     train, means = dataset.train.images.float() / 255, []

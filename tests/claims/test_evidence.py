@@ -25,6 +25,16 @@ def test_a_measurement_of_other_weights_is_no_evidence(planting, planted, stage)
     assert "CL-Full-AT-s0 has been trained anew since it was measured" in told and "dvc repro" in told
 
 
+def test_a_model_at_chance_tests_no_claim_about_accuracies(planting, planted):
+    path = planted.workspace.record("evaluate", "SL-AT-s0")
+    planting.edit(path, diagnostics={"flags": [{"name": "at_chance", "saw": "", "try": ""}], "skipped": "x"})
+    told = missing(planted, 2)
+    assert "SL-AT-s0" in told and "at_chance" in told
+    tested = [part["name"] for part in planted.check()["claims"][2]["parts"] if "missing" not in part]
+    assert tested and not any("SL" in name.replace("SCL", "") for name in tested)
+    assert planted.verdicts()["redundancy"] == "supported for this seed"
+
+
 def test_panels_of_other_weights_are_no_evidence(planting, planted):
     planting.edit(planted.workspace.model("CL-ST-s0") / "model.json", digest="new weights")
     for stage in ("evaluate", "represent"):
@@ -157,7 +167,8 @@ def test_convergence_needs_the_same_layers_of_both(planting, planted):
 
 def test_panels_that_were_not_measured_are_named(planted):
     planted.workspace.record("compare", "panels").unlink()
-    assert "SCL-AT-s0 with CL-AT-s0; measure with: advml compare" in missing(planted, 4)
+    told = missing(planted, 4)
+    assert "SCL-AT-s0 with CL-AT-s0" in told and "advml compare" in told
 
 
 @pytest.mark.parametrize("fault", ["no archive", "another archive", "none"])

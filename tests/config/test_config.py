@@ -292,7 +292,7 @@ def test_a_broken_file_gets_one_line(params: Path, text: str, words: str) -> Non
 
 
 def test_a_missing_file_is_met_with_the_command_that_writes_one(tmp_path: Path) -> None:
-    assert "advml preset digits > params.yaml" in complaint(tmp_path / "params.yaml")
+    assert "advml init digits" in complaint(tmp_path / "params.yaml")
 
 
 def test_a_folder_or_a_binary_file_cannot_be_read(tmp_path: Path) -> None:

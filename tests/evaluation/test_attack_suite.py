@@ -67,10 +67,20 @@ def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_the
     assert [figure.name for figure in cascade_of(configuration())] == [f"worst_case/{name}" for name in names]
     few = [attack.name for attack in cascade_of(configuration(), classes=3)]
     assert few == [f"worst_case/{name}" for name in names if name != "apgd-t"]
+    assert set(names) - {name.removeprefix("worst_case/") for name in few} == set(autoattack.not_run(names, 3)) == {"apgd-t"}
+    assert autoattack.not_run(names, 4) == {}
     some = cascade_of(configuration("worst_case.attacks=[square, pgd-margin]", "worst_case.restarts=4"))
     assert [figure.name for figure in some] == ["worst_case/square", "worst_case/pgd-margin"] and all(figure.left_only for figure in some)
     assert some[1].restarts == 4 and some[1].settings["random_start"]
     assert cascade_of(configuration(ALONE)) == []
+
+
+def test_the_record_has_the_number_of_target_classes_that_there_are(cascade_of):
+    def targets(classes: int) -> set[int]:
+        found = cascade_of(configuration("worst_case.targets=9", "worst_case.attacks=[apgd-t, fab-t]"), classes=classes)
+        return {attack.settings["targets"] for attack in found if "targets" in attack.settings}
+
+    assert (targets(3), targets(10), targets(100)) == ({2}, {9}, {9})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from advml.core.result_cache import Memo
 from advml.evaluation import evaluate as evaluation
 from advml.evaluation.attack_suite import attack_suite
 from advml.evaluation.masking import diagnose
-from advml.evaluation.records import flag_summary
+from advml.evaluation.records import AT_CHANCE, flag_summary, is_at_chance
 from advml.evaluation.run_attacks import _Batch
 from advml.models.adapter import Foreign
 from advml.report.show import flags_of
@@ -71,23 +71,23 @@ TWO = [{"name": name, "saw": "it", "try": "that"} for name in ("randomised", "su
     ],
     ids=["two flags", "none", "not judged"],
 )
-def test_the_metrics_count_the_flags_and_nothing_is_said_of_corruptions_unasked(subject, dataset, monkeypatch, planted, number, verdict):
+def test_the_metrics_count_the_flags_and_nothing_is_said_of_corruptions_unasked(able, dataset, monkeypatch, planted, number, verdict):
     monkeypatch.setattr(diagnose, "diagnose", lambda *arguments, **options: planted)
-    found = evaluate(subject, dataset, "corruptions.names=none")
+    found = evaluate(able, dataset, "corruptions.names=none")
     assert found.metrics.get("diagnostics/flags") == number and flag_summary(found.record["diagnostics"]) == verdict
     assert found.record["diagnostics"] == planted
     assert found.record["corruptions"] == {} and not any(name.startswith("corruption") for name in found.metrics)
 
 
-def test_diagnostics_of_no_image_are_not_made(subject, dataset, monkeypatch):
+def test_diagnostics_of_no_image_are_not_made(able, dataset, monkeypatch):
     monkeypatch.setattr(diagnose, "diagnose", forbidden)
-    found = evaluate(subject, dataset, "diagnostics.images=0", "corruptions.names=none")
+    found = evaluate(able, dataset, "diagnostics.images=0", "corruptions.names=none")
     assert "diagnostics/flags" not in found.metrics and flag_summary(found.record["diagnostics"]) == "not judged"
     assert found.record["diagnostics"] == {"flags": [], "skipped": "diagnostics.images = 0"}
 
 
 @pytest.mark.parametrize("images", [0, 8], ids=["off", "failing"])
-def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_were_not_run(subject, dataset, monkeypatch, images):
+def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_were_not_run(able, dataset, monkeypatch, images):
     def fail(*_: object, **__: object) -> None:
         raise UserError("it fails on a batch")
 
@@ -96,11 +96,25 @@ def test_a_flag_that_needs_no_probe_is_counted_and_named_although_the_probes_wer
             raise TypeError("cannot be copied")
 
     monkeypatch.setattr(diagnose, "probe", fail)
-    stubborn = replace(subject, network=Stubborn(*subject.network))
+    stubborn = replace(able, network=Stubborn(*able.network))
     found = evaluate(stubborn, dataset, f"diagnostics.images={images}", "corruptions.names=none")
     assert flag_summary(found.record["diagnostics"]) == "not_copied" and found.metrics["diagnostics/flags"] == 1
     first, second = flags_of(found.record)
     assert "! not_copied" in first and "not judged" in second
+
+
+@pytest.mark.parametrize("images", [0, 8], ids=["unprobed", "probed"])
+def test_a_model_at_chance_is_flagged_with_its_accuracy_and_that_of_the_most_frequent_class(subject, dataset, images):
+    quick = (f"diagnostics.images={images}", "corruptions.names=none", "worst_case.attacks=[]")
+    subject.network[1].weight.data.zero_()
+    found = evaluate(subject, dataset, *quick)
+    (flag,) = (flag for flag in found.record["diagnostics"]["flags"] if flag["name"] == AT_CHANCE)
+    assert "25.0%" in flag["saw"] and "40 test images" in flag["saw"] and found.metrics["diagnostics/flags"] >= 1
+    assert is_at_chance(found.record) and not is_at_chance({}) and not is_at_chance(None)
+
+
+def test_a_model_above_chance_is_not_flagged(able, dataset):
+    assert not is_at_chance(evaluate(able, dataset, "diagnostics.images=0", "corruptions.names=none").record)
 
 
 class Remembering(nn.Module):

@@ -83,6 +83,20 @@ def test_numbers_are_those_of_the_closed_form() -> None:
     assert np.allclose(shown[1], 1 - (cat()[0, 0] > 0.5).float(), atol=1e-6)  # enlarged to the full range, grey in the middle
 
 
+def test_the_picture_says_what_happened_in_words() -> None:
+    read = texts(attack_figure(cat_or_dog(), cat(), CLASSES, adversary=adversary(8 / 255))[0])
+    assert "prediction 'cat' is unchanged" in read and "is not known" in read and "withstands" not in read
+    read = texts(attack_figure(cat_or_dog(), cat(), CLASSES, adversary=adversary(26 / 255))[0])
+    for words in (
+        "The attack changes the prediction from 'cat' to 'dog'",
+        "prediction 'cat'\nconfidence 61 %",
+        "prediction 'dog'\nconfidence 62 %",
+        "perturbation, 4.9 x",
+        "L-infinity size 0.102\nat most 26 of 255 grey levels\ngrey: no change",
+    ):
+        assert words in read
+
+
 def test_the_size_is_told_in_the_norm_of_the_attack() -> None:
     _, result = attack_figure(cat_or_dog(), cat(), CLASSES, adversary=adversary(0.8, norm="l2", random_start=False))
     assert result["size"] == "L2 size 0.8, at most 51 of 255 grey levels"  # spread evenly: 0.8 / 4 per pixel

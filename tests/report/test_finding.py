@@ -39,3 +39,32 @@ def test_what_no_model_exceeds_is_the_most_of_any_seed():
 @pytest.mark.parametrize("table", [[], [{"scheme": "SL", "regime": "ST", "seed": 0, "accuracy/clean": 1.0}]])
 def test_what_was_not_measured_is_not_told(table):
     assert finding(table, {"seeds": [0], "claims": []}, threat_model="1") == []
+
+
+def verdicts(*words: str) -> dict:
+    return {"seeds": [0], "claims": [{"verdict": word if word == "not tested" else f"{word} for this seed"} for word in words]}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["supported"] * 2, "Each of the paper's two claims is supported, by one seed."),
+        (["not tested", "supported"], "Of the paper's two claims one is supported, by one seed, and one is not tested."),
+        (["not tested"] * 2, "None of the paper's two claims is tested."),
+    ],
+    ids=["all", "some", "none"],
+)
+def test_the_sentence_on_verdicts_reads_well_whether_all_some_or_no_claims_are_tested(words, told):
+    assert finding([], verdicts(*words), threat_model="1") == [told]
+
+
+def test_a_model_at_chance_is_named_and_is_not_the_most_robust():
+    constant = row("SL", "AT", 0.9, at_chance=True), row("SL", "ST", 0.9, at_chance=True)
+    first, second = finding([*constant, row("CL", "AT", 0.4), row("CL", "ST", 0.01)], verdicts(), threat_model="1")
+    assert "CL AT, has 40.0 %" in first and "1.0 %" in first and "90.0" not in first and "SL" not in first
+    assert second.startswith("SL AT and SL ST are no better than chance")
+
+
+def test_one_seed_at_chance_leaves_out_all_seeds_so_that_no_mean_is_over_the_lucky_ones():
+    (only,) = finding([row("SL", "AT", 0.1, at_chance=True), row("SL", "AT", 0.8, seed=1)], verdicts(), threat_model="1")
+    assert only.startswith("No model is better than chance") and "robust model" not in only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advml.report.methods_table import COLUMNS, CORRUPTION_HEADERS, HEADERS, cascade, corruptions, rows, steps
+from advml.report.methods_table import COLUMNS, CORRUPTION_HEADERS, HEADERS, cascade, corruptions, not_run, rows, steps
 
 PGD = {
     **{"attack": "pgd", "objective": "cross-entropy", "norm": "linf", "epsilon": 8 / 255, "box": [0, 1], "steps": 20},
@@ -37,6 +37,13 @@ def test_a_row_per_figure_and_under_the_worst_case_one_per_attack_of_its_cascade
     told = {name: (row["right"], row["of"], row["95 % interval"]) for name, row in table().items()}
     assert told["accuracy/clean"] == (39, 40, "[87.1, 99.6]") and told["accuracy/worst_case"] == (17, 40, "[28.4, 57.8]")
     assert told["— threat_model_2"] == (20, 39, "") and told["— apgd-t"] == (18, 20, "") and told["— square"] == (17, 18, "")
+
+
+def test_an_attack_that_was_not_run_has_a_row_with_the_reason():
+    figure = FIGURES["accuracy/worst_case"] | {"not_run": {"apgd-t": "needs 4 classes"}}
+    last = dict(zip(HEADERS, rows({"accuracy/worst_case": figure})[-1], strict=True))
+    assert last["figure"] == "— apgd-t" and "needs 4 classes" in last["attack"] and last["right"] == last["forward"] == ""
+    assert not_run([{}, {"figures": FIGURES}, {"figures": {"accuracy/worst_case": figure}}]) == {"apgd-t": "needs 4 classes"}
 
 
 def test_the_columns_tell_everything_of_an_attack():

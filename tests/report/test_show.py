@@ -103,6 +103,18 @@ def test_accuracies_come_with_intervals_and_the_attack_that_measured_them(worksp
     )
 
 
+@pytest.mark.parametrize(
+    ("forward", "backward", "told"),
+    [(16, 12, ["0.4 forward", "0.3 backward", "not attacked"]), (0, 0, ["no image was left to attack"])],
+    ids=["few images", "no image"],
+)
+def test_an_attack_on_few_images_does_not_read_as_none(workspace, model, forward, backward, told):
+    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"seed": 7, "forward": forward, "backward": backward}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/threat_model_2_half": figure}})
+    line = results(workspace)[-1]
+    assert all(words in line for words in told) and " 0 forward" not in line
+
+
 def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
     metrics = {"corruption/fog": 0.5, "corruption/snow": 0.25, "corruption/mean": 0.375}
     metrics |= {f"{name}/{end}": value + step for name, value in metrics.items() for end, step in (("low", -0.1), ("high", 0.1))}
@@ -113,6 +125,14 @@ def test_corruptions_follow_their_mean_the_worst_first(workspace, model):
     assert "transfer_stronger" in flag
     assert title == "accuracy under corruptions (means over severities 1, 3; 95 % intervals)"
     assert [" ".join(line.split()) for line in lines] == ["mean 37.5 % [27.5, 47.5]", "snow 25.0 % [15.0, 35.0]", "fog 50.0 % [40.0, 60.0]"]
+
+
+def test_an_attack_that_was_not_run_is_named_with_the_reason(workspace, model):
+    step = {"name": "square", "broke": 1, "aimed_at": 20}
+    figure = EVALUATION["figures"]["accuracy/threat_model_2"] | {"cascade": [step], "not_run": {"apgd-t": "needs 4 classes"}}
+    write(workspace.record("evaluate", "CL-AT-s0"), EVALUATION | {"figures": {"accuracy/worst_case": figure}})
+    ran, not_run = results(workspace)[-2:]
+    assert ran.split() == ["square", "broke", "1", "of", "20"] and not_run.split() == ["apgd-t", "not", "run:", "needs", "4", "classes"]
 
 
 def test_accuracies_of_other_weights_are_not_shown(workspace, model):

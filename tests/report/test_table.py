@@ -15,6 +15,7 @@ from advml.core.io import to_csv
 from advml.evaluation import records
 from advml.evaluation.metrics import wilson
 from advml.pipeline.stages import report as stage
+from advml.report import page
 from advml.report.table import COLUMNS, cell, footnote, grid_rows, to_markdown, with_means
 
 NAMES = ("clean", "threat_model_1", "threat_model_2", "threat_model_1_half", "threat_model_2_half", "worst_case")
@@ -53,6 +54,14 @@ def test_rows_follow_the_grid_and_leave_out_what_is_not_measured(measured):
     rows = rows_of(measured)
     assert [row["model"] for row in rows] == ["CL-ST-s3", "SL-ST-s3", "CL-Full-AT-s0"]
     assert (rows[2]["scheme"], rows[2]["regime"], rows[2]["seed"], rows[2]["accuracy/clean"]) == ("CL", "Full-AT", 0, 39 / 40)
+
+
+def test_rows_of_models_at_chance_say_so(measured):
+    flagged = {"model": "SL-ST-s3", "digest": "a", "metrics": {}, "diagnostics": {"flags": [{"name": records.AT_CHANCE}]}}
+    path = measured.workspace.record("evaluate", "SL-ST-s3")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(flagged))
+    assert [row["model"] for row in rows_of(measured) if row.get(records.AT_CHANCE)] == ["SL-ST-s3"]
 
 
 def test_a_regime_outside_of_the_grid_has_no_row(measured):
@@ -170,6 +179,19 @@ def test_what_dvc_shows_is_a_slim_table_and_the_curves_of_all_phases(measured):
     with open(measured.workspace.reports / "training.csv", encoding="utf-8") as file:
         curves = [(row["model"], row["phase"], float(row["train/loss"])) for row in csv.DictReader(file)]
     assert curves == [("CL-Full-AT-s0", "2 fine-tuning", 1.0), ("CL-at-s0", "1 pretraining", 2.0)]
+
+
+@pytest.mark.parametrize(("tested", "told"), [(True, "Not tested as a whole: Y is missing"), (False, "Not tested: Y is missing")])
+def test_a_claim_that_is_not_tested_says_what_is_missing_also_if_some_parts_are(measured, monkeypatch, tested, told):
+    about = {"side": "above", "bound": 0.0, "claimed": "above 0", "paper": None}
+    parts = [about | {"name": "b", "verdict": "not tested", "seeds": 0, "missing": "Y is missing"}]
+    parts += [about | {"name": "a", "verdict": "supported", "seeds": 2, "effect": 0.1, "low": 0.05, "high": 0.2}] if tested else []
+    claim = {"key": "k", "claim": "C.", "verdict": "not tested", "seeds": 0, "parts": parts}
+    render = page.render
+    monkeypatch.setattr(page, "render", lambda *given, **more: render(*given[:3], given[3] | {"claims": [claim]}, **more))
+    stage.run(measured.context())
+    shown = (measured.workspace.reports / "report.html").read_text()
+    assert told in shown and ('<td class="text">a</td>' in shown) == tested
 
 
 def test_the_page_opens_with_the_finding_and_links_models_to_their_details(measured):

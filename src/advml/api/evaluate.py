@@ -49,10 +49,10 @@ class Evaluation:
             attacks' names with `_half` at half of epsilon, `accuracy/worst_case` (images that survive all attacks), and further ones
             that the settings ask for.
         verdicts: one row per image: `label`, `predicted`, `broken_by` (null: it survived), `broken_as`, `distance`, ...
-        flags: signs that a robust accuracy is too high (gradient masking, wrong normalisation): `name`, `saw`, `try`.
+        flags: signs that a robust accuracy is too high (gradient masking, ...) or says nothing (`at_chance`): `name`, `saw`, `try`.
         judged: whether the probes that raise flags were run; if not, an empty list of flags means nothing.
         images: adversarial images of threat model II, (n, C, H, W) in [0, 1].
-        remarks: how the model was adapted for the evaluation, one line each.
+        remarks: how the model was adapted for the evaluation, and which attacks are not run, one line each.
         metrics: the figures, flat, as in metrics.json.
         record: how each figure was measured: attack, steps, seed, passes.
     """
@@ -149,7 +149,8 @@ def evaluate(
         if f"{name}/low" in found.metrics
     }
     judged = "evidence" in diagnosis
-    return Evaluation(figures, found.samples, tuple(diagnosis["flags"]), judged, found.images, given.remarks, found.metrics, found.record)
+    remarks = (*given.remarks, *(f"{attack} is not run: it {reason}" for attack, reason in asked_for.not_run.items()))
+    return Evaluation(figures, found.samples, tuple(diagnosis["flags"]), judged, found.images, remarks, found.metrics, found.record)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ received and of all gradients at its logits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol
@@ -101,6 +101,12 @@ def _recipe(name: str) -> Recipe:
 def applicable(name: str, classes: int) -> bool:
     """Whether the attack works with this number of classes: APGD-T needs 4, the others 2."""
     return classes >= _recipe(name).classes
+
+
+def not_run(names: Iterable[str], classes: int) -> dict[str, str]:
+    """Those of AutoAttack's attacks among the names that do not work with this number of classes, each with the reason."""
+    found = (name for name in names if name in ATTACKS and not applicable(name, classes))
+    return {name: f"needs at least {ATTACKS[name].classes} classes, and there are {classes}" for name in found}
 
 
 def attack(

@@ -18,7 +18,7 @@ from advml.config import ThreatModelSection
 from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, model_name
 from advml.evaluation import records, samples
-from advml.evaluation.records import NONE, flag_summary, transfer_flags
+from advml.evaluation.records import AT_CHANCE, NONE, flag_summary, is_at_chance, transfer_flags
 from advml.similarity import compare, measures, represent, statistics
 from advml.similarity.alternatives import Tables
 from advml.similarity.cka import Similarity
@@ -136,7 +136,9 @@ class Study:
         record = self._record("evaluate", name)
         figure = record.get("figures", {}).get(metric)
         if figure is None:
-            raise Missing(name)
+            raise Missing(f"{name} has no {metric}")
+        if is_at_chance(record):
+            raise Missing(f"{name} is no better than chance (flag {AT_CHANCE}), so its accuracies say nothing about robustness")
         self._require_attack(name, figure, share=0.5 if metric.endswith(HALF) else 1.0)
         found, images = self._by_image(name, metric, record)
         data = self._model(name).get("data", {}).get("digest")
@@ -148,7 +150,9 @@ class Study:
         """Estimate of an accuracy from samples.parquet, which must agree with the record, and the digest of the test images."""
         path, figure, again = self.workspace.samples(name), record["figures"][metric], "measure again with: dvc repro"
         if not path.is_file():
-            raise Missing(f"{path}, without which accuracies cannot be paired image by image; restore it with: dvc pull, or {again}")
+            raise Missing(
+                f"{path} is missing, without which accuracies cannot be paired image by image; restore it with: dvc pull, or {again}"
+            )
         table, about = samples.read(path)
         with reporting_damage(path, remedy=again):
             right, digest, images = samples.right(table, metric), about["digest"], about["test_digest"]
@@ -180,7 +184,7 @@ class Study:
         pair = f"{names[0]} with {names[1]}"
         found = self._comparison
         if found is None or not any([panel.first, panel.second] == names for panel in found.compared.panels):
-            raise Missing(f"{pair}; measure with: advml compare")
+            raise Missing(f"{pair} is not compared; measure with: advml compare")
         layers, sources = [], []
         for name in names:
             self._require_weights(name, found.digests.get(name))
@@ -222,7 +226,7 @@ class Study:
         """Record of a measurement; raises Missing if it was made with other weights than the model has now."""
         record = records.read(self.workspace, stage, name)
         if record is None:
-            raise Missing(name)
+            raise Missing(f"{name} is missing")
         self._require_weights(name, record.get("digest"))
         return record
 

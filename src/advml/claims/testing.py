@@ -60,7 +60,8 @@ RULE = (
     "supported: the whole 95 % interval is on the claimed side of the bound; contradicted: the whole interval is on the other side; "
     "inconclusive: the bound is within the interval, or there are too few batches for an interval. "
     "One seed is one training, which can neither support nor contradict a paper, so its verdicts say 'for this seed'. "
-    "A claim is contradicted if any part is, supported if all are; not tested if a model is missing, or was measured in another way. "
+    "A claim is contradicted if any part is, supported if all are; not tested if a model is missing, or was measured in another way, or if "
+    "an accuracy is that of a model at chance. "
     f"Two bounds are not the paper's: a change of CKA up to {MARGIN:g} counts as none, so a rise is above {MARGIN:g}, a fall below "
     f"-{MARGIN:g}, no fall above -{MARGIN:g}; and representations agree above {AGREE:g}, which is between the paper's ST (0.59 to 0.79) "
     "and AT networks (0.98 to 0.99)."
@@ -172,7 +173,7 @@ def _needed(part: Part, found: list[Study], others: str | None) -> list[Study]:
     if len(found) < 2:
         state = f"{others!r}, where no AT models of another epsilon are found" if others else "null"
         raise Missing(
-            f"AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
+            f"no AT models of other training epsilons (similarity.epsilon_studies is {state}); train them with: {EPSILONS}, "
             "then set similarity.epsilon_studies: pipelines/epsilon/eps-* and run: dvc repro. If those studies change later: advml report"
         )
     return found

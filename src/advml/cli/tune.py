@@ -204,8 +204,9 @@ def result_lines(outcome: Outcome, search: Search) -> list[str]:
     for split in ("validation", "test"):
         for who, found in (outcome.confirmed or {}).get(split, {}).items():
             lines.append(f"  {split}, {who}: {_figure(found)}")
-    if "autoattack" in (outcome.confirmed or {}):
-        lines.append(f"  test, autoattack: {_figure(outcome.confirmed['autoattack']['test'])}")
+    if measured := (outcome.confirmed or {}).get("autoattack"):
+        left_out = "".join(f"; {name} not run: it {reason}" for name, reason in measured.get("not_run", {}).items())
+        lines.append(f"  test, autoattack: {_figure(measured['test'])}{left_out}")
     lines += confirmation_lines((outcome.confirmed or {}).get("confirmed", {}))
     return [
         *lines,

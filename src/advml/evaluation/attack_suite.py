@@ -122,7 +122,8 @@ def cascade(
     An evaluation always includes PGD on cross-entropy and on the margin: those missing in threat model II and the list are put first.
     """
     asked, adversary = worst_case.attacks, evaluation_adversary(spec, threat)
-    strength = autoattack.Strength(steps=worst_case.steps, targets=worst_case.targets, queries=worst_case.queries)
+    targets = min(worst_case.targets, classes - 1)
+    strength = autoattack.Strength(steps=worst_case.steps, targets=targets, queries=worst_case.queries)
 
     def attack(name: str) -> AttackSpec:
         if name not in PGD_LOSSES:

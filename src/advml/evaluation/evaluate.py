@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from advml.data.datasets import Dataset, Split
 from advml.evaluation import corruption, metrics, samples
 from advml.evaluation.attack_suite import AttackSpec
 from advml.evaluation.masking import diagnose
-from advml.evaluation.masking.rules import Flag
+from advml.evaluation.masking.rules import Flag, at_chance
 from advml.evaluation.run_attacks import Scorer, run_attacks
 from advml.models.micro_batches import InParts
 from advml.models.network import Network
@@ -37,6 +37,7 @@ class EvaluationSettings:
         batch_size, seed: of attacks, diagnostics and corruptions.
         keep: number of adversarial images to store of the `kept` attack; None: all.
         published: published files of corrupted images; None: corruptions are computed.
+        not_run: attacks that were asked for and are not in `attacks` -> reason, for the record of the worst case.
     """
 
     attacks: tuple[AttackSpec, ...]
@@ -46,6 +47,7 @@ class EvaluationSettings:
     corruptions: config.Corruptions
     keep: int | None = None
     published: Published | None = None
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> AttackSpec:
@@ -162,7 +164,8 @@ def _evaluate(
         diagnosis = memo.json("diagnostics", diagnosed)
     else:
         diagnosis = diagnose.unprobed(network, scorer, outcomes, reason="diagnostics.images = 0")
-    diagnosis = diagnosis | {"flags": [*(flag.as_record() for flag in subject.flags), *diagnosis["flags"]]}
+    before = (*subject.flags, *at_chance(int(outcomes[samples.CLEAN].right.sum()), test.labels.bincount().tolist()))
+    diagnosis = diagnosis | {"flags": [*(flag.as_record() for flag in before), *diagnosis["flags"]]}
     more, steps = diagnose.as_attacks(diagnosis, outcomes, spec, settings.threat_model)
     attacks, outcomes = attacks + more, outcomes | steps
     found = metrics.metrics(outcomes)
@@ -172,10 +175,12 @@ def _evaluate(
     about = {"model": subject.name, "digest": subject.digest, "test_digest": samples.digest_of(test), **asdict(settings.threat_model)}
     # Left out if probes were not run and there are no flags, because 0 would mean that there are none.
     flags = {"diagnostics/flags": len(diagnosis["flags"])} if diagnosis["flags"] or "skipped" not in diagnosis else {}
+    figures = metrics.describe(attacks, outcomes, **run)
+    figures[samples.WORST] |= {"not_run": dict(settings.not_run)} if settings.not_run else {}
     return Evaluation(
         found | flags | corruption.metrics(rights),
         {
-            "figures": metrics.describe(attacks, outcomes, **run),
+            "figures": figures,
             "test_digest": about["test_digest"],
             "diagnostics": diagnosis,
             "corruptions": corruption.describe(rights, settings.corruptions, published=settings.published),

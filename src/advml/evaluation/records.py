@@ -140,6 +140,7 @@ def read_transfer(workspace: Workspace) -> dict[str, Any] | None:
 # Flags of a model, from the record of its diagnostics and from a transfer
 
 NONE, UNJUDGED = "none", "not judged"
+AT_CHANCE = "at_chance"  # flag of `masking.rules.at_chance`
 
 
 def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[str, Any]] = ()) -> str:
@@ -151,6 +152,11 @@ def flag_summary(diagnostics: Mapping[str, Any], transferred: Iterable[Mapping[s
     """
     flags = [flag["name"] for flag in (*diagnostics.get("flags", ()), *transferred)]
     return ", ".join(flags) or (NONE if "evidence" in diagnostics else UNJUDGED)
+
+
+def is_at_chance(record: Mapping[str, Any] | None) -> bool:
+    """Whether the record of `evaluate` has the flag AT_CHANCE; False without record."""
+    return any(flag["name"] == AT_CHANCE for flag in (record or {}).get("diagnostics", {}).get("flags", ()))
 
 
 def transfer_flags(found: Mapping[str, Any] | None) -> dict[str, list[dict[str, str]]]:

@@ -13,14 +13,16 @@ from matplotlib.lines import Line2D
 from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
 # First word of a verdict -> colour; a verdict may continue with "for this seed".
-COLOURS = {"supported": "#009e73", "contradicted": ADVERSARIAL, "inconclusive": QUIET}
+COLOURS = {"supported": "#009e73", "contradicted": ADVERSARIAL, "inconclusive": QUIET, "not tested": "#c8c8c8"}
 LINE = 0.27  # inches per part
 EDGE = 0.01  # left margin of the titles, as a share of the figure's width
 
 
 @styled
 def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw one panel per tested claim, one line per part: effect, 95 % interval, bound, the paper's figure.
+    """Draw one panel per claim with tested parts, one line per part: effect, 95 % interval, bound, the paper's figure.
+
+    The colour is the part's verdict; parts of a claim that is not tested as a whole are light grey.
 
     Args:
         claims: of claims.json; parts that were not tested are left out.
@@ -33,7 +35,7 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
     for axes, (claim, parts) in zip(panels, tested, strict=True):
         _panel(axes, claim, parts)
         axes.set_xlabel("effect" if axes is panels[-1] else "")
-    words = dict.fromkeys(_label(part) for _, parts in tested for part in parts)
+    words = dict.fromkeys(_label(claim, part) for claim, parts in tested for part in parts)
     marks = [
         *(Line2D([], [], color=_colour(word), marker="o", markersize=5, label=word) for word in words),
         Line2D([], [], color=FULL, marker="D", markersize=4.5, linestyle="", markerfacecolor="white", label="the paper"),
@@ -44,8 +46,10 @@ def effects(claims: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _label(part: Mapping[str, Any]) -> str:
-    """Label of a part: `supported (3 seeds)`."""
+def _label(claim: Mapping[str, Any], part: Mapping[str, Any]) -> str:
+    """Label of a part: `supported (3 seeds)`, or that its claim is not tested."""
+    if claim["verdict"] == "not tested":
+        return "not tested as a whole"
     return f"{part['verdict']} ({part['seeds']} seed{'s' if part['seeds'] > 1 else ''})"
 
 
@@ -65,7 +69,7 @@ def _align_titles(figure: Figure) -> None:
 def _panel(axes: Axes, claim: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title(claim["claim"], loc="left", fontsize=8.5)
     for place, part in enumerate(reversed(parts)):
-        colour = _colour(part["verdict"])
+        colour = _colour(_label(claim, part))
         axes.plot([part["bound"], part["bound"]], [place - 0.42, place + 0.42], color=INK, linewidth=0.9, linestyle=":")
         if part["low"] is not None and part["high"] is not None:
             axes.plot([part["low"], part["high"]], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")

@@ -112,8 +112,8 @@ def _probabilities(network: nn.Module, image: Tensor) -> Tensor:
 def _headline(result: dict[str, Any]) -> str:
     before, after = (quoted(result[key]) for key in ("prediction_before", "prediction_after"))
     if result["success"]:
-        return f"The attack makes the model take {before} for {after}"
-    return f"The model withstands: it takes the image for {after} before and after the attack"
+        return f"The attack changes the prediction from {before} to {after}"
+    return f"The prediction {after} is unchanged; whether it is right is not known"  # the image's class is not given
 
 
 def _size(norm: str, sizes: dict[str, float]) -> str:

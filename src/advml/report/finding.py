@@ -1,18 +1,19 @@
-"""Summary of a study in up to three sentences, from its table and claims, for the report and the description of its MLflow run."""
+"""Summary of a study in a few sentences, from its table and claims, for the report and the description of its MLflow run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from advml.evaluation.records import AT_CHANCE
 from advml.figures.style import FLAGGED, MEANING, mark
 from advml.recipes import REGIMES, Regime
 from advml.report.table import Row
 
 WORST, CLEAN = "accuracy/worst_case", "accuracy/clean"
-VERDICTS = ("supported", "contradicted", "inconclusive", "not tested")
+VERDICTS = ("supported", "contradicted", "inconclusive")
 NUMBERS = "no", "one", "two", "three", "four", "five", "six"
 Group = tuple[str, str]  # scheme and regime
 
@@ -20,7 +21,8 @@ Group = tuple[str, str]  # scheme and regime
 def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: str) -> list[str]:
     """Sentences on the models' robustness, the effect of full adversarial fine-tuning, and the number of supported claims.
 
-    Models of several seeds are averaged. Sentences on missing measurements are left out.
+    Models of several seeds are averaged. Sentences on missing measurements are left out, and so are models that are at chance for any seed,
+    which are named instead.
 
     Args:
         table: rows of the grid.
@@ -31,7 +33,9 @@ def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: st
     for row in table:
         if WORST in row:
             groups.setdefault((row["scheme"], row["regime"]), []).append(row)
-    parts = [[*_robustness(groups, threat_model)], [*_lifts(groups), *_verdicts(claims)]]
+    at_chance = {group for group, rows in groups.items() if any(row.get(AT_CHANCE) for row in rows)}
+    able = {group: rows for group, rows in groups.items() if group not in at_chance}
+    parts = [[*_robustness(able, threat_model)], [*_chance(at_chance, able)], [*_lifts(able), *_verdicts(claims)]]
     sentences = ["; ".join(part) for part in parts if part]
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
@@ -50,6 +54,15 @@ def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterato
         yield told + (f" ({MEANING[FLAGGED]})" if any(mark(row) == FLAGGED for row in rows) else "")
 
 
+def _chance(at_chance: Collection[Group], able: Collection[Group]) -> Iterator[str]:
+    """Sentence on models that are no better than always naming the most frequent class."""
+    if at_chance and not able:
+        yield "no model is better than chance (always naming the most frequent class), so nothing is known about their robustness"
+    elif at_chance:
+        names, verb = _listed(sorted(" ".join(group) for group in at_chance)), "is" if len(at_chance) == 1 else "are"
+        yield f"{names} {verb} no better than chance (always naming the most frequent class), and left out here"
+
+
 def _lifts(groups: Mapping[Group, list[Row]]) -> Iterator[str]:
     """Sentence on the gain of full adversarial fine-tuning, by scheme."""
     full = next((name for name, regime in REGIMES.items() if regime.attacked and regime.encoder_learns), None)
@@ -63,13 +76,22 @@ def _lifts(groups: Mapping[Group, list[Row]]) -> Iterator[str]:
 
 
 def _verdicts(claims: Mapping[str, Any]) -> Iterator[str]:
-    """Sentence on verdicts: `of the paper's six claims three are supported and two contradicted, by one seed`."""
-    verdicts = [claim["verdict"].removesuffix(" for this seed") for claim in claims.get("claims", ())]
-    if verdicts:
-        counts = sorted(Counter(verdicts).items(), key=lambda count: VERDICTS.index(count[0]))
-        told = [f"{_number(count)} {'is' if count == 1 else 'are'} {verdict}" for verdict, count in counts]
-        seeds = len(claims["seeds"])
-        yield f"of the paper's {_number(len(verdicts))} claims {_listed(told)}, by {_number(seeds)} seed{'s' if seeds > 1 else ''}"
+    """Sentence on verdicts: `of the paper's six claims five are supported, by one seed, and one is not tested`."""
+    verdicts = Counter(claim["verdict"].removesuffix(" for this seed") for claim in claims.get("claims", ()))
+    among, untested = f"of the paper's {_number(verdicts.total())} claims", verdicts.pop("not tested", 0)
+    if not verdicts:
+        yield from [f"none {among} is tested"] if untested else []
+        return
+    by = f"by {_number(len(claims['seeds']))} seed{'s' if len(claims['seeds']) > 1 else ''}"
+    told = [_counted(count, verdict) for verdict, count in sorted(verdicts.items(), key=lambda each: VERDICTS.index(each[0]))]
+    if untested:
+        yield f"{among} {_listed(told)}, {by}, and {_counted(untested, 'not tested')}"
+    else:
+        yield f"each {among} is {next(iter(verdicts))}, {by}" if len(told) == 1 else f"{among} {_listed(told)}, {by}"
+
+
+def _counted(count: int, verdict: str) -> str:
+    return f"{_number(count)} {'is' if count == 1 else 'are'} {verdict}"
 
 
 def _attacked(regime: Regime) -> bool:

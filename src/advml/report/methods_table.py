@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # Column -> key or function that fills it from a figure's record; empty if the record lacks the key.
@@ -35,7 +35,7 @@ CORRUPTION_HEADERS = ("figure", *CORRUPTED)
 
 
 def rows(figures: dict[str, dict[str, Any]], *, flags: str = "") -> list[list[Any]]:
-    """Rows per figure; below the worst case, one per attack of its cascade, with the numbers of images attacked and survived.
+    """Rows per figure; below the worst case, one per attack of its cascade, with the numbers of images attacked and survived, or not run.
 
     Args:
         flags: of the model, shown with its attacked figures.
@@ -53,6 +53,12 @@ def steps(figures: dict[str, dict[str, Any]]) -> list[str]:
     return [step["name"] for record in figures.values() for step in record.get("cascade", ()) if f"accuracy/{step['name']}" not in figures]
 
 
+def not_run(evaluated: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Attacks that were asked for and not run on any of the models, from their records -> reason."""
+    found = (figure.get("not_run", {}) for record in evaluated for figure in record.get("figures", {}).values())
+    return {name: reason for each in found for name, reason in each.items()}
+
+
 def cascade(models: list[dict[str, Any]]) -> list[str]:
     """Names of the attacks in all models' worst cases, in order."""
     return list(dict.fromkeys(name for model in models for name in model["cascade"]))
@@ -62,6 +68,8 @@ def _rows(name: str, record: dict[str, Any], flags: str) -> Iterator[list[Any]]:
     yield [name, record["correct"], record["n"], _interval(record), flags if "attack" in record else "", *_cells(record)]
     for step in record.get("cascade", ()):
         yield [f"— {step['name']}", step["aimed_at"] - step["broke"], step["aimed_at"], "", "", *_cells(step | {"seed": record["seed"]})]
+    for attack, reason in record.get("not_run", {}).items():
+        yield [f"— {attack}", "", "", "", "", *_cells({"attack": f"not run: {reason}"})]
 
 
 def _interval(record: dict[str, Any]) -> str:

@@ -100,6 +100,7 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
         how_headers=how_made.HEADERS,
         corruption_headers=how_made.CORRUPTION_HEADERS,
         cascade=how_made.cascade(made),
+        not_run=how_made.not_run(evaluated.values()),
         provenance=provenance,
     )
 

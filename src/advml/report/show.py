@@ -107,14 +107,19 @@ def _figure(name: str, figure: dict[str, Any]) -> str:
     attack = ", ".join(f"{key} {figure[key]:.4g}" for key in ("epsilon", "step_size") if key in figure)
     how = f"   {figure['norm']} {attack}" if "norm" in figure else ""
     how += f", {figure['steps']} steps, {_runs(figure['restarts'])}" if "steps" in figure else ""
-    how += f", seed {figure['seed']}, {_passes(figure)} an image" if "forward" in figure else ""
+    how += f", seed {figure['seed']}, {_passes(figure)}" if "forward" in figure else ""
     share = figure["correct"] / figure["n"]
     return f"  {name.removeprefix('accuracy/'):22} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {figure['n']}{how}"
 
 
 def _passes(figure: dict[str, Any]) -> str:
-    forward, backward = (figure[direction] / figure["n"] for direction in ("forward", "backward"))
-    return f"{forward:.0f} forward and {backward:.0f} backward passes"
+    """Mean passes over all test images, to two digits at least, since those that are misclassified before the attack cost none."""
+    if not figure["forward"]:
+        return "no image was left to attack"
+    means = [figure[direction] / figure["n"] for direction in ("forward", "backward")]
+    forward, backward = (f"{mean:.0f}" if mean >= 10 else f"{mean:.2g}" for mean in means)
+    few = " (misclassified ones are not attacked)" if means[0] < figure.get("steps", 0) else ""
+    return f"{forward} forward and {backward} backward passes an image{few}"
 
 
 def _corruptions(evaluation: dict[str, Any]) -> list[str]:
@@ -156,8 +161,9 @@ def _transfer_flags(workspace: Workspace, model: str, *, digest: str) -> list[st
 
 
 def _cascade(figure: dict[str, Any]) -> list[str]:
-    """Lines per attack of the worst case: number of images broken, of those that survive all earlier attacks."""
-    return [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
+    """Lines per attack of the worst case: number of images broken, of those that survive all earlier attacks; or why it was not run."""
+    ran = [f"    {step['name']:20} broke {step['broke']:4} of {step['aimed_at']}" for step in figure.get("cascade", ())]
+    return ran + [f"    {name:20} not run: {reason}" for name, reason in figure.get("not_run", {}).items()]
 
 
 def _phase(record: dict[str, Any]) -> dict[str, Any]:

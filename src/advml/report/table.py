@@ -15,7 +15,7 @@ from advml.core.io import read_json
 from advml.core.paths import Workspace, model_name, pretraining_name
 from advml.core.training_cost import SECONDS, STEPS, cost_of
 from advml.evaluation import records
-from advml.evaluation.records import transfer_flags
+from advml.evaluation.records import AT_CHANCE, is_at_chance, transfer_flags
 from advml.figures.style import FLAGGED, MEANING, UNJUDGED, mark
 from advml.recipes import REGIMES
 from advml.similarity.statistics import Estimate, over_seeds
@@ -39,7 +39,7 @@ NOT_ATTACKED = ("accuracy/clean", "corruption/mean")
 
 
 def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Row]:
-    """Rows of the evaluated models of the grid: `model`, `scheme`, `regime`, `seed` and all metrics, flat.
+    """Rows of the evaluated models of the grid: `model`, `scheme`, `regime`, `seed`, all metrics, flat, and `at_chance` if it is flagged.
 
     Raises:
         UserError: a metrics.json is damaged.
@@ -55,6 +55,7 @@ def grid_rows(grid: Grid, seeds: Sequence[int], workspace: Workspace) -> list[Ro
     flagged = transfer_flags(records.read_transfer(workspace))
     for row in found:
         row |= {"transfer/flags": len(flagged[row["model"]])} if row["model"] in flagged else {}
+        row |= {AT_CHANCE: True} if is_at_chance(records.read(workspace, "evaluate", row["model"])) else {}
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from advml.evaluation.intervals import wilson
 from advml.evaluation.masking.evidence import Evidence, Point, Rise
-from advml.evaluation.masking.rules import RULES, flags
+from advml.evaluation.masking.rules import RULES, at_chance, flags
 
 
 def curve(*right: int, images: int = 100) -> tuple[Point, ...]:
@@ -147,6 +147,22 @@ def test_evidence_and_flags_are_json():
     assert record["curve"][1] == {"epsilon": 0.05, "right": 80, "accuracy": 0.8, "low": wilson(80, 100)[0], "high": wilson(80, 100)[1]}
     assert record["rise"]["regained"] == 1 and record["black_box"]["square"] == 1
     assert set((flags(evidence)[-1]).as_record()) == {"name", "saw", "try"}
+
+
+@pytest.mark.parametrize(
+    ("correct", "classes", "flagged"),
+    [
+        (10, [10] * 10, True),  # a constant
+        (0, [50, 50], True),
+        (15, [10] * 10, True),
+        (16, [10] * 10, False),
+        (80, [80, 20], True),  # always the most frequent class, which one in K would overlook
+        (89, [80, 20], False),
+        (100, [100, 0], True),
+    ],
+)
+def test_a_model_whose_interval_reaches_the_share_of_the_most_frequent_class_is_at_chance(correct, classes, flagged):
+    assert [flag.name for flag in at_chance(correct, classes)] == ["at_chance"] * flagged
 
 
 def test_images_of_a_single_class_are_no_reason_to_doubt_an_attack():

@@ -105,6 +105,15 @@ def test_a_missing_foolbox_is_said_before_the_first_attack(make_study, given, mo
         evaluate.run_given(replace(context, config=make_study("none").config("diagnostics.minimal=fmn", "diagnostics.images=0")), given)
 
 
+def test_attacks_that_are_not_run_are_warned_of_before_the_first_one(make_study, given, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    monkeypatch.setattr(evaluate, "not_run", lambda names, classes: {"square": f"needs more than {classes} classes"})
+    with pytest.raises(Stop):
+        evaluate.run_given(make_study("few").context(), given)
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert "worst_case.attacks" in told and "square" in told and "more than 4 classes" in told
+
+
 @pytest.mark.parametrize("minimal", MINIMAL)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_params_yaml_refuses_the_norms_that_an_attack_does_not_work_in(make_study, minimal, norm):

@@ -5,12 +5,13 @@ A rule returns its finding and a remedy, or None. Counts are tested exactly, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from advml.attacks.pgd import default_step_size
-from advml.evaluation.intervals import binomial_tail
+from advml.evaluation.intervals import binomial_tail, wilson
 from advml.evaluation.masking.evidence import SHORT, Evidence
+from advml.evaluation.records import AT_CHANCE
 
 Finding = tuple[str, str]  # what was seen, in numbers; what to try
 
@@ -234,3 +235,24 @@ def flags(evidence: Evidence) -> list[Flag]:
     The robust accuracy of a model without flags may still be too high; a model with flags has not been attacked properly yet.
     """
     return [Flag(rule.__name__, *found) for rule in RULES if (found := rule(evidence))]
+
+
+def at_chance(correct: int, classes: Sequence[int]) -> list[Flag]:
+    """Flag a model that is no better than always naming the most frequent class: the clean accuracy's 95 % interval begins at or below it.
+
+    Needs no probes. An attack cannot lower the accuracy of such a model much, which says nothing about its robustness.
+
+    Args:
+        correct: number of clean test images that the model classifies correctly.
+        classes: number of test images of each class.
+    """
+    n, chance = sum(classes), max(classes) / sum(classes)
+    low, high = wilson(correct, n)
+    if low > chance:
+        return []
+    saw = (
+        f"the clean accuracy, {correct / n:.1%} [{low:.1%}, {high:.1%}], is not above chance: always naming the most frequent class gives "
+        f"{chance:.1%} of the {n} test images, so accuracies under attack say nothing about robustness"
+    )
+    remedy = "more epochs, another learning rate, or a smaller training epsilon; for an external model, check classes and normalisation"
+    return [Flag(AT_CHANCE, saw, remedy)]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from advml import config, tracking
+from advml.attacks.autoattack import not_run
 from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.core.io import discard
@@ -122,6 +123,7 @@ def settings(whole: config.Config, dataset: Dataset, scheme: Scheme | None, *, n
         corruptions=whole.corruptions,
         keep=spec.adversarial_images,
         published=_published(whole),
+        not_run=not_run(whole.worst_case.attacks, classes),
     )
 
 
@@ -129,6 +131,8 @@ def evaluate(
     context: Context, subject: evaluation.Subject, settings: evaluation.EvaluationSettings, parts: dict[str, str]
 ) -> evaluation.Evaluation:
     """Evaluate a model with a progress bar that shows the worst-case accuracy so far."""
+    for attack, reason in settings.not_run.items():
+        tell(f"warning: {subject.name}: worst_case.attacks: {attack} is not run: it {reason}")
     scratch = context.workspace.scratch(f"evaluate-{subject.name}")
     attacks, *others = (Checkpoint(scratch / part, fingerprint).folder / fingerprint for part, fingerprint in parts.items())
     memo = Memo(attacks, apart=dict(zip(list(parts)[1:], others, strict=True)))
