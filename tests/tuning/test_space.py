@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -163,8 +164,24 @@ def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
     ]
     prints = {other.fingerprint() for other in (search, *others)}
     assert same.fingerprint() == search.fingerprint() and len(prints) == 6
-    (made / "models/pretrain/CL-at-s0/model.json").write_text('{"digest": "3"}')
+    (made / "models/pretrain/CL-at-s0/model.json").write_text('{"digest": "3", "data": {"digest": "2"}}')
     assert finetuning(made).fingerprint() not in prints
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"), [({"regime": "AT"}, "advml train CL AT"), ({"phase": "at"}, "advml pretrain CL at"), ({}, "choose a model")]
+)
+def test_a_model_of_other_data_is_refused_before_anything_is_created(made, record, remedy):
+    before = {*made.rglob("*")}
+    origin = {"scheme": "CL", "seed": 0} if record else {}
+    for folder, build in (
+        ("finetune/CL-AT-s0", lambda: AttackSearch.of(load(), made, "CL-AT-s0")),
+        ("pretrain/CL-at-s0", lambda: finetuning(made)),
+    ):
+        (made / "models" / folder / "model.json").write_text(json.dumps({"digest": "1", "data": {"digest": "3"}, **origin, **record}))
+        with pytest.raises(UserError, match=rf"models/{folder} was .*{remedy}"):
+            build()
+    assert {*made.rglob("*")} == before
 
 
 OWN = {"objective": "margin", "momentum": 0.75, "schedule": "cosine", "keep": "last", "random_start": False, "restarts": 2}

@@ -46,15 +46,16 @@ def create(search: Search, url: str, *, replace: bool = False) -> optuna.Study:
     """Create the study of a search, or open that of an earlier command.
 
     Args:
-        replace: whether a study of this name with another fingerprint is deleted.
+        replace: whether a study of this name with another fingerprint is deleted; one without results always is.
     Raises:
-        UserError: there is a study of this name with another fingerprint, or the database cannot be used.
+        UserError: there is a study of this name with results of another fingerprint, or the database cannot be used.
     """
-    storage, fingerprint = connect(url), search.fingerprint()
+    fingerprint, storage = search.fingerprint(), connect(url)  # a refusal comes before the database is created
     options = {"study_name": search.name, "storage": storage, "pruner": search.pruner(), "directions": list(search.directions)}
     study = optuna.create_study(**options, load_if_exists=True)
     if study.user_attrs.get(FINGERPRINT, fingerprint) != fingerprint:
-        if not replace:
+        trials = study.get_trials(deepcopy=False)
+        if not replace and (finished(trials) or any(trial.intermediate_values for trial in trials)):
             raise UserError(
                 f"the search {search.name} exists with another space, or other parameters, data or weights; "
                 f"choose another name: --name {search.name}-2, or delete that search: --replace"
