@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from ruamel.yaml import YAML
 
 from advml import config
+from advml.config.presets import PRESETS, QUICK, preset
 from advml.core.errors import UserError
 from advml.core.paths import Workspace
 from advml.core.provenance import source_digest
@@ -216,6 +218,20 @@ def test_other_code_of_attacks_makes_another_study(made, monkeypatch):
     assert AttackSearch.of(load(), made, "CL-AT-s0").fingerprint() == before
 
 
+CASES = [(name, protocol) for name, protocols in PRESETS.items() for protocol in protocols] + [(name, "quick") for name in QUICK]
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_every_preset_can_be_searched(made, name, protocol):
+    """Its spaces are valid, and the one of attacks fits the budget of the preset's own evaluation."""
+    text = preset(name, quick=True) if protocol == "quick" else preset(name, protocol=protocol)
+    loaded = config.validate(YAML(typ="safe", pure=True).load(text))
+    AttackSearch.of(loaded, made, "CL-AT-s0")
+    TrainingSearch.of(loaded, made, "finetune", "CL", "Full-AT", seed=0)
+    for phase in ("st", "at"):
+        TrainingSearch.of(loaded, made, "pretrain", "CL", phase, seed=0)
+
+
 def test_a_budget_without_a_step_for_every_restart_is_refused(made):
     with pytest.raises(UserError, match=r"^tune.attack.budget = 2 .*evaluate.restarts = 3$"):
         AttackSearch.of(load("tune.attack.budget=2", "evaluate.restarts=3"), made, "CL-AT-s0")
@@ -249,7 +265,11 @@ def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
     [
         ("restart={choice: [1, 2]}", "unknown key 'restart'; choose from step_size, schedule, momentum"),
         ("objective={choice: [ce, kl]}", "objective = 'kl'; choose from ce, margin, dlr"),
-        ("restarts={choice: [1, 99]}", "restarts = 99 leave none of them a step within the budget's 42 forward and backward passes"),
+        (
+            "restarts={choice: [1, 99]}",
+            "restarts = 99 leave none of them a step within the budget's 42 forward and backward passes; "
+            "reduce tune.attack.space.restarts, or raise evaluate.steps",
+        ),
         ("step_size={float: [-1, 1]}", "step_size = -1.0"),
     ],
 )

@@ -93,7 +93,9 @@ class AttackSearch(Search):
         changed(self.config, {f"evaluate.{key}": value for key, value in values.items()})
         if not (attack := self.attack(values))["steps"]:
             most = f"the budget's {self.passes} forward and backward passes"
-            raise UserError(f"restarts = {attack['restarts']} leave none of them a step within {most}")
+            budget = "tune.attack.budget" if self.config.tune.attack.budget else "evaluate.steps"
+            remedy = f"reduce tune.attack.space.restarts, or raise {budget}"
+            raise UserError(f"restarts = {attack['restarts']} leave none of them a step within {most}; {remedy}")
 
     def proposal(self, values: Values) -> dict[str, Any]:
         """Values by their keys in section `evaluate`, with an absolute step size, and the steps per restart."""
