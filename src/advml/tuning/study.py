@@ -158,10 +158,15 @@ def name_of(trial: FrozenTrial) -> str:
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a complete trial fulfils all constraints."""
+    return max(trial.constraints.values(), default=0) <= 0
+
+
 def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
     """Complete trials that fulfil all constraints, sorted by their first objective, best first; on a tie the earlier one first."""
     sign = -1 if directions[0] == "maximize" else 1
-    feasible = [trial for trial in trials if trial.state == TrialState.COMPLETE and max(trial.constraints.values(), default=0) <= 0]
+    feasible = [trial for trial in trials if trial.state == TrialState.COMPLETE and is_feasible(trial)]
     return sorted(feasible, key=lambda trial: (sign * trial.values[0], trial.number))
 
 
