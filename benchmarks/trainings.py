@@ -93,6 +93,11 @@ STRONGER = Table(
         Way("attacked image, two kinds of batch norms, last epoch", (DUAL[1], LAST), AT),
         Way("EMP-SSL", EMP, (("EMP", "AT"), ("EMP", "Full-AT"))),
         Way("EMP-SSL, free (CF-AMC-SSL)", (*EMP, "pretrain.EMP.attack_kind=free"), (("EMP", "AT"), ("EMP", "Full-AT"))),
+        Way(
+            "EMP-SSL, free (CF-AMC-SSL), 40 epochs",
+            (*EMP, "pretrain.EMP.attack_kind=free", "pretrain.EMP.epochs=40"),
+            (("EMP", "AT"), ("EMP", "Full-AT")),
+        ),
     ),
 )
 

@@ -455,6 +455,26 @@ def test_a_command_without_error_leaves_with_0():
     assert left.value.code == 0
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_processes_the_one_that_fails_first_prints_its_error(monkeypatch, tmp_path, capsys, first):
+    def fail() -> None:
+        raise UserError(f"of process {number}")
+
+    for number in (first, 1 - first):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(number) / "error.json"))
+        with pytest.raises(SystemExit, match="2"):
+            guarded(fail)
+    assert capsys.readouterr().err == f"advml: of process {first}\n"
+
+
+@pytest.mark.cluster
+def test_an_error_of_several_processes_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "advml", "train", "SL", "ST", "--processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "params.yaml" in done.stderr and not done.stdout
+
+
 def test_a_full_disk_while_a_state_is_saved_ends_in_one_line(make_study, monkeypatch, capsys):
     study = make_study()
 

@@ -85,3 +85,11 @@ def test_nothing_else_prints_on_stderr() -> None:
         if direct + written:
             printing[path.name] = len(direct + written)
     assert printing == {"messages.py": 1, "errors.py": 1}
+
+
+def test_of_several_processes_the_first_alone_prints_notes_and_warnings(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for line in (f"note: {rank}", f"warning: {rank}", f"advml: {rank}"):
+            tell(line)
+    assert capsys.readouterr().err.splitlines() == ["note: 0", "warning: 0", "advml: 0", "advml: 1"]

@@ -49,11 +49,11 @@ def test_a_data_set_larger_than_memory_is_the_one_that_fits(monkeypatch, tmp_pat
 
 def test_batches_read_ahead_are_those_of_images_in_memory(monkeypatch, dataset):
     order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
-    expected = list(Feed(dataset.train, CPU)(order, size=4))
+    expected = list(Feed(dataset.train, CPU)(order, sizes=[4]))
     monkeypatch.setattr(memory, "available", lambda: 4096)
     ahead = Feed(dataset.train, CPU)
     assert not ahead.fits
-    for found, wanted in zip(ahead(order, size=4), expected, strict=True):
+    for found, wanted in zip(ahead(order, sizes=[4]), expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
@@ -63,7 +63,7 @@ def test_the_bytes_of_every_image_are_asked_for_before_it_is_read(monkeypatch, d
     monkeypatch.setattr(memory, "available", lambda: 0)
     monkeypatch.setattr(memory, "will_read", lambda start, size: asked.append((start, size, will_read(start, size))))
     numbers = [40, 7, 7, 0]
-    list(Feed(mapped, CPU)(torch.tensor(numbers), size=4))
+    list(Feed(mapped, CPU)(torch.tensor(numbers), sizes=[4]))
     accepted = hasattr(mmap, "MADV_WILLNEED")
     assert asked == [(mapped.images[number].data_ptr(), mapped.images[0].nbytes, accepted) for number in numbers]
 
@@ -71,7 +71,7 @@ def test_the_bytes_of_every_image_are_asked_for_before_it_is_read(monkeypatch, d
 def test_a_batch_that_cannot_be_read_ends_the_epoch(monkeypatch, dataset):
     monkeypatch.setattr(memory, "available", lambda: 0)
     with pytest.raises(IndexError):
-        list(Feed(dataset.train, CPU)(torch.tensor([0, 10**6]), size=1))
+        list(Feed(dataset.train, CPU)(torch.tensor([0, 10**6]), sizes=[1]))
 
 
 def test_files_that_had_their_digest_are_not_read_for_it_again(dataset, tmp_path, monkeypatch):

@@ -174,8 +174,8 @@ def test_views_are_told_apart_and_those_that_free_training_perturbs_come_last(ma
 
 def drawn(stream: Paired, epochs: range) -> Iterator[tuple[Tensor, Tensor]]:
     for epoch in epochs:
-        for batch in stream(epoch, torch.Generator()).split(stream.size):
-            yield batch.split(stream.shares)
+        for batch in stream(epoch, torch.Generator()).split(sum(stream.sizes)):
+            yield batch.split(stream.sizes)
 
 
 def test_streams_begin_anew_in_another_order_when_they_end_and_follow_from_the_epoch_alone(dataset):
@@ -184,10 +184,10 @@ def test_streams_begin_anew_in_another_order_when_they_end_and_follow_from_the_e
     def stream(seed: int = 1) -> Paired:
         return Paired(cut(dataset.train, 0, 10), cut(dataset.train, 10, 30), batch_size=9, seed=seed)
 
-    assert (stream().shares, stream().count, len(stream().split)) == ((3, 6), 3, 30)
+    assert (stream().sizes, stream().count, len(stream().split)) == ((3, 6), 3, 30)
     batches = list(drawn(stream(), range(1, 8)))
     for place, (length, start) in enumerate(((10, 0), (20, 10))):
-        per_pass = length // stream().shares[place]
+        per_pass = length // stream().sizes[place]
         passes = [torch.cat([batch[place] for batch in batches[i : i + per_pass]]) for i in range(0, len(batches), per_pass)]
         assert all(len(one) == len(one.unique()) for one in passes), "an image twice in a pass"
         assert torch.cat(passes).unique().tolist() == list(range(start, start + length)), "all are reached"

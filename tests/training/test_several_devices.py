@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +19,90 @@ import torch
 from advml import config
 from advml.core import ranks
 from advml.core.device import machine
-from advml.data.datasets import Split
+from advml.data.datasets import Dataset, Split
+from advml.models.network import Network
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.adversarial_steps import adversarial_training
 from advml.training.checkpoint import Checkpoint
-from advml.training.tasks import finetuning_task, pretraining_task
+from advml.training.streams import shares
+from advml.training.tasks import finetuning_task, hybrid_task, pretraining_task
 from advml.training.trainer import train
 
 pytestmark = pytest.mark.cluster
-PHASE = config.Phase(epochs=2, batch_size=15, optimizer="sgd", learning_rate=0.05, weight_decay=0.0, schedule="constant", gradient_clip=1.0)
-OF_VIEWS = PHASE.model_copy(update={"views": 3, "average": "ema", "average_decay": 0.5})
 VIEW = config.View(shift=0.2, rotation=10, brightness=0.3)
+# In an L2 ball and with few steps, because rounding grows at every sign of a gradient and with every step
+THREAT = config.ThreatModelSection(norm="l2", epsilon=0.5)
+PHASE = {"epochs": 2, "optimizer": "sgd", "learning_rate": 0.005, "weight_decay": 0, "schedule": "constant", "gradient_clip": 1}
 
 
-def learn(network: Any, dataset: Any, name: str, folder: Path, kill: bool = False) -> None:
-    """Train SCL's encoder or a classifier on it, in as many processes as there are; the first one writes weights and history."""
-    one = machine(config.Runtime(device="cpu", threads=1))
-    scheme, regime = SCHEMES["SCL"], REGIMES["Full-AT"]
-    phase = OF_VIEWS if name == "SCL at" else PHASE
-    if name == "SCL at":
-        task = pretraining_task(network, scheme, phase, spec=VIEW, temperature=0.2)
-    else:
-        task = finetuning_task(network, regime, phase, dataset.train, one)
-    mode = "train" if name == "SCL at, attacked in train mode" else "eval"
-    attack = config.TrainAttack(steps=2, batch_norm=mode)
-    adversary = adversarial_training(attack, config.ThreatModelSection(norm="linf", epsilon=0.1), phase)
-    checkpoint = Checkpoint(folder, "same" if ranks.is_first() else None)
-    history = []
-    for record in train(task, dataset, phase, adversary=adversary, seed=3, machine=one, checkpoint=checkpoint):
-        history.append(record)
-        if kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-    if ranks.is_first():
-        torch.save(network.state_dict(), folder / "weights")
-        (folder / "history").write_text(json.dumps(history))
+@dataclass(frozen=True)
+class Training:
+    """An adversarial training of a scheme's encoder or of a regime's classifier, and the settings that it changes."""
+
+    of: str
+    phase: dict[str, Any] = field(default_factory=dict)
+    attack: dict[str, Any] = field(default_factory=dict)
+    micro_batch: int | None = None
+
+    def run(self, network: Network, dataset: Dataset, folder: Path, ended: Callable[[], bool] = lambda: False) -> None:
+        """Train in as many processes as there are, until an epoch after which it has `ended`; the first one writes weights and history."""
+        one = machine(config.Runtime(device="cpu", threads=1, micro_batch=self.micro_batch))
+        phase = config.Phase(**PHASE | {"batch_size": 31} | self.phase)
+        data, task = self._task(network, dataset, phase, one)
+        adversary = adversarial_training(config.TrainAttack(**{"steps": 2} | self.attack), THREAT, phase)
+        checkpoint = Checkpoint(folder, "same" if ranks.is_first() else None)
+        ranks.barrier()
+        history = []
+        for record in train(task, data, phase, adversary=adversary, seed=3, machine=one, checkpoint=checkpoint):
+            history.append(record)
+            if ended():
+                break
+        ranks.barrier()
+        if ranks.is_first():
+            torch.save(network.state_dict(), folder / "weights")
+            (folder / "history").write_text(json.dumps(history))
+
+    def _task(self, network: Network, dataset: Dataset, phase: config.Phase, one: Any) -> tuple[Dataset, Any]:
+        """Batches of 31 images, of which 13 have labels in a hybrid; the last batch of validation has an odd number, too."""
+        some = lambda split, start, end: Split(split.images[start:end], split.labels[start:end])  # noqa: E731
+        data = replace(dataset, train=some(dataset.train, 0, 62), validation=some(dataset.validation, 0, 20))
+        if self.of in REGIMES:
+            return data, finetuning_task(network, REGIMES[self.of], phase, data.train, one)
+        if not (scheme := SCHEMES[self.of]).terms:
+            return data, pretraining_task(network, scheme, phase, spec=VIEW, temperature=0.2)
+        data = replace(data, train=some(dataset.train, 0, 26), unlabelled=some(dataset.train, 26, 62))
+        sizes = shares(26, 36, batch_size=phase.batch_size)
+        return data, hybrid_task(
+            network, scheme, phase, views=config.Views(supervised=VIEW, contrastive=VIEW), temperature=0.2, sizes=sizes
+        )
+
+
+VIEWS, SWA = {"attacked": "views"}, {"average": "swa", "average_start": 0.0}
+THREE_VIEWS = Training("SCL", {"views": 3, "average": "ema", "average_decay": 0.5})
+TRAININGS = {
+    "fast, of views, swa": Training("CL", VIEWS | SWA | {"epsilon": 0.15}, {"kind": "fast"}),
+    "free": Training("Full-AT", {"epochs": 4}, {"kind": "free"}),
+    "micro-batches, batch norms in train mode under attack": Training(
+        "EMP", {"views": 2}, {"batch_norm": "train", "steps": 1}, micro_batch=16
+    ),
+    "hybrid, of views, swa": Training("CLxSL", VIEWS | SWA),
+    "hybrid, free, of views": Training("CLxSL", VIEWS | {"epochs": 4}, {"kind": "free"}),
+}
+
+
+def child(rank: int, port: int, work: Callable[[], None]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # a forked process has no threads of its parent
+    work()
     ranks.leave()
 
 
-def child(rank: int, port: int, *arguments: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    learn(*arguments)
-
-
-def in_two(*arguments: Any) -> list[int]:
+def in_two(work: Callable[[], None]) -> list[int]:
     """Exit codes of two processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     forked = multiprocessing.get_context("fork")
-    processes = [forked.Process(target=child, args=(rank, port, *arguments)) for rank in range(2)]
+    processes = [forked.Process(target=child, args=(rank, port, work)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -73,17 +111,38 @@ def in_two(*arguments: Any) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-@pytest.mark.parametrize("name", ["SCL at", "Full-AT"])
-def test_two_processes_learn_what_one_learns_although_they_were_killed(tmp_path, dataset, make_network, name):
-    """Batches of 15 images: parts of 8 and 7; the last batch of validation has an odd number too."""
-    some = lambda split, n: Split(split.images[:n], split.labels[:n])  # noqa: E731
-    data = replace(dataset, train=some(dataset.train, 30), validation=some(dataset.validation, 20))
-    learn(make_network(), data, name, tmp_path / "one")
-    assert in_two(make_network(), data, name, tmp_path / "two", True) == [-signal.SIGKILL] * 2
+def assert_same(found: Path, expected: Path, start: Network) -> None:
+    """Two trainings have the same records, and weights that are far closer to each other than to those at the start."""
+    ours, one = (json.loads((folder / "history").read_text()) for folder in (found, expected))
+    assert [list(record.values()) for record in ours] == [pytest.approx(list(record.values()), rel=1e-3) for record in one]
+    ours, one = (torch.load(folder / "weights", weights_only=True) for folder in (found, expected))
+    initial = start.state_dict()
+    distance = lambda one, other: torch.stack([(one[key] - other[key]).float().norm() for key in one]).norm()  # noqa: E731
+    assert distance(ours, one) < 1e-2 * distance(one, initial)
+
+
+def test_two_processes_that_were_killed_learn_what_one_learns(tmp_path, dataset, make_network):
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    THREE_VIEWS.run(make_network(), dataset, tmp_path / "one")
+    assert in_two(lambda: THREE_VIEWS.run(make_network(), dataset, tmp_path / "two", ended=kill)) == [-signal.SIGKILL] * 2
     assert not (tmp_path / "two" / "weights").exists() and Checkpoint(tmp_path / "two").load().epoch == 1
-    assert in_two(make_network(), data, name, tmp_path / "two") == [0, 0]
-    one, two = (json.loads((tmp_path / folder / "history").read_text()) for folder in ("one", "two"))
-    assert [list(record.values()) for record in two] == [pytest.approx(list(record.values()), rel=1e-3) for record in one]
-    expected, found = (torch.load(tmp_path / folder / "weights", weights_only=True) for folder in ("one", "two"))
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    assert in_two(lambda: THREE_VIEWS.run(make_network(), dataset, tmp_path / "two")) == [0, 0]
+    assert_same(tmp_path / "two", tmp_path / "one", make_network())
+
+
+def test_every_kind_of_training_is_resumed_by_any_number_of_processes(tmp_path, dataset, make_network):
+    """Two processes end after an epoch; they resume, and so does one with a copy of their state."""
+
+    def work() -> None:
+        for name, training in TRAININGS.items():
+            training.run(make_network(), dataset, tmp_path / "two" / name, ended=lambda: True)
+            if ranks.is_first():
+                shutil.copytree(tmp_path / "two" / name, tmp_path / "continued" / name)
+            training.run(make_network(), dataset, tmp_path / "two" / name)
+
+    assert in_two(work) == [0, 0]
+    for name, training in TRAININGS.items():
+        training.run(make_network(), dataset, tmp_path / "one" / name)
+        training.run(make_network(), dataset, tmp_path / "continued" / name)
+        for folder in ("two", "continued"):
+            assert_same(tmp_path / folder / name, tmp_path / "one" / name, make_network())

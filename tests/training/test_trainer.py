@@ -375,7 +375,7 @@ class Scripted(Classification):
 
 
 class ScriptedLoss(Scripted):
-    metric, larger_is_better = "loss", False
+    metric, larger_is_better, perturbed = "loss", False, (1,)
 
 
 SELECTIONS = {
@@ -587,7 +587,7 @@ class Weight(nn.Module):
 class Slope:
     """Its loss is w: every gradient is 1, so that Adam moves w by the learning rate."""
 
-    metric, larger_is_better = "loss", False
+    metric, larger_is_better, perturbed = "loss", False, (1,)
 
     def __init__(self) -> None:
         self.network, self.path = Weight(), []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -44,6 +46,11 @@ def guarded(command: Callable[[], Any]) -> None:
 
 def print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print the traceback of an unforeseen error without passwords; replaces `sys.excepthook`."""
+    if _is_first_to_fail():
+        _print_trace(kind, error, trace)
+
+
+def _print_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -62,8 +69,20 @@ def _known(error: Exception) -> str | None:
     return None
 
 
+def _is_first_to_fail() -> bool:
+    """Whether no other process of one training has printed an error on this machine; torchrun gives them folders side by side."""
+    try:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1].joinpath("failed").touch(exist_ok=False)
+    except (KeyError, IndexError):  # not started by torchrun, or without folders
+        return True
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
+
+
 def _fail(line: str, *, code: int) -> NoReturn:
-    if is_verbose() and (error := sys.exc_info()[1]):
-        print_fault(type(error), error, error.__traceback__)
-    tell(f"advml: {line}")
+    if _is_first_to_fail():
+        if is_verbose() and (error := sys.exc_info()[1]):
+            _print_trace(type(error), error, error.__traceback__)
+        tell(f"advml: {line}")
     sys.exit(code)

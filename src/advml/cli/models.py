@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,22 @@ from advml.core.paths import Workspace, model_name
 
 
 def train(
-    scheme: Scheme, regime: Regime, seed: Seed = 0, as_json: AsJson = False, overrides: Overrides = None, params: Params = PARAMS
+    scheme: Scheme,
+    regime: Regime,
+    seed: Seed = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on a GPU or on its part of the cores.")] = 1,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+    params: Params = PARAMS,
 ) -> None:
     """Run prepare, pretrain, finetune and evaluate for one model, skipping what is up to date.
 
     Writes the files of these stages. Next: advml show MODEL
     """
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        from advml.core import ranks
+
+        ranks.start(processes)
     context = context_of(params, overrides)
     from advml.pipeline.stages import train as everything
     from advml.tracking import warn_if_unusable

@@ -86,6 +86,9 @@ def machine(runtime: config.Runtime) -> Machine:
         torch.set_num_threads(runtime.threads)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = runtime.deterministic, not runtime.deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.precision == "tf32"
+    if runtime.compile and ranks.started_by_torchrun():
+        reason = "batch norms exchange statistics inside the compiled encoder"
+        raise UserError(f"runtime.compile = true is not supported with several processes ({reason}); set it to false, or start one process")
     try:
         device = chosen_device(runtime.device)
         if device.type == "cuda" and runtime.deterministic:
@@ -98,11 +101,8 @@ def machine(runtime: config.Runtime) -> Machine:
         raise UserError(
             f"runtime.device = {runtime.device!r} is not usable here ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
         ) from None
-    # With micro-batches the number of passes differs between processes, so that synchronised batch norms would deadlock
-    parts = {f"runtime.micro_batch = {runtime.micro_batch}": runtime.micro_batch is not None}
-    ranks.need_one_process({"runtime.compile = true": runtime.compile} | parts)
     if device.type == "cuda" and ranks.count() == 1 and (seen := torch.cuda.device_count()) > 1:
-        tell(f"note: {seen} GPUs are visible, one is used; to train a model on all: torchrun --nproc-per-node {seen} -m advml train ...")
+        tell(f"note: {seen} GPUs are visible, one is used; to train a model on all: advml train ... --processes {seen}")
     return Machine(device, runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
 
 

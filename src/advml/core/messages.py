@@ -49,10 +49,10 @@ def is_verbose() -> bool:
 
 
 def tell(text: object) -> None:
-    """Print one line on stderr; under -q, only errors and warnings."""
-    if is_quiet() and not str(text).startswith(("advml: ", "warning: ")):
-        return
-    print(one_line(text), file=sys.stderr, flush=True)
+    """Print one line on stderr; under -q, only errors and warnings; in torchrun's processes other than the first, only errors."""
+    kinds = ("advml: ",) if os.environ.get("RANK", "0") != "0" else ("advml: ", "warning: ") if is_quiet() else ("",)
+    if str(text).startswith(kinds):
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 def _without_middle(text: str) -> str:

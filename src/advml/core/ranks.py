@@ -1,17 +1,22 @@
-"""Train one model with several processes, started by torchrun; each has a device, and processes a part of every batch.
+"""Train one model with several processes, started by `start` or torchrun; each has a device, and processes a part of every batch.
 
-A batch is split by images. Every process draws the random numbers of the whole batch and uses its part of them, so the numbers do not
-depend on the number of processes. Computations that couple images (contrastive objectives, batch norms) exchange data; gradients are
-summed before a step. Without torchrun, the functions here have no effect.
+Of P processes, process r computes the images r, r + P, r + 2 P, ... of every batch. Every process draws the random numbers of the whole
+batch and uses its part of them, so the numbers do not depend on the number of processes. Computations that couple images (contrastive
+objectives, batch norms) exchange data; gradients are summed before a step. Without torchrun, the functions here have no effect.
+
+A tensor of a batch has blocks of one row per image: one block, one for each view, or, in a hybrid's batch, blocks of each stream.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from advml.core.errors import UserError
+from advml.core.errors import Failure, UserError
 
-_total: int | None = None  # number of images of the current batch, while it is shared
+_streams: tuple[int, ...] = ()  # numbers of images of the current batch in each stream, while it is shared
+_perturbed: tuple[int, ...] = ()  # sizes of the blocks of its tensors of perturbed images
 
 
 def count() -> int:
@@ -44,16 +50,29 @@ def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def need_one_process(settings: Mapping[str, bool]) -> None:
-    """Refuse settings that several processes do not support.
+def start(processes: int) -> NoReturn:
+    """Run this command in several processes of this machine by torchrun, without its report of errors, and end with their exit code.
 
-    Args:
-        settings: `key = value` -> whether it is set.
     Raises:
-        UserError: one is set, and torchrun has started several processes.
+        Failure: a process was killed.
     """
-    for setting in (name for name, used in settings.items() if used and started_by_torchrun()):
-        raise UserError(f"{setting} is not supported with several processes; start without torchrun, or change this setting")
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()  # torchrun reports every signal and error at length
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    try:
+        run.run(run.parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", "advml", *sys.argv[1:]]))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)
+        told = f"process {rank} of {processes} was killed by signal {-failure.exitcode}"
+        raise Failure(f"{told}; the same command continues from the last finished epoch") from None
+    sys.exit(0)
 
 
 def join(device: torch.device) -> torch.device:
@@ -86,59 +105,92 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(summed(torch.tensor(float(flag), device=device)) > 0)
 
 
-def need_images(total: int) -> None:
-    """Raise UserError if a batch has fewer images than there are processes."""
-    if total < count():
-        told = f"a batch of {total} images cannot be shared by {count()} processes"
-        raise UserError(f"{told}; start fewer: torchrun --nproc-per-node {total}, or choose another batch_size")
+def need_images(*streams: int) -> None:
+    """Raise UserError if a stream has fewer images in a batch than there are processes."""
+    if min(streams) < count():
+        told = f"a batch of {' and '.join(map(str, streams))} images cannot be shared by {count()} processes"
+        raise UserError(f"{told}; start {min(streams)} or fewer, or choose another batch_size")
 
 
 @contextlib.contextmanager
-def shared(total: int) -> Iterator[slice]:
-    """Context manager that shares a batch of `total` images; yields the rows that this process computes.
+def shared(*streams: int, perturbed: Sequence[int] = ()) -> Iterator[None]:
+    """Context manager that shares a batch among all processes; inside another one, it shares one stream of that batch.
 
+    Args:
+        streams: number of images of each stream in the batch.
+        perturbed: numbers of perturbed rows per image of each stream; can be left out for one stream.
     Raises:
-        UserError: there are more processes than images.
+        UserError: a stream has fewer images than there are processes.
     """
-    global _total
+    global _streams, _perturbed
     if count() == 1:
-        yield slice(None)
+        yield
         return
-    need_images(total)
-    _total = total
+    need_images(*streams)
+    outer = _streams, _perturbed
+    _streams = streams
+    _perturbed = tuple(size for size, rows in zip(streams, perturbed, strict=True) for _ in range(rows)) if perturbed else ()
     try:
-        with _SharedBatchNorm():
-            yield rows()
+        with contextlib.nullcontext() if outer[0] else _SharedBatchNorm():
+            yield
     finally:
-        _total = None
+        _streams, _perturbed = outer
 
 
-def rows() -> slice:
-    """Rows of the shared batch that this process computes; parts differ by at most one image."""
-    each, more = divmod(_total, count())
-    rank = dist.get_rank()
-    start = rank * each + min(rank, more)
-    return slice(start, start + each + (rank < more))
+def shared_batch_norms() -> contextlib.AbstractContextManager[object]:
+    """Context of `shared` for a forward pass that is repeated inside a backward pass, where a `TorchFunctionMode` is suspended."""
+    return _SharedBatchNorm() if _streams else contextlib.nullcontext()
+
+
+def part(size: int) -> int:
+    """Number of images of this process, of `size` images."""
+    return len(range(number(), size, count()))
 
 
 def batch_size(own: int) -> int:
-    """Size of the whole batch, of which this process has `own` images."""
-    return own if _total is None else _total
+    """Number of rows of all processes in a tensor of the batch, of which this process has `own`."""
+    return sum(_blocks(own, part)) if _streams else own
 
 
 def own(values: Tensor, dim: int = 0) -> Tensor:
-    """Part of this process of a tensor with one entry per image of the batch."""
-    return values if _total is None else values.narrow(dim, rows().start, rows().stop - rows().start)
+    """Part of this process of a tensor with rows (along `dim`) for the whole batch."""
+    return values.index_select(dim, _rows(_blocks(values.shape[dim], int), values.device)) if _streams else values
 
 
-def everyones(part: Tensor) -> Tensor:
-    """Gather the entries (N, ...) of the whole batch from the parts (n, ...) of all processes; gradients are summed over processes."""
-    return part if _total is None else _Everyones.apply(part)
+def everyones(rows: Tensor) -> Tensor:
+    """Gather the rows (N, ...) of the whole batch from the parts (n, ...) of all processes; gradients are summed over processes."""
+    return _Everyones.apply(rows, _blocks(len(rows), part)) if _streams else rows
+
+
+def micro_batches(own: int, parts: int) -> list[int]:
+    """Split the rows of all processes into parts of nearly equal size; returns the number of rows of this process in each.
+
+    Args:
+        own: number of rows of this process.
+    """
+    mine = torch.zeros(batch_size(own), dtype=torch.bool)
+    mine[_rows(_blocks(own, part), mine.device) if _streams else slice(None)] = True
+    return [int(rows.sum()) for rows in mine.tensor_split(parts)]
 
 
 def mean(values: Tensor) -> Tensor:
     """Mean over the batch (a scalar); for a shared batch, this process's summand: the sum over processes is the mean."""
-    return values.mean() if _total is None else values.sum() / _total
+    return values.sum() / sum(_streams) if _streams else values.mean()
+
+
+def _blocks(rows: int, count_in: Callable[[int], int]) -> tuple[int, ...]:
+    """Sizes, over all processes, of the blocks of a tensor with `rows` rows, `count_in(size)` in a block."""
+    if rows == sum(map(count_in, _perturbed)):
+        return _perturbed
+    views, rest = divmod(rows, sum(map(count_in, _streams)))
+    assert not rest and (views == 1 or len(_streams) == 1), f"{rows} rows are not those of a batch of {_streams} images"
+    return views * _streams
+
+
+def _rows(blocks: Sequence[int], device: torch.device) -> Tensor:
+    """Rows of this process among those of blocks."""
+    ends = zip(blocks, accumulate(blocks), strict=True)
+    return torch.cat([torch.arange(end - size + number(), end, count(), device=device) for size, end in ends])
 
 
 def summed(values: Tensor) -> Tensor:
@@ -162,15 +214,13 @@ class _Everyones(torch.autograd.Function):
     """Gather parts of different sizes, as a sum of tensors that are zero outside of their own rows."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        ctx.rows = rows()
-        whole = part.new_zeros(_total, *part.shape[1:])
-        whole[ctx.rows] = part
-        return summed(whole)
+    def forward(ctx: Any, part: Tensor, blocks: Sequence[int]) -> Tensor:
+        ctx.rows = _rows(blocks, part.device)
+        return summed(part.new_zeros(sum(blocks), *part.shape[1:]).index_copy_(0, ctx.rows, part))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return summed(gradient.clone(memory_format=torch.contiguous_format))[ctx.rows]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return summed(gradient.clone(memory_format=torch.contiguous_format)).index_select(0, ctx.rows), None
 
 
 class _Summed(torch.autograd.Function):

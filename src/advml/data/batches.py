@@ -6,7 +6,7 @@ Prepared images are memory-mapped, so that the operating system can reclaim the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -32,15 +32,16 @@ class Feed:
         self.images = split.images.to(machine.device) if self.fits else split.images
         self.labels = split.labels.to(machine.device)
 
-    def __call__(self, order: Tensor, *, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield batches of `size` images: images (n, C, H, W) in [0, 1], labels (n,) and indices (n,), all on the device.
+    def __call__(self, order: Tensor, *, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield batches: images (n, C, H, W) in [0, 1], labels (n,) and indices (n,), all on the device.
 
         Args:
             order: indices (N,) on the device. If processes share batches (`core.ranks`), each gets its part of every batch.
+            sizes: number of images of each stream in a batch; a shorter last batch is of one stream.
         """
         parts = []
-        for batch in order.split(size):
-            with ranks.shared(len(batch)):
+        for batch in order.split(sum(sizes)):
+            with ranks.shared(*(sizes if len(batch) == sum(sizes) else [len(batch)])):
                 parts.append(ranks.own(batch))
         for index, images in zip(parts, self._gathered(parts), strict=True):
             yield self.machine.images(images), self.labels[index], index
@@ -48,7 +49,7 @@ class Feed:
     def in_order(self, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and labels of the whole split, in order."""
         order = torch.arange(len(self.labels), device=self.machine.device)
-        yield from ((images, labels) for images, labels, _ in self(order, size=size))
+        yield from ((images, labels) for images, labels, _ in self(order, sizes=[size]))
 
     def _gathered(self, indices: list[Tensor]) -> Iterator[Tensor]:
         """Yield uint8 images of each batch, on the device, or in pinned memory, for copies that do not make the host wait."""

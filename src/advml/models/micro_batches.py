@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from advml.core import ranks
 from advml.models.layers import DualBatchNorm, batch_norms
 
 
@@ -17,17 +18,19 @@ def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, l
 
     So a contrastive loss of thousands of images needs the memory of `size` images, and a second forward pass (Gao et al. 2021, GradCache).
     Batch norms in train mode see `size` images at a time, and update their statistics once. Parts have nearly equal sizes; if a batch norm
-    is in train mode, at least two images, because it cannot normalise a single value: three images at size 2 are one part.
+    is in train mode, at least two images, because it cannot normalise a single value: three images at size 2 are one part. If processes
+    share the batch (`core.ranks`), `size` is the total over all of them, and each computes its images of every part.
 
     Args:
         encode: maps images to features.
         layers: the module with the batch norms.
     """
     modes = _modes(layers)
-    most = len(images) // (2 if any(modes[0].values()) else 1)
+    total = ranks.batch_size(len(images))
+    most = total // (2 if any(modes[0].values()) else 1)
     parts = [
         checkpoint(encode, part, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _again(layers, modes)))
-        for part in images.tensor_split(max(1, min(-(-len(images) // size), most)))
+        for part in images.split(ranks.micro_batches(len(images), max(1, min(-(-total // size), most))))
     ]
     return torch.cat(parts)
 
@@ -78,7 +81,8 @@ def _again(layers: nn.Module, modes: Modes) -> Iterator[None]:
     for layer in learning:
         layer.momentum = 0.0
     try:
-        yield
+        with ranks.shared_batch_norms():
+            yield
     finally:
         _recomputing -= 1
         for layer, weight, count in zip(learning, momentum, counts, strict=True):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from advml.core import ranks
 from advml.core.device import own_randomness
 from advml.core.errors import UserError
 from advml.core.io import read_json, sha256
@@ -77,7 +78,7 @@ class Network(nn.Module):
         self.encoder = dual(encoder) if a.dual_batch_norm else encoder
         self.memory_format = memory_format(self.encoder)
         self.compiled = False  # whether torch.compile compiles the encoder, at the first images of each shape and mode
-        self.micro_batch: int | None = None  # images per pass of the encoder; None: all
+        self.micro_batch: int | None = None  # images per pass of the encoder, over all processes; None: all
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -101,7 +102,7 @@ class Network(nn.Module):
         if self.memory_format is torch.contiguous_format:  # clone, because the strides of one-channel images are valid in both formats
             images = images.clone(memory_format=self.memory_format)
         encode = partial(_compiled if self.compiled else _encode, self.encoder)
-        if self.micro_batch is None or len(images) <= self.micro_batch:
+        if self.micro_batch is None or ranks.batch_size(len(images)) <= self.micro_batch:
             return encode(images)
         return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from advml import tracking
-from advml.config import Config
 from advml.core import ranks
 from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.messages import tell
@@ -18,7 +16,6 @@ from advml.core.progress import Bar
 from advml.core.training_cost import write_seconds
 from advml.models import network
 from advml.pipeline.context import Context
-from advml.recipes import SCHEMES
 from advml.training.checkpoint import Checkpoint, Progress, is_unfinished
 from advml.training.cost import GRADIENT_STEPS
 from advml.training.streams import batches_per_epoch
@@ -35,29 +32,6 @@ class Job:
     plan: Plan
     identity: dict[str, Any]  # kind, scheme, phase or regime, seed, pretraining
     parameters: dict[str, Any]  # the sections of params.yaml that affect the result
-
-
-def check_processes(config: Config, phases: Mapping[str, bool]) -> None:
-    """Refuse settings that do not support training with several processes, before anything is trained.
-
-    Args:
-        phases: section (`pretrain.CL` or `regimes.Full-AT`) of each phase to run -> whether it is attacked.
-    Raises:
-        UserError: torchrun has started several processes, and a phase needs one.
-    """
-    for key, attacked in phases.items():
-        section, name = key.split(".")
-        phase, scheme = getattr(config, section)[name], SCHEMES.get(name)
-        kind = (phase.attack_kind or config.attack.kind) if attacked else "pgd"  # `attack` has no effect on other phases
-        of_views = scheme is not None and (phase.attacked or scheme.attacked) == "views"
-        ranks.need_one_process(
-            {
-                f"scheme {name}": scheme is not None and bool(scheme.terms),
-                f"{key}.average = swa": phase.average == "swa",
-                f"{key}.attack_kind = {kind}" if phase.attack_kind else f"attack.kind = {kind}": kind != "pgd",
-                f"{key}.attacked = views": attacked and of_views,
-            }
-        )
 
 
 def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from advml import config
 from advml.attacks.pgd import Adversary, default_step_size, finite, training_adversary
+from advml.core import ranks
 from advml.core.device import Machine
 from advml.training.tasks import Task
 
@@ -80,7 +81,8 @@ def adversarial_training(
 
 
 class FreePerturbation:
-    """Perturbation d of free adversarial training, one per position in the batch, 0 before the first batch.
+    """Perturbation d of free adversarial training, one per position in the batch, 0 before the first batch. Each process has that of its
+    images.
 
     Each replay of a batch with views t(x), the last of which are perturbed (Shafahi et al. 2019, alg. 1; for SimCLR and EMP-SSL
     arXiv 2501.03507), computes
@@ -97,13 +99,13 @@ class FreePerturbation:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Tensors that a resumed training restores."""
-        return {} if self.values is None else {"perturbation": self.values}
+        """Tensors that a resumed training restores, over all processes."""
+        return {} if self.values is None else {"perturbation": ranks.everyones(self.values)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
         if "perturbation" in state:
-            self.values = state["perturbation"].to(self.machine.device)
+            self.values = ranks.own(state["perturbation"].to(self.machine.device))
 
     def replay(self, task: Task, views: Tensor, labels: Tensor, *, share: float) -> Iterator[Tensor]:
         """Yield the mean loss of one replay once, then update d if the caller has computed its gradients.
@@ -117,7 +119,7 @@ class FreePerturbation:
         start = images if self.values is None else adversary.threat_model.project(images + self.values, images)
         adversarial = start.detach().clone().requires_grad_()
         with self.machine.autocast(training=True):
-            loss = task.loss_of_views(torch.cat([fixed, adversarial]), labels).mean()
+            loss = ranks.mean(task.loss_of_views(torch.cat([fixed, adversarial]), labels))
         yield loss
         if adversarial.grad is not None:
             moved = adversary.threat_model.ascend(adversarial.detach(), finite(adversarial.grad), images, step_size=adversary.step_size)

@@ -79,21 +79,21 @@ class Batches(Protocol):
     """Interface of the batches of a training."""
 
     split: Split
-    size: int  # images in a batch
+    sizes: tuple[int, ...]  # numbers of images in a batch, of each stream
     count: int  # of batches in an epoch
 
-    def __call__(self, epoch: int, generator: torch.Generator) -> Tensor: ...  # indices (count * size,), on the generator's device
+    def __call__(self, epoch: int, generator: torch.Generator) -> Tensor: ...  # indices (count * sum(sizes),), on the generator's device
 
 
 class Shuffled:
     """Batches of one split, in a new order in every epoch, without a shorter last batch."""
 
     def __init__(self, split: Split, *, batch_size: int) -> None:
-        self.split, self.size, self.count = split, batch_size, batches_of(len(split), batch_size=batch_size)
+        self.split, self.sizes, self.count = split, (min(batch_size, len(split)),), batches_of(len(split), batch_size=batch_size)
 
     def __call__(self, epoch: int, generator: torch.Generator) -> Tensor:
         """Indices in a random order drawn from `generator`."""
-        return torch.randperm(len(self.split), generator=generator, device=generator.device)[: self.count * self.size]
+        return torch.randperm(len(self.split), generator=generator, device=generator.device)[: self.count * self.sizes[0]]
 
 
 class Paired:
@@ -105,8 +105,8 @@ class Paired:
 
     def __init__(self, labelled: Split, unlabelled: Split, *, batch_size: int, seed: int) -> None:
         self.lengths, self.seed = (len(labelled), len(unlabelled)), seed
-        self.split, self.shares = join(labelled, unlabelled), shares(*self.lengths, batch_size=batch_size)
-        self.size, self.count = sum(self.shares), batches_of(len(self.split), batch_size=batch_size)
+        self.split, self.sizes = join(labelled, unlabelled), shares(*self.lengths, batch_size=batch_size)
+        self.count = batches_of(len(self.split), batch_size=batch_size)
 
     def __call__(self, epoch: int, generator: torch.Generator) -> Tensor:
         """Indices of an epoch, in which batch b is batch (epoch - 1) * count + b of each stream; does not use `generator`."""
@@ -115,7 +115,7 @@ class Paired:
 
     def _stream(self, which: int, *, first: int) -> Tensor:
         """Batches (count, images) of one stream from number `first` on; each pass over its images has whole batches only."""
-        length, size = self.lengths[which], self.shares[which]
+        length, size = self.lengths[which], self.sizes[which]
         per_pass = length // size
         passes = range(first // per_pass, (first + self.count - 1) // per_pass + 1)
         orders = (torch.randperm(length, generator=generator_for("stream", which, self.seed, number)) for number in passes)

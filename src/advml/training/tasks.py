@@ -19,7 +19,7 @@ ACL, Jiang et al. 2020), and CE(x + d) is CE(t(x) + d). Adversarial loss and obj
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Task(Protocol):
     metric: str  # name of the validation score, e.g. "accuracy"
     larger_is_better: bool
     count: int  # V: number of views per image
-    perturbed: int  # number of perturbed inputs per image (views, or the image itself)
+    perturbed: tuple[int, ...]  # numbers of perturbed inputs per image (views, or the image itself), of each stream
 
     def learners(self) -> list[nn.Parameter]: ...
     def train_mode(self) -> None: ...
@@ -66,7 +66,7 @@ class Task(Protocol):
 class Classification:
     """Cross-entropy, end to end: SL's pretraining (with views) and Full-AT fine-tuning (without)."""
 
-    metric, larger_is_better, count, perturbed = "accuracy", True, 1, 1
+    metric, larger_is_better, count, perturbed = "accuracy", True, 1, (1,)
 
     def __init__(
         self,
@@ -202,23 +202,22 @@ class Contrastive:
 
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
         """L (N,) of given views (V N, C, H, W)."""
-        embeddings = self.network.embed(views).unflatten(0, (-1, len(labels)))  # (V, N, D)
-        everyones = ranks.everyones(embeddings.transpose(0, 1)).transpose(0, 1)  # from all processes, because the loss couples images
-        losses = EMBEDDING_LOSSES[self.loss](everyones, self.groups(ranks.everyones(labels)), temperature=self.temperature)
-        return ranks.own(losses)
+        groups = self.groups(ranks.everyones(labels))  # from all processes, like the embeddings, because the loss couples images
+        embeddings = ranks.everyones(self.network.embed(views)).unflatten(0, (-1, len(groups)))  # (V, N, D)
+        return ranks.own(EMBEDDING_LOSSES[self.loss](embeddings, groups, temperature=self.temperature))
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
         """Input that the adversary perturbs: images, or views."""
         return views if self.attacks_views else images
 
     @property
-    def perturbed(self) -> int:
+    def perturbed(self) -> tuple[int, ...]:
         """Number of perturbed inputs per image: all views, or one view or image."""
-        return self.count if self.attacks_views else 1
+        return (self.count if self.attacks_views else 1,)
 
     def perturbed_rows(self, count: int) -> int:
         """Number of rows that free training perturbs: all, or the last view of each image, as for SimCLR in arXiv 2501.03507."""
-        return self.perturbed * count
+        return self.perturbed[0] * count
 
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """L(x, x + d), or L of the perturbed views."""
@@ -244,8 +243,8 @@ class Contrastive:
     def withstood(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """Score (N,): 1 if the image of the batch nearest to the adversarial one, by embeddings, is of its own group; else 0."""
         clean, attacked = self.network.embed(torch.cat([images, adversarial])).chunk(2)
-        groups = self.groups(labels)
-        return (groups[(attacked @ clean.T).argmax(1)] == groups).float()
+        groups = self.groups(ranks.everyones(labels))
+        return (groups[(attacked @ ranks.everyones(clean).T).argmax(1)] == ranks.own(groups)).float()
 
 
 class Hybrid:
@@ -258,15 +257,17 @@ class Hybrid:
 
     Args:
         labelled, unlabelled: the tasks.
-        sizes: numbers of labelled and of unlabelled images in every batch.
+        sizes: numbers of labelled and of unlabelled images in every batch, over all processes.
     """
 
     def __init__(self, labelled: Task, unlabelled: Task, *, sizes: tuple[int, int]) -> None:
         self.network, self.tasks, self.sizes = labelled.network, (labelled, unlabelled), sizes
         self.metric, self.larger_is_better, self.objective = labelled.metric, labelled.larger_is_better, labelled.objective
         self.clean_score, self.adversarial_score, self.withstood = labelled.clean_score, labelled.adversarial_score, labelled.withstood
-        self.moved = [size * task.perturbed for task, size in zip(self.tasks, sizes, strict=True)]  # number of perturbed rows, per task
-        self.fixed = [size * (task.count - task.perturbed) for task, size in zip(self.tasks, sizes, strict=True)]
+        self.perturbed = labelled.perturbed + unlabelled.perturbed
+        self.images = [ranks.part(size) for size in sizes]  # of this process, per task
+        self.moved = [own * rows for own, rows in zip(self.images, self.perturbed, strict=True)]  # number of perturbed rows, per task
+        self.fixed = [own * task.count - moved for task, own, moved in zip(self.tasks, self.images, self.moved, strict=True)]
 
     def learners(self) -> list[nn.Parameter]:
         """Parameters of both tasks, without repetition, which would apply the optimiser step twice."""
@@ -278,24 +279,21 @@ class Hybrid:
 
     def views(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
         """Views of both tasks, those that free training perturbs last, as required by `perturbed_rows`."""
-        drawn = [
-            task.views(own, generator=generator, strength=strength) for task, own in zip(self.tasks, images.split(self.sizes), strict=True)
-        ]
+        drawn = self._each(lambda task, own: task.views(own, generator=generator, strength=strength), images.split(self.images))
         parts = [own.split(rows) for own, *rows in zip(drawn, self.fixed, self.moved, strict=True)]
         return torch.cat([own for kind in zip(*parts, strict=True) for own in kind])
 
     def clean_loss(self, views: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         """L1 and L2 of the views."""
-        return self._sum(lambda task, *own: task.clean_loss(*own), self._apart(views), labels.split(self.sizes), index.split(self.sizes))
+        return self._sum(lambda task, *own: task.clean_loss(*own), self._apart(views), labels.split(self.images), index.split(self.images))
 
     def loss_of_views(self, views: Tensor, labels: Tensor) -> Tensor:
         """L1 and L2 of given views."""
-        return self._sum(lambda task, *own: task.loss_of_views(*own), self._apart(views), labels.split(self.sizes))
+        return self._sum(lambda task, *own: task.loss_of_views(*own), self._apart(views), labels.split(self.images))
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
         """Inputs that the adversaries perturb, for each task images or views."""
-        parts = zip(self.tasks, images.split(self.sizes), self._apart(views), strict=True)
-        return torch.cat([task.attacked(*own) for task, *own in parts])
+        return torch.cat(self._each(lambda task, *own: task.attacked(*own), images.split(self.images), self._apart(views)))
 
     def perturbed_rows(self, count: int) -> int:
         """Number of rows that free training perturbs, in both tasks together."""
@@ -304,23 +302,31 @@ class Hybrid:
     def adversarial_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
         """Adversarial losses of both tasks."""
         attacked = [rows.split(self.moved) for rows in (images, adversarial)]
-        return self._sum(lambda task, *own: task.adversarial_loss(*own), *attacked, labels.split(self.sizes))
+        return self._sum(lambda task, *own: task.adversarial_loss(*own), *attacked, labels.split(self.images))
 
     def training_objective(self, images: Tensor, labels: Tensor) -> Objective:
         """Objectives of both adversaries, each of its own task on its own images."""
-        parts = zip(self.tasks, images.split(self.moved), labels.split(self.sizes), strict=True)
-        objectives = [task.training_objective(*own) for task, *own in parts]
-        return lambda moved: torch.cat([of(own) for of, own in zip(objectives, moved.split(self.moved), strict=True)])
+        parts = images.split(self.moved), labels.split(self.images)
+        objectives = self._each(lambda task, *own: task.training_objective(*own), *parts)
+        return lambda moved: torch.cat(self._each(lambda task, of, own: of(own), objectives, moved.split(self.moved)))
 
     def _apart(self, views: Tensor) -> list[Tensor]:
         """Split views into those of labelled and of unlabelled images, in the order of each task: inverse of `views`."""
         fixed, moved = views.split([sum(self.fixed), sum(self.moved)])
         return [torch.cat(own) for own in zip(fixed.split(self.fixed), moved.split(self.moved), strict=True)]
 
+    def _each(self, call: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        """Results of `call` for both tasks, each of which shares its own images with the other processes."""
+        results = []
+        for task, size, *own in zip(self.tasks, self.sizes, *arguments, strict=True):
+            with ranks.shared(size):
+                results.append(call(task, *own))
+        return results
+
     def _sum(self, loss: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> Tensor:
         """Losses of both tasks, one per image, weighted so that the mean of all is the sum of both means."""
-        losses = [loss(task, *own) for task, *own in zip(self.tasks, *arguments, strict=True)]
-        return torch.cat([own * (sum(self.sizes) / len(own)) for own in losses])
+        losses = self._each(loss, *arguments)
+        return torch.cat([own * (sum(self.sizes) / size) for own, size in zip(losses, self.sizes, strict=True)])
 
 
 def pretraining_task(network: Network, scheme: Scheme, phase: config.Phase, *, spec: config.View, temperature: float) -> Task:

@@ -186,9 +186,9 @@ class _Trainer:
         self.order = batches(dataset, phase, seed=seed)
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
         self.classes = len(dataset.classes)
-        self.size = min(self.order.size, len(self.order.split))  # batch size over all processes
-        for images in filter(None, (self.size, len(dataset.validation) % phase.batch_size)):  # the second: last batch of validation
-            ranks.need_images(images)
+        self.sizes = self.order.sizes
+        for batch in (self.sizes, [len(dataset.validation) % phase.batch_size or phase.batch_size]):  # the second: last of validation
+            ranks.need_images(*batch)
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
@@ -203,7 +203,8 @@ class _Trainer:
     @property
     def carried(self) -> State:
         """State carried between epochs, besides weights and optimiser."""
-        return self.average.state | (self.free.state if self.free else {})
+        with self._shared():
+            return self.average.state | (self.free.state if self.free else {})
 
     def restore(self, progress: Progress) -> None:
         self.task.network.load_state_dict(progress.network)
@@ -211,7 +212,8 @@ class _Trainer:
         self.scaler.load_state_dict(progress.scaler)
         self.average.restore(progress.carried)
         if self.free:
-            self.free.restore(progress.carried)
+            with self._shared():
+                self.free.restore(progress.carried)
 
     def fitting(self, part: Callable[[], Record]) -> Record:
         """Call `part` and return its result.
@@ -231,7 +233,7 @@ class _Trainer:
         network, size = self.task.network, self.phase.batch_size
         if (processes := ranks.count()) > 1:  # a trial here would wait for the other processes for ever
             told = f"batch_size = {size} does not fit into the memory of {self.machine.device} in {processes} processes"
-            return f"{told}; start more of them on further devices, or set a smaller batch_size in this phase"
+            return f"{told}; set or lower runtime.micro_batch, start more of them on further devices, or lower this phase's batch_size"
         before, network.micro_batch = network.micro_batch, network.micro_batch or min(size, len(self.images.labels))
         while network.micro_batch > 2:
             network.micro_batch //= 2
@@ -258,7 +260,7 @@ class _Trainer:
         self.task.train_mode()
         with counted(self.task.network) as count, self._randomness(epoch):
             for batch, drawn in enumerate(self._batches("train", epoch)):
-                with ranks.shared(self.size):
+                with self._shared():
                     losses[batch] = self._steps(drawn, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
                 on_batch(epoch, batch + 1, losses[batch].sum())
         self.average.after_epoch(epoch)
@@ -274,10 +276,14 @@ class _Trainer:
         generator = generator_for(purpose, self.seed, epoch, device=self.machine.device)
         order = self.order(epoch, generator)
         strength = view_strength(self.phase.view_annealing, epoch=epoch, epochs=self.epochs)
-        for images, labels, index in self.images(order, size=self.size):
-            with ranks.shared(self.size), self._autocast():
+        for images, labels, index in self.images(order, sizes=self.sizes):
+            with self._shared(), self._autocast():
                 views = self.task.views(images, generator=generator, strength=strength)
             yield Batch(images, labels, index, views, generator)
+
+    def _shared(self) -> AbstractContextManager[None]:
+        """Context that shares a training batch with the other processes."""
+        return ranks.shared(*self.sizes, perturbed=self.task.perturbed)
 
     def _randomness(self, epoch: int) -> AbstractContextManager[None]:
         """Context that seeds the global RNG, from which dropout draws, by epoch and process."""
@@ -337,8 +343,9 @@ class _Trainer:
                 self.task.train_mode()
                 with fresh_statistics(self.task.network) as batch_norms, self._randomness(epoch), torch.no_grad():
                     for batch in self._batches("statistics", epoch) if batch_norms else ():
-                        for _ in self._terms(batch, epoch=epoch, step=self.steps):
-                            pass
+                        with self._shared():
+                            for _ in self._terms(batch, epoch=epoch, step=self.steps):
+                                pass
             yield
 
     def _autocast(self) -> AbstractContextManager[object]:

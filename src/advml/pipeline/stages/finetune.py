@@ -11,21 +11,14 @@ from advml.core.provenance import check_init
 from advml.models.network import Network
 from advml.pipeline.context import Context
 from advml.pipeline.plans import finetuning
-from advml.pipeline.training_stage import Job, check_processes, learn
+from advml.pipeline.training_stage import Job, learn
 from advml.recipes import REGIMES, SCHEMES
 from advml.training.checkpoint import discard_finished
-
-
-def phases(scheme: str, regime: str) -> dict[str, bool]:
-    """Parameter section of the fine-tuning -> whether it trains under attack; empty if the regime does not fine-tune this scheme."""
-    row = REGIMES[regime]
-    return {f"regimes.{regime}": row.attacked} if row.finetunes(SCHEMES[scheme]) else {}
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int, reuse: bool = False) -> dict[str, Any]:
     """Write `models/finetune/<MODEL>/`; returns the content of its model.json."""
     row, plan = SCHEMES[scheme], REGIMES[regime]
-    check_processes(context.config, phases(scheme, regime))
     pretrained, network = load_pretrained(context, scheme=scheme, regime=regime, seed=seed)
     if ranks.is_first():
         discard_finished(context.workspace.scratch(f"pretrain-{pretrained['name']}"), pretrained.get("inputs"))

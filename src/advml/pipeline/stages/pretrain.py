@@ -7,13 +7,8 @@ from typing import Any
 from advml.core.paths import pretraining_name
 from advml.pipeline.context import Context
 from advml.pipeline.plans import pretraining
-from advml.pipeline.training_stage import Job, check_processes, learn
+from advml.pipeline.training_stage import Job, learn
 from advml.recipes import SCHEMES
-
-
-def phases(scheme: str, phase: str) -> dict[str, bool]:
-    """Parameter section of the pretraining -> whether it trains under attack."""
-    return {f"pretrain.{scheme}": phase == "at"}
 
 
 def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = False) -> dict[str, Any]:
@@ -28,7 +23,6 @@ def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = F
         f"pretrain.{scheme}",
         *(["threat_model", "attack"] if attacked else []),
     ]
-    check_processes(context.config, phases(scheme, phase))
     plan = pretraining(context.config, context.dataset, scheme=scheme, phase=phase, seed=seed)
     job = Job(
         stage="pretrain",

@@ -6,14 +6,11 @@ from advml.core import ranks
 from advml.data.prepared import require_labels
 from advml.pipeline.context import Context
 from advml.pipeline.stages import evaluate, finetune, prepare, pretrain
-from advml.pipeline.training_stage import check_processes
 from advml.recipes import REGIMES
 
 
 def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, float]:
     """Run all stages; returns the metrics of the model's evaluation."""
-    phases = pretrain.phases(scheme, REGIMES[regime].pretraining) | finetune.phases(scheme, regime)
-    check_processes(context.config, phases)  # both phases, before the first one runs for hours
     if context.machine and ranks.is_first() and not prepare.is_current(context):
         prepare.run(context)
     ranks.barrier()
