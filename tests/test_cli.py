@@ -15,7 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from advml.cli import app, guarded
+from advml.config.presets import preset
 from advml.core.errors import Failure, UserError
+from advml.pipeline import estimate as estimates
 from advml.servers import mlflow_ui
 
 REPOSITORY = Path(__file__).parents[1]
@@ -36,6 +38,41 @@ def test_what_needs_no_network_answers_without_importing_torch(arguments, tmp_pa
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+# Output
+
+
+@pytest.fixture
+def digits(tmp_path) -> Path:
+    """params.yaml of a new study."""
+    (tmp_path / "params.yaml").write_text(preset("digits"), encoding="utf-8")
+    return tmp_path / "params.yaml"
+
+
+def output(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_dry_run_names_two_of_many_stages_and_as_json_all(digits, monkeypatch):
+    needs = [f"represent@{number}" for number in range(19)]
+    found = {"compare": ["a modified", "b deleted"], "report": [f"after {', '.join(needs)}"]}
+    monkeypatch.setattr("advml.pipeline.repro.reasons", lambda root: found)
+    lines = output("repro", "--dry-run", "--params", str(digits)).splitlines()
+    assert lines[:2] == ["compare  a modified; b deleted", "report   after represent@0, represent@1, and 17 more"]
+    assert json.loads(output("repro", "--dry-run", "--json", "--params", str(digits))) == found
+
+
+@pytest.mark.parametrize(("seconds", "spread", "total"), [(1.9, "2", "30 s, "), (3.2, "2 to 3", "7200 s (2.0 hours), ")])
+def test_an_estimate_gives_a_range_only_of_different_times_and_hours_from_an_hour_on(digits, monkeypatch, seconds, spread, total):
+    stages = tuple(estimates.Stage(f"evaluate_st@{number}", estimates.Cost(seconds=some)) for number, some in enumerate((1.6, seconds)))
+    found = estimates.Estimate(stages, float(total.split()[0]), estimates.Cost())
+    monkeypatch.setattr(estimates, "estimate", lambda *_, **__: found)
+    said = output("estimate", "--params", str(digits))
+    row = next(line for line in said.splitlines() if "evaluate_st" in line)
+    assert row.strip(" │").split("│")[-1].strip() == spread and f"total: {total}" in said
 
 
 # A whole study
@@ -266,7 +303,7 @@ def raising(error: BaseException):
 ERRORS = {
     "user": (UserError("mend it"), 2, "advml: mend it\n"),
     "failure": (Failure("broke"), 1, "advml: broke\n"),
-    "Ctrl-C": (KeyboardInterrupt(), 130, "the same command continues from the last finished epoch"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "the same command goes on"),
     "full disk": (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "the disk is full"),
     "full disk, in safetensors' words": (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "the disk is full"),

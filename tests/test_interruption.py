@@ -111,6 +111,10 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def die_when(condition: Callable[[], bool]) -> None:
     """At whatever moment it comes true."""
     while not condition():
@@ -434,7 +438,7 @@ def test_a_run_whose_process_died_before_anyone_noted_it_is_ended_by_sync(begun,
     assert begun.runs() == [(PRETRAINING, "KILLED"), (PRETRAINING, "FINISHED")]
 
 
-INTERRUPTED = "advml: interrupted; the same command continues from the last finished epoch\n"
+INTERRUPTED = "advml: interrupted; the same command goes on from what was finished\n"
 ENDLESS = (*EPOCHS, "pretrain.CL.epochs=100000")  # on a busy machine a signal may come late, but the command is still at work
 
 
@@ -465,6 +469,21 @@ def test_a_signal_ends_the_run_as_killed_and_the_command_goes_on_later(make_stud
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(reference.context(), scheme="CL", phase="at", seed=0)
     assert state_of(study) == state_of(reference)
+
+
+def test_an_interrupted_training_says_where_the_same_command_continues(begun, monkeypatch, capsys):
+    save = checkpoint.Checkpoint.save
+
+    def said(stopping: Callable[..., object] | None) -> list[str]:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if stopping:
+                patch.setattr(checkpoint.Checkpoint, "save", stopping)
+            pretrain.run(begun.context(), scheme="CL", phase="at", seed=0)
+        return [line.partition("; ")[2] or line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+
+    assert said(interrupt) == ["the same command starts again: no epoch has finished"]
+    assert said(nth(2, interrupt, save)) == ["the same command continues after epoch 1 of 3"]
+    assert said(None) == [f"note: pretrain {PRETRAINING}: resuming after epoch 1 of 3"]
 
 
 def test_a_command_in_the_background_leaves_ctrl_c_to_others(make_study, advml):

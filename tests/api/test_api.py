@@ -120,6 +120,7 @@ def test_training_passes_images_in_parts_where_it_is_asked_to(study, dataset):
         "SL", "ST", *images_of(dataset.train), validation=images_of(dataset.validation), params=study.params, overrides=overrides
     )
     assert trained.model.micro_batch == 8
+    assert repr(trained).startswith("Trained(SL-ST-s0, ") and "validation/accuracy 0." in repr(trained) and len(repr(trained)) < 200
 
 
 def test_train_gives_the_weights_of_the_command_and_evaluate_the_figures_of_the_model(make_study, dataset, tmp_path):
@@ -198,9 +199,11 @@ def test_a_wrong_normalisation_raises_a_flag(dataset):
     [
         ({"images": lambda x: 255 * x}, "images range from"),
         ({"images": lambda x: x * torch.nan}, "images range from nan"),
-        ({"images": lambda x: x[0]}, "images must be a tensor (N, C, H, W), not torch.float32 (1, 8, 8)"),
-        ({"labels": lambda y: y.float()}, "labels must be whole numbers (40,)"),
-        ({"labels": lambda y: y[:3]}, "labels must be whole numbers (40,), not torch.int64 (3,)"),
+        ({"images": lambda x: x[0]}, "images must be (N, C, H, W) with N at least 1, not (1, 8, 8)"),
+        ({"images": lambda x: x.numpy()}, "images must be a tensor, not ndarray"),
+        ({"labels": lambda y: y.float()}, "whole numbers, not torch.float32"),
+        ({"labels": lambda y: y.tolist()}, "whole numbers, not list"),
+        ({"labels": lambda y: y[:3]}, "one class per image, (40,), not (3,)"),
         ({"labels": lambda y: y - 1}, "smallest label is -1"),
         ({"epsilon": lambda e: 8}, "epsilon = 8"),
         ({"epsilon": lambda e: 0}, "epsilon = 0"),
@@ -224,11 +227,15 @@ def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exis
         (lambda: advml.evaluate(model, images, labels + 9), "label 12 is out of range"),
         (lambda: advml.evaluate(model, images), "labels are missing"),
         (lambda: advml.evaluate(model, images, labels, overrides=["worst_case.stepz=3"]), "did you mean steps"),
+        (lambda: advml.evaluate(model, [(images[:3], labels[:4]), (images[4:8], labels[4:7])]), "batch 0: (3, 1, 8, 8) images, but (4,)"),
+        (lambda: advml.evaluate(model, [(images, labels), (images[..., 1:], labels)]), "batch 1: images are (1, 8, 7)"),
+        (lambda: advml.evaluate(model, images, labels, validation=(images, labels[1:])), "validation: labels must be one class per image"),
         (lambda: advml.evaluate(model, images, labels, params="cifar11"), "cifar11"),
         (lambda: advml.evaluate(model, images, labels, scheme="XL"), "scheme = 'XL'"),
         (lambda: advml.evaluate(model, images, labels, scheme="CL"), "projection head"),
         (lambda: advml.evaluate(model, images * 0.999, labels, corruptions=True), "256 grey levels"),
         (lambda: advml.train("CL", "FAT", images, labels, validation=(images, labels)), "regime = 'FAT'"),
+        (lambda: advml.compare_layers(model, model, images, images[:20], batch_size=10), "40 images, but 20 other_images"),
         (lambda: advml.compare_layers(model, model, images[:3]), "CKA needs batches of 4"),
         (lambda: advml.compare_layers(model, model, images, layers=["conv9"]), "conv9"),
     ):
@@ -261,7 +268,14 @@ def test_cka_of_a_layer_with_a_rotation_of_itself_is_one_and_images_may_come_in_
         model, turned, images, images[torch.randperm(40, generator=torch.Generator().manual_seed(0))], batch_size=20
     )
     assert shuffled.matrix[1, 1] < 0.9
+    assert repr(compared).startswith("LayerComparison(2 x 2 layers, 40 images, CKA ") and len(repr(compared)) < 100
     assert compared.plot(title="turned").get_suptitle() == "turned"
+
+
+def test_a_probe_is_shown_in_a_line(model, dataset):
+    split = images_of(dataset.test)
+    probe = advml.probe_layers(model, split, split, {"clean": split}, layers=["2"])["2"]
+    assert repr(probe).startswith(f"Probe(validation {probe.accuracy['validation']:.3f}, clean ") and len(repr(probe)) < 100
 
 
 def test_foolbox_gives_the_same_images_under_the_parameters_that_the_guide_names(model, dataset):

@@ -78,10 +78,21 @@ def test_the_record_names_origin_architecture_and_parameters(workspace, model):
         "backbone test_resnet",
         "regimes.AT.epochs 20",
         "regimes.AT.learning_rate 0.01",
-        "data.path None",
         "accuracy: not measured yet",
     ):
         assert part in told
+
+
+def test_parameters_at_their_defaults_are_shown_on_request(workspace, model):
+    record = {**RECORD, "parameters": {**RECORD["parameters"], "model": {"options": {"zero_init_last": False}, "stem": "small"}}}
+    record["parameters"]["views"] = {"contrastive": {"scale": [1.0, 1.0], "shift": 0.1}}
+    write(model / "model.json", record)
+    keys = []
+    for full in (False, True):
+        lines = record_of(workspace, "CL-AT-s0", full=full).splitlines()
+        keys.append({line.split()[0] for line in lines[next(n for n, line in enumerate(lines) if line.startswith("parameters")) + 1 :]})
+    defaults = {"data.path", "regimes.AT.keep", "views.contrastive.scale"}
+    assert keys[1] - keys[0] == defaults and keys[0] >= {"regimes.AT.epochs", "model.options.zero_init_last", "views.contrastive.shift"}
 
 
 @pytest.mark.parametrize(

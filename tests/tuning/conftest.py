@@ -95,7 +95,9 @@ def made(tmp_path: Path) -> Path:
     """A workspace that looks as if everything had been trained."""
     for name in ("pretrain/CL-at-s0", "pretrain/SL-at-s0", "pretrain/CL-st-s0", "finetune/CL-AT-s0"):
         (tmp_path / "models" / name).mkdir(parents=True)
-        (tmp_path / "models" / name / "model.json").write_text(json.dumps({"digest": name.partition("/")[2].removesuffix("-s0")}))
+        (tmp_path / "models" / name / "model.json").write_text(
+            json.dumps({"digest": name.partition("/")[2].removesuffix("-s0"), "data": {"digest": "2"}})
+        )
     (tmp_path / "data" / "prepared").mkdir(parents=True)
     (tmp_path / "data" / "prepared" / "dataset.json").write_text('{"digest": "2"}')
     return tmp_path

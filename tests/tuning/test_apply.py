@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -63,8 +64,14 @@ def test_a_proposal_that_no_longer_fits_is_refused_and_nothing_written(params):
 
 
 def test_a_missing_or_damaged_proposal_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"'x'.*advml tune finetune CL Full-AT$"):
-        proposal(Workspace(tmp_path), "x")
+    for name, command in (
+        ("attack-CL-AT-s0", "attack CL-AT-s0"),
+        ("finetune-CLxSL-Full-AT-s0", "finetune CLxSL Full-AT"),
+        ("pretrain-CL-at-s3-pareto", "pretrain CL at --seed 3 --pareto"),
+        ("x", "attack|finetune|pretrain ... --name x"),
+    ):
+        with pytest.raises(UserError, match=rf"'{name}'.*: advml tune {re.escape(command)}$"):
+            proposal(Workspace(tmp_path), name)
     propose(tmp_path, "good", "parameters: {evaluate.steps: 5}\n")
     propose(tmp_path, "bad", "parameters: [\n")
     propose(tmp_path, "empty", "")

@@ -326,6 +326,13 @@ def test_a_study_in_which_everything_fails_ends_the_command_and_what_cannot_be_o
     assert tune(toy, trials=8).best is not None  # the user has mended it: the same command goes on
 
 
+def test_a_search_that_cannot_be_opened_leaves_no_files_and_does_not_block_the_mended_one(tune, toy):
+    with pytest.raises(UserError, match="other data"):
+        tune(Toy(toy.log, unusable="other data"), trials=3)
+    assert not study_folder(toy).exists()
+    assert len(tune(Toy(toy.log, version=1), trials=1).trials) == 1  # the data were changed, and with them the fingerprint
+
+
 def test_failures_in_a_row_do_not_end_a_study_in_which_something_has_worked(tune, toy):
     tune(toy, trials=2)
     assert len(tune(Toy(toy.log, fails="all"), trials=2 + command.HOPELESS + 2).trials) == 2 + command.HOPELESS + 2

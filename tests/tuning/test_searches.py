@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from advml import config
@@ -132,3 +133,29 @@ def test_a_floor_that_nothing_keeps_is_named_by_its_key_whatever_the_study_is_ca
 def test_where_no_trial_has_run_to_its_end_the_reason_is_said_and_no_floor_blamed(made, trials, said):
     with pytest.raises(Failure, match=f"^mine: {said}$"):
         result_lines(outcome([ended(*one) for one in trials]), search(made, "finetune", "Full-AT", name="mine"))
+
+
+def told_last(search, *trials: tuple[float, int], confirmed: dict | None = None, violation: float = 0.0) -> str:
+    """Last line of a search's output; of each trial its value and a parameter, the first is the default's."""
+    default = {"user_attrs": {studies.DEFAULT: True}, "constraints": {"clean_floor": violation}}
+    made = [
+        create_trial(
+            values=[value], params={"epochs": epochs}, distributions={"epochs": IntDistribution(1, 9)}, **({} if number else default)
+        )
+        for number, (value, epochs) in enumerate(trials)
+    ]
+    best = studies.best_of(made, search.directions)
+    return result_lines(Outcome(Path("reports"), made, best, confirmed, []), search)[-1]
+
+
+def test_a_winner_that_is_the_default_or_not_better_on_validation_is_not_to_be_applied(made):
+    attack, training = search(made, "attack"), search(made, "finetune", "Full-AT")
+    for chosen, better, worse in ((attack, 0.4, 0.6), (training, 0.6, 0.4)):
+        assert told_last(chosen, (0.5, 1), (better, 2)) == f"next: advml tune apply {chosen.name}"
+        for others in ([], [(worse, 2)], [(0.5, 2)], [(better, 1)]):
+            assert told_last(chosen, (0.5, 1), *others).startswith("nothing to apply: ")
+    for gain, said in ((0.01, "next: "), (-0.01, "nothing to apply: ")):
+        robust = {"mean": gain}
+        split = {"default": {}, "winner": {}, "difference": {"robust": robust}, "beats_default": None}
+        assert told_last(training, (0.5, 1), (0.6, 2), confirmed={"confirmed": {"validation": split, "test": split}}).startswith(said)
+    assert told_last(training, (0.5, 1), (0.4, 2), violation=0.1).startswith("next: ")  # the default is below the floor

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from ruamel.yaml import YAML
 
 from advml import config
+from advml.config.presets import PRESETS, QUICK, preset
 from advml.core.errors import UserError
 from advml.core.paths import Workspace
 from advml.core.provenance import source_digest
@@ -163,8 +166,24 @@ def test_what_a_study_is_of_is_in_its_name_and_in_its_fingerprint(made):
     ]
     prints = {other.fingerprint() for other in (search, *others)}
     assert same.fingerprint() == search.fingerprint() and len(prints) == 6
-    (made / "models/pretrain/CL-at-s0/model.json").write_text('{"digest": "3"}')
+    (made / "models/pretrain/CL-at-s0/model.json").write_text('{"digest": "3", "data": {"digest": "2"}}')
     assert finetuning(made).fingerprint() not in prints
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"), [({"regime": "AT"}, "advml train CL AT"), ({"phase": "at"}, "advml pretrain CL at"), ({}, "choose a model")]
+)
+def test_a_model_of_other_data_is_refused_before_anything_is_created(made, record, remedy):
+    before = {*made.rglob("*")}
+    origin = {"scheme": "CL", "seed": 0} if record else {}
+    for folder, build in (
+        ("finetune/CL-AT-s0", lambda: AttackSearch.of(load(), made, "CL-AT-s0")),
+        ("pretrain/CL-at-s0", lambda: finetuning(made)),
+    ):
+        (made / "models" / folder / "model.json").write_text(json.dumps({"digest": "1", "data": {"digest": "3"}, **origin, **record}))
+        with pytest.raises(UserError, match=rf"models/{folder} was .*{remedy}"):
+            build()
+    assert {*made.rglob("*")} == before
 
 
 OWN = {"objective": "margin", "momentum": 0.75, "schedule": "cosine", "keep": "last", "random_start": False, "restarts": 2}
@@ -197,6 +216,20 @@ def test_other_code_of_attacks_makes_another_study(made, monkeypatch):
     monkeypatch.undo()
     source_digest.cache_clear()
     assert AttackSearch.of(load(), made, "CL-AT-s0").fingerprint() == before
+
+
+CASES = [(name, protocol) for name, protocols in PRESETS.items() for protocol in protocols] + [(name, "quick") for name in QUICK]
+
+
+@pytest.mark.parametrize(("name", "protocol"), CASES)
+def test_every_preset_can_be_searched(made, name, protocol):
+    """Its spaces are valid, and the one of attacks fits the budget of the preset's own evaluation."""
+    text = preset(name, quick=True) if protocol == "quick" else preset(name, protocol=protocol)
+    loaded = config.validate(YAML(typ="safe", pure=True).load(text))
+    AttackSearch.of(loaded, made, "CL-AT-s0")
+    TrainingSearch.of(loaded, made, "finetune", "CL", "Full-AT", seed=0)
+    for phase in ("st", "at"):
+        TrainingSearch.of(loaded, made, "pretrain", "CL", phase, seed=0)
 
 
 def test_a_budget_without_a_step_for_every_restart_is_refused(made):
@@ -232,7 +265,11 @@ def test_nothing_to_learn_and_nothing_to_start_from_are_said(made):
     [
         ("restart={choice: [1, 2]}", "unknown key 'restart'; choose from step_size, schedule, momentum"),
         ("objective={choice: [ce, kl]}", "objective = 'kl'; choose from ce, margin, dlr"),
-        ("restarts={choice: [1, 99]}", "restarts = 99 leave none of them a step within the budget's 42 forward and backward passes"),
+        (
+            "restarts={choice: [1, 99]}",
+            "restarts = 99 leave none of them a step within the budget's 42 forward and backward passes; "
+            "reduce tune.attack.space.restarts, or raise evaluate.steps",
+        ),
         ("step_size={float: [-1, 1]}", "step_size = -1.0"),
     ],
 )

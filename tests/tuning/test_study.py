@@ -172,6 +172,17 @@ def test_another_space_under_the_same_name_is_refused_or_replaces(toy, tmp_path,
     assert new.user_attrs[studies.IDENTITY] != identity
 
 
+def test_a_search_without_results_is_no_obstacle_to_another_of_its_name(toy, study, tmp_path):
+    url, other = address(None, root=tmp_path), Toy(toy.log, version=1)
+    studies.next_trial(study, toy)
+    studies.requeue_dead(study)
+    new = studies.create(other, url)
+    assert states(new.get_trials()) == {"WAITING": 1} and new.user_attrs[studies.FINGERPRINT] == other.fingerprint()
+    studies.note(studies.next_trial(new, other), 1, 2.0, None)  # the unfinished trial of a long training is a result, too
+    with pytest.raises(UserError, match="--replace"):
+        studies.create(toy, url)
+
+
 def test_a_study_whose_creator_was_killed_is_completed(toy, tmp_path, monkeypatch):
     url = address(None, root=tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -67,7 +67,8 @@ def attack(
     require(norm in NORMS, f"norm = {norm!r}; choose from {', '.join(NORMS)}")
     require(0 < epsilon < float("inf"), f"epsilon = {epsilon!r} must be above 0; images live in [0, 1], so 8/255 is eight grey levels")
     require(norm != "linf" or epsilon <= 1, f"epsilon = {epsilon!r} exceeds the whole range of a pixel; write 8/255 for eight grey levels")
-    require(steps >= 1 and batch_size >= 1, f"steps = {steps} and batch_size = {batch_size} must be at least 1")
+    for name, value in {"steps": steps, "batch_size": batch_size}.items():
+        require(value >= 1, f"{name} = {value} must be at least 1")
     size = default_step_size(epsilon, steps) if step_size is None else step_size
     require(size > 0, f"step_size = {step_size!r} must be above 0")
     adversary = Adversary(ThreatModel(norm, epsilon), steps, size, random_start, keep, momentum=momentum, schedule=schedule)

@@ -134,7 +134,7 @@ def evaluate(
         raise UserError("corruptions = True needs images of 256 grey levels, but some pixels are between two levels; give uint8 images")
     with eval_mode(model), deterministic_kernels():
         names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or _logits(model, test, machine))]
-        dataset = replace(dataset_of(test, test if validation is None else checked(*validation), names), test=test)
+        dataset = replace(dataset_of(test, test if validation is None else checked(*validation, of="validation"), names), test=test)
         options = external.LoadOptions(mean=mean, std=std)
         given = external.of_module(model, options, dataset=dataset, device=machine.device)
         expected = expected_of(given, given.network, dataset, machine, batch_size=chosen.evaluate.batch_size)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerComparison:
     """Linear CKA of every layer of one model with every layer of another (Nguyen et al. 2021, unbiased, over batches).
 
@@ -41,6 +41,12 @@ class LayerComparison:
     images: int
     left_out: int
     similarity: cka.Similarity
+
+    def __repr__(self) -> str:
+        finite = self.matrix[np.isfinite(self.matrix)]
+        spread = f"{finite.min():.3f} to {finite.max():.3f}" if finite.size else "not finite"
+        without = f" ({self.left_out} left out)" if self.left_out else ""
+        return f"LayerComparison({len(self.rows)} x {len(self.columns)} layers, {self.images} images{without}, CKA {spread})"
 
     def plot(self, *, title: str = "CKA between layers", row_label: str = "", column_label: str = "") -> Figure:
         """Draw the matrix as a heat map from 0 to 1 with the first layers at the lower left; returns a matplotlib figure."""
@@ -84,8 +90,13 @@ def compare_layers(
     models = {"first": first, "second": second}
     machine = machine_of(first)
     with eval_mode(first), eval_mode(second), deterministic_kernels():
-        pairs = zip(images_of(images, batch_size), images_of(images if other_images is None else other_images, batch_size), strict=True)
-        batches = [{("first", ""): one, ("second", ""): other} for one, other in pairs]
+        shown = list(images_of(images, batch_size))
+        others = shown if other_images is None else list(images_of(other_images, batch_size))
+        counts = [[len(batch) for batch in part] for part in (shown, others)]
+        require(
+            counts[0] == counts[1], f"{sum(counts[0])} images, but {sum(counts[1])} other_images; give the same number, in equal batches"
+        )
+        batches = [{("first", ""): one, ("second", ""): other} for one, other in zip(shown, others, strict=True)]
         largest = max(batches, key=lambda batch: len(batch["first", ""]), default=None)
         require(
             largest is not None and len(largest["first", ""]) >= cka.SMALLEST_BATCH,
@@ -95,8 +106,8 @@ def compare_layers(
         rows = {name: tuple(layers_of(one, machine.images(largest[name, ""][:2]), select=layers)) for name, one in models.items()}
         keys = (("first", ""), ("second", ""))
         try:
-            shown = ({key: machine.images(batch[key]) for key in keys} for batch in batches)
-            similarity = cka.measure(models, rows, shown, pairs=[keys])
+            passed = ({key: machine.images(batch[key]) for key in keys} for batch in batches)
+            similarity = cka.measure(models, rows, passed, pairs=[keys])
         except ValueError as error:
             raise UserError(f"compare_layers: {error}") from None
     names = [tuple(layer.name for layer in rows[name]) for name in models]
@@ -135,7 +146,8 @@ def probe_layers(
         (['clean', 'validation'], True)
     """
     machine = machine_of(model)
-    splits = {"train": checked(*train), "validation": checked(*validation)} | {f"test {name}": checked(*one) for name, one in tests.items()}
+    given = {"train": train, "validation": validation} | {f"test {name}": one for name, one in tests.items()}
+    splits = {name: checked(*one, of=name) for name, one in given.items()}
     with eval_mode(model), deterministic_kernels():
         rows: list[Layer] = layers_of(model, machine.images(splits["train"].images[:2]), select=layers)
         features = {

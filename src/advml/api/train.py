@@ -27,7 +27,7 @@ from advml.training.streams import batches_per_epoch
 from advml.training.trainer import fit
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trained:
     """Result of `train`: the model and its training curves.
 
@@ -41,6 +41,12 @@ class Trained:
     name: str
     pretraining: list[dict[str, float]]
     finetuning: list[dict[str, float]]
+
+    def __repr__(self) -> str:
+        weights, last = sum(one.numel() for one in self.model.parameters()), (self.finetuning or self.pretraining or [{}])[-1]
+        scores = "".join(f", {name} {value:.3f}" for name, value in last.items() if name.startswith("validation/"))
+        epochs = f"{len(self.pretraining)} + {len(self.finetuning)} epochs"
+        return f"Trained({self.name}, {weights:,} weights, {epochs}{f'; in the last epoch{scores[1:]}' if scores else ''})"
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors and model.json into a folder; `load_model` reads it."""
@@ -89,7 +95,7 @@ def train(
     """
     require(scheme in SCHEMES, f"scheme = {scheme!r}; choose from {', '.join(SCHEMES)}")
     require(regime in REGIMES, f"regime = {regime!r}; choose from {', '.join(REGIMES)}")
-    chosen, learnt, selecting = config_of(params, overrides), labelled(images, labels), checked(*validation)
+    chosen, learnt, selecting = config_of(params, overrides), labelled(images, labels), checked(*validation, of="validation")
     names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or int(learnt.labels.max()) + 1)]
     dataset = dataset_of(learnt, selecting, names)
     phase, runtime = REGIMES[regime].pretraining, chosen.runtime

@@ -22,7 +22,7 @@ OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # disk errors that may lack
 
 def guarded(command: Callable[[], Any]) -> None:
     """Run `command`, and print foreseeable errors as one line on stderr."""
-    interrupted = "interrupted; the same command continues from the last finished epoch"
+    interrupted = "interrupted; the same command goes on from what was finished"
     try:
         code = command()
     except typer.TyperException as error:  # a wrong argument or option; the message of pydantic has a prefix of two words
@@ -58,7 +58,7 @@ def _known(error: Exception) -> str | None:
     """Message for an error of the machine (memory, disk), which libraries raise as different types; None: another error."""
     text = str(error)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        return "the disk is full; free some space and run the same command again: it continues from the last finished epoch"
+        return "the disk is full; free some space and run the same command again: it goes on from what was finished"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return "out of memory; lower batch_size in params.yaml (the phase's section, or evaluate) or use a smaller model.backbone"
     if isinstance(error, OSError) and (error.filename or error.errno in OF_THE_DISK):

@@ -47,6 +47,7 @@ def show(
         str,
         typer.Argument(help="A model's name (CL-Full-AT-s0) or folder, or the --name that evaluate was given.", show_default=False),
     ],
+    full: Annotated[bool, typer.Option("--full", help="Print all parameters, including those left at their defaults.")] = False,
     params: StudyParams = PARAMS,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def show(
     workspace = Workspace(params.parent)
     if as_json:
         return say_json(records_of(workspace, model))
-    print(record_of(workspace, model))
+    print(record_of(workspace, model, full=full))
     given = model in workspace.evaluations_of_given()
     print("next: advml report     (the page shows it beside the study's models)" if given else f"next: advml attack IMAGE --model {model}")
 

@@ -120,12 +120,13 @@ def estimate(
     for kind in dict.fromkeys(stage.name.partition("@")[0] for stage in found.stages):
         costs = [stage.cost for stage in found.stages if stage.name.partition("@")[0] == kind]
         spread = sorted(cost.seconds for cost in costs)
-        told = f"{spread[0]:.0f}" if len(costs) == 1 else f"{spread[0]:.0f} to {spread[-1]:.0f}"
+        told = " to ".join(dict.fromkeys(f"{seconds:.0f}" for seconds in (spread[0], spread[-1])))
         steps, flops = (sum(getattr(cost, key) for cost in costs) for key in ("gradient_steps", "flops"))
         memory = max(cost.memory for cost in costs)
         table.add_row(kind, str(len(costs)), f"{steps:,.0f}", f"{flops / 1e12:.3g}", f"{memory / 2**30:.1f} GiB" if memory else "-", told)
     Console(width=None).print(table)
-    print(f"total: {found.seconds:.0f} s ({found.seconds / 3600:.2f} hours), {found.total.flops / 1e12:.3g} TFLOP\nnext: advml repro")
+    hours = f" ({found.seconds / 3600:.1f} hours)" if found.seconds >= 3600 else ""
+    print(f"total: {found.seconds:.0f} s{hours}, {found.total.flops / 1e12:.3g} TFLOP\nnext: advml repro")
     return None
 
 
@@ -190,10 +191,15 @@ def write_seeds(params: Path, count: int) -> None:
         write_atomically(params.resolve(), merged.text.encode())  # params.yaml may be a link to a file that several studies share
 
 
+def _first_two(parts: list[str], between: str) -> str:
+    """Two parts and the number of the others; all if there are three at most."""
+    return between.join(parts) if len(parts) <= 3 else f"{between.join(parts[:2])}, and {len(parts) - 2} more"
+
+
 def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
     if as_json:
         return say_json(found)
     width = max(map(len, found), default=0)
     for name, why in found.items():
-        print(f"{name:{width}}  {'; '.join(why)}")
+        print(f"{name:{width}}  {_first_two([_first_two(one.split(', '), ', ') for one in why], '; ')}")
     print(f"{len(found)} stages would run\nnext: advml repro" if found else "everything is up to date")

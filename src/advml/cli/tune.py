@@ -208,11 +208,31 @@ def result_lines(outcome: Outcome, search: Search) -> list[str]:
         left_out = "".join(f"; {name} not run: it {reason}" for name, reason in measured.get("not_run", {}).items())
         lines.append(f"  test, autoattack: {_figure(measured['test'])}{left_out}")
     lines += confirmation_lines((outcome.confirmed or {}).get("confirmed", {}))
+    why_not = nothing_to_apply(outcome, search)
     return [
         *lines,
         f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}",
-        f"next: advml tune apply {search.name}{' --trial N' if len(metrics) > 1 else ''}",
+        f"nothing to apply: {why_not}" if why_not else f"next: advml tune apply {search.name}{' --trial N' if len(metrics) > 1 else ''}",
     ]
+
+
+def nothing_to_apply(outcome: Outcome, search: Search) -> str | None:
+    """Why the winner is no reason to change params.yaml: it is the default, or not better on validation. None: it is better."""
+    from advml.tuning.study import default_of, is_feasible
+
+    best, default, confirmed = outcome.best, default_of(outcome.trials), outcome.confirmed or {}
+    if len(search.metrics) > 1 or best is None or (default is not None and not is_feasible(default)):
+        return None
+    gains = []  # of the winner over the default, in accuracy
+    if default is not None:
+        if best.params == default.params:
+            return "the best are the values of params.yaml"
+        gains.append((best.values[0] - default.values[0]) * (1 if search.directions[0] == "maximize" else -1))
+    if "confirmed" in confirmed:
+        gains.append(confirmed["confirmed"]["validation"]["difference"]["robust"]["mean"])
+    if "default" in confirmed.get("validation", {}):  # of attacks, for which a lower accuracy is better
+        gains.append(confirmed["validation"]["default"]["accuracy"] - confirmed["validation"]["winner"]["accuracy"])
+    return "on validation, the best values are not better than those of params.yaml" if any(gain <= 0 for gain in gains) else None
 
 
 def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:

@@ -211,6 +211,19 @@ def _below(schema: Any, name: str) -> Any:
     return dict  # a section of any keys
 
 
+def is_default(key: str, value: Any) -> bool:
+    """Whether a key of params.yaml may be left out, and this value (as in JSON) is its default."""
+    schema: Any = Config
+    *parents, leaf = parts_of(key)
+    for name in parents:
+        schema = _below(schema, name)
+    field = schema.model_fields.get(leaf) if isinstance(schema, type) and issubclass(schema, Section) else None
+    if field is None or field.is_required():
+        return False
+    default = field.get_default(call_default_factory=True)
+    return value == (list(default) if isinstance(default, tuple) else default)
+
+
 def parts_of(key: str) -> list[str]:
     """Split a dotted key; keys of a search space contain dots: `tune.pretrain.space.view.shift` -> tune, pretrain, space, view.shift.
 

@@ -162,6 +162,7 @@ SMOKE = DIGITS | {
     "diagnostics.images": 20,
     "diagnostics.steps": 4,
     "corruptions": {"names": ["gaussian_noise", "fog"], "severities": [1, 5], "images": 50},
+    "tune.attack.space.restarts": {"choice": [1, 2]},  # evaluate.steps allows no more
     "tracking.experiment": "smoke",
 }
 

@@ -81,6 +81,27 @@ def check_init(init: str | None, pretrained: Mapping[str, Any]) -> None:
         )
 
 
+def check_data(folder: Path, record: Mapping[str, Any], *, prepared: Path, here: str) -> None:
+    """Check that a model was trained on the prepared data; else its training images may be among the present test images.
+
+    Args:
+        record: its model.json.
+        prepared: folder of the prepared data, for the message.
+        here: digest of the prepared data.
+    Raises:
+        UserError: it was trained on other data, or imported.
+    """
+    if (there := record.get("data", {}).get("digest")) == here:
+        return
+    if "scheme" not in record:
+        raise UserError(f"{folder} was not trained on the data in {prepared}; choose a model that advml has trained on them")
+    again = f"pretrain {record['scheme']} {record['phase']}" if "phase" in record else f"train {record['scheme']} {record['regime']}"
+    raise UserError(
+        f"{folder} was trained on other data ({str(there)[:16]}) than those in {prepared} ({here[:16]}); "
+        f"run: dvc repro, or: advml {again} --seed {record['seed']}"
+    )
+
+
 def pipeline_file() -> Path:
     """Path of the dvc.yaml that belongs to these sources: inside the package in a wheel, at the root in a checkout."""
     installed = PACKAGE / "dvc.yaml"

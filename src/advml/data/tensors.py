@@ -21,37 +21,37 @@ def require(holds: bool, otherwise: str) -> None:
         raise UserError(otherwise)
 
 
-def checked(images: Tensor, labels: Tensor | None = None) -> Split:
+def checked(images: Tensor, labels: Tensor | None = None, *, of: str = "") -> Split:
     """Check images (N, C, H, W) and labels (N,), and return them as a split on the CPU.
 
     Images become uint8 if all values are grey levels; missing labels become zeros.
 
+    Args:
+        of: name of the pair, for messages.
     Raises:
         UserError: shapes or types do not match, or values are out of range.
     """
-    require(
-        isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0, f"images must be a tensor (N, C, H, W), not {_kind(images)}"
-    )
+    these = f"{of}: " if of else ""
+    require(isinstance(images, Tensor), f"{these}images must be a tensor, not {type(images).__name__}")
+    require(images.ndim == 4 and len(images) > 0, f"{these}images must be (N, C, H, W) with N at least 1, not {tuple(images.shape)}")
     images = images.detach().cpu()
     if images.dtype != torch.uint8:
-        require(images.is_floating_point(), f"images are {images.dtype}; give floats in [0, 1], or uint8")
+        require(images.is_floating_point(), f"{these}images are {images.dtype}; give floats in [0, 1], or uint8")
         images = images.float()
         low, high = float(images.min()), float(images.max())
-        require(low >= 0 and high <= 1, f"images range from {low:g} to {high:g}; give them in [0, 1], before any normalisation")
+        require(low >= 0 and high <= 1, f"{these}images range from {low:g} to {high:g}; give them in [0, 1], before any normalisation")
         levels = (255 * images).round()
         if torch.equal(levels / 255, images):
             images = levels.to(torch.uint8)
     if labels is None:
         return Split(images, torch.zeros(len(images), dtype=torch.int64))
-    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool and labels.shape == (len(images),)
-    require(whole, f"labels must be whole numbers ({len(images)},), not {_kind(labels)}")
+    kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex() or kind == torch.bool)
+    require(whole, f"{these}labels must be a tensor of whole numbers, not {kind}")
+    require(labels.shape == images.shape[:1], f"{these}labels must be one class per image, ({len(images)},), not {tuple(labels.shape)}")
     labels = labels.detach().cpu().long()
-    require(int(labels.min()) >= 0, f"the smallest label is {int(labels.min())}; classes are numbered from 0")
+    require(int(labels.min()) >= 0, f"{these}the smallest label is {int(labels.min())}; classes are numbered from 0")
     return Split(images, labels)
-
-
-def _kind(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def labelled(images: Tensor | Batches, labels: Tensor | None) -> Split:
@@ -61,8 +61,12 @@ def labelled(images: Tensor | Batches, labels: Tensor | None) -> Split:
         return checked(images, labels)
     require(labels is None, "labels are given twice: the batches contain them already; leave out labels, or give images as one tensor")
     batches = list(images)
-    pairs = all(isinstance(batch, Sequence) and len(batch) >= 2 for batch in batches)
+    pairs = all(isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(one, Tensor) for one in batch[:2]) for batch in batches)
     require(bool(batches) and pairs, "images must be a tensor, or batches of (images, labels)")
+    for number, (some, classes, *_) in enumerate(batches):
+        require(some.shape[:1] == classes.shape[:1], f"batch {number}: {tuple(some.shape)} images, but {tuple(classes.shape)} labels")
+        same = some.shape[1:] == batches[0][0].shape[1:]
+        require(same, f"batch {number}: images are {tuple(some.shape[1:])}, but in batch 0 {tuple(batches[0][0].shape[1:])}")
     return checked(torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches]))
 
 

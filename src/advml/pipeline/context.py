@@ -16,7 +16,7 @@ from advml.config.store import Place, locate
 from advml.core.device import Machine, machine
 from advml.core.errors import UserError
 from advml.core.paths import Workspace
-from advml.core.provenance import git_commit, source_digest
+from advml.core.provenance import check_data, git_commit, source_digest
 from advml.data import datasets
 from advml.models import network
 from advml.models.memory_format import place
@@ -51,17 +51,10 @@ class Context:
         """Record and network (on the device) of a model that was trained on the prepared data.
 
         Raises:
-            UserError: it was trained on other data, whose training images may be among the present test images.
+            UserError: it was trained on other data.
         """
-        record, here = network.read_record(folder), self.dataset.digest
-        if (there := record.get("data", {}).get("digest")) != here:
-            again = (
-                f"pretrain {record['scheme']} {record['phase']}" if "phase" in record else f"train {record['scheme']} {record['regime']}"
-            )
-            raise UserError(
-                f"{folder} was trained on other data ({str(there)[:16]}) than those in {self.workspace.prepared} ({here[:16]}); "
-                f"run: dvc repro, or: advml {again} --seed {record['seed']}"
-            )
+        record = network.read_record(folder)
+        check_data(folder, record, prepared=self.workspace.prepared, here=self.dataset.digest)
         return record, place(network.load(folder), self.machine.device)
 
     @property

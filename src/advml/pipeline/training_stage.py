@@ -11,6 +11,7 @@ from torch import Tensor
 from advml import tracking
 from advml.core import ranks
 from advml.core.io import replace_folder, to_json, write_atomically
+from advml.core.messages import tell
 from advml.core.progress import Bar
 from advml.core.training_cost import write_seconds
 from advml.models import network
@@ -79,7 +80,8 @@ def _follow(context: Context, job: Job) -> dict[str, Any]:
 
 
 def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run, bar: Bar) -> list[Record]:
-    epochs = job.plan.epochs
+    """Train, and say after which epoch an interrupted training is resumed, or would be."""
+    epochs, training = job.plan.epochs, f"note: {job.stage} {job.name}"
     per_epoch = _work(context, job) // epochs
     history: list[Record] = []
 
@@ -88,9 +90,17 @@ def _train(context: Context, job: Job, checkpoint: Checkpoint, run: tracking.Run
         run.log_epochs(history)
 
     def show(epoch: int, done: int, loss: Tensor) -> None:
+        if history and not bar.done:  # the first batch
+            tell(f"{training}: resuming after epoch {len(history)} of {epochs}")
         bar.reach((epoch - 1) * per_epoch + done, lambda: f"epoch {epoch}/{epochs}  loss {loss:.3f}{_scores(history)}")
 
-    fit(job.plan, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
+    try:
+        fit(job.plan, context.machine, checkpoint=checkpoint, on_epoch=log, on_batch=show)
+    except (KeyboardInterrupt, SystemExit):
+        saved = checkpoint.load()
+        where = f"continues after epoch {saved.epoch} of {epochs}" if saved else "starts again: no epoch has finished"
+        tell(f"{training}: interrupted; the same command {where}")
+        raise
     return history
 
 

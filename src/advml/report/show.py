@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from advml.config import flatten
+from advml.config import flatten, is_default
 from advml.core.io import read_json, reporting_damage
 from advml.core.paths import Workspace, find_model
 from advml.core.training_cost import SECONDS, STEPS, training_cost
@@ -15,11 +15,12 @@ from advml.core.training_cost import SECONDS, STEPS, training_cost
 CHOSEN = {"best": "the best on validation", "last": "the last"}  # value of `keep` -> description
 
 
-def record_of(workspace: Workspace, model: str) -> str:
+def record_of(workspace: Workspace, model: str, *, full: bool = False) -> str:
     """Text of a model's data, settings, training cost and measurements.
 
     Args:
         model: name or folder of a trained model, or name of an external model that was evaluated.
+        full: show all parameters, not only those that differ from the defaults of params.yaml.
     """
     if given := workspace.evaluations_of_given().get(model):
         return _given(given)
@@ -33,7 +34,9 @@ def record_of(workspace: Workspace, model: str) -> str:
         shown = {"gradient steps per image": cost.get(STEPS, "unknown"), "seconds": cost.get(SECONDS, "unknown")}
         lines += _block("training cost, pretraining included", shown)
         lines += _block("architecture", record["architecture"])
-        lines += _block("parameters", flatten(record["parameters"])) if "parameters" in record else []
+        parameters = flatten(record.get("parameters", {}))
+        shown = {key: value for key, value in parameters.items() if full or not is_default(key, value)}
+        lines += _block("parameters" if full else "parameters, without defaults (--full shows all)", shown) if parameters else []
     return "\n".join(lines).rstrip("\n")
 
 
@@ -208,5 +211,5 @@ def _why_not_finite(how: dict[str, Any]) -> list[str]:
 
 
 def _block(title: str, values: dict[str, Any]) -> list[str]:
-    width = max(len(key) for key in values)
+    width = max(map(len, values), default=0)
     return [title, *(f"  {key:{width}}  {value}" for key, value in values.items()), ""]

@@ -58,7 +58,7 @@ def pooled_features(network: nn.Module, rows: Sequence[Layer], batches: Iterable
     return [torch.cat(part).numpy() for part in parts]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Probe:
     """Accuracies of a fitted probe, and its fit. `strength` is the inverse of the penalty (scikit-learn's C)."""
 
@@ -71,6 +71,10 @@ class Probe:
     @property
     def converged(self) -> bool:
         return self.gradient <= TOLERANCE
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in self.accuracy.items())
+        return f"Probe({figures}, strength {self.strength:g}{'' if self.converged else ', not converged'})"
 
 
 def fit(

@@ -33,8 +33,8 @@ def proposal(workspace: Workspace, name: str, *, trial: int | None = None) -> di
     path = workspace.reports / "tune" / checked_name(name, option="the study") / BEST
     if not path.exists():
         known = sorted(other.parent.name for other in workspace.reports.glob(f"tune/*/{BEST}"))
-        choices = f"choose from {', '.join(known)}" if known else "make one with: advml tune finetune CL Full-AT"
-        raise UserError(f"there is no proposal {name!r}; {choices}")
+        choices = f"choose from {', '.join(known)}, or " if known else ""
+        raise UserError(f"there is no proposal {name!r}; {choices}make it with: {_command_of(name)}")
     remedy = "repeat the search's command, which writes it again"
     best = read_json(path, needs=("parameters",), remedy=remedy)
     try:
@@ -47,6 +47,16 @@ def proposal(workspace: Workspace, name: str, *, trial: int | None = None) -> di
     if not front and trial not in (None, best.get("trial")):
         raise UserError(f"{name} proposes only trial {best.get('trial')}; leave out --trial")
     return front[trial] if front else only
+
+
+def _command_of(name: str) -> str:
+    """Command of the search with this name, if the name is one that a search gets by default."""
+    if name.startswith("attack-"):
+        return f"advml tune attack {name.removeprefix('attack-')}"
+    if found := re.fullmatch(r"(finetune|pretrain)-([^-]+)-(.+)-s(\d+)(-pareto)?", name):
+        kind, scheme, which, seed, pareto = found.groups()
+        return f"advml tune {kind} {scheme} {which}{f' --seed {seed}' if int(seed) else ''}{' --pareto' if pareto else ''}"
+    return f"advml tune attack|finetune|pretrain ... --name {name}"
 
 
 def warnings(changes: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from advml.core.errors import UserError
 from advml.core.paths import Workspace, checked_name, find_model
 from advml.core.provenance import source_digest
 from advml.tuning import space as spaces
-from advml.tuning.search import Search, data_digest, digest_of
+from advml.tuning.search import Search, data_digest, weights_digest
 from advml.tuning.space import Values
 
 # Keys of the space: all settings of an attack except its budget and its threat model.
@@ -50,7 +50,7 @@ class AttackSearch(Search):
 
     @classmethod
     def of(cls, configuration: Config, root: Path, model: str, *, autoattack: bool = True, name: str | None = None) -> AttackSearch:
-        """Build and check a search; raises UserError if the model does not exist, or the space is not valid."""
+        """Build and check a search; raises UserError if the model is missing or of other data, or the space is not valid."""
         folder = find_model(Workspace(root), model).resolve()
         name = checked_name(name or f"attack-{folder.name}")
         search = cls(folder, ("autoattack",) if autoattack else (), config=configuration, root=root.resolve(), name=name)
@@ -59,6 +59,7 @@ class AttackSearch(Search):
                 f"tune.attack.budget = {search.spec.budget} has no step for each of evaluate.restarts = {configuration.evaluate.restarts}"
             )
         spaces.check(search.space, search.accept, section="tune.attack.space")
+        search.model_digest()
         return search
 
     @property
@@ -92,7 +93,9 @@ class AttackSearch(Search):
         changed(self.config, {f"evaluate.{key}": value for key, value in values.items()})
         if not (attack := self.attack(values))["steps"]:
             most = f"the budget's {self.passes} forward and backward passes"
-            raise UserError(f"restarts = {attack['restarts']} leave none of them a step within {most}")
+            budget = "tune.attack.budget" if self.config.tune.attack.budget else "evaluate.steps"
+            remedy = f"reduce tune.attack.space.restarts, or raise {budget}"
+            raise UserError(f"restarts = {attack['restarts']} leave none of them a step within {most}; {remedy}")
 
     def proposal(self, values: Values) -> dict[str, Any]:
         """Values by their keys in section `evaluate`, with an absolute step size, and the steps per restart."""
@@ -100,13 +103,16 @@ class AttackSearch(Search):
         attack["step_size"] *= self.config.attacked_epsilon
         return {f"evaluate.{key}": attack[key] for key in ("steps", *KEYS) if key != "keep" or attack[key] != self.config.evaluate.keep}
 
+    def model_digest(self) -> str:
+        """Digest of the model's weights; raises UserError if it was trained on other data."""
+        return weights_digest(self.folder, self.root, remedy="evaluate needs it, too")
+
     def fingerprint(self) -> str:
         """Digest of everything that a trial's result depends on, including the sources, which determine random starts and scoring."""
         spec, study = self.spec, self.config
         inputs = (dict(spec.space), spec.budget, spec.images, spec.batch_size, spec.seed)
         threat = (study.threat_model.norm, study.attacked_epsilon)
-        model = digest_of(self.folder / "model.json", remedy="evaluate needs it, too")
-        subject = (*threat, self.default(), self.passes, study.evaluate.seed, model, data_digest(self.root))
+        subject = (*threat, self.default(), self.passes, study.evaluate.seed, self.model_digest(), data_digest(self.root))
         return digest(*inputs, *subject, study.runtime.precision, source_digest("evaluate"))
 
     def pruner(self) -> optuna.pruners.BasePruner:

@@ -274,11 +274,11 @@ class Driver:
         self.run.show([outputs.fact(self.search, trial) for trial in changed if ORIGIN in trial.user_attrs])  # trials that have begun
 
     def close(self) -> Outcome:
-        """Write files and figures, and complete the MLflow runs."""
+        """Write files and figures, if a trial has finished, and complete the MLflow runs."""
         trials = self.trials()
         best = best_of(trials, self.search.directions)
         found = self.confirmed(best)
-        files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found)
+        files = call_here(self.forks, outputs.write, self.folder, self.search, trials, found) if finished(trials) else []
         self.log(trials)
         if best is not None:
             self.run.mark_best(best.number)

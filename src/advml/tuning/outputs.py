@@ -18,7 +18,7 @@ from advml.core.io import to_csv, to_yaml, write_atomically
 from advml.core.paths import SEARCH_FILES
 from advml.tracking import Trial
 from advml.tuning.search import Search
-from advml.tuning.study import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, name_of, ranked, scores
+from advml.tuning.study import REASON, RETRY_OF, SECONDS, best_of, default_of, finished, history_of, is_feasible, name_of, ranked, scores
 
 BEST, TRIALS = SEARCH_FILES
 HEADER = """\
@@ -83,7 +83,7 @@ def table(trials: Sequence[FrozenTrial], metrics: Sequence[str]) -> str:
     values = dict.fromkeys(key for trial in trials for key in trial.params)
     columns, rows = dict.fromkeys(("trial", "state", *scored, "feasible", SECONDS, *values, RETRY_OF, REASON)), []
     for trial in trials:
-        kept = all(violation <= 0 for violation in trial.constraints.values()) if trial.state == TrialState.COMPLETE else None
+        kept = is_feasible(trial) if trial.state == TrialState.COMPLETE else None
         noted = {name: trial.user_attrs.get(name) for name in (SECONDS, RETRY_OF, REASON)}
         figures = {"trial": trial.number, "state": name_of(trial), **scores(metrics, trial), "feasible": kept}
         rows.append(columns | figures | trial.params | noted)

@@ -18,6 +18,7 @@ from advml.config import Config
 from advml.core.errors import Failure
 from advml.core.io import read_json
 from advml.core.paths import Workspace
+from advml.core.provenance import check_data
 from advml.engine import process_task
 from advml.tuning.space import Space, Values, distributions, holds
 
@@ -105,14 +106,16 @@ def rungs(epochs: int) -> tuple[int, ...]:
     return tuple(REDUCTION**n for n in range(epochs) if n == 0 or REDUCTION**n < epochs)
 
 
-def digest_of(file: Path, *, remedy: str) -> str:
-    """Digest in a model.json or dataset.json, read without torch; raises UserError with the remedy if it is missing."""
-    return read_json(file, needs=("digest",), remedy=remedy)["digest"]
-
-
 def data_digest(root: Path) -> str:
-    """Digest of the prepared data."""
-    return digest_of(Workspace(root).prepared / "dataset.json", remedy="make the data with: advml prepare")
+    """Digest of the prepared data, read without torch; raises UserError if there are none."""
+    return read_json(Workspace(root).prepared / "dataset.json", needs=("digest",), remedy="make the data with: advml prepare")["digest"]
+
+
+def weights_digest(folder: Path, root: Path, *, remedy: str) -> str:
+    """Digest of a model's weights, read without torch; raises UserError if it is missing or was trained on other data."""
+    record = read_json(folder / "model.json", needs=("digest",), remedy=remedy)
+    check_data(folder, record, prepared=Workspace(root).prepared, here=data_digest(root))
+    return record["digest"]
 
 
 # In the processes

@@ -46,15 +46,16 @@ def create(search: Search, url: str, *, replace: bool = False) -> optuna.Study:
     """Create the study of a search, or open that of an earlier command.
 
     Args:
-        replace: whether a study of this name with another fingerprint is deleted.
+        replace: whether a study of this name with another fingerprint is deleted; one without results always is.
     Raises:
-        UserError: there is a study of this name with another fingerprint, or the database cannot be used.
+        UserError: there is a study of this name with results of another fingerprint, or the database cannot be used.
     """
-    storage, fingerprint = connect(url), search.fingerprint()
+    fingerprint, storage = search.fingerprint(), connect(url)  # a refusal comes before the database is created
     options = {"study_name": search.name, "storage": storage, "pruner": search.pruner(), "directions": list(search.directions)}
     study = optuna.create_study(**options, load_if_exists=True)
     if study.user_attrs.get(FINGERPRINT, fingerprint) != fingerprint:
-        if not replace:
+        trials = study.get_trials(deepcopy=False)
+        if not replace and (finished(trials) or any(trial.intermediate_values for trial in trials)):
             raise UserError(
                 f"the search {search.name} exists with another space, or other parameters, data or weights; "
                 f"choose another name: --name {search.name}-2, or delete that search: --replace"
@@ -157,10 +158,15 @@ def name_of(trial: FrozenTrial) -> str:
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether a complete trial fulfils all constraints."""
+    return max(trial.constraints.values(), default=0) <= 0
+
+
 def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
     """Complete trials that fulfil all constraints, sorted by their first objective, best first; on a tie the earlier one first."""
     sign = -1 if directions[0] == "maximize" else 1
-    feasible = [trial for trial in trials if trial.state == TrialState.COMPLETE and max(trial.constraints.values(), default=0) <= 0]
+    feasible = [trial for trial in trials if trial.state == TrialState.COMPLETE and is_feasible(trial)]
     return sorted(feasible, key=lambda trial: (sign * trial.values[0], trial.number))
 
 

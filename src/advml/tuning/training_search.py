@@ -15,7 +15,7 @@ from advml.core.paths import Workspace, checked_name, pretraining_name
 from advml.core.provenance import init_digest
 from advml.recipes import REGIMES, SCHEMES
 from advml.tuning import space as spaces
-from advml.tuning.search import Search, data_digest, digest_of, hyperband
+from advml.tuning.search import Search, data_digest, hyperband, weights_digest
 from advml.tuning.space import Values
 
 
@@ -41,7 +41,8 @@ class TrainingSearch(Search):
         """Build and check a search, e.g. `TrainingSearch.of(config, root, "finetune", "CL", "Full-AT", seed=0)`.
 
         Raises:
-            UserError: the regime trains nothing for this scheme, the pretrained encoder is missing, or the space is not valid.
+            UserError: the regime trains nothing for this scheme, the pretrained encoder is missing or was
+                trained on other data, or the space is not valid.
         """
         name = checked_name(name or f"{'-'.join(what)}-s{seed}{'-pareto' if pareto else ''}")
         whole = cls(*what, seed, pareto, config=configuration, root=root.resolve(), name=name)
@@ -126,7 +127,7 @@ class TrainingSearch(Search):
             return self.config.model.init and init_digest(self.config.model.init)
         phase = REGIMES[self.which].pretraining
         folder = Workspace(self.root).pretrained(pretraining_name(self.scheme, phase, self.seed))
-        return digest_of(folder / "model.json", remedy=f"make it with: advml pretrain {self.scheme} {phase} --seed {self.seed}")
+        return weights_digest(folder, self.root, remedy=f"make it with: advml pretrain {self.scheme} {phase} --seed {self.seed}")
 
     def fingerprint(self) -> str:
         """Digest of everything that a trial's result depends on, except the searched values."""
