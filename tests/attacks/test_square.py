@@ -112,7 +112,8 @@ def test_every_query_of_the_library_but_the_idle_ones_is_put_to_the_model(norm, 
         shown = {tuple(seen.flatten().tolist()) for seen in theirs.predict.seen}
         assert shown == {tuple(seen.flatten().tolist()) for seen in ours.predict.seen}
         idle += len(theirs.predict.seen) - len(ours.predict.seen)
-    assert (idle > 20) is ((norm, channels) == ("Linf", 1))  # with more channels, all signs must agree
+    # With more channels, all signs must agree; how many are idle depends on which proposals rounding lets the attack accept.
+    assert (idle > 5) is ((norm, channels) == ("Linf", 1))
 
 
 @pytest.mark.parametrize("size", [(4, 9), (12, 12), (14, 14), (24, 24), (12, 8)])
