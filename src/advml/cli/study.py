@@ -12,7 +12,7 @@ import typer
 from advml.cli.options import PARAMS, PRESETS, AsJson, ClusterOption, Overrides, Params, Quick, context_of
 from advml.cli.printing import say, say_json, show_table
 from advml.core.errors import UserError
-from advml.core.messages import tell
+from advml.core.messages import first_of, tell
 from advml.core.paths import Workspace
 
 
@@ -191,15 +191,10 @@ def write_seeds(params: Path, count: int) -> None:
         write_atomically(params.resolve(), merged.text.encode())  # params.yaml may be a link to a file that several studies share
 
 
-def _first_two(parts: list[str], between: str) -> str:
-    """Two parts and the number of the others; all if there are three at most."""
-    return between.join(parts) if len(parts) <= 3 else f"{between.join(parts[:2])}, and {len(parts) - 2} more"
-
-
 def _would_run(found: dict[str, list[str]], *, as_json: bool) -> None:
     if as_json:
         return say_json(found)
     width = max(map(len, found), default=0)
     for name, why in found.items():
-        print(f"{name:{width}}  {_first_two([_first_two(one.split(', '), ', ') for one in why], '; ')}")
+        print(f"{name:{width}}  {first_of([first_of(one.split(', '), 2) for one in why], 2, between='; ')}")
     print(f"{len(found)} stages would run\nnext: advml repro" if found else "everything is up to date")

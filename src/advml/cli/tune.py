@@ -191,6 +191,7 @@ def result_lines(outcome: Outcome, search: Search) -> list[str]:
         Failure: no trial was completed.
         UserError: no trial reaches the floor of clean accuracy.
     """
+    from advml.tuning.command import nothing_to_apply
     from advml.tuning.space import show
     from advml.tuning.study import default_of
 
@@ -214,25 +215,6 @@ def result_lines(outcome: Outcome, search: Search) -> list[str]:
         f"wrote {outcome.folder}: {', '.join(path.name for path in outcome.files)}",
         f"nothing to apply: {why_not}" if why_not else f"next: advml tune apply {search.name}{' --trial N' if len(metrics) > 1 else ''}",
     ]
-
-
-def nothing_to_apply(outcome: Outcome, search: Search) -> str | None:
-    """Why the winner is no reason to change params.yaml: it is the default, or not better on validation. None: it is better."""
-    from advml.tuning.study import default_of, is_feasible
-
-    best, default, confirmed = outcome.best, default_of(outcome.trials), outcome.confirmed or {}
-    if len(search.metrics) > 1 or best is None or (default is not None and not is_feasible(default)):
-        return None
-    gains = []  # of the winner over the default, in accuracy
-    if default is not None:
-        if best.params == default.params:
-            return "the best are the values of params.yaml"
-        gains.append((best.values[0] - default.values[0]) * (1 if search.directions[0] == "maximize" else -1))
-    if "confirmed" in confirmed:
-        gains.append(confirmed["confirmed"]["validation"]["difference"]["robust"]["mean"])
-    if "default" in confirmed.get("validation", {}):  # of attacks, for which a lower accuracy is better
-        gains.append(confirmed["validation"]["default"]["accuracy"] - confirmed["validation"]["winner"]["accuracy"])
-    return "on validation, the best values are not better than those of params.yaml" if any(gain <= 0 for gain in gains) else None
 
 
 def _fruitless(outcome: Outcome, search: Search) -> UserError | Failure:

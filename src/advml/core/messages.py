@@ -33,9 +33,9 @@ def one_line(text: object, *, longest: int = LONGEST) -> str:
     return line if len(line) <= longest else _shortened(line, longest)
 
 
-def first_of(names: Sequence[str], most: int) -> str:
-    """Enumeration of the first names: `a, b, ...`, or all of them if there are at most `most`."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def first_of(names: Sequence[str], most: int, *, between: str = ", ") -> str:
+    """Enumeration of the first names: `a, b, and 17 more`, or all of them if there are at most `most`."""
+    return between.join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
 def is_quiet() -> bool:

@@ -12,7 +12,7 @@ from advml import tracking
 from advml.core.device import generator_for
 from advml.core.errors import UserError
 from advml.core.io import sha256
-from advml.core.messages import tell
+from advml.core.messages import first_of, tell
 from advml.core.paths import find_model, is_reserved
 from advml.core.progress import Bar
 from advml.data import images as pictures
@@ -92,8 +92,7 @@ def _view(viewed: Viewed, pixels: Tensor, context: Context) -> View:
 
 def _say_what_is_left_out(viewed: Viewed, images: Tensor) -> None:
     if missing := left_out(viewed.network, images):
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        tell(f"note: {viewed.name}: modules without one output per image are left out: {', '.join(missing[:SHOWN])}{more}")
+        tell(f"note: {viewed.name}: modules without one output per image are left out: {first_of(missing, SHOWN)}")
 
 
 class _Photos:

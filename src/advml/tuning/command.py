@@ -35,7 +35,7 @@ from advml.tuning import study as studies
 from advml.tuning.search import Search, on_bench
 from advml.tuning.space import show
 from advml.tuning.storage import HOLDER, address, alone, as_failure, close
-from advml.tuning.study import ORIGIN, REASON, best_of, finished
+from advml.tuning.study import ORIGIN, REASON, best_of, default_of, finished, is_feasible
 
 # Modules that the fork server imports for the processes; the last one is imported by Optuna on first use.
 MODULES = (
@@ -284,3 +284,20 @@ class Driver:
             self.run.mark_best(best.number)
         self.run.log_results(self.folder, files)
         return Outcome(self.folder, finished(trials), best, found, files)
+
+
+def nothing_to_apply(outcome: Outcome, search: Search) -> str | None:
+    """Why the winner is no reason to change params.yaml: it is the default, or not better on validation. None: it is better."""
+    best, default, confirmed = outcome.best, default_of(outcome.trials), outcome.confirmed or {}
+    if len(search.metrics) > 1 or best is None or (default is not None and not is_feasible(default)):
+        return None
+    gains = []  # of the winner over the default, in accuracy
+    if default is not None:
+        if best.params == default.params:
+            return "the best are the values of params.yaml"
+        gains.append((best.values[0] - default.values[0]) * (1 if search.directions[0] == "maximize" else -1))
+    if "confirmed" in confirmed:
+        gains.append(confirmed["confirmed"]["validation"]["difference"]["robust"]["mean"])
+    if "default" in confirmed.get("validation", {}):  # of attacks, for which a lower accuracy is better
+        gains.append(confirmed["validation"]["default"]["accuracy"] - confirmed["validation"]["winner"]["accuracy"])
+    return "on validation, the best values are not better than those of params.yaml" if any(gain <= 0 for gain in gains) else None

@@ -30,5 +30,5 @@ def _warn_of_models_of_other_data(context: Context) -> None:
     records = (read_json(path, remedy="restore it with: dvc checkout") for path in context.workspace.models.glob("[!.]*/model.json"))
     others = sorted(record["name"] for record in records if record["data"]["digest"] != context.dataset.digest)
     if others:
-        told = f"{context.workspace.prepared} was made anew, and {first_of(others, 3)} ({len(others)} in all) were trained on other data"
+        told = f"{context.workspace.prepared} was made anew, and {first_of(others, 3)} were trained on other data"
         tell(f"warning: {told}; to return to it, without these overrides: advml prepare")
