@@ -61,7 +61,7 @@ def test_a_dry_run_names_two_of_many_stages_and_as_json_all(digits, monkeypatch)
     found = {"compare": ["a modified", "b deleted"], "report": [f"after {', '.join(needs)}"]}
     monkeypatch.setattr("advml.pipeline.repro.reasons", lambda root: found)
     lines = output("repro", "--dry-run", "--params", str(digits)).splitlines()
-    assert lines[:2] == ["compare  a modified; b deleted", "report   after represent@0, represent@1, and 17 more"]
+    assert lines[:2] == ["compare  a modified; b deleted", "report   after represent@0, represent@1 and 17 more"]
     assert json.loads(output("repro", "--dry-run", "--json", "--params", str(digits))) == found
 
 

@@ -34,8 +34,8 @@ def one_line(text: object, *, longest: int = LONGEST) -> str:
 
 
 def first_of(names: Sequence[str], most: int, *, between: str = ", ") -> str:
-    """Enumeration of the first names: `a, b, and 17 more`, or all of them if there are at most `most`."""
-    return between.join([*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])])
+    """Enumeration of the first names: `a, b and 17 more`, or all of them if there are at most `most`."""
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def is_quiet() -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from advml.config import Data
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 from advml.core.paths import Workspace
 from advml.data import bit_depth, duplicates
 from advml.data.cifar import CIFAR10, CIFAR10_PYTHON, CIFAR100, CIFAR100_PYTHON, cifar
@@ -144,11 +145,11 @@ def _check_classes(splits: dict[str, Split], classes: tuple[str, ...]) -> None:
 def _list_unreadable(data: Data, unreadable: tuple[str, ...], *, shown: int = 3) -> str:
     """Error message that lists unreadable images; a long list is written to a file."""
     paths = [str(Path(data.path or "") / line) for line in unreadable]
-    listed = "; ".join(paths[:shown])
+    listed = first_of(paths, shown, between="; ")
     if len(paths) > shown:
         report = Workspace().scratch("prepare") / "unreadable.txt"
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text("\n".join(paths) + "\n", encoding="utf-8", errors="backslashreplace")
-        listed += f"; and {len(paths) - shown} more, listed in {report}"
+        listed += f", listed in {report}"
     plural = "image cannot" if len(paths) == 1 else "images cannot"
     return f"{len(paths)} {plural} be read: {listed}. Repair or remove them, or leave them out with -S data.skip_corrupt=true"

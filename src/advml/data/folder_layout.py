@@ -40,7 +40,7 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 
 def few(classes: Sequence[str], *, shown: int = 3) -> str:
-    """Short description of classes: `10 classes (0, 1, 2, ...)`."""
+    """Short description of classes: `10 classes (0, 1, 2 and 7 more)`."""
     return f"{len(classes)} classes ({first_of([str(name) for name in classes], shown)})"
 
 

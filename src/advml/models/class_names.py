@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 from advml.data.folder_layout import natural_order
 
 # Named orders that `--classes` accepts: name -> function from the data's classes to the order of the logits.
@@ -51,9 +52,9 @@ def positions(names: Sequence[str], classes: Sequence[str], *, of: str, logits: 
     ):
         if unknown:
             close = get_close_matches(unknown[0], others, n=1, cutoff=0) or ["none"]
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            told = first_of([repr(name) for name in unknown], 1)
             raise UserError(
-                f"{of} name {len(known)} classes, among them one that {where}: {unknown[0]!r}{more} (nearest: {close[0]!r}); "
+                f"{of} name {len(known)} classes, among them one that {where}: {told} (nearest: {close[0]!r}); "
                 "name them as the data do, in the order of the model's logits: --classes a,b,c or --classes FILE"
             )
     if logits not in (None, len(known)):

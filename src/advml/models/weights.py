@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from advml.core.errors import UserError
+from advml.core.messages import first_of
 
 SHOWN = 3  # number of names in a message
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar")
@@ -93,8 +94,4 @@ def _differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
 
 def listed(kinds: Mapping[str, Sequence[str]]) -> str:
     """Message with the first names of each kind: `it lacks a, b, c and 2 more; ...`; "" if there are none."""
-    return "; ".join(
-        f"{what} {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
-        for what, names in kinds.items()
-        if names
-    )
+    return "; ".join(f"{what} {first_of(names, SHOWN)}" for what, names in kinds.items() if names)
