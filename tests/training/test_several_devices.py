@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from advml import config
 from advml.core import ranks
@@ -43,6 +44,7 @@ class Training:
     phase: dict[str, Any] = field(default_factory=dict)
     attack: dict[str, Any] = field(default_factory=dict)
     micro_batch: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of the network
 
     def run(self, network: Network, dataset: Dataset, folder: Path, ended: Callable[[], bool] = lambda: False) -> None:
         """Train in as many processes as there are, until an epoch after which it has `ended`; the first one writes weights and history."""
@@ -78,6 +80,7 @@ class Training:
 
 
 VIEWS, SWA = {"attacked": "views"}, {"average": "swa", "average_start": 0.0}
+DROPOUT = {"drop_rate": 0.2, "drop_path_rate": 0.2}
 THREE_VIEWS = Training("SCL", {"views": 3, "average": "ema", "average_decay": 0.5})
 TRAININGS = {
     "fast, of views, swa": Training("CL", VIEWS | SWA | {"epsilon": 0.15}, {"kind": "fast"}),
@@ -85,6 +88,8 @@ TRAININGS = {
     "micro-batches, batch norms in train mode under attack": Training(
         "EMP", {"views": 2}, {"batch_norm": "train", "steps": 1}, micro_batch=16
     ),
+    "dropout, stochastic depth": Training("SL", options=DROPOUT),
+    "dropout, micro-batches": Training("SCL", {"views": 2}, micro_batch=16, options=DROPOUT),
     "hybrid, of views, swa": Training("CLxSL", VIEWS | SWA),
     "hybrid, free, of views": Training("CLxSL", VIEWS | {"epochs": 4}, {"kind": "free"}),
 }
@@ -135,14 +140,45 @@ def test_every_kind_of_training_is_resumed_by_any_number_of_processes(tmp_path, 
 
     def work() -> None:
         for name, training in TRAININGS.items():
-            training.run(make_network(), dataset, tmp_path / "two" / name, ended=lambda: True)
+            training.run(make_network(options=training.options), dataset, tmp_path / "two" / name, ended=lambda: True)
             if ranks.is_first():
                 shutil.copytree(tmp_path / "two" / name, tmp_path / "continued" / name)
-            training.run(make_network(), dataset, tmp_path / "two" / name)
+            training.run(make_network(options=training.options), dataset, tmp_path / "two" / name)
 
     assert in_two(work) == [0, 0]
     for name, training in TRAININGS.items():
-        training.run(make_network(), dataset, tmp_path / "one" / name)
-        training.run(make_network(), dataset, tmp_path / "continued" / name)
+        training.run(make_network(options=training.options), dataset, tmp_path / "one" / name)
+        training.run(make_network(options=training.options), dataset, tmp_path / "continued" / name)
         for folder in ("two", "continued"):
-            assert_same(tmp_path / folder / name, tmp_path / "one" / name, make_network())
+            assert_same(tmp_path / folder / name, tmp_path / "one" / name, make_network(options=training.options))
+
+
+def noise(images: int) -> list[torch.Tensor]:
+    """What layers draw for images of this process: for vectors, maps in both memory formats, and windows, of which an image has 4; the
+    last is for a table without images."""
+    torch.manual_seed(0)
+    maps = torch.ones(images, 3, 4, 4)
+    return [
+        F.dropout(torch.ones(images, 5)),
+        F.dropout(maps, 0.3),
+        F.dropout(maps.to(memory_format=torch.channels_last), 0.3),
+        F.dropout2d(maps),
+        torch.empty(images, 1, 1).bernoulli_(0.5),
+        F.dropout(torch.ones(4 * images, 5)).unflatten(0, (images, 4)),
+        F.dropout(torch.ones(1, 40)),
+    ]
+
+
+def test_dropout_and_stochastic_depth_draw_the_same_in_any_number_of_processes(tmp_path):
+    def work() -> None:
+        machine(config.Runtime(device="cpu", threads=1))
+        own = ranks.part(31)
+        with ranks.shared(31), ranks.computing(*ranks.passes(own, 1)):
+            torch.save(noise(own), tmp_path / str(ranks.number()))
+
+    assert in_two(work) == [0, 0]
+    *expected, table = noise(31)
+    for rank in range(2):
+        *found, same = torch.load(tmp_path / str(rank), weights_only=True)
+        assert all(torch.equal(ours, whole[rank::2]) for ours, whole in zip(found, expected, strict=True))
+        assert torch.equal(same, table)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from advml.cli.options import PARAMS, AsJson, Overrides, Params, Regime, Scheme, Seed, Std, StudyParams, context_of, mean_option, store_of
+from advml.cli.options import (
+    PARAMS,
+    AsJson,
+    Overrides,
+    Params,
+    Processes,
+    Regime,
+    Scheme,
+    Seed,
+    Std,
+    StudyParams,
+    context_of,
+    mean_option,
+    start,
+    store_of,
+)
 from advml.cli.printing import say, say_json
 from advml.cli.stages import tell_result
 from advml.core.messages import tell
@@ -19,7 +33,7 @@ def train(
     scheme: Scheme,
     regime: Regime,
     seed: Seed = 0,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on a GPU or on its part of the cores.")] = 1,
+    processes: Processes = 1,
     as_json: AsJson = False,
     overrides: Overrides = None,
     params: Params = PARAMS,
@@ -28,10 +42,7 @@ def train(
 
     Writes the files of these stages. Next: advml show MODEL
     """
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        from advml.core import ranks
-
-        ranks.start(processes)
+    start(processes)
     context = context_of(params, overrides)
     from advml.pipeline.stages import train as everything
     from advml.tracking import warn_if_unusable

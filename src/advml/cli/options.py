@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -47,6 +48,9 @@ Scheme = Annotated[str, choice(SchemeName, f"{', '.join(f'{name} {scheme.describ
 Regime = Annotated[str, choice(RegimeName, "; ".join(f"{name}: {regime.described}" for name, regime in REGIMES.items()) + ".")]
 Phase = Annotated[str, choice(PhaseName, "st: standard, at: adversarial.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of weights, batches, views and random starts.")]
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="Processes that share every batch, each on a GPU or on its part of the cores.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ClusterOption = Annotated[
     str | None,
@@ -100,6 +104,14 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
     from advml.pipeline.context import Context
 
     return Context(configuration, Workspace(params.parent))
+
+
+def start(processes: int) -> None:
+    """Start this command again in several processes, and end with them, unless it is one of them already."""
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        from advml.core import ranks
+
+        ranks.start(processes)
 
 
 def store_of(params: Path, overrides: list[str] | None) -> Place:

@@ -18,12 +18,14 @@ from advml.cli.options import (
     Overrides,
     Params,
     Phase,
+    Processes,
     Regime,
     Scheme,
     Seed,
     Std,
     context_of,
     mean_option,
+    start,
     target_argument,
 )
 from advml.cli.printing import percent, say, say_json, show_table
@@ -81,11 +83,14 @@ def prepare(as_json: AsJson = False, overrides: Overrides = None, params: Params
     say(str(context.workspace.prepared), "advml pretrain SL st")
 
 
-def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+def pretrain(
+    scheme: Scheme, phase: Phase, seed: Seed = 0, processes: Processes = 1, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
     """Train an encoder with the head of its scheme, on clean images (st) or under attack (at).
 
     Writes models/pretrain/<SCHEME>-<PHASE>-s<SEED>/ and training curves in reports/. Next: advml finetune SCHEME REGIME
     """
+    start(processes)
     context = context_of(params, overrides)
     from advml.pipeline.stages import pretrain as stage
 
@@ -94,11 +99,14 @@ def pretrain(scheme: Scheme, phase: Phase, seed: Seed = 0, overrides: Overrides 
     say(str(context.workspace.pretrained(pretraining_name(scheme, phase, seed))), f"advml finetune {scheme} {regimes[-1]} --seed {seed}")
 
 
-def finetune(scheme: Scheme, regime: Regime, seed: Seed = 0, overrides: Overrides = None, params: Params = PARAMS) -> None:
+def finetune(
+    scheme: Scheme, regime: Regime, seed: Seed = 0, processes: Processes = 1, overrides: Overrides = None, params: Params = PARAMS
+) -> None:
     """Train a classifier on a pretrained encoder.
 
     Writes models/finetune/<SCHEME>-<REGIME>-s<SEED>/ and training curves in reports/. Next: advml evaluate SCHEME REGIME
     """
+    start(processes)
     context = context_of(params, overrides)
     from advml.pipeline.stages import finetune as stage
 

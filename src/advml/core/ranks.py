@@ -5,6 +5,8 @@ batch and uses its part of them, so the numbers do not depend on the number of p
 objectives, batch norms) exchange data; gradients are summed before a step. Without torchrun, the functions here have no effect.
 
 A tensor of a batch has blocks of one row per image: one block, one for each view, or, in a hybrid's batch, blocks of each stream.
+
+Within `shared`, layers that couple images or draw random numbers (batch norms, dropout, stochastic depth) do so for all processes.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,14 @@ from advml.core.errors import Failure, UserError
 
 _streams: tuple[int, ...] = ()  # numbers of images of the current batch in each stream, while it is shared
 _perturbed: tuple[int, ...] = ()  # sizes of the blocks of its tensors of perturbed images
+_pass: Pass | None = None  # rows that the encoder computes now
+
+
+class Pass(NamedTuple):
+    """Rows of a batch that pass the encoder at once: their number over all processes, and which of them are of this process."""
+
+    size: int
+    own: Tensor
 
 
 def count() -> int:
@@ -131,15 +142,26 @@ def shared(*streams: int, perturbed: Sequence[int] = ()) -> Iterator[None]:
     _streams = streams
     _perturbed = tuple(size for size, rows in zip(streams, perturbed, strict=True) for _ in range(rows)) if perturbed else ()
     try:
-        with contextlib.nullcontext() if outer[0] else _SharedBatchNorm():
+        with contextlib.nullcontext() if outer[0] else _SharedLayers():
             yield
     finally:
         _streams, _perturbed = outer
 
 
-def shared_batch_norms() -> contextlib.AbstractContextManager[object]:
-    """Context of `shared` for a forward pass that is repeated inside a backward pass, where a `TorchFunctionMode` is suspended."""
-    return _SharedBatchNorm() if _streams else contextlib.nullcontext()
+@contextlib.contextmanager
+def computing(rows: Pass, *, again: bool = False) -> Iterator[None]:
+    """Context manager around a pass of the encoder.
+
+    Args:
+        again: the pass is repeated inside a backward pass, where a `TorchFunctionMode` is suspended.
+    """
+    global _pass
+    outer, _pass = _pass, rows
+    try:
+        with _SharedLayers() if again and _streams else contextlib.nullcontext():
+            yield
+    finally:
+        _pass = outer
 
 
 def part(size: int) -> int:
@@ -162,15 +184,17 @@ def everyones(rows: Tensor) -> Tensor:
     return _Everyones.apply(rows, _blocks(len(rows), part)) if _streams else rows
 
 
-def micro_batches(own: int, parts: int) -> list[int]:
-    """Split the rows of all processes into parts of nearly equal size; returns the number of rows of this process in each.
+def passes(own: int, parts: int) -> list[Pass]:
+    """Split the rows of all processes into parts of nearly equal size.
 
     Args:
         own: number of rows of this process.
     """
+    if not _streams:
+        return [Pass(len(rows), rows) for rows in torch.arange(own).tensor_split(parts)]
     mine = torch.zeros(batch_size(own), dtype=torch.bool)
-    mine[_rows(_blocks(own, part), mine.device) if _streams else slice(None)] = True
-    return [int(rows.sum()) for rows in mine.tensor_split(parts)]
+    mine[_rows(_blocks(own, part), mine.device)] = True
+    return [Pass(len(rows), rows.nonzero()[:, 0]) for rows in mine.tensor_split(parts)]
 
 
 def mean(values: Tensor) -> Tensor:
@@ -235,14 +259,36 @@ class _Summed(torch.autograd.Function):
         return summed(gradient.clone(memory_format=torch.contiguous_format))
 
 
-class _SharedBatchNorm(TorchFunctionMode):
-    """Context in which batch norms in train mode use mean and variance of the whole batch, without a change of layers.
+class _SharedLayers(TorchFunctionMode):
+    """Context in which layers compute and draw for the images of all processes, without a change of the layers.
 
-    `nn.SyncBatchNorm` does the same, but only on GPUs, and replaces layers.
+    `nn.SyncBatchNorm` does the same for batch norms, but only on GPUs, and replaces layers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
+        return _OF_ALL_IMAGES.get(func, func)(*args, **(kwargs or {}))
+
+
+def _dropout(of: Callable[..., Tensor], features: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout `of` the whole batch, for the rows of this process."""
+    return features * _drawn(lambda rows: of(rows, p, True), torch.ones_like(features)) if training and p > 0 else features
+
+
+def _bernoulli(values: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
+    """`Tensor.bernoulli_`, from the global random numbers for the whole batch; stochastic depth draws from it."""
+    if generator is not None or isinstance(p, Tensor):
+        return values.bernoulli_(p, generator=generator)
+    return values.copy_(_drawn(lambda rows: rows.bernoulli_(p), values))
+
+
+def _drawn(draw: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Rows of this process of what is drawn for all processes; a tensor without rows of images is drawn alike in all of them."""
+    per_image, rest = divmod(len(like), len(_pass.own)) if _pass else (0, 1)
+    if rest:
+        return draw(like.clone())
+    last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)  # random numbers follow the order in memory
+    whole = like.new_ones(_pass.size * per_image, *like.shape[1:]).to(memory_format=torch.channels_last if last else torch.preserve_format)
+    return draw(whole).unflatten(0, (_pass.size, per_image))[_pass.own.to(like.device)].flatten(0, 1)
 
 
 def _batch_norm(
@@ -272,3 +318,11 @@ def _batch_norm(
     shape = (1, -1, *[1] * (x.ndim - 2))
     result = centred * scale.view(shape)
     return (result if bias is None else result + bias.view(shape)).to(features.dtype)
+
+
+# Functions -> what `_SharedLayers` computes instead of them.
+_OF_ALL_IMAGES: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    torch.Tensor.bernoulli_: _bernoulli,
+    **{of: partial(_dropout, of) for of in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)},
+}

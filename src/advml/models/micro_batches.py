@@ -28,11 +28,12 @@ def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, l
     modes = _modes(layers)
     total = ranks.batch_size(len(images))
     most = total // (2 if any(modes[0].values()) else 1)
-    parts = [
-        checkpoint(encode, part, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _again(layers, modes)))
-        for part in images.split(ranks.micro_batches(len(images), max(1, min(-(-total // size), most))))
-    ]
-    return torch.cat(parts)
+    passes = ranks.passes(len(images), max(1, min(-(-total // size), most)))
+    features = []
+    for part, rows in zip(images.split([len(rows.own) for rows in passes]), passes, strict=True):
+        contexts = ranks.computing(rows), _again(layers, modes, rows)
+        features.append(checkpoint(encode, part, use_reentrant=False, context_fn=lambda both=contexts: both))
+    return torch.cat(features)
 
 
 class InParts(nn.Module):
@@ -71,7 +72,7 @@ def _set(modes: Modes) -> None:
 
 
 @contextlib.contextmanager
-def _again(layers: nn.Module, modes: Modes) -> Iterator[None]:
+def _again(layers: nn.Module, modes: Modes, rows: ranks.Pass) -> Iterator[None]:
     """Context manager: batch norms are in the modes of the first pass, and do not update their statistics."""
     now, learning = _modes(layers), [layer for layer, training in modes[0].items() if training and layer.track_running_stats]
     momentum, counts = [layer.momentum for layer in learning], [layer.num_batches_tracked.clone() for layer in learning]
@@ -81,7 +82,7 @@ def _again(layers: nn.Module, modes: Modes) -> Iterator[None]:
     for layer in learning:
         layer.momentum = 0.0
     try:
-        with ranks.shared_batch_norms():
+        with ranks.computing(rows, again=True):
             yield
     finally:
         _recomputing -= 1

@@ -103,7 +103,8 @@ class Network(nn.Module):
             images = images.clone(memory_format=self.memory_format)
         encode = partial(_compiled if self.compiled else _encode, self.encoder)
         if self.micro_batch is None or ranks.batch_size(len(images)) <= self.micro_batch:
-            return encode(images)
+            with ranks.computing(*ranks.passes(len(images), 1)):
+                return encode(images)
         return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 
     def classify(self, features: Tensor) -> Tensor:

@@ -286,9 +286,8 @@ class _Trainer:
         return ranks.shared(*self.sizes, perturbed=self.task.perturbed)
 
     def _randomness(self, epoch: int) -> AbstractContextManager[None]:
-        """Context that seeds the global RNG, from which dropout draws, by epoch and process."""
-        own = [rank] if (rank := ranks.number()) else []
-        return own_randomness(derived_seed("dropout", self.seed, epoch, *own), self.machine.device)
+        """Context that seeds the global RNG, from which dropout draws."""
+        return own_randomness(derived_seed("dropout", self.seed, epoch), self.machine.device)
 
     def _weights(self, epoch: int) -> tuple[float, float]:
         """Weights of the clean and the adversarial term; a clean term of weight 0 is not computed."""
