@@ -10,7 +10,7 @@ import torch
 
 from advml import config
 from advml.core import ranks
-from advml.core.device import Machine, machine
+from advml.core.device import Machine
 from advml.core.errors import UserError
 from advml.data.prepared import Split
 from advml.pipeline.plans import pretraining
@@ -25,10 +25,11 @@ def cut(split: Split, count: int) -> Split:
     return Split(split.images[:count], split.labels[:count])
 
 
-def test_what_needs_one_process_is_refused_under_several(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^runtime\.compile = true .*several processes"):
-        machine(config.Runtime(device="cpu", compile=True))
+def test_batches_that_processes_cannot_share_equally_are_refused_with_compilation(monkeypatch, dataset, tmp_path):
+    plan = pretraining(config.load(PARAMS, ["pretrain.SL.batch_size=15", "runtime.device=cpu"]), dataset, scheme="SL", phase="st", seed=0)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(UserError, match=r"^runtime\.compile = true .* 2 processes .*15"):
+        fit(plan, Machine(torch.device("cpu"), compile=True), checkpoint=Checkpoint(tmp_path, "x"))
 
 
 def test_a_part_of_a_batch_with_fewer_images_than_processes_is_refused_before_the_first_step(monkeypatch, dataset, tmp_path):

@@ -44,11 +44,12 @@ class Training:
     phase: dict[str, Any] = field(default_factory=dict)
     attack: dict[str, Any] = field(default_factory=dict)
     micro_batch: int | None = None
+    compile: bool = False
     options: dict[str, Any] = field(default_factory=dict)  # of the network
 
     def run(self, network: Network, dataset: Dataset, folder: Path, ended: Callable[[], bool] = lambda: False) -> None:
         """Train in as many processes as there are, until an epoch after which it has `ended`; the first one writes weights and history."""
-        one = machine(config.Runtime(device="cpu", threads=1, micro_batch=self.micro_batch))
+        one = machine(config.Runtime(device="cpu", threads=1, micro_batch=self.micro_batch, compile=self.compile))
         phase = config.Phase(**PHASE | {"batch_size": 31} | self.phase)
         data, task = self._task(network, dataset, phase, one)
         adversary = adversarial_training(config.TrainAttack(**{"steps": 2} | self.attack), THREAT, phase)
@@ -151,6 +152,15 @@ def test_every_kind_of_training_is_resumed_by_any_number_of_processes(tmp_path, 
         training.run(make_network(options=training.options), dataset, tmp_path / "continued" / name)
         for folder in ("two", "continued"):
             assert_same(tmp_path / folder / name, tmp_path / "one" / name, make_network(options=training.options))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile looks at it
+def test_two_processes_compile_the_encoder(tmp_path, dataset, make_network):
+    training = Training("Full-AT", {"batch_size": 20, "epochs": 1}, {"steps": 1})
+    assert in_two(lambda: replace(training, compile=True).run(make_network(), dataset, tmp_path / "two")) == [0, 0]
+    training.run(make_network(), dataset, tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one", make_network())
 
 
 def noise(images: int) -> list[torch.Tensor]:

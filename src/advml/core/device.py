@@ -86,9 +86,6 @@ def machine(runtime: config.Runtime) -> Machine:
         torch.set_num_threads(runtime.threads)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = runtime.deterministic, not runtime.deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = runtime.precision == "tf32"
-    if runtime.compile and ranks.started_by_torchrun():
-        reason = "batch norms exchange statistics inside the compiled encoder"
-        raise UserError(f"runtime.compile = true is not supported with several processes ({reason}); set it to false, or start one process")
     try:
         device = chosen_device(runtime.device)
         if device.type == "cuda" and runtime.deterministic:

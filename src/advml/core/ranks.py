@@ -164,6 +164,14 @@ def computing(rows: Pass, *, again: bool = False) -> Iterator[None]:
         _pass = outer
 
 
+def equal_shares(*sizes: int) -> bool:
+    """Whether all processes have the same number of images of each size, and of the current pass of the encoder.
+
+    Only then do they compile it alike, and exchange statistics of independent batch norms in the same order.
+    """
+    return all(size % count() == 0 for size in (*sizes, *_streams, *([_pass.size] if _streams and _pass else [])))
+
+
 def part(size: int) -> int:
     """Number of images of this process, of `size` images."""
     return len(range(number(), size, count()))

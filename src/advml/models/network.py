@@ -9,7 +9,6 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,9 @@ class Network(nn.Module):
         images = self.normalize(images)
         if self.memory_format is torch.contiguous_format:  # clone, because the strides of one-channel images are valid in both formats
             images = images.clone(memory_format=self.memory_format)
-        encode = partial(_compiled if self.compiled else _encode, self.encoder)
+        encode = lambda some: (_compiled if self.compiled and ranks.equal_shares() else _encode)(self.encoder, some)  # noqa: E731
         if self.micro_batch is None or ranks.batch_size(len(images)) <= self.micro_batch:
-            with ranks.computing(*ranks.passes(len(images), 1)):
+            with ranks.computing(*ranks.passes(len(images), 1)) if ranks.count() > 1 else contextlib.nullcontext():
                 return encode(images)
         return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from advml import config
 from advml.core import ranks
 from advml.core.device import HALVES, Machine, derived_seed, generator_for, out_of_memory, own_randomness
-from advml.core.errors import Failure
+from advml.core.errors import Failure, UserError
 from advml.core.messages import tell
 from advml.data.batches import Feed
 from advml.data.datasets import Dataset
@@ -189,6 +189,9 @@ class _Trainer:
         self.sizes = self.order.sizes
         for batch in (self.sizes, [len(dataset.validation) % phase.batch_size or phase.batch_size]):  # the second: last of validation
             ranks.need_images(*batch)
+        if machine.compile and not ranks.equal_shares(*self.sizes):
+            told = f"runtime.compile = true needs batches that {ranks.count()} processes share equally, not {self.sizes}"
+            raise UserError(f"{told} images; choose another batch_size, or set it to false")
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
