@@ -241,6 +241,7 @@ NEUTRAL = {
     "advml.config": "its values are tracked one by one, under `params`; the rest is words of error messages",
     "advml.core": "an empty package",
     "advml.core.errors": "two exceptions",
+    "advml.core.exclusive": "lets one command at a time work",
     "advml.core.io": "reads and writes whole files",
     "advml.core.memory": "refuses what does not fit",
     "advml.core.messages": "how messages are printed",

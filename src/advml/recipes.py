@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 PhaseName = Literal["st", "at"]  # kind of pretraining: standard, adversarial
 
 
+WITHOUT_TEMPERATURE = ("emp-ssl",)  # losses of embeddings that do not use the study's temperature
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A scheme: one row of the first table."""
@@ -56,7 +59,7 @@ class Scheme:
     @property
     def has_temperature(self) -> bool:
         """Whether the loss divides similarities by the study's temperature."""
-        return self.groups is not None and self.loss == "contrastive"
+        return self.groups is not None and self.loss not in WITHOUT_TEMPERATURE
 
     @property
     def parts(self) -> tuple[Scheme, ...]:

@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 
 from advml.config.presets import preset
 from advml.core.errors import Failure, UserError
+from advml.core.exclusive import exclusive
 from advml.engine import stage_task
-from advml.engine.exclusive import exclusive
 from advml.pipeline import repro as module
 from advml.pipeline.repro import repro
 

@@ -9,8 +9,19 @@ from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor
 from transcriptions import supcon
 
-from advml.core.errors import UserError
-from advml.training.losses import OBJECTIVES, contrastive, contrastive_views, cross_entropy, divergence, dlr, emp_ssl, margin
+from advml.core.errors import Failure, UserError
+from advml.training.losses import (
+    EMBEDDING_LOSSES,
+    OBJECTIVES,
+    contrastive,
+    contrastive_views,
+    cross_entropy,
+    divergence,
+    dlr,
+    emp_ssl,
+    loss_of_embeddings,
+    margin,
+)
 
 TEMPERATURE = 0.2
 GROUPS = {
@@ -187,3 +198,21 @@ def test_crops_that_agree_cost_what_their_spread_says():
     torch.testing.assert_close(losses.double(), expected.expand(6), atol=1e-3, rtol=1e-5)
     apart = emp_ssl(torch.stack([z, -z + 1e-3]), torch.arange(6), temperature=1.0)
     assert (apart > losses + 100).all()
+
+
+# What every loss of embeddings promises
+
+
+@pytest.mark.parametrize("loss", EMBEDDING_LOSSES)
+def test_a_loss_of_embeddings_has_one_value_per_image_whatever_their_order(loss):
+    views, groups = embeddings(24).unflatten(0, (3, 8)), torch.tensor(GROUPS["with loners"])
+    losses, order = loss_of_embeddings(loss, views, groups, temperature=TEMPERATURE), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    assert losses.shape == (8,) and losses.isfinite().all()
+    torch.testing.assert_close(loss_of_embeddings(loss, views[:, order], groups[order], temperature=TEMPERATURE), losses[order])
+
+
+@pytest.mark.parametrize("wrong", [lambda views: views.flatten(0, 1).sum(1), lambda views: views.sum(), lambda views: views.sum((1, 2))])
+def test_a_loss_of_embeddings_of_another_shape_fails(monkeypatch, wrong):
+    monkeypatch.setitem(EMBEDDING_LOSSES, "new", lambda views, groups, *, temperature: wrong(views))
+    with pytest.raises(Failure, match=r"'new' .*\(8,\)"):
+        loss_of_embeddings("new", embeddings(16).unflatten(0, (2, 8)), torch.arange(8), temperature=TEMPERATURE)

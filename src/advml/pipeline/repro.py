@@ -16,13 +16,13 @@ from typing import Any, get_args
 
 from advml.config import Cluster, Config
 from advml.core.errors import Failure, UserError
+from advml.core.exclusive import exclusive
 from advml.core.io import read_json
 from advml.core.messages import one_line, tell
 from advml.core.paths import Workspace, pretraining_name
 from advml.core.progress import Board
 from advml.core.provenance import check_init
 from advml.engine.cluster import Slots, connect
-from advml.engine.exclusive import exclusive
 from advml.engine.fork_server import server
 from advml.engine.stage_task import FOLDER, Outcome, last_line, run_stage, sent_environment, wait_for_stages
 from advml.recipes import PhaseName

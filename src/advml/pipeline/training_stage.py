@@ -10,6 +10,7 @@ from torch import Tensor
 
 from advml import tracking
 from advml.core import ranks
+from advml.core.exclusive import exclusive
 from advml.core.io import replace_folder, to_json, write_atomically
 from advml.core.messages import tell
 from advml.core.progress import Bar
@@ -39,19 +40,24 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
     With `reuse`, a folder that was made from the same inputs is kept.
     """
-    device = context.machine.device  # device of the process group
     if not ranks.is_first():
         return _follow(context, job)
+    with exclusive(context.workspace.scratch(f"{job.stage}-{job.name}"), work=f"{job.stage} {job.name} is running"):
+        return _lead(context, job, reuse=reuse)
+
+
+def _lead(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
+    """Train in the first process."""
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
     scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
     if reuse and network.is_whole(job.folder) and not is_unfinished(scratch, inputs):
         made = network.read_record(job.folder)
         if made.get("inputs") == inputs:
-            ranks.any_of(True, device)
+            ranks.any_of(True, context.machine.device)
             return made
     checkpoint = Checkpoint(scratch, inputs)
-    ranks.any_of(False, device)
+    ranks.any_of(False, context.machine.device)
     runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
     tracked = tracking.open_run(context.tracking, record=record, **runs)
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:

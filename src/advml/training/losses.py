@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from advml.attacks.pgd import Objective
 from advml.core import ranks
-from advml.core.errors import UserError
+from advml.core.errors import Failure, UserError
 from advml.models.layers import clean_statistics
 from advml.models.network import Network
 
@@ -177,6 +177,18 @@ def classification_objective(network: nn.Module, labels: Tensor, loss: str = "ce
     return lambda adversarial: OBJECTIVES[loss](network(adversarial), labels)
 
 
+def loss_of_embeddings(loss: str, embeddings: Tensor, groups: Tensor, *, temperature: float) -> Tensor:
+    """Loss (N,) of embeddings (V, N, D) with groups (N,), by a function of EMBEDDING_LOSSES.
+
+    Raises:
+        Failure: the function returns another shape, whose mean would be another loss.
+    """
+    values = EMBEDDING_LOSSES[loss](embeddings, groups, temperature=temperature)
+    if values.shape != groups.shape:
+        raise Failure(f"the loss of embeddings {loss!r} must return one value per image, {tuple(groups.shape)}, not {tuple(values.shape)}")
+    return values
+
+
 def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, temperature: float, loss: str = "contrastive") -> Objective:
     """Objective of threat model I: x_adv -> loss of embeddings (a key of EMBEDDING_LOSSES) between the images and x_adv (N,).
 
@@ -185,11 +197,10 @@ def contrastive_objective(network: Network, images: Tensor, groups: Tensor, *, t
     """
     with torch.no_grad():
         clean = ranks.everyones(network.embed(images))
-    of_views = EMBEDDING_LOSSES[loss]
 
     def objective(adversarial: Tensor) -> Tensor:
         views = torch.stack([clean, ranks.everyones(network.embed(adversarial))])
-        return ranks.own(of_views(views, groups, temperature=temperature))
+        return ranks.own(loss_of_embeddings(loss, views, groups, temperature=temperature))
 
     return objective
 

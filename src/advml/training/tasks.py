@@ -34,7 +34,7 @@ from advml.models.layers import batch_norms, clean_statistics
 from advml.models.memory_format import place
 from advml.models.network import Network
 from advml.recipes import Regime, Scheme
-from advml.training.losses import EMBEDDING_LOSSES, TERMS, classification_objective, contrastive_objective, cross_entropy
+from advml.training.losses import TERMS, classification_objective, contrastive_objective, cross_entropy, loss_of_embeddings
 
 
 class Task(Protocol):
@@ -204,7 +204,7 @@ class Contrastive:
         """L (N,) of given views (V N, C, H, W)."""
         groups = self.groups(ranks.everyones(labels))  # from all processes, like the embeddings, because the loss couples images
         embeddings = ranks.everyones(self.network.embed(views)).unflatten(0, (-1, len(groups)))  # (V, N, D)
-        return ranks.own(EMBEDDING_LOSSES[self.loss](embeddings, groups, temperature=self.temperature))
+        return ranks.own(loss_of_embeddings(self.loss, embeddings, groups, temperature=self.temperature))
 
     def attacked(self, images: Tensor, views: Tensor) -> Tensor:
         """Input that the adversary perturbs: images, or views."""

@@ -21,12 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 from advml import tracking
 from advml.config.store import locate
 from advml.core.errors import Failure, UserError
+from advml.core.exclusive import holder_name
 from advml.core.messages import tell
 from advml.core.passwords import masked
 from advml.core.paths import Workspace, checked_name
 from advml.core.signals import deferred
 from advml.engine.cluster import connect
-from advml.engine.exclusive import holder_name
 from advml.engine.fork_server import server
 from advml.engine.process_task import Call, Lost, Pool, call_here
 from advml.engine.stage_task import sent_environment

@@ -14,8 +14,8 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG
 
 from advml.core.errors import Failure, UserError
+from advml.core.exclusive import SESSION_LOCKS, at_work, exclusive, session_lock
 from advml.core.passwords import masked, remember
-from advml.engine.exclusive import SESSION_LOCKS, at_work, exclusive, session_lock
 
 SQLITE = "sqlite:///"
 TIMEOUT = {"connect_timeout": 10}  # seconds

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from advml import config as configuration
 from advml.core.errors import UserError
+from advml.core.exclusive import exclusive
 from advml.data import datasets
 from advml.data.prepared import digest
 from advml.evaluation.metrics import wilson
@@ -76,6 +77,13 @@ def photo_study(make_study, folder: Path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (9, 9), color=20 * number + (name == "dogs")).save(path)
     return make_study("folder", "data.name=folder", f"data.path={folder / 'photos'}", "data.image_size=8", "data.channels=1")
+
+
+def test_a_second_training_of_the_same_model_at_once_is_refused(study):
+    context = study.context("pretrain.SL.epochs=2")
+    first = exclusive(context.workspace.scratch("pretrain-SL-st-s0"), work="it runs")
+    with first, pytest.raises(UserError, match=rf"pretrain SL-st-s0 .*process {os.getpid()}"):
+        pretrain.run(context, scheme="SL", phase="st", seed=0)
 
 
 def test_prepare_writes_the_dataset_that_params_yaml_names(make_study, tmp_path):
