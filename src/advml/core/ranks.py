@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from advml.core.errors import Failure, UserError
+from advml.core.processes import PARENT
 
 _streams: tuple[int, ...] = ()  # numbers of images of the current batch in each stream, while it is shared
 _perturbed: tuple[int, ...] = ()  # sizes of the blocks of its tensors of perturbed images
@@ -71,10 +73,12 @@ def start(processes: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ[PARENT] = str(os.getpid())  # so that no process outlives a killed launcher
     logging.disable()  # torchrun reports every signal and error at length
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     try:
-        run.run(run.parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", "advml", *sys.argv[1:]]))
+        with tempfile.TemporaryDirectory() as folder:  # torchrun would leave its own
+            run.run(run.parse_args(["--standalone", f"--nproc-per-node={processes}", f"--log-dir={folder}", "-m", "advml", *sys.argv[1:]]))
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
