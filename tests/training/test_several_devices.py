@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from advml import config
 from advml.core import ranks
 from advml.core.device import machine
+from advml.core.errors import Failure
 from advml.data.datasets import Dataset, Split
 from advml.models.network import Network
 from advml.recipes import REGIMES, SCHEMES
@@ -163,6 +164,16 @@ def test_three_processes_learn_with_every_kind_of_dropout_what_one_learns(tmp_pa
     assert in_processes(lambda: training.run(make_network(**VIT), dataset, tmp_path / "three"), count=3) == [0, 0, 0]
     training.run(make_network(**VIT), dataset, tmp_path / "one")
     assert_same(tmp_path / "three", tmp_path / "one", make_network(**VIT))
+
+
+def test_a_layer_that_couples_images_unlike_a_batch_norm_ends_the_training(tmp_path, dataset, make_network):
+    network = {"backbone": "test_efficientnet", "options": {"norm_layer": "evonormb0"}}
+
+    def work() -> None:
+        with pytest.raises(Failure, match=r"^encoder\..*running_var .* epoch 1; "):
+            Training("SL", network=network).run(make_network(**network), dataset, tmp_path)
+
+    assert in_processes(work) == [0, 0]
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a compiler")

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import cache, partial
 from itertools import accumulate
@@ -100,11 +100,12 @@ def join(device: torch.device) -> torch.device:
         return device
     if device.type == "mps":
         raise UserError("several processes cannot share runtime.device = mps; set it to cpu, or start one process")
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # a timeout of days, because the others wait while the first one prepares the data
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=7), device_id=device if on_gpu else None)
     return device
 
 
@@ -244,6 +245,18 @@ def summed(values: Tensor) -> Tensor:
     if count() > 1:
         dist.all_reduce(values)
     return values
+
+
+def differing(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors of which processes have different values, by their norms, beyond rounding."""
+    if count() == 1:
+        return []
+    norms = torch.stack([values.float().norm() for values in tensors.values()])
+    extremes = torch.stack([norms, -norms])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, least = extremes[0], -extremes[1]
+    apart = (largest - least > 1e-4 * largest).tolist()
+    return [name for name, differs in zip(tensors, apart, strict=True) if differs]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
