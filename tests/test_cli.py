@@ -319,6 +319,11 @@ ERRORS = {
         1,
         "lower batch_size",
     ),
+    "a lost process": (
+        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:3481."),
+        1,
+        "the same command continues",
+    ),
     "memory of the GPU": (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "lower batch_size"),
     "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "models"), 1, "models: Read-only file system; fix this"),
     "a read-only disk, in safetensors' words": (

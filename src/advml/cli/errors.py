@@ -18,8 +18,10 @@ import typer
 from advml.core.errors import Failure, UserError
 from advml.core.messages import is_verbose, tell
 from advml.core.passwords import masked
+from advml.core.signals import ENDING
 
 OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # disk errors that may lack a file name
+LOST = "the connection to another process of this training was lost; the same command continues from the last finished epoch"
 WAIT = 5.0  # seconds in which torchrun ends the other processes of a training after an error of one
 
 
@@ -42,6 +44,8 @@ def guarded(command: Callable[[], Any]) -> None:
         if (line := _known(error)) is None:
             sys.excepthook = print_fault  # here, because typer replaces it
             raise
+        if line == LOST:  # torchrun may know which process has ended
+            _wait_to_be_ended()
         _fail(line, code=1)
     if code == 130:  # typer turns Ctrl-C into this exit code
         _fail(interrupted, code=130)
@@ -70,9 +74,8 @@ def _known(error: Exception) -> str | None:
     if isinstance(error, OSError) and (error.filename or error.errno in OF_THE_DISK):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or text}; fix this and repeat the command, which goes on from here"
-    if "gloo/transport" in text or type(error).__name__ == "DistBackendError":  # a collective of torch.distributed
-        _wait_to_be_ended()
-        return "the connection to another process of this training was lost; the same command continues from the last finished epoch"
+    if "gloo/transport" in text or type(error).__name__ == "DistBackendError":  # of torch.distributed
+        return LOST
     if type(error).__name__ == "SafetensorError":  # an I/O error in the Rust code of safetensors
         return f"tensors cannot be read or written: {text}"
     return None
@@ -92,7 +95,8 @@ def _is_first_to_fail() -> bool:
 def _wait_to_be_ended() -> None:
     """Wait until torchrun ends this process, because another one has failed; of processes that have ended it may return any exit code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
         time.sleep(WAIT)
 
 

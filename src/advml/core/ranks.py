@@ -37,7 +37,7 @@ _pass: Pass | None = None  # rows that the encoder computes now
 
 
 class Pass(NamedTuple):
-    """Rows of a batch that pass the encoder at once: their number over all processes, and which of them are of this process."""
+    """Rows of a batch that pass the encoder at once: their number over all processes, and those of this process, on its device."""
 
     size: int
     own: Tensor
