@@ -1,4 +1,4 @@
-"""Two processes that share every batch learn what one process learns, up to rounding, also after they were killed."""
+"""Several processes that share every batch learn what one process learns, up to rounding, also after they were killed."""
 
 from __future__ import annotations
 
