@@ -37,7 +37,13 @@ from advml.training.checkpoint import Checkpoint
 from advml.training.trainer import fit
 
 PHASES = {"ST": ("SL", "st"), "AT": ("SL", "at"), "CL-AT": ("CL", "at")}
-KINDS = {"fp32": ("fp32", False), "TF32": ("tf32", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}
+KINDS = {
+    "fp32": ("fp32", False),
+    "fp32, compiled": ("fp32", True),
+    "TF32": ("tf32", False),
+    "bf16": ("bf16", False),
+    "bf16, compiled": ("bf16", True),
+}
 
 
 def peak(machine: Machine, *, size: int, rounds: int) -> float:

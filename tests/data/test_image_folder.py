@@ -465,7 +465,8 @@ def test_files_of_systems_are_no_images_whatever_their_suffix(tmp_path):
 def test_pictures_of_formats_that_are_not_read_are_counted_and_said(tmp_path):
     source = read(plant(tmp_path / "p", "cats=3", "dogs=2", "cats/1.DNG", "cats/2.dng", "dogs/deep/a.npy", "dogs/notes.md", "cats/x.jpe"))
     assert counts(source) == {"train": [4, 2]} and source.ignored == 4
-    (line,) = source.remarks
+    files, line = source.remarks
+    assert "dogs/notes.md" in files and ".npy" not in files
     assert "2 .dng, 1 .npy;" in line
     with pytest.raises(UserError, match=r"cats .*no images.* convert 2 \.cr2"):
         read(plant(tmp_path / "q", "cats/1.CR2", "cats/2.cr2", "dogs=2"))

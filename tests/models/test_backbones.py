@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from advml.core.errors import UserError
-from advml.models.backbones import create_encoder
+from advml.models.backbones import create_encoder, remark_on_stem
 
 # One of each family; the second of a family has another kind of stem.
 TABLE = Path(__file__).parents[2] / "docs" / "backbones.md"
@@ -61,6 +61,12 @@ def test_features_have_the_width_that_is_reported(backbone):
     features = model.eval()(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert features.shape == (2, width)
     assert features[0].ne(features[1]).any()  # something of the images survives
+
+
+def test_small_images_with_a_native_stem_are_remarked_on_where_a_small_one_exists():
+    assert "model.stem = native" in remark_on_stem("resnet18", stem="native", image_size=32)
+    for backbone, stem, size in (("resnet18", "small", 32), ("resnet18", "native", 64), ("swin_tiny_patch4_window7_224", "native", 32)):
+        assert remark_on_stem(backbone, stem=stem, image_size=size) is None
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])

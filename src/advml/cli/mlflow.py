@@ -58,7 +58,7 @@ def ui(
         print(f"{link}\nthis is a server's address: open it in a browser")
     else:
         with contextlib.suppress(KeyboardInterrupt):
-            mlflow_ui.serve(*command, **local, on_answer=lambda: print(link, flush=True))
+            mlflow_ui.serve(*command, **local, on_answer=lambda: print(f"{link}\nCtrl-C ends it", flush=True))
 
 
 def server(

@@ -74,7 +74,8 @@ class Folder:
         tables: text files.
         lost: links to folders that do not exist.
         unread: suffix -> number of files that seem to be pictures of a format that is not read.
-        others: number of all other files, skipped ones included.
+        others: all other files.
+        hidden: number of skipped files.
         twin: another path of this folder, under which it was listed already; then all other attributes are empty.
     """
 
@@ -84,7 +85,8 @@ class Folder:
     tables: list[Path] = field(default_factory=list)
     lost: list[Path] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
-    others: int = 0
+    others: list[Path] = field(default_factory=list)
+    hidden: int = 0
     twin: Path | None = None
 
     @property
@@ -94,7 +96,7 @@ class Folder:
 
     @property
     def files(self) -> int:
-        return len(self.images) + len(self.tables) + len(self.lost) + self.unread.total() + self.others
+        return len(self.images) + len(self.tables) + len(self.lost) + self.unread.total() + len(self.others) + self.hidden
 
     @property
     def holds_images(self) -> bool:
@@ -170,7 +172,7 @@ def list_tree(place: Path) -> Tree:
 def _sort_in(folder: Folder, name: str) -> None:
     path, suffix = folder.path / name, os.path.splitext(name)[1].lower()
     if is_clutter(name):
-        folder.others += 1
+        folder.hidden += 1
     elif suffix in SUFFIXES:
         folder.images.append(path)
     elif suffix in TABLES:
@@ -180,7 +182,7 @@ def _sort_in(folder: Folder, name: str) -> None:
     elif suffix in UNREAD:
         folder.unread[suffix] += 1
     else:
-        folder.others += 1
+        folder.others.append(path)
 
 
 def list_unread(folders: Iterable[Folder]) -> str:

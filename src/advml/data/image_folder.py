@@ -104,5 +104,8 @@ def _source(root: Path, data: Data, tree: Tree, layout: Layout) -> Source:
 def _left_out(tree: Tree) -> list[str]:
     names = [f"{name} ({count})" if count > 1 else name for name, count in sorted(tree.left_out.items())]
     clutter = [f"folders left out, hidden or made by a system or program: {first_of(names, SHOWN)}"] if names else []
+    others = [path.relative_to(tree.root.path).as_posix() for folder in tree.root.below() for path in folder.others]
+    files = [f"files left out, no images: {first_of(others, SHOWN)}"] if others else []
     unread = list_unread(tree.root.below())
-    return clutter + ([f"pictures left out, of formats that are not read: {unread}; convert them to PNG to use them"] if unread else [])
+    pictures = [f"pictures left out, of formats that are not read: {unread}; convert them to PNG to use them"] if unread else []
+    return clutter + files + pictures

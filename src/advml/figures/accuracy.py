@@ -94,7 +94,7 @@ def _in_order(table: Iterable[str], names: list[str]) -> list[str]:
 def _style_axes(axes: Axes, title: str, regimes: list[str]) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel("training regime")
-    axes.set_xticks(range(len(regimes)), [regime.replace("-", "-\n") for regime in regimes])
+    axes.set_xticks(range(len(regimes)), regimes)
     axes.tick_params(axis="both", length=0)
     axes.set_xlim(-0.5, max(1, len(regimes)) - 0.5)
     axes.set_ylim(0, 103)

@@ -158,6 +158,14 @@ def _small_stem(backbone: str, family: type[nn.Module], image_size: int) -> dict
     return {}
 
 
+def remark_on_stem(backbone: str, *, stem: str, image_size: int) -> str | None:
+    """Remark on images that are small for the native stem of a network that also has a small one."""
+    family = _family(backbone)
+    if stem == "small" or image_size >= 64 or not (family in SMALL_STEMS or issubclass(family, VisionTransformer)):
+        return None
+    return f"model.stem = native suits images of 64 pixels or more, and these have {image_size}; small keeps their resolution"
+
+
 def timm_arguments(
     backbone: str, *, stem: str, channels: int, image_size: int, options: dict[str, Any], classes: int = 0
 ) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def command(place: Place, *, host: str = "127.0.0.1", port: int = 5000) -> tuple
         raise UserError(place.refused)
     if place.is_server:
         return None
-    arguments = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", host, "--port", str(port)]
-    return arguments, {**os.environ, **environment(place.uri), **names(host, port)}
+    server = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    return [*server, "--host", host, "--port", str(port)], {**os.environ, **environment(place.uri), **names(host, port)}
 
 
 def require_free(host: str, port: int) -> None:
@@ -103,6 +103,7 @@ def environment(backend: str) -> dict[str, str]:
     """
     return {
         "MLFLOW_BACKEND_STORE_URI": backend,
+        "MLFLOW_REGISTRY_STORE_URI": backend,  # as by default, of which MLflow would print a line
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from advml.core.messages import tell
 from advml.core.paths import pretraining_name
+from advml.models.backbones import remark_on_stem
 from advml.pipeline.context import Context
 from advml.pipeline.plans import pretraining
 from advml.pipeline.training_stage import Job, learn
@@ -24,6 +26,9 @@ def run(context: Context, *, scheme: str, phase: str, seed: int, reuse: bool = F
         *(["threat_model", "attack"] if attacked else []),
     ]
     plan = pretraining(context.config, context.dataset, scheme=scheme, phase=phase, seed=seed)
+    about = plan.network.architecture
+    if not plan.init and (remark := remark_on_stem(about.backbone, stem=about.stem, image_size=about.image_size)):
+        tell(f"note: {remark}")
     job = Job(
         stage="pretrain",
         name=pretraining_name(scheme, phase, seed),
