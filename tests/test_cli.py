@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -316,6 +319,11 @@ ERRORS = {
         1,
         "lower batch_size",
     ),
+    "a lost process": (
+        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:3481."),
+        1,
+        "the same command continues",
+    ),
     "memory of the GPU": (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "lower batch_size"),
     "a read-only disk": (OSError(errno.EROFS, "Read-only file system", "models"), 1, "models: Read-only file system; fix this"),
     "a read-only disk, in safetensors' words": (
@@ -359,3 +367,18 @@ def test_an_error_of_several_processes_is_one_line(tmp_path):
     command = [sys.executable, "-m", "advml", "train", "SL", "ST", "--processes", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "params.yaml" in done.stderr and not done.stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("killed", "code"), [("process", 1), ("launcher", -signal.SIGKILL)])
+def test_all_processes_end_with_one_that_is_killed(make_study, killed, code):
+    command = [sys.executable, "-m", "advml", "-q", "pretrain", "SL", "st", "--processes", "2", "-S", "pretrain.SL.epochs=9999"]
+    study = make_study()
+    launcher = subprocess.Popen(command, cwd=study.root, stderr=subprocess.PIPE, text=True)
+    while not (study.root / ".scratch/pretrain-SL-st-s0/state.safetensors").exists() and launcher.poll() is None:
+        time.sleep(0.1)
+    processes = psutil.Process(launcher.pid).children()
+    (processes[1] if killed == "process" else launcher).kill()
+    said = launcher.communicate(timeout=60)[1].splitlines()
+    assert launcher.returncode == code
+    assert not said if code < 0 else len(said) == 1 and "killed by signal 9" in said[0]

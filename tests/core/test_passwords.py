@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from advml import config
 from advml.cli import app
-from advml.cli.errors import guarded, print_fault
+from advml.cli.errors import guarded
 from advml.config.presets import preset
 from advml.core import passwords
 from advml.core.errors import UserError
@@ -169,11 +170,20 @@ def test_a_storage_of_searches_is_told_without_its_password(form: str, tmp_path:
     assert "S3CRET" not in str(caught.value) and re.match("--storage ", str(caught.value))
 
 
-def test_an_unforeseen_error_keeps_its_traceback_but_no_password(capsys: pytest.CaptureFixture[str]) -> None:
-    try:
+def test_an_unforeseen_error_keeps_its_traceback_but_no_password(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = typer.Typer(pretty_exceptions_enable=False)  # which replaces `sys.excepthook`
+
+    @one.command()
+    def fail() -> None:
         raise ValueError(ADDRESSES["plain"])
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    try:
+        guarded(lambda: one(args=[], standalone_mode=False))
     except ValueError:
-        print_fault(*sys.exc_info())
+        sys.excepthook(*sys.exc_info())
     said = capsys.readouterr().err
     assert said.startswith("Traceback") and "postgresql://ann:***@127.0.0.1:1/x" in said and "S3CRET" not in said
 

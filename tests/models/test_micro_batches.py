@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from advml.core import ranks
 from advml.models.layers import batch_norms, clean_statistics
+from advml.models.micro_batches import in_parts
 from advml.models.network import Network
 from advml.recipes import classes
 from advml.training.losses import contrastive_views
@@ -57,3 +59,14 @@ def test_batch_norms_in_train_mode_see_the_parts_and_count_them_once(make_networ
     for layer, mean in zip(batch_norms(by_hand), moved, strict=True):
         torch.testing.assert_close(layer.running_mean, mean)
     assert all(layer.momentum == 0.1 and layer.training for layer in batch_norms(network))
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_each_of_several_processes_has_images_in_every_part(monkeypatch, rank):
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(ranks, "number", lambda: rank)
+    with ranks.shared(7, perturbed=(4,)):  # of which parts of three rows may lack a process
+        images = ranks.own(torch.arange(28.0)[:, None])
+        seen: list[Tensor] = []
+        in_parts(lambda part: seen.append(part) or part, images, size=1, layers=nn.Identity())
+    assert len(seen) > 1 and min(map(len, seen)) > 0 and torch.equal(torch.cat(seen), images)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from advml import config
+from advml.cli.options import start
 from advml.core import ranks
-from advml.core.device import Machine
+from advml.core.device import Machine, machine
 from advml.core.errors import UserError
 from advml.data.prepared import Split
 from advml.pipeline.plans import pretraining
@@ -23,6 +24,19 @@ HYBRID = "pretrain.CLxSL={epochs: 1, batch_size: 16, optimizer: sgd, learning_ra
 
 def cut(split: Split, count: int) -> Split:
     return Split(split.images[:count], split.labels[:count])
+
+
+def test_devices_without_exchanges_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"runtime\.device = mps"):
+        machine(config.Runtime(device="mps"))
+
+
+def test_another_number_of_processes_than_torchrun_has_started_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    start(4)
+    with pytest.raises(UserError, match=r"^--processes 2, .* 4"):
+        start(2)
 
 
 def test_batches_that_processes_cannot_share_equally_are_refused_with_compilation(monkeypatch, dataset, tmp_path):

@@ -1,4 +1,4 @@
-"""Two processes that share every batch learn what one process learns, up to rounding, also after they were killed."""
+"""Several processes that share every batch learn what one process learns, up to rounding, also after they were killed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from advml import config
 from advml.core import ranks
 from advml.core.device import machine
+from advml.core.errors import Failure
 from advml.data.datasets import Dataset, Split
 from advml.models.network import Network
 from advml.recipes import REGIMES, SCHEMES
@@ -30,6 +31,7 @@ from advml.training.tasks import finetuning_task, hybrid_task, pretraining_task
 from advml.training.trainer import train
 
 pytestmark = pytest.mark.cluster
+CPU = torch.device("cpu")
 VIEW = config.View(shift=0.2, rotation=10, brightness=0.3)
 # In an L2 ball and with few steps, because rounding grows at every sign of a gradient and with every step
 THREAT = config.ThreatModelSection(norm="l2", epsilon=0.5)
@@ -45,7 +47,7 @@ class Training:
     attack: dict[str, Any] = field(default_factory=dict)
     micro_batch: int | None = None
     compile: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of the network
+    network: dict[str, Any] = field(default_factory=dict)  # changes of the network
 
     def run(self, network: Network, dataset: Dataset, folder: Path, ended: Callable[[], bool] = lambda: False) -> None:
         """Train in as many processes as there are, until an epoch after which it has `ended`; the first one writes weights and history."""
@@ -82,6 +84,8 @@ class Training:
 
 VIEWS, SWA = {"attacked": "views"}, {"average": "swa", "average_start": 0.0}
 DROPOUT = {"drop_rate": 0.2, "drop_path_rate": 0.2}
+RATES = DROPOUT | {"pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.2, "patch_drop_rate": 0.3}
+VIT = {"backbone": "test_vit", "options": {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2} | RATES}
 THREE_VIEWS = Training("SCL", {"views": 3, "average": "ema", "average_decay": 0.5})
 TRAININGS = {
     "fast, of views, swa": Training("CL", VIEWS | SWA | {"epsilon": 0.15}, {"kind": "fast"}),
@@ -89,26 +93,27 @@ TRAININGS = {
     "micro-batches, batch norms in train mode under attack": Training(
         "EMP", {"views": 2}, {"batch_norm": "train", "steps": 1}, micro_batch=16
     ),
-    "dropout, stochastic depth": Training("SL", options=DROPOUT),
-    "dropout, micro-batches": Training("SCL", {"views": 2}, micro_batch=16, options=DROPOUT),
+    "dropout, stochastic depth": Training("SL", network={"options": DROPOUT}),
+    "dropout, micro-batches": Training("SCL", {"views": 2}, micro_batch=16, network={"options": DROPOUT}),
     "hybrid, of views, swa": Training("CLxSL", VIEWS | SWA),
     "hybrid, free, of views": Training("CLxSL", VIEWS | {"epochs": 4}, {"kind": "free"}),
 }
 
 
-def child(rank: int, port: int, work: Callable[[], None]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def child(rank: int, count: int, port: int, work: Callable[[], None]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # a forked process has no threads of its parent
     work()
     ranks.leave()
 
 
-def in_two(work: Callable[[], None]) -> list[int]:
-    """Exit codes of two processes."""
+def in_processes(work: Callable[[], None], *, count: int = 2) -> list[int]:
+    """Exit codes of processes that do some work."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     forked = multiprocessing.get_context("fork")
-    processes = [forked.Process(target=child, args=(rank, port, work)) for rank in range(2)]
+    processes = [forked.Process(target=child, args=(rank, count, port, work)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -130,9 +135,9 @@ def assert_same(found: Path, expected: Path, start: Network) -> None:
 def test_two_processes_that_were_killed_learn_what_one_learns(tmp_path, dataset, make_network):
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     THREE_VIEWS.run(make_network(), dataset, tmp_path / "one")
-    assert in_two(lambda: THREE_VIEWS.run(make_network(), dataset, tmp_path / "two", ended=kill)) == [-signal.SIGKILL] * 2
+    assert in_processes(lambda: THREE_VIEWS.run(make_network(), dataset, tmp_path / "two", ended=kill)) == [-signal.SIGKILL] * 2
     assert not (tmp_path / "two" / "weights").exists() and Checkpoint(tmp_path / "two").load().epoch == 1
-    assert in_two(lambda: THREE_VIEWS.run(make_network(), dataset, tmp_path / "two")) == [0, 0]
+    assert in_processes(lambda: THREE_VIEWS.run(make_network(), dataset, tmp_path / "two")) == [0, 0]
     assert_same(tmp_path / "two", tmp_path / "one", make_network())
 
 
@@ -141,54 +146,90 @@ def test_every_kind_of_training_is_resumed_by_any_number_of_processes(tmp_path, 
 
     def work() -> None:
         for name, training in TRAININGS.items():
-            training.run(make_network(options=training.options), dataset, tmp_path / "two" / name, ended=lambda: True)
+            training.run(make_network(**training.network), dataset, tmp_path / "two" / name, ended=lambda: True)
             if ranks.is_first():
                 shutil.copytree(tmp_path / "two" / name, tmp_path / "continued" / name)
-            training.run(make_network(options=training.options), dataset, tmp_path / "two" / name)
+            training.run(make_network(**training.network), dataset, tmp_path / "two" / name)
 
-    assert in_two(work) == [0, 0]
+    assert in_processes(work) == [0, 0]
     for name, training in TRAININGS.items():
-        training.run(make_network(options=training.options), dataset, tmp_path / "one" / name)
-        training.run(make_network(options=training.options), dataset, tmp_path / "continued" / name)
+        training.run(make_network(**training.network), dataset, tmp_path / "one" / name)
+        training.run(make_network(**training.network), dataset, tmp_path / "continued" / name)
         for folder in ("two", "continued"):
-            assert_same(tmp_path / folder / name, tmp_path / "one" / name, make_network(options=training.options))
+            assert_same(tmp_path / folder / name, tmp_path / "one" / name, make_network(**training.network))
+
+
+def test_three_processes_learn_with_every_kind_of_dropout_what_one_learns(tmp_path, dataset, make_network):
+    training = Training("SCL", {"views": 3}, micro_batch=20, network=VIT)
+    assert in_processes(lambda: training.run(make_network(**VIT), dataset, tmp_path / "three"), count=3) == [0, 0, 0]
+    training.run(make_network(**VIT), dataset, tmp_path / "one")
+    assert_same(tmp_path / "three", tmp_path / "one", make_network(**VIT))
+
+
+def test_a_layer_that_couples_images_unlike_a_batch_norm_ends_the_training(tmp_path, dataset, make_network):
+    network = {"backbone": "test_efficientnet", "options": {"norm_layer": "evonormb0"}}
+
+    def work() -> None:
+        with pytest.raises(Failure, match=r"^encoder\..*running_var .* epoch 1; "):
+            Training("SL", network=network).run(make_network(**network), dataset, tmp_path)
+
+    assert in_processes(work) == [0, 0]
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile looks at it
 def test_two_processes_compile_the_encoder(tmp_path, dataset, make_network):
-    training = Training("Full-AT", {"batch_size": 20, "epochs": 1}, {"steps": 1})
-    assert in_two(lambda: replace(training, compile=True).run(make_network(), dataset, tmp_path / "two")) == [0, 0]
-    training.run(make_network(), dataset, tmp_path / "one")
-    assert_same(tmp_path / "two", tmp_path / "one", make_network())
+    training = Training("Full-AT", {"batch_size": 20, "epochs": 1}, {"steps": 1}, network={"options": DROPOUT})
+    compiled = replace(training, compile=True)
+    assert in_processes(lambda: compiled.run(make_network(**training.network), dataset, tmp_path / "two")) == [0, 0]
+    training.run(make_network(**training.network), dataset, tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one", make_network(**training.network))
 
 
 def noise(images: int) -> list[torch.Tensor]:
-    """What layers draw for images of this process: for vectors, maps in both memory formats, and windows, of which an image has 4; the
-    last is for a table without images."""
+    """What layers draw for images of this process: for vectors, maps in three orders in memory, windows, of which an image has 4, half
+    precision, attention, and the order of patches; the last two are for a table without images."""
     torch.manual_seed(0)
-    maps = torch.ones(images, 3, 4, 4)
+    maps, tokens = torch.ones(images, 3, 4, 4), torch.linspace(0, 1, 12).view(1, 1, 4, 3).expand(images, -1, -1, -1)
     return [
         F.dropout(torch.ones(images, 5)),
         F.dropout(maps, 0.3),
         F.dropout(maps.to(memory_format=torch.channels_last), 0.3),
+        F.dropout(maps.flatten(2).mT, 0.3),
         F.dropout2d(maps),
         torch.empty(images, 1, 1).bernoulli_(0.5),
+        torch.empty(images, 2).normal_(),
         F.dropout(torch.ones(4 * images, 5)).unflatten(0, (images, 4)),
+        F.scaled_dot_product_attention(tokens, tokens.cos(), tokens.sin(), dropout_p=0.3, scale=9.0),
+        torch.randn(images, 4),
         F.dropout(torch.ones(1, 40)),
+        torch.empty(()).uniform_(),
     ]
 
 
-def test_dropout_and_stochastic_depth_draw_the_same_in_any_number_of_processes(tmp_path):
+def test_random_layers_draw_the_same_in_any_number_of_processes(tmp_path):
     def work() -> None:
         machine(config.Runtime(device="cpu", threads=1))
         own = ranks.part(31)
-        with ranks.shared(31), ranks.computing(*ranks.passes(own, 1)):
+        with ranks.shared(31), ranks.computing(*ranks.passes(own, 1, CPU)):
             torch.save(noise(own), tmp_path / str(ranks.number()))
 
-    assert in_two(work) == [0, 0]
-    *expected, table = noise(31)
-    for rank in range(2):
-        *found, same = torch.load(tmp_path / str(rank), weights_only=True)
-        assert all(torch.equal(ours, whole[rank::2]) for ours, whole in zip(found, expected, strict=True))
-        assert torch.equal(same, table)
+    assert in_processes(work, count=3) == [0, 0, 0]
+    *expected, table, number = noise(31)
+    for rank in range(3):
+        *found, ours, own = torch.load(tmp_path / str(rank), weights_only=True)
+        assert all(torch.equal(part, whole[rank::3]) for part, whole in zip(found, expected, strict=True))
+        assert torch.equal(ours, table) and torch.equal(own, number)
+
+
+def test_dropout_scales_features_of_half_precision_exactly(tmp_path):
+    """1 / 0.9 is 1.1094 in bfloat16, by which features would be too small."""
+
+    def work() -> None:
+        machine(config.Runtime(device="cpu", threads=1))
+        with ranks.shared(64), ranks.computing(*ranks.passes(32, 1, CPU)):
+            features = torch.linspace(1, 2, 9).bfloat16().expand(32, -1)
+            kept = F.dropout(features, 0.1)
+        assert torch.equal(kept, features / 0.9 * (kept > 0))
+
+    assert in_processes(work) == [0, 0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advml import config
+from advml.core import ranks
 from advml.core.device import Machine
 from advml.data.datasets import Split
 from advml.recipes import REGIMES, SCHEMES
@@ -101,6 +102,16 @@ def run(one: trainer._Trainer) -> list[int]:
 @pytest.mark.parametrize("name", PHASES)
 def test_no_step_of_training_reads_from_the_device_or_copies_to_it(make_trainer, name):
     assert run(make_trainer(name)) == [1]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_no_step_in_several_processes_reads_from_the_device_or_copies_to_it(make_trainer, monkeypatch, micro_batch):
+    for name, value in {"count": 2, "number": 0}.items():
+        monkeypatch.setattr(ranks, name, lambda value=value: value)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda values: None)
+    one = make_trainer("SL at")
+    one.task.network.encoder.drop_rate, one.task.network.micro_batch = 0.2, micro_batch
+    assert run(one) == [1]
 
 
 READS: dict[str, Callable[[Tensor], object]] = {

@@ -14,7 +14,7 @@ import typer
 
 from advml import __version__
 from advml.cli import mlflow, models, stages, study, tune
-from advml.cli.errors import guarded, print_fault
+from advml.cli.errors import guarded
 from advml.core import signals
 from advml.core.errors import UserError
 from advml.core.messages import OUTPUT
@@ -75,7 +75,6 @@ def _check_torchrun() -> None:
 def main() -> None:
     """Entry point of `advml`: prints foreseeable errors as one line; exit code 2 for the user's mistakes, 1 for failures."""
     signals.obey()
-    sys.excepthook = print_fault
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # old locales lack letters of class names
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if parent := os.environ.get("ADVML_PARENT"):  # core.processes.PARENT, not imported here because psutil is slow to import

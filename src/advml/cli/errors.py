@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,11 @@ import typer
 from advml.core.errors import Failure, UserError
 from advml.core.messages import is_verbose, tell
 from advml.core.passwords import masked
+from advml.core.signals import ENDING
 
 OF_THE_DISK = (errno.EIO, errno.EFBIG, errno.EROFS)  # disk errors that may lack a file name
+LOST = "the connection to another process of this training was lost; the same command continues from the last finished epoch"
+WAIT = 5.0  # seconds in which torchrun ends the other processes of a training after an error of one
 
 
 def guarded(command: Callable[[], Any]) -> None:
@@ -37,7 +42,10 @@ def guarded(command: Callable[[], Any]) -> None:
         _fail("out of memory; lower batch_size in params.yaml", code=1)
     except Exception as error:
         if (line := _known(error)) is None:
+            sys.excepthook = print_fault  # here, because typer replaces it
             raise
+        if line == LOST:  # torchrun may know which process has ended
+            _wait_to_be_ended()
         _fail(line, code=1)
     if code == 130:  # typer turns Ctrl-C into this exit code
         _fail(interrupted, code=130)
@@ -45,9 +53,11 @@ def guarded(command: Callable[[], Any]) -> None:
 
 
 def print_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of an unforeseen error without passwords; replaces `sys.excepthook`."""
+    """Print the traceback of an unforeseen error without passwords; `guarded` replaces `sys.excepthook` by it."""
     if _is_first_to_fail():
         _print_trace(kind, error, trace)
+    else:
+        _wait_to_be_ended()
 
 
 def _print_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -64,13 +74,15 @@ def _known(error: Exception) -> str | None:
     if isinstance(error, OSError) and (error.filename or error.errno in OF_THE_DISK):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or text}; fix this and repeat the command, which goes on from here"
+    if "gloo/transport" in text or type(error).__name__ == "DistBackendError":  # of torch.distributed
+        return LOST
     if type(error).__name__ == "SafetensorError":  # an I/O error in the Rust code of safetensors
         return f"tensors cannot be read or written: {text}"
     return None
 
 
 def _is_first_to_fail() -> bool:
-    """Whether no other process of one training has printed an error on this machine; torchrun gives them folders side by side."""
+    """Whether no other process of one training has failed on this machine; torchrun gives them folders side by side."""
     try:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1].joinpath("failed").touch(exist_ok=False)
     except (KeyError, IndexError):  # not started by torchrun, or without folders
@@ -80,9 +92,19 @@ def _is_first_to_fail() -> bool:
     return True
 
 
+def _wait_to_be_ended() -> None:
+    """Wait until torchrun ends this process, because another one has failed; of processes that have ended it may return any exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(WAIT)
+
+
 def _fail(line: str, *, code: int) -> NoReturn:
     if _is_first_to_fail():
         if is_verbose() and (error := sys.exc_info()[1]):
             _print_trace(type(error), error, error.__traceback__)
         tell(f"advml: {line}")
+    elif code != 130:  # torchrun waits for interrupted processes
+        _wait_to_be_ended()
     sys.exit(code)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from advml.core.errors import UserError
 from advml.core.messages import is_verbose, tell
 from advml.core.paths import Workspace
 from advml.recipes import REGIMES, SCHEMES, PhaseName, RegimeName, SchemeName
@@ -107,8 +108,15 @@ def context_of(params: Path, overrides: list[str] | None) -> Context:
 
 
 def start(processes: int) -> None:
-    """Start this command again in several processes, and end with them, unless it is one of them already."""
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+    """Start this command again in several processes, and end with them, unless it is one of them already.
+
+    Raises:
+        UserError: torchrun has started another number of processes.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if processes not in (1, started):
+        if started > 1:
+            raise UserError(f"--processes {processes}, but torchrun has started {started}; leave --processes out")
         from advml.core import ranks
 
         ranks.start(processes)

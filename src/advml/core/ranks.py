@@ -15,9 +15,10 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from advml.core.errors import Failure, UserError
+from advml.core.processes import PARENT
 
 _streams: tuple[int, ...] = ()  # numbers of images of the current batch in each stream, while it is shared
 _perturbed: tuple[int, ...] = ()  # sizes of the blocks of its tensors of perturbed images
@@ -35,7 +37,7 @@ _pass: Pass | None = None  # rows that the encoder computes now
 
 
 class Pass(NamedTuple):
-    """Rows of a batch that pass the encoder at once: their number over all processes, and which of them are of this process."""
+    """Rows of a batch that pass the encoder at once: their number over all processes, and those of this process, on its device."""
 
     size: int
     own: Tensor
@@ -71,10 +73,12 @@ def start(processes: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ[PARENT] = str(os.getpid())  # so that no process outlives a killed launcher
     logging.disable()  # torchrun reports every signal and error at length
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     try:
-        run.run(run.parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", "advml", *sys.argv[1:]]))
+        with tempfile.TemporaryDirectory() as folder:  # torchrun would leave its own
+            run.run(run.parse_args(["--standalone", f"--nproc-per-node={processes}", f"--log-dir={folder}", "-m", "advml", *sys.argv[1:]]))
     except SignalException as error:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
@@ -87,14 +91,21 @@ def start(processes: int) -> NoReturn:
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the process group, if torchrun has started several processes; returns the device of this one."""
+    """Join the process group, if torchrun has started several processes; returns the device of this one.
+
+    Raises:
+        UserError: `torch.distributed` has no exchange for such devices.
+    """
     if not started_by_torchrun():
         return device
-    if device.type == "cuda":
+    if device.type == "mps":
+        raise UserError("several processes cannot share runtime.device = mps; set it to cpu, or start one process")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():  # a timeout of days, because the others wait while the first one prepares the data
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=7), device_id=device if on_gpu else None)
     return device
 
 
@@ -192,17 +203,21 @@ def everyones(rows: Tensor) -> Tensor:
     return _Everyones.apply(rows, _blocks(len(rows), part)) if _streams else rows
 
 
-def passes(own: int, parts: int) -> list[Pass]:
+def passes(own: int, parts: int, device: torch.device) -> list[Pass]:
     """Split the rows of all processes into parts of nearly equal size.
 
     Args:
         own: number of rows of this process.
     """
-    if not _streams:
-        return [Pass(len(rows), rows) for rows in torch.arange(own).tensor_split(parts)]
-    mine = torch.zeros(batch_size(own), dtype=torch.bool)
-    mine[_rows(_blocks(own, part), mine.device)] = True
-    return [Pass(len(rows), rows.nonzero()[:, 0]) for rows in mine.tensor_split(parts)]
+    return _passes(_blocks(own, part), number(), count(), parts, device) if _streams else _passes((own,), 0, 1, parts, device)
+
+
+@cache  # because a copy to a device makes the host wait
+def _passes(blocks: tuple[int, ...], rank: int, processes: int, parts: int, device: torch.device) -> list[Pass]:
+    mine = torch.zeros(sum(blocks), dtype=torch.bool)
+    for size, end in zip(blocks, accumulate(blocks), strict=True):
+        mine[end - size + rank : end : processes] = True
+    return [Pass(len(rows), rows.nonzero()[:, 0].to(device)) for rows in mine.tensor_split(parts)]
 
 
 def mean(values: Tensor) -> Tensor:
@@ -230,6 +245,18 @@ def summed(values: Tensor) -> Tensor:
     if count() > 1:
         dist.all_reduce(values)
     return values
+
+
+def differing(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors of which processes have different values, by their norms, beyond rounding."""
+    if count() == 1:
+        return []
+    norms = torch.stack([values.float().norm() for values in tensors.values()])
+    extremes = torch.stack([norms, -norms])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, least = extremes[0], -extremes[1]
+    apart = (largest - least > 1e-4 * largest).tolist()
+    return [name for name, differs in zip(tensors, apart, strict=True) if differs]
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -277,26 +304,53 @@ class _SharedLayers(TorchFunctionMode):
         return _OF_ALL_IMAGES.get(func, func)(*args, **(kwargs or {}))
 
 
-def _dropout(of: Callable[..., Tensor], features: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Dropout `of` the whole batch, for the rows of this process."""
-    return features * _drawn(lambda rows: of(rows, p, True), torch.ones_like(features)) if training and p > 0 else features
-
-
-def _bernoulli(values: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
-    """`Tensor.bernoulli_`, from the global random numbers for the whole batch; stochastic depth draws from it."""
-    if generator is not None or isinstance(p, Tensor):
-        return values.bernoulli_(p, generator=generator)
-    return values.copy_(_drawn(lambda rows: rows.bernoulli_(p), values))
-
-
 def _drawn(draw: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """Rows of this process of what is drawn for all processes; a tensor without rows of images is drawn alike in all of them."""
-    per_image, rest = divmod(len(like), len(_pass.own)) if _pass else (0, 1)
-    if rest:
+    if not (_pass and like.ndim) or len(like) % len(_pass.own):
         return draw(like.clone())
-    last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)  # random numbers follow the order in memory
-    whole = like.new_ones(_pass.size * per_image, *like.shape[1:]).to(memory_format=torch.channels_last if last else torch.preserve_format)
-    return draw(whole).unflatten(0, (_pass.size, per_image))[_pass.own.to(like.device)].flatten(0, 1)
+    per_image = len(like) // len(_pass.own)
+    shape, order = (_pass.size * per_image, *like.shape[1:]), like.dim_order()  # random numbers follow the order in memory
+    whole = torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device).fill_(1)
+    return draw(whole).unflatten(0, (_pass.size, per_image))[_pass.own].flatten(0, 1)
+
+
+def _filled(fill: Callable[..., Tensor], values: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """In-place functions such as `Tensor.bernoulli_`, which stochastic depth uses; those with a generator draw as they are."""
+    if options.get("generator") or any(isinstance(value, Tensor) for value in (*arguments, *options.values())):
+        return fill(values, *arguments, **options)
+    return values.copy_(_drawn(lambda rows: fill(rows, *arguments, **options), values))
+
+
+def _made(make: Callable[..., Tensor], *size: Any, **options: Any) -> Tensor:
+    """`torch.rand` and `torch.randn`, from which patches to drop are chosen; with a generator as they are."""
+    if options.get("generator"):
+        return make(*size, **options)
+    return _drawn(lambda rows: make(rows.shape, **options), torch.empty(*size, **options))
+
+
+def _dropout(of: Callable[..., Tensor], features: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout `of` features."""
+    if not training or not 0 < p < 1:
+        return of(features, p, training)
+    kept = _drawn(lambda rows: of(rows, p), torch.ones_like(features)).bool()  # without its factor, which bfloat16 would round
+    return features * kept * (1 / (1 - p))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`; with dropout, its weights are computed as the attention to an identity."""
+    attend = partial(F.scaled_dot_product_attention, query, key, attn_mask=attn_mask, is_causal=is_causal, **options)
+    if not dropout_p:
+        return attend(value)
+    identity = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device).expand(*key.shape[:-1], -1)
+    return _dropout(F.dropout, attend(identity).contiguous(), dropout_p) @ value
 
 
 def _batch_norm(
@@ -331,6 +385,8 @@ def _batch_norm(
 # Functions -> what `_SharedLayers` computes instead of them.
 _OF_ALL_IMAGES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
-    torch.Tensor.bernoulli_: _bernoulli,
+    F.scaled_dot_product_attention: _attention,
     **{of: partial(_dropout, of) for of in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)},
+    **{fill: partial(_filled, fill) for fill in (Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_)},
+    **{make: partial(_made, make) for make in (torch.rand, torch.randn)},
 }

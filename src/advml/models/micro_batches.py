@@ -18,8 +18,10 @@ def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, l
 
     So a contrastive loss of thousands of images needs the memory of `size` images, and a second forward pass (Gao et al. 2021, GradCache).
     Batch norms in train mode see `size` images at a time, and update their statistics once. Parts have nearly equal sizes; if a batch norm
-    is in train mode, at least two images, because it cannot normalise a single value: three images at size 2 are one part. If processes
-    share the batch (`core.ranks`), `size` is the total over all of them, and each computes its images of every part.
+    is in train mode, at least two images, because it cannot normalise a single value: three images at size 2 are one part.
+
+    If P processes share the batch (`core.ranks`), `size` is the total over all of them, and each computes its images of every part; parts
+    have at least 2 P - 1 images, of which each process has one.
 
     Args:
         encode: maps images to features.
@@ -27,8 +29,8 @@ def in_parts(encode: Callable[[Tensor], Tensor], images: Tensor, *, size: int, l
     """
     modes = _modes(layers)
     total = ranks.batch_size(len(images))
-    most = total // (2 if any(modes[0].values()) else 1)
-    passes = ranks.passes(len(images), max(1, min(-(-total // size), most)))
+    fewest = max(2 if any(modes[0].values()) else 1, 2 * ranks.count() - 1)
+    passes = ranks.passes(len(images), max(1, min(-(-total // size), total // fewest)), images.device)
     features = []
     for part, rows in zip(images.split([len(rows.own) for rows in passes]), passes, strict=True):
         contexts = ranks.computing(rows), _again(layers, modes, rows)

@@ -100,11 +100,14 @@ class Network(nn.Module):
         images = self.normalize(images)
         if self.memory_format is torch.contiguous_format:  # clone, because the strides of one-channel images are valid in both formats
             images = images.clone(memory_format=self.memory_format)
-        encode = lambda some: (_compiled if self.compiled and ranks.equal_shares() else _encode)(self.encoder, some)  # noqa: E731
         if self.micro_batch is None or ranks.batch_size(len(images)) <= self.micro_batch:
-            with ranks.computing(*ranks.passes(len(images), 1)) if ranks.count() > 1 else contextlib.nullcontext():
-                return encode(images)
-        return in_parts(encode, images, size=self.micro_batch, layers=self.encoder)
+            with ranks.computing(*ranks.passes(len(images), 1, images.device)) if ranks.count() > 1 else contextlib.nullcontext():
+                return self._features_at_once(images)
+        return in_parts(self._features_at_once, images, size=self.micro_batch, layers=self.encoder)
+
+    def _features_at_once(self, images: Tensor) -> Tensor:
+        """Encoder output (N, D) of normalised images, in one pass."""
+        return (_compiled if self.compiled and ranks.equal_shares() else _encode)(self.encoder, images)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D); of unit length if `normalize_logits`, as in the paper's protocol."""
@@ -146,8 +149,9 @@ def _encode(encoder: nn.Module, images: Tensor) -> Tensor:
     return encoder(images)
 
 
-# Compiles a function of the encoder, so that a copy of a network uses its own weights; with static shapes, which are faster.
-_compiled = torch.compile(_encode, dynamic=False)
+# Compiles a function of the encoder, so that a copy of a network uses its own weights; with static shapes, which are faster, and the random
+# numbers of an encoder that is not compiled, so that dropout does not depend on the parts of it that are compiled together.
+_compiled = torch.compile(_encode, dynamic=False, options={"fallback_random": True})
 
 
 def build(architecture: Architecture, *, seed: int) -> Network:

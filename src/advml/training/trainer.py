@@ -389,10 +389,12 @@ class _Trainer:
             )
 
     def check(self, record: Record) -> None:
-        """Check that all figures of the epoch and all final weights are finite; the last step comes after the last loss.
+        """Check that all figures of the epoch and all final weights are finite, and that all processes have the same weights.
+
+        The last step comes after the last loss.
 
         Raises:
-            Failure: one is infinite or NaN: training has diverged.
+            Failure: one is infinite or NaN: training has diverged; or processes differ.
         """
         broken = [key for key, value in record.items() if not math.isfinite(value)]
         broken += _not_finite(self.task.network.state_dict())
@@ -402,6 +404,9 @@ class _Trainer:
                 f"{broken[0]} is not finite in epoch {record['epoch']}; lower the learning rate (now {self.phase.learning_rate:g}) "
                 f"or set gradient_clip in this phase's section of params.yaml{precision}"
             )
+        if apart := ranks.differing(self.task.network.state_dict()):
+            told = f"{apart[0]} differs between processes in epoch {record['epoch']}; its layer may compute over the images of a batch"
+            raise Failure(f"{told}, which several processes do for batch norms alone; choose another one, or start one process")
 
     def _check_first(self, losses: Tensor) -> None:
         """Check for values that are not finite before the first step, which are not due to the learning rate.

@@ -20,7 +20,9 @@ def run(context: Context, *, scheme: str, regime: str, seed: int) -> dict[str, f
     require_labels(context.dataset, "fine-tuning")  # before a pretraining without labels runs for hours
     pretrain.run(context, scheme=scheme, phase=REGIMES[regime].pretraining, seed=seed, reuse=True)
     finetune.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
-    if not ranks.is_first():
+    first = ranks.is_first()
+    ranks.leave()
+    if not first:
         raise SystemExit(0)
     return evaluate.run(context, scheme=scheme, regime=regime, seed=seed, reuse=True)
 
