@@ -52,10 +52,10 @@ def test_a_part_of_a_batch_with_fewer_images_than_processes_is_refused_before_th
     chosen = config.load(PARAMS, ["pretrain.SL.batch_size=16", HYBRID, "runtime.device=cpu"])
     plan = pretraining(chosen, few, scheme="SL", phase="st", seed=0)
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(UserError, match=r" 1 images .* 2 processes; .*batch_size"):
+    with pytest.raises(UserError, match=r"validation, 1 images, .* 2 processes; .*batch_size"):
         fit(plan, Machine(torch.device("cpu")), checkpoint=Checkpoint(tmp_path, "x"))
     splits = {"train": cut(dataset.train, 8), "unlabelled": dataset.train}
     plan = pretraining(chosen, replace(dataset, **splits), scheme="CLxSL", phase="st", seed=0)
     monkeypatch.setattr(ranks, "count", lambda: 3)
-    with pytest.raises(UserError, match=r" 2 and 14 images .* 3 processes; start 2 or fewer"):
+    with pytest.raises(UserError, match=r" 2 and 14 images, .* 3 processes; start 2 or fewer"):
         fit(plan, Machine(torch.device("cpu")), checkpoint=Checkpoint(tmp_path, "x"))

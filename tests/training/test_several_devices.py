@@ -58,8 +58,14 @@ class Training:
         checkpoint = Checkpoint(folder, "same" if ranks.is_first() else None)
         ranks.barrier()
         history = []
-        for record in train(task, data, phase, adversary=adversary, seed=3, machine=one, checkpoint=checkpoint):
+        shown: list[float] = []
+        note = lambda epoch, done, loss: shown.append(float(loss))  # noqa: E731
+        for record in train(task, data, phase, adversary=adversary, seed=3, machine=one, checkpoint=checkpoint, on_batch=note):
             history.append(record)
+            if shown:  # no epoch of an earlier process
+                whole = record["train/loss"] + record.get("train/adversarial_loss", 0)
+                assert sum(shown) / len(shown) == pytest.approx(whole, rel=0.3)  # the bar's loss is of the own images
+                shown.clear()
             if ended():
                 break
         ranks.barrier()

@@ -127,10 +127,14 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(summed(torch.tensor(float(flag), device=device)) > 0)
 
 
-def need_images(*streams: int) -> None:
-    """Raise UserError if a stream has fewer images in a batch than there are processes."""
+def need_images(*streams: int, of: str = "a batch, ") -> None:
+    """Raise UserError if a stream has fewer images in a batch than there are processes.
+
+    Args:
+        of: name of the batch, for the message.
+    """
     if min(streams) < count():
-        told = f"a batch of {' and '.join(map(str, streams))} images cannot be shared by {count()} processes"
+        told = f"{of}{' and '.join(map(str, streams))} images, cannot be shared by {count()} processes"
         raise UserError(f"{told}; start {min(streams)} or fewer, or choose another batch_size")
 
 

@@ -187,11 +187,12 @@ class _Trainer:
         self.images, self.validation = Feed(self.order.split, machine), Feed(dataset.validation, machine)
         self.classes = len(dataset.classes)
         self.sizes = self.order.sizes
-        for batch in (self.sizes, [len(dataset.validation) % phase.batch_size or phase.batch_size]):  # the second: last of validation
-            ranks.need_images(*batch)
+        ranks.need_images(*self.sizes)
+        ranks.need_images(len(dataset.validation) % phase.batch_size or phase.batch_size, of="the last batch of validation, ")
         if machine.compile and not ranks.equal_shares(*self.sizes):
-            told = f"runtime.compile = true needs batches that {ranks.count()} processes share equally, not {self.sizes}"
-            raise UserError(f"{told} images; choose another batch_size, or set it to false")
+            sizes = " and ".join(map(str, self.sizes))
+            told = f"runtime.compile = true needs batches that {ranks.count()} processes share equally, not {sizes} images"
+            raise UserError(f"{told}; choose another batch_size, or set it to false")
         place(task.network, machine.device)
         task.network.compiled, task.network.micro_batch = machine.compile, machine.micro_batch
         task.train_mode()
@@ -265,7 +266,7 @@ class _Trainer:
             for batch, drawn in enumerate(self._batches("train", epoch)):
                 with self._shared():
                     losses[batch] = self._steps(drawn, epoch=epoch, batch=(epoch - 1) * self.batches + batch)
-                on_batch(epoch, batch + 1, losses[batch].sum())
+                on_batch(epoch, batch + 1, losses[batch].sum() * ranks.count())  # the other processes' shares are about as large
         self.average.after_epoch(epoch)
         clean, adversarial = (sum(column) / self.batches for column in ranks.summed(losses).T.tolist())
         both = self._weights(epoch)[0] > 0
