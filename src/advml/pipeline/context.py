@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from advml import __version__
 from advml.config import Config, digest
 from advml.config.store import Place, locate
 from advml.core.device import Machine, machine
@@ -64,7 +65,8 @@ class Context:
         counts = {name: len(split) for name, split in data.splits.items()}
         return {
             "git_commit": git_commit(self.workspace.root),
-            "versions": {"torch": str(torch.__version__), "timm": version("timm")},
+            # with the digest of sources, because a study of `advml init` is another repository than its advml
+            "versions": {"advml": f"{__version__} ({source_digest()[:12]})", "torch": str(torch.__version__), "timm": version("timm")},
             "data": {"digest": data.digest, "source": data.source, "counts": counts},
             "classes": list(data.classes),
             "input": list(data.shape),

@@ -21,6 +21,7 @@ from torch import Tensor
 from advml import config as configuration
 from advml.core.errors import UserError
 from advml.core.exclusive import exclusive
+from advml.core.provenance import source_digest
 from advml.data import datasets
 from advml.data.prepared import digest
 from advml.evaluation.metrics import wilson
@@ -209,6 +210,7 @@ def test_fine_tuning_records_all_that_made_the_model(study):
     pretraining = json.loads((study.workspace.pretrained("CL-at-s0") / "model.json").read_text())
     assert record["parameters"] == pretraining["parameters"] | {"regimes": {"AT": record["parameters"]["regimes"]["AT"]}}
     assert record["parameters"]["runtime"] == study.config().runtime.model_dump() and record["versions"]["torch"] == torch.__version__
+    assert source_digest()[:12] in record["versions"]["advml"]
     assert record["parameters"]["threat_model"]["epsilon"] == 0.15 and record["parameters"]["regimes"]["AT"]["epochs"] == 2
 
 
