@@ -39,6 +39,12 @@ def test_another_number_of_processes_than_torchrun_has_started_is_refused(monkey
         start(2)
 
 
+def test_a_world_size_that_torchrun_has_not_set_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^WORLD_SIZE = 2 .*RANK"):
+        ranks.join(torch.device("cpu"))
+
+
 def test_batches_that_processes_cannot_share_equally_are_refused_with_compilation(monkeypatch, dataset, tmp_path):
     plan = pretraining(config.load(PARAMS, ["pretrain.SL.batch_size=15", "runtime.device=cpu"]), dataset, scheme="SL", phase="st", seed=0)
     monkeypatch.setattr(ranks, "count", lambda: 2)

@@ -94,12 +94,15 @@ def join(device: torch.device) -> torch.device:
     """Join the process group, if torchrun has started several processes; returns the device of this one.
 
     Raises:
-        UserError: `torch.distributed` has no exchange for such devices.
+        UserError: `torch.distributed` has no exchange for such devices; WORLD_SIZE is set, but not by torchrun.
     """
     if not started_by_torchrun():
         return device
     if device.type == "mps":
         raise UserError("several processes cannot share runtime.device = mps; set it to cpu, or start one process")
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        told = f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is set in the environment without {', '.join(missing)}"
+        raise UserError(f"{told}, so not by torchrun; unset it, or start several processes with --processes")
     on_gpu = device.type == "cuda"
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
