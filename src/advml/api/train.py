@@ -80,7 +80,7 @@ def train(
         validation: (images, labels), or batches of them, that select the best epoch. No test split is used: keep one for `evaluate`.
         classes: number of classes or their names; None: one more than the largest label.
         params: the settings: path of a params.yaml, name of a preset ("digits", "smoke", "cifar10", ...), or a loaded Config. That of
-            digits has an epsilon of 0.15 and views for digits (no flips, no colours); for photos choose another, and give it, or its
+            digits has an epsilon of 0.15 and views for digits (no flips); for photos choose another, and give it, or its
             epsilon, to `evaluate`, too, whose default is 8/255.
         overrides: `key=value` strings as after `-S`, such as "model.backbone=resnet18" or "pretrain.CL.epochs=5".
         seed: of weights, batches, views and random starts.
