@@ -17,7 +17,7 @@ from advml.core.progress import Bar
 from advml.core.result_cache import Memo
 from advml.data.tensors import Batches, Labelled, labelled, pair, require
 from advml.evaluation import evaluate as evaluation
-from advml.models.network import eval_mode
+from advml.models.network import Network, eval_mode
 from advml.pipeline.stages.evaluate import expected_of, settings
 from advml.recipes import SCHEMES
 
@@ -149,8 +149,10 @@ def evaluate(
         if f"{name}/low" in found.metrics
     }
     judged = "evidence" in diagnosis
-    used = (chosen.threat_model.norm, chosen.attacked_epsilon)
-    ball = getattr(model, "ball", None) or used
-    remarks = [f"the settings of training have {ball[0]}, epsilon {ball[1]:.4g}; these: {used[0]}, epsilon {used[1]:.4g}"] * (ball != used)
-    remarks = [*given.remarks, *remarks, *(f"{attack} is not run: it {reason}" for attack, reason in asked_for.not_run.items())]
+    remarks = [*given.remarks, *(f"{attack} is not run: it {reason}" for attack, reason in asked_for.not_run.items())]
+    balls = [chosen.threat_model.model_dump() | {"epsilon": chosen.attacked_epsilon}]
+    balls += [model.threat_model] if isinstance(model, Network) and model.threat_model else []
+    evaluated, *trained = (f"{ball['norm']}, epsilon {ball['epsilon']:.4g}" for ball in balls)
+    if trained and trained != [evaluated]:
+        remarks.append(f"evaluated in another ball ({evaluated}) than that of the settings of its training ({trained[0]})")
     return Evaluation(figures, found.samples, tuple(diagnosis["flags"]), judged, found.images, tuple(remarks), found.metrics, found.record)

@@ -51,8 +51,7 @@ class Trained:
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors and model.json into a folder; `load_model` reads it."""
-        threat_model = dict(zip(("norm", "epsilon"), self.model.ball or (), strict=False))
-        network.save(self.model, Path(folder), {"name": self.name, "parameters": {"threat_model": threat_model}})
+        network.save(self.model, Path(folder), {"name": self.name, "parameters": {"threat_model": self.model.threat_model}})
 
 
 def train(
@@ -127,5 +126,5 @@ def train(
         start = place(copy.deepcopy(first.network), machine.device)
         second = plans.finetuning(chosen, dataset, machine, start, scheme=scheme, regime=regime, seed=seed)
         finetuning = run(second, "finetune")
-    second.network.ball = chosen.threat_model.norm, chosen.threat_model.epsilon
+    second.network.threat_model = chosen.threat_model.model_dump()
     return Trained(second.network.eval().requires_grad_(True), model_name(scheme, regime, seed), pretraining, finetuning)
