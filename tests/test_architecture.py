@@ -261,7 +261,10 @@ CURVES = {"advml.figures": "draws the run's curves for MLflow, which no later st
 NEUTRAL_FOR = {
     "pretrain": CURVES,
     "finetune": CURVES,
-    "prepare": {"advml.pipeline.context": "takes configuration and folders from it, no machine and no network"},
+    "prepare": {
+        "advml.pipeline.context": "takes configuration and folders from it, no machine and no network",
+        "advml.models": "asks whether timm has the backbone, before the data are read",
+    },
     "report": {"advml.pipeline.context": "takes configuration and folders from it, no machine and no network"},
 }
 

@@ -244,7 +244,8 @@ def test_quiet_prints_results_alone_and_verbose_the_settings_and_tracebacks(stud
 USER = {
     "no equals sign": ("pretrain CL st -S attack.steps", "-S attack.steps is not of the form key=value"),
     "no params.yaml": ("prepare --params nowhere/params.yaml", "nowhere/params.yaml does not exist; "),
-    "an unknown scheme": ("pretrain SimCLR st", "'SimCLR' is not one of 'SL', 'CL', 'SCL'"),
+    "an unknown scheme": ("pretrain sscl st", "'sscl' is not one of 'SL', 'CL', 'SCL'"),
+    "a scheme by its name elsewhere": ("pretrain SimCLR st", "; did you mean CL?"),
     "an unknown regime": ("finetune CL Ful-AT", "'Ful-AT' is not one of 'ST', 'AT', 'Partial-AT', 'Full-AT'; did you mean Full-AT?"),
     "a missing argument": ("finetune CL", "Missing argument 'regime'"),
     "an unknown option": ("report --loud", "No such option: --loud"),

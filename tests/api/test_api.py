@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import subprocess
@@ -15,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import advml
-from advml import api
+from advml import api, config
+from advml.config.presets import preset
 from advml.core.errors import UserError
 from advml.models import external
 from advml.pipeline.stages import evaluate as evaluate_stage
@@ -210,15 +212,84 @@ def test_a_wrong_normalisation_raises_a_flag(dataset):
         ({"norm": lambda n: "l1"}, "norm = 'l1'"),
         ({"objective": lambda n: "cw"}, "objective = 'cw'"),
         ({"steps": lambda n: 0}, "steps = 0"),
+        ({"steps": lambda n: 2.5}, "steps = 2.5"),
+        ({"labels": lambda y: y + 9}, "label 12 is out of range: there are 4 classes"),
+        ({"images": lambda x: x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)}, "images.permute(0, 3, 1, 2)"),
+        ({"images": lambda x: x[..., 1:]}, "model fails on a batch of 2x1x8x7 images"),
+        ({"epsilon": lambda e: "8/x"}, "epsilon = '8/x'"),
+        ({"keep": lambda k: "first"}, "keep = 'first'"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(model, dataset, change, words):
     images, labels = images_of(dataset.test)
-    asked = {"images": images, "labels": labels, "epsilon": 0.1, "norm": "linf", "objective": "ce", "steps": 2}
+    asked = {"images": images, "labels": labels, "epsilon": 0.1, "norm": "linf", "objective": "ce", "steps": 2, "keep": "best"}
     asked |= {name: how(asked[name]) for name, how in change.items()}
     with pytest.raises(UserError) as refused:
         advml.attack(model, **asked)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+class Wrapped(nn.Module):
+    """A model with a function after it."""
+
+    def __init__(self, model: nn.Module, after) -> None:
+        super().__init__()
+        self.model, self.after = model, after
+
+    def forward(self, images: torch.Tensor) -> object:
+        return self.after(self.model(images))
+
+
+def test_logits_are_found_and_types_matched_in_an_attack_as_in_an_evaluation(model, dataset):
+    images, labels = images_of(dataset.test)
+    wanted = advml.attack(model, images, labels, epsilon=8 / 255, steps=2)
+    assert torch.equal(advml.attack(model, images, labels, epsilon="8/255", steps=2), wanted)
+    assert torch.equal(advml.attack(model, DataLoader(TensorDataset(images, labels), batch_size=13), epsilon=8 / 255, steps=2), wanted)
+    for after in (lambda logits: {"logits": logits}, lambda logits: (logits, 0)):
+        assert torch.equal(advml.attack(Wrapped(model, after), images, labels, epsilon=8 / 255, steps=2), wanted)
+    for dtype in (torch.float64, torch.bfloat16):
+        other = copy.deepcopy(model).to(dtype)
+        assert (advml.attack(other, images, labels, epsilon=8 / 255, steps=2) - wanted).abs().max() <= 16 / 255 + 1e-6
+        assert advml.evaluate(other, images, labels, overrides=[*QUICK, "evaluate.steps=1"]).figures
+
+
+def test_models_that_cannot_be_attacked_are_refused_in_one_line(model, dataset):
+    images, labels = images_of(dataset.test)
+    detached, unread = Wrapped(model, torch.Tensor.detach), Wrapped(model, lambda logits: {"scores": logits})
+    between = images * 0.999  # not grey levels, so that they stay floats
+    probability = Wrapped(nn.Flatten(), lambda pixels: torch.sigmoid(99 * (pixels.mean(1) - between.mean())))
+    for asked, words in (
+        (lambda: advml.attack(detached, images, labels, epsilon=0.1), "no gradient"),
+        (lambda: advml.attack(unread, images, epsilon=0.1), "returns dict"),
+        (lambda: advml.attack(lambda batch: model(batch), images, labels, epsilon=0.1), "type function"),
+        (lambda: advml.compare_layers(model, lambda batch: model(batch), images), "type function"),
+        (lambda: advml.compare_layers(model, copy.deepcopy(model).double(), images), "fails on a batch"),
+        (lambda: advml.attack(probability, between, labels % 2, epsilon=0.1), "a probability"),
+        (torch.inference_mode()(lambda: advml.attack(model, images, labels, epsilon=0.1)), "inference_mode"),
+    ):
+        with pytest.raises(UserError) as refused:
+            asked()
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_one_word_may_stand_for_a_list_of_it(model, dataset):
+    images, labels = images_of(dataset.test)
+    assert advml.compare_layers(model, model, images, layers="2", batch_size=20).rows == ("2",)
+    assert list(advml.probe_layers(model, (images, labels), (images, labels), {}, layers="2")) == ["2"]
+    settings = config.validate(config.apply(preset("digits"), QUICK))
+    measured = advml.evaluate(model, images, labels, params=settings, overrides="evaluate.steps=1")
+    assert measured.record["figures"]["accuracy/threat_model_2"]["steps"] == 1
+
+
+def test_a_model_of_another_ball_than_that_of_the_evaluation_gets_a_remark(model, dataset, tmp_path):
+    pairs = images_of(dataset.train), images_of(dataset.validation)
+    quick = ["pretrain.SL.epochs=1", "attack.steps=1"]
+    trained = advml.train("SL", "ST", *pairs[0], validation=pairs[1], params="digits", overrides=quick)
+    trained.save(tmp_path)
+    for network in (trained.model, advml.load_model(tmp_path)):
+        remarks = advml.evaluate(network, *pairs[1], epsilon=0.1, overrides=QUICK).remarks
+        assert len(remarks) == 1 and "0.15" in remarks[0] and "0.1" in remarks[0]
+        assert advml.evaluate(network, *pairs[1], epsilon=0.15, overrides=QUICK).remarks == ()
 
 
 def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exist(model, dataset):
@@ -234,6 +305,10 @@ def test_evaluate_and_train_refuse_labels_of_no_class_and_names_that_do_not_exis
         (lambda: advml.evaluate(model, images, labels, scheme="XL"), "scheme = 'XL'"),
         (lambda: advml.evaluate(model, images, labels, scheme="CL"), "projection head"),
         (lambda: advml.evaluate(model, images * 0.999, labels, corruptions=True), "256 grey levels"),
+        (lambda: advml.evaluate(model, images, labels, validation=images), "validation: labels are missing"),
+        (lambda: advml.train("SL", "ST", images, labels, validation=images), "validation: labels are missing"),
+        (lambda: advml.train("SL", "ST", images, labels, validation=(images, labels), device="cudda"), "device = 'cudda'"),
+        (lambda: advml.probe_layers(model, images, (images, labels), {}), "train: labels are missing"),
         (lambda: advml.train("CL", "FAT", images, labels, validation=(images, labels)), "regime = 'FAT'"),
         (lambda: advml.compare_layers(model, model, images, images[:20], batch_size=10), "40 images, but 20 other_images"),
         (lambda: advml.compare_layers(model, model, images[:3]), "CKA needs batches of 4"),

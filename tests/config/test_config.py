@@ -149,10 +149,11 @@ MISTAKES = {  # override -> what the line says beside the override itself: key a
     "threat_model.epsilon=8": ("threat_model.epsilon = 8 ", "8/255"),
     "pretrain.SL.warmup=0.1": ("pretrain.SL.warmup = 0.1", "onecycle", "pretrain.SL.schedule = cosine"),
     "regimes.Full-AT.epsilon=8": ("regimes.Full-AT.epsilon = 8 ", "8/255"),
-    "regimes={}": ("regimes lacks the section ST", "ST, AT, Partial-AT, Full-AT"),
+    "regimes={}": ("regimes lacks the section ST", "advml preset digits"),
     # no override at all
     "epsilon": ("key=value",),
     "=1": ("key=value",),
+    "seeds=\t[0]": ("YAML", "use spaces"),
     "seeds=[0": ("YAML", "expected ',' or ']'"),
     "seeds=*other": ("YAML", "alias 'other'"),
 }
@@ -217,14 +218,14 @@ def test_a_default_never_changes_because_dvc_does_not_see_it(section: str) -> No
 
 @pytest.mark.parametrize("kind", ["regimes", "pretrain"])
 def test_a_phase_is_needed_for_the_models_of_the_grid_and_missed_when_it_is_asked_for(params: Path, kind: str) -> None:
-    name = {"regimes": "Partial-AT", "pretrain": "SCL"}[kind]
+    name, like = {"regimes": ("Partial-AT", "AT"), "pretrain": ("SCL", "CL")}[kind]
     raw = config.apply(PARAMS, ())
     del raw[kind][name]
-    with pytest.raises(UserError, match=f"{kind} lacks the section {name}; it needs"):
+    with pytest.raises(UserError, match=f"{kind} lacks the section {name}; copy {kind}.{like}$"):
         config.validate(raw)
     grid = {"schemes": ["SL", "CL"], "standard_regimes": ["ST"], "adversarial_regimes": ["AT"]}
     loaded = config.validate(raw | {"grid": grid})
-    with pytest.raises(UserError, match=rf"params\.yaml .*{kind}\.{name}; .*advml preset"):
+    with pytest.raises(UserError, match=rf"params\.yaml.*{kind} lacks the section {name}; copy {kind}.{like}$"):
         getattr(loaded, kind)[name]
 
 

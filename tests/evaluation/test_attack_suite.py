@@ -11,11 +11,12 @@ import torch
 from advml import config
 from advml.attacks import autoattack
 from advml.attacks.per_image_rng import PerImageGenerator as Generator
-from advml.attacks.pgd import evaluation_adversary
+from advml.attacks.pgd import Adversary, evaluation_adversary
 from advml.attacks.threat_model import ThreatModel
 from advml.core.device import Machine, derived_seed
 from advml.data.datasets import Split
-from advml.evaluation.attack_suite import threat_model_2
+from advml.evaluation import attack_suite
+from advml.evaluation.attack_suite import classification, pgd_attack, threat_model_2
 from advml.evaluation.metrics import survivors
 from advml.evaluation.run_attacks import Scorer, kept_images, run_attacks
 from advml.models.network import Architecture, build
@@ -60,6 +61,20 @@ def test_a_contrastive_scheme_is_measured_under_both_threat_models_at_two_epsilo
 def test_without_a_contrastive_scheme_there_is_no_threat_model_1(suite, scheme):
     names = [attack.name for attack in suite(configuration(ALONE), scheme)]
     assert names == ["accuracy/clean", "accuracy/threat_model_2", "accuracy/threat_model_2_half"]
+
+
+def test_the_record_has_the_length_of_a_step_that_the_adversary_leaves_open():
+    adversary = Adversary(ThreatModel("linf", 0.2), steps=5, step_size=None, random_start=True, keep="last")
+    found = pgd_attack("accuracy/more", adversary, classification("ce"), loss="ce")
+    assert found.settings["step_size"] == 0.1 and adversary.scaled(0.5).step_size == 0.05
+
+
+def test_an_attack_that_is_not_of_autoattack_is_run_with_any_number_of_classes(monkeypatch):
+    monkeypatch.setattr(attack_suite, "library_attack", lambda name, *_, **__: attack_suite.AttackSpec(f"worst_case/{name}"))
+    settings = configuration()
+    asked = settings.worst_case.model_copy(update={"attacks": ("pgd-margin", "mine", "apgd-t")})
+    found = attack_suite.cascade(settings.evaluate, settings.threat_model, asked, classes=2)
+    assert [attack.name for attack in found] == ["worst_case/pgd-margin", "worst_case/mine"]
 
 
 def test_the_cascade_holds_the_attacks_in_the_order_of_params_yaml_as_far_as_there_are_enough_classes(cascade_of):

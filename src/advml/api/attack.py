@@ -7,26 +7,26 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from advml.api.models import BATCH, machine_of
+from advml import config
+from advml.api.models import BATCH, adapted, machine_of
 from advml.attacks.per_image_rng import PerImageGenerator
-from advml.attacks.pgd import Adversary, default_step_size
-from advml.attacks.threat_model import NORMS, ThreatModel
-from advml.core.device import Machine, derived_seed, deterministic_kernels
-from advml.data.datasets import Split
-from advml.data.tensors import checked, require
+from advml.attacks.pgd import evaluation_adversary
+from advml.core.device import derived_seed, deterministic_kernels
+from advml.core.errors import UserError
+from advml.data.tensors import Batches, checked, labelled, require
 from advml.models.network import eval_mode
 from advml.training.losses import classification_objective
 
 
 def attack(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Batches,
     labels: Tensor | None = None,
     *,
-    epsilon: float,
+    epsilon: float | str,
     norm: Literal["linf", "l2"] = "linf",
     steps: int = 20,
-    step_size: float | None = None,
+    step_size: float | str | None = None,
     random_start: bool = True,
     objective: Literal["ce", "margin", "dlr"] = "ce",
     momentum: float = 0.0,
@@ -40,10 +40,11 @@ def attack(
     Random starts are drawn per image, so the result for an image does not depend on the batch, up to rounding.
 
     Args:
-        model: maps float images in [0, 1] to logits; attacked in eval mode.
-        images: (N, C, H, W), float in [0, 1] or uint8.
+        model: maps float images in [0, 1] to logits; attacked in eval mode. As in `evaluate`, logits are found in dictionaries and tuples,
+            and float64 and bf16 models get images of their type.
+        images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader, which are joined.
         labels: (N,) true classes, whose objective is maximised; None: the classes that the model predicts.
-        epsilon: radius of the ball, in units of the norm of images in [0, 1]; 8/255 is eight grey levels.
+        epsilon: radius of the ball, in units of the norm of images in [0, 1]; 8/255 or "8/255" is eight grey levels.
         norm: "linf" or "l2".
         steps: number of gradient steps. FGSM is `steps=1, step_size=epsilon, random_start=False`.
         step_size: in units of the norm; None: 2.5 * epsilon / steps.
@@ -55,37 +56,36 @@ def attack(
         seed: of random starts.
         batch_size: number of images attacked at a time.
     Returns:
-        Adversarial images (N, C, H, W), float32 in [0, 1], on the device of `images`.
+        Adversarial images (N, C, H, W), float32 in [0, 1], on the device of `images` (of batches: on the CPU).
     Raises:
-        UserError: images outside of [0, 1], labels that do not match the images or the logits, or invalid settings.
+        UserError: images outside of [0, 1], labels that do not match the images or the logits, a model that fails or has no gradient, or
+            invalid settings.
 
     Example:
         >>> adversarial = advml.attack(model, images, labels, epsilon=0.1, steps=5)
         >>> bool((adversarial - images).abs().max() <= 0.1 + 1e-6)
         True
     """
-    require(norm in NORMS, f"norm = {norm!r}; choose from {', '.join(NORMS)}")
-    require(0 < epsilon < float("inf"), f"epsilon = {epsilon!r} must be above 0; images live in [0, 1], so 8/255 is eight grey levels")
-    require(norm != "linf" or epsilon <= 1, f"epsilon = {epsilon!r} exceeds the whole range of a pixel; write 8/255 for eight grey levels")
-    for name, value in {"steps": steps, "batch_size": batch_size}.items():
-        require(value >= 1, f"{name} = {value} must be at least 1")
-    size = default_step_size(epsilon, steps) if step_size is None else step_size
-    require(size > 0, f"step_size = {step_size!r} must be above 0")
-    adversary = Adversary(ThreatModel(norm, epsilon), steps, size, random_start, keep, momentum=momentum, schedule=schedule)
-    machine, generator = machine_of(model), PerImageGenerator(derived_seed("attack", seed))
-    given = checked(images, labels)
-
-    def attacked(batch: Tensor, target: Tensor) -> Tensor:
-        aim = classification_objective(model, target.to(machine.device), objective)
-        return adversary.attack(model, lambda: aim, machine.images(batch), generator=generator)
-
+    given = {"steps": steps, "step_size": step_size, "random_start": random_start, "objective": objective, "momentum": momentum}
+    given |= {"schedule": schedule, "keep": keep, "seed": seed, "batch_size": batch_size}
+    spec = config.section(config.EvaluationAttack, given)
+    adversary = evaluation_adversary(spec, config.section(config.ThreatModelSection, {"norm": norm, "epsilon": epsilon}))
+    require(norm != "linf" or adversary.threat_model.epsilon <= 1, f"epsilon = {epsilon} exceeds the whole range of a pixel; write 8/255")
+    machine, generator = machine_of(model), PerImageGenerator(derived_seed("attack", spec.seed))
+    known = labels is not None or not isinstance(images, Tensor)
+    split = labelled(images, labels) if known else checked(images)  # type: ignore[arg-type]
     with eval_mode(model), deterministic_kernels():
-        targets = given.labels if labels is not None else _predicted(model, given, machine, batch_size)
-        found = map(attacked, given.images.split(batch_size), targets.split(batch_size))
-        return torch.cat(list(found)).contiguous().to(images.device)
+        network = adapted(model, machine, split)[0].network
 
+        def attacked(batch: Tensor, target: Tensor) -> Tensor:
+            shown = machine.images(batch)
+            with torch.no_grad():
+                aim = classification_objective(network, target.to(machine.device) if known else network(shown).argmax(1), spec.objective)
+            found = adversary.attack(network, lambda: aim, shown, generator=generator)
+            if getattr(network, "disconnected", False):
+                reason = network.gradient_error or "its logits are not connected with the images by autograd"
+                raise UserError(f"the model has no gradient, which the attack needs: {reason}")
+            return found
 
-def _predicted(model: nn.Module, split: Split, machine: Machine, batch_size: int) -> Tensor:
-    """Classes (N,) that the model predicts."""
-    with torch.no_grad():
-        return torch.cat([model(machine.images(batch)).argmax(1).cpu() for batch in split.images.split(batch_size)])
+        found = map(attacked, split.images.split(spec.batch_size), split.labels.split(spec.batch_size))
+        return torch.cat(list(found)).contiguous().to(images.device if isinstance(images, Tensor) else "cpu")

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from advml import config
-from advml.api.models import config_of, machine_of
-from advml.core.device import Machine, deterministic_kernels
+from advml.api.models import adapted, config_of, listed, machine_of
+from advml.core.device import deterministic_kernels
 from advml.core.errors import UserError
 from advml.core.progress import Bar
 from advml.core.result_cache import Memo
-from advml.data.datasets import Split
-from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
+from advml.data.tensors import Batches, Labelled, labelled, pair, require
 from advml.evaluation import evaluate as evaluation
-from advml.models import external
-from advml.models.adapter import READINGS, reading_of
-from advml.models.network import eval_mode
+from advml.models.network import Network, eval_mode
 from advml.pipeline.stages.evaluate import expected_of, settings
 from advml.recipes import SCHEMES
 
@@ -52,7 +48,8 @@ class Evaluation:
         flags: signs that a robust accuracy is too high (gradient masking, ...) or says nothing (`at_chance`): `name`, `saw`, `try`.
         judged: whether the probes that raise flags were run; if not, an empty list of flags means nothing.
         images: adversarial images of threat model II, (n, C, H, W) in [0, 1].
-        remarks: how the model was adapted for the evaluation, and which attacks are not run, one line each.
+        remarks: how the model was adapted for the evaluation, whether it was trained with another ball, and which attacks are not run, one
+            line each.
         metrics: the figures, flat, as in metrics.json.
         record: how each figure was measured: attack, steps, seed, passes.
     """
@@ -80,33 +77,38 @@ def evaluate(
     images: Tensor | Batches,
     labels: Tensor | None = None,
     *,
-    epsilon: float | None = None,
+    epsilon: float | str | None = None,
     norm: Literal["linf", "l2"] | None = None,
     params: str | Path | config.Config = "cifar10",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     corruptions: bool = False,
     scheme: str | None = None,
     validation: Labelled | None = None,
-    classes: int | Sequence[str] | None = None,
+    classes: int | str | Sequence[str] | None = None,
     mean: str | None = None,
     std: str | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate by the protocol of `advml evaluate`: PGD, a cascade with AutoAttack's attacks, and probes for gradient masking.
 
+    AutoAttack's standard strength, the default, needs about 8000 forward and 2000 backward passes for an image that no attack breaks. To
+    see how far it is, set `progress`; to make it shorter, give fewer images, or `overrides` as in the example.
+
     Args:
         model: maps float images in [0, 1] to logits; evaluated in eval mode. It normalises images itself, unless `mean` and `std` are
             given.
         images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
         labels: (N,) true classes, where `images` is a tensor.
-        epsilon: radius of the ball; None: that of `params`, 8/255 by default.
+        epsilon: radius of the ball; None: that of `params`, 8/255 by default. A model trained by advml with another ball than that of
+            the evaluation (`advml.train` has 0.15 by default) gets a remark.
         norm: "linf" or "l2"; None: that of `params`.
         params: the settings: path of a params.yaml, name of a preset ("cifar10": AutoAttack's standard strength; "digits", "smoke"), or
             a loaded Config.
         overrides: `key=value` strings as after `-S`, such as "worst_case.attacks=[]" or "diagnostics.images=0".
         corruptions: measure the common corruptions of `params`, too; they need images of 256 grey levels.
         scheme: e.g. "CL", for a network of advml with its projection head: threat model I is measured, too.
-        validation: (images, labels) used to detect a wrong normalisation or order of classes; None: `images` and `labels`.
+        validation: (images, labels), or batches of them, used to detect a wrong normalisation or order of classes; None: `images` and
+            `labels`.
         classes: number or names of classes; None: the number of logits.
         mean, std: of the normalisation that the model expects, as after `--mean` and `--std`: "imagenet", "0.5", ...
         progress: show progress on stderr: a bar on a terminal, lines elsewhere.
@@ -124,19 +126,17 @@ def evaluate(
         (40, False)
     """
     changed = {"evaluate.epsilon": epsilon, "threat_model.norm": norm}
-    asked = [*overrides, *(f"{key}={value}" for key, value in changed.items() if value is not None)]
+    asked = [*listed(overrides), *(f"{key}={value}" for key, value in changed.items() if value is not None)]
     chosen = config_of(params, asked if corruptions else [*asked, "corruptions.names=none"])
     require(scheme is None or scheme in SCHEMES, f"scheme = {scheme!r}; choose from {', '.join(SCHEMES)}")
     if scheme and SCHEMES[scheme].groups and getattr(model, "projection_head", None) is None:
         raise UserError(f"scheme = {scheme!r} needs a network of advml with a projection head, which this model is not; leave scheme out")
     test, machine = labelled(images, labels), machine_of(model, chosen.runtime.precision)
+    selecting = None if validation is None else pair(validation, of="validation")
     if chosen.corruptions.names and test.images.is_floating_point():
         raise UserError("corruptions = True needs images of 256 grey levels, but some pixels are between two levels; give uint8 images")
     with eval_mode(model), deterministic_kernels():
-        names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or _logits(model, test, machine))]
-        dataset = replace(dataset_of(test, test if validation is None else checked(*validation, of="validation"), names), test=test)
-        options = external.LoadOptions(mean=mean, std=std)
-        given = external.of_module(model, options, dataset=dataset, device=machine.device)
+        given, dataset = adapted(model, machine, test, validation=selecting, classes=classes, mean=mean, std=std)
         expected = expected_of(given, given.network, dataset, machine, batch_size=chosen.evaluate.batch_size)
         subject = evaluation.Subject(given.name, given.digest, given.network, flags=expected.flags)
         asked_for = settings(chosen, dataset, SCHEMES.get(scheme or ""))
@@ -149,16 +149,10 @@ def evaluate(
         if f"{name}/low" in found.metrics
     }
     judged = "evidence" in diagnosis
-    remarks = (*given.remarks, *(f"{attack} is not run: it {reason}" for attack, reason in asked_for.not_run.items()))
-    return Evaluation(figures, found.samples, tuple(diagnosis["flags"]), judged, found.images, remarks, found.metrics, found.record)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, split: Split, machine: Machine) -> int:
-    """Number of classes of the model; a single logit means two classes."""
-    output = model(machine.images(split.images[:2]))
-    reading = reading_of(output)
-    require(reading is not None, f"the model returns {type(output).__name__}, in which logits are looked for as {', '.join(READINGS)}")
-    assert reading is not None
-    logits = READINGS[reading](output)
-    return 2 if logits.ndim == 1 or logits.shape[1] == 1 else int(logits.shape[1])
+    remarks = [*given.remarks, *(f"{attack} is not run: it {reason}" for attack, reason in asked_for.not_run.items())]
+    balls = [chosen.threat_model.model_dump() | {"epsilon": chosen.attacked_epsilon}]
+    balls += [model.threat_model] if isinstance(model, Network) and model.threat_model else []
+    evaluated, *trained = (f"{ball['norm']}, epsilon {ball['epsilon']:.4g}" for ball in balls)
+    if trained and trained != [evaluated]:
+        remarks.append(f"evaluated in another ball ({evaluated}) than that of the settings of its training ({trained[0]})")
+    return Evaluation(figures, found.samples, tuple(diagnosis["flags"]), judged, found.images, tuple(remarks), found.metrics, found.record)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from advml.api.models import BATCH, machine_of
+from advml.api.models import BATCH, listed, machine_of
 from advml.core.device import deterministic_kernels
 from advml.core.errors import UserError
-from advml.data.tensors import Batches, Labelled, checked, images_of, require
+from advml.data.tensors import Batches, Labelled, images_of, pair, require
+from advml.models.adapter import failed
 from advml.models.network import eval_mode
 from advml.similarity import cka, probes
 from advml.similarity.layers import Layer
@@ -67,7 +68,7 @@ def compare_layers(
     images: Tensor | Batches,
     other_images: Tensor | Batches | None = None,
     *,
-    layers: Sequence[str] = ("all",),
+    layers: str | Sequence[str] = "all",
     batch_size: int = 100,
 ) -> LayerComparison:
     """CKA between the layers of two models, or of one model on two versions of the images.
@@ -80,7 +81,8 @@ def compare_layers(
         layers: "all", "blocks" (residual, transformer blocks), or patterns of names such as "layer3.*".
         batch_size: images per batch of the estimator, at least 4; ignored if `images` are batches already.
     Raises:
-        UserError: no layer matches `layers`, there are too few images, or the batches of both inputs differ in size.
+        UserError: a model fails on the images, no layer matches `layers`, there are too few images, or the batches of both inputs differ in
+            size.
 
     Example:
         >>> compared = advml.compare_layers(model, model, images, batch_size=20)
@@ -88,7 +90,7 @@ def compare_layers(
         (('0', '1'), 40, True)
     """
     models = {"first": first, "second": second}
-    machine = machine_of(first)
+    machine, _ = machine_of(first), machine_of(second)
     with eval_mode(first), eval_mode(second), deterministic_kernels():
         shown = list(images_of(images, batch_size))
         others = shown if other_images is None else list(images_of(other_images, batch_size))
@@ -103,7 +105,7 @@ def compare_layers(
             f"CKA needs batches of {cka.SMALLEST_BATCH} images or more",
         )
         assert largest is not None
-        rows = {name: tuple(layers_of(one, machine.images(largest[name, ""][:2]), select=layers)) for name, one in models.items()}
+        rows = {name: tuple(_rows(one, machine.images(largest[name, ""][:2]), layers)) for name, one in models.items()}
         keys = (("first", ""), ("second", ""))
         try:
             passed = ({key: machine.images(batch[key]) for key in keys} for batch in batches)
@@ -120,7 +122,7 @@ def probe_layers(
     validation: Labelled,
     tests: Mapping[str, Labelled],
     *,
-    layers: Sequence[str] = ("all",),
+    layers: str | Sequence[str] = "all",
     strengths: Sequence[float] = (0.01, 0.1, 1.0),
     batch_size: int = BATCH,
 ) -> dict[str, Probe]:
@@ -128,7 +130,7 @@ def probe_layers(
 
     Args:
         model: any module that accepts images.
-        train: (images, labels) on which each probe is fitted: multinomial logistic regression with an L2 penalty.
+        train: (images, labels), or batches of them, on which each probe is fitted: multinomial logistic regression with an L2 penalty.
         validation: (images, labels) on which the penalty is chosen.
         tests: name -> (images, labels), e.g. {"clean": (images, labels), "adversarial": (attacked, labels)}.
         layers: as in `compare_layers`.
@@ -137,7 +139,7 @@ def probe_layers(
     Returns:
         Name of the layer -> `Probe` (accuracy by name of the test, and its fit), in the order in which layers execute.
     Raises:
-        UserError: no layer matches `layers`, or images and labels are not valid.
+        UserError: the model fails on the images, no layer matches `layers`, or images and labels are not valid.
 
     Example:
         >>> split = images[:20], labels[:20]
@@ -146,10 +148,11 @@ def probe_layers(
         (['clean', 'validation'], True)
     """
     machine = machine_of(model)
+    require(isinstance(tests, Mapping), f"tests must be a dictionary from names to (images, labels), not {type(tests).__name__}")
     given = {"train": train, "validation": validation} | {f"test {name}": one for name, one in tests.items()}
-    splits = {name: checked(*one, of=name) for name, one in given.items()}
+    splits = {name: pair(one, of=name) for name, one in given.items()}
     with eval_mode(model), deterministic_kernels():
-        rows: list[Layer] = layers_of(model, machine.images(splits["train"].images[:2]), select=layers)
+        rows = _rows(model, machine.images(splits["train"].images[:2]), layers)
         features = {
             name: probes.pooled_features(model, rows, map(machine.images, split.images.split(batch_size))) for name, split in splits.items()
         }
@@ -163,3 +166,13 @@ def probe_layers(
         )
         for number, layer in enumerate(rows)
     }
+
+
+def _rows(model: nn.Module, images: Tensor, layers: str | Sequence[str]) -> list[Layer]:
+    """Layers of the model that match."""
+    try:
+        return layers_of(model, images, select=listed(layers))
+    except UserError:
+        raise
+    except Exception as error:  # third-party code may raise anything
+        raise failed("the model", images, error) from None

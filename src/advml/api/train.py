@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from advml import config
-from advml.api.models import config_of
+from advml.api.models import config_of, listed, names_of
 from advml.core.device import Machine, deterministic_kernels
+from advml.core.errors import UserError
 from advml.core.paths import model_name
 from advml.core.progress import Bar
-from advml.data.tensors import Batches, Labelled, checked, dataset_of, labelled, require
+from advml.data.tensors import Batches, Labelled, dataset_of, labelled, pair, require
 from advml.models import network
 from advml.models.memory_format import place
 from advml.models.network import Network
@@ -50,7 +51,7 @@ class Trained:
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors and model.json into a folder; `load_model` reads it."""
-        network.save(self.model, Path(folder), {"name": self.name})
+        network.save(self.model, Path(folder), {"name": self.name, "parameters": {"threat_model": self.model.threat_model}})
 
 
 def train(
@@ -60,9 +61,9 @@ def train(
     labels: Tensor | None = None,
     *,
     validation: Labelled,
-    classes: int | Sequence[str] | None = None,
+    classes: int | str | Sequence[str] | None = None,
     params: str | Path | config.Config = "digits",
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | Path | None = None,
@@ -75,9 +76,11 @@ def train(
         regime: a key of `recipes.REGIMES`: "ST", "AT", "Partial-AT" or "Full-AT".
         images: (N, C, H, W), float in [0, 1] or uint8; or batches of (images, labels), such as a DataLoader.
         labels: (N,) classes, where `images` is a tensor.
-        validation: (images, labels) that select the best epoch. No test split is used: keep one for `evaluate`.
+        validation: (images, labels), or batches of them, that select the best epoch. No test split is used: keep one for `evaluate`.
         classes: number of classes or their names; None: one more than the largest label.
-        params: the settings: path of a params.yaml, name of a preset ("digits", "smoke", "cifar10", ...), or a loaded Config.
+        params: the settings: path of a params.yaml, name of a preset ("digits", "smoke", "cifar10", ...), or a loaded Config. That of
+            digits has an epsilon of 0.15 and views for digits (no flips); for photos choose another, and give it, or its
+            epsilon, to `evaluate`, too, whose default is 8/255.
         overrides: `key=value` strings as after `-S`, such as "model.backbone=resnet18" or "pretrain.CL.epochs=5".
         seed: of weights, batches, views and random starts.
         device: "cpu", "cuda", ...
@@ -95,10 +98,13 @@ def train(
     """
     require(scheme in SCHEMES, f"scheme = {scheme!r}; choose from {', '.join(SCHEMES)}")
     require(regime in REGIMES, f"regime = {regime!r}; choose from {', '.join(REGIMES)}")
-    chosen, learnt, selecting = config_of(params, overrides), labelled(images, labels), checked(*validation, of="validation")
-    names = classes if isinstance(classes, Sequence) else [str(one) for one in range(classes or int(learnt.labels.max()) + 1)]
-    dataset = dataset_of(learnt, selecting, names)
+    chosen, learnt, selecting = config_of(params, listed(overrides)), labelled(images, labels), pair(validation, of="validation")
+    dataset = dataset_of(learnt, selecting, names_of(classes or int(learnt.labels.max()) + 1))
     phase, runtime = REGIMES[regime].pretraining, chosen.runtime
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device = {str(device)!r} is not usable here: {str(error).splitlines()[0]}") from None
     machine = Machine(torch.device(device), runtime.precision, compile=runtime.compile, micro_batch=runtime.micro_batch)
     with deterministic_kernels(), tempfile.TemporaryDirectory() as temporary:
 
@@ -120,4 +126,5 @@ def train(
         start = place(copy.deepcopy(first.network), machine.device)
         second = plans.finetuning(chosen, dataset, machine, start, scheme=scheme, regime=regime, seed=seed)
         finetuning = run(second, "finetune")
+    second.network.threat_model = chosen.threat_model.model_dump()
     return Trained(second.network.eval().requires_grad_(True), model_name(scheme, regime, seed), pretraining, finetuning)

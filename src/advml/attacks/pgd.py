@@ -131,19 +131,24 @@ class Adversary:
 
     Attributes:
         threat_model: ball and box.
-        steps, step_size, random_start, keep: as in `pgd`.
+        steps, random_start, keep: as in `pgd`.
+        step_size: as in `pgd`; None becomes the default, so that records contain the length.
         mode: of the network during the attack; "eval" does not update batch-norm statistics.
         momentum, schedule: as in `pgd`.
     """
 
     threat_model: ThreatModel
     steps: int
-    step_size: float
+    step_size: float | None
     random_start: bool
     keep: Literal["last", "best"]
     mode: Literal["eval", "train"] = "eval"
     momentum: float = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        if self.step_size is None:
+            object.__setattr__(self, "step_size", default_step_size(self.threat_model.epsilon, self.steps))
 
     def scaled(self, share: float) -> Adversary:
         """Copy of this attack with epsilon and step size multiplied by `share`."""
@@ -185,7 +190,7 @@ def training_adversary(spec: config.TrainAttack, threat: config.ThreatModelSecti
     return Adversary(
         threat_model=ThreatModel(threat.norm, epsilon),
         steps=steps,
-        step_size=spec.step_size or default_step_size(epsilon, steps),
+        step_size=spec.step_size,
         random_start=spec.random_start,
         keep="last",
         mode=spec.batch_norm,
@@ -198,7 +203,7 @@ def evaluation_adversary(spec: config.EvaluationAttack, threat: config.ThreatMod
     return Adversary(
         threat_model=ThreatModel(threat.norm, epsilon),
         steps=spec.steps,
-        step_size=spec.step_size or default_step_size(epsilon, spec.steps),
+        step_size=spec.step_size,
         random_start=spec.random_start,
         keep=spec.keep,
         momentum=spec.momentum,

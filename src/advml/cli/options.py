@@ -28,12 +28,13 @@ Params = Annotated[Path, typer.Option("--params", help="The configuration file."
 def one_of(names: Any) -> Callable[[str], str]:
     """Parser of an argument that names one value of a `Literal`, in upper or lower case."""
     known = {name.lower(): name for name in get_args(names)}
+    also = {scheme.known_as.lower(): name for name, scheme in SCHEMES.items() if scheme.known_as and name in known.values()}
 
     def parse(text: str) -> str:
         if text.lower() in known:
             return known[text.lower()]
-        near = difflib.get_close_matches(text.lower(), known, n=1)
-        meant = f"; did you mean {known[near[0]]}?" if near else "."
+        near = difflib.get_close_matches(text.lower(), [*also, *known], n=1)
+        meant = f"; did you mean {(also | known)[near[0]]}?" if near else "."
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, known.values()))}{meant}")
 
     return parse

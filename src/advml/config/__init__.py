@@ -12,7 +12,7 @@ choices.
 from __future__ import annotations
 
 # ruff: noqa: F401 - names of the package
-from advml.config.loading import apply, changed, digest, dump, flatten, is_default, load, parse_override, parts_of, validate
+from advml.config.loading import apply, changed, digest, dump, flatten, is_default, load, parse_override, parts_of, section, validate
 from advml.config.phases import INHERITED, OF_THE_ATTACK, WITHOUT_EFFECT, Phase, TrainAttack
 from advml.config.schema import (
     AttackSearch,

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +23,8 @@ from advml.core.passwords import masked, remember
 LONGEST = 1_000_000  # most characters of a params.yaml
 MOST_VALUES = 100_000  # most values in it, with aliases expanded
 DEEPEST = 30  # most levels of nested sections and lists
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def load(path: str | Path = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -66,10 +68,17 @@ def apply(text: str, overrides: list[str] | tuple[str, ...], *, source: str = "p
 def validate(raw: dict[str, Any], *, source: str = "params.yaml", overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Convert a mapping, to which `overrides` were applied, to a Config; raises UserError with one line if it is not valid."""
     try:
-        return Config.model_validate(raw)
+        return section(Config, raw)
+    except UserError as error:
+        raise UserError(f"{_culprit(str(error), overrides) or source}: {error}") from None
+
+
+def section(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Section of these values; raises UserError with one line that begins with the key if they are not valid."""
+    try:
+        return kind.model_validate(values)
     except ValidationError as error:
-        line = explain(first(error.errors()), Config)
-        raise UserError(f"{_culprit(line, overrides) or source}: {line}") from None
+        raise UserError(explain(first(error.errors()), kind)) from None
 
 
 def _culprit(line: str, overrides: list[str] | tuple[str, ...]) -> str | None:
@@ -161,6 +170,7 @@ def _parse_yaml(text: str, *, source: str) -> Any:
         place = f"line {mark.line + 1}: " if mark and "\n" in text else ""
         reason = (getattr(error, "problem", None) or str(error)).partition("\n")[0]
         reason = reason if " " in reason else f"{type(error).__name__} {reason}"
+        reason += "; use spaces" if "\\t" in reason else ""
         raise UserError(f"{source} is not valid YAML: {place}{reason}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -108,4 +109,11 @@ class Phases(dict[str, Phase]):
         self.kind = kind
 
     def __missing__(self, name: str) -> Phase:
-        raise UserError(f"params.yaml lacks the section {self.kind}.{name}; print one with: advml preset digits")
+        raise UserError(f"params.yaml: {self.lacks(name)}")
+
+    def lacks(self, name: str) -> str:
+        """Message on a missing section, with the most similar one: that whose row of the table has the most values in common."""
+        rows = {"pretrain": SCHEMES, "regimes": REGIMES}[self.kind]
+        alike = {other: sum(map(operator.eq, vars(rows[name]).values(), vars(rows[other]).values())) for other in self}
+        remedy = f"copy {self.kind}.{max(alike, key=alike.__getitem__)}" if alike else "print a complete file with: advml preset digits"
+        return f"{self.kind} lacks the section {name}; {remedy}"

@@ -365,7 +365,7 @@ class Config(Section):
     def _complete(self) -> Config:
         for kind, names in (("pretrain", self.grid.schemes), ("regimes", self.grid.regimes)):
             if missing := [name for name in names if name not in getattr(self, kind)]:
-                raise ValueError(f"{kind} lacks the section {missing[0]}; it needs {', '.join(names)}")
+                raise ValueError(getattr(self, kind).lacks(missing[0]))
         radii = {"threat_model": self.threat_model.epsilon, "evaluate": self.evaluate.epsilon}
         for key, epsilon in (radii | {key: phase.epsilon for key, phase in self.phases.items()}).items():
             if self.threat_model.norm == "linf" and epsilon is not None and epsilon > 1:

@@ -13,7 +13,7 @@ from advml.data.datasets import Dataset, Split, channel_statistics
 from advml.data.prepared import digest
 
 Batches = Iterable[Any]  # of images, or of (images, labels, ...), such as a DataLoader
-Labelled = tuple[Tensor, Tensor]  # images, labels
+Labelled = tuple[Tensor, Tensor] | Batches  # (images, labels), or batches of them
 
 
 def require(holds: bool, otherwise: str) -> None:
@@ -34,6 +34,8 @@ def checked(images: Tensor, labels: Tensor | None = None, *, of: str = "") -> Sp
     these = f"{of}: " if of else ""
     require(isinstance(images, Tensor), f"{these}images must be a tensor, not {type(images).__name__}")
     require(images.ndim == 4 and len(images) > 0, f"{these}images must be (N, C, H, W) with N at least 1, not {tuple(images.shape)}")
+    last = images.shape[3] in (1, 3, 4) and min(images.shape[1:3]) > 4
+    require(not last, f"{these}images are {tuple(images.shape)}, with channels last; give images.permute(0, 3, 1, 2), (N, C, H, W)")
     images = images.detach().cpu()
     if images.dtype != torch.uint8:
         require(images.is_floating_point(), f"{these}images are {images.dtype}; give floats in [0, 1], or uint8")
@@ -54,26 +56,35 @@ def checked(images: Tensor, labels: Tensor | None = None, *, of: str = "") -> Sp
     return Split(images, labels)
 
 
-def labelled(images: Tensor | Batches, labels: Tensor | None) -> Split:
+def labelled(images: Tensor | Batches, labels: Tensor | None = None, *, of: str = "") -> Split:
     """Checked split from tensors, or from batches of (images, labels)."""
+    these = f"{of}: " if of else ""
     if isinstance(images, Tensor):
-        require(labels is not None, "labels are missing; give them with the images, or give batches of (images, labels)")
-        return checked(images, labels)
-    require(labels is None, "labels are given twice: the batches contain them already; leave out labels, or give images as one tensor")
-    batches = list(images)
+        require(labels is not None, f"{these}labels are missing; give (images, labels), or batches of them")
+        return checked(images, labels, of=of)
+    wanted = f"{these}images must be a tensor, not {type(images).__name__}, or batches of (images, labels)"
+    require(labels is None, f"{wanted} without further labels")
+    batches = list(images) if isinstance(images, Iterable) else []
     pairs = all(isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(one, Tensor) for one in batch[:2]) for batch in batches)
-    require(bool(batches) and pairs, "images must be a tensor, or batches of (images, labels)")
+    require(bool(batches) and pairs, wanted)
     for number, (some, classes, *_) in enumerate(batches):
-        require(some.shape[:1] == classes.shape[:1], f"batch {number}: {tuple(some.shape)} images, but {tuple(classes.shape)} labels")
+        where = f"{these}batch {number}"
+        require(some.shape[:1] == classes.shape[:1], f"{where}: {tuple(some.shape)} images, but {tuple(classes.shape)} labels")
         same = some.shape[1:] == batches[0][0].shape[1:]
-        require(same, f"batch {number}: images are {tuple(some.shape[1:])}, but in batch 0 {tuple(batches[0][0].shape[1:])}")
-    return checked(torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches]))
+        require(same, f"{where}: images are {tuple(some.shape[1:])}, but in batch 0 {tuple(batches[0][0].shape[1:])}")
+    return checked(torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches]), of=of)
+
+
+def pair(given: Labelled, *, of: str) -> Split:
+    """Checked split from a pair (images, labels), or from batches of such pairs."""
+    two = isinstance(given, Sequence) and len(given) == 2 and isinstance(given[0], Tensor)
+    return labelled(*given, of=of) if two else labelled(given, of=of)  # type: ignore[misc]
 
 
 def images_of(images: Tensor | Batches, batch_size: int) -> Iterator[Tensor]:
     """Yield batches of images: from a tensor, or the first element of each given batch."""
     if isinstance(images, Tensor):
-        require(batch_size >= 1, f"batch_size = {batch_size} must be at least 1")
+        require(isinstance(batch_size, int) and batch_size >= 1, f"batch_size = {batch_size!r} must be a whole number, at least 1")
         yield from checked(images).images.split(batch_size)
     else:
         yield from (checked(batch if isinstance(batch, Tensor) else batch[0]).images for batch in images)

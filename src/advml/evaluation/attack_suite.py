@@ -133,7 +133,8 @@ def cascade(
         return replace(pgd_attack(f"worst_case/{name}", at_random, make, loss=RECORDED.get(loss, loss)), restarts=worst_case.restarts)
 
     missing = [name for name, loss in PGD_LOSSES.items() if name not in asked and loss != spec.objective] if asked else []
-    names = [*missing, *(name for name in asked if name in PGD_LOSSES or autoattack.applicable(name, classes))]
+    left_out = autoattack.not_run(asked, classes)
+    names = [*missing, *(name for name in asked if name not in left_out)]
     return [replace(attack(name), left_only=True) for name in names]
 
 

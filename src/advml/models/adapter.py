@@ -31,6 +31,7 @@ class Foreign(nn.Module):
         name: for error messages.
         memory_format: of the images that the module gets.
         gradient_error: message of the first error in computing a gradient; None if there was none.
+        disconnected: whether a gradient with respect to the images was asked for and does not exist.
     Raises:
         UserError: when called, if the module raises an error.
     """
@@ -39,6 +40,7 @@ class Foreign(nn.Module):
         super().__init__()
         self.module, self.name, self.memory_format = module, name, memory_format
         self.gradient_error: str | None = None
+        self.disconnected = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K)."""
@@ -90,6 +92,7 @@ class _Walled(torch.autograd.Function):
             raise
         except Exception as error:
             ctx.foreign.gradient_error = _first_line(error)
+        ctx.foreign.disconnected |= gradient is None
         return torch.zeros_like(ctx.images) if gradient is None else gradient, None
 
 
@@ -199,19 +202,12 @@ def fit(
     Raises:
         UserError: the module fails on the images, its output contains no logits, or the names are not those of the data.
     """
-    tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
-    types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    adapter = Adapter(None if set(constants.mean) == {0.0} and set(constants.std) == {1.0} else constants)
-    if len(types) == 1:
-        adapter = replace(adapter, dtype=types.pop())
-    output = _output(module, adapter, dataset.test.images[:2].to(device), name)
-    reading = reading_of(output)
-    if reading is None:
-        raise UserError(f"{name} returns {type(output).__name__}, in which logits are looked for as {', '.join(READINGS)}; wrap it: {WRAP}")
-    adapter, lines = replace(adapter, reading=reading), []
+    plain = set(constants.mean) == {0.0} and set(constants.std) == {1.0}
+    adapter, logits = read(module, name, dataset.test.images[:2].to(device), constants=None if plain else constants)
+    reading, lines = adapter.reading, []
     if reading != "output":
         lines.append(f"{name}: logits are taken from {reading}")
-    if len(dataset.classes) == 2 and READINGS[reading](output).shape in ((2,), (2, 1)):
+    if len(dataset.classes) == 2 and logits.shape in ((2,), (2, 1)):
         adapter = replace(adapter, binary=True)
         _check_logit(READINGS[reading](_output(module, adapter, _spread(dataset.validation.images).to(device), name)), name)
         lines.append(f"{name}: its single logit z is used for class {(names or dataset.classes)[-1]!r}; logits are (0, z)")
@@ -220,16 +216,31 @@ def fit(
         here, there = (", ".join(order[:3]) for order in (dataset.classes, natural))
         lines.append(f"{name}: classes are in the order {here}, ...; if its logits are in the order {there}, ..., add --classes natural")
     if names is not None:
-        order = tuple(class_names.positions(names, dataset.classes, of="--classes", logits=_width(READINGS[reading](output), adapter)))
+        order = tuple(class_names.positions(names, dataset.classes, of="--classes", logits=_width(logits, adapter)))
         if order != tuple(sorted(order)):
             adapter = replace(adapter, positions=order)
             lines.append(REORDERED.format(name))
     return adapter, lines
 
 
+def read(module: nn.Module, name: str, images: Tensor, *, constants: Constants | None = None) -> tuple[Adapter, Tensor]:
+    """Adapter with the dtype of a module and the position of its logits, and its logits of the images.
+
+    Raises:
+        UserError: the module fails on the images, or its output contains no logits.
+    """
+    types = {value.dtype for value in module.state_dict().values() if isinstance(value, Tensor) and value.is_floating_point()}
+    adapter = Adapter(constants, types.pop() if len(types) == 1 else torch.float32)
+    output = _output(module, adapter, images, name)
+    reading = reading_of(output)
+    if reading is None:
+        raise UserError(f"{name} returns {type(output).__name__}, in which logits are looked for as {', '.join(READINGS)}; wrap it: {WRAP}")
+    return replace(adapter, reading=reading), READINGS[reading](output)
+
+
 def _output(module: nn.Module, adapter: Adapter, images: Tensor, name: str) -> Any:
-    """Output of the module itself for uint8 images."""
-    images = images.float() / 255
+    """Output of the module itself for images, uint8 or float in [0, 1]."""
+    images = images if images.is_floating_point() else images.float() / 255
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             return Adapted(module, adapter).output(images)

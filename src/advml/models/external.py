@@ -246,7 +246,8 @@ def _behaviour(given: Given, dataset: Dataset, device: torch.device | str) -> st
     Raises:
         UserError: the model does not accept the images, or does not return one logit per class.
     """
-    images = (dataset.test.images[:2].float() / 255).to(device)
+    images = dataset.test.images[:2]
+    images = (images if images.is_floating_point() else images.float() / 255).to(device)
     try:
         with torch.no_grad(), own_randomness(0, images.device):
             logits = given.network(images)

@@ -78,6 +78,7 @@ class Network(nn.Module):
         self.memory_format = memory_format(self.encoder)
         self.compiled = False  # whether torch.compile compiles the encoder, at the first images of each shape and mode
         self.micro_batch: int | None = None  # images per pass of the encoder, over all processes; None: all
+        self.threat_model: dict[str, Any] | None = None  # norm and epsilon of the study that trained it; None: unknown
         self.width = width
         self.classifier = None if a.classes is None else nn.Linear(width, a.classes)
         self.projection_head = None
@@ -251,7 +252,8 @@ def load(folder: str | Path) -> Network:
         stored = record["architecture"]
         network = build(Architecture(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])}), seed=0)
         network.load_state_dict(safetensors.torch.load(weights), strict=True)
-    except (KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
+        network.threat_model = (record.get("parameters") or {}).get("threat_model")
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder} contains no usable model: {reason}; restore it with: dvc checkout, or train it again with: dvc repro"
