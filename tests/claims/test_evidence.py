@@ -171,6 +171,13 @@ def test_panels_that_were_not_measured_are_named(planted):
     assert "SCL-AT-s0 with CL-AT-s0" in told and "advml compare" in told
 
 
+def test_a_model_that_was_never_trained_is_named_before_the_comparison(planted):
+    planted.workspace.record("compare", "panels").unlink()
+    (planted.workspace.model("SCL-AT-s0") / "model.json").unlink()
+    told = missing(planted, 4)
+    assert "SCL-AT-s0 is missing" in told and "SCL-AT-s0 with CL-AT-s0" not in told
+
+
 @pytest.mark.parametrize("fault", ["no archive", "another archive", "none"])
 @pytest.mark.parametrize("name", ["CL-AT-s0", "compare"])
 def test_a_file_that_is_not_its_records_is_one_line(planted, name, fault):

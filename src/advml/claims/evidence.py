@@ -184,6 +184,8 @@ class Study:
         pair = f"{names[0]} with {names[1]}"
         found = self._comparison
         if found is None or not any([panel.first, panel.second] == names for panel in found.compared.panels):
+            if absent := next((name for name in names if not self._model(name)), None):
+                raise Missing(f"{absent} is missing")
             raise Missing(f"{pair} is not compared; measure with: advml compare")
         layers, sources = [], []
         for name in names:
