@@ -71,6 +71,19 @@ def over_seeds(found: Sequence[Measured]) -> Estimate:
     return statistics.over_seeds([each.estimate for each in found])
 
 
+def accuracy_difference(studies: Sequence[Study], metric: str, first: tuple[str, str], second: tuple[str, str]) -> Estimate | None:
+    """Mean over seeds of the difference of two accuracies, first - second, paired by image; None if they cannot be compared.
+
+    Args:
+        studies: the same study, for each seed.
+        first, second: scheme and regime of the models.
+    """
+    try:
+        return over_seeds([difference(study.accuracy(metric, *first), study.accuracy(metric, *second)) for study in studies])
+    except Missing:
+        return None
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """Similarities between the counted layers of a model and its own, or those of a second model, from which scalars are computed.
