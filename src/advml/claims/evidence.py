@@ -275,7 +275,7 @@ class Study:
 
 def _attacks(figure: dict[str, Any]) -> list[dict[str, Any]]:
     """Settings of a figure's attack and of its cascade's steps, without threat model I, which schemes without projection head lack."""
-    steps = [step for step in figure.get("cascade", ()) if step.get("objective") != "contrastive"]
+    steps = [step for step in figure.get("cascade", ()) if not step["name"].startswith("threat_model_1")]
     return [represent.settings(attack) for attack in (figure, *steps)]
 
 
