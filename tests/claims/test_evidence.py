@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from advml.claims.evidence import Study, accuracy_difference
 from advml.core.errors import UserError
 from advml.evaluation import samples
 
@@ -169,6 +170,26 @@ def test_panels_that_were_not_measured_are_named(planted):
     planted.workspace.record("compare", "panels").unlink()
     told = missing(planted, 4)
     assert "SCL-AT-s0 with CL-AT-s0" in told and "advml compare" in told
+
+
+def test_a_model_that_was_never_trained_is_named_before_the_comparison(planted):
+    planted.workspace.record("compare", "panels").unlink()
+    (planted.workspace.model("SCL-AT-s0") / "model.json").unlink()
+    told = missing(planted, 4)
+    assert "SCL-AT-s0 is missing" in told and "SCL-AT-s0 with CL-AT-s0" not in told
+
+
+def test_accuracies_of_two_models_are_compared_image_by_image_and_only_if_both_were_measured_alike(planting, planted):
+    attacked = planting.load().threat_model
+    studies, path = [Study(attacked, planted.workspace, 0)], planted.workspace.record("evaluate", "SCL-AT-s0")
+    steps = json.loads(path.read_text())["figures"]["accuracy/worst_case"]["cascade"]
+    own = [step | ({"objective": "emp-ssl"} if step["name"] == "threat_model_1" else {}) for step in steps]
+    planting.edit(path, **{"figures__accuracy/worst_case__cascade": own})  # of a scheme with another objective, which is no other attack
+    found = accuracy_difference(studies, "accuracy/worst_case", ("SCL", "AT"), ("SL", "AT"))
+    right = [samples.right(samples.read(planted.workspace.samples(f"{name}-AT-s0"))[0], "accuracy/worst_case") for name in ("SCL", "SL")]
+    assert found.value == pytest.approx(0.02) and np.allclose(found.value + found.deviations, right[0] * 1.0 - right[1])
+    planting.edit(planted.workspace.record("evaluate", "SL-AT-s0"), digest="earlier weights")
+    assert accuracy_difference(studies, "accuracy/worst_case", ("SCL", "AT"), ("SL", "AT")) is None
 
 
 @pytest.mark.parametrize("fault", ["no archive", "another archive", "none"])

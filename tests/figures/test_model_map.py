@@ -48,11 +48,16 @@ def test_labels_do_not_lie_over_one_another_and_name_every_model(models):
     figure = model_map(both, distances, title="")
     FigureCanvasAgg(figure).draw()
     axes, names = figure.axes[0], {name for name, _ in both}
-    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines that lead to points
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    dots = axes.transData.transform(np.concatenate([each.get_offsets() for each in axes.collections]))
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 for box in boxes)
+    assert not any(box.contains(*dot) for box in boxes for dot in dots) and not figure.legends[0].get_window_extent().overlaps(axes.bbox)
     assert not [1 for one, other in itertools.combinations(boxes, 2) if one.shrunk(0.9, 0.8).overlaps(other.shrunk(0.9, 0.8))]
     written = [label for text in axes.texts for label in text.get_text().split(", ")]
     if models <= MOST_NAMES:
         assert sorted(written) == sorted(names)
+        lines = [axes.transData.transform_path(line.get_path()) for line in axes.lines if line.get_linestyle() == "-"]
+        assert len(lines) == models and not any(line.intersects_bbox(box) for line in lines for box in boxes)
         return
     key = dict(text.get_text().split("  ") for text in figure.axes[1].texts)
     assert sorted(written) == sorted(key) and set(key.values()) == names

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from advml.report.finding import finding
+from advml.similarity.statistics import Estimate
 
 
 def row(scheme: str, regime: str, worst: float, *, seed: int = 0, **more: float) -> dict:
@@ -22,6 +24,27 @@ def test_it_tells_the_most_robust_model_what_full_at_adds_and_how_the_claims_far
     assert "2.0 %" in first and "0.15 (L-infinity)" in first and "CL Full-AT, has 80.0 % [75.0, 85.0], and 99.0 % without attack" in first
     assert "+40.0 points for CL and +5.0 points for SL" in second
     assert second.endswith("three claims two are supported and one is contradicted, by one seed.")
+
+
+@pytest.mark.parametrize(
+    ("paired", "told"),
+    [
+        ({}, "; one other is not significantly less robust: SL Full-AT."),  # 75.0 is in the interval of 80.0
+        ({"SL Full-AT": 0.1}, "; one other is not significantly less robust: SL Full-AT."),
+        ({"SL Full-AT": 0.001}, "99.0 % without attack."),
+        ({"SL AT": 0.3}, "; two others are not significantly less robust: SL Full-AT and SL AT."),
+    ],
+    ids=["unpaired", "within", "significant", "both"],
+)
+def test_models_that_are_not_significantly_less_robust_than_the_best_are_named(paired, told):
+    def minus(best, other):
+        value = dict(zip(((row["scheme"], row["regime"]) for row in TABLE), (row["accuracy/worst_case"] for row in TABLE), strict=True))
+        noise = paired.get(" ".join(other))
+        assert best == ("CL", "Full-AT")
+        return None if noise is None else Estimate(value[best] - value[other], noise * np.array([-1.0, 1, -1, 1, -1, 1]))
+
+    first, _ = finding(TABLE, CLAIMS, threat_model="1", minus=minus)
+    assert first.endswith(told)
 
 
 def test_seeds_are_averaged_and_flags_are_told():

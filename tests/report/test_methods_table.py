@@ -88,5 +88,7 @@ def test_a_row_per_corruption_says_how_its_figure_was_made():
 
 
 def test_the_steps_are_the_attacks_beyond_the_threat_models_each_once():
+    added = {"accuracy/mi_fgsm": PGD, "accuracy/worst_case": {"cascade": [{"name": "threat_model_2_half"}, {"name": "mi_fgsm"}]}}
+    assert steps(added) == ["mi_fgsm"]
     assert steps(FIGURES) == ["apgd-t", "square"] and steps({"accuracy/clean": FIGURES["accuracy/clean"]}) == []
     assert cascade([{"cascade": ["fab-t", "square"]}, {"cascade": ["square", "apgd-t"]}, {"cascade": []}]) == ["fab-t", "square", "apgd-t"]

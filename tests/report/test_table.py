@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -200,6 +202,9 @@ def test_the_page_opens_with_the_finding_and_links_models_to_their_details(measu
     found = json.loads((measured.workspace.reports / "claims.json").read_text())["finding"]
     assert found and 0 < page.index(found[0]) < page.index("<img") < page.index("<h2>Questions")
     assert page.count("<figure") == page.count("<figcaption><strong>") and "prefers-color-scheme: dark" in page
+    drawn, wide = re.search('<img src="data:image/png;base64,([^"]+)" style="--width: ([0-9]+)px"', page).groups()
+    with Image.open(io.BytesIO(base64.b64decode(drawn))) as picture:
+        assert int(wide) == round(130 * picture.width / picture.info["dpi"][0]) < picture.width
 
 
 def test_the_report_is_logged_as_a_run_with_its_table_and_files(measured):

@@ -118,6 +118,26 @@ def test_sync_makes_a_new_run_for_weights_that_were_trained_anew(study):
     assert "accuracy/clean" not in anew.data.metrics and "epsilon" not in anew.data.params  # measured on the weights of before
 
 
+def test_the_run_of_a_model_that_was_replaced_says_so_until_its_weights_are_back(study):
+    study.sync()
+    before, client = study.newest("CL-AT-s0"), study.store.client
+    distant, training = study.open_run(), study.open_run()
+    distant.log_checkpoint(study.root, digest="f" * 64)
+    distant.set_tags({"advml.folder": "elsewhere:/study"})
+    study.write_model("CL-AT-s0", "model", digest="e" * 64)
+    study.sync()
+    anew = study.store.find(digest="e" * 64)
+
+    def names() -> list[str]:
+        return [study.entity(run_id).info.run_name for run_id in (before.info.run_id, anew.info.run_id, distant.id, training.id)]
+
+    assert names() == ["CL-AT-s0 (replaced)", "CL-AT-s0", "CL-AT-s0", "CL-AT-s0"] and study.sync() == []
+    client.update_run(anew.info.run_id, name="my best")
+    study.write_model("CL-AT-s0", "model", digest="b" * 64)
+    assert study.sync() == ["CL-AT-s0"] and study.sync() == []
+    assert names() == ["CL-AT-s0", "my best (replaced)", "CL-AT-s0", "CL-AT-s0"]
+
+
 def test_sync_ends_runs_whose_process_is_gone(study):
     orphan, done, reused, alive, distant, unknown = (study.open_run() for _ in range(6))
     done.log_checkpoint(study.root, digest="f" * 64)

@@ -71,6 +71,19 @@ def over_seeds(found: Sequence[Measured]) -> Estimate:
     return statistics.over_seeds([each.estimate for each in found])
 
 
+def accuracy_difference(studies: Sequence[Study], metric: str, first: tuple[str, str], second: tuple[str, str]) -> Estimate | None:
+    """Mean over seeds of the difference of two accuracies, first - second, paired by image; None if they cannot be compared.
+
+    Args:
+        studies: the same study, for each seed.
+        first, second: scheme and regime of the models.
+    """
+    try:
+        return over_seeds([difference(study.accuracy(metric, *first), study.accuracy(metric, *second)) for study in studies])
+    except Missing:
+        return None
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """Similarities between the counted layers of a model and its own, or those of a second model, from which scalars are computed.
@@ -184,6 +197,8 @@ class Study:
         pair = f"{names[0]} with {names[1]}"
         found = self._comparison
         if found is None or not any([panel.first, panel.second] == names for panel in found.compared.panels):
+            if absent := next((name for name in names if not self._model(name)), None):
+                raise Missing(f"{absent} is missing")
             raise Missing(f"{pair} is not compared; measure with: advml compare")
         layers, sources = [], []
         for name in names:
@@ -260,7 +275,7 @@ class Study:
 
 def _attacks(figure: dict[str, Any]) -> list[dict[str, Any]]:
     """Settings of a figure's attack and of its cascade's steps, without threat model I, which schemes without projection head lack."""
-    steps = [step for step in figure.get("cascade", ()) if step.get("objective") != "contrastive"]
+    steps = [step for step in figure.get("cascade", ()) if not step["name"].startswith("threat_model_1")]
     return [represent.settings(attack) for attack in (figure, *steps)]
 
 

@@ -97,7 +97,7 @@ def curve_grid(groups: Mapping[str, Sequence[Curve]]) -> Figure:
     figure = Figure(figsize=(9.6, 2.3 * len(groups) + 0.7), layout="constrained")
     grid = figure.subplots(len(groups), 3, squeeze=False)
     colours = regime_colours(curve.label for curves in groups.values() for curve in curves)
-    titles = ("CKA, clean with adversarial images", "probe accuracy on clean images, %", "probe accuracy on adversarial images, %")
+    titles = ("CKA, clean with adversarial", "probe accuracy in %, clean", "probe accuracy in %, adversarial")
     for line, (group, curves) in zip(grid, groups.items(), strict=True):
         for axes, values in zip(line, ("clean_adversarial", "clean", "adversarial"), strict=True):
             scale = 1 if values == "clean_adversarial" else 100

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.manifold import smacof
 
 from advml.figures.style import ADVERSARIAL, FULL, INK, QUIET, styled
 
 MOST_NAMES = 15  # up to this number, names are written beside points; beyond it, numbers with a key
 KEY_ROWS = 24  # rows per column of the key
+RINGS = 40  # of places around a point, where its label may be
+DETOUR = 10  # number of rings that a label moves away at most, so that no line crosses it
+CLEARANCE = 4  # around a point, and beside a label, in pixels
 
 
 def positions(distances: np.ndarray) -> tuple[np.ndarray, float]:
@@ -55,10 +58,12 @@ def model_map(points: Sequence[tuple[str, str]], distances: np.ndarray, *, title
     few = len(models) <= MOST_NAMES
     columns = 0 if few else -(-len(models) // KEY_ROWS)
     figure = Figure(figsize=(7.2 + 1.5 * columns, 5.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # inches, for a number at the end of the axis
     axes = figure.subplots(1, 2, width_ratios=[7.2, 1.5 * columns])[0] if columns else figure.subplots()
-    for model in models:
-        both = [places[model, kind] for kind in ("clean", "adversarial") if (model, kind) in places]
-        axes.plot(*np.transpose(both), color=QUIET, linewidth=0.8, alpha=0.6, zorder=1)
+    kinds = ("clean", "adversarial"), ("adversarial", "clean")  # of each end of a line, or the other one if its layer is dead
+    lines = [[places.get((model, kind), places.get((model, other))) for kind, other in kinds] for model in models]
+    for line in lines:
+        axes.plot(*np.transpose(line), color=QUIET, linewidth=0.8, alpha=0.6, zorder=1)
     for kind, marker, colour in (("clean", "o", FULL), ("adversarial", "X", ADVERSARIAL)):
         chosen = [places[point] for point in kept if point[1] == kind]
         if chosen:
@@ -68,34 +73,62 @@ def model_map(points: Sequence[tuple[str, str]], distances: np.ndarray, *, title
     axes.margins(0.2)
     axes.set_title(title, loc="left")
     axes.set_xlabel(f"distance in radians; stress {stress:.2f}")
+    axes.set_ylabel("distance in radians")
     axes.tick_params(labelsize=7)
-    axes.legend(loc="best", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     together: dict[tuple[float, ...], list[str]] = {}  # models with the same clean point, as with a frozen encoder
-    for model in models:
-        place = places.get((model, "clean"), places.get((model, "adversarial")))
+    for model, (place, _) in zip(models, lines, strict=True):
         together.setdefault(tuple(place.round(6)), []).append(labels[model])
-    _name(axes, {", ".join(names): np.array(place) for place, names in together.items()}, list(places.values()))
     if columns:
         _key(figure.axes[1], [f"{labels[model]}  {model}" for model in models])
+    figure.draw_without_rendering()  # sets layout and limits, and with them the places in pixels
+    _name(axes, {", ".join(names): place for place, names in together.items()}, found, np.array(lines))
     return figure
 
 
-def _name(axes: Axes, names: dict[str, np.ndarray], points: list[np.ndarray]) -> None:
-    """Place labels as near to their points as possible without overlap; distant ones are joined to their points by lines."""
-    x, y = np.transpose(points)
-    height = 0.028 * max(np.ptp(x), 1.3 * np.ptp(y), 1e-9)
-    boxes = [(px - height / 4, py - height / 4, px + height / 4, py + height / 4) for px, py in points]
-    for label, (px, py) in sorted(names.items(), key=lambda item: tuple(item[1])):
-        width = (0.5 * len(label) + 0.3) * height
-        for ring, turn in itertools.product(range(1, 40), range(16)):
-            across, up = 0.8 * ring * height * np.cos(np.pi * turn / 8), 0.8 * ring * height * np.sin(np.pi * turn / 8)
-            left = px + across - (0 if across >= 0 else width)
-            box = (left, py + up - height / 2, left + width, py + up + height / 2)
-            if not any(box[0] < right and start < box[2] and box[1] < top and low < box[3] for start, low, right, top in boxes):
-                break
-        boxes.append(box)
-        line = {"arrowprops": {"arrowstyle": "-", "color": QUIET, "linewidth": 0.4, "shrinkB": 0}} if ring > 1 else {}
-        axes.annotate(label, (px, py), xytext=(left, py + up), fontsize=7, color=INK, va="center", zorder=3, **line)
+def _name(axes: Axes, names: dict[str, tuple[float, ...]], points: np.ndarray, lines: np.ndarray) -> None:
+    """Place labels inside the axes, without overlap, near to their points, and a little further away if a line would run through them.
+
+    Distant ones are joined to their points by dotted lines.
+
+    Args:
+        names: label -> place of its point.
+        points: (N, 2) places that labels must not cover.
+        lines: (M, 2, 2) places of both ends.
+    """
+    to_pixels, to_fraction = axes.transData.transform, axes.transAxes.inverted().transform
+    dots, segments = to_pixels(points), to_pixels(lines.reshape(-1, 2)).reshape(-1, 2, 2)
+    taken = np.hstack([dots - CLEARANCE, dots + CLEARANCE])  # (N, 4) boxes: left, lower, right, upper
+    ring, turn = np.meshgrid(np.arange(1, RINGS), np.arange(16) * np.pi / 8, indexing="ij")
+    ring, towards = ring.ravel(), np.stack([np.cos(turn), np.sin(turn)], -1).reshape(-1, 2).round(6)
+    for label, place in sorted(names.items(), key=lambda item: item[1]):
+        text = axes.text(0, 0, label, fontsize=7, color=INK, va="bottom", zorder=3, transform=axes.transAxes)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
+        size = np.add(text.get_window_extent().size, [CLEARANCE, 0])
+        # The near side of a box, at its left or right end, is on the ring
+        low = to_pixels(place) + 0.8 * ring[:, None] * size[1] * towards - size * [0, 0.5] - np.outer(towards[:, 0] < 0, size * [1, 0])
+        boxes = np.hstack([low, low + size])
+        free = (low >= axes.bbox.min).all(1) & (low + size <= axes.bbox.max).all(1) & ~_overlaps(boxes, taken)
+        best = np.where(free, ring + DETOUR * _crossed(boxes, segments), np.inf).argmin()
+        taken = np.vstack([taken, boxes[best]])
+        text.set_position(to_fraction(np.add(low[best], [CLEARANCE / 2, 0])))
+        if ring[best] > 1:
+            ends = to_fraction([to_pixels(place), to_pixels(place).clip(low[best], low[best] + size)])
+            leader = Line2D(*ends.T, color=QUIET, linewidth=0.7, linestyle=":", zorder=1, transform=axes.transAxes)
+            axes.add_artist(leader)  # `plot` would change the limits
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which boxes (K, 4) overlap with any of `others` (N, 4)."""
+    apart = (boxes[:, None, :2] >= others[:, 2:]) | (boxes[:, None, 2:] <= others[:, :2])
+    return ~apart.any(-1).all(-1)
+
+
+def _crossed(boxes: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Which boxes (K, 4) are crossed by any of the segments (N, 2, 2), by the slab method (Kay and Kajiya 1986)."""
+    starts, steps = segments[:, 0], np.diff(segments, axis=1)[:, 0] + 1e-9
+    ends = np.sort((boxes.reshape(-1, 1, 2, 2) - starts[:, None]) / steps[:, None], axis=2)  # (K, N, entry and exit, x and y)
+    return (np.maximum(ends[:, :, 0].max(-1), 0) <= np.minimum(ends[:, :, 1].min(-1), 1)).any(-1)
 
 
 def _key(axes: Axes, lines: Sequence[str]) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 from advml.evaluation.records import AT_CHANCE
 from advml.figures.style import FLAGGED, MEANING, mark
 from advml.recipes import REGIMES, Regime
-from advml.report.table import Row
+from advml.report.table import Row, with_means
+from advml.similarity.statistics import Estimate
 
 WORST, CLEAN = "accuracy/worst_case", "accuracy/clean"
 VERDICTS = ("supported", "contradicted", "inconclusive")
 NUMBERS = "no", "one", "two", "three", "four", "five", "six"
 Group = tuple[str, str]  # scheme and regime
+Difference = Callable[[Group, Group], Estimate | None]
 
 
-def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: str) -> list[str]:
+def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: str, minus: Difference = lambda *_: None) -> list[str]:
     """Sentences on the models' robustness, the effect of full adversarial fine-tuning, and the number of supported claims.
 
     Models of several seeds are averaged. Sentences on missing measurements are left out, and so are models that are at chance for any seed,
@@ -28,6 +30,8 @@ def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: st
         table: rows of the grid.
         claims: the content of claims.json.
         threat_model: e.g. "0.15 (L-infinity)".
+        minus: difference of two groups' worst-case accuracies, paired by image; None: the second accuracy is compared with the interval of
+            the first.
     """
     groups: dict[Group, list[Row]] = {}
     for row in table:
@@ -35,12 +39,12 @@ def finding(table: Sequence[Row], claims: Mapping[str, Any], *, threat_model: st
             groups.setdefault((row["scheme"], row["regime"]), []).append(row)
     at_chance = {group for group, rows in groups.items() if any(row.get(AT_CHANCE) for row in rows)}
     able = {group: rows for group, rows in groups.items() if group not in at_chance}
-    parts = [[*_robustness(able, threat_model)], [*_chance(at_chance, able)], [*_lifts(able), *_verdicts(claims)]]
+    parts = [[*_robustness(able, threat_model, minus)], [*_chance(at_chance, able)], [*_lifts(able), *_verdicts(claims)]]
     sentences = ["; ".join(part) for part in parts if part]
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
 
 
-def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterator[str]:
+def _robustness(groups: Mapping[Group, list[Row]], threat_model: str, minus: Difference) -> Iterator[str]:
     where = f" of the test images correct under all attacks with ε = {threat_model}"
     robust = {group: rows for group, rows in groups.items() if _attacked(REGIMES[group[1]])}
     plain = [row[WORST] for group, rows in groups.items() if group not in robust for row in rows]
@@ -52,6 +56,17 @@ def _robustness(groups: Mapping[Group, list[Row]], threat_model: str) -> Iterato
         told = f"the most robust model, {' '.join(best)}, has {_percent(_mean(rows, WORST))}{_spread(rows)}{'' if plain else where}"
         told += f", and {_percent(_mean(rows, CLEAN))} without attack" if all(CLEAN in row for row in rows) else ""
         yield told + (f" ({MEANING[FLAGGED]})" if any(mark(row) == FLAGGED for row in rows) else "")
+        low = with_means(rows)[0].get(f"{WORST}/low", _mean(rows, WORST))
+        others = [group for group in groups if group != best and not _is_worse(minus(best, group), _mean(groups[group], WORST) < low)]
+        if others:
+            names = [" ".join(group) for group in sorted(others, key=lambda group: -_mean(groups[group], WORST))]
+            verb = "other is" if len(others) == 1 else "others are"
+            yield f"{_number(len(others))} {verb} not significantly less robust: {_listed(names)}"
+
+
+def _is_worse(difference: Estimate | None, otherwise: bool) -> bool:
+    """Whether a difference, best minus other, is significantly above 0; `otherwise` without a difference."""
+    return otherwise if difference is None else difference.interval[0] > 0
 
 
 def _chance(at_chance: Collection[Group], able: Collection[Group]) -> Iterator[str]:

@@ -50,7 +50,8 @@ def corruptions(figures: dict[str, dict[str, Any]]) -> list[list[Any]]:
 
 def steps(figures: dict[str, dict[str, Any]]) -> list[str]:
     """Names of the attacks in a model's worst case, besides the threat models."""
-    return [step["name"] for record in figures.values() for step in record.get("cascade", ()) if f"accuracy/{step['name']}" not in figures]
+    names = [step["name"] for record in figures.values() for step in record.get("cascade", ())]
+    return [name for name in names if not name.startswith("threat_model_")]
 
 
 def not_run(evaluated: Iterable[dict[str, Any]]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+from PIL import Image
 
 from advml.config import Corruptions, Diagnostics, EvaluationAttack, Grid, ThreatModelSection
 from advml.core.paths import Workspace
@@ -30,6 +32,7 @@ REPRESENTATION = {  # column -> metric and number of digits
     "effective layers": "cka/effective_layers",
     "RankMe": "cka/rankme",
 }
+CSS_PIXELS_PER_INCH = 130  # of a figure's size
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def render(settings: Settings, workspace: Workspace, table: list[Row], claims: M
         elsewhere=sorted(given.keys() - shown.keys()),
         claims=claims,
         tested=any("effect" in part for claim in claims["claims"] for part in claim["parts"]),
-        images={name: _embedded(to_png(figure, dpi=130)) for name, figure in drawings.items() if figure is not None},
+        images={name: _embedded(to_png(figure)) for name, figure in drawings.items() if figure is not None},
         panels={kind: _embedded(path.read_bytes()) for kind, path in figures.panels(workspace).items()},
         shown=figures.shown(workspace),
         trust=figures.trust(workspace, provenance["digest"]),
@@ -136,8 +139,11 @@ def _figures(settings: Settings, workspace: Workspace, table: list[Row], claims:
     }
 
 
-def _embedded(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _embedded(png: bytes) -> dict[str, Any]:
+    """Source of a picture, and its width in CSS pixels: letters have one size in all pictures, and no pixel is enlarged."""
+    with Image.open(io.BytesIO(png)) as picture:
+        width = round(CSS_PIXELS_PER_INCH * picture.width / picture.info["dpi"][0])
+    return {"source": f"data:image/png;base64,{base64.b64encode(png).decode()}", "width": width}
 
 
 def _how(workspace: Workspace, evaluated: Mapping[str, Any], *, flags: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -87,6 +87,7 @@ class Run:
         stage = dvc_stage() if new else None
         about = {key: record.get(key) for key in ("name", "kind", "scheme", "phase", "regime", "seed")} | dict(tags or {})
         about |= {"data_digest": (record.get("data") or {}).get("digest"), "process": this_process(), "synced": None if new else "true"}
+        about |= {"folder": f"{platform.node()}:{store.place.root}"}
         about |= {"dvc_stage": stage, "dvc_experiment": os.environ.get("DVC_EXP_NAME") if new else None}
         about |= {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"dvc repro {stage}" if stage else "advml"}
         about |= {COMMIT: record.get("git_commit") or (git_commit(store.place.root) if new else None)}

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 PROCESS, DIGEST, MODEL, PARENT = "advml.process", "advml.digest", "advml.model_id", "advml.pretraining_run"
 FLAGS, TRANSFER_FLAGS, RESULT = "advml.flags", "advml.transfer_flags", "advml.result"
 NOTE, TABLES, COMMIT = "mlflow.note.content", "mlflow.loggedArtifacts", "mlflow.source.git.commit"
+FOLDER = "advml.folder"  # host and folder of the study
 NOW = "advml.now."  # prefix; current values of parameters that have changed since MLflow stored them, which cannot be overwritten
 UI_MODE = "workflowType=machine_learning"  # part of links; without it the UI opens in its mode for language models
 
+REPLACED = " (replaced)"  # end of the name of a run whose weights are no longer in the study's folder
 LATER = "training goes on, `advml sync` adds the run later"
 _broken: set[str] = set()  # failed stores, so that this process warns and waits once
 

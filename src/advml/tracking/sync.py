@@ -23,7 +23,7 @@ from advml.tracking.parameters import comparable
 from advml.tracking.registry import register_best
 from advml.tracking.results import REMEDY, Record, Result, comparison, of_model, phases, results
 from advml.tracking.run import Run, guarded
-from advml.tracking.store import COMMIT, DIGEST, MODEL, PROCESS, TRANSFER_FLAGS
+from advml.tracking.store import COMMIT, DIGEST, FOLDER, MODEL, PROCESS, REPLACED, TRANSFER_FLAGS
 
 
 def sync(place: stores.Place) -> list[str]:
@@ -93,7 +93,20 @@ def log_model(run: Run, folder: Path, *, digest: str) -> bool:
     files = folder / "model.json", curves[0], *filter(Path.exists, curves[1:])
     logged = _add(run, Result("training", folder.name, {"": files}, ("digest",)), partial(_log_training, learnt=learnt))
     run.log_checkpoint(folder, digest=digest)
-    return logged
+    return any([logged, _mark_replaced(run)])
+
+
+def _mark_replaced(run: Run) -> bool:
+    """Add REPLACED to the names of other runs of this study's model, which have other weights, and remove it from this run's name."""
+    model = " and ".join(f"tags.`{key}` = '{run.tags[key]}'" for key in ("advml.name", "advml.kind"))
+    changed = False
+    for found in run.client.search_runs([run.store.experiment], model, max_results=1000):
+        tags, name = found.data.tags, found.info.run_name
+        wanted = name.removesuffix(REPLACED) + REPLACED * (tags.get(DIGEST, run.tags[DIGEST]) != run.tags[DIGEST])
+        if FOLDER in tags and tags[FOLDER] == run.tags.get(FOLDER) and name != wanted:
+            run.client.update_run(found.info.run_id, name=wanted)
+            changed = True
+    return changed
 
 
 def _add(run: Run, part: Result, log: Callable[[Run, Result, Record], None]) -> bool:

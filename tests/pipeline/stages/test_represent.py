@@ -217,8 +217,8 @@ def dump(study, *overrides: str) -> dict[str, dict]:
     return found
 
 
-# The files tell nothing of the stage: it would be another one, or none, when the same result is made again.
-OF_THE_STORE = ("advml.process", "advml.synced", "advml.model_id", "advml.dvc_stage", "mlflow.source.name")
+# The files tell nothing of the stage: it would be another one, or none, when the same result is made again; nor of a study's folder.
+OF_THE_STORE = ("advml.process", "advml.folder", "advml.synced", "advml.model_id", "advml.dvc_stage", "mlflow.source.name")
 
 
 def without_ids(text: str, names: dict[str, str]) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from advml import __version__, tracking
+from advml.claims.evidence import Study, accuracy_difference
 from advml.claims.testing import check
 from advml.config import ThreatModelSection
 from advml.core.errors import UserError
@@ -13,7 +16,7 @@ from advml.figures.style import to_png
 from advml.pipeline.context import Context
 from advml.report import figures, page
 from advml.report import table as tables
-from advml.report.finding import finding
+from advml.report.finding import WORST, finding
 
 
 def run(context: Context) -> list[tables.Row]:
@@ -46,7 +49,8 @@ def run(context: Context) -> list[tables.Row]:
         diagnostics=config.diagnostics,
         corruptions=config.corruptions,
     )
-    claims["finding"] = finding(table, claims, threat_model=settings.threat_model)
+    minus = partial(accuracy_difference, [Study(attacked, workspace, seed) for seed in config.seeds], WORST)
+    claims["finding"] = finding(table, claims, threat_model=settings.threat_model, minus=minus)
     write_atomically(reports / "summary.csv", to_csv(table))
     write_atomically(reports / "summary.md", tables.to_markdown(table).encode())
     write_atomically(reports / "summary.png", to_png(accuracy_chart(table, threat_model=settings.threat_model)))
