@@ -393,7 +393,7 @@ def first_step(study, monkeypatch) -> int:
 
 def test_the_same_sources_go_on_in_the_third_epoch_and_another_version_starts_afresh(killed, monkeypatch, tmp_path):
     assert first_step(killed.copy(tmp_path / "same"), monkeypatch) == 9
-    monkeypatch.setattr("advml.pipeline.context.source_digest", lambda stage: "other sources")
+    monkeypatch.setattr("advml.pipeline.context.source_digest", lambda stage="": "other sources")
     assert first_step(killed, monkeypatch) == 1
     assert killed.runs() == [(PRETRAINING, "KILLED")]  # a copy of a study has runs of its own
 
