@@ -37,6 +37,8 @@ from advml.core.provenance import source_digest
 from advml.engine.fork_server import ADDRESS, server
 from advml.tracking import store as stores
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a forked process would wait for threads of its parent
+
 if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and its workers wait for it: what needs torch imports it when called
     from advml.data.datasets import Dataset, Split
     from advml.models.network import Network
