@@ -40,6 +40,7 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
     With `reuse`, a folder that was made from the same inputs is kept.
     """
+    _ = context.machine  # joins the process group, of which the next line asks
     if not ranks.is_first():
         return _follow(context, job)
     with exclusive(context.workspace.scratch(f"{job.stage}-{job.name}"), work=f"{job.stage} {job.name} is running"):
