@@ -261,10 +261,7 @@ CURVES = {"advml.figures": "draws the run's curves for MLflow, which no later st
 NEUTRAL_FOR = {
     "pretrain": CURVES,
     "finetune": CURVES,
-    "prepare": {
-        "advml.pipeline.context": "takes configuration and folders from it, no machine and no network",
-        "advml.models": "asks whether timm has the backbone, before the data are read",
-    },
+    "prepare": {"advml.pipeline.context": "takes configuration and folders from it, no machine and no network"},
     "report": {"advml.pipeline.context": "takes configuration and folders from it, no machine and no network"},
 }
 

@@ -106,7 +106,7 @@ def create_encoder(
         UserError: the name is unknown, timm does not accept the options, the family has no small stem, or the network cannot be built for
             such images; then the message names possible sizes.
     """
-    check_names(backbone, options)
+    _check_names(backbone, options)
     what = f"model.backbone = {backbone!r}" + (f" with model.options = {options}" if options else "")
     try:
         family = _family(backbone)
@@ -132,7 +132,7 @@ def create_encoder(
     return encoder, features.shape[1]
 
 
-def check_names(backbone: str, options: dict[str, Any]) -> None:
+def _check_names(backbone: str, options: dict[str, Any]) -> None:
     """Raise UserError if timm does not know the name, or an option must not be set by users."""
     if not timm.is_model(backbone):
         close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or ["resnet18", "convnext_atto", "vit_tiny_patch16_224"]

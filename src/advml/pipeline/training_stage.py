@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from advml import tracking
@@ -40,25 +41,25 @@ def learn(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
 
     With `reuse`, a folder that was made from the same inputs is kept.
     """
-    _ = context.machine  # joins the process group, of which the next line asks
+    device = context.machine.device  # asked first, because this joins the process group
     if not ranks.is_first():
         return _follow(context, job)
     with exclusive(context.workspace.scratch(f"{job.stage}-{job.name}"), work=f"{job.stage} {job.name} is running"):
-        return _lead(context, job, reuse=reuse)
+        return _lead(context, job, device, reuse=reuse)
 
 
-def _lead(context: Context, job: Job, *, reuse: bool) -> dict[str, Any]:
-    """Train in the first process."""
+def _lead(context: Context, job: Job, device: torch.device, *, reuse: bool) -> dict[str, Any]:
+    """Train in the first process, which writes all files."""
     inputs = context.fingerprint(job.stage, job.identity, job.parameters, context.dataset.digest)
     record = {"name": job.name, **job.identity, **context.provenance, "parameters": job.parameters, "inputs": inputs}
     scratch = context.workspace.scratch(f"{job.stage}-{job.name}")
     if reuse and network.is_whole(job.folder) and not is_unfinished(scratch, inputs):
         made = network.read_record(job.folder)
         if made.get("inputs") == inputs:
-            ranks.any_of(True, context.machine.device)
+            ranks.any_of(True, device)
             return made
     checkpoint = Checkpoint(scratch, inputs)
-    ranks.any_of(False, context.machine.device)
+    ranks.any_of(False, device)
     runs = {"run_id": checkpoint.notes.get("run_id"), "discarded": checkpoint.orphan}
     tracked = tracking.open_run(context.tracking, record=record, **runs)
     with tracked as run, Bar(f"{job.stage} {job.name}", total=_work(context, job)) as bar:

@@ -95,12 +95,6 @@ def test_prepare_writes_the_dataset_that_params_yaml_names(make_study, tmp_path)
     assert files(study.workspace.prepared) == {"dataset.json", "train.safetensors", "validation.safetensors", "test.safetensors"}
 
 
-def test_prepare_refuses_a_backbone_that_timm_does_not_have_before_it_reads_data(make_study, tmp_path):
-    context = make_study("prepared").context("model.backbone=resnet19", f"data.path={tmp_path / 'nowhere'}")
-    with pytest.raises(UserError, match=r"'resnet19' .*resnet18"):
-        prepare.run(context)
-
-
 def test_prepare_says_and_records_what_a_user_may_not_expect_of_the_images(make_study, tmp_path, capsys):
     study = photo_study(make_study, tmp_path)
     (tmp_path / "photos" / "dogs").rename(tmp_path / "photos" / "Cats")

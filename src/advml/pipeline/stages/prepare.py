@@ -11,7 +11,6 @@ from advml.core.messages import tell
 from advml.core.paths import given_path
 from advml.core.provenance import source_digest
 from advml.data import datasets
-from advml.models.backbones import check_names
 from advml.pipeline.context import Context
 
 
@@ -19,10 +18,8 @@ def run(context: Context) -> datasets.Dataset:
     """Write `data/prepared/`, and print notes on the data; returns the dataset.
 
     Raises:
-        UserError: the data cannot be read, `data.path` overlaps with folders that the study writes, or timm has no `model.backbone`
-            (asked here, because the stage `check` is to start without torch).
+        UserError: the data cannot be read, or `data.path` overlaps with folders that the study writes.
     """
-    check_names(context.config.model.backbone, context.config.model.options)
     _check_place(context)
     seen = _fingerprint(context)  # before reading, so that changes during it are noticed later
     dataset = datasets.prepare(context.config.data)
